@@ -1,0 +1,225 @@
+"""Indices of a transfer matrix and their intervals: pure functions of arrays (definitions in the README's table).
+
+Every function takes mean KLs whose leading axes are free, so that one call serves the point estimate and all bootstrap
+draws. Layers are 0..L; per-layer arrays hold layers 0..L-1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+SMALLEST_DENOMINATOR = 0.02
+"""An index is undefined where its denominator's interval reaches below this share of K_0."""
+LARGEST_ROTATED_RETENTION = 0.9
+"""Consistency is undefined where the null's upper bound exceeds this: one map then serves all random bases."""
+FEWEST_CLUSTERS = 64
+
+
+@dataclass(frozen=True)
+class Means:
+    """Mean KL to the model's own distribution, nats/token, of everything that an index needs.
+
+    ``constant`` ``[...]`` K_0. ``transfer``, ``movement`` ``[..., L+1, L+1]``: K_ij and D_ij of the headline matrix.
+    ``own`` ``[..., L]``: per-layer lenses with prior zero; ``shared``, ``shared_loo`` ``[..., L]`` and ``rotated``
+    ``[..., views, L]`` of the same prior and stage. ``own_refined``, ``shared_refined`` ``[..., L]``: the refined stage.
+    """
+
+    constant: Array
+    transfer: Array
+    movement: Array
+    own: Array
+    shared: Array
+    shared_loo: Array
+    rotated: Array
+    own_refined: Array
+    shared_refined: Array
+
+    @classmethod
+    def of_clusters(cls, sums: "Means", tokens: Array, weights: Array | None = None) -> "Means":
+        """Weighted means over clusters: every field of ``sums`` is ``[clusters, ...]`` sums, ``tokens`` ``[clusters]``.
+
+        ``weights`` ``[draws, clusters]`` gives ``[draws, ...]`` means; None the plain means.
+        """
+        w = np.ones((1, len(tokens))) if weights is None else weights
+        total = w @ tokens
+        means = {}
+        for name, values in sums.items():
+            flat = (w @ values.reshape(len(tokens), -1)) / total[:, None]
+            shaped = flat.reshape(len(w), *values.shape[1:])
+            means[name] = shaped[0] if weights is None else shaped
+        return cls(**means)
+
+    def items(self) -> list[tuple[str, Array]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self)]
+
+
+@dataclass(frozen=True)
+class Value:
+    """An index at every draw, with the denominator that decides whether it is defined (None: always)."""
+
+    value: Array
+    denominator: Array | None = None
+
+
+def _pairs(layers: int) -> tuple[Array, Array]:
+    """All i < j of layers 0..L-1."""
+    i, j = np.triu_indices(layers, k=1)
+    return i, j
+
+
+def retention(own: Array, shared: Array, constant: Array) -> Value:
+    """``1 - sum_j (K_shared,j - K_jj) / sum_j (K_0 - K_jj)``: share of the per-layer lenses' information kept."""
+    gained = (constant[..., None] - own).sum(-1)
+    return Value(1 - (shared - own).sum(-1) / gained, gained)
+
+
+def rotated_retention(m: Means) -> Value:
+    """Mean retention over the rotated views; the per-layer KL is the plain view's (prior zero: it cannot change)."""
+    each = retention(m.own[..., None, :], m.rotated, m.constant[..., None])
+    return Value(each.value.mean(-1), None if each.denominator is None else each.denominator[..., 0])
+
+
+def gain_visibility(m: Means, keep: Callable[[Array, Array], Array] | None = None) -> Value:
+    """``sum V_ij / sum G_ij`` over i < j <= L-1: ``V = K_ii - K_ij``, ``G = K_ii - K_jj``."""
+    seen, gained = _visible_and_own_gain(m, keep)
+    return Value(seen.sum(-1) / gained.sum(-1), gained.sum(-1))
+
+
+def movement(m: Means) -> Value:
+    """``sum D_ij / sum G_ij`` over i < j <= L-1."""
+    _, gained = _visible_and_own_gain(m)
+    i, j = _pairs(m.transfer.shape[-1] - 1)
+    return Value(m.movement[..., i, j].sum(-1) / gained.sum(-1), gained.sum(-1))
+
+
+def _visible_and_own_gain(m: Means, keep: Callable[[Array, Array], Array] | None = None) -> tuple[Array, Array]:
+    i, j = _pairs(m.transfer.shape[-1] - 1)
+    if keep is not None:
+        kept = keep(i, j)
+        i, j = i[kept], j[kept]
+    k = m.transfer
+    return k[..., i, i] - k[..., i, j], k[..., i, i] - k[..., j, j]
+
+
+def gain_tracking(m: Means) -> Value:
+    """Least-squares slope of the shared lens's step ``K_shared,j+1 - K_shared,j`` on the per-layer lenses' own."""
+    own, shared = np.diff(m.own, axis=-1), np.diff(m.shared, axis=-1)
+    centred = own - own.mean(-1, keepdims=True)
+    spread = (centred**2).sum(-1)
+    # The slope's denominator is a sum of squares; its root is in nats and can be held against K_0.
+    return Value((centred * (shared - shared.mean(-1, keepdims=True))).sum(-1) / spread, np.sqrt(spread))
+
+
+def distance_trend(m: Means, direction: str = "both") -> Value:
+    """Spearman correlation of ``P_ij`` with ``|i - j|`` over i != j of layers 0..L-1.
+
+    ``forward``: lens before stream, i < j; ``backward``: i > j.
+    """
+    layers = m.transfer.shape[-1] - 1
+    penalty = m.transfer - np.diagonal(m.transfer, axis1=-2, axis2=-1)[..., None, :]
+    i, j = np.nonzero(~np.eye(layers, dtype=bool))
+    kept = {"both": i != j, "forward": i < j, "backward": i > j}[direction]
+    i, j = i[kept], j[kept]
+    return Value(_spearman(penalty[..., i, j], np.abs(i - j).astype(float)))
+
+
+def _spearman(values: Array, against: Array) -> Array:
+    """Rank correlation along the last axis; not a number where either is constant."""
+    a, b = stats.rankdata(values, axis=-1), stats.rankdata(against)
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean()
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum())
+
+
+INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
+    "constant_kl": ("none", lambda m: Value(m.constant)),
+    "shared_retention": ("closed", lambda m: retention(m.own, m.shared, m.constant)),
+    "rotated_retention": ("closed", rotated_retention),
+    "loo_shared_retention": ("closed", lambda m: retention(m.own, m.shared_loo, m.constant)),
+    "shared_retention_refined": ("refined", lambda m: retention(m.own_refined, m.shared_refined, m.constant)),
+    "gain_tracking": ("closed", gain_tracking),
+    "gain_visibility": ("closed", gain_visibility),
+    "gain_visibility_adjacent": ("closed", lambda m: gain_visibility(m, lambda i, j: j == i + 1)),
+    "gain_visibility_without_layer0": ("closed", lambda m: gain_visibility(m, lambda i, j: i > 0)),
+    "movement": ("closed", movement),
+    "distance_trend": ("closed", distance_trend),
+    "distance_trend_forward": ("closed", lambda m: distance_trend(m, "forward")),
+    "distance_trend_backward": ("closed", lambda m: distance_trend(m, "backward")),
+}
+"""Name -> (stage of the lenses it compares, function). ``shared_consistency`` is made of two of them."""
+
+OF_THE_MATRIX = {name for name in INDICES if name.startswith(("gain_visibility", "movement", "distance"))}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An index with its 95 % interval; ``value`` is None where undefined, and ``reason`` says why, or warns."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    reason: str = ""
+
+
+def bootstrap_weights(clusters: int, draws: int, seed: int) -> Array:
+    """How often each cluster is drawn: ``[draws, clusters]``, the same for every model measured on the same clusters."""
+    return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), draws).astype(float)
+
+
+def interval(draws: Array) -> tuple[Array, Array]:
+    """95 % percentile interval along the first axis."""
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Every index at the point estimate and at every bootstrap draw, consistency included.
+
+    The spread over the few rotated views enters the draws of ``rotated_retention`` as a Student-t deviation of their mean.
+    """
+    at_point = {name: function(point) for name, (_, function) in INDICES.items()}
+    at_draws = {name: function(draws) for name, (_, function) in INDICES.items()}
+    views = retention(point.own[None], point.rotated, point.constant[None]).value
+    if len(views) > 1:
+        rng = np.random.default_rng([seed, len(views)])
+        deviation = stats.t.ppf(rng.uniform(size=len(draws.constant)), len(views) - 1) * views.std(ddof=1)
+        rotated = at_draws["rotated_retention"]
+        at_draws["rotated_retention"] = Value(rotated.value + deviation / len(views) ** 0.5, rotated.denominator)
+    for values in (at_point, at_draws):
+        kept, null = values["shared_retention"], values["rotated_retention"]
+        values["shared_consistency"] = Value((kept.value - null.value) / (1 - null.value), kept.denominator)
+    return at_point, at_draws
+
+
+def estimates(point: Means, draws: Means, *, seed: int, clusters: int) -> dict[str, Estimate]:
+    """Every index with its interval, or the reason why it is undefined."""
+    at_point, at_draws = draw_values(point, draws, seed)
+    floor = max(0.0, SMALLEST_DENOMINATOR * float(point.constant))
+    null_high = float(interval(at_draws["rotated_retention"].value)[1])
+    warning = f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
+    result = {}
+    for name, here in at_point.items():
+        denominator = at_draws[name].denominator
+        reason = ""
+        if denominator is not None and float(interval(denominator)[0]) < floor:
+            reason = f"undefined: the interval of its denominator reaches below {floor:.3g} nats (2 % of K_0)"
+        elif name == "shared_consistency" and null_high > LARGEST_ROTATED_RETENTION:
+            reason = f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
+        elif not np.isfinite(here.value) or not np.isfinite(at_draws[name].value).all():
+            reason = "undefined: constant over layers"
+        if reason:
+            result[name] = Estimate(None, None, None, reason)
+        else:
+            low, high = interval(at_draws[name].value)
+            result[name] = Estimate(float(here.value), float(low), float(high), warning)
+    return result
+
+
+def over_seeds(values: list[float]) -> tuple[float, float, float]:
+    """Mean of one value per seed, with its 95 % Student-t interval."""
+    mean, half = float(np.mean(values)), stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return mean, mean - float(half), mean + float(half)

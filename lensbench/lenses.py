@@ -1,0 +1,147 @@
+"""Lenses beside tuned-lens's own: one shared by all layers, with or without a bias per layer, and their file format."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tuned_lens.nn.lenses import Lens, TunedLens, TunedLensConfig
+from tuned_lens.nn.unembed import Unembed
+
+from lensbench.errors import LensbenchError
+
+
+@dataclass(frozen=True)
+class AffineMaps:
+    """M affine maps ``x = B h + c`` as stacked tensors: what fitting returns and transfer evaluates.
+
+    The published parametrisation is ``h + A h + b``: ``A = B - I``, ``b = c``.
+    """
+
+    matrix: Tensor  # [M, d, d]
+    offset: Tensor  # [M, d]
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> "AffineMaps":
+        return AffineMaps(self.matrix[rows], self.offset[rows])
+
+    def to(self, like: Tensor) -> "AffineMaps":
+        return AffineMaps(self.matrix.to(like), self.offset.to(like))
+
+    @classmethod
+    def identity(cls, d: int) -> "AffineMaps":
+        """One map, the logit lens."""
+        return cls(torch.eye(d)[None], torch.zeros(1, d))
+
+    @classmethod
+    def stack(cls, parts: list["AffineMaps"]) -> "AffineMaps":
+        return cls(torch.cat([p.matrix for p in parts]), torch.cat([p.offset for p in parts]))
+
+
+class SharedLens(Lens):
+    """One affine translator for every layer, ``h -> h + A h + b``; with ``layers`` set, one bias per layer, ``b_idx``."""
+
+    def __init__(self, unembed: Unembed, d_model: int, layers: int | None = None):
+        super().__init__(unembed)
+        dtype = unembed.unembedding.weight.dtype
+        self.translator = nn.Linear(d_model, d_model, bias=layers is None, dtype=dtype)
+        nn.init.zeros_(self.translator.weight)
+        if layers is None:
+            nn.init.zeros_(self.translator.bias)
+            self.register_parameter("layer_bias", None)
+        else:
+            self.layer_bias = nn.Parameter(torch.zeros(layers, d_model, dtype=dtype))
+
+    @classmethod
+    def from_maps(cls, unembed: Unembed, maps: AffineMaps) -> "SharedLens":
+        """From one map, or from L maps that differ in their offset only."""
+        d, layers = maps.matrix.shape[-1], len(maps)
+        lens = cls(unembed, d, layers if layers > 1 else None)
+        with torch.no_grad():
+            lens.translator.weight.copy_(maps.matrix[0] - torch.eye(d))
+            (lens.translator.bias if layers == 1 else lens.layer_bias).copy_(maps.offset[0] if layers == 1 else maps.offset)
+        return lens
+
+    def transform_hidden(self, h: Tensor, idx: int) -> Tensor:
+        """``[..., d] -> [..., d]``; ``idx`` matters only where there is a bias per layer."""
+        moved = h + self.translator(h)
+        return moved if self.layer_bias is None else moved + self.layer_bias[idx]
+
+    def forward(self, h: Tensor, idx: int) -> Tensor:
+        """Logits ``[..., V]``."""
+        return self.unembed(self.transform_hidden(h, idx))
+
+    def save(self, folder: Path) -> None:
+        """``config.json`` and ``params.safetensors``, the config last, each moved into place whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("unembed.")}
+        save_file(tensors, folder / "params.safetensors.partial")
+        os.replace(folder / "params.safetensors.partial", folder / "params.safetensors")
+        config = {
+            "lens_type": "shared_lens",
+            "d_model": self.translator.in_features,
+            "layer_biases": None if self.layer_bias is None else len(self.layer_bias),
+            "unembed_hash": self.unembed.unembedding_hash(),
+        }
+        (folder / "config.json.partial").write_text(json.dumps(config, indent=2))
+        os.replace(folder / "config.json.partial", folder / "config.json")
+
+    @classmethod
+    def load(cls, unembed: Unembed, folder: Path) -> "SharedLens":
+        """Raises :class:`LensbenchError` for a folder that is damaged or belongs to another model."""
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            if config["unembed_hash"] != unembed.unembedding_hash():
+                raise LensbenchError(f"the lens in {folder} was fitted to another model (its unembedding's hash differs)")
+            lens = cls(unembed, config["d_model"], config["layer_biases"])
+            lens.load_state_dict(load_file(folder / "params.safetensors"), strict=False)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise LensbenchError(f"{folder} does not hold a shared lens: {error}") from error
+        return lens
+
+
+def tuned_lens(unembed: Unembed, maps: AffineMaps, *, model_name: str) -> TunedLens:
+    """tuned-lens's own class with our maps of layers 0..L-1 as its translators."""
+    layers, d = maps.offset.shape
+    lens = TunedLens(unembed, TunedLensConfig(model_name, d_model=d, num_hidden_layers=layers))
+    with torch.no_grad():
+        for translator, matrix, offset in zip(lens.layer_translators, maps.matrix, maps.offset, strict=True):
+            translator.weight.copy_(matrix - torch.eye(d))
+            translator.bias.copy_(offset)
+    return lens
+
+
+def save_tuned_lens(lens: TunedLens, folder: Path) -> None:
+    """tuned-lens's own format (``config.json``, ``params.pt``), the folder moved into place whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    lens.save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def save_maps(maps: dict[str, AffineMaps], path: Path) -> None:
+    """All maps of a fit in one safetensors file, moved into place whole."""
+    tensors = {}
+    for name, stack in maps.items():
+        tensors[f"{name}.matrix"], tensors[f"{name}.offset"] = stack.matrix.contiguous(), stack.offset.contiguous()
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial)
+    os.replace(partial, path)
+
+
+def load_maps(path: Path) -> dict[str, AffineMaps]:
+    """Inverse of :func:`save_maps`; raises :class:`LensbenchError` for a damaged file."""
+    try:
+        tensors = load_file(path)
+        names = [key.removesuffix(".matrix") for key in tensors if key.endswith(".matrix")]
+        return {name: AffineMaps(tensors[f"{name}.matrix"], tensors[f"{name}.offset"]) for name in names}
+    except (OSError, KeyError, SafetensorError) as error:
+        raise LensbenchError(f"lens file {path} is damaged ({error}); delete its folder to fit anew") from error

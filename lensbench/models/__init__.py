@@ -1,0 +1,97 @@
+"""Models trained here: name of a family -> a randomly initialised causal LM of a stated number of parameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from lensbench.errors import LensbenchError
+from lensbench.models import gpt
+from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingForCausalLM
+
+
+def predictive_coding(
+    *, vocab_size: int, d_model: int, layers: int, heads: int, width: int, context: int, **variant
+) -> PreTrainedModel:
+    """Strict predictive-coding LM; ``variant`` goes to its config (``error``, ``initial_eta``, ``initial_beta``)."""
+    del context  # positions enter only through decay and convolution
+    return PredictiveCodingForCausalLM(
+        PredictiveCodingConfig(
+            vocab_size=vocab_size,
+            hidden_size=d_model,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=width,
+            prediction_size=4 * d_model,
+            bos_token_id=0,
+            eos_token_id=0,
+            **variant,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way to build a causal LM, and the settings of it that a suite may change."""
+
+    build: Callable[..., PreTrainedModel]
+    description: str
+    settings: tuple[str, ...]
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt": Family(gpt.llama, "Llama class of transformers: RMSNorm, rotary positions, gated MLP", ("initializer_range",)),
+    "gpt2": Family(gpt.gpt2, "GPT-2 class of transformers: LayerNorm, learned positions", ("initializer_range",)),
+    "predictive-coding": Family(
+        predictive_coding,
+        "predictions and prediction errors at known places, each layer corrects the errors (strict form)",
+        ("initializer_range", "error", "initial_eta", "initial_beta"),
+    ),
+}
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters, a tied tensor counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def build(
+    family: str,
+    *,
+    parameters: int,
+    vocab_size: int,
+    d_model: int,
+    layers: int,
+    heads: int,
+    context: int,
+    seed: int = 0,
+    **settings,
+) -> PreTrainedModel:
+    """A randomly initialised model of ``family`` with ``parameters`` parameters, within 1 %.
+
+    The width of the MLPs is what gives: the count is linear in it, so two empty models tell the width that fits.
+    Raises :class:`LensbenchError` for an unknown family or setting, and where no width comes within 1 %.
+    """
+    if family not in FAMILIES:
+        raise LensbenchError(f"unknown model family {family!r}; there are {', '.join(FAMILIES)}")
+    unknown = sorted(set(settings) - set(FAMILIES[family].settings))
+    if unknown:
+        raise LensbenchError(f"{family} has no setting {unknown[0]!r}; it has {', '.join(FAMILIES[family].settings)}")
+    shape = {"vocab_size": vocab_size, "d_model": d_model, "layers": layers, "heads": heads, "context": context}
+    make = FAMILIES[family].build
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            return count_parameters(make(width=width, **shape, **settings))
+
+    at_one, at_two = count(1), count(2)
+    width = round((parameters - at_one) / (at_two - at_one)) + 1
+    if width < 1 or abs(count(width) - parameters) > 0.01 * parameters:
+        raise LensbenchError(
+            f"no MLP width gives {family} {parameters} parameters at d_model {d_model} and {layers} layers: "
+            f"without MLPs it has {2 * at_one - at_two}; change parameters, d_model or layers"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(width=width, **shape, **settings)

@@ -1,0 +1,166 @@
+"""One plain training loop for every model trained here: Muon and AdamW, warm-up and cosine decay, clipping, checkpoints.
+
+Matrices between hidden states are moved by Muon (orthogonalised momentum, scaled to AdamW's step size), embeddings,
+gains and other vectors by AdamW, both at one learning rate. At the few million tokens that fit on a laptop Muon is worth
+a factor in tokens; it is the same for every family.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lensbench.errors import LensbenchError
+
+
+class TrainingRecipe(BaseModel):
+    """How a model is trained. ``tokens`` is what the models of a suite have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(1_000_000, gt=0, description="training tokens, counted once per visit")
+    length: int = Field(128, ge=2, description="tokens per sequence")
+    batch: int = Field(8, ge=1, description="sequences per step")
+    learning_rate: float = Field(1.5e-2, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the matrices that Muon moves")
+    beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's second-moment decay")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
+    final_rate: float = Field(0.05, ge=0, le=1, description="share of the peak rate that the cosine ends at")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / (self.batch * self.length)))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (0-based)."""
+        warm = self.warmup * self.steps
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        progress = (step - warm) / max(1.0, self.steps - warm)
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + np.cos(np.pi * progress)))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the loop tells its caller after a step; the loss is the batch's, in nats/token."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens: int
+
+
+def batch_of(stream: np.ndarray, recipe: TrainingRecipe, seed: int, step: int) -> Tensor:
+    """Token ids [batch, length] of a step: a function of seed and step alone, so that a resumed run sees the same."""
+    rng = np.random.default_rng([seed, step])
+    starts = rng.integers(0, len(stream) - recipe.length + 1, recipe.batch)
+    return torch.from_numpy(stream[starts[:, None] + np.arange(recipe.length)].astype(np.int64))
+
+
+def optimizers_of(model: torch.nn.Module, recipe: TrainingRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between hidden states, AdamW for embeddings (also as a tied head) and all vectors."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)} - embeddings
+    hidden = [p for p in model.parameters() if id(p) in linear]
+    others = [p for p in model.parameters() if id(p) not in linear]
+    rate = recipe.learning_rate
+    adamw = torch.optim.AdamW(others, lr=rate, betas=(0.9, recipe.beta2), weight_decay=0.0)
+    if not hidden:
+        return [adamw]
+    return [torch.optim.Muon(hidden, lr=rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
+def save_checkpoint(
+    folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], step: int
+) -> None:
+    """Write ``checkpoint.safetensors`` in one atomic move: parameters, the optimizers' moments and the step."""
+    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "checkpoint.safetensors.partial"
+    save_file(tensors, partial, metadata={"step": str(step)})
+    os.replace(partial, folder / "checkpoint.safetensors")
+
+
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Restore parameters and moments; the number of finished steps (0 where there is no checkpoint).
+
+    Raises :class:`LensbenchError` for a file that is damaged or belongs to another model.
+    """
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+        tensors = load_file(path)
+        owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(tensors[f"model.{name}"])
+                prefix = f"optimizer.{name}."
+                moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                # AdamW counts its steps on the CPU wherever the parameters are.
+                owner[id(p)].state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise LensbenchError(f"checkpoint {path} is damaged or of another model ({error}); delete it to train anew") from error
+    return step
+
+
+def train(
+    model: PreTrainedModel,
+    stream: np.ndarray,
+    recipe: TrainingRecipe,
+    *,
+    seed: int,
+    checkpoints: Path,
+    device: torch.device,
+    report: Callable[[StepReport], None] | None = None,
+) -> PreTrainedModel:
+    """Train ``model`` on ``stream`` (token ids [n], documents joined) and return it in evaluation mode.
+
+    Resumes from the last checkpoint in ``checkpoints``; a resumed run ends with the same weights as an undisturbed one.
+    Raises :class:`LensbenchError` where the stream is shorter than a sequence or the loss is no longer finite.
+    """
+    if len(stream) <= recipe.length:
+        raise LensbenchError(
+            f"the train split has {len(stream)} tokens, fewer than one sequence of {recipe.length}; give a longer text"
+        )
+    model.to(device).train()
+    optimizers = optimizers_of(model, recipe)
+    start = load_checkpoint(checkpoints, model, optimizers)
+    for step in range(start, recipe.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step)
+        ids = batch_of(stream, recipe, seed, step).to(device)
+        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        if not torch.isfinite(loss):
+            raise LensbenchError(
+                f"the training loss is {loss.item()} at step {step + 1} of {recipe.steps}; a lower learning_rate than "
+                f"{recipe.learning_rate:g} would be the first thing to try (last good checkpoint kept)"
+            )
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.steps:
+            save_checkpoint(checkpoints, model, optimizers, step + 1)
+        if report is not None:
+            report(StepReport(step + 1, recipe.steps, loss.item(), (step + 1 - start) * recipe.batch * recipe.length))
+    return model.eval()

@@ -1,0 +1,211 @@
+"""The run folder: tidy tables, their schema, a manifest with checksums, and atomic writes.
+
+Everything downstream of a run (figures, comparisons) reads these files and never a model.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lensbench.errors import LensbenchError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SEQUENCES = "per_sequence.parquet"
+
+_WHO = {
+    "model": "name in the suite; MODEL+rotated is its first rotated view",
+    "seed": "seed of initialisation, batches and rotations; 'all' is the mean over seeds with a Student-t interval",
+}
+_HOW = {
+    "stage": "closed (ridge), refined (KL), or none where nothing is fitted",
+    "prior": "what the ridge shrinks the map towards: zero or identity",
+}
+
+SCHEMA: dict[str, dict[str, str]] = {
+    "models.csv": {
+        **_WHO,
+        "family": "how it was built",
+        "parameters": "tied tensors counted once",
+        "layers": "blocks L",
+        "d_model": "width of the stream that the lenses read",
+        "vocab_size": "V",
+        "train_tokens": "tokens visited in training",
+        "ce": "held-out cross-entropy, nats/token",
+        "ce_ci_low": "",
+        "ce_ci_high": "",
+        "bits_per_byte": "the same in bits per byte of the scored tokens",
+        "bits_per_byte_ci_low": "",
+        "bits_per_byte_ci_high": "",
+        "scored_tokens": "held-out tokens scored",
+        "clusters": "documents they come from; under 64 the intervals are not to be trusted",
+    },
+    "baselines.csv": {
+        "baseline": "unigram, or bigram (interpolated Kneser-Ney), counted on the train split",
+        "train_tokens": "",
+        "ce": "on the same tokens as the models, nats/token",
+        "ce_ci_low": "",
+        "ce_ci_high": "",
+        "bits_per_byte": "",
+        "bits_per_byte_ci_low": "",
+        "bits_per_byte_ci_high": "",
+    },
+    "lenses.csv": {
+        **_WHO,
+        "lens": "logit, tuned (per layer), shared, shared_bias (one bias per layer), shared_loo (fitted without the layer)",
+        "layer": "stream layer it is read at",
+        **_HOW,
+        "ridge": "chosen on dev, in median eigenvalues of the input covariance",
+        "pad": "chosen on dev, in rms of the final state",
+        "kl": "held-out KL(p || q), nats/token",
+        "kl_ci_low": "",
+        "kl_ci_high": "",
+        "ce": "held-out cross-entropy, nats/token",
+        "ce_ci_low": "",
+        "ce_ci_high": "",
+        "fit_kl": "KL on the fitting tokens",
+        "dev_kl": "KL on the dev tokens",
+    },
+    "transfer.csv": {
+        **_WHO,
+        "lens_layer": "layer i that the lens was fitted at; L is the identity, the logit lens",
+        "stream_layer": "layer j that it is read at",
+        **_HOW,
+        "ridge": "of lens i, the strongest within the tolerance, in median eigenvalues",
+        "tolerance": "allowed dev loss of lens i on its own layer, share of K_0 - best",
+        "kl": "K_ij, nats/token",
+        "ce": "C_ij, nats/token",
+        "movement_kl": "D_ij = E KL(q_ii || q_ij)",
+        "penalty_kl": "K_ij - K_jj",
+        "penalty_kl_ci_low": "",
+        "penalty_kl_ci_high": "",
+        "penalty_ce": "C_ij - C_jj, the published transfer penalty",
+        "penalty_ce_ci_low": "",
+        "penalty_ce_ci_high": "",
+    },
+    "indices.csv": {
+        **_WHO,
+        "index": "as in the README's table",
+        "value": "empty where undefined",
+        "ci_low": "95 % paired bootstrap over documents, the fitted lens held fixed; seed = all: Student-t over seeds",
+        "ci_high": "",
+        "fit_low": "smallest value over refits on document-resampled fit data",
+        "fit_high": "largest",
+        "stage": "",
+        "tolerance": "of the matrix that the index is read off",
+        "reason": "why it is undefined, or a warning",
+    },
+}
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """``write(partial)``, then move the finished file into place."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """One CSV with exactly the columns of its schema, in their order."""
+    columns = list(SCHEMA[name])
+    unknown = set(table.columns) ^ set(columns)
+    if unknown:
+        raise ValueError(f"{name}: columns differ from the schema: {sorted(unknown)}")
+    write_atomically(folder / name, lambda path: table[columns].to_csv(path, index=False, lineterminator="\n"))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV of a run folder; raises :class:`LensbenchError` where it is missing, unreadable or not what its name says."""
+    if not path.is_file():
+        raise LensbenchError(f"{path.parent} has no {path.name}: not a finished run of lensbench")
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype={"seed": str})
+    except (ValueError, OSError, pd.errors.ParserError) as error:
+        raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    missing = [column for column in SCHEMA[path.name] if column not in table.columns]
+    if missing or table.empty:
+        what = f"column {missing[0]!r} is missing" if missing else "it has no rows"
+        raise LensbenchError(f"{path} is damaged or of another version of lensbench: {what}")
+    numeric = [c for c in table.columns if c not in TEXT_COLUMNS and not pd.api.types.is_numeric_dtype(table[c])]
+    if numeric:
+        raise LensbenchError(f"{path} is damaged: column {numeric[0]!r} holds something that is not a number")
+    return table
+
+
+TEXT_COLUMNS = {"model", "seed", "family", "baseline", "lens", "stage", "prior", "index", "reason"}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises :class:`LensbenchError` for a folder that no run of this version finished, or a damaged manifest."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise LensbenchError(f"{folder} is not a run folder: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["schema_version"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise LensbenchError(f"{path} is damaged: {error}") from error
+    if version != SCHEMA_VERSION:
+        raise LensbenchError(f"{folder} was written with schema {version}, this lensbench reads schema {SCHEMA_VERSION}")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder, read and checked."""
+
+    folder: Path
+    manifest: dict[str, Any] | None
+    tables: dict[str, pd.DataFrame]
+
+    def sequences(self) -> pd.DataFrame:
+        """``per_sequence.parquet``: the sums that every number of the run is made of."""
+        path = self.folder / SEQUENCES
+        if not path.is_file():
+            raise LensbenchError(f"{self.folder} has no {SEQUENCES}: its runs cannot be compared sequence by sequence")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -> Run:
+    """All tables of a run folder, each checked against its schema and against the manifest's checksum.
+
+    Without ``need_manifest`` a folder that holds nothing but the CSV will do.
+    """
+    if not folder.is_dir():
+        raise LensbenchError(f"there is no folder {folder}")
+    manifest = read_manifest(folder) if need_manifest or (folder / MANIFEST).exists() else None
+    if manifest is not None and verify:
+        for name, checksum in manifest["files"].items():
+            if not (folder / name).is_file():
+                raise LensbenchError(f"{folder} is not complete: {name} is missing")
+            if sha256(folder / name) != checksum:
+                raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
+    return Run(folder, manifest, {name: read_table(folder / name) for name in SCHEMA})
+
+
+def finite(value: float) -> float | None:
+    """JSON and CSV know no NaN: None instead."""
+    return value if math.isfinite(value) else None

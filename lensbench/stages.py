@@ -1,0 +1,118 @@
+"""Finished work that a later run can reuse: each stage's files in a folder of their own, keyed by what they depend on."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lensbench.errors import LensbenchError
+from lensbench.results import MANIFEST, sha256, write_json
+
+RECORD = "stage.json"
+OWNER = "run.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: where its files are, and the digest that what depends on it takes into its own key."""
+
+    folder: Path
+    digest: str
+    reused: bool
+
+
+@dataclass
+class Stages:
+    """The stages of one run folder.
+
+    A stage runs again exactly when its key changed: its own settings and the digests of the stages it reads. It is
+    computed in a folder beside its place, so that an interrupted one leaves what it had (checkpoints) for the next run.
+    """
+
+    root: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, name: str, key: Mapping[str, Any], compute: Callable[[Path], None]) -> Stage:
+        """The stage's files, computed by ``compute(folder)`` unless they are there already.
+
+        Raises :class:`LensbenchError` where a finished file is no longer what was written.
+        """
+        text = json.dumps(key, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        folder = self.root / name
+        record = self._record(folder)
+        if record is not None and record.get("key") == digest:
+            self._verify(folder, record)
+            self.seconds[name] = record["seconds"]
+            return Stage(folder, digest, reused=True)
+        partial = self.root / f"{name}.partial"
+        if partial.exists() and self._record(partial, "key.json") != {"key": digest}:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(partial / "key.json", {"key": digest})
+        start = time.perf_counter()
+        compute(partial)
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "key.json")
+        checksums = {p.relative_to(partial).as_posix(): sha256(p) for p in files}
+        write_json(partial / RECORD, {"key": digest, "seconds": self.seconds[name], "files": checksums})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        return Stage(folder, digest, reused=False)
+
+    def _record(self, folder: Path, name: str = RECORD) -> dict[str, Any] | None:
+        path = folder / name
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise LensbenchError(f"{path} is damaged ({error}); delete {folder} to compute it anew") from error
+        return content if isinstance(content, dict) else None
+
+    def _verify(self, folder: Path, record: dict[str, Any]) -> None:
+        for name, checksum in record.get("files", {}).items():
+            path = folder / name
+            if not path.is_file() or sha256(path) != checksum:
+                what = "is missing" if not path.is_file() else "is damaged (its checksum differs)"
+                raise LensbenchError(f"{path} {what}; delete {folder} to compute it anew")
+
+
+def open_run_folder(folder: Path, suite: str) -> FileLock:
+    """Claim ``folder`` for a suite, creating it; the lock is held until it is released.
+
+    Raises :class:`LensbenchError` for a folder of another suite, one that holds something else, or one in use.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise LensbenchError(f"{folder} is a file; give --out a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        owner = owner_of(folder)
+        if owner is None:
+            raise LensbenchError(f"{folder} is not empty and not a run folder; give --out a new folder")
+        if owner != suite:
+            raise LensbenchError(f"{folder} holds a run of suite {owner!r}, not {suite!r}; give --out another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise LensbenchError(f"another run is writing to {folder}; wait for it or give --out another folder") from error
+    write_json(folder / OWNER, {"suite": suite})
+    return lock
+
+
+def owner_of(folder: Path) -> str | None:
+    """The suite whose run a folder holds, finished or not; None where it holds none."""
+    for name, key in ((OWNER, "suite"), (MANIFEST, "suite_name")):
+        try:
+            return str(json.loads((folder / name).read_text())[key])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not there or not ours: the other file may tell
+    return None

@@ -1,0 +1,271 @@
+"""The residual stream of any causal LM: h_0..h_L before the final norm, the generic read-out, and the rotated view.
+
+Everything downstream sees a model only through :class:`ResidualStream` and what :func:`capture` reads off it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from tuned_lens.nn.unembed import Unembed
+
+from lensbench.corpus import Windows
+from lensbench.errors import LensbenchError
+
+IDENTITY_TOLERANCE = 1e-4
+"""Largest relative error, in float32, between reading out h_L and the model's own logits."""
+
+
+class ReadOut(Unembed):
+    """``R(h) = head(norm(h))``, found by hooks instead of by a list of classes; usable wherever tuned-lens wants an Unembed.
+
+    ``final_norm`` maps ``[..., d]`` to ``[..., d_read]`` and ``unembedding`` maps that to logits ``[..., V]``. The modules
+    are the model's own (never copied), frozen.
+    """
+
+    def __init__(self, final_norm: nn.Module, unembedding: nn.Linear):
+        nn.Module.__init__(self)  # Unembed's own constructor knows seven architectures and copies the weights
+        self.final_norm = final_norm
+        self.unembedding = unembedding
+        self.requires_grad_(False)
+
+    @property
+    def weight(self) -> Tensor:
+        """Unembedding W, ``[V, d_read]``."""
+        return self.unembedding.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.unembedding.bias
+
+    def gain(self, d: int) -> Tensor | None:
+        """Matrix G ``[d_read, d]`` with ``norm(x) = G x / scale(x) + norm(0)``, up to a constant; None if there is none.
+
+        Read off the norm's answers to unit vectors, so that RMSNorm, LayerNorm, norms without gain and norms that look at
+        a part of the state need no case of their own. The claim is checked on random states before it is used.
+        """
+        dtype, device = self.weight.dtype, self.weight.device
+        offset = self.final_norm(torch.zeros(d, dtype=dtype, device=device))
+        # Long vectors, so that the norm's epsilon does not count; unseen directions map to the offset itself.
+        gain = (self.final_norm(1e3 * torch.eye(d, dtype=dtype, device=device)) - offset).T
+        x = torch.randn(8, d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        cosine = F.cosine_similarity(x @ gain.T, self.final_norm(x) - offset, dim=-1)
+        return gain if bool((cosine > 1 - 1e-4).all()) else None
+
+
+class ResidualStream:
+    """h_0..h_L of a causal LM, verified on load to read out to the model's own logits.
+
+    ``view="state"`` is everything that the blocks hand on; ``view="prediction"`` keeps the leading ``d_read`` entries,
+    those that norm and head see (for the predictive-coding LM: z alone).
+    """
+
+    def __init__(self, model: PreTrainedModel, view: str = "state"):
+        if view not in ("state", "prediction"):
+            raise LensbenchError(f"unknown view {view!r}; there are 'state' and 'prediction'")
+        refuse_non_finite(model)
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+        self.readout = find_readout(model)
+        self.view = view
+        ids = torch.randint(0, self.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(self.device)
+        states, logits = self.forward(ids)
+        self.layers, self.d_model = len(states) - 1, states.shape[-1]
+        error = ((self.readout(states[-1]) - logits).abs().max() / logits.abs().max()).item()
+        if not error < IDENTITY_TOLERANCE:
+            raise LensbenchError(
+                f"reading out h_L of {type(model).__name__} does not give its own logits (relative error {error:.1e}, "
+                f"allowed {IDENTITY_TOLERANCE:.0e}): something stands behind its norm and head that lensbench does not see"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.readout.weight.shape[0]
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """States ``[L+1, B, T, d]`` and the model's logits ``[B, T, V]`` for token ids ``[B, T]``, in one forward pass."""
+        norm_inputs: list[Tensor] = []
+        hook = self.readout.final_norm.register_forward_pre_hook(lambda _, args: norm_inputs.append(args[0]))
+        try:
+            output = self.model(input_ids=ids, output_hidden_states=True, return_dict=True)
+        finally:
+            hook.remove()
+        # Most models report the last state behind the norm; the norm's last input is h_L in all of them.
+        states = torch.stack([*output.hidden_states[:-1], norm_inputs[-1]])
+        if self.view == "prediction":
+            states = states[..., : self.readout.weight.shape[1]]
+        return states, output.logits
+
+
+def refuse_non_finite(model: nn.Module) -> None:
+    """Raise :class:`LensbenchError` naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise LensbenchError(f"the model's weight {name} holds NaN or infinite values; load an undamaged checkpoint")
+
+
+@torch.no_grad()
+def find_readout(model: PreTrainedModel) -> ReadOut:
+    """The final norm and head: the head's input is the output of the norm, whatever their classes are called.
+
+    Raises :class:`LensbenchError` for a model without a linear head on top.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise LensbenchError(f"{type(model).__name__} has no linear output embedding: lensbench reads causal language models")
+    produced: list[tuple[Tensor, nn.Module]] = []
+    head_inputs: list[Tensor] = []
+
+    def remember(module: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            produced.append((output, module))
+
+    hooks = [m.register_forward_hook(remember) for m in model.modules() if m is not head]
+    hooks.append(head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0])))
+    try:
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=head.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not head_inputs:
+        raise LensbenchError(f"{type(model).__name__} never calls its output embedding; lensbench cannot read it")
+    for output, module in produced:
+        if output is head_inputs[-1]:
+            return ReadOut(module, head)
+    raise LensbenchError(
+        f"no module of {type(model).__name__} produces its head's input: it has no final norm, which is not supported"
+    )
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What the lenses need to know of N tokens of a stream; float32, on one device.
+
+    Every array's token axis is the same N positions, in the order of the windows they came from.
+    """
+
+    states: Tensor  # [L+1, N, d]
+    expected: Tensor  # [N, d_read]: e = W^T p
+    entropy_term: Tensor  # [N]: sum p log p - sum p bias, so that KL(p || q) = entropy_term - e.n + logsumexp(W n + bias)
+    targets: Tensor  # [N]: the next token's id
+    model_ce: Tensor  # [N]: the model's own cross-entropy, nats
+    mean_p: Tensor  # [V]: mean of p over the N tokens
+    constant_kl: Tensor  # [N]: KL of p from the best constant distribution, that of the fitting tokens
+    window: np.ndarray  # [N]: row of the windows
+    document: np.ndarray  # [N]: index of the document, the cluster of every interval
+    target_bytes: np.ndarray  # [N]: bytes of text that the next token stands for
+
+    @property
+    def layers(self) -> int:
+        return len(self.states) - 1
+
+    def __len__(self) -> int:
+        return self.states.shape[1]
+
+    def take(self, tokens: Tensor) -> "Capture":
+        """The given tokens (indices or mask [N]) alone; ``mean_p`` stays that of all."""
+        at = tokens.cpu().numpy()
+        return Capture(
+            self.states[:, tokens], self.expected[tokens], self.entropy_term[tokens], self.targets[tokens],
+            self.model_ce[tokens], self.mean_p, self.constant_kl[tokens], self.window[at], self.document[at],
+            self.target_bytes[at],
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def capture(
+    stream: ResidualStream,
+    windows: Windows,
+    *,
+    constant: Tensor | None = None,
+    batch: int = 16,
+    report: Callable[[int, int], None] | None = None,
+) -> Capture:
+    """One forward pass per batch of windows, kept at the chosen positions only.
+
+    ``constant`` ``[V]`` is the distribution that ``constant_kl`` is measured from: ``mean_p`` of the fitting tokens. Left
+    out, it is that of the captured tokens themselves. ``report(done, total)`` is called with numbers of windows.
+    """
+    weight, bias = stream.readout.weight, stream.readout.bias
+    states, expected, entropy, targets, ce, constant_kl = [], [], [], [], [], []
+    log_constant = None if constant is None else constant.double().log().float().to(stream.device)
+    mean_p = torch.zeros(stream.vocab_size, dtype=torch.float64, device=stream.device)
+    total = len(windows.ids)
+    for start in range(0, total, batch):
+        rows = slice(start, min(start + batch, total))
+        ids = torch.from_numpy(windows.ids[rows]).to(stream.device)
+        h, logits = stream.forward(ids)
+        row, column = np.nonzero(windows.valid[rows])
+        at = torch.from_numpy(windows.positions[rows][row, column]).to(stream.device)
+        row_at = torch.from_numpy(row).to(stream.device)
+        log_p = logits[row_at, at].float().log_softmax(-1)  # [n, V]
+        p = log_p.exp()
+        negative_entropy = (p * log_p).sum(-1)
+        target = ids[row_at, at + 1]
+        states.append(h[:, row_at, at].float())
+        expected.append(p @ weight.float())
+        entropy.append(negative_entropy - (p @ bias.float() if bias is not None else 0.0))
+        targets.append(target)
+        ce.append(-log_p.gather(-1, target[:, None])[:, 0])
+        mean_p += p.sum(0, dtype=torch.float64)
+        # Without a constant given, its cross term has the same mean: sum p log mean_p, added below.
+        constant_kl.append(negative_entropy - (p @ log_constant if log_constant is not None else 0.0))
+        if report is not None:
+            report(rows.stop, total)
+    window = np.nonzero(windows.valid)[0]
+    mean_p /= len(window)
+    from_constant = torch.cat(constant_kl)
+    if constant is None:
+        from_constant = from_constant - (mean_p * mean_p.clamp(min=1e-300).log()).sum().float()
+    return Capture(
+        states=torch.cat(states, 1),
+        expected=torch.cat(expected),
+        entropy_term=torch.cat(entropy),
+        targets=torch.cat(targets),
+        model_ce=torch.cat(ce),
+        mean_p=mean_p.float(),
+        constant_kl=from_constant,
+        window=window,
+        document=windows.documents[window],
+        target_bytes=windows.next_bytes[windows.valid],
+    )
+
+
+@dataclass(frozen=True)
+class RotatedView:
+    """A model with every h_l, l < L, seen through its own random orthogonal map of the pooled principal subspace.
+
+    The model itself is untouched, and so is what any lens fitted at one layer (with prior zero) can read there; what
+    layers have in common is gone. ``maps`` is ``[L, d, d]``, float64: rotations Q_l of the top-r principal directions that
+    hold ``variance`` of the layers' pooled within-layer variance, identity elsewhere.
+    """
+
+    maps: Tensor
+    rank: int
+
+    @classmethod
+    def random(cls, covariances: Tensor, *, seed: int, variance: float = 0.99) -> "RotatedView":
+        """Rotations drawn from the Haar measure for layers with ``covariances`` ``[L, d, d]`` (float64)."""
+        values, vectors = torch.linalg.eigh(covariances.mean(0))
+        share = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
+        rank = min(len(values), int((share < variance).sum()) + 1)
+        basis = vectors[:, -rank:]  # [d, r]
+        generator = torch.Generator().manual_seed(seed)
+        maps = []
+        for _ in covariances:
+            gaussian = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+            q, r = torch.linalg.qr(gaussian)
+            q = q * r.diagonal().sign()  # without the signs QR is not uniform over rotations
+            maps.append(torch.eye(len(values), dtype=torch.float64) + basis @ (q - torch.eye(rank, dtype=q.dtype)) @ basis.T)
+        return cls(torch.stack(maps), rank)
+
+    def apply(self, captured: Capture) -> Capture:
+        """The same tokens with rotated states; layer L and everything that is not a state stay as they are."""
+        maps = self.maps.to(captured.states)
+        rotated = torch.einsum("lde,lne->lnd", maps, captured.states[:-1])
+        return Capture(**{**vars(captured), "states": torch.cat([rotated, captured.states[-1:]])})

@@ -1,0 +1,212 @@
+"""What to run: a suite, read from TOML and checked before anything starts."""
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lensbench.corpus import FRACTIONS
+from lensbench.errors import LensbenchError
+from lensbench.fitting import FitRecipe
+from lensbench.models import FAMILIES
+from lensbench.models.training import TrainingRecipe
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusRecipe(_Strict):
+    """The text, its splits and the tokenizer that models trained here share."""
+
+    spec: str = Field("stdlib", description="stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT]")
+    vocab_size: int = Field(1024, ge=257, description="entries of the byte-level BPE trained on the train split")
+    train: float = Field(FRACTIONS["train"], ge=0, lt=1, description="share of the bytes for training")
+    fit: float = Field(FRACTIONS["fit"], gt=0, lt=1, description="share for fitting lenses")
+    dev: float = Field(FRACTIONS["dev"], gt=0, lt=1, description="share for choosing")
+    eval: float = Field(FRACTIONS["eval"], gt=0, lt=1, description="share that every reported number is measured on")
+    seed: int = Field(0, description="seed of the split")
+    max_bytes: int | None = Field(None, gt=0, description="read no more than this")
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        return {"train": self.train, "fit": self.fit, "dev": self.dev, "eval": self.eval}
+
+
+class EvaluateRecipe(_Strict):
+    """What is scored, and how intervals are made."""
+
+    sequences: int = Field(512, ge=1, description="held-out sequences")
+    positions: int = Field(16, ge=1, description="random positions of each of them")
+    first_position: int = Field(1, ge=0, description="first position that is fitted or scored")
+    max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
+    draws: int = Field(2000, ge=100, description="bootstrap draws")
+
+
+class ModelRecipe(_Strict):
+    """A model to train, or a second view (``view_of``) of one."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    family: str | None = None
+    d_model: int | None = Field(None, gt=0)
+    layers: int | None = Field(None, ge=2)
+    heads: int | None = Field(None, ge=1)
+    parameters: int | None = Field(None, gt=0, description="met within 1 % by the width of the MLPs")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the family")
+    training: dict[str, Any] = Field(default_factory=dict, description="what differs from the suite's training")
+    view: Literal["state", "prediction"] = Field("state", description="the whole stream, or what norm and head see of it")
+    view_of: str | None = Field(None, description="name of the model that this is another view of")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ModelRecipe":
+        shape = {k: getattr(self, k) for k in ("family", "d_model", "layers", "heads", "parameters")}
+        if self.view_of is None:
+            missing = [k for k, v in shape.items() if v is None]
+            if missing:
+                raise ValueError(f"model {self.name!r} needs {', '.join(missing)}")
+            if self.family not in FAMILIES:
+                raise ValueError(f"unknown model family {self.family!r}; {nearest(str(self.family), list(FAMILIES))}")
+        else:
+            given = [k for k, v in shape.items() if v is not None] + [k for k in ("settings", "training") if getattr(self, k)]
+            if given:
+                raise ValueError(f"model {self.name!r} is a view of {self.view_of!r} and cannot set {', '.join(given)}")
+        return self
+
+
+class Suite(_Strict):
+    """One benchmark: which models, on which text, fitted and evaluated how."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    question: str = Field(min_length=1, description="what it answers, in one sentence")
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    corpus: CorpusRecipe = CorpusRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    fit: FitRecipe = FitRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    models: tuple[ModelRecipe, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Suite":
+        names = [m.name for m in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two models are named {next(n for n in names if names.count(n) > 1)!r}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed is named twice")
+        for model in self.models:
+            if model.view_of is not None:
+                owner = next((m for m in self.models if m.name == model.view_of), None)
+                if owner is None or owner.view_of is not None:
+                    raise ValueError(f"model {model.name!r} is a view of {model.view_of!r}, which no model of the suite is")
+            else:
+                self.training_of(model)
+        if abs(sum(self.corpus.fractions.values()) - 1) > 1e-6:
+            raise ValueError("the corpus fractions train, fit, dev and eval must sum to 1")
+        longest = self.training.length - 1 - self.evaluate.first_position
+        if max(self.evaluate.positions, self.fit.positions, self.fit.dev_positions) > longest:
+            raise ValueError(f"sequences of {self.training.length} tokens have no more than {longest} positions to score")
+        return self
+
+    def training_of(self, model: ModelRecipe) -> TrainingRecipe:
+        """The suite's training with what the model changes; ``tokens``, ``length`` and ``batch`` are common to all."""
+        fixed = sorted({"tokens", "length", "batch"} & set(model.training))
+        if fixed:
+            raise ValueError(f"model {model.name!r} changes training.{fixed[0]}: that is the same for all models of a suite")
+        return TrainingRecipe.model_validate({**self.training.model_dump(), **model.training})
+
+    def trained(self, model: ModelRecipe) -> ModelRecipe:
+        """The model itself, or the one it is a view of."""
+        return model if model.view_of is None else next(m for m in self.models if m.name == model.view_of)
+
+
+class Trial(_Strict):
+    """One setting to try for one model of a suite."""
+
+    model: str
+    training: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Sweep(_Strict):
+    """Declared trials, equally many for each model, judged by cross-entropy on the dev split."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    question: str = Field(min_length=1)
+    suite: str = Field(description="the suite whose corpus, sizes and token budget the trials use")
+    trials: tuple[Trial, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fair(self) -> "Sweep":
+        counts = {t.model: sum(u.model == t.model for u in self.trials) for t in self.trials}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"every model must get equally many trials, not {counts}")
+        return self
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The hint behind an unknown name."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+
+
+def suites_folder() -> Path:
+    """The folder of the suites that come with lensbench: ``benchmarks/`` of a checkout, or its copy in a wheel."""
+    packaged = Path(str(resources.files("lensbench"))) / "benchmarks"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def named_files() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(suites_folder().glob("*.toml"))}
+
+
+def read_toml(name: str) -> tuple[str, dict[str, Any]]:
+    """The content of a suite file given by name (``quick``) or path, and what to call it in messages."""
+    known = named_files()
+    path = known.get(name) or Path(name)
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise LensbenchError(f"there is no suite file {name}")
+        raise LensbenchError(f"unknown suite {name!r}; {nearest(name, list(known))}")
+    try:
+        return path.name, tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise LensbenchError(f"{path.name} is not valid TOML: {error}") from error
+
+
+def validated(kind: type[Kind], name: str, content: dict[str, Any]) -> Kind:
+    """``content`` as a suite or sweep; the first thing wrong with it becomes one line."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            key, known = str(first["loc"][-1]), known_keys(kind, first["loc"][:-1])
+            raise LensbenchError(f"{name}: unknown key {place!r}; {nearest(key, known)}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise LensbenchError(f"{name}: {place}: {message}" if place else f"{name}: {message}") from error
+
+
+def known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known where a validation error points to."""
+    for part in location:
+        if isinstance(part, str) and part in kind.model_fields:
+            annotation = kind.model_fields[part].annotation
+            inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
+            kind = next((a for a in inner if issubclass(a, BaseModel)), kind)
+    return list(kind.model_fields)
+
+
+def load_suite(name: str) -> Suite:
+    """A suite by name or path; raises :class:`LensbenchError` saying what is wrong and where."""
+    return validated(Suite, *read_toml(name))
+
+
+def load_sweep(name: str) -> Sweep:
+    """A sweep by name or path."""
+    return validated(Sweep, *read_toml(name))
