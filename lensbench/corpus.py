@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "fit", "dev", "eval")
-FRACTIONS: Mapping[str, float] = {"train": 0.62, "fit": 0.12, "dev": 0.06, "eval": 0.20}
+FRACTIONS: Mapping[str, float] = MappingProxyType({"train": 0.62, "fit": 0.12, "dev": 0.06, "eval": 0.20})
 END_OF_TEXT = "<|endoftext|>"
 
 MIN_DOCUMENTS = 20  # with fewer, documents are cut into blocks as a lone text is

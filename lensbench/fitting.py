@@ -79,7 +79,9 @@ class Moments:
             means.append(mean)
             covariances.append((centred * weights[:, None]).T @ centred)
             crosses.append(target.T @ centred)
-        return cls(torch.stack(means), torch.stack(covariances), torch.stack(crosses), target_mean)
+        # On the CPU from here: d x d algebra in float64 is no work for a GPU.
+        parts = torch.stack(means), torch.stack(covariances), torch.stack(crosses), target_mean
+        return cls(*(part.cpu() for part in parts))
 
     def layer(self, rows: Sequence[int]) -> "Moments":
         at = list(rows)
@@ -150,12 +152,12 @@ def pad_direction(readout: ReadOut, final_states: Tensor) -> Tensor:
     h = final_states.double()
     gain = readout.gain(h.shape[-1])
     if gain is None:
-        return torch.zeros_like(h[0])
-    gain = gain.double()
+        return torch.zeros_like(h[0]).cpu()
+    gain, h = gain.double().cpu(), h.cpu()
     # What norm(x) does not depend on (LayerNorm: the mean; parts of the state that it is blind to) cannot hold length.
     values, vectors = torch.linalg.eigh(gain.T @ gain)
     seen = vectors[:, values > 1e-6 * values[-1]]
-    weight = readout.weight.double()
+    weight = readout.weight.double().cpu()
     visible = (weight - weight.mean(0)) @ gain @ seen
     direction = seen @ torch.linalg.eigh(visible.T @ visible)[1][:, 0]
     rms = (h @ seen).pow(2).mean().sqrt()
@@ -287,14 +289,15 @@ def fit_rotated(search: DevSearch, moments: Moments, view: RotatedView) -> Fitte
     layers = range(len(moments.mean))
     path = RidgePath(moments.rotated(view).pooled(layers), "zero")
 
-    def on_plain_states(ridge: float) -> AffineMaps:
-        shared = path.solve(ridge)
-        q = view.maps.to(shared.matrix)
-        return AffineMaps(shared.matrix @ q, shared.offset.expand(len(q), -1))
-
-    choice = search.best(on_plain_states, layers)
-    maps = search.padded(on_plain_states(choice.ridge), choice.pad)
+    choice = search.best(lambda ridge: rotated_maps(path.solve(ridge), view), layers)
+    maps = search.padded(rotated_maps(path.solve(choice.ridge), view), choice.pad)
     return Fitted(maps, (choice.ridge,) * len(layers), (choice.pad,) * len(layers), "zero", "closed")
+
+
+def rotated_maps(maps: AffineMaps, view: RotatedView) -> AffineMaps:
+    """Maps of rotated states (one, or one per layer) as maps of the plain states, one per layer: ``B Q_l h + c``."""
+    q = view.maps.to(maps.matrix)
+    return AffineMaps(maps.matrix @ q, maps.offset.expand(len(q), -1))
 
 
 def solve_as_chosen(
@@ -353,7 +356,7 @@ def read_out_curvature(readout: ReadOut, fit: Capture) -> Tensor:
     moment = (q @ readout.weight) * inverse_scale[:, None]
     weight = readout.weight.double()
     fisher = (weight.T * weighted.double()) @ weight - moment.double().T @ moment.double()
-    return gain.double().T @ fisher @ gain.double() / len(final)
+    return (gain.double().T @ fisher @ gain.double() / len(final)).cpu()
 
 
 def inverse_root(matrix: Tensor, floor: float) -> Tensor:
@@ -404,17 +407,17 @@ def refine(
     whiten = inverse_root(moments.covariance[0] + lam * torch.eye(h.shape[-1], dtype=torch.float64), 0.0)
     colour = inverse_root(read_out_curvature(readout, fit), 1e-2)
     mean = moments.mean[0]
-    inputs = ((h.double() - mean) @ whiten).to(h)
-    to_matrix = whiten.to(h), colour.to(h)
+    inputs = ((h.double() - mean.to(h.device)) @ whiten.to(h.device)).to(h)
+    whiten_h, colour_h = whiten.to(h), colour.to(h)
 
-    # x = (inputs theta^T + gamma) colour + centre, with theta and gamma what is optimised.
-    matrix0, offset0 = start.matrix[0].double(), start.offset[0].double()
+    # x = (inputs theta^T + gamma) colour, with theta and gamma what is optimised; colour and whiten are symmetric.
+    matrix0, offset0 = start.matrix[0].double().cpu(), start.offset[0].double().cpu()
     theta0 = torch.linalg.solve(colour, matrix0) @ torch.linalg.inv(whiten)
     gamma0 = torch.linalg.solve(colour, matrix0 @ mean + offset0)
     theta, gamma = theta0.to(h).requires_grad_(), gamma0.to(h).requires_grad_()
 
     def output() -> Tensor:
-        return torch.addmm(gamma, inputs, theta.T) @ to_matrix[1]
+        return torch.addmm(gamma, inputs, theta.T) @ colour_h
 
     with torch.no_grad():
         x = output()
@@ -424,8 +427,8 @@ def refine(
     penalty = (nats_per_error * lam).to(h)
 
     def maps() -> AffineMaps:
-        matrix = (colour @ theta.detach().double() @ whiten)
-        return AffineMaps(matrix[None], (colour @ gamma.detach().double() - matrix @ mean)[None])
+        matrix = colour @ theta.detach().double().cpu() @ whiten
+        return AffineMaps(matrix[None], (colour @ gamma.detach().double().cpu() - matrix @ mean)[None])
 
     optimizer = torch.optim.LBFGS(
         [theta, gamma], lr=1.0, max_iter=4, history_size=20, line_search_fn="strong_wolfe", tolerance_change=0.0
@@ -434,7 +437,7 @@ def refine(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        matrix = to_matrix[1] @ theta @ to_matrix[0]
+        matrix = colour_h @ theta @ whiten_h
         loss = kl_objective(readout, output(), expected, entropy_term) + penalty / 2 * matrix.pow(2).sum()
         loss.backward()
         return loss

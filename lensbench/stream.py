@@ -135,7 +135,8 @@ def find_readout(model: PreTrainedModel) -> ReadOut:
     if not head_inputs:
         raise LensbenchError(f"{type(model).__name__} never calls its output embedding; lensbench cannot read it")
     for output, module in produced:
-        if output is head_inputs[-1]:
+        # The same numbers in the same memory: models hand the head a slice of what the norm returned.
+        if output.data_ptr() == head_inputs[-1].data_ptr() and output.shape == head_inputs[-1].shape:
             return ReadOut(module, head)
     raise LensbenchError(
         f"no module of {type(model).__name__} produces its head's input: it has no final norm, which is not supported"

@@ -63,9 +63,14 @@ class ModelRecipe(_Strict):
     view: Literal["state", "prediction"] = Field("state", description="the whole stream, or what norm and head see of it")
     view_of: str | None = Field(None, description="name of the model that this is another view of")
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What every family is built from."""
+        return {key: getattr(self, key) for key in ("d_model", "layers", "heads", "parameters")}
+
     @model_validator(mode="after")
     def _complete(self) -> "ModelRecipe":
-        shape = {k: getattr(self, k) for k in ("family", "d_model", "layers", "heads", "parameters")}
+        shape = {"family": self.family, **self.shape}
         if self.view_of is None:
             missing = [k for k, v in shape.items() if v is None]
             if missing:

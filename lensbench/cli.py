@@ -1,0 +1,196 @@
+"""The command line: parses, calls, prints."""
+
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lensbench.errors import LensbenchError
+
+app = typer.Typer(
+    name="lensbench",
+    help="Does a language model refine one prediction, kept in one representation, layer by layer?\n\n"
+    "lensbench trains small models or loads yours, fits a lens per layer and one lens for all layers, reads every lens "
+    "at every layer, and reports indices with intervals beside their nulls.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+messages = Console(stderr=True)
+
+
+class Bars:
+    """Progress bars with a rate and the time left on a terminal; a line per finished stage elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = messages.is_terminal
+        self.bars = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[remark]}"),
+            console=messages,
+            disable=not self.live,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> "Bars":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
+        task = self.bars.add_task(name, total=total, unit=unit, remark="")
+        return lambda done, remark: self.bars.update(task, completed=done, remark=remark)
+
+    def finished(self, name: str, seconds: float, reused: bool) -> None:
+        what = "reused, took" if reused else "done in"
+        messages.print(f"{name}: {what} {seconds:.1f} s", highlight=False)
+
+
+Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/SUITE.", show_default=False)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Argument(help="Name of a suite (see `lensbench models`) or a TOML file.")],
+    out: Out = None,
+    seed: Annotated[int | None, typer.Option(help="Run this seed instead of the suite's.", show_default=False)] = None,
+    device: Device = "auto",
+    only: Annotated[list[str] | None, typer.Option(help="Run this model alone; repeatable.", show_default=False)] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
+    from lensbench.run import choose_device, run_suite
+    from lensbench.suite import load_suite
+
+    chosen = load_suite(suite)
+    if seed is not None:
+        chosen = chosen.model_copy(update={"seeds": (seed,)})
+    folder = out or Path("runs") / chosen.name
+    start = time.perf_counter()
+    with Bars() as bars:
+        finished = run_suite(chosen, folder, device=choose_device(device), only=only, progress=bars)
+    from lensbench.report import print_run
+
+    print_run(finished, console)
+    console.print(f"\n{time.perf_counter() - start:.0f} s. Tables and figures: {folder}", highlight=False)
+
+
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(help="Name of a sweep or a TOML file.")],
+    out: Out = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Try the declared settings of a suite's models, equally many for each, and mark the best on the dev split."""
+    from lensbench.run import choose_device, run_sweep
+    from lensbench.suite import load_sweep
+
+    chosen = load_sweep(name)
+    folder = out or Path("runs") / chosen.name
+    with Bars() as bars:
+        table = run_sweep(chosen, folder, device=choose_device(device), progress=bars)
+    console.print(table.to_string(index=False), highlight=False)
+
+
+@app.command()
+def figures(
+    folder: Annotated[Path, typer.Argument(help="A run folder; its CSV tables are all that is read.")],
+    unverified: Annotated[bool, typer.Option("--unverified", help="Draw tables that changed since the run.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Redraw a run's figures from its CSV tables alone."""
+    from lensbench import results
+    from lensbench.figures import draw_figures
+
+    for path in draw_figures(results.read_run(folder, need_manifest=False, verify=not unverified), folder / "figures"):
+        console.print(str(path), highlight=False)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders; the first is what the others are held against.")],
+    out: Annotated[Path | None, typer.Option(help="Write the tidy table here as CSV.", show_default=False)] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare models across run folders: one tidy table, differences paired where the same sequences were scored."""
+    from lensbench.compare import compare_runs, print_comparison
+
+    comparison = compare_runs(folders)
+    if out is not None:
+        comparison.write(out)
+    print_comparison(comparison, console)
+
+
+@app.command()
+def models(debug: Debug = False) -> None:
+    """What can be named: suites and their models, sweeps, model families, corpora."""
+    from lensbench.models import FAMILIES
+    from lensbench.suite import named_files, read_toml
+
+    named = Table("name", "models or trials", "question", title="suites and sweeps (benchmarks/*.toml)")
+    for name in named_files():
+        _, content = read_toml(name)
+        inside = [m["name"] for m in content.get("models", [])] or [f"{len(content.get('trials', []))} trials"]
+        named.add_row(name, ", ".join(inside), content["question"])
+    console.print(named)
+    families = Table("family", "settings", "what it is", title="model families")
+    for name, family in FAMILIES.items():
+        families.add_row(name, ", ".join(family.settings), family.description)
+    console.print(families)
+    console.print("corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]", highlight=False)
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for what a user can mend, 130 for Ctrl-C."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        messages.print("interrupted; finished stages are kept, the same command goes on from there", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line = one_line(error)
+        if line is None and not debug:
+            raise
+        messages.print(f"lensbench: {line or error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def one_line(error: Exception) -> str | None:
+    """What to tell a user of an error that they can mend; None for a defect of lensbench."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error) or "os error 28" in str(error):
+        return "the disk is full; free some space and run the same command again: finished stages are kept"
+    if isinstance(error, LensbenchError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {os.strerror(error.errno) if error.errno else error}"
+    return None
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    main()

@@ -1,0 +1,245 @@
+"""The pictures are a function of the tables: the same bytes for the same tables, an error for what cannot be drawn."""
+
+from itertools import product
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from lensbench import figures
+from lensbench.errors import LensbenchError
+from lensbench.results import SCHEMA, Run, read_run, write_table
+
+FILES = ["transfer_penalty.png", "kl_by_layer.png", "penalty_by_distance.png", "gain_visibility.png", "plane.png"]
+
+
+def rows_of(name: str, rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame([{**dict.fromkeys(SCHEMA[name]), **row} for row in rows])
+
+
+def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0",), scale: float = 1.0) -> Path:
+    """A run folder of made-up numbers of the right order: ``models`` maps a name to its number of layers."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    tables: dict[str, list[dict]] = {name: [] for name in SCHEMA}
+    tables["baselines.csv"].append({"baseline": "unigram", "ce": 6.5})
+    for (rank, (model, layers)), seed in product(enumerate(models.items()), seeds):
+        who = {"model": model, "seed": seed}
+        tables["models.csv"].append({**who, "family": "toy", "layers": layers, "ce": 3.5, "clusters": 80})
+        own = np.append(np.linspace(2.4, 0.3, layers), 0.0)
+        for i, j in product(range(layers + 1), repeat=2):
+            far = abs(i - j) ** 1.3 * (1.6 if i < j else 1.0) / layers**1.3
+            penalty = 0.0 if i == j else 5 * scale * far / (1 + rank) * float(rng.uniform(0.8, 1.2))
+            how = {"stage": "closed", "prior": "identity", "tolerance": 0.02, "lens_layer": i, "stream_layer": j}
+            tables["transfer.csv"].append(
+                {**who, **how, "kl": own[j] + penalty, "ce": 3.5 + own[j] + penalty, "penalty_ce": penalty}
+            )
+        for lens, shift in {"logit": 2.5, "tuned": 0.0, "shared": 0.5, "shared_bias": 0.35, "shared_loo": 0.62}.items():
+            for stage in ["none"] if lens == "logit" else ["closed", "refined"] if lens[-3:] != "loo" else ["closed"]:
+                for layer in range(layers + (lens == "logit")):
+                    kl = own[layer] * (1 + shift / (1 + rank)) + (0.12 if stage == "closed" else 0.0) * (layer < layers)
+                    how = {"lens": lens, "layer": layer, "stage": stage, "prior": "zero", "kl": kl}
+                    tables["lenses.csv"].append({**who, **how, "kl_ci_low": 0.96 * kl, "kl_ci_high": 1.04 * kl})
+        if rank == 0:
+            for layer in range(layers):
+                how = {"lens": "shared", "layer": layer, "stage": "closed", "prior": "zero", "kl": 3.6 - 0.2 * layer}
+                tables["lenses.csv"].append({**who, **how, "model": model + "+rotated"})
+        for index, value in {
+            "gain_visibility": -1.1 + 0.8 * rank,
+            "gain_visibility_adjacent": -0.4 + 0.5 * rank,
+            "movement": 2.2 - 0.6 * rank,
+            "shared_consistency": min(0.98, 0.6 + 0.17 * rank),
+        }.items():
+            width = {"ci_low": value - 0.08, "ci_high": value + 0.08, "fit_low": value - 0.15, "fit_high": value + 0.12}
+            how = {"stage": "closed", "tolerance": None if index == "shared_consistency" else 0.02}
+            tables["indices.csv"].append({**who, **how, "index": index, "value": value, **width})
+    for name, rows in tables.items():
+        write_table(folder, name, rows_of(name, rows))
+    return folder
+
+
+def change(folder: Path, name: str, edit) -> Run:
+    """The run after ``edit`` of one of its tables."""
+    table = pd.read_csv(folder / name, keep_default_na=False, na_values=[""])
+    write_table(folder, name, edit(table))
+    return read_run(folder, need_manifest=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", {"gpt": 3, "pc": 2})
+
+
+def read(folder: Path) -> Run:
+    return read_run(folder, need_manifest=False)
+
+
+def images(figure: Figure) -> list:
+    return [image for axes in figure.axes for image in axes.get_images()]
+
+
+def words(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(Text) if isinstance(text, Text))
+
+
+def test_all_figures_are_written_and_a_redraw_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    first = figures.draw_figures(read(folder), tmp_path / "deep" / "a")
+    with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 30}):  # a user's own settings make no difference
+        second = figures.draw_figures(read(folder), tmp_path / "b")
+    assert [path.name for path in first] == FILES
+    assert sorted(path.name for path in (tmp_path / "deep" / "a").iterdir()) == sorted(FILES)
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert dict(matplotlib.rcParams) == before
+
+
+def pixels(figure: Figure) -> bytes:
+    canvas = figures.FigureCanvasAgg(figure)
+    canvas.draw()
+    return bytes(canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "frame", "draw"),
+    [
+        ("transfer.csv", "penalty_ce", figures.transfer_frame, figures.transfer_penalty),
+        ("transfer.csv", "penalty_ce", figures.transfer_frame, figures.penalty_by_distance),
+        ("lenses.csv", "kl", figures.lens_frame, figures.kl_by_layer),
+        ("indices.csv", "value", figures.index_frame, figures.gain_visibility),
+        ("indices.csv", "value", figures.index_frame, figures.plane),
+    ],
+)
+def test_a_changed_value_changes_the_picture(folder: Path, name: str, column: str, frame, draw) -> None:
+    before = pixels(draw(frame(read(folder))))
+
+    def edit(table: pd.DataFrame) -> pd.DataFrame:
+        values = table[column].to_numpy(float, copy=True)
+        values[0 if name == "indices.csv" else 1] += 0.5
+        return table.assign(**{column: values})
+
+    assert pixels(draw(frame(change(folder, name, edit)))) != before
+
+
+def test_heatmaps_share_one_scale_that_one_enormous_cell_does_not_stretch(folder: Path) -> None:
+    def edit(table: pd.DataFrame) -> pd.DataFrame:
+        enormous = (table["model"] == "pc") & (table["lens_layer"] == 0) & (table["stream_layer"] == 2)
+        table.loc[enormous, "penalty_ce"] = 900.0
+        return table
+
+    frame = figures.transfer_frame(change(folder, "transfer.csv", edit))
+    figure = figures.transfer_penalty(frame)
+    gpt, pc = images(figure)
+    assert gpt.get_array().shape == (4, 4) and pc.get_array().shape == (3, 3)
+    assert gpt.norm is pc.norm and gpt.cmap is pc.cmap
+    assert gpt.norm.vmin == 0 and 1 < gpt.norm.vmax < 10
+    assert "clipped" in words(figure) and "900" in words(figure)
+    cell = frame.query("model == 'gpt' and lens_layer == 0 and stream_layer == 2")["penalty_ce"].item()
+    assert gpt.get_array()[0, 2] == pytest.approx(cell)  # rows are lenses, columns are streams
+
+
+def test_negative_penalties_get_a_scale_whose_palest_colour_is_zero(folder: Path) -> None:
+    def edit(table: pd.DataFrame) -> pd.DataFrame:
+        table.loc[1, "penalty_ce"] = -1.0
+        return table
+
+    image = images(figures.transfer_penalty(figures.transfer_frame(change(folder, "transfer.csv", edit))))[0]
+    assert image.norm.vmin == -1.0
+    assert min(image.cmap(float(image.norm(0.0)))[:3]) > 0.94
+
+
+def test_seeds_are_averaged_unless_the_table_has_their_mean(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"gpt": 2}, seeds=("0", "1", "2"))
+    table = read(folder).tables["transfer.csv"]
+    mean = table.query("lens_layer == 0 and stream_layer == 1")["penalty_ce"].mean()
+    frame = figures.transfer_frame(read(folder))
+    assert frame.query("lens_layer == 0 and stream_layer == 1")["penalty_ce"].item() == pytest.approx(mean)
+    with pytest.raises(LensbenchError, match="gain_visibility of gpt has seeds 0, 1, 2 but no row with seed all"):
+        figures.index_frame(read(folder))
+
+    def edit(table: pd.DataFrame) -> pd.DataFrame:
+        return pd.concat([table, table[table["seed"] == 0].assign(seed="all", value=0.25)])
+
+    frame = figures.index_frame(change(folder, "indices.csv", edit))
+    assert list(frame["value"]) == [0.25] * 4 and set(frame["seed"]) == {"all"}
+
+
+def test_missing_cells_are_named_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+    def edit(table: pd.DataFrame) -> pd.DataFrame:
+        pc = table["model"] == "pc"
+        table.loc[pc & (table["lens_layer"] == 0) & (table["stream_layer"] == 1), "penalty_ce"] = None
+        return table[~(pc & (table["lens_layer"] == 2) & (table["stream_layer"] == 0))]
+
+    with pytest.raises(LensbenchError, match="model pc, seed 0: 2 of the 3 x 3 cells"):
+        figures.draw_figures(change(folder, "transfer.csv", edit), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_given_twice_is_refused(folder: Path) -> None:
+    with pytest.raises(LensbenchError, match="model gpt, seed 0: 1 cells too many"):
+        figures.transfer_frame(change(folder, "transfer.csv", lambda table: pd.concat([table, table.head(1)])))
+
+
+def test_the_headline_setting_is_drawn_where_the_table_has_several(folder: Path) -> None:
+    def edit(table: pd.DataFrame) -> pd.DataFrame:
+        others = [table.assign(tolerance=0.1, penalty_ce=50.0), table.assign(prior="zero", penalty_ce=60.0)]
+        return pd.concat([others[0], table, others[1]])
+
+    frame = figures.transfer_frame(change(folder, "transfer.csv", edit))
+    assert set(frame["tolerance"]) == {0.02} and set(frame["prior"]) == {"identity"} and frame["penalty_ce"].max() < 50
+    assert "prior identity, tolerance 2 %" in words(figures.transfer_penalty(frame))
+
+
+def test_an_undefined_index_is_said_and_its_model_left_out_of_the_plane(folder: Path, tmp_path: Path) -> None:
+    def edit(table: pd.DataFrame) -> pd.DataFrame:
+        table["reason"] = table["reason"].astype(object)
+        gone = (table["model"] == "gpt") & (table["index"] == "gain_visibility")
+        table.loc[gone, ["value", *figures.INTERVAL]] = None
+        table.loc[gone, "reason"] = "denominator reaches below 2 % of K_0"
+        return table
+
+    run = change(folder, "indices.csv", edit)
+    frame = figures.index_frame(run)
+    assert words(figures.gain_visibility(frame)).split("\n").count("undefined") == 1
+    figure = figures.plane(frame)
+    assert "Not drawn because undefined or not measured: gpt (visibility)." in words(figure)
+    assert [text.get_text() for text in figure.axes[0].texts if text.get_text() in ("gpt", "pc")] == ["pc"]
+
+    def nothing(table: pd.DataFrame) -> pd.DataFrame:
+        table[["value", *figures.INTERVAL]] = None
+        return table
+
+    assert len(figures.draw_figures(change(folder, "indices.csv", nothing), tmp_path / "out")) == len(FILES)
+
+
+def test_names_in_the_plane_touch_neither_each_other_nor_an_error_bar(tmp_path: Path) -> None:
+    names = ["gpt", "gpt-untrained", "gpt-partitioned", "gpt+rotated", "pc", "pc+state"]
+    frame = figures.index_frame(read(write_run(tmp_path / "run", dict.fromkeys(names, 2))))
+    close = frame["index"].isin(["gain_visibility", "shared_consistency"])
+    rank = frame["model"].map(names.index)
+    frame.loc[close, "value"] = (0.5 + 0.02 * rank)[close]
+    frame.loc[close, "ci_low"], frame.loc[close, "ci_high"] = frame["value"] - 0.1, frame["value"] + 0.1
+    figure = figures.plane(frame)
+    panel = figure.axes[0]
+    renderer = figures.FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in panel.texts if text.get_text() in names]
+    assert len(boxes) == len(names)
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+    bars = [line.get_window_extent(renderer) for line in panel.lines if line.get_linewidth() == 1.3]
+    assert len(bars) == 2 * len(names)
+    assert not any(box.overlaps(bar) for box in boxes for bar in bars)
+
+
+@pytest.mark.parametrize("models", [{"one": 2}, {"small": 2, "deep": 24}])
+def test_any_depth_and_number_of_models(tmp_path: Path, models: dict[str, int]) -> None:
+    run = read(write_run(tmp_path / "run", models))
+    figure = figures.transfer_penalty(figures.transfer_frame(run))
+    for axes, layers in zip(figure.axes, models.values(), strict=False):
+        assert bool(axes.texts) == (layers <= figures.ANNOTATED_LAYERS)
+        assert len(axes.get_yticks()) <= figures.ANNOTATED_LAYERS + 1
+        assert axes.get_yticklabels()[-1].get_text() == "logit"
+    figures.penalty_by_distance(figures.transfer_frame(run))
+    figures.kl_by_layer(figures.lens_frame(run))
