@@ -179,7 +179,8 @@ def index_frame(run: Run) -> pd.DataFrame:
         if len(rows) > 1:
             seeds = ", ".join(rows["seed"])
             raise LensbenchError(f"indices.csv: {name} of {model} has seeds {seeds} but no row with seed all")
-    return _ordered(table[["model", "index", "stage", "tolerance", "seed", "value", *INTERVAL]].reset_index(drop=True), run)
+    columns = ["model", "index", "stage", "tolerance", "seed", "value", *INTERVAL]
+    return _ordered(table[columns].reset_index(drop=True), run)
 
 
 def _base(model: Any) -> str:
@@ -381,8 +382,8 @@ def transfer_penalty(frame: pd.DataFrame) -> Figure:
                 panel.text(
                     j, i, _short(value), ha="center", va="center", size=6.5, color=_ink(colours(float(norm(value))))
                 )
-    rows_of_panels = math.ceil(len(models) / HEATMAP_COLUMNS)
-    bar = figure.colorbar(image, ax=panels, extend=extend, fraction=0.05, pad=0.02, aspect=22 * rows_of_panels, extendfrac=0.04)
+    slender: dict[str, Any] = {"fraction": 0.05, "pad": 0.02, "aspect": 22 * math.ceil(len(models) / HEATMAP_COLUMNS)}
+    bar = figure.colorbar(image, ax=panels, extend=extend, extendfrac=0.04, **slender)
     label = "transfer penalty $C_{ij} - C_{jj}$ (nats/token)"
     if extend in ("max", "both"):
         label += f"\nclipped at {_short(vmax)}: {CLIP_PERCENTILE}th percentile off the diagonal"
