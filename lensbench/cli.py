@@ -12,7 +12,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lensbench.errors import LensbenchError
@@ -75,7 +83,9 @@ def run(
     out: Out = None,
     seed: Annotated[int | None, typer.Option(help="Run this seed instead of the suite's.", show_default=False)] = None,
     device: Device = "auto",
-    only: Annotated[list[str] | None, typer.Option(help="Run this model alone; repeatable.", show_default=False)] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run this model alone; repeatable.", show_default=False)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
@@ -158,7 +168,9 @@ def models(debug: Debug = False) -> None:
     for name, family in FAMILIES.items():
         families.add_row(name, ", ".join(family.settings), family.description)
     console.print(families)
-    console.print("corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]", highlight=False)
+    console.print(
+        "corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]", highlight=False
+    )
 
 
 def main() -> None:

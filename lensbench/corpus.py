@@ -514,9 +514,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def tokenize(
-    tokenizer: Tokenizer | PreTrainedTokenizerFast, documents: Iterable[Document]
-) -> list[TokenizedDocument]:
+def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerFast, documents: Iterable[Document]) -> list[TokenizedDocument]:
     """Encode documents, each behind the beginning-of-text id, and count the bytes that each token stands for.
 
     ``tokenizer`` is one of `train_tokenizer`, or a model's own fast tokenizer; the id put in front is its bos, else its

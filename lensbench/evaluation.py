@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lensbench import indices
@@ -19,8 +20,8 @@ from lensbench.errors import LensbenchError
 from lensbench.fitting import (
     Choice,
     DevSearch,
-    Fitted,
     FitRecipe,
+    Fitted,
     Moments,
     fit_each,
     fit_rotated,
@@ -161,7 +162,12 @@ def fit_all(
         own = fitted["own"]
         refined.append(
             refine(
-                search, captured, moments.layer([layer]), own.maps[[layer]], own.ridges[layer], [layer],
+                search,
+                captured,
+                moments.layer([layer]),
+                own.maps[[layer]],
+                own.ridges[layer],
+                [layer],
                 tokens=recipe.refine_tokens,
             )  # fmt: skip
         )
@@ -226,10 +232,7 @@ def resampled(
         "own": solve("own", moments),
         "shared": solve("shared", moments.pooled(layers)),
         "shared_loo": AffineMaps.stack(
-            [
-                solve("shared_loo", moments.pooled([k for k in layers if k != j]), slice(j, j + 1))
-                for j in layers
-            ]
+            [solve("shared_loo", moments.pooled([k for k in layers if k != j]), slice(j, j + 1)) for j in layers]
         ),
     }
     for k, view in enumerate(views):
@@ -295,10 +298,22 @@ class Scored:
         layers = self.matrix["kl"].shape[-1] - 1
         blocks: list[pd.DataFrame] = []
 
-        def add(lens: str, lens_layer: int, layer: int, stage: str, prior: str, kl, ce, movement=np.nan, view: int = -1):
-            columns = {"lens": lens, "lens_layer": lens_layer, "layer": layer, "stage": stage, "prior": prior, "view": view}
+        def add(
+            lens: str, lens_layer: int, layer: int, stage: str, prior: str, kl: Any, ce: Any,
+            movement: Any = np.nan, view: int = -1,
+        ) -> None:  # fmt: skip
+            columns = {
+                "lens": lens,
+                "lens_layer": lens_layer,
+                "layer": layer,
+                "stage": stage,
+                "prior": prior,
+                "view": view,
+            }
             values = {"tokens": self.tokens, "bytes": self.bytes, "kl": kl, "ce": ce, "movement": movement}
-            blocks.append(pd.DataFrame({"document": names, "sequence": windows.sequence, **columns, **values}, range(count)))
+            blocks.append(
+                pd.DataFrame({"document": names, "sequence": windows.sequence, **columns, **values}, range(count))
+            )
 
         add("constant", -1, -1, "none", "none", self.constant, np.nan)
         add("model", -1, layers, "none", "none", 0.0, self.model_ce)
@@ -307,7 +322,8 @@ class Scored:
             tuned = ("tuned", i) if i < layers else ("logit", i)
             how = (headline.stage, headline.prior) if i < layers else ("none", "none")
             for j in range(layers + 1):
-                add(*tuned, j, *how, *(self.matrix[k][:, i, j] for k in ("kl", "ce", "movement")))
+                kl, ce, movement = (self.matrix[k][:, i, j] for k in ("kl", "ce", "movement"))
+                add(*tuned, j, *how, kl, ce, movement)
         for name, (kl, ce) in self.layers.items():
             kept = self.fit.records[name]
             view = int(name.removeprefix("rotated")) if name.removeprefix("rotated").isdigit() else 0
@@ -318,9 +334,11 @@ class Scored:
         frame = pd.concat(blocks, ignore_index=True)
         frame.insert(0, "model", model)
         frame.insert(1, "seed", seed)
-        kinds = {c: "category" for c in ("model", "document", "lens", "stage", "prior")}
-        sizes = {c: "int32" for c in ("seed", "sequence", "tokens", "bytes")}
-        sizes |= {c: "int16" for c in ("lens_layer", "layer", "view")} | {c: "float32" for c in ("kl", "ce", "movement")}
+        kinds = dict.fromkeys(("model", "document", "lens", "stage", "prior"), "category")
+        sizes = dict.fromkeys(("seed", "sequence", "tokens", "bytes"), "int32")
+        sizes |= dict.fromkeys(("lens_layer", "layer", "view"), "int16") | dict.fromkeys(
+            ("kl", "ce", "movement"), "float32"
+        )
         return frame.astype(kinds | sizes)
 
 
@@ -331,7 +349,9 @@ def score_all(readout: ReadOut, captured: Capture, fit: Fit, *, report: Report |
     matrix = transfer_sums(readout, captured, fit.maps["transfer"])
     tick(1, "transfer matrix")
     by_layer = {
-        name: own_layer_sums(readout, captured, fit.maps[name], layers) for name in fit.summary.records if name != "transfer"
+        name: own_layer_sums(readout, captured, fit.maps[name], layers)
+        for name in fit.summary.records
+        if name != "transfer"
     }
     tick(2, "other lenses")
     tokens = sum_by_window(torch.ones(len(captured)), captured)
@@ -382,8 +402,7 @@ class Part:
 
     @classmethod
     def load(cls, model: str, seed: int, fitting: Path, scoring: Path) -> "Part":
-        with np.load(scoring / "refits.npz") as refits:
-            kept = {name: refits[name] for name in refits.files}
+        kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
         return cls(
             model,
             seed,
@@ -462,7 +481,7 @@ def ratio_with_interval(
 
 def mean_with_interval(values: Tensor, document: NDArray[np.int64], draws: int) -> tuple[float, float, float]:
     """Mean over tokens ``[N]`` with its 95 % interval over documents: (low, mean, high)."""
-    sums = np.bincount(document, weights=values.double().cpu().numpy())
+    sums = np.bincount(document, weights=values.double().cpu().numpy()).astype(float)
     counts = np.bincount(document).astype(float)
     low, mean, high = ratio_with_interval(sums, counts, indices.bootstrap_weights(len(counts), draws, 0))
     return float(low), float(mean), float(high)
@@ -476,11 +495,12 @@ def baseline_table(
     draws: int,
 ) -> pd.DataFrame:
     """``baselines.csv`` from each baseline's nats per scored token ``[N]``."""
-    counts, sizes = np.bincount(document).astype(float), np.bincount(document, weights=target_bytes)
+    counts = np.bincount(document).astype(float)
+    sizes = np.bincount(document, weights=target_bytes).astype(float)
     weights = indices.bootstrap_weights(len(counts), draws, 0)
     rows = []
     for name, nats in ce.items():
-        sums = np.bincount(document, weights=nats)
+        sums = np.bincount(document, weights=nats).astype(float)
         row: dict[str, Any] = {"baseline": name, "train_tokens": train_tokens}
         rows.append(row | ce_columns(sums, counts, sizes, weights))
     return pd.DataFrame(rows)
@@ -499,7 +519,9 @@ def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
 
 def tables(parts: list[Part], recipe: FitRecipe, *, draws: int) -> dict[str, pd.DataFrame]:
     """The CSV tables of a run, but for the baselines."""
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv")}
+    rows: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv")
+    }
     found: dict[str, list[dict[str, indices.Estimate]]] = {}
     for part in parts:
         sums = ClusterSums.of(part.sequences)
@@ -531,10 +553,13 @@ def lens_rows(part: Part, weights: NDArray[np.float64]) -> Iterator[dict[str, An
     kept = part.sequences[~part.sequences["lens"].isin(["constant", "model"])]
     headline = (kept["lens"] == "tuned") & (kept["prior"] == "identity")
     kept = kept[~headline & (kept["view"] <= 0)]
-    records = {(r.lens, r.stage): r for name, r in part.fit.records.items() if not name.startswith(("rotated", "transfer"))}
+    records = {
+        (r.lens, r.stage): r for name, r in part.fit.records.items() if not name.startswith(("rotated", "transfer"))
+    }
     rotated = {part.fit.records[name].lens: part.fit.records[name] for name in ("rotated_own", "rotated0")}
     keys = ["view", "lens", "stage", "prior", "layer"]
-    for (view, lens, stage, prior, layer), group in kept.groupby(keys, observed=True, sort=True):
+    for key, group in kept.groupby(keys, observed=True, sort=True):
+        view, lens, stage, prior, layer = cast(tuple[int, str, str, str, int], key)
         sums = group.groupby("document", observed=True)[["tokens", "kl", "ce"]].sum().sort_index()
         tokens = sums["tokens"].to_numpy(float)
         row = {"model": part.model + ("+rotated" if view == 0 else ""), "seed": part.seed, "lens": lens, "layer": layer}
@@ -553,9 +578,12 @@ def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -
     headline = part.fit.records["transfer"]
     layers = len(headline.ridge)
     matrix = part.sequences[
-        (part.sequences["lens"] == "logit") | ((part.sequences["lens"] == "tuned") & (part.sequences["prior"] == "identity"))
+        (part.sequences["lens"] == "logit")
+        | ((part.sequences["lens"] == "tuned") & (part.sequences["prior"] == "identity"))
     ]
-    ce = matrix.pivot_table(index="document", columns=["lens_layer", "layer"], values="ce", aggfunc="sum", observed=True)
+    ce = matrix.pivot_table(
+        index="document", columns=["lens_layer", "layer"], values="ce", aggfunc="sum", observed=True
+    )
     ce_sums = ce.sort_index().to_numpy(float).reshape(-1, layers + 1, layers + 1)
     values = {}
     for name, array in (("kl", sums.kl.transfer), ("ce", ce_sums), ("movement_kl", sums.kl.movement)):
@@ -580,9 +608,7 @@ def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -
             }
 
 
-def index_rows(
-    estimates: dict[str, indices.Estimate], part: Part, recipe: FitRecipe
-) -> Iterator[dict[str, Any]]:
+def index_rows(estimates: dict[str, indices.Estimate], part: Part, recipe: FitRecipe) -> Iterator[dict[str, Any]]:
     """``indices.csv`` of one model and seed."""
     refitted: dict[str, NDArray[np.float64]] = {}
     if part.refits:
@@ -603,7 +629,9 @@ def index_rows(
 
 
 def index_row(name: str, estimate: indices.Estimate, recipe: FitRecipe) -> dict[str, Any]:
-    stage = indices.INDICES[name][0] if name in indices.INDICES else ("closed" if name == "shared_consistency" else "none")
+    stage = (
+        indices.INDICES[name][0] if name in indices.INDICES else ("closed" if name == "shared_consistency" else "none")
+    )
     return {
         "index": name,
         "value": estimate.value,

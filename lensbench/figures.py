@@ -582,7 +582,7 @@ def gain_visibility(frame: pd.DataFrame) -> Figure:
     right.set_xlabel("movement (share of the own gain)")
     read = frame[frame["index"] != "shared_consistency"]
     caption = "Thick: 95 % interval with the lenses held fixed (seed all: over seeds); thin: range over refits."
-    caption += (" Undefined: the reason is in indices.csv." if undefined else "")
+    caption += " Undefined: the reason is in indices.csv." if undefined else ""
     words = _Frame(
         "Does a fixed lens see the later layers' gain, and does anything move?",
         f"{_setting(read)}; {_seeds(read)}. Above 0: refinement shows; 0 without movement: carried along; "

@@ -44,9 +44,13 @@ class FitRecipe(BaseModel):
     rotations: int = Field(5, ge=1, description="rotated views, each with a shared lens of its own")
     variance: float = Field(0.99, gt=0, le=1, description="share of pooled variance that rotations act on")
     refits: int = Field(5, ge=0, description="refits on document-resampled fit data")
-    refine_tokens: int = Field(16384, ge=1, description="fitting tokens of a refinement (twice as many for the shared lens)")
+    refine_tokens: int = Field(
+        16384, ge=1, description="fitting tokens of a refinement (twice as many for the shared lens)"
+    )
     refine_iterations: int = Field(40, ge=0, description="most L-BFGS iterations of a refinement")
-    refine_tolerance: float = Field(1e-3, gt=0, description="relative fall of the objective in 4 iterations that ends it")
+    refine_tolerance: float = Field(
+        1e-3, gt=0, description="relative fall of the objective in 4 iterations that ends it"
+    )
 
 
 @dataclass(frozen=True)
@@ -440,13 +444,13 @@ def refine(
         matrix = colour_h @ theta @ whiten_h
         loss = kl_objective(readout, output(), expected, entropy_term) + penalty / 2 * matrix.pow(2).sum()
         loss.backward()
-        return loss
+        return loss.detach()
 
     best = Refinement(start, search.kl(start, layers), 0, "iteration limit")
     ended: Literal["converged", "dev rose", "iteration limit"] = "iteration limit"
     rises = 0
     for iteration in range(4, recipe.refine_iterations + 1, 4):
-        before = float(optimizer.step(closure))  # type: ignore[arg-type]
+        before = optimizer.step(closure).item()  # type: ignore[arg-type]
         here = maps()
         dev_kl = search.kl(here, layers)
         if dev_kl < best.dev_kl:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
+Layers = NDArray[np.int64]
 SMALLEST_DENOMINATOR = 0.02
 """An index is undefined where its denominator's interval reaches below this share of K_0."""
 LARGEST_ROTATED_RETENTION = 0.9
@@ -65,10 +66,10 @@ class Value:
     denominator: Array | None = None
 
 
-def _pairs(layers: int) -> tuple[Array, Array]:
+def _pairs(layers: int) -> tuple[Layers, Layers]:
     """All i < j of layers 0..L-1."""
     i, j = np.triu_indices(layers, k=1)
-    return i, j
+    return i.astype(np.int64), j.astype(np.int64)
 
 
 def retention(own: Array, shared: Array, constant: Array) -> Value:
@@ -83,7 +84,7 @@ def rotated_retention(m: Means) -> Value:
     return Value(each.value.mean(-1), None if each.denominator is None else each.denominator[..., 0])
 
 
-def gain_visibility(m: Means, keep: Callable[[Array, Array], Array] | None = None) -> Value:
+def gain_visibility(m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]] | None = None) -> Value:
     """``sum V_ij / sum G_ij`` over i < j <= L-1: ``V = K_ii - K_ij``, ``G = K_ii - K_jj``."""
     seen, gained = _visible_and_own_gain(m, keep)
     return Value(seen.sum(-1) / gained.sum(-1), gained.sum(-1))
@@ -96,7 +97,9 @@ def movement(m: Means) -> Value:
     return Value(m.movement[..., i, j].sum(-1) / gained.sum(-1), gained.sum(-1))
 
 
-def _visible_and_own_gain(m: Means, keep: Callable[[Array, Array], Array] | None = None) -> tuple[Array, Array]:
+def _visible_and_own_gain(
+    m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]] | None = None
+) -> tuple[Array, Array]:
     i, j = _pairs(m.transfer.shape[-1] - 1)
     if keep is not None:
         kept = keep(i, j)
@@ -221,5 +224,8 @@ def estimates(point: Means, draws: Means, *, seed: int, clusters: int) -> dict[s
 
 def over_seeds(values: list[float]) -> tuple[float, float, float]:
     """Mean of one value per seed, with its 95 % Student-t interval."""
-    mean, half = float(np.mean(values)), stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    mean, half = (
+        float(np.mean(values)),
+        stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5,
+    )
     return mean, mean - float(half), mean + float(half)

@@ -66,7 +66,9 @@ class SharedLens(Lens):
         lens = cls(unembed, d, layers if layers > 1 else None)
         with torch.no_grad():
             lens.translator.weight.copy_(maps.matrix[0] - torch.eye(d))
-            (lens.translator.bias if layers == 1 else lens.layer_bias).copy_(maps.offset[0] if layers == 1 else maps.offset)
+            (lens.translator.bias if layers == 1 else lens.layer_bias).copy_(
+                maps.offset[0] if layers == 1 else maps.offset
+            )
         return lens
 
     def transform_hidden(self, h: Tensor, idx: int) -> Tensor:
@@ -99,7 +101,9 @@ class SharedLens(Lens):
         try:
             config = json.loads((folder / "config.json").read_text())
             if config["unembed_hash"] != unembed.unembedding_hash():
-                raise LensbenchError(f"the lens in {folder} was fitted to another model (its unembedding's hash differs)")
+                raise LensbenchError(
+                    f"the lens in {folder} was fitted to another model (its unembedding's hash differs)"
+                )
             lens = cls(unembed, config["d_model"], config["layer_biases"])
             lens.load_state_dict(load_file(folder / "params.safetensors"), strict=False)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

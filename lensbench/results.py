@@ -129,7 +129,9 @@ def read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise LensbenchError(f"{path.parent} has no {path.name}: not a finished run of lensbench")
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype={"seed": str})
+        table = pd.read_csv(
+            path, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype={"seed": str}
+        )
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     missing = [column for column in SCHEMA[path.name] if column not in table.columns]
@@ -166,7 +168,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise LensbenchError(f"{path} is damaged: {error}") from error
     if version != SCHEMA_VERSION:
-        raise LensbenchError(f"{folder} was written with schema {version}, this lensbench reads schema {SCHEMA_VERSION}")
+        raise LensbenchError(
+            f"{folder} was written with schema {version}, this lensbench reads schema {SCHEMA_VERSION}"
+        )
     return manifest
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from lensbench import __version__, corpus, evaluation, figures, results
 from lensbench.corpus import Corpus, TokenizedDocument, Windows
@@ -27,6 +29,8 @@ from lensbench.models.training import StepReport, train
 from lensbench.stages import Stage, Stages, open_run_folder
 from lensbench.stream import ResidualStream, capture
 from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
+
+transformers_logging.disable_progress_bar()  # lensbench draws its own
 
 CODE_VERSION = 1
 """Raised when a stage computes something else from the same settings, so that old stages are not reused."""
@@ -100,7 +104,9 @@ class Runner:
         tick(2, "")
         return Texts(read, tokenizer, documents, stage)
 
-    def windows(self, texts: Texts, split: str, sequences: int, positions: int, *, share: float | None = None) -> Windows:
+    def windows(
+        self, texts: Texts, split: str, sequences: int, positions: int, *, share: float | None = None
+    ) -> Windows:
         return corpus.sample_windows(
             texts.documents[split],
             n_sequences=sequences,
@@ -153,8 +159,10 @@ class Runner:
             model = AutoModelForCausalLM.from_pretrained(stage.folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise LensbenchError(f"the model in {stage.folder} cannot be loaded ({reason}); delete it to train anew") from error
-        return model.to(self.device)
+            raise LensbenchError(
+                f"the model in {stage.folder} cannot be loaded ({reason}); delete it to train anew"
+            ) from error
+        return torch.nn.Module.to(model, self.device)
 
     def measured(self, texts: Texts, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
         """The stages that fit a model's lenses and score them, for one view and seed."""
@@ -191,14 +199,16 @@ class Runner:
         fitting = self.stage(f"fit-{who}", key, fit)
 
         def score(folder: Path) -> None:
-            fitted = evaluation.Fit(load_maps(fitting.folder / "maps.safetensors"), FitSummary.load(fitting.folder / "fit.json"))
+            fitted = evaluation.Fit(
+                load_maps(fitting.folder / "maps.safetensors"), FitSummary.load(fitting.folder / "fit.json")
+            )
             tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe, stream().layers), "matrices")
             windows = self.eval_windows(texts)
             captured = capture(stream(), windows, constant=fitted.constant)
             scored = evaluation.score_all(stream().readout, captured, fitted, report=tick)
             frame = scored.frame(windows, model=model.name, seed=seed)
             results.write_atomically(folder / "sequences.parquet", partial(frame.to_parquet, index=False))
-            np.savez(folder / "refits.npz", **scored.refits)
+            save_file({k: torch.from_numpy(v) for k, v in scored.refits.items()}, folder / "refits.safetensors")
             network = stream().model
             results.write_json(
                 folder / "model.json",
@@ -294,7 +304,9 @@ def describe(
         "models": [m.name for m in models],
         "seeds": list(suite.seeds),
         "corpus": {
-            "spec": suite.corpus.spec if not suite.corpus.spec.startswith("file:") else "file:" + Path(suite.corpus.spec).name,
+            "spec": suite.corpus.spec
+            if not suite.corpus.spec.startswith("file:")
+            else "file:" + Path(suite.corpus.spec).name,
             "checksum": texts.corpus.checksum,
             "documents": {s: len(d) for s, d in texts.corpus.splits.items()},
             "tokens": {s: int(sum(len(d.ids) for d in documents)) for s, documents in texts.documents.items()},

@@ -106,7 +106,9 @@ def refuse_non_finite(model: nn.Module) -> None:
     """Raise :class:`LensbenchError` naming the first parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise LensbenchError(f"the model's weight {name} holds NaN or infinite values; load an undamaged checkpoint")
+            raise LensbenchError(
+                f"the model's weight {name} holds NaN or infinite values; load an undamaged checkpoint"
+            )
 
 
 @torch.no_grad()
@@ -117,7 +119,9 @@ def find_readout(model: PreTrainedModel) -> ReadOut:
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise LensbenchError(f"{type(model).__name__} has no linear output embedding: lensbench reads causal language models")
+        raise LensbenchError(
+            f"{type(model).__name__} has no linear output embedding: lensbench reads causal language models"
+        )
     produced: list[tuple[Tensor, nn.Module]] = []
     head_inputs: list[Tensor] = []
 
@@ -152,7 +156,9 @@ class Capture:
 
     states: Tensor  # [L+1, N, d]
     expected: Tensor  # [N, d_read]: e = W^T p
-    entropy_term: Tensor  # [N]: sum p log p - sum p bias, so that KL(p || q) = entropy_term - e.n + logsumexp(W n + bias)
+    entropy_term: (
+        Tensor  # [N]: sum p log p - sum p bias, so that KL(p || q) = entropy_term - e.n + logsumexp(W n + bias)
+    )
     targets: Tensor  # [N]: the next token's id
     model_ce: Tensor  # [N]: the model's own cross-entropy, nats
     mean_p: Tensor  # [V]: mean of p over the N tokens
@@ -262,7 +268,9 @@ class RotatedView:
             gaussian = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
             q, r = torch.linalg.qr(gaussian)
             q = q * r.diagonal().sign()  # without the signs QR is not uniform over rotations
-            maps.append(torch.eye(len(values), dtype=torch.float64) + basis @ (q - torch.eye(rank, dtype=q.dtype)) @ basis.T)
+            maps.append(
+                torch.eye(len(values), dtype=torch.float64) + basis @ (q - torch.eye(rank, dtype=q.dtype)) @ basis.T
+            )
         return cls(torch.stack(maps), rank)
 
     def apply(self, captured: Capture) -> Capture:

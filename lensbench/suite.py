@@ -14,7 +14,6 @@ from lensbench.fitting import FitRecipe
 from lensbench.models import FAMILIES
 from lensbench.models.training import TrainingRecipe
 
-
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -60,7 +59,9 @@ class ModelRecipe(_Strict):
     parameters: int | None = Field(None, gt=0, description="met within 1 % by the width of the MLPs")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the family")
     training: dict[str, Any] = Field(default_factory=dict, description="what differs from the suite's training")
-    view: Literal["state", "prediction"] = Field("state", description="the whole stream, or what norm and head see of it")
+    view: Literal["state", "prediction"] = Field(
+        "state", description="the whole stream, or what norm and head see of it"
+    )
     view_of: str | None = Field(None, description="name of the model that this is another view of")
 
     @property
@@ -78,7 +79,9 @@ class ModelRecipe(_Strict):
             if self.family not in FAMILIES:
                 raise ValueError(f"unknown model family {self.family!r}; {nearest(str(self.family), list(FAMILIES))}")
         else:
-            given = [k for k, v in shape.items() if v is not None] + [k for k in ("settings", "training") if getattr(self, k)]
+            given = [k for k, v in shape.items() if v is not None] + [
+                k for k in ("settings", "training") if getattr(self, k)
+            ]
             if given:
                 raise ValueError(f"model {self.name!r} is a view of {self.view_of!r} and cannot set {', '.join(given)}")
         return self
@@ -107,21 +110,27 @@ class Suite(_Strict):
             if model.view_of is not None:
                 owner = next((m for m in self.models if m.name == model.view_of), None)
                 if owner is None or owner.view_of is not None:
-                    raise ValueError(f"model {model.name!r} is a view of {model.view_of!r}, which no model of the suite is")
+                    raise ValueError(
+                        f"model {model.name!r} is a view of {model.view_of!r}, which no model of the suite is"
+                    )
             else:
                 self.training_of(model)
         if abs(sum(self.corpus.fractions.values()) - 1) > 1e-6:
             raise ValueError("the corpus fractions train, fit, dev and eval must sum to 1")
         longest = self.training.length - 1 - self.evaluate.first_position
         if max(self.evaluate.positions, self.fit.positions, self.fit.dev_positions) > longest:
-            raise ValueError(f"sequences of {self.training.length} tokens have no more than {longest} positions to score")
+            raise ValueError(
+                f"sequences of {self.training.length} tokens have no more than {longest} positions to score"
+            )
         return self
 
     def training_of(self, model: ModelRecipe) -> TrainingRecipe:
         """The suite's training with what the model changes; ``tokens``, ``length`` and ``batch`` are common to all."""
         fixed = sorted({"tokens", "length", "batch"} & set(model.training))
         if fixed:
-            raise ValueError(f"model {model.name!r} changes training.{fixed[0]}: that is the same for all models of a suite")
+            raise ValueError(
+                f"model {model.name!r} changes training.{fixed[0]}: that is the same for all models of a suite"
+            )
         return TrainingRecipe.model_validate({**self.training.model_dump(), **model.training})
 
     def trained(self, model: ModelRecipe) -> ModelRecipe:

@@ -535,9 +535,7 @@ def numbered(sizes):
     """Documents whose every token is different, and tells document and place."""
     starts = np.concatenate([[0], np.cumsum(sizes)])
     return [
-        TokenizedDocument(
-            f"d{i}", np.arange(a, b, dtype=np.int32), ((np.arange(a, b) * 7) % 5 + 1).astype(np.int32)
-        )
+        TokenizedDocument(f"d{i}", np.arange(a, b, dtype=np.int32), ((np.arange(a, b) * 7) % 5 + 1).astype(np.int32))
         for i, (a, b) in enumerate(itertools.pairwise(starts))
     ]
 

@@ -41,7 +41,9 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt": Family(gpt.llama, "Llama class of transformers: RMSNorm, rotary positions, gated MLP", ("initializer_range",)),
+    "gpt": Family(
+        gpt.llama, "Llama class of transformers: RMSNorm, rotary positions, gated MLP", ("initializer_range",)
+    ),
     "gpt2": Family(gpt.gpt2, "GPT-2 class of transformers: LayerNorm, learned positions", ("initializer_range",)),
     "predictive-coding": Family(
         predictive_coding,

@@ -17,6 +17,7 @@ The stream is the whole state ``[z; u; e]``; norm and head are blind outside z.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,9 @@ class PredictiveCodingConfig(PreTrainedConfig):
         **kwargs,
     ):
         if hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
+            )
         if error not in ("softmax", "none"):
             raise ValueError(f"error must be 'softmax' or 'none', not {error!r}")
         self.vocab_size = vocab_size
@@ -69,7 +72,8 @@ class PredictiveCodingConfig(PreTrainedConfig):
         self.initial_beta = initial_beta
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**kwargs)
 
 
 @dataclass
@@ -132,7 +136,9 @@ class PredictiveCodingLayer(nn.Module):
 
     def features(self, u: Tensor, z: Tensor) -> Tensor:
         d = u.shape[-1]
-        seen = torch.cat([self.conv_u(F.rms_norm(u, (d,), eps=self.eps)), self.conv_z(F.rms_norm(z, (d,), eps=self.eps))], -1)
+        seen = torch.cat(
+            [self.conv_u(F.rms_norm(u, (d,), eps=self.eps)), self.conv_z(F.rms_norm(z, (d,), eps=self.eps))], -1
+        )
         return u + self.down(F.gelu(self.up(seen)))
 
     def kernel(self, u: Tensor) -> Tensor:
@@ -204,7 +210,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -248,7 +254,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
         u = self.conv_e(e)
         states = [torch.cat([z, u, e], -1)] if output_hidden_states else []
         errors, updates = [], []
-        for layer in self.layers:
+        for layer in cast(list[PredictiveCodingLayer], self.layers):
             u = layer.features(u, z)
             error = self.error(z, input_ids)
             if revealed is not None:
@@ -271,7 +277,9 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             output.updates = tuple(updates)
         return output if return_dict is not False else output.to_tuple()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> dict:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> dict:
         # Without a cache every step reads the whole prefix.
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 

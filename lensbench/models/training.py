@@ -81,9 +81,7 @@ def optimizers_of(model: torch.nn.Module, recipe: TrainingRecipe) -> list[torch.
     return [torch.optim.Muon(hidden, lr=rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
-def save_checkpoint(
-    folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], step: int
-) -> None:
+def save_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     """Write ``checkpoint.safetensors`` in one atomic move: parameters, the optimizers' moments and the step."""
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
@@ -117,7 +115,9 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch
                 # AdamW counts its steps on the CPU wherever the parameters are.
                 owner[id(p)].state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise LensbenchError(f"checkpoint {path} is damaged or of another model ({error}); delete it to train anew") from error
+        raise LensbenchError(
+            f"checkpoint {path} is damaged or of another model ({error}); delete it to train anew"
+        ) from error
     return step
 
 
@@ -140,7 +140,7 @@ def train(
         raise LensbenchError(
             f"the train split has {len(stream)} tokens, fewer than one sequence of {recipe.length}; give a longer text"
         )
-    model.to(device).train()
+    torch.nn.Module.to(model, device).train()
     optimizers = optimizers_of(model, recipe)
     start = load_checkpoint(checkpoints, model, optimizers)
     for step in range(start, recipe.steps):

@@ -1,0 +1,112 @@
+"""What a run says at its end: baselines, indices with intervals, one sentence per model."""
+
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from lensbench.results import Run
+
+SHOWN = (
+    "shared_retention",
+    "rotated_retention",
+    "shared_consistency",
+    "loo_shared_retention",
+    "gain_tracking",
+    "gain_visibility",
+    "gain_visibility_adjacent",
+    "movement",
+    "distance_trend",
+    "layers",
+    "rotated_rank",
+)
+
+
+def number(value: float) -> str:
+    """Three decimals, or three digits where that would hide a large number's size."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def with_interval(row: Any, value: str = "value", low: str = "ci_low", high: str = "ci_high") -> str:
+    if pd.isna(row[value]):
+        return "undefined"
+    if pd.isna(row[low]):
+        return f"{row[value]:g}"
+    return f"{number(row[value])} [{number(row[low])}, {number(row[high])}]"
+
+
+def shown_seeds(indices: pd.DataFrame) -> pd.DataFrame:
+    """The rows over all seeds where there are several, else the one seed's."""
+    several = indices.groupby("model")["seed"].transform(lambda seeds: (seeds == "all").any())
+    return indices[(indices["seed"] == "all") | ~several]
+
+
+def baseline_table(run: Run) -> Table:
+    table = Table(
+        "model", "seed", "parameters", "nats/token", "bits/byte", title="held-out cross-entropy, 95 % intervals"
+    )
+    rows = [
+        *run.tables["baselines.csv"].assign(model=lambda t: t["baseline"], seed="", parameters="").iterrows(),
+        *run.tables["models.csv"].iterrows(),
+    ]
+    for _, row in rows:
+        ce = with_interval(row, "ce", "ce_ci_low", "ce_ci_high")
+        bits = with_interval(row, "bits_per_byte", "bits_per_byte_ci_low", "bits_per_byte_ci_high")
+        table.add_row(row["model"], str(row["seed"]), str(row["parameters"]), ce, bits)
+    return table
+
+
+def index_table(run: Run) -> Table:
+    indices = shown_seeds(run.tables["indices.csv"])
+    names = list(dict.fromkeys(indices["model"]))
+    table = Table("index", *names, title="indices, 95 % intervals over documents (several seeds: over seeds)")
+    for index in SHOWN:
+        cells = []
+        for name in names:
+            row = indices[(indices["model"] == name) & (indices["index"] == index)]
+            cells.append(with_interval(row.iloc[0]) if len(row) else "")
+        table.add_row(index, *cells)
+    return table
+
+
+def sentences(run: Run) -> list[str]:
+    """One sentence per model: what its consistency, visibility and movement say together."""
+    indices = shown_seeds(run.tables["indices.csv"])
+    return [sentence(str(name), rows.set_index("index")) for name, rows in indices.groupby("model", sort=False)]
+
+
+def sentence(name: str, rows: pd.DataFrame) -> str:
+    consistency, visibility, movement = (rows.loc[i] for i in ("shared_consistency", "gain_visibility", "movement"))
+    kept = f"one lens keeps {with_interval(rows.loc['shared_retention'])} of what a lens per layer reads"
+    if pd.isna(consistency["value"]):
+        against = f"consistency is {consistency['reason']}"
+    else:
+        null = with_interval(rows.loc["rotated_retention"])
+        against = f"random bases {null}, so its consistency is {with_interval(consistency)}"
+    if pd.isna(visibility["value"]):
+        return f"{name}: {kept} ({against}); gain visibility is {visibility['reason']}."
+    seen = with_interval(visibility)
+    if visibility["ci_low"] > 0:
+        meaning = f"fixed lenses see later layers improve (gain visibility {seen}): refinement shows"
+    elif visibility["ci_high"] < 0:
+        meaning = f"fixed lenses see later layers get worse (gain visibility {seen}): the representation changes"
+    elif movement["ci_high"] < 0.05:
+        meaning = (
+            f"fixed lenses see no change at all (gain visibility {seen}, movement near 0): information is carried along"
+        )
+    else:
+        meaning = f"fixed lenses see change but no net gain (gain visibility {seen}): no verdict"
+    return f"{name}: {kept} ({against}); {meaning}."
+
+
+def print_run(run: Run, console: Console) -> None:
+    """The tables, then the sentences, then every warning once."""
+    console.print(baseline_table(run))
+    console.print(index_table(run))
+    for line in sentences(run):
+        console.print(line, highlight=False, markup=False)
+    reasons = run.tables["indices.csv"].dropna(subset=["reason"])
+    for reason, rows in reasons[reasons["ci_low"].notna() | reasons["value"].isna()].groupby("reason", sort=False):
+        where = ", ".join(dict.fromkeys(f"{r['model']} {r['index']}" for _, r in rows.iterrows()))
+        console.print(f"note: {where}: {reason}", highlight=False, markup=False)
