@@ -1,14 +1,14 @@
 """The command line: parses, calls, prints."""
 
 import errno
+import functools
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,9 +32,11 @@ app = typer.Typer(
     "at every layer, and reports indices with intervals beside their nulls.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# Tables that go to a file or a pipe are not to be folded at 80 columns.
+console = Console(width=None if sys.stdout.isatty() else 160)
 messages = Console(stderr=True)
 
 
@@ -72,12 +74,51 @@ class Bars:
         messages.print(f"{name}: {what} {seconds:.1f} s", highlight=False)
 
 
+def say(line: str) -> None:
+    messages.print(f"lensbench: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def answerable(command: Callable[..., None]) -> Callable[..., None]:
+    """One line and exit code 2 for what a user can mend, 130 for Ctrl-C; a defect of lensbench keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            say("interrupted; finished stages are kept, the same command goes on from there")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            line = one_line(error)
+            if line is None:
+                raise
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            say(line)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+def one_line(error: Exception) -> str | None:
+    """What to tell a user of an error that they can mend; None for a defect of lensbench."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error) or "os error 28" in str(error):
+        return "the disk is full; free some space and run the same command again: finished stages are kept"
+    if isinstance(error, LensbenchError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {os.strerror(error.errno) if error.errno else error}"
+    return None
+
+
 Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/SUITE.", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
+@answerable
 def run(
     suite: Annotated[str, typer.Argument(help="Name of a suite (see `lensbench models`) or a TOML file.")],
     out: Out = None,
@@ -106,6 +147,7 @@ def run(
 
 
 @app.command()
+@answerable
 def sweep(
     name: Annotated[str, typer.Argument(help="Name of a sweep or a TOML file.")],
     out: Out = None,
@@ -124,6 +166,7 @@ def sweep(
 
 
 @app.command()
+@answerable
 def figures(
     folder: Annotated[Path, typer.Argument(help="A run folder; its CSV tables are all that is read.")],
     unverified: Annotated[bool, typer.Option("--unverified", help="Draw tables that changed since the run.")] = False,
@@ -138,6 +181,7 @@ def figures(
 
 
 @app.command()
+@answerable
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; the first is what the others are held against.")],
     out: Annotated[Path | None, typer.Option(help="Write the tidy table here as CSV.", show_default=False)] = None,
@@ -153,6 +197,7 @@ def compare(
 
 
 @app.command()
+@answerable
 def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
     from lensbench.models import FAMILIES
@@ -168,41 +213,14 @@ def models(debug: Debug = False) -> None:
     for name, family in FAMILIES.items():
         families.add_row(name, ", ".join(family.settings), family.description)
     console.print(families)
-    console.print(
-        "corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]", highlight=False
-    )
+    corpora = "corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]"
+    console.print(corpora, highlight=False, markup=False)
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for what a user can mend, 130 for Ctrl-C."""
-    debug = "--debug" in sys.argv[1:]
-    try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        messages.print("interrupted; finished stages are kept, the same command goes on from there", highlight=False)
-        sys.exit(130)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        line = one_line(error)
-        if line is None and not debug:
-            raise
-        messages.print(f"lensbench: {line or error}", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
-
-
-def one_line(error: Exception) -> str | None:
-    """What to tell a user of an error that they can mend; None for a defect of lensbench."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in str(error) or "os error 28" in str(error):
-        return "the disk is full; free some space and run the same command again: finished stages are kept"
-    if isinstance(error, LensbenchError):
-        return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {os.strerror(error.errno) if error.errno else error}"
-    return None
+    """Entry point of the ``lensbench`` command."""
+    app()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lensbench import indices, results
 from lensbench.errors import LensbenchError
@@ -221,22 +221,20 @@ def reproduction(reference: Run, run: Run) -> str:
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     values = comparison.table[comparison.table["kind"] == "value"]
-    table = Table("run", "model", "seed", "index", "value [95 %]", title="values")
+    table = Table(*(Column(c, no_wrap=True) for c in ("run", "model", "seed", "index", "value [95 %]")), title="values")
     for _, row in values.iterrows():
         table.add_row(row["run"], row["model"], str(row["seed"]), row["index"], with_interval(row))
     console.print(table)
     differences = comparison.table[comparison.table["kind"] == "difference"]
     if len(differences):
-        table = Table("difference", "index", "value [95 %]", "paired", "note", title="differences")
+        columns = (Column(c, no_wrap=True) for c in ("difference", "index", "value [95 %]", "paired", "note"))
+        table = Table(*columns, title="differences")
         for _, row in differences.iterrows():
             one_run = row["run"] == row["against_run"]
-            who = [
-                f"{row[p + 'model']}" if one_run else f"{row[p + 'run']}:{row[p + 'model']}" for p in ("", "against_")
-            ]
-            seed = f" (seed {row['seed']})"
-            table.add_row(
-                " - ".join(who) + seed, row["index"], with_interval(row), "yes" if row["paired"] else "no", row["note"]
-            )
+            names = [row[p + "model"] if one_run else f"{row[p + 'run']}:{row[p + 'model']}" for p in ("", "against_")]
+            paired = "yes" if row["paired"] else "no"
+            note = "" if pd.isna(row["value"]) else row["note"]
+            table.add_row(" - ".join(names), row["index"], with_interval(row), paired, note)
         console.print(table)
     for line in comparison.reproduction:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -601,7 +601,7 @@ def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -
                 "lens_layer": i,
                 "stream_layer": j,
                 "stage": headline.stage,
-                "prior": headline.prior if fitted else "none",
+                "prior": headline.prior,
                 "ridge": headline.ridge[i] if fitted else None,
                 "tolerance": headline.tolerance,
                 **{name: float(array[i, j]) for name, array in values.items()},

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lensbench.results import Run
 
@@ -60,7 +60,11 @@ def baseline_table(run: Run) -> Table:
 def index_table(run: Run) -> Table:
     indices = shown_seeds(run.tables["indices.csv"])
     names = list(dict.fromkeys(indices["model"]))
-    table = Table("index", *names, title="indices, 95 % intervals over documents (several seeds: over seeds)")
+    table = Table(
+        Column("index", no_wrap=True),
+        *names,
+        title="indices, 95 % intervals over documents (several seeds: over seeds)",
+    )
     for index in SHOWN:
         cells = []
         for name in names:
@@ -90,7 +94,10 @@ def sentence(name: str, rows: pd.DataFrame) -> str:
     if visibility["ci_low"] > 0:
         meaning = f"fixed lenses see later layers improve (gain visibility {seen}): refinement shows"
     elif visibility["ci_high"] < 0:
-        meaning = f"fixed lenses see later layers get worse (gain visibility {seen}): the representation changes"
+        meaning = (
+            f"a lens fixed at one layer reads later layers worse (gain visibility {seen}): the representation changes, "
+            "or new information overlaps what is carried along"
+        )
     elif movement["ci_high"] < 0.05:
         meaning = (
             f"fixed lenses see no change at all (gain visibility {seen}, movement near 0): information is carried along"
@@ -108,5 +115,6 @@ def print_run(run: Run, console: Console) -> None:
         console.print(line, highlight=False, markup=False)
     reasons = run.tables["indices.csv"].dropna(subset=["reason"])
     for reason, rows in reasons[reasons["ci_low"].notna() | reasons["value"].isna()].groupby("reason", sort=False):
-        where = ", ".join(dict.fromkeys(f"{r['model']} {r['index']}" for _, r in rows.iterrows()))
+        of = [f"{model} {', '.join(r['index'])}" for model, r in rows.groupby("model", sort=False)]
+        where = "; ".join(of) if len(rows) <= 12 else f"{len(rows)} indices"
         console.print(f"note: {where}: {reason}", highlight=False, markup=False)

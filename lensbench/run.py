@@ -81,10 +81,15 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.stages = Stages(self.folder / "stages")
+        self.known: dict[str, Stage] = {}
 
     def stage(self, name: str, key: dict[str, Any], compute: Callable[[Path], None]) -> Stage:
+        """A stage of this run, reported when it is there; two views of a model share its training."""
+        if name in self.known:
+            return self.known[name]
         stage = self.stages.run(name, {**key, "code": CODE_VERSION, "device": self.device.type}, compute)
         self.progress.finished(name, self.stages.seconds[name], stage.reused)
+        self.known[name] = stage
         return stage
 
     def texts(self) -> Texts:
