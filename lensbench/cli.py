@@ -125,7 +125,8 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Run this seed instead of the suite's.", show_default=False)] = None,
     device: Device = "auto",
     only: Annotated[
-        list[str] | None, typer.Option(help="Run this model alone; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(help="Run these models alone; repeat it, or separate names by commas.", show_default=False),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -136,10 +137,11 @@ def run(
     chosen = load_suite(suite)
     if seed is not None:
         chosen = chosen.model_copy(update={"seeds": (seed,)})
+    names = [name for given in only or [] for name in given.split(",") if name]
     folder = out or Path("runs") / chosen.name
     start = time.perf_counter()
     with Bars() as bars:
-        finished = run_suite(chosen, folder, device=choose_device(device), only=only, progress=bars)
+        finished = run_suite(chosen, folder, device=choose_device(device), only=names, progress=bars)
     from lensbench.report import print_run
 
     print_run(finished, console)

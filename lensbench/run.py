@@ -26,7 +26,7 @@ from lensbench.evaluation import FitSummary
 from lensbench.lenses import SharedLens, load_maps, save_maps, save_tuned_lens, tuned_lens
 from lensbench.models import build, count_parameters, ngram
 from lensbench.models.training import StepReport, train
-from lensbench.stages import Stage, Stages, open_run_folder
+from lensbench.stages import NotFinished, Stage, Stages, open_run_folder
 from lensbench.stream import ResidualStream, capture
 from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
 
@@ -78,6 +78,8 @@ class Runner:
     folder: Path
     device: torch.device
     progress: Progress
+    only_finished: bool = False
+    """Compute nothing: a stage that is not there raises :class:`lensbench.stages.NotFinished`."""
 
     def __post_init__(self) -> None:
         self.stages = Stages(self.folder / "stages")
@@ -87,7 +89,8 @@ class Runner:
         """A stage of this run, reported when it is there; two views of a model share its training."""
         if name in self.known:
             return self.known[name]
-        stage = self.stages.run(name, {**key, "code": CODE_VERSION, "device": self.device.type}, compute)
+        full = {**key, "code": CODE_VERSION, "device": self.device.type}
+        stage = self.stages.run(name, full, None if self.only_finished else compute)
         self.progress.finished(name, self.stages.seconds[name], stage.reused)
         self.known[name] = stage
         return stage
@@ -247,29 +250,29 @@ class Runner:
         )
 
 
-def run_suite(
-    suite: Suite, folder: Path, *, device: torch.device, only: list[str] | None, progress: Progress
-) -> results.Run:
+def run_suite(suite: Suite, folder: Path, *, device: torch.device, only: list[str], progress: Progress) -> results.Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
 
-    ``only`` names the models to run. Raises :class:`LensbenchError` for anything a user can mend.
+    ``only`` names the models to run, all of them where it is empty. Raises :class:`LensbenchError` for anything a user can mend.
     """
-    models = list(suite.models)
-    if only:
-        unknown = [name for name in only if name not in {m.name for m in models}]
-        if unknown:
-            known = ", ".join(m.name for m in models)
-            raise LensbenchError(f"suite {suite.name} has no model {unknown[0]!r}; it has {known}")
-        models = [m for m in models if m.name in only]
+    unknown = [name for name in only if name not in {m.name for m in suite.models}]
+    if unknown:
+        known = ", ".join(m.name for m in suite.models)
+        raise LensbenchError(f"suite {suite.name} has no model {unknown[0]!r}; it has {known}")
     lock = open_run_folder(folder, suite.name)
     try:
         runner = Runner(suite, folder, device, progress)
         texts = runner.texts()
-        measured = [(m, seed, *runner.measured(texts, m, seed)) for m in models for seed in suite.seeds]
-        parts = [
-            evaluation.Part.load(model.name, seed, fitting.folder, scoring.folder)
-            for model, seed, fitting, scoring in measured
-        ]
+        parts = []
+        for model in suite.models:
+            # What earlier runs finished stays in the tables, also where only other models are asked for now.
+            runner.only_finished = bool(only) and model.name not in only
+            try:
+                measured = [(seed, *runner.measured(texts, model, seed)) for seed in suite.seeds]
+            except NotFinished:
+                continue
+            parts += [evaluation.Part.load(model.name, seed, f.folder, s.folder) for seed, f, s in measured]
+        models = [m for m in suite.models if m.name in {part.model for part in parts}]
         tick = progress.stage("tables", 2, "steps")
         start = time.perf_counter()
         tables = evaluation.tables(parts, runner.suite.fit, draws=suite.evaluate.draws)

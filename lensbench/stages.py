@@ -19,6 +19,10 @@ RECORD = "stage.json"
 OWNER = "run.json"
 
 
+class NotFinished(Exception):
+    """A stage that is not there, asked for without a way to compute it."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A finished stage: where its files are, and the digest that what depends on it takes into its own key."""
@@ -39,10 +43,11 @@ class Stages:
     root: Path
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, name: str, key: Mapping[str, Any], compute: Callable[[Path], None]) -> Stage:
+    def run(self, name: str, key: Mapping[str, Any], compute: Callable[[Path], None] | None) -> Stage:
         """The stage's files, computed by ``compute(folder)`` unless they are there already.
 
-        Raises :class:`LensbenchError` where a finished file is no longer what was written.
+        Raises :class:`LensbenchError` where a finished file is no longer what was written, and :class:`NotFinished`
+        where there is nothing and ``compute`` is None.
         """
         text = json.dumps(key, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -52,6 +57,8 @@ class Stages:
             self._verify(folder, record)
             self.seconds[name] = record["seconds"]
             return Stage(folder, digest, reused=True)
+        if compute is None:
+            raise NotFinished(name)
         partial = self.root / f"{name}.partial"
         if partial.exists() and self._record(partial, "key.json") != {"key": digest}:
             shutil.rmtree(partial)

@@ -218,9 +218,15 @@ def known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[s
 
 def load_suite(name: str) -> Suite:
     """A suite by name or path; raises :class:`LensbenchError` saying what is wrong and where."""
-    return validated(Suite, *read_toml(name))
+    file, content = read_toml(name)
+    if "trials" in content:
+        raise LensbenchError(f"{file} is a sweep, not a suite: `lensbench sweep {name}` runs it")
+    return validated(Suite, file, content)
 
 
 def load_sweep(name: str) -> Sweep:
     """A sweep by name or path."""
-    return validated(Sweep, *read_toml(name))
+    file, content = read_toml(name)
+    if "models" in content:
+        raise LensbenchError(f"{file} is a suite, not a sweep: `lensbench run {name}` runs it")
+    return validated(Sweep, file, content)
