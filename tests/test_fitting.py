@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
 from synthetic import KINDS, SyntheticStream, capture_of, orthogonal, read_out
@@ -335,21 +336,18 @@ def test_tolerance_is_a_share_of_what_the_lens_knows():
     assert search.within(hopeless, 0.1).ridge == 0.1
 
 
-def test_search_ends_where_the_path_is_flat_or_not_a_number():
-    """A plateau and a damaged ridge must not send the descent in circles."""
-    _, _, _, search = stream_search("fresh", FitRecipe(ridges=tuple(10.0**k for k in range(-4, 3)), pads=(0.0,)))
+def test_search_ends_where_the_path_is_flat():
+    _, _, _, search = stream_search("fresh")
     identity = AffineMaps.identity(24)
-    assert np.isfinite(search.best(lambda ridge: identity, [0]).dev_kl)
-    damaged = AffineMaps(identity.matrix * torch.nan, identity.offset)
-    calls = []
+    choice = search.best(lambda ridge: identity, [0])
+    assert choice.dev_kl == pytest.approx(search.kl(search.padded(identity, choice.pad), [0]), abs=1e-6)
 
-    def solve(ridge):
-        calls.append(ridge)
-        if len(calls) > 1000:
-            raise AssertionError("the search does not end")
-        return damaged if ridge == 1e-3 else identity
 
-    assert np.isfinite(search.best(solve, [0]).dev_kl)
+@pytest.mark.parametrize("ridges", [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.1), (0.1, 0.1)])
+def test_a_ridge_path_has_to_be_positive_and_rising(ridges):
+    """A ridge of zero divides zero by zero on a state wider than what it holds; the search descends a rising path."""
+    with pytest.raises(ValidationError):
+        FitRecipe(ridges=ridges)
 
 
 @pytest.mark.parametrize("kind", ["fresh", "rebased"])
@@ -426,12 +424,12 @@ class EverBetter(DevSearch):
 @pytest.mark.parametrize("ridge", [1e-3, 0.1, 3.0])
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_refinement_reaches_the_optimum_of_its_stated_objective(ridge, norm):
-    readout, captured = random_capture(d=6, vocab=20, tokens=400, norm=norm)
+    readout, captured = random_capture(d=6, vocab=20, tokens=300, norm=norm)
     recipe = FitRecipe(refine_iterations=400, refine_tolerance=1e-9)
     search = EverBetter(readout, captured, recipe, pad_direction(readout, captured.states[-1]))
     moments = Moments.of(captured).layer([1])
     start = RidgePath(moments, "zero").solve(ridge)
-    _, objective = refine_objective(readout, captured, start, ridge, [1], moments, [torch.arange(400)])
+    _, objective = refine_objective(readout, captured, start, ridge, [1], moments, [torch.arange(300)])
 
     def value_and_gradient(theta):
         theta = torch.from_numpy(theta).requires_grad_()
@@ -439,11 +437,16 @@ def test_refinement_reaches_the_optimum_of_its_stated_objective(ridge, norm):
         return float(value.detach()), torch.autograd.grad(value, theta)[0].numpy()
 
     theta0 = torch.cat([start.matrix.flatten(), start.offset.flatten()]).numpy()
-    best = minimize(value_and_gradient, theta0, jac=True, method="L-BFGS-B",
-                    options={"maxiter": 5000, "maxfun": 20000, "ftol": 1e-14, "gtol": 1e-9})  # fmt: skip
-    maps = refine(search, captured, moments, start, ridge, [1], tokens=400).maps
-    assert float(objective(maps.matrix[0], maps.offset[0])) == pytest.approx(best.fun, rel=1e-3)
-    assert best.fun < value_and_gradient(theta0)[0]
+    def scipy_from(theta):
+        options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-12, "gtol": 1e-8}
+        return minimize(value_and_gradient, theta, jac=True, method="L-BFGS-B", options=options).fun
+
+    maps = refine(search, captured, moments, start, ridge, [1], tokens=300).maps
+    ours = float(objective(maps.matrix[0], maps.offset[0]))
+    # The norm makes the objective non-convex: another valley may be higher, but ours has to be a bottom.
+    assert ours <= scipy_from(theta0) * (1 + 1e-3)
+    assert ours <= scipy_from(torch.cat([maps.matrix.flatten(), maps.offset.flatten()]).numpy()) * (1 + 1e-3)
+    assert ours < value_and_gradient(theta0)[0]
 
 
 @pytest.mark.parametrize("kind", ["fresh", "overlapping", "rebased"])
@@ -489,11 +492,11 @@ def test_refinement_on_rotated_states_predicts_the_same():
         tokens=1200,
     )  # fmt: skip
     assert plain.iterations > 0
-    assert turned.dev_kl == pytest.approx(plain.dev_kl, abs=2e-4)
-    h = dev.states[1].double()
-    a = h @ plain.maps.matrix[0].T
-    b = (h @ view.maps[1].T) @ turned.maps.matrix[0].T
-    assert float((a - b).norm() / a.norm()) < 1e-2
+    h, q = dev.states[1].double(), view.maps[1]
+    a = h @ plain.maps.matrix[0].T + plain.maps.offset[0]
+    b = h @ q.T @ turned.maps.matrix[0].T + turned.maps.offset[0]
+    assert float((a - b).norm() / a.norm()) < 1e-3
+    assert turned.dev_kl == pytest.approx(plain.dev_kl, abs=1e-5)
 
 
 def test_refining_a_shared_lens_shows_every_layer_every_part_of_a_window():
@@ -510,28 +513,29 @@ def test_refining_a_shared_lens_shows_every_layer_every_part_of_a_window():
     start = RidgePath(moments.pooled(range(layers)), "zero").solve(0.1)
     seen = []
 
-    class Spy:
-        states = captured.states
-
-        def __getattr__(self, name):
-            return getattr(captured, name)
-
-        def __len__(self):
-            return len(captured)
-
-    class Recorded:
-        def __init__(self, h):
-            self.h = h
+    class Recorded(list):
+        """A layer's states that remember which positions they were read at."""
 
         def __getitem__(self, rows):
-            seen.append(self.h[rows][:, 0])
-            return self.h[rows]
+            (h,) = self
+            seen.append(h[rows][:, 0])
+            return h[rows]
 
-    spy = Spy()
-    spy.states = [*(Recorded(h) for h in captured.states[:-1]), captured.states[-1]]
-    refine(search, spy, moments.pooled(range(layers)), start, 0.1, range(layers), tokens=10**6)
-    for positions_seen in seen[:layers]:
+    recorded = [Recorded([h]) for h in captured.states[:-1]]
+    watched = captured.take(torch.arange(len(captured)))
+    object.__setattr__(watched, "states", WithLength([*recorded, captured.states[-1]], captured.states.shape))
+    refine(search, watched, moments.pooled(range(layers)), start, 0.1, range(layers), tokens=10**6)
+    assert len(seen) == layers
+    for positions_seen in seen:
         assert abs(float(positions_seen.mean()) - (positions - 1) / 2) < 0.7
+
+
+class WithLength(list):
+    """States as a list that still has a tensor's shape."""
+
+    def __init__(self, states, shape):
+        super().__init__(states)
+        self.shape = shape
 
 
 @given(st.integers(0, 1000))

@@ -1,0 +1,96 @@
+"""Suites are checked before anything runs, and a wrong one is answered with what would be right."""
+
+import tomllib
+
+import pytest
+from conftest import SUITE
+
+from lensbench.errors import LensbenchError
+from lensbench.models import build, count_parameters
+from lensbench.suite import Suite, load_suite, load_sweep, named_files, validated
+
+
+def changed(old: str, new: str) -> dict:
+    content = SUITE.format(texts="nowhere")
+    assert old in content
+    return tomllib.loads(content.replace(old, new))
+
+
+def test_every_suite_that_comes_with_lensbench_is_valid():
+    assert {"quick", "quick-sweep"} <= set(named_files())
+    for name, path in named_files().items():
+        load = load_sweep if "trials" in tomllib.loads(path.read_text()) else load_suite
+        assert load(name).name == name
+
+
+def test_models_of_quick_have_equal_parameters_within_one_percent():
+    suite = load_suite("quick")
+    counts = [
+        count_parameters(
+            build(str(m.family), vocab_size=suite.corpus.vocab_size, context=suite.training.length, **m.shape, **m.settings)
+        )
+        for m in suite.models
+        if m.view_of is None
+    ]
+    assert len(counts) == 2
+    assert max(counts) <= 1.01 * min(counts)
+
+
+def test_quick_trains_its_models_with_what_the_sweep_tries():
+    """The outcome that quick uses must be one of the declared trials, for every model."""
+    suite, sweep = load_suite("quick"), load_sweep("quick-sweep")
+    for model in suite.models:
+        if model.view_of is None:
+            tried = [(t.training, t.settings) for t in sweep.trials if t.model == model.name]
+            assert (model.training, model.settings) in tried
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("refits = 2", "refit = 2", "unknown key 'fit.refit'; did you mean 'refits'?"),
+        ("learning", "learning", ""),
+        ('family = "gpt"', 'family = "gtp"', "did you mean 'gpt'?"),
+        ("heads = 2", "head = 2", "did you mean 'heads'?"),
+        ('name = "gpt"', 'name = "pc"', "two models are named 'pc'"),
+        ('view_of = "pc"', 'view_of = "rnn"', "is a view of 'rnn'"),
+        ("positions = 8", "positions = 70", "no more than 62 positions"),
+        ("draws = 200", "draws = 3", "evaluate.draws"),
+        ("vocab_size = 300", "vocab_size = 12", "corpus.vocab_size"),
+        ("layers = 3", "layers = 1", "layers"),
+        ("vocab_size = 300", "vocab_size = 300\ntrain = 0.9", "must sum to 1"),
+        ("rotations = 2", "rotations = 'two'", "fit.rotations"),
+    ],
+)
+def test_a_wrong_suite_is_answered_with_what_would_be_right(old, new, expected):
+    if old == "learning":
+        content = tomllib.loads(SUITE.format(texts="x"))
+        content["models"][0]["training"] = {"tokens": 5}
+        expected = "same for all models"
+    else:
+        content = changed(old, new)
+    with pytest.raises(LensbenchError) as error:
+        validated(Suite, "my.toml", content)
+    assert str(error.value).startswith("my.toml: ")
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_invalid_toml_and_unknown_names_are_told(tmp_path):
+    (tmp_path / "broken.toml").write_text("name = ")
+    with pytest.raises(LensbenchError, match="not valid TOML"):
+        load_suite(str(tmp_path / "broken.toml"))
+    with pytest.raises(LensbenchError, match="did you mean 'quick'"):
+        load_suite("quikc")
+    with pytest.raises(LensbenchError, match="is a sweep"):
+        load_suite("quick-sweep")
+    with pytest.raises(LensbenchError, match="is a suite"):
+        load_sweep("quick")
+
+
+def test_a_sweep_gives_every_model_equally_many_trials(tmp_path):
+    path = tmp_path / "unfair.toml"
+    trial = '[[trials]]\nmodel = "{}"\n'
+    path.write_text('name = "unfair"\nquestion = "?"\nsuite = "quick"\n' + "".join(map(trial.format, ["gpt", "gpt", "pc"])))
+    with pytest.raises(LensbenchError, match="equally many trials"):
+        load_sweep(str(path))
