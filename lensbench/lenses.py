@@ -105,8 +105,12 @@ class SharedLens(Lens):
                     f"the lens in {folder} was fitted to another model (its unembedding's hash differs)"
                 )
             lens = cls(unembed, config["d_model"], config["layer_biases"])
-            lens.load_state_dict(load_file(folder / "params.safetensors"), strict=False)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            tensors = load_file(folder / "params.safetensors")
+            expected = {key for key in lens.state_dict() if not key.startswith("unembed.")}
+            if set(tensors) != expected:
+                raise ValueError(f"it holds {sorted(tensors)} where its config says {sorted(expected)}")
+            lens.load_state_dict(tensors, strict=False)  # all that is left out is the unembedding, which is the model's
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise LensbenchError(f"{folder} does not hold a shared lens: {error}") from error
         return lens
 
@@ -135,7 +139,8 @@ def save_maps(maps: dict[str, AffineMaps], path: Path) -> None:
     """All maps of a fit in one safetensors file, moved into place whole."""
     tensors = {}
     for name, stack in maps.items():
-        tensors[f"{name}.matrix"], tensors[f"{name}.offset"] = stack.matrix.contiguous(), stack.offset.contiguous()
+        # Copies: stacks may be slices of one another, and safetensors refuses tensors that share memory.
+        tensors[f"{name}.matrix"], tensors[f"{name}.offset"] = stack.matrix.clone(), stack.offset.clone()
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
     os.replace(partial, path)
@@ -145,7 +150,7 @@ def load_maps(path: Path) -> dict[str, AffineMaps]:
     """Inverse of :func:`save_maps`; raises :class:`LensbenchError` for a damaged file."""
     try:
         tensors = load_file(path)
-        names = [key.removesuffix(".matrix") for key in tensors if key.endswith(".matrix")]
+        names = sorted({key.rpartition(".")[0] for key in tensors})
         return {name: AffineMaps(tensors[f"{name}.matrix"], tensors[f"{name}.offset"]) for name in names}
     except (OSError, KeyError, SafetensorError) as error:
         raise LensbenchError(f"lens file {path} is damaged ({error}); delete its folder to fit anew") from error

@@ -253,7 +253,7 @@ class Runner:
 def run_suite(suite: Suite, folder: Path, *, device: torch.device, only: list[str], progress: Progress) -> results.Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
 
-    ``only`` names the models to run, all of them where it is empty. Raises :class:`LensbenchError` for anything a user can mend.
+    ``only`` names the models to run, all of them where it is empty. Raises :class:`LensbenchError` for what a user can mend.
     """
     unknown = [name for name in only if name not in {m.name for m in suite.models}]
     if unknown:
@@ -366,6 +366,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
     Writes ``sweep.csv`` and ``manifest.json``; finished trials are reused.
     """
     suite = load_suite(sweep.suite)
+    suite = suite.model_copy(update={"training": suite.training.model_copy(update={"tokens": sweep.tokens})})
     models = {m.name: m for m in suite.models}
     unknown = [t.model for t in sweep.trials if t.model not in models]
     if unknown:

@@ -73,6 +73,13 @@ class ResidualStream:
         self.readout = find_readout(model)
         self.view = view
         ids = torch.randint(0, self.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(self.device)
+        hidden, last, logits = self._outputs(ids)
+        if not any(state.shape == hidden[-1].shape and torch.allclose(state, hidden[-1], rtol=1e-3, atol=1e-4)
+                   for state in (last, self.readout.final_norm(last))):  # fmt: skip
+            raise LensbenchError(
+                f"what {type(model).__name__} hands its final norm is not its last hidden state: it does more to the "
+                "stream behind its blocks than norm and head, and lensbench would read the wrong states"
+            )
         states, logits = self.forward(ids)
         self.layers, self.d_model = len(states) - 1, states.shape[-1]
         error = ((self.readout(states[-1]) - logits).abs().max() / logits.abs().max()).item()
@@ -89,17 +96,23 @@ class ResidualStream:
     @torch.no_grad()
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """States ``[L+1, B, T, d]`` and the model's logits ``[B, T, V]`` for token ids ``[B, T]``, in one forward pass."""
+        hidden, last, logits = self._outputs(ids)
+        # Most models report the last state behind the norm; the norm's last input is h_L in all of them.
+        states = torch.stack([*hidden[:-1], last])
+        if self.view == "prediction":
+            states = states[..., : self.readout.weight.shape[1]]
+        return states, logits
+
+    @torch.no_grad()
+    def _outputs(self, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The model's reported hidden states, its final norm's last input, and its logits."""
         norm_inputs: list[Tensor] = []
         hook = self.readout.final_norm.register_forward_pre_hook(lambda _, args: norm_inputs.append(args[0]))
         try:
             output = self.model(input_ids=ids, output_hidden_states=True, return_dict=True)
         finally:
             hook.remove()
-        # Most models report the last state behind the norm; the norm's last input is h_L in all of them.
-        states = torch.stack([*output.hidden_states[:-1], norm_inputs[-1]])
-        if self.view == "prediction":
-            states = states[..., : self.readout.weight.shape[1]]
-        return states, output.logits
+        return output.hidden_states, norm_inputs[-1], output.logits
 
 
 def refuse_non_finite(model: nn.Module) -> None:
@@ -117,6 +130,8 @@ def find_readout(model: PreTrainedModel) -> ReadOut:
 
     Raises :class:`LensbenchError` for a model without a linear head on top.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LensbenchError(f"{type(model).__name__} is an encoder-decoder: lensbench reads causal language models")
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise LensbenchError(
@@ -200,7 +215,7 @@ def capture(
     """
     weight, bias = stream.readout.weight, stream.readout.bias
     states, expected, entropy, targets, ce, constant_kl = [], [], [], [], [], []
-    log_constant = None if constant is None else constant.double().log().float().to(stream.device)
+    log_constant = None if constant is None else constant.double().clamp(min=1e-300).log().float().to(stream.device)
     mean_p = torch.zeros(stream.vocab_size, dtype=torch.float64, device=stream.device)
     total = len(windows.ids)
     for start in range(0, total, batch):

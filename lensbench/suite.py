@@ -151,7 +151,8 @@ class Sweep(_Strict):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = Field(min_length=1)
-    suite: str = Field(description="the suite whose corpus, sizes and token budget the trials use")
+    suite: str = Field(description="the suite whose corpus and model sizes the trials use")
+    tokens: int = Field(gt=0, description="training tokens of each trial")
     trials: tuple[Trial, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -52,7 +52,11 @@ def test_a_run_folder_holds_every_table_with_its_schema(tiny_run):
     lenses = finished.tables["lenses.csv"]
     assert {"logit", "tuned", "shared", "shared_bias", "shared_loo"} == set(lenses["lens"])
     assert (lenses["kl_ci_low"] <= lenses["kl"]).all() and (lenses["kl"] <= lenses["kl_ci_high"]).all()
-    assert {p.name for p in (tiny_run / "figures").glob("*.png")} >= {"transfer_penalty.png", "kl_by_layer.png", "plane.png"}
+    assert {p.name for p in (tiny_run / "figures").glob("*.png")} >= {
+        "transfer_penalty.png",
+        "kl_by_layer.png",
+        "plane.png",
+    }
     manifest = finished.manifest
     assert {"suite", "seeds", "versions", "hardware", "corpus", "git_revision", "seconds"} <= set(manifest)
 
@@ -169,9 +173,13 @@ def test_compare_writes_paired_differences(tiny_run, tmp_path):
 
 
 def test_compare_refuses_runs_that_measure_different_things(tiny_run, tmp_path):
-    suite = write_suite(tmp_path, **{"tolerance": "tolerance"} if False else {"rotations = 2": "rotations = 2\ntolerance = 0.05"})
+    suite = write_suite(
+        tmp_path, **{"tolerance": "tolerance"} if False else {"rotations = 2": "rotations = 2\ntolerance = 0.05"}
+    )
     assert run("run", suite, "--out", tmp_path / "other", "--only", "gpt").exit_code == 0
-    refused(run("compare", tiny_run, tmp_path / "other"), "do not measure the same thing", "fit.tolerance is 0.02 and 0.05")
+    refused(
+        run("compare", tiny_run, tmp_path / "other"), "do not measure the same thing", "fit.tolerance is 0.02 and 0.05"
+    )
 
 
 def test_compare_refuses_runs_on_different_texts(tiny_run, tmp_path):

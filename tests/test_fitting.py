@@ -437,6 +437,7 @@ def test_refinement_reaches_the_optimum_of_its_stated_objective(ridge, norm):
         return float(value.detach()), torch.autograd.grad(value, theta)[0].numpy()
 
     theta0 = torch.cat([start.matrix.flatten(), start.offset.flatten()]).numpy()
+
     def scipy_from(theta):
         options = {"maxiter": 1000, "maxfun": 2000, "ftol": 1e-12, "gtol": 1e-8}
         return minimize(value_and_gradient, theta, jac=True, method="L-BFGS-B", options=options).fun

@@ -27,7 +27,13 @@ def test_models_of_quick_have_equal_parameters_within_one_percent():
     suite = load_suite("quick")
     counts = [
         count_parameters(
-            build(str(m.family), vocab_size=suite.corpus.vocab_size, context=suite.training.length, **m.shape, **m.settings)
+            build(
+                str(m.family),
+                vocab_size=suite.corpus.vocab_size,
+                context=suite.training.length,
+                **m.shape,
+                **m.settings,
+            )
         )
         for m in suite.models
         if m.view_of is None
@@ -91,6 +97,9 @@ def test_invalid_toml_and_unknown_names_are_told(tmp_path):
 def test_a_sweep_gives_every_model_equally_many_trials(tmp_path):
     path = tmp_path / "unfair.toml"
     trial = '[[trials]]\nmodel = "{}"\n'
-    path.write_text('name = "unfair"\nquestion = "?"\nsuite = "quick"\n' + "".join(map(trial.format, ["gpt", "gpt", "pc"])))
+    path.write_text(
+        'name = "unfair"\nquestion = "?"\nsuite = "quick"\ntokens = 1000\n'
+        + "".join(map(trial.format, ["gpt", "gpt", "pc"]))
+    )
     with pytest.raises(LensbenchError, match="equally many trials"):
         load_sweep(str(path))

@@ -80,6 +80,9 @@ def build(
     unknown = sorted(set(settings) - set(FAMILIES[family].settings))
     if unknown:
         raise LensbenchError(f"{family} has no setting {unknown[0]!r}; it has {', '.join(FAMILIES[family].settings)}")
+    # Rotary positions turn pairs of entries, so a head's size must be even too.
+    if heads < 1 or d_model % heads or d_model // heads % 2:
+        raise LensbenchError(f"heads is {heads}: it must divide d_model {d_model} into parts of even size")
     shape = {"vocab_size": vocab_size, "d_model": d_model, "layers": layers, "heads": heads, "context": context}
     make = FAMILIES[family].build
 
@@ -87,7 +90,10 @@ def build(
         with torch.device("meta"):
             return count_parameters(make(width=width, **shape, **settings))
 
-    at_one, at_two = count(1), count(2)
+    try:
+        at_one, at_two = count(1), count(2)
+    except (ValueError, TypeError) as error:  # the config's own check of its settings
+        raise LensbenchError(f"{family}: {error}") from error
     width = round((parameters - at_one) / (at_two - at_one)) + 1
     if width < 1 or abs(count(width) - parameters) > 0.01 * parameters:
         raise LensbenchError(

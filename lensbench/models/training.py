@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lensbench.errors import LensbenchError
 
@@ -46,7 +47,7 @@ class TrainingRecipe(BaseModel):
         """Learning rate of a step (0-based)."""
         warm = self.warmup * self.steps
         if step < warm:
-            return self.learning_rate * (step + 1) / warm
+            return self.learning_rate * min(1.0, (step + 1) / warm)
         progress = (step - warm) / max(1.0, self.steps - warm)
         return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + np.cos(np.pi * progress)))
 
@@ -71,7 +72,8 @@ def batch_of(stream: np.ndarray, recipe: TrainingRecipe, seed: int, step: int) -
 def optimizers_of(model: torch.nn.Module, recipe: TrainingRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between hidden states, AdamW for embeddings (also as a tied head) and all vectors."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)} - embeddings
+    # GPT-2 keeps its matrices in a class of its own.
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)} - embeddings
     hidden = [p for p in model.parameters() if id(p) in linear]
     others = [p for p in model.parameters() if id(p) not in linear]
     rate = recipe.learning_rate
@@ -106,12 +108,18 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch
         with safe_open(path, framework="pt") as file:
             step = int(file.metadata()["step"])
         tensors = load_file(path)
+        shapes = {name.removeprefix("model."): t.shape for name, t in tensors.items() if name.startswith("model.")}
+        if shapes != {name: p.shape for name, p in model.named_parameters()}:
+            raise ValueError("it holds parameters of other names or shapes")
         owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(tensors[f"model.{name}"])
                 prefix = f"optimizer.{name}."
                 moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                muon = isinstance(owner[id(p)], torch.optim.Muon)
+                if set(moments) != ({"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}):
+                    raise ValueError(f"the moments of {name} are not complete")
                 # AdamW counts its steps on the CPU wherever the parameters are.
                 owner[id(p)].state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
@@ -136,7 +144,7 @@ def train(
     Resumes from the last checkpoint in ``checkpoints``; a resumed run ends with the same weights as an undisturbed one.
     Raises :class:`LensbenchError` where the stream is shorter than a sequence or the loss is no longer finite.
     """
-    if len(stream) <= recipe.length:
+    if len(stream) < recipe.length:
         raise LensbenchError(
             f"the train split has {len(stream)} tokens, fewer than one sequence of {recipe.length}; give a longer text"
         )
@@ -149,18 +157,19 @@ def train(
                 group["lr"] = recipe.rate(step)
         ids = batch_of(stream, recipe, seed, step).to(device)
         loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-        if not torch.isfinite(loss):
-            raise LensbenchError(
-                f"the training loss is {loss.item()} at step {step + 1} of {recipe.steps}; a lower learning_rate than "
-                f"{recipe.learning_rate:g} would be the first thing to try (last good checkpoint kept)"
-            )
         model.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        if not torch.isfinite(loss) or not torch.isfinite(norm):
+            raise LensbenchError(
+                f"loss {loss.item():g}, gradient norm {norm.item():g} at step {step + 1} of {recipe.steps}; a lower "
+                f"learning_rate than {recipe.learning_rate:g} would be the first thing to try (last good checkpoint kept)"
+            )
+        if step > start and step % recipe.checkpoint_every == 0:
+            # Only now is it known that the last step's weights give a finite loss and gradient.
+            save_checkpoint(checkpoints, model, optimizers, step)
         for optimizer in optimizers:
             optimizer.step()
-        if (step + 1) % recipe.checkpoint_every == 0 and step + 1 < recipe.steps:
-            save_checkpoint(checkpoints, model, optimizers, step + 1)
         if report is not None:
             report(StepReport(step + 1, recipe.steps, loss.item(), (step + 1 - start) * recipe.batch * recipe.length))
     return model.eval()
