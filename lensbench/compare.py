@@ -126,7 +126,7 @@ def cells_of(run: Run) -> list[Cell]:
             model, seed = cast(tuple[str, int], key)
             sums = ClusterSums.of(rows)
             weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
-            means = Means.of_clusters(sums.kl, sums.tokens), Means.of_clusters(sums.kl, sums.tokens, weights)
+            means = Means.of_clusters(sums.totals, sums.tokens), Means.of_clusters(sums.totals, sums.tokens, weights)
             at_point, at_draws = indices.draw_values(*means, int(seed))
             estimates = indices.estimates(*means, seed=int(seed), clusters=len(sums.tokens))
             ce = by_document(rows, lens="model")["ce"].to_numpy(float)

@@ -100,12 +100,12 @@ class Fit:
 
 def fit_steps(recipe: FitRecipe, layers: int) -> int:
     """How many lenses a fit makes, for its progress bar."""
-    return 5 * layers + 3 + recipe.rotations + recipe.refits
+    return 4 * layers + 3 + recipe.rotations + recipe.refits
 
 
-def score_steps(recipe: FitRecipe, layers: int) -> int:
-    del layers
-    return 3 + recipe.refits
+def score_steps(recipe: FitRecipe) -> int:
+    """How many steps a scoring has, for its progress bar."""
+    return 2 + recipe.refits
 
 
 def fit_all(
@@ -366,6 +366,7 @@ def score_all(readout: ReadOut, captured: Capture, fit: Fit, *, report: Report |
             Means(
                 constant=sum_by_window(captured.constant_kl, captured),
                 transfer=sums.kl,
+                transfer_ce=sums.ce,
                 movement=sums.movement,
                 own=closed["own"],
                 shared=closed["shared"],
@@ -417,13 +418,13 @@ class Part:
 class ClusterSums:
     """Sums over the documents of one model and seed: what every interval resamples.
 
-    ``tokens``, ``bytes`` ``[clusters]``; ``kl`` holds the fields of :class:`Means` as ``[clusters, ...]`` sums.
+    ``tokens``, ``bytes`` ``[clusters]``; ``totals`` holds the fields of :class:`Means` as ``[clusters, ...]`` sums.
     """
 
     documents: tuple[str, ...]
     tokens: NDArray[np.float64]
     bytes: NDArray[np.float64]
-    kl: Means
+    totals: Means
 
     @classmethod
     def of(cls, sequences: pd.DataFrame) -> "ClusterSums":
@@ -449,9 +450,10 @@ class ClusterSums:
             return table.sort_index().to_numpy(float)
 
         views = range(int(sequences["view"].max()) + 1)
-        kl = Means(
+        totals = Means(
             constant=constant,
             transfer=grid("kl"),
+            transfer_ce=grid("ce"),
             movement=grid("movement"),
             own=per_layer("tuned"),
             shared=per_layer("shared"),
@@ -460,7 +462,7 @@ class ClusterSums:
             own_refined=per_layer("tuned", "refined"),
             shared_refined=per_layer("shared", "refined"),
         )
-        return cls(documents, model["tokens"].to_numpy(float), model["bytes"].to_numpy(float), kl)
+        return cls(documents, model["tokens"].to_numpy(float), model["bytes"].to_numpy(float), totals)
 
 
 def by_document(sequences: pd.DataFrame, *, lens: str) -> pd.DataFrame:
@@ -536,9 +538,9 @@ def tables(parts: list[Part], recipe: FitRecipe, *, draws: int) -> dict[str, pd.
         )
         rows["lenses.csv"] += lens_rows(part, weights)
         rows["transfer.csv"] += transfer_rows(part, sums, weights)
-        point = Means.of_clusters(sums.kl, sums.tokens)
+        point = Means.of_clusters(sums.totals, sums.tokens)
         estimates = indices.estimates(
-            point, Means.of_clusters(sums.kl, sums.tokens, weights), seed=part.seed, clusters=len(sums.tokens)
+            point, Means.of_clusters(sums.totals, sums.tokens, weights), seed=part.seed, clusters=len(sums.tokens)
         )
         found.setdefault(part.model, []).append(estimates)
         rows["indices.csv"] += [who | row for row in index_rows(estimates, part, recipe)]
@@ -577,16 +579,12 @@ def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -
     """``transfer.csv``: the headline matrix."""
     headline = part.fit.records["transfer"]
     layers = len(headline.ridge)
-    matrix = part.sequences[
-        (part.sequences["lens"] == "logit")
-        | ((part.sequences["lens"] == "tuned") & (part.sequences["prior"] == "identity"))
-    ]
-    ce = matrix.pivot_table(
-        index="document", columns=["lens_layer", "layer"], values="ce", aggfunc="sum", observed=True
-    )
-    ce_sums = ce.sort_index().to_numpy(float).reshape(-1, layers + 1, layers + 1)
     values = {}
-    for name, array in (("kl", sums.kl.transfer), ("ce", ce_sums), ("movement_kl", sums.kl.movement)):
+    for name, array in (
+        ("kl", sums.totals.transfer),
+        ("ce", sums.totals.transfer_ce),
+        ("movement_kl", sums.totals.movement),
+    ):
         values[name] = ratio_with_interval(array, sums.tokens, weights)[1]
         if name != "movement_kl":
             penalty = array - np.diagonal(array, axis1=1, axis2=2)[:, None, :]

@@ -7,13 +7,14 @@ shrinks and a scale-free norm re-inflates it, so that its predictions come out o
 along the direction that the unembedding sees least.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from lensbench.lenses import AffineMaps
@@ -51,6 +52,20 @@ class FitRecipe(BaseModel):
     refine_tolerance: float = Field(
         1e-3, gt=0, description="relative fall of the objective in 4 iterations that ends it"
     )
+
+    @field_validator("ridges", "pads")
+    @classmethod
+    def _rising(cls, path: tuple[float, ...]) -> tuple[float, ...]:
+        if any(b <= a for a, b in itertools.pairwise(path)):
+            raise ValueError("must rise from one entry to the next")
+        return path
+
+    @field_validator("ridges")
+    @classmethod
+    def _positive(cls, ridges: tuple[float, ...]) -> tuple[float, ...]:
+        if ridges[0] <= 0:
+            raise ValueError("must be above 0: without a ridge a stream that does not fill its space has no solution")
+        return ridges
 
 
 @dataclass(frozen=True)
@@ -399,7 +414,9 @@ def refine(
     """
     recipe = search.recipe
     readout = search.readout
-    share = [torch.arange(i, len(fit), len(layers) if len(layers) > 1 else 1) for i in range(len(layers))]
+    # Dealt out at random: by turns, a layer would see the same ranks of position in every window.
+    order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(0))
+    share = [order[i :: len(layers)].sort().values for i in range(len(layers))]
     rows = [r[torch.linspace(0, len(r) - 1, min(len(r), tokens // len(layers))).round().long()] for r in share]
     h = torch.cat([fit.states[layer][r] for layer, r in zip(layers, rows, strict=True)])
     expected = torch.cat([fit.expected[r] for r in rows])
@@ -408,15 +425,18 @@ def refine(
 
     unit = median_eigenvalue(torch.linalg.eigvalsh(moments.covariance))[0]
     lam = ridge * unit
-    whiten = inverse_root(moments.covariance[0] + lam * torch.eye(h.shape[-1], dtype=torch.float64), 0.0)
+    # In the eigenbasis: L-BFGS sizes its first step by the gradient's largest entries, which depend on the basis.
+    values, vectors = torch.linalg.eigh(moments.covariance[0])
+    root = (values.clamp(min=0) + lam).sqrt()
+    whiten, unwhiten = vectors / root, vectors * root
     colour = inverse_root(read_out_curvature(readout, fit), 1e-2)
     mean = moments.mean[0]
     inputs = ((h.double() - mean.to(h.device)) @ whiten.to(h.device)).to(h)
     whiten_h, colour_h = whiten.to(h), colour.to(h)
 
-    # x = (inputs theta^T + gamma) colour, with theta and gamma what is optimised; colour and whiten are symmetric.
+    # x = (inputs theta^T + gamma) colour, with theta and gamma what is optimised; colour is symmetric.
     matrix0, offset0 = start.matrix[0].double().cpu(), start.offset[0].double().cpu()
-    theta0 = torch.linalg.solve(colour, matrix0) @ torch.linalg.inv(whiten)
+    theta0 = torch.linalg.solve(colour, matrix0) @ unwhiten
     gamma0 = torch.linalg.solve(colour, matrix0 @ mean + offset0)
     theta, gamma = theta0.to(h).requires_grad_(), gamma0.to(h).requires_grad_()
 
@@ -431,7 +451,7 @@ def refine(
     penalty = (nats_per_error * lam).to(h)
 
     def maps() -> AffineMaps:
-        matrix = colour @ theta.detach().double().cpu() @ whiten
+        matrix = colour @ theta.detach().double().cpu() @ whiten.T
         return AffineMaps(matrix[None], (colour @ gamma.detach().double().cpu() - matrix @ mean)[None])
 
     optimizer = torch.optim.LBFGS(
@@ -441,7 +461,7 @@ def refine(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        matrix = colour_h @ theta @ whiten_h
+        matrix = colour_h @ theta @ whiten_h.T
         loss = kl_objective(readout, output(), expected, entropy_term) + penalty / 2 * matrix.pow(2).sum()
         loss.backward()
         return loss.detach()

@@ -22,15 +22,17 @@ FEWEST_CLUSTERS = 64
 
 @dataclass(frozen=True)
 class Means:
-    """Mean KL to the model's own distribution, nats/token, of everything that an index needs.
+    """Means, nats/token, of everything that an index needs: KL to the model's own distribution where not said otherwise.
 
-    ``constant`` ``[...]`` K_0. ``transfer``, ``movement`` ``[..., L+1, L+1]``: K_ij and D_ij of the headline matrix.
+    ``constant`` ``[...]`` K_0. ``transfer``, ``transfer_ce``, ``movement`` ``[..., L+1, L+1]``: K_ij, C_ij and D_ij of the
+    headline matrix.
     ``own`` ``[..., L]``: per-layer lenses with prior zero; ``shared``, ``shared_loo`` ``[..., L]`` and ``rotated``
     ``[..., views, L]`` of the same prior and stage. ``own_refined``, ``shared_refined`` ``[..., L]``: the refined stage.
     """
 
     constant: Array
     transfer: Array
+    transfer_ce: Array
     movement: Array
     own: Array
     shared: Array
@@ -118,12 +120,12 @@ def gain_tracking(m: Means) -> Value:
 
 
 def distance_trend(m: Means, direction: str = "both") -> Value:
-    """Spearman correlation of ``P_ij`` with ``|i - j|`` over i != j of layers 0..L-1.
+    """Spearman correlation of the published penalty ``C_ij - C_jj`` with ``|i - j|`` over i != j of layers 0..L-1.
 
     ``forward``: lens before stream, i < j; ``backward``: i > j.
     """
     layers = m.transfer.shape[-1] - 1
-    penalty = m.transfer - np.diagonal(m.transfer, axis1=-2, axis2=-1)[..., None, :]
+    penalty = m.transfer_ce - np.diagonal(m.transfer_ce, axis1=-2, axis2=-1)[..., None, :]
     i, j = np.nonzero(~np.eye(layers, dtype=bool))
     kept = {"both": i != j, "forward": i < j, "backward": i > j}[direction]
     i, j = i[kept], j[kept]
@@ -184,6 +186,13 @@ def draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value]
 
     The spread over the few rotated views enters the draws of ``rotated_retention`` as a Student-t deviation of their mean.
     """
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # a denominator of zero makes an index undefined, with its reason
+        return _draw_values(point, draws, seed)
+
+
+def _draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value], dict[str, Value]]:
     at_point = {name: function(point) for name, (_, function) in INDICES.items()}
     at_draws = {name: function(draws) for name, (_, function) in INDICES.items()}
     views = retention(point.own[None], point.rotated, point.constant[None]).value

@@ -140,7 +140,10 @@ def save_maps(maps: dict[str, AffineMaps], path: Path) -> None:
     tensors = {}
     for name, stack in maps.items():
         # Copies: stacks may be slices of one another, and safetensors refuses tensors that share memory.
-        tensors[f"{name}.matrix"], tensors[f"{name}.offset"] = stack.matrix.clone(), stack.offset.clone()
+        tensors[f"{name}.matrix"], tensors[f"{name}.offset"] = (
+            stack.matrix.clone(memory_format=torch.contiguous_format),
+            stack.offset.clone(),
+        )
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
     os.replace(partial, path)

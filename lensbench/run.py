@@ -210,7 +210,7 @@ class Runner:
             fitted = evaluation.Fit(
                 load_maps(fitting.folder / "maps.safetensors"), FitSummary.load(fitting.folder / "fit.json")
             )
-            tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe, stream().layers), "matrices")
+            tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe), "matrices")
             windows = self.eval_windows(texts)
             captured = capture(stream(), windows, constant=fitted.constant)
             scored = evaluation.score_all(stream().readout, captured, fitted, report=tick)

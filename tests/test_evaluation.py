@@ -71,8 +71,8 @@ def small(seed):
 def estimates_of(frame, draws=DRAWS):
     sums = ClusterSums.of(frame)
     weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
-    drawn = Means.of_clusters(sums.kl, sums.tokens, weights)
-    point = Means.of_clusters(sums.kl, sums.tokens)
+    drawn = Means.of_clusters(sums.totals, sums.tokens, weights)
+    point = Means.of_clusters(sums.totals, sums.tokens)
     return indices.estimates(point, drawn, seed=0, clusters=len(sums.tokens))
 
 
@@ -149,13 +149,14 @@ def test_the_frame_reproduces_the_sums():
     direct = {
         "constant": sums_by_document(scored.constant, windows),
         "transfer": sums_by_document(scored.matrix["kl"], windows),
+        "transfer_ce": sums_by_document(scored.matrix["ce"], windows),
         "movement": sums_by_document(scored.matrix["movement"], windows),
         "own": closed["own"], "shared": closed["shared"], "shared_loo": closed["shared_loo"],
         "rotated": np.stack(views, 1), "own_refined": closed["own_refined"], "shared_refined": closed["shared_refined"],
     }  # fmt: skip
     assert set(direct) == {f.name for f in fields(Means)}
     for name, values in direct.items():
-        np.testing.assert_allclose(getattr(sums.kl, name), values, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(sums.totals, name), values, rtol=1e-5, atol=1e-5, err_msg=name)
     np.testing.assert_array_equal(sums.tokens, np.bincount(it.held_out.document))
     np.testing.assert_array_equal(sums.bytes, np.bincount(it.held_out.document, weights=it.held_out.target_bytes))
 
@@ -166,7 +167,7 @@ def test_the_frame_does_not_depend_on_the_order_of_its_rows_or_on_parquet(tmp_pa
     shuffled = pd.read_parquet(tmp_path / "frame.parquet").sample(frac=1, random_state=0)
     a, b = ClusterSums.of(it.frame), ClusterSums.of(shuffled)
     assert a.documents == b.documents
-    for (name, x), (_, y) in zip(a.kl.items(), b.kl.items(), strict=True):
+    for (name, x), (_, y) in zip(a.totals.items(), b.totals.items(), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
@@ -310,7 +311,7 @@ def test_the_last_step_of_a_fit_and_of_a_scoring_is_the_number_announced():
     assert it.steps[-1] == evaluation.fit_steps(recipe, 3)
     done: list[int] = []
     score_all(it.stream.readout, it.held_out, it.fit, report=lambda n, what: done.append(n))
-    assert done[-1] == evaluation.score_steps(recipe, 3)
+    assert done[-1] == evaluation.score_steps(recipe)
 
 
 def test_fits_do_not_depend_on_held_out_tokens_and_repeat_exactly():
@@ -374,7 +375,13 @@ def test_intervals_over_documents_cover_the_value_of_the_whole_population(kind):
         own, shared = (
             own_layer_sums(it.stream.readout, captured, it.fit.maps[name], range(6))[0] for name in ("own", "shared")
         )
-        sums = {"transfer": matrix.kl, "movement": matrix.movement, "own": own, "shared": shared}
+        sums = {
+            "transfer": matrix.kl,
+            "transfer_ce": matrix.ce,
+            "movement": matrix.movement,
+            "own": own,
+            "shared": shared,
+        }
         sums["constant"] = sum_by_window(captured.constant_kl, captured)
         chunks.append({name: sums_by_document(values, windows) for name, values in sums.items()})
     pool = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}

@@ -35,7 +35,8 @@ def random_means(seed=0, *, layers=5, views=3, lead=()):
     transfer[..., k, k] = np.linspace(0.5, 0, layers + 1) + 0.05 * draw(layers + 1)
     own = np.linspace(1.0, 0.1, layers) + 0.2 * draw(layers)
     return Means(
-        constant=3 + draw(), transfer=transfer, movement=draw(layers + 1, layers + 1), own=own,
+        constant=3 + draw(), transfer=transfer, transfer_ce=3 + draw(layers + 1, layers + 1),
+        movement=draw(layers + 1, layers + 1), own=own,
         shared=own + draw(layers), shared_loo=own + draw(layers), rotated=own[..., None, :] + 1 + draw(views, layers),
         own_refined=own - 0.05 * draw(layers), shared_refined=own + draw(layers),
     )  # fmt: skip
@@ -87,9 +88,9 @@ def slow_indices(m):
         "gain_visibility_adjacent": slow_visibility(k, lambda i, j: j - i == 1),
         "gain_visibility_without_layer0": slow_visibility(k, lambda i, j: i != 0),
         "movement": slow_movement(k, m.movement),
-        "distance_trend": slow_trend(k),
-        "distance_trend_forward": slow_trend(k, lambda i, j: i < j),
-        "distance_trend_backward": slow_trend(k, lambda i, j: i > j),
+        "distance_trend": slow_trend(m.transfer_ce),
+        "distance_trend_forward": slow_trend(m.transfer_ce, lambda i, j: i < j),
+        "distance_trend_backward": slow_trend(m.transfer_ce, lambda i, j: i > j),
     }
 
 
@@ -125,10 +126,10 @@ def test_leading_axes_are_free():
 def test_layers_may_not_be_confused(seed):
     """The last row and column (the logit lens, the final state) enter no index."""
     m = random_means(seed)
-    transfer, moved = m.transfer.copy(), m.movement.copy()
-    for matrix in (transfer, moved):
+    transfer, ce, moved = m.transfer.copy(), m.transfer_ce.copy(), m.movement.copy()
+    for matrix in (transfer, ce, moved):
         matrix[-1], matrix[:, -1] = 99.0, 77.0
-    changed = Means(**(dict(m.items()) | {"transfer": transfer, "movement": moved}))
+    changed = Means(**(dict(m.items()) | {"transfer": transfer, "transfer_ce": ce, "movement": moved}))
     for name, (_, function) in INDICES.items():
         assert float(function(changed).value) == float(function(m).value), name
 
@@ -295,7 +296,13 @@ def test_indices_of_a_constant_stream_are_undefined_and_say_so():
     def constant(means):
         layers = len(means["own"])
         flat = np.ones((layers + 1, layers + 1))
-        return {"own": np.ones(layers), "shared": np.ones(layers), "transfer": flat, "movement": 0 * flat}
+        return {
+            "own": np.ones(layers),
+            "shared": np.ones(layers),
+            "transfer": flat,
+            "transfer_ce": flat,
+            "movement": 0 * flat,
+        }
 
     found = estimated(constant, spread=0.0)
     for name in ("gain_tracking", "gain_visibility", "movement", "distance_trend", "distance_trend_forward"):

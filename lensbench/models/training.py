@@ -162,8 +162,9 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             raise LensbenchError(
-                f"loss {loss.item():g}, gradient norm {norm.item():g} at step {step + 1} of {recipe.steps}; a lower "
-                f"learning_rate than {recipe.learning_rate:g} would be the first thing to try (last good checkpoint kept)"
+                f"the training loss is {loss.item():g} at step {step + 1} of {recipe.steps}, the norm of its gradient "
+                f"{norm.item():g}; a lower learning_rate than {recipe.learning_rate:g} would be the first thing to try "
+                "(last good checkpoint kept)"
             )
         if step > start and step % recipe.checkpoint_every == 0:
             # Only now is it known that the last step's weights give a finite loss and gradient.
