@@ -111,6 +111,10 @@ def sentence(name: str, rows: pd.DataFrame) -> str:
 
 def print_run(run: Run, console: Console) -> None:
     """The tables, then the sentences, then every warning once."""
+    scored = (run.manifest or {}).get("scored", {})
+    if scored and scored["sequences"] < scored["sequences_asked"]:
+        held = f"the eval split holds {scored['sequences']} sequences of the {scored['sequences_asked']} asked for"
+        console.print(f"note: {held}; all were scored", highlight=False, markup=False)
     console.print(baseline_table(run))
     console.print(index_table(run))
     for line in sentences(run):

@@ -304,17 +304,19 @@ def describe(
     """The manifest: everything needed to run this again, and to tell whether two runs measure the same thing."""
     suite = runner.suite
     windows = runner.eval_windows(texts)
+    # The same text is the same corpus wherever it lies, and nobody's folders belong into a result.
+    spec = suite.corpus.spec if not suite.corpus.spec.startswith("file:") else "file:" + Path(suite.corpus.spec).name
+    described = suite.model_dump(mode="json")
+    described["corpus"]["spec"] = spec
     return {
         "schema_version": results.SCHEMA_VERSION,
         "code_version": CODE_VERSION,
         "suite_name": suite.name,
-        "suite": suite.model_dump(mode="json"),
+        "suite": described,
         "models": [m.name for m in models],
         "seeds": list(suite.seeds),
         "corpus": {
-            "spec": suite.corpus.spec
-            if not suite.corpus.spec.startswith("file:")
-            else "file:" + Path(suite.corpus.spec).name,
+            "spec": spec,
             "checksum": texts.corpus.checksum,
             "documents": {s: len(d) for s, d in texts.corpus.splits.items()},
             "tokens": {s: int(sum(len(d.ids) for d in documents)) for s, documents in texts.documents.items()},
