@@ -15,11 +15,10 @@ from lensbench import indices, results
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import ClusterSums, by_document
 from lensbench.indices import Array, Means
-from lensbench.report import with_interval
+from lensbench.report import SHOWN, with_interval
 from lensbench.results import Run
 
-COMPARED = ("ce", "bits_per_byte", "shared_retention", "rotated_retention", "shared_consistency", "loo_shared_retention",
-            "gain_tracking", "gain_visibility", "gain_visibility_adjacent", "movement", "distance_trend")  # fmt: skip
+COMPARED = ("ce", "bits_per_byte", *SHOWN)
 
 SAME_MEASURE = (
     ("fit", "tolerance"),

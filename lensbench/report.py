@@ -20,9 +20,8 @@ SHOWN = (
     "gain_visibility_without_layer0",
     "movement",
     "distance_trend",
-    "layers",
-    "rotated_rank",
 )
+FACTS = ("layers", "rotated_rank")
 
 
 def number(value: float) -> str:
@@ -67,7 +66,7 @@ def index_table(run: Run) -> Table:
         *names,
         title="indices, 95 % intervals over documents (several seeds: over seeds)",
     )
-    for index in SHOWN:
+    for index in (*SHOWN, *FACTS):
         cells = []
         for name in names:
             row = indices[(indices["model"] == name) & (indices["index"] == index)]

@@ -84,6 +84,7 @@ class Runner:
     def __post_init__(self) -> None:
         self.stages = Stages(self.folder / "stages")
         self.known: dict[str, Stage] = {}
+        self.revision = git_revision()  # of the code that runs, whatever is committed meanwhile
 
     def stage(self, name: str, key: dict[str, Any], compute: Callable[[Path], None]) -> Stage:
         """A stage of this run, reported when it is there; two views of a model share its training."""
@@ -333,7 +334,7 @@ def describe(
         "seconds": dict(sorted(runner.stages.seconds.items())),
         "versions": versions(),
         "hardware": hardware(runner.device),
-        "git_revision": git_revision(),
+        "git_revision": runner.revision,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -1,0 +1,60 @@
+"""What the README promises and quotes is what the project has and prints."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from lensbench import results
+from lensbench.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+QUOTED = re.compile(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")
+
+
+def test_the_two_commands_are_there():
+    assert "python -m pip install -e . && lensbench run quick" in README
+    assert "python -m pip install -e '.[test]' && pytest" in README
+
+
+def test_every_number_with_an_interval_is_printed_by_compare():
+    printed = CliRunner().invoke(app, ["compare", str(ROOT / "results" / "quick")]).output
+    quoted = QUOTED.findall(README)
+    assert len(quoted) >= 10
+    assert [number for number in quoted if number not in printed] == []
+
+
+def test_every_column_of_every_table_is_documented():
+    for name, columns in results.SCHEMA.items():
+        section = README.split(f"`{name}`")[1].split("\n| `")[0]
+        missing = [c for c in columns if f"`{c}`" not in section and not c.endswith(("_ci_low", "_ci_high"))]
+        assert missing == [], name
+
+
+def test_pictures_and_files_that_are_named_exist():
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        if not path.startswith("http"):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["quick"])
+def test_committed_results_are_what_a_run_wrote(name):
+    """Every file has the checksum of its manifest, and the sweep's winners are what the suite trains with."""
+    run = results.read_run(ROOT / "results" / name)
+    assert not run.manifest["git_revision"].endswith("dirty")
+
+
+def test_quick_uses_the_winners_of_its_sweep():
+    from lensbench.suite import load_suite, load_sweep
+
+    table = pd.read_csv(ROOT / "results" / "quick-sweep" / "sweep.csv")
+    trials = load_sweep("quick-sweep").trials
+    for model in load_suite("quick").models:
+        if model.view_of is None:
+            best = table[(table["model"] == model.name) & table["chosen"]]
+            assert len(best) == 1
+            trial = trials[int(best.iloc[0]["trial"])]
+            assert (model.training, model.settings) == (trial.training, trial.settings)
