@@ -4,11 +4,12 @@ One function per figure: a tidy frame in, a :class:`matplotlib.figure.Figure` ou
 Nothing here leaves a setting of matplotlib changed, and the same tables give the same bytes.
 """
 
-import functools
+import itertools
 import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from lensbench.errors import LensbenchError
@@ -30,19 +29,20 @@ DPI = 150
 ANNOTATED_LAYERS = 10  # the numbers of a larger heatmap could not be read
 CLIP_PERCENTILE = 95
 SMALLEST_KL = 1e-6  # nats/token; a log axis has no zero
-LARGEST_MARKER = 4.0  # movement from which markers of the plane grow no more
+MOVEMENTS = {0: "0", 2: "2", 4: "4 or more"}  # legend of the sizes in the plane, which grow up to the last
 GREY = "#666666"
-
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = sns.color_palette("colorblind").as_hex()[:5]
+
 LENSES = {
-    "logit": ("logit lens", "#222222"),
-    "tuned": ("tuned lens, one per layer", BLUE),
-    "shared": ("shared lens", VERMILION),
-    "shared_bias": ("shared lens, one bias per layer", ORANGE),
-    "shared_loo": ("shared lens, layer left out", GREEN),
-    "rotated": ("shared lens, rotated view", PURPLE),
+    "logit": "logit lens",
+    "tuned": "tuned lens, one per layer",
+    "shared": "shared lens",
+    "shared_bias": "shared lens, one bias per layer",
+    "shared_loo": "shared lens, layer left out",
+    "rotated": "shared lens, rotated view",
 }
-DASHES: dict[str, Any] = {"none": "", "refined": "", "closed": (4, 1.5)}  # by stage
+LENS_COLOURS = dict(zip(LENSES, ("#222222", BLUE, VERMILION, ORANGE, GREEN, PURPLE), strict=True))
+DASHES = {"none": "", "refined": "", "closed": (4, 1.5), "rotated": (1, 1)}
 VISIBILITIES = {
     "gain_visibility": "all pairs of layers",
     "gain_visibility_adjacent": "adjacent layers",
@@ -74,50 +74,44 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            save = functools.partial(figure.savefig, format="png", dpi=DPI, metadata={"Software": None})
-            write_atomically(folder / name, save)
+            write_atomically(folder / name, partial(figure.savefig, format="png", dpi=DPI, metadata={"Software": None}))
     return [folder / name for name in figures]
-
-
-# Tables to tidy frames: means over seeds, models in the order of models.csv.
 
 
 def transfer_frame(run: Run) -> pd.DataFrame:
     """``model, lens_layer, stream_layer, penalty_ce``, and ``layers``; no cell of the (L+1) x (L+1) grid is missing."""
     cell = ["lens_layer", "stream_layer"]
-    table = run.tables["transfer.csv"]
-    table = table[np.isfinite(table["penalty_ce"])]
+    table = run.tables["transfer.csv"].loc[lambda table: np.isfinite(table["penalty_ce"])]
     frames = []
     for _, (model, seed, layers) in run.tables["models.csv"][["model", "seed", "layers"]].iterrows():
         rows = table[(table["model"] == model) & (table["seed"] == seed)]
         missing = (layers + 1) ** 2 - len(rows[cell].drop_duplicates())
         if missing:
-            size = f"{layers + 1} x {layers + 1}"
-            raise LensbenchError(f"transfer.csv, model {model}, seed {seed}: {missing} of {size} penalty_ce are missing")
+            raise LensbenchError(f"transfer.csv: {missing} cells of model {model}, seed {seed}, have no penalty_ce")
         frames.append(rows.assign(layers=layers))
     return pd.concat(frames).groupby(["model", "layers", *cell], sort=False, as_index=False)["penalty_ce"].mean()
 
 
 def lens_frame(run: Run) -> pd.DataFrame:
-    """``model, lens, stage, layer, kl`` and its interval: each lens refined where it was, closed elsewhere.
+    """``model, lens, stage, name, layer, kl`` and its interval: refined lenses where there are, closed ones elsewhere.
 
-    The shared lens of the rotated view is the lens ``rotated``. The logit lens at L, the model itself, is left out.
+    The shared lens of the rotated view is ``rotated``. The logit lens at L, the model itself, is left out.
     """
-    table = run.tables["lenses.csv"]
-    layers = run.tables["models.csv"].groupby("model", sort=False)["layers"].first()
+    table = run.tables["lenses.csv"].fillna({"stage": "none"})
     frames = []
-    for model, depth in layers.items():
-        own = table[(table["model"] == model) & (table["layer"] < depth)]
+    for model, layers in run.tables["models.csv"].groupby("model", sort=False)["layers"].first().items():
         rotated = table[(table["model"] == f"{model}+rotated") & (table["lens"] == "shared")]
-        rows = pd.concat([own, rotated.assign(lens="rotated", model=model)])
-        rows = rows[rows["lens"].isin(LENSES)].fillna({"stage": "none"})
-        if rows["kl"].isna().any() or rows.empty:
+        rotated = rotated.assign(model=str(model), lens="rotated", stage="rotated")
+        rows = pd.concat([table[(table["model"] == model) & (table["layer"] < layers)], rotated])
+        rows = pd.concat([rows[rows["lens"] == lens] for lens in LENSES])
+        if rows["kl"].isna().any():
             raise LensbenchError(f"lenses.csv, model {model}: {rows['kl'].isna().sum()} of {len(rows)} kl are missing")
         refined = rows["lens"].isin(rows.loc[rows["stage"] == "refined", "lens"])
         frames.append(rows[~refined | (rows["stage"] == "refined")])
-    numbers = ["kl", "kl_ci_low", "kl_ci_high"]
-    means = pd.concat(frames).groupby(["model", "lens", "stage", "layer"], sort=False)[numbers].mean()
-    return means.clip(lower=SMALLEST_KL).reset_index()
+    groups = pd.concat(frames).groupby(["model", "lens", "stage", "layer"], sort=False)
+    frame = groups[["kl", "kl_ci_low", "kl_ci_high"]].mean().clip(lower=SMALLEST_KL).reset_index()
+    stages = frame["stage"].map({"closed": " (closed)", "refined": " (refined)"}).fillna("")
+    return frame.assign(name=frame["lens"].map(LENSES) + stages)
 
 
 def index_frame(run: Run) -> pd.DataFrame:
@@ -125,186 +119,202 @@ def index_frame(run: Run) -> pd.DataFrame:
     table = run.tables["indices.csv"]
     table = table.iloc[(table["seed"] == "all").argsort(kind="stable")].drop_duplicates(["index", "model"], keep="last")
     names = [*VISIBILITIES, "movement", "shared_consistency"]
-    every = pd.MultiIndex.from_product([names, run.tables["models.csv"]["model"].unique()], names=["index", "model"])
     numbers = ["value", "ci_low", "ci_high", "fit_low", "fit_high"]
+    every = pd.MultiIndex.from_product([names, run.tables["models.csv"]["model"].unique()], names=["index", "model"])
     return table.set_index(["index", "model"])[numbers].reindex(every).astype(float).reset_index()
 
 
-# What the figures have in common.
-
-
-def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def panels_of(models: list[str], columns: int, size: float, extra: tuple[float, float], **kwargs: Any) -> tuple:
-    """A figure with one titled panel per model, ``size`` inches wide and high, and ``extra`` inches around them."""
-    columns = min(len(models), columns)
+def panels_of(models: list[str], size: float, extra: float, *, sharey: bool) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per model, each ``size`` inches wide and high, and ``extra`` inches beside them."""
+    columns = min(len(models), 3)
     rows = math.ceil(len(models) / columns)
-    figure = new_figure(max(columns * size + extra[0], 5), rows * size + extra[1], kwargs.pop("layout", "constrained"))
-    panels = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel()
+    figure = Figure(figsize=(max(columns * size + extra, 5), rows * size + 0.4), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
     for panel in panels[len(models) :]:
         panel.remove()
-    for panel, model in zip(panels, models, strict=False):
-        panel.set_title(model, size=9)
     return figure, list(panels[: len(models)])
 
 
-def write_around(figure: Figure, title: str, caption: str = "") -> None:
-    width = figure.get_figwidth()
-    figure.suptitle(textwrap.fill(title, int(10.5 * width)), x=0.01, ha="left", size=10.5, weight="bold")
-    if caption:
-        caption = "\n".join(textwrap.fill(line, int(17 * width)) for line in caption.split("\n"))
-        figure.supxlabel(caption, x=0.01, ha="left", size=7, color=GREY)
+def write_around(figure: Figure, title: str, caption: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", size=10.5, weight="bold")
+    figure.supxlabel(textwrap.fill(caption, int(17 * figure.get_figwidth())), x=0.01, ha="left", size=7, color=GREY)
 
 
-def use_symlog(axis: Axis, linear: float) -> None:
-    """Linear up to ``linear``, logarithmic beyond."""
-    axis._set_axes_scale("symlog", linthresh=linear)  # type: ignore[attr-defined]
-    ticks = [linear * x for decade in (1, 10, 100, 1000) for x in (decade, 3 * decade)] + [linear / 2]
-    axis.set_major_locator(FixedLocator([-x for x in ticks] + [0.0] + ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
-
-
-def colours_of(models: list[str]) -> dict[str, Any]:
-    return dict(zip(models, sns.color_palette("colorblind", len(models)), strict=True))
-
-
-# The figures.
+def use_symlog(panel: Axes, axis: str, linear: float) -> None:
+    """Linear up to ``linear``, logarithmic beyond. After plotting: seaborn would average on the scale of the axis."""
+    getattr(panel, f"set_{axis}scale")("symlog", linthresh=linear, linscale=0.5)
+    ticks = [linear * x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)]
+    getattr(panel, f"{axis}axis").set_major_locator(FixedLocator([*(-x for x in ticks), 0.0, *ticks]))
+    getattr(panel, f"{axis}axis").set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
+    panel.autoscale_view()
 
 
 def transfer_penalty(cells: pd.DataFrame) -> Figure:
     """One heatmap per model, all on one colour scale: lens of layer i (rows) read at layer j (columns)."""
     models = list(cells["model"].unique())
-    off_diagonal = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
-    ceiling, highest = float(np.percentile(off_diagonal, CLIP_PERCENTILE)), float(off_diagonal.max())
+    penalties = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
+    ceiling = float(np.percentile(penalties, CLIP_PERCENTILE, method="lower"))
+    lowest, highest = float(penalties.min()), float(penalties.max())
     clipped = highest > 1.5 * ceiling
     top = max(ceiling if clipped else highest, 1e-3)
-    figure, panels = panels_of(models, 3, 2.9, (0.9, 0.5), layout="compressed")
+    figure, panels = panels_of(models, 2.9, 0.9, sharey=False)
+    figure.set_layout_engine("compressed", h_pad=0.07)
     for panel, model in zip(panels, models, strict=True):
         grid = cells[cells["model"] == model].pivot(index="lens_layer", columns="stream_layer", values="penalty_ce")
         layers = len(grid) - 1
         step = math.ceil(layers / ANNOTATED_LAYERS)
         ticks = [str(k) if k % step == 0 and k + step <= layers else "" for k in range(layers)]
-        numbers = layers <= ANNOTATED_LAYERS and grid.map(cell_text)
-        scale: dict[str, Any] = {"vmin": 0, "vmax": top, "cmap": "rocket_r", "cbar": False, "square": True}
-        written: dict[str, Any] = {"annot": numbers, "fmt": "", "annot_kws": {"size": 6.5}}
-        labels = {"xticklabels": [*ticks, str(layers)], "yticklabels": [*ticks, "logit"]}
-        sns.heatmap(grid, ax=panel, linewidths=0.4, **scale, **written, **labels)
-        panel.tick_params(axis="both", rotation=0, length=0)
-        panel.set(xlabel="read at stream layer $j$", ylabel="lens of layer $i$")
-    bar = figure.colorbar(
-        panels[0].collections[0], ax=panels, extend="max" if clipped else "neither", aspect=25, pad=0.02
-    )
-    bar.outline.set_visible(False)
-    bar.set_label("$C_{ij} - C_{jj}$ (nats/token)" + (f"\nclipped; maximum {highest:.3g}" if clipped else ""), size=8)
-    write_around(figure, "Transfer penalty: reading layer $j$ through the lens of layer $i$")
+        look: dict[str, Any] = {"vmin": 0, "vmax": top, "cmap": "rocket_r", "cbar": False, "square": True}
+        look |= {"xticklabels": [*ticks, str(layers)], "yticklabels": [*ticks, "logit"]}
+        if layers <= ANNOTATED_LAYERS:
+            look |= {"annot": grid.map(cell_text), "fmt": "", "annot_kws": {"size": 6.5}, "linewidths": 0.4}
+        sns.heatmap(grid, ax=panel, **look)
+        panel.tick_params(rotation=0, length=0)
+        panel.set(title=model, xlabel="read at stream layer $j$", ylabel="lens of layer $i$")
+    extend = ["neither", "max", "min", "both"][clipped + 2 * (lowest < -0.02 * top)]
+    bar = figure.colorbar(panels[0].collections[0], ax=panels, extend=extend, aspect=12 * len(panels), pad=0.02)
+    bar.set_label("$C_{ij} - C_{jj}$ (nats/token)" + (f"\nclipped, maximum {highest:.3g}" if clipped else ""), size=8)
+    write_around(figure, "Transfer penalty: layer $j$ through the lens of layer $i$", "Last row: the logit lens.")
     return figure
 
 
 def cell_text(value: float) -> str:
-    """At most two significant digits and three characters, whole nats from 10."""
-    size = abs(value)
-    text = f"{value:.2f}" if size < 0.995 else f"{value:.1f}" if size < 9.95 else f"{value:.0f}"
-    return "0" if size < 0.005 else text.replace("0.", ".").replace("-", "−")
+    """Three characters and a sign: two decimals below 1, whole nats from 10."""
+    text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
+    return "0" if abs(value) < 0.005 else text.replace("0.", ".").replace("-", "−")
 
 
 def kl_by_layer(frame: pd.DataFrame) -> Figure:
     """Per model the KL to its own output at every layer, one line per lens."""
     models = list(frame["model"].unique())
-    frame = frame.assign(label=[label_of(*row) for row in frame[["lens", "stage"]].itertuples(index=False, name=None)])
-    looks: dict[str, tuple] = {}  # colour and dashes by label, in the order of LENSES
-    for lens, (_, colour) in LENSES.items():
-        for stage in frame.loc[frame["lens"] == lens, "stage"].unique():
-            looks[label_of(lens, stage)] = (colour, (1, 1) if lens == "rotated" else DASHES.get(stage, (2, 2)))
-    colours, dashes = ({label: look[k] for label, look in looks.items()} for k in (0, 1))
-    figure, panels = panels_of(models, 3, 2.6, (2.6, 0.5), sharey=True)
+    lenses = frame.drop_duplicates("name").set_index("name")
+    look: dict[str, Any] = {"hue": "name", "hue_order": list(lenses.index), "style": "name"}
+    look |= {"palette": lenses["lens"].map(LENS_COLOURS).to_dict(), "dashes": lenses["stage"].map(DASHES).to_dict()}
+    figure, panels = panels_of(models, 2.6, 2.6, sharey=True)
     for panel, model in zip(panels, models, strict=True):
-        rows = frame[frame["model"] == model]
-        lines: dict[str, Any] = {"palette": colours, "dashes": dashes, "hue_order": looks, "style_order": looks}
-        sns.lineplot(
-            rows, x="layer", y="kl", hue="label", style="label", errorbar=None, lw=1.6, legend="full", ax=panel, **lines
-        )
-        for label, line in rows.sort_values("layer").groupby("label"):
+        rows = frame[frame["model"] == model].sort_values("layer")
+        sns.lineplot(rows, x="layer", y="kl", errorbar=None, lw=1.6, marker="o", ms=2.5, mew=0, ax=panel, **look)
+        for lens, line in rows.groupby("lens"):
             band = line["layer"], line["kl_ci_low"], line["kl_ci_high"]
-            panel.fill_between(*band, color=colours[str(label)], alpha=0.18, lw=0)
-        handles, labels = panel.get_legend_handles_labels()
-        panel.get_legend().remove()
-        panel.set(yscale="log", xlabel="layer", ylabel="KL to the model's output (nats/token)")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panel.label_outer(remove_inner_ticks=False)
-        panel.xaxis.set_tick_params(labelbottom=True)
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+            panel.fill_between(*band, color=LENS_COLOURS[str(lens)], alpha=0.18, lw=0)
+        lines, labels = panel.get_legend_handles_labels()
+        panel.legend().remove()
+        panel.set(title=model, yscale="log", xlabel="layer", ylabel="KL to the output (nats/token)")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    figure.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8, handlelength=3)
     write_around(figure, "How far each layer's read-out is from the model's output", "Bands: 95 % intervals.")
     return figure
-
-
-def label_of(lens: str, stage: str) -> str:
-    return LENSES[lens][0] + ("" if stage == "none" else f" ({stage})")
 
 
 def penalty_by_distance(cells: pd.DataFrame) -> Figure:
     """Penalty against the distance |i - j| between fitted lenses, forward (lens of the earlier layer) and backward."""
     models = list(cells["model"].unique())
     i, j = cells["lens_layer"], cells["stream_layer"]
-    rows = cells.assign(
-        direction=np.where(i < j, "forward (i < j)", "backward (i > j)"),
-        distance=(i - j).abs() + 0.4 * (cells["model"].map(models.index) + 0.5) / len(models) - 0.2,  # side by side
-    )[(i != j) & (np.maximum(i, j) < cells["layers"])]
-    figure = new_figure(7.2, 4.0)
+    aside = 0.4 * (cells["model"].map(models.index) + 0.5) / len(models) - 0.2
+    directions: dict[str, Any] = {"forward ($i < j$)": "", "backward ($i > j$)": (4, 1.5)}
+    rows = cells.assign(distance=(i - j).abs() + aside, direction=np.where(i < j, *directions))
+    rows = rows[(i != j) & (np.maximum(i, j) < cells["layers"])]
+    figure = Figure(figsize=(7.2, 4.0), dpi=DPI, layout="constrained")
     panel = figure.subplots()
-    look: dict[str, Any] = {"hue": "model", "style": "direction", "palette": colours_of(models), "hue_order": models}
-    look |= {"x": "distance", "y": "penalty_ce", "style_order": ["forward (i < j)", "backward (i > j)"], "ax": panel}
-    look["markers"] = ["o", "X"]
-    sns.scatterplot(rows, s=14, alpha=0.35, linewidth=0, legend=False, **look)
-    sns.lineplot(rows, estimator="mean", errorbar=None, lw=1.6, dashes=["", (4, 1.5)], markersize=6, **look)
-    panel.axhline(0, color=GREY, lw=0.8, zorder=1)
-    use_symlog(panel.yaxis, 0.1)
-    panel.grid(False, axis="x")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
-    panel.set(
-        xlabel="distance $|i - j|$ between lens and stream (layers)",
-        ylabel="$C_{ij} - C_{jj}$ (nats/token; linear below 0.1, log above)",
-    )
-    if panel.get_legend():
+    look: dict[str, Any] = {"x": "distance", "y": "penalty_ce", "hue": "model", "style": "direction", "ax": panel}
+    look |= {"palette": "colorblind", "hue_order": models, "style_order": [*directions], "markers": ["o", "X"]}
+    if not rows.empty:
+        sns.scatterplot(rows, s=14, alpha=0.35, linewidth=0, legend=False, **look)
+        sns.lineplot(rows, errorbar=None, lw=1.6, markersize=6, dashes=directions, **look)
         sns.move_legend(panel, "upper left", bbox_to_anchor=(1, 1), frameon=False)
-    caption = "Lines: means; points: pairs of layers. Layers below L, without the logit lens."
-    write_around(figure, "Transfer penalty by the distance between layers", caption)
+    panel.axhline(0, color=GREY, lw=0.8, zorder=1)
+    use_symlog(panel, "y", 0.1)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
+    panel.set(xlabel="distance $|i - j|$ (layers)", ylabel="$C_{ij} - C_{jj}$ (nats/token, linear below 0.1)")
+    write_around(figure, "Transfer penalty by distance of layers", "Points: pairs of layers below L; lines: means.")
     return figure
 
 
 def gain_visibility(frame: pd.DataFrame) -> Figure:
     """Per model how much of the later layers' gain a fixed lens sees, and beside it how much moves under that lens."""
     models = list(frame["model"].unique())
-    figure = new_figure(8.2, 0.55 * len(models) + 1.7)
+    figure = Figure(figsize=(8.2, 0.55 * len(models) + 1.7), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     kinds = dict(zip(VISIBILITIES, (BLUE, ORANGE, GREEN), strict=True))
-    for panel, indices in ((left, kinds), (right, {"movement": PURPLE})):
-        rows = frame[frame["index"].isin(list(indices))]
-        offset = rows["index"].map({name: 0.25 * k for k, name in enumerate(indices)}) - 0.125 * (len(indices) - 1)
-        rows = rows.assign(row=rows["model"].map(models.index) + offset, label=rows["index"].replace(VISIBILITIES))
-        palette = {VISIBILITIES.get(name, name): colour for name, colour in indices.items()}
-        for y, label, value, *bars in rows[["row", "label", "value", *BARS]].itertuples(index=False, name=None):
-            if math.isnan(value):
-                note: dict[str, Any] = {"size": 7, "style": "italic", "va": "center", "color": palette[label]}
-                panel.text(0.01, y, "undefined", transform=panel.get_yaxis_transform(), backgroundcolor="w", **note)
-            panel.hlines([y, y], bars[::2], bars[1::2], color=palette[label], lw=[2.6, 0.9])
-        kind: dict[str, Any] = {"hue": "label", "style": "label", "palette": palette, "legend": panel is left}
-        sns.scatterplot(rows, x="value", y="row", s=34, linewidth=0.5, zorder=3, ax=panel, **kind)
-        panel.axvline(0, color="#333333", lw=0.9, zorder=1)
+    for panel, name, colours in ((left, "gain visibility", kinds), (right, "movement", {"movement": PURPLE})):
+        for k, (index, colour) in enumerate(colours.items()):
+            rows = frame[frame["index"] == index]
+            y = np.arange(len(models)) + 0.25 * (k - (len(colours) - 1) / 2)
+            panel.hlines(y, rows["ci_low"], rows["ci_high"], color=colour, lw=2.6)
+            panel.hlines(y, rows["fit_low"], rows["fit_high"], color=colour, lw=0.9)
+            look: dict[str, Any] = {"color": colour, "marker": "osX"[k], "label": VISIBILITIES.get(index)}
+            sns.scatterplot(x=rows["value"], y=y, s=30, linewidth=0, zorder=3, legend=False, ax=panel, **look)
+            for at in y[rows["value"].isna()]:
+                place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "size": 7}
+                panel.annotate("undefined", (0.015, at), color=colour, bbox={"fc": "w", "lw": 0, "pad": 0.5}, **place)
+        panel.axvline(0, color=GREY, lw=0.9, zorder=1)
+        panel.axvline(1, color=GREY, lw=0.9, zorder=1, ls=":")
         panel.grid(False, axis="y")
-        use_symlog(panel.xaxis, 1.0)
-        limit(panel, rows, "x", low=0.0, high=1.0)
-        panel.set(xlabel="movement (share of the own gain)", ylabel="")
-    left.set_xlabel("gain visibility (share of the own gain)")
-    left.set_yticks(range(len(models)), models)
-    left.set_ylim(len(models) - 0.5, -0.5)
-    above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "title": None, "frameon": False}
-    if left.get_legend():
-        sns.move_legend(left, handletextpad=0.2, columnspacing=1.2, **above)
+        use_symlog(panel, "x", 1.0)
+        panel.set_xlabel(f"{name} (share of the own gain)")
+    left.set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.5), ylabel="")
+    if left.get_legend_handles_labels()[0]:
+        left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handletextpad=0.2)
     caption = "Thick: 95 % interval with the lenses held fixed; thin: range over refits. Linear within ±1, log beyond."
     write_around(figure, "Does a fixed lens see the later layers' gain, and does anything move?", caption)
     return figure
+
+
+def plane(frame: pd.DataFrame) -> Figure:
+    """The main figure: gain visibility (x) against consistency of the shared lens (y), sized by movement."""
+    models = list(frame["model"].unique())
+    colours = dict(zip(models, sns.color_palette("colorblind", len(models)), strict=True))
+    names = ["gain_visibility", "shared_consistency", "movement"]
+    table = frame.pivot(index="model", columns="index")
+    points = table["value"].loc[models, names]
+    gaps = [f"{name} of {', '.join(points.index[points[name].isna()])}" for name in names if points[name].isna().any()]
+    points = points[points[names[0]].notna() & points[names[1]].notna()].fillna(0.0)
+    figure = Figure(figsize=(6.6, 4.4), dpi=DPI, layout="constrained")
+    panel = figure.subplots()
+    scale: dict[str, Any] = {"size": "movement", "sizes": (30, 480), "size_norm": (0, max(MOVEMENTS))}
+    look: dict[str, Any] = {"hue": "model", "palette": colours, "alpha": 0.4, "linewidth": 0, "legend": False}
+    if not points.empty:
+        sns.scatterplot(points, x=names[0], y=names[1], ax=panel, **scale, **look)
+    bars = []
+    for model, x, y, _ in points.itertuples(name=None):
+        low, high = table["ci_low"].loc[model], table["ci_high"].loc[model]
+        ends = [low[names[0]], high[names[0]]], [y, y], [x, x], [low[names[1]], high[names[1]]]
+        bars += panel.plot(*ends, color=colours[model], lw=1.3)
+    for value, label in MOVEMENTS.items():
+        panel.scatter([], [], s=30 + 450 * value / max(MOVEMENTS), color=GREY, alpha=0.4, lw=0, label=label)
+    panel.legend(title="movement", loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.2, frameon=False)
+    panel.axvline(0, color=GREY, lw=0.8, zorder=1)
+    panel.axhline(1, color=GREY, lw=0.8, zorder=1, ls=":")
+    panel.update_datalim([(-1, 0), (1, 1)])
+    panel.margins(0.1)
+    use_symlog(panel, "x", 1.0)
+    panel.set(xlabel="gain visibility (linear within ±1)", ylabel="consistency of the shared lens")
+    caption = "Bars: 95 % intervals." + f" Undefined: {'; '.join(gaps).replace('_', ' ')}." * bool(gaps)
+    write_around(figure, "Is one prediction refined in one representation?", caption)
+    faint: dict[str, Any] = {"color": GREY, "style": "italic", "size": 8.5}
+    corners = [
+        panel.text(0.98, 0.98, "refinement", ha="right", va="top", transform=panel.transAxes, **faint),
+        panel.text(0.02, 0.02, "re-representation", transform=panel.transAxes, **faint),
+        panel.text(-0.02, 0, "carry-along", rotation=90, ha="right", **faint),
+    ]
+    label_points(figure, panel, points, [*corners, *bars])
+    return figure
+
+
+def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[Any]) -> None:
+    """Write each model's name beside its point, at the nearest place where it covers nothing that is there already."""
+    figure.draw_without_rendering()
+    boxes = [artist.get_window_extent() for artist in taken]
+    boxes += [Bbox([centre - 15, centre + 15]) for centre in panel.transData.transform(points.iloc[:, :2])]
+    for model, x, y, _ in points.itertuples(name=None):
+        text = panel.annotate(model, (x, y), (0, 0), textcoords="offset points", size=8.5, weight="bold", va="center")
+        for far, up, right in itertools.product((1, 2, 3.5, 5), (1, -1), (1, -1)):
+            text.set(position=(9 * far * right, 12 * far * up), ha="left" if right > 0 else "right")
+            box = text.get_window_extent()
+            if all(panel.bbox.contains(*corner) for corner in box.corners()) and not box.count_overlaps(boxes):
+                break
+        if far > 1:
+            line = {"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkB": 4}
+            panel.annotate("", (x, y), text.get_position(), textcoords="offset points", arrowprops=line)
+        boxes.append(box)

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,14 @@ def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
     if unknown:
         raise ValueError(f"{name}: columns differ from the schema: {sorted(unknown)}")
     write_atomically(folder / name, lambda path: table[columns].to_csv(path, index=False, lineterminator="\n"))
+
+
+def write_sequences(path: Path, sequences: pd.DataFrame) -> None:
+    """``per_sequence.parquet``, small enough to be committed: sums are floats, everything else repeats itself."""
+    sums = ["kl", "ce", "movement"]
+    layout = {"use_byte_stream_split": sums, "use_dictionary": [c for c in sequences.columns if c not in sums]}
+    write = partial(sequences.to_parquet, index=False, compression="zstd", compression_level=15, **layout)
+    write_atomically(path, write)
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -216,7 +216,7 @@ class Runner:
             captured = capture(stream(), windows, constant=fitted.constant)
             scored = evaluation.score_all(stream().readout, captured, fitted, report=tick)
             frame = scored.frame(windows, model=model.name, seed=seed)
-            results.write_atomically(folder / "sequences.parquet", partial(frame.to_parquet, index=False))
+            results.write_sequences(folder / "sequences.parquet", frame)
             save_file({k: torch.from_numpy(v) for k, v in scored.refits.items()}, folder / "refits.safetensors")
             network = stream().model
             results.write_json(
@@ -281,9 +281,7 @@ def run_suite(suite: Suite, folder: Path, *, device: torch.device, only: list[st
         for name, table in tables.items():
             results.write_table(folder, name, table)
         everything = pd.concat([part.sequences for part in parts], ignore_index=True)
-        results.write_atomically(
-            folder / results.SEQUENCES, partial(everything.to_parquet, index=False, compression="zstd")
-        )
+        results.write_sequences(folder / results.SEQUENCES, everything)
         runner.stages.seconds["tables"] = round(time.perf_counter() - start, 2)
         tick(1, "figures")
         start = time.perf_counter()
