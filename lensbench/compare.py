@@ -177,7 +177,8 @@ def difference(cell: Cell, against: Cell, name: str) -> dict[str, Any]:
     undefined = cell.reasons.get(name) or against.reasons.get(name)
     if undefined:
         return row | {"note": undefined}
-    here, there = cell.draws[name], against.draws[name]
+    draws = min(len(cell.draws[name]), len(against.draws[name]))
+    here, there = cell.draws[name][:draws], against.draws[name][:draws]
     if not paired:
         # Unpaired draws must not move together: pair each with another's.
         there = np.roll(there, len(there) // 2)

@@ -155,7 +155,7 @@ def transfer_penalty(cells: pd.DataFrame) -> Figure:
     penalties = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
     ceiling = float(np.percentile(penalties, CLIP_PERCENTILE, method="lower"))
     lowest, highest = float(penalties.min()), float(penalties.max())
-    clipped = highest > 1.5 * ceiling
+    clipped = highest > 1.5 * ceiling > 0
     top = max(ceiling if clipped else highest, 1e-3)
     figure, panels = panels_of(models, 2.9, 0.9, sharey=False)
     figure.set_layout_engine("compressed", h_pad=0.07)
@@ -255,7 +255,7 @@ def gain_visibility(frame: pd.DataFrame) -> Figure:
         panel.set_xlabel(f"{name} (share of the own gain)")
     left.set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.5), ylabel="")
     if left.get_legend_handles_labels()[0]:
-        left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handletextpad=0.2)
+        left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handletextpad=0, columnspacing=1)
     caption = "Thick: 95 % interval with the lenses held fixed; thin: range over refits. Linear within ±1, log beyond."
     write_around(figure, "Does a fixed lens see the later layers' gain, and does anything move?", caption)
     return figure
@@ -281,6 +281,11 @@ def plane(frame: pd.DataFrame) -> Figure:
         low, high = table["ci_low"].loc[model], table["ci_high"].loc[model]
         ends = [low[names[0]], high[names[0]]], [y, y], [x, x], [low[names[1]], high[names[1]]]
         bars += panel.plot(*ends, color=colours[model], lw=1.3)
+        # How much of a model's place is the step out of its embedding.
+        later = table["value"].loc[model, "gain_visibility_without_layer0"]
+        if pd.notna(later):
+            bars += panel.plot([x, later], [y, y], color=colours[model], lw=0.7, ls=":")
+            bars += panel.plot(later, y, "o", color=colours[model], mfc="white", ms=4.5)
     for value, label in MOVEMENTS.items():
         panel.scatter([], [], s=30 + 450 * value / max(MOVEMENTS), color=GREY, alpha=0.4, lw=0, label=label)
     panel.legend(title="movement", loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.2, frameon=False)
@@ -290,7 +295,10 @@ def plane(frame: pd.DataFrame) -> Figure:
     panel.margins(0.1)
     use_symlog(panel, "x", 1.0)
     panel.set(xlabel="gain visibility (linear within ±1)", ylabel="consistency of the shared lens")
-    caption = "Bars: 95 % intervals." + f" Undefined: {'; '.join(gaps).replace('_', ' ')}." * bool(gaps)
+    caption = (
+        "Bars: 95 % intervals. Open circles: gain visibility without layer 0."
+        + f" Undefined: {'; '.join(gaps).replace('_', ' ')}." * bool(gaps)
+    )
     write_around(figure, "Is one prediction refined in one representation?", caption)
     faint: dict[str, Any] = {"color": GREY, "style": "italic", "size": 8.5}
     corners = [

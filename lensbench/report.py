@@ -92,7 +92,15 @@ def sentence(name: str, rows: pd.DataFrame) -> str:
     if pd.isna(visibility["value"]):
         return f"{name}: {kept} ({against}); gain visibility is {visibility['reason']}."
     seen = with_interval(visibility)
-    if visibility["ci_low"] > 0:
+    later = rows.loc["gain_visibility_without_layer0"]
+    if pd.notna(later["value"]):
+        seen += f", without layer 0 {with_interval(later)}"
+    if visibility["ci_high"] < 0 < later["ci_low"]:
+        meaning = (
+            f"from layer 1 on, fixed lenses see later layers improve; layer 0 is in another representation, and with it "
+            f"the balance is negative (gain visibility {seen})"
+        )
+    elif visibility["ci_low"] > 0:
         meaning = f"fixed lenses see later layers improve (gain visibility {seen}): refinement shows"
     elif visibility["ci_high"] < 0:
         meaning = (

@@ -20,6 +20,8 @@ from lensbench.errors import LensbenchError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SEQUENCES = "per_sequence.parquet"
+NEEDED = ("code_version", "corpus", "files", "models", "seeds", "suite", "suite_name")
+"""What every manifest says."""
 
 _WHO = {
     "model": "name in the suite; MODEL+rotated is its first rotated view",
@@ -174,6 +176,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version = manifest["schema_version"]
+        missing = [key for key in NEEDED if version == SCHEMA_VERSION and key not in manifest]
+        if missing:
+            raise KeyError(missing[0])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise LensbenchError(f"{path} is damaged: {error}") from error
     if version != SCHEMA_VERSION:
