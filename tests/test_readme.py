@@ -1,14 +1,17 @@
 """What the README promises and quotes is what the project has and prints."""
 
+import io
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lensbench import results
 from lensbench.cli import app
+from lensbench.report import print_run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,8 +23,10 @@ def test_the_two_commands_are_there():
     assert "python -m pip install -e '.[test]' && pytest" in README
 
 
-def test_every_number_with_an_interval_is_printed_by_compare():
-    printed = CliRunner().invoke(app, ["compare", str(ROOT / "results" / "quick")]).output
+def test_every_number_with_an_interval_is_printed_by_a_command():
+    console = Console(file=io.StringIO(), width=200)
+    print_run(results.read_run(ROOT / "results" / "quick"), console)
+    printed = console.file.getvalue() + CliRunner().invoke(app, ["compare", str(ROOT / "results" / "quick")]).output
     quoted = QUOTED.findall(README)
     assert len(quoted) >= 10
     assert [number for number in quoted if number not in printed] == []
