@@ -612,8 +612,9 @@ def index_rows(estimates: dict[str, indices.Estimate], part: Part, recipe: FitRe
     if part.refits:
         means = Means(**part.refits)
         refitted = {name: function(means).value for name, (_, function) in indices.INDICES.items()}
-        null = refitted["rotated_retention"]
-        refitted["shared_consistency"] = (refitted["shared_retention"] - null) / (1 - null)
+        for suffix in ("", "_without_layer0"):
+            kept, null = refitted[f"shared_retention{suffix}"], refitted[f"rotated_retention{suffix}"]
+            refitted[f"shared_consistency{suffix}"] = (kept - null) / (1 - null)
     for name, estimate in estimates.items():
         spread = refitted.get(name)
         known = estimate.value is not None and spread is not None and bool(np.isfinite(spread).all())
@@ -628,7 +629,9 @@ def index_rows(estimates: dict[str, indices.Estimate], part: Part, recipe: FitRe
 
 def index_row(name: str, estimate: indices.Estimate, recipe: FitRecipe) -> dict[str, Any]:
     stage = (
-        indices.INDICES[name][0] if name in indices.INDICES else ("closed" if name == "shared_consistency" else "none")
+        indices.INDICES[name][0]
+        if name in indices.INDICES
+        else ("closed" if name.startswith("shared_consistency") else "none")
     )
     return {
         "index": name,

@@ -80,10 +80,18 @@ def retention(own: Array, shared: Array, constant: Array) -> Value:
     return Value(1 - (shared - own).sum(-1) / gained, gained)
 
 
-def rotated_retention(m: Means) -> Value:
-    """Mean retention over the rotated views; the per-layer KL is the plain view's (prior zero: it cannot change)."""
-    each = retention(m.own[..., None, :], m.rotated, m.constant[..., None])
+def rotated_retention(m: Means, first: int = 0) -> Value:
+    """Mean retention over the rotated views, read from layer ``first`` on.
+
+    The per-layer KL is the plain view's (prior zero: it cannot change).
+    """
+    each = retention(m.own[..., None, first:], m.rotated[..., first:], m.constant[..., None])
     return Value(each.value.mean(-1), None if each.denominator is None else each.denominator[..., 0])
+
+
+def consistency(kept: Value, null: Value) -> Value:
+    """``(R - R_rot) / (1 - R_rot)``."""
+    return Value((kept.value - null.value) / (1 - null.value), kept.denominator)
 
 
 def gain_visibility(m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]] | None = None) -> Value:
@@ -146,6 +154,12 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     "rotated_retention": ("closed", rotated_retention),
     "loo_shared_retention": ("closed", lambda m: retention(m.own, m.shared_loo, m.constant)),
     "shared_retention_refined": ("refined", lambda m: retention(m.own_refined, m.shared_refined, m.constant)),
+    # The same lenses, fitted to all layers, read from layer 1 on: how much of a retention is the embedding's.
+    "shared_retention_without_layer0": (
+        "closed",
+        lambda m: retention(m.own[..., 1:], m.shared[..., 1:], m.constant),
+    ),
+    "rotated_retention_without_layer0": ("closed", lambda m: rotated_retention(m, first=1)),
     "gain_tracking": ("closed", gain_tracking),
     "gain_visibility": ("closed", gain_visibility),
     "gain_visibility_adjacent": ("closed", lambda m: gain_visibility(m, lambda i, j: j == i + 1)),
@@ -155,7 +169,8 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     "distance_trend_forward": ("closed", lambda m: distance_trend(m, "forward")),
     "distance_trend_backward": ("closed", lambda m: distance_trend(m, "backward")),
 }
-"""Name -> (stage of the lenses it compares, function). ``shared_consistency`` is made of two of them."""
+"""Name -> (stage of the lenses it compares, function). ``shared_consistency``, with and without
+layer 0, is made of two of them."""
 
 OF_THE_MATRIX = {name for name in INDICES if name.startswith(("gain_visibility", "movement", "distance"))}
 
@@ -186,24 +201,24 @@ def draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value]
 
     The spread over the few rotated views enters the draws of ``rotated_retention`` as a Student-t deviation of their mean.
     """
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # a denominator of zero makes an index undefined, with its reason
+    # A denominator of zero makes an index undefined, with its reason, further on.
+    with np.errstate(divide="ignore", invalid="ignore"):
         return _draw_values(point, draws, seed)
 
 
 def _draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value], dict[str, Value]]:
     at_point = {name: function(point) for name, (_, function) in INDICES.items()}
     at_draws = {name: function(draws) for name, (_, function) in INDICES.items()}
-    views = retention(point.own[None], point.rotated, point.constant[None]).value
-    if len(views) > 1:
-        rng = np.random.default_rng([seed, len(views)])
-        deviation = stats.t.ppf(rng.uniform(size=len(draws.constant)), len(views) - 1) * views.std(ddof=1)
-        rotated = at_draws["rotated_retention"]
-        at_draws["rotated_retention"] = Value(rotated.value + deviation / len(views) ** 0.5, rotated.denominator)
-    for values in (at_point, at_draws):
-        kept, null = values["shared_retention"], values["rotated_retention"]
-        values["shared_consistency"] = Value((kept.value - null.value) / (1 - null.value), kept.denominator)
+    for suffix, first in (("", 0), ("_without_layer0", 1)):
+        null = f"rotated_retention{suffix}"
+        views = retention(point.own[None, first:], point.rotated[:, first:], point.constant[None]).value
+        if len(views) > 1:
+            rng = np.random.default_rng([seed, len(views)])
+            deviation = stats.t.ppf(rng.uniform(size=len(draws.constant)), len(views) - 1) * views.std(ddof=1)
+            spread = at_draws[null].value + deviation / len(views) ** 0.5
+            at_draws[null] = Value(spread, at_draws[null].denominator)
+        for values in (at_point, at_draws):
+            values[f"shared_consistency{suffix}"] = consistency(values[f"shared_retention{suffix}"], values[null])
     return at_point, at_draws
 
 
@@ -211,7 +226,6 @@ def estimates(point: Means, draws: Means, *, seed: int, clusters: int) -> dict[s
     """Every index with its interval, or the reason why it is undefined."""
     at_point, at_draws = draw_values(point, draws, seed)
     floor = max(0.0, SMALLEST_DENOMINATOR * float(point.constant))
-    null_high = float(interval(at_draws["rotated_retention"].value)[1])
     warning = f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
     result = {}
     for name, here in at_point.items():
@@ -219,9 +233,12 @@ def estimates(point: Means, draws: Means, *, seed: int, clusters: int) -> dict[s
         reason = ""
         if denominator is not None and float(interval(denominator)[0]) < floor:
             reason = f"undefined: the interval of its denominator reaches below {floor:.3g} nats (2 % of K_0)"
-        elif name == "shared_consistency" and null_high > LARGEST_ROTATED_RETENTION:
-            reason = f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
-        elif not np.isfinite(here.value) or not np.isfinite(at_draws[name].value).all():
+        elif name.startswith("shared_consistency"):
+            null = at_draws[name.replace("shared_consistency", "rotated_retention")]
+            null_high = float(interval(null.value)[1])
+            if null_high > LARGEST_ROTATED_RETENTION:
+                reason = f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
+        if not reason and not (np.isfinite(here.value) and np.isfinite(at_draws[name].value).all()):
             reason = "undefined: constant over layers"
         if reason:
             result[name] = Estimate(None, None, None, reason)

@@ -12,6 +12,7 @@ SHOWN = (
     "shared_retention",
     "rotated_retention",
     "shared_consistency",
+    "shared_consistency_without_layer0",
     "shared_retention_refined",
     "loo_shared_retention",
     "gain_tracking",

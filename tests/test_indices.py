@@ -72,6 +72,7 @@ def slow_trend(k, keep=lambda i, j: True):
 
 def slow_indices(m):
     rotated = np.mean([slow_retention(m.own, view, m.constant) for view in m.rotated])
+    later = np.mean([slow_retention(m.own[1:], view[1:], m.constant) for view in m.rotated])
     kept = slow_retention(m.own, m.shared, m.constant)
     steps = [m.own[j + 1] - m.own[j] for j in range(len(m.own) - 1)]
     shared_steps = [m.shared[j + 1] - m.shared[j] for j in range(len(m.own) - 1)]
@@ -83,6 +84,10 @@ def slow_indices(m):
         "loo_shared_retention": slow_retention(m.own, m.shared_loo, m.constant),
         "shared_retention_refined": slow_retention(m.own_refined, m.shared_refined, m.constant),
         "shared_consistency": (kept - rotated) / (1 - rotated),
+        "shared_retention_without_layer0": slow_retention(m.own[1:], m.shared[1:], m.constant),
+        "rotated_retention_without_layer0": later,
+        "shared_consistency_without_layer0": (slow_retention(m.own[1:], m.shared[1:], m.constant) - later)
+        / (1 - later),
         "gain_tracking": stats.linregress(steps, shared_steps).slope,
         "gain_visibility": slow_visibility(k),
         "gain_visibility_adjacent": slow_visibility(k, lambda i, j: j - i == 1),
@@ -239,7 +244,7 @@ def estimated(change=None, clusters=100, spread=0.01, seed=0):
 
 def test_everything_is_defined_and_inside_its_interval_where_nothing_is_wrong():
     found = estimated()
-    assert set(found) == {*INDICES, "shared_consistency"}
+    assert set(found) == {*INDICES, "shared_consistency", "shared_consistency_without_layer0"}
     for name, e in found.items():
         assert e.reason == "" and e.low <= e.value <= e.high, name
 
