@@ -96,6 +96,7 @@ def sentence(name: str, rows: pd.DataFrame) -> str:
     later = rows.loc["gain_visibility_without_layer0"]
     if pd.notna(later["value"]):
         seen += f", without layer 0 {with_interval(later)}"
+    seen += f", lenses within {visibility['tolerance']:.0%} of their best"
     if visibility["ci_high"] < 0 < later["ci_low"]:
         meaning = (
             f"from layer 1 on, fixed lenses see later layers improve; layer 0 is in another representation, and with it "
