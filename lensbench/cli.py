@@ -23,12 +23,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lensbench import __version__
 from lensbench.errors import LensbenchError
 
 app = typer.Typer(
     name="lensbench",
     help="Does a language model refine one prediction, kept in one representation, layer by layer?\n\n"
-    "lensbench trains small models or loads yours, fits a lens per layer and one lens for all layers, reads every lens "
+    "lensbench trains small models, fits a lens per layer and one lens for all layers, reads every lens "
     "at every layer, and reports indices with intervals beside their nulls.",
     no_args_is_help=True,
     add_completion=False,
@@ -46,8 +47,8 @@ class Bars:
     def __init__(self) -> None:
         self.live = messages.is_terminal
         self.bars = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
@@ -56,7 +57,7 @@ class Bars:
             console=messages,
             disable=not self.live,
         )
-        self.task: TaskID | None = None
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Bars":
         self.bars.start()
@@ -66,10 +67,12 @@ class Bars:
         self.bars.stop()
 
     def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
-        task = self.bars.add_task(name, total=total, unit=unit, remark="")
+        task = self.tasks[name] = self.bars.add_task(name, total=total, unit=unit, remark="")
         return lambda done, remark: self.bars.update(task, completed=done, remark=remark)
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:
+        if name in self.tasks:  # a line says it from here on; bars of the past would push the present off the screen
+            self.bars.remove_task(self.tasks.pop(name))
         what = "reused, took" if reused else "done in"
         messages.print(f"{name}: {what} {seconds:.1f} s", highlight=False)
 
@@ -117,12 +120,32 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def show_version(asked: bool) -> None:
+    if asked:
+        console.print(f"lensbench {__version__}", highlight=False)
+        raise typer.Exit()
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    """What every command has in common."""
+
+
 @app.command()
 @answerable
 def run(
     suite: Annotated[str, typer.Argument(help="Name of a suite (see `lensbench models`) or a TOML file.")],
     out: Out = None,
-    seed: Annotated[int | None, typer.Option(help="Run this seed instead of the suite's.", show_default=False)] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Run this seed instead of the suite's; tables then hold this seed alone.", show_default=False
+        ),
+    ] = None,
     device: Device = "auto",
     only: Annotated[
         list[str] | None,

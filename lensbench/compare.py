@@ -200,8 +200,10 @@ def reproduction(reference: Run, run: Run) -> str:
         return (
             f"{who}: another corpus ({a['corpus']['spec']} with other texts): compare the intervals of the differences"
         )
-    if a["suite"] != b["suite"] or a["seeds"] != b["seeds"] or a["models"] != b["models"]:
+    if a["suite"] != b["suite"] or a["seeds"] != b["seeds"]:
         return f"{who}: same corpus, other settings"
+    if a["models"] != b["models"]:
+        return f"{who}: same settings, but {', '.join(a['models'])} there and {', '.join(b['models'])} here"
     csv = [name for name in results.SCHEMA if a["files"][name] != b["files"][name]]
     if not csv:
         return f"{who}: identical, every CSV byte for byte"
@@ -220,12 +222,17 @@ def reproduction(reference: Run, run: Run) -> str:
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Whether the runs reproduce the first one, then values and differences; across runs, of the same model."""
+    for line in comparison.reproduction:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     values = comparison.table[comparison.table["kind"] == "value"]
     table = Table(*(Column(c, no_wrap=True) for c in ("run", "model", "seed", "index", "value [95 %]")), title="values")
     for _, row in values.iterrows():
         table.add_row(row["run"], row["model"], str(row["seed"]), row["index"], with_interval(row))
     console.print(table)
     differences = comparison.table[comparison.table["kind"] == "difference"]
+    if differences["run"].nunique() > 1 or (differences["run"] != differences["against_run"]).any():
+        differences = differences[differences["run"] != differences["against_run"]]
     if len(differences):
         columns = (Column(c, no_wrap=True) for c in ("difference", "index", "value [95 %]", "paired", "note"))
         table = Table(*columns, title="differences")
@@ -236,5 +243,3 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             note = "" if pd.isna(row["value"]) else row["note"]
             table.add_row(" - ".join(names), row["index"], with_interval(row), paired, note)
         console.print(table)
-    for line in comparison.reproduction:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

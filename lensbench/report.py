@@ -38,6 +38,13 @@ def with_interval(row: Any, value: str = "value", low: str = "ci_low", high: str
     return f"{number(row[value])} [{number(row[low])}, {number(row[high])}]"
 
 
+def with_refits(row: Any) -> str:
+    """Value and interval, and below them the range over refits."""
+    if pd.isna(row["value"]) or pd.isna(row["fit_low"]):
+        return with_interval(row)
+    return f"{with_interval(row)}\n      ({number(row['fit_low'])}, {number(row['fit_high'])})"
+
+
 def shown_seeds(indices: pd.DataFrame) -> pd.DataFrame:
     """The rows over all seeds where there are several, else the one seed's."""
     several = indices.groupby("model")["seed"].transform(lambda seeds: (seeds == "all").any())
@@ -65,13 +72,13 @@ def index_table(run: Run) -> Table:
     table = Table(
         Column("index", no_wrap=True),
         *names,
-        title="indices, 95 % intervals over documents (several seeds: over seeds)",
+        title="indices: value [95 % interval over documents; several seeds: over seeds] (range over refits)",
     )
     for index in (*SHOWN, *FACTS):
         cells = []
         for name in names:
             row = indices[(indices["model"] == name) & (indices["index"] == index)]
-            cells.append(with_interval(row.iloc[0]) if len(row) else "")
+            cells.append(with_refits(row.iloc[0]) if len(row) else "")
         table.add_row(index, *cells)
     return table
 
@@ -122,8 +129,9 @@ def print_run(run: Run, console: Console) -> None:
     """The tables, then the sentences, then every warning once."""
     scored = (run.manifest or {}).get("scored", {})
     if scored and scored["sequences"] < scored["sequences_asked"]:
-        held = f"the eval split holds {scored['sequences']} sequences of the {scored['sequences_asked']} asked for"
-        console.print(f"note: {held}; all were scored", highlight=False, markup=False)
+        held = f"{scored['sequences']} of the {scored['sequences_asked']} sequences asked for were scored"
+        why = f"the eval split has {scored['documents']} documents, and none may give more than its share (max_share)"
+        console.print(f"note: {held}: {why}", highlight=False, markup=False)
     console.print(baseline_table(run))
     console.print(index_table(run))
     for line in sentences(run):

@@ -4,14 +4,14 @@ import difflib
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lensbench.corpus import FRACTIONS
 from lensbench.errors import LensbenchError
 from lensbench.fitting import FitRecipe
-from lensbench.models import FAMILIES
+from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.training import TrainingRecipe
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -30,7 +30,7 @@ class CorpusRecipe(_Strict):
     fit: float = Field(FRACTIONS["fit"], gt=0, lt=1, description="share for fitting lenses")
     dev: float = Field(FRACTIONS["dev"], gt=0, lt=1, description="share for choosing")
     eval: float = Field(FRACTIONS["eval"], gt=0, lt=1, description="share that every reported number is measured on")
-    seed: int = Field(0, description="seed of the split")
+    seed: int = Field(0, ge=0, description="seed of the split")
     max_bytes: int | None = Field(None, gt=0, description="read no more than this")
 
     @property
@@ -92,7 +92,7 @@ class Suite(_Strict):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = Field(min_length=1, description="what it answers, in one sentence")
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     corpus: CorpusRecipe = CorpusRecipe()
     training: TrainingRecipe = TrainingRecipe()
     fit: FitRecipe = FitRecipe()
@@ -114,7 +114,14 @@ class Suite(_Strict):
                         f"model {model.name!r} is a view of {model.view_of!r}, which no model of the suite is"
                     )
             else:
-                self.training_of(model)
+                recipe = self.training_of(model)
+                try:
+                    vocabulary, context = self.corpus.vocab_size, recipe.length
+                    fitting_width(
+                        str(model.family), vocab_size=vocabulary, context=context, **model.shape, **model.settings
+                    )
+                except LensbenchError as error:
+                    raise ValueError(f"model {model.name!r}: {error}") from error
         if abs(sum(self.corpus.fractions.values()) - 1) > 1e-6:
             raise ValueError("the corpus fractions train, fit, dev and eval must sum to 1")
         longest = self.training.length - 1 - self.evaluate.first_position
@@ -131,7 +138,15 @@ class Suite(_Strict):
             raise ValueError(
                 f"model {model.name!r} changes training.{fixed[0]}: that is the same for all models of a suite"
             )
-        return TrainingRecipe.model_validate({**self.training.model_dump(), **model.training})
+        unknown = sorted(set(model.training) - set(TrainingRecipe.model_fields))
+        if unknown:
+            hint = nearest(unknown[0], list(TrainingRecipe.model_fields))
+            raise ValueError(f"model {model.name!r}: unknown key 'training.{unknown[0]}'; {hint}")
+        try:
+            return TrainingRecipe.model_validate({**self.training.model_dump(), **model.training})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"model {model.name!r}: training.{first['loc'][0]}: {first['msg']}") from error
 
     def trained(self, model: ModelRecipe) -> ModelRecipe:
         """The model itself, or the one it is a view of."""

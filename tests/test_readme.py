@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -30,6 +31,16 @@ def test_every_number_with_an_interval_is_printed_by_a_command():
     quoted = QUOTED.findall(README)
     assert len(quoted) >= 10
     assert [number for number in quoted if number not in printed] == []
+
+
+def test_the_python_example_runs(tiny_run):
+    example = README.split("```python\n")[1].split("```")[0]
+    for quick, tiny in (("runs/quick", str(tiny_run)), ("states[3], idx=3", "states[2], idx=2")):
+        assert quick in example
+        example = example.replace(quick, tiny)
+    names = {"ids": torch.zeros(2, 8, dtype=torch.long)}
+    exec(example + "\nout = lens(states[2], idx=2)", names)
+    assert names["out"].shape == (2, 8, 300)
 
 
 def test_every_column_of_every_table_is_documented():

@@ -13,7 +13,7 @@ from lensbench.suite import Suite, load_suite, load_sweep, named_files, validate
 def changed(old: str, new: str) -> dict:
     content = SUITE.format(texts="nowhere")
     assert old in content
-    return tomllib.loads(content.replace(old, new))
+    return tomllib.loads(content.replace(old, new, 1))
 
 
 def test_every_suite_that_comes_with_lensbench_is_valid():
@@ -64,6 +64,13 @@ def test_quick_trains_its_models_with_what_the_sweep_tries():
         ("draws = 200", "draws = 3", "evaluate.draws"),
         ("vocab_size = 300", "vocab_size = 12", "corpus.vocab_size"),
         ("layers = 3", "layers = 1", "layers"),
+        ("heads = 2", "heads = 5", "must divide d_model 16"),
+        ("parameters = 20_000", "parameters = 600", "no MLP width gives gpt 600 parameters"),
+        ("layers = 3", "layers = 3\nsettings = { foo = 1 }", "no setting 'foo'"),
+        ("layers = 3", 'layers = 3\nsettings = { initializer_range = "a" }', "initializer_range"),
+        ("layers = 3", "layers = 3\ntraining = { learning_rte = 1 }", "did you mean 'learning_rate'?"),
+        ("layers = 3", "layers = 3\ntraining = { learning_rate = -1 }", "training.learning_rate"),
+        ('question = "Does', 'seeds = [-1]\nquestion = "Does', "seeds"),
         ("vocab_size = 300", "vocab_size = 300\ntrain = 0.9", "must sum to 1"),
         ("rotations = 2", "rotations = 'two'", "fit.rotations"),
     ],

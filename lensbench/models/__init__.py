@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from lensbench.errors import LensbenchError
@@ -72,8 +73,30 @@ def build(
 ) -> PreTrainedModel:
     """A randomly initialised model of ``family`` with ``parameters`` parameters, within 1 %.
 
-    The width of the MLPs is what gives: the count is linear in it, so two empty models tell the width that fits.
-    Raises :class:`LensbenchError` for an unknown family or setting, and where no width comes within 1 %.
+    Raises :class:`LensbenchError` as :func:`fitting_width` does.
+    """
+    shape = {"vocab_size": vocab_size, "d_model": d_model, "layers": layers, "heads": heads, "context": context}
+    width = fitting_width(family, parameters=parameters, **shape, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FAMILIES[family].build(width=width, **shape, **settings)
+
+
+def fitting_width(
+    family: str,
+    *,
+    parameters: int,
+    vocab_size: int,
+    d_model: int,
+    layers: int,
+    heads: int,
+    context: int,
+    **settings,
+) -> int:
+    """The width of the MLPs that gives a model of ``family`` its number of parameters, within 1 %.
+
+    The count is linear in the width, so two empty models tell. Raises :class:`LensbenchError` for an unknown family or
+    setting, for a wrong value, and where no width comes within 1 %.
     """
     if family not in FAMILIES:
         raise LensbenchError(f"unknown model family {family!r}; there are {', '.join(FAMILIES)}")
@@ -92,14 +115,12 @@ def build(
 
     try:
         at_one, at_two = count(1), count(2)
-    except (ValueError, TypeError) as error:  # the config's own check of its settings
-        raise LensbenchError(f"{family}: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:  # the config's own check of its settings
+        raise LensbenchError(f"{family}: {' '.join(str(error).split())}") from error
     width = round((parameters - at_one) / (at_two - at_one)) + 1
     if width < 1 or abs(count(width) - parameters) > 0.01 * parameters:
         raise LensbenchError(
             f"no MLP width gives {family} {parameters} parameters at d_model {d_model} and {layers} layers: "
             f"without MLPs it has {2 * at_one - at_two}; change parameters, d_model or layers"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make(width=width, **shape, **settings)
+    return width
