@@ -5,7 +5,6 @@ Everything downstream of a run (figures, comparisons) reads these files and neve
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -222,8 +221,3 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
             if sha256(folder / name) != checksum:
                 raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
     return Run(folder, manifest, {name: read_table(folder / name) for name in SCHEMA})
-
-
-def finite(value: float) -> float | None:
-    """JSON and CSV know no NaN: None instead."""
-    return value if math.isfinite(value) else None

@@ -189,6 +189,23 @@ def test_compare_refuses_runs_on_different_texts(tiny_run, tmp_path):
     refused(run("compare", tiny_run, tmp_path / "other"), "do not measure the same thing", "other texts")
 
 
+def test_another_python_is_another_corpus_and_its_differences_are_unpaired(tiny_run, tmp_path):
+    folders = [tmp_path / name for name in ("here", "there")]
+    for folder in folders:
+        shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("stages"))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["corpus"] |= {"spec": "stdlib", "checksum": folder.name}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    result = run("compare", *folders, "--out", tmp_path / "out.csv")
+    assert result.exit_code == 0 and "another corpus" in result.output
+    table = pd.read_csv(tmp_path / "out.csv")
+    across = table[(table["kind"] == "difference") & (table["run"] != table["against_run"]) & table["value"].notna()]
+    assert len(across) and not across["paired"].astype(bool).any() and set(across["note"]) == {"another corpus"}
+    ce = across[across["index"] == "ce"].iloc[0]
+    # The same numbers on both sides: the difference is 0, its interval that of two independent samples.
+    assert ce["value"] == 0 and ce["ci_low"] < 0 < ce["ci_high"]
+
+
 @pytest.mark.parametrize("command", ["figures", "compare"])
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "digit", "column", "empty"])
 def test_a_corrupt_table_is_named(tiny_run, tmp_path, command, damage):
