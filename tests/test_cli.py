@@ -1,6 +1,7 @@
 """The whole path from a suite to tables and figures, and one clear line for everything that can be wrong on it."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -376,7 +377,9 @@ def test_debug_shows_the_traceback():
 def test_ctrl_c_exits_with_130_and_keeps_finished_stages(tmp_path):
     suite = write_suite(tmp_path, **{"tokens = 8_192": "tokens = 4_000_000"})
     command = [sys.executable, "-m", "lensbench.cli", "run", str(suite), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell without job control starts its background jobs, and so perhaps these tests, with Ctrl-C ignored.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("run/stages/train-gpt-seed0.partial/checkpoint.safetensors")):
         assert time.monotonic() < deadline and process.poll() is None
