@@ -380,12 +380,15 @@ def test_ctrl_c_exits_with_130_and_keeps_finished_stages(tmp_path):
     # A shell without job control starts its background jobs, and so perhaps these tests, with Ctrl-C ignored.
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listen)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/stages/train-gpt-seed0.partial/checkpoint.safetensors")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/stages/train-gpt-seed0.partial/checkpoint.safetensors")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()  # whatever went wrong, nothing is left to train for hours
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
     assert (tmp_path / "run" / "stages" / "tokenizer" / "stage.json").exists()
