@@ -145,7 +145,8 @@ def fit_all(
     for k, view in enumerate(views):
         fitted[f"rotated{k}"] = fit_rotated(search, moments, view)
         tick(f"shared, rotated view {k}")
-    # The one real refit on rotated states: that per-layer lenses lose nothing is checked, not assumed.
+    # Per-layer lenses fitted to rotated moments and chosen on rotated dev states. They are scored with the rotation folded
+    # into the map, as all rotated lenses are: agreement with `own` checks the algebra, it is no second measurement.
     rotated_search = DevSearch(readout, views[0].apply(dev), recipe, search.pad)
     refitted = fit_each(rotated_search, moments.rotated(views[0]), "zero")
     fitted["rotated_own"] = Fitted(
