@@ -158,38 +158,36 @@ def fit_all(
         maps |= {f"refit{n}.{name}": m for name, m in resampled(search, captured, fitted, views, seed, n).items()}
         tick(f"refit {n} on resampled documents")
 
-    refined, endings = [], []
-    for layer in layers:
-        own = fitted["own"]
-        refined.append(
-            refine(
-                search,
-                captured,
-                moments.layer([layer]),
-                own.maps[[layer]],
-                own.ridges[layer],
-                [layer],
-                tokens=recipe.refine_tokens,
-            )  # fmt: skip
-        )
-        tick(f"refined, layer {layer}")
-    fitted["own_refined"] = Fitted(
-        AffineMaps.stack([r.maps for r in refined]), fitted["own"].ridges, fitted["own"].pads, "zero", "refined"
+    reported = 0
+
+    def refining(updates: int, limit: int) -> None:
+        nonlocal reported
+        at = (len(layers) + 1) * updates // max(1, limit)
+        tick(f"refining, update {updates} of at most {limit}", at - reported)
+        reported = at
+
+    refined = refine(
+        search,
+        captured,
+        Moments.stack([moments, moments.pooled(layers)]),
+        AffineMaps.stack([fitted["own"].maps, fitted["shared"].maps]),
+        [*fitted["own"].ridges, *fitted["shared"].ridges],
+        [*([layer] for layer in layers), layers],
+        seed=seed,
+        report=refining,
     )
-    endings.append(refined)
-    one = refine(
-        search, captured, moments.pooled(layers), fitted["shared"].maps, fitted["shared"].ridges[0], layers,
-        tokens=2 * recipe.refine_tokens,
-    )  # fmt: skip
-    tick("refined, shared")
-    fitted["shared_refined"] = Fitted(one.maps, fitted["shared"].ridges, fitted["shared"].pads, "zero", "refined")
-    endings.append([one])
+    tick("refined", len(layers) + 1 - reported)
+    endings = {"own": refined[:-1], "shared": refined[-1:]}
+    for name, ended in endings.items():
+        fitted[f"{name}_refined"] = Fitted(
+            AffineMaps.stack([r.maps for r in ended]), fitted[name].ridges, fitted[name].pads, "zero", "refined"
+        )
     maps |= {name: f.maps for name, f in fitted.items()}
 
     records = {name: record(readout, name, f, captured, dev) for name, f in fitted.items()}
-    for name, ended in zip(("own_refined", "shared_refined"), endings, strict=True):
-        records[name].iterations = [r.iterations for r in ended]
-        records[name].ended = [r.ended for r in ended]
+    for name, ended in endings.items():
+        records[f"{name}_refined"].iterations = [r.iterations for r in ended]
+        records[f"{name}_refined"].ended = [r.ended for r in ended]
     summary = FitSummary(
         records=records,
         fit_tokens=len(captured),

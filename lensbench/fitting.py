@@ -10,6 +10,7 @@ along the direction that the unembedding sees least.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, ReadOut, RotatedView
-from lensbench.transfer import TOKEN_BLOCK, score
+from lensbench.transfer import ROW_BLOCK, TOKEN_BLOCK, VOCABULARY_BLOCK, Tokens, token_kl
 
 Prior = Literal["zero", "identity"]
+
+MOMENT_BLOCK = 4096
 
 
 class FitRecipe(BaseModel):
@@ -45,12 +48,21 @@ class FitRecipe(BaseModel):
     rotations: int = Field(5, ge=1, description="rotated views, each with a shared lens of its own")
     variance: float = Field(0.99, gt=0, le=1, description="share of pooled variance that rotations act on")
     refits: int = Field(5, ge=0, description="refits on document-resampled fit data")
-    refine_tokens: int = Field(
-        16384, ge=1, description="fitting tokens of a refinement (twice as many for the shared lens)"
+    pooled_dev_tokens: int = Field(
+        16384, ge=1, description="dev states at most that a lens of several layers is chosen on, equally many per layer"
     )
-    refine_iterations: int = Field(40, ge=0, description="most L-BFGS iterations of a refinement")
-    refine_tolerance: float = Field(
-        1e-3, gt=0, description="relative fall of the objective in 4 iterations that ends it"
+    refine_tokens: int = Field(16384, ge=1, description="fitting tokens of a pass of refinement")
+    refine_passes: int = Field(24, ge=0, description="most passes of a refinement")
+    refine_batch: int = Field(256, ge=1, description="tokens of an update of a lens")
+    refine_rate: float = Field(
+        0.01, gt=0, description="first rate: spectral size of an update, relative to rms(h_L) / rms(h_l)"
+    )
+    refine_tolerance: float = Field(1e-3, gt=0, description="relative fall of dev KL in a pass that ends a refinement")
+    refine_vocabulary: int = Field(
+        4096, ge=2, description="rows of the unembedding that refinement sees: half exactly, half drawn from the rest"
+    )
+    memory_gib: float = Field(
+        4.0, gt=0, description="states beyond this are kept in a memory-mapped file beside the run instead of in memory"
     )
 
     @field_validator("ridges", "pads")
@@ -84,23 +96,26 @@ class Moments:
     @classmethod
     def of(cls, captured: Capture, token_weights: Tensor | None = None) -> "Moments":
         """One regression per layer 0..L-1, to h_L; ``token_weights`` ``[N]`` resample the tokens."""
-        n = len(captured)
-        weights = torch.ones(n, dtype=torch.float64) if token_weights is None else token_weights.double()
-        weights = (weights / weights.sum()).to(captured.states.device)
-        target = captured.states[-1].double()
-        target_mean = weights @ target
-        target = (target - target_mean) * weights[:, None]
-        means, covariances, crosses = [], [], []
-        for h in captured.states[:-1]:
-            h = h.double()
-            mean = weights @ h
-            centred = h - mean
-            means.append(mean)
-            covariances.append((centred * weights[:, None]).T @ centred)
-            crosses.append(target.T @ centred)
-        # On the CPU from here: d x d algebra in float64 is no work for a GPU.
-        parts = torch.stack(means), torch.stack(covariances), torch.stack(crosses), target_mean
-        return cls(*(part.cpu() for part in parts))
+        sums = MomentSums()
+        for start in range(0, len(captured), MOMENT_BLOCK):
+            rows = slice(start, start + MOMENT_BLOCK)
+            sums.add(captured.states[:, rows], None if token_weights is None else token_weights[rows])
+        return sums.moments()
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``[K, d]`` and eigenvectors ``[K, d, d]`` of the covariances, found once."""
+        return torch.linalg.eigh(self.covariance)
+
+    @classmethod
+    def stack(cls, parts: "Sequence[Moments]") -> "Moments":
+        """The regressions of several, one after the other; their target is the same."""
+        return cls(
+            torch.cat([p.mean for p in parts]),
+            torch.cat([p.covariance for p in parts]),
+            torch.cat([p.cross for p in parts]),
+            parts[0].target_mean,
+        )
 
     def layer(self, rows: Sequence[int]) -> "Moments":
         at = list(rows)
@@ -131,6 +146,55 @@ class Moments:
         )
 
 
+class MomentSums:
+    """Sums from which :class:`Moments` follow, filled block by block: the stream is passed once and no state is kept.
+
+    float64, around the first block's means, so that a large mean costs no digits. Sums of several processes add up.
+    """
+
+    def __init__(self) -> None:
+        self.shift: Tensor | None = None  # [L+1, d]
+        self.weight = 0.0
+        self.first: Tensor  # [L+1, d]
+        self.second: Tensor  # [L, d, d]
+        self.cross: Tensor  # [L, d, d]
+
+    def add(self, states: Tensor, token_weights: Tensor | None = None) -> None:
+        """Add states ``[L+1, n, d]``, weighted by ``token_weights`` ``[n]``."""
+        layers, _, d = states.shape[0] - 1, *states.shape[1:]
+        weights = None if token_weights is None else token_weights.to(states.device).double()
+        if self.shift is None:
+            self.shift = states.mean(1, dtype=torch.float64)
+            self.first = torch.zeros_like(self.shift)
+            self.second = self.shift.new_zeros(layers, d, d)
+            self.cross = self.shift.new_zeros(layers, d, d)
+
+        def centred(layer: int) -> Tensor:
+            return states[layer].double() - self.shift[layer]  # type: ignore[index]
+
+        target = centred(layers)
+        weighted = target if weights is None else target * weights[:, None]
+        self.first[layers] += weighted.sum(0)
+        self.weight += float(states.shape[1] if weights is None else weights.sum())
+        for layer in range(layers):
+            h = centred(layer)
+            self.cross[layer].addmm_(weighted.T, h)
+            scaled = h if weights is None else h * weights[:, None]
+            self.second[layer].addmm_(scaled.T, h)
+            self.first[layer] += scaled.sum(0)
+
+    def moments(self) -> Moments:
+        """The centred moments; on the CPU from here on, d x d algebra in float64 being no work for a GPU."""
+        if self.shift is None or not self.weight > 0:
+            raise ValueError("no token was added")
+        mean = self.first / self.weight
+        inputs, target = mean[:-1], mean[-1]
+        covariance = self.second / self.weight - inputs[:, :, None] * inputs[:, None, :]
+        cross = self.cross / self.weight - target[None, :, None] * inputs[:, None, :]
+        mean = mean + self.shift
+        return Moments(mean[:-1].cpu(), covariance.cpu(), cross.cpu(), mean[-1].cpu())
+
+
 def median_eigenvalue(values: Tensor) -> Tensor:
     """Median of a covariance's eigenvalues ``[K, d]``, null directions left out: the unit of a ridge, ``[K]``.
 
@@ -145,7 +209,7 @@ class RidgePath:
 
     def __init__(self, moments: Moments, prior: Prior):
         self.moments, self.prior = moments, prior
-        self.values, self.vectors = torch.linalg.eigh(moments.covariance)
+        self.values, self.vectors = moments.eigen
         self.unit = median_eigenvalue(self.values)
         self.projected_cross = moments.cross @ self.vectors
 
@@ -193,6 +257,70 @@ class Choice:
     dev_kl: float
 
 
+@torch.no_grad()
+def padded_kl(
+    readout: ReadOut, captured: Capture, layer: int, at: slice, lens: AffineMaps, pad: Tensor, pads: Sequence[float]
+) -> Tensor:
+    """Mean KL ``[P]`` of one lens with P pads on tokens ``at`` of a layer, nats/token, float64.
+
+    ``norm(x + a v) = G (x + a v) / s(x + a v) + o``, so the logits of every pad are those of the first, scaled row by
+    row, plus a multiple of ``W G v``: one product with the unembedding serves them all. Where the norm has no such gain
+    there is no pad direction and all pads are the same; where logits are soft-capped each pad is read out on its own.
+    """
+    gain = readout.gain(captured.states.shape[-1])
+    lens = lens.to(captured.states)
+    h = captured.states[layer][at]
+    x = h @ lens.matrix[0].T + lens.offset[0]
+    if not readout.linear or gain is None or len(pads) == 1:
+        part = Tokens(captured.expected[at], captured.entropy_term[at], captured.states[-1][at])
+        found = []
+        for a in pads:
+            shifted = x + a * pad.to(x)
+            found.append(token_kl(readout, readout.final_norm(shifted), part).double().mean())
+        return torch.stack(found).cpu()
+    offset = readout.final_norm(torch.zeros_like(x[0]))
+    direction = pad.to(x) @ gain.T  # G v
+    u = x @ gain.T
+    n = [readout.final_norm(x + a * pad.to(x)) for a in pads]
+    # 1 / s, read off the longest entry of each row.
+    inverse = []
+    for a, rows in zip(pads, n, strict=True):
+        unscaled = u + a * direction
+        inverse.append(((rows - offset) * unscaled).sum(-1) / unscaled.pow(2).sum(-1))
+    log_z = log_partition_of_pads(readout, u, direction, offset, torch.stack(inverse), torch.tensor(pads).to(x))
+    kl = [
+        (captured.entropy_term[at] - (captured.expected[at] * rows).sum(-1) + z).double().mean()
+        for rows, z in zip(n, log_z, strict=True)
+    ]
+    return torch.stack(kl).cpu()
+
+
+def log_partition_of_pads(
+    readout: ReadOut, u: Tensor, direction: Tensor, offset: Tensor, inverse: Tensor, pads: Tensor
+) -> Tensor:
+    """``logsumexp(W ((u + a_p direction) inverse_p + offset) + bias)`` for P pads: ``[P, R]`` from u ``[R, d_read]``."""
+    weight, bias = readout.weight, readout.bias
+    constant = weight @ offset if bias is None else torch.addmv(bias, weight, offset)
+    along = weight @ direction
+    out = []
+    for first in range(0, len(u), TOKEN_BLOCK // 2):
+        rows = slice(first, first + TOKEN_BLOCK // 2)
+        largest = u.new_full((len(pads), len(u[rows])), -torch.inf)
+        total = torch.zeros_like(largest)
+        for start in range(0, len(weight), VOCABULARY_BLOCK):
+            words = slice(start, start + VOCABULARY_BLOCK)
+            unscaled = u[rows] @ weight[words].T
+            for p, a in enumerate(pads):
+                logits = torch.addcmul(
+                    constant[words], unscaled + a * along[words] if a else unscaled, inverse[p, rows, None]
+                )
+                new = torch.maximum(largest[p], logits.amax(-1))
+                total[p] = total[p] * torch.exp(largest[p] - new) + logits.sub_(new[:, None]).exp_().sum(-1)
+                largest[p] = new
+        out.append(largest + total.log())
+    return torch.cat(out, 1)
+
+
 class DevSearch:
     """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once."""
 
@@ -202,10 +330,20 @@ class DevSearch:
 
     def kl(self, maps: AffineMaps, layers: Sequence[int]) -> float:
         """Mean dev KL of map k on ``layers[k]`` (or of one map on all of them)."""
-        total = 0.0
+        return float(self.kl_of_pads(maps, layers, [0.0])[0])
+
+    def kl_of_pads(self, maps: AffineMaps, layers: Sequence[int], pads: Sequence[float]) -> Tensor:
+        """Mean dev KL ``[P]`` of maps with each of P pads added, for one matrix product with the unembedding.
+
+        A lens of several layers is chosen on at most ``pooled_dev_tokens`` states: the dev tokens are dealt out, each
+        layer getting equally many.
+        """
+        share = max(1, -(-len(layers) * len(self.dev) // self.recipe.pooled_dev_tokens))
+        total = torch.zeros(len(pads), dtype=torch.float64)
         for k, layer in enumerate(layers):
+            at = slice(k % share, None, share)
             one = maps[[k if len(maps) > 1 else 0]]
-            total += float(score(self.readout, self.dev.states[layer], one, self.dev).kl.double().mean())
+            total += padded_kl(self.readout, self.dev, layer, at, one, self.pad, pads)
         return total / len(layers)
 
     def padded(self, maps: AffineMaps, pad: float) -> AffineMaps:
@@ -213,19 +351,21 @@ class DevSearch:
 
     def best_pad(self, maps: AffineMaps, layers: Sequence[int], start: int) -> tuple[int, float]:
         """Index of the best pad and its KL, by descent from ``start``: KL has one valley along the pad."""
+        pads = self.recipe.pads
         known: dict[int, float] = {}
-
-        def at(index: int) -> float:
-            if index not in known:
-                known[index] = self.kl(self.padded(maps, self.recipe.pads[index]), layers)
-            return known[index]
-
         here = start
         while True:
-            around = [i for i in (here - 1, here, here + 1) if 0 <= i < len(self.recipe.pads)]
-            best = min(around, key=at)
+            around = [i for i in (here - 1, here, here + 1) if 0 <= i < len(pads)]
+            new = [i for i in around if i not in known]
+            if known:  # having moved once, look two further on in the same product
+                ahead = 2 * new[0] - here if new else here
+                new += [i for i in (ahead,) if 0 <= i < len(pads) and i not in known and i not in new]
+            if new:
+                found = self.kl_of_pads(maps, layers, [pads[i] for i in new])
+                known |= dict(zip(new, found.tolist(), strict=True))
+            best = min(around, key=known.__getitem__)
             if best == here:
-                return here, at(here)
+                return here, known[here]
             here = best
 
     def path(self, solve: Callable[[float], AffineMaps], layers: Sequence[int]) -> list[Choice]:
@@ -358,41 +498,89 @@ def kl_objective(readout: ReadOut, x: Tensor, expected: Tensor, entropy_term: Te
     return (entropy_term - (expected * n).sum(-1) + LogPartition.apply(n, readout.weight, readout.bias)).mean()
 
 
-def read_out_curvature(readout: ReadOut, fit: Capture) -> Tensor:
-    """Mean curvature of KL at the final states, ``[d, d]`` float64: ``G^T (W^T (diag q - q q^T) W) G / scale^2``.
+class Vocabulary:
+    """The rows of the unembedding that refinement's softmax sees.
 
-    The norm's radial part is left out: it is used as a preconditioner only. Identity where the norm has no gain matrix.
+    Half of them are the words most probable on average, exactly; half are drawn from the rest with probability ``pi``
+    proportional to ``sqrt(mean p)``, each with offset ``-log(m pi)``, so that their sum of exponentials is unbiased for
+    that of the rest. All words, exactly, where there are no more than that. Never used to evaluate.
     """
-    final = fit.states[-1][:2048]
-    d = final.shape[-1]
-    gain = readout.gain(d)
-    if gain is None:
-        return torch.eye(d, dtype=torch.float64)
-    n = readout.final_norm(final)
-    q = (n @ readout.weight.T if readout.bias is None else torch.addmm(readout.bias, n, readout.weight.T)).softmax(-1)
-    inverse_scale = n.norm(dim=-1) / (final @ gain.T).norm(dim=-1)
-    weighted = (q * inverse_scale[:, None] ** 2).sum(0)
-    moment = (q @ readout.weight) * inverse_scale[:, None]
-    weight = readout.weight.double()
-    fisher = (weight.T * weighted.double()) @ weight - moment.double().T @ moment.double()
-    return (gain.double().T @ fisher @ gain.double() / len(final)).cpu()
+
+    def __init__(self, readout: ReadOut, mean_p: Tensor, rows: int, generator: torch.Generator):
+        self.weight, self.bias, self.generator = readout.weight, readout.bias, generator
+        self.exact = not readout.linear or len(self.weight) <= rows
+        order = mean_p.argsort(descending=True).to(self.weight.device)
+        self.top, self.rest = order[: rows // 2], order[rows // 2 :]
+        root = mean_p.to(self.weight.device)[self.rest].double().clamp(min=1e-12).sqrt()
+        self.pi = (root / root.sum()).cpu()
+        self.drawn = rows - rows // 2
+
+    def draw(self) -> tuple[Tensor, Tensor | None]:
+        """Rows ``[S, d_read]`` and their offsets ``[S]``, a new sample each time."""
+        if self.exact:
+            return self.weight, self.bias
+        chosen = torch.multinomial(self.pi, self.drawn, replacement=True, generator=self.generator)
+        at = torch.cat([self.top, self.rest[chosen.to(self.rest.device)]])
+        offset = torch.zeros(len(at), dtype=torch.float64)
+        offset[len(self.top) :] = -(self.drawn * self.pi[chosen]).log()
+        offset = offset.to(self.weight)
+        return self.weight[at], offset if self.bias is None else offset + self.bias[at]
 
 
-def inverse_root(matrix: Tensor, floor: float) -> Tensor:
-    """``matrix^(-1/2)`` of a symmetric positive semi-definite matrix, eigenvalues raised to ``floor`` times their mean."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=0) + floor * values.clamp(min=0).mean()
-    return (vectors * values.rsqrt()) @ vectors.T
+def kl_gradient(readout: ReadOut, n: Tensor, tokens: Tokens, weight: Tensor, offset: Tensor | None) -> Tensor:
+    """Gradient of ``KL(p || q)`` in the normalised states ``[R, d_read]``, row by row: ``W^T q - e``.
+
+    q over the given rows of the unembedding; where logits are soft-capped, over all words and with p formed again.
+    """
+    gradients = []
+    for start in range(0, len(n), ROW_BLOCK):
+        rows = slice(start, start + ROW_BLOCK)
+        logits = n[rows] @ weight.T if offset is None else torch.addmm(offset, n[rows], weight.T)
+        if readout.softcap is None:
+            gradients.append(torch.softmax(logits, -1) @ weight - tokens.expected[rows])
+        else:
+            capped = readout.cap_(logits)
+            p = readout.logits(readout.final_norm(tokens.final[rows])).softmax(-1)
+            slope = 1 - (capped / readout.softcap) ** 2
+            gradients.append(((capped.softmax(-1) - p) * slope) @ weight)
+    return torch.cat(gradients)
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration of Muon (Jordan et al. 2024), which torch.optim.Muon uses too."""
+
+
+def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Each of ``[M, a, b]``, a <= b, with its singular values brought to about 1, by Newton-Schulz in batched products."""
+    x = matrices / matrices.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None]
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(iterations):
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """A refined lens and how it ended: ``iterations`` kept, ``converged`` to the tolerance or stopped by dev."""
+    """A refined lens and how it ended: ``iterations`` updates kept; ``converged``: a pass brought less than the tolerance."""
 
     maps: AffineMaps
     dev_kl: float
     iterations: int
-    ended: Literal["converged", "dev rose", "iteration limit"]
+    ended: Literal["converged", "dev rose", "pass limit"]
+
+
+@dataclass
+class Refining:
+    """One lens on its way: where its best iterate stands and how large its next updates are."""
+
+    layers: tuple[int, ...]
+    best: Tensor  # [d, d + 1]
+    dev_kl: float
+    rate: float
+    updates: int = 0
+    setbacks: int = 0
+    ended: Literal["converged", "dev rose", "pass limit"] = "pass limit"
 
 
 def refine(
@@ -400,88 +588,110 @@ def refine(
     fit: Capture,
     moments: Moments,
     start: AffineMaps,
-    ridge: float,
-    layers: Sequence[int],
+    ridges: Sequence[float],
+    layers: Sequence[Sequence[int]],
     *,
-    tokens: int,
-) -> Refinement:
-    """Minimise ``E KL + (lam/2) |B - B0|^2`` for one lens on ``layers``, from its closed form; prior zero.
+    seed: int = 0,
+    report: Callable[[int, int], None] | None = None,
+) -> list[Refinement]:
+    """Minimise ``E KL + (lam/2) |B - B0|^2`` for M lenses side by side, lens m on ``layers[m]``, prior zero.
 
-    The penalty is the closed form's own, in nats: its ridge times ``2 KL / E |r - x|^2`` at the start, what a unit of
-    squared error costs. L-BFGS on coordinates whitened by the input covariance and the read-out's curvature, so that no
-    step size is tuned by layer; equivariant under rotations. The best iterate on dev is returned, the start included:
-    a refinement never returns a lens that is worse on dev. ``moments`` is the one regression that ``start`` solves.
+    Each starts from its closed form, the solution of regression m of ``moments``. The penalty is the closed form's own,
+    in nats: its ridge times ``2 KL / E |r - x|^2`` at the start, what a unit of squared error costs. Updates are
+    orthogonalised momentum (Muon) on centred states with a constant appended: their spectral size is a share
+    (``refine_rate``) of ``rms(h_L) / rms(h_l)``, the size of a map from that layer to the last, so that no rate is tuned
+    over depth; equivariant under rotations. In passes over ``refine_tokens`` tokens, with 10 % warm-up and linear decay
+    in each. After each the end and the middle of the way are measured on dev and the best so far, the start included, is
+    kept: **a refinement never returns a lens that is worse on dev**. A lens is done when a pass lowers its dev KL by less
+    than ``refine_tolerance`` of it, or twice not at all. ``report(updates done, updates at most)``.
     """
-    recipe = search.recipe
-    readout = search.readout
-    # Dealt out at random: by turns, a layer would see the same ranks of position in every window.
-    order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(0))
-    share = [order[i :: len(layers)].sort().values for i in range(len(layers))]
-    rows = [r[torch.linspace(0, len(r) - 1, min(len(r), tokens // len(layers))).round().long()] for r in share]
-    h = torch.cat([fit.states[layer][r] for layer, r in zip(layers, rows, strict=True)])
-    expected = torch.cat([fit.expected[r] for r in rows])
-    entropy_term = torch.cat([fit.entropy_term[r] for r in rows])
-    target = torch.cat([fit.states[-1][r] for r in rows])
+    recipe, readout = search.recipe, search.readout
+    device, dtype = fit.states.device, fit.states.dtype
+    d = fit.states.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = Vocabulary(readout, fit.mean_p, recipe.refine_vocabulary, generator)
+    tokens = min(recipe.refine_tokens, len(fit))
+    batch = min(recipe.refine_batch, tokens)
+    steps = tokens // batch
+    target_rms = float(fit.states[-1][:MOMENT_BLOCK].pow(2).mean().sqrt())
 
-    unit = median_eigenvalue(torch.linalg.eigvalsh(moments.covariance))[0]
-    lam = ridge * unit
-    # In the eigenbasis: L-BFGS sizes its first step by the gradient's largest entries, which depend on the basis.
-    values, vectors = torch.linalg.eigh(moments.covariance[0])
-    root = (values.clamp(min=0) + lam).sqrt()
-    whiten, unwhiten = vectors / root, vectors * root
-    colour = inverse_root(read_out_curvature(readout, fit), 1e-2)
-    mean = moments.mean[0]
-    inputs = ((h.double() - mean.to(h.device)) @ whiten.to(h.device)).to(h)
-    whiten_h, colour_h = whiten.to(h), colour.to(h)
+    mean = moments.mean.to(device, dtype)  # [M, d]
+    scale, penalties, lenses = [], [], []
+    values = moments.eigen[0]
+    for m, own in enumerate(layers):
+        sample = torch.cat([fit.states[layer][m :: len(own) * 8][:512] for layer in own]) - mean[m]
+        scale.append(float(sample.pow(2).mean(-1).sqrt().median()))
+        matrix, offset = start.matrix[m].to(device, dtype), start.offset[m].to(device, dtype)
+        dev_kl = search.kl(start[[m]], own)
+        error = torch.stack([(search.dev.states[-1] - search.dev.states[k] @ matrix.T - offset)[:, : readout.weight.shape[1]]
+                             .pow(2).sum(-1).mean() for k in own]).mean()  # fmt: skip
+        lam = ridges[m] * median_eigenvalue(values[m : m + 1])[0]
+        penalties.append(float(2 * dev_kl / error.double().cpu() * lam))
+        theta = torch.cat([matrix, ((matrix @ mean[m] + offset) / scale[m])[:, None]], 1)
+        lenses.append(Refining(tuple(own), theta, dev_kl, recipe.refine_rate * target_rms / scale[m]))
+    scales, penalty = torch.tensor(scale).to(mean), torch.tensor(penalties).to(mean)
 
-    # x = (inputs theta^T + gamma) colour, with theta and gamma what is optimised; colour is symmetric.
-    matrix0, offset0 = start.matrix[0].double().cpu(), start.offset[0].double().cpu()
-    theta0 = torch.linalg.solve(colour, matrix0) @ unwhiten
-    gamma0 = torch.linalg.solve(colour, matrix0 @ mean + offset0)
-    theta, gamma = theta0.to(h).requires_grad_(), gamma0.to(h).requires_grad_()
+    def maps(m: int, theta: Tensor) -> AffineMaps:
+        matrix = theta[:, :d].double().cpu()
+        offset = theta[:, d].double().cpu() * scale[m] - matrix @ mean[m].double().cpu()
+        return AffineMaps(matrix[None], offset[None])
 
-    def output() -> Tensor:
-        return torch.addmm(gamma, inputs, theta.T) @ colour_h
-
-    with torch.no_grad():
-        x = output()
-        seen = readout.weight.shape[1]
-        error = (target - x)[:, :seen].pow(2).sum(-1).mean()
-        nats_per_error = 2 * kl_objective(readout, x, expected, entropy_term) / error
-    penalty = (nats_per_error * lam).to(h)
-
-    def maps() -> AffineMaps:
-        matrix = colour @ theta.detach().double().cpu() @ whiten.T
-        return AffineMaps(matrix[None], (colour @ gamma.detach().double().cpu() - matrix @ mean)[None])
-
-    optimizer = torch.optim.LBFGS(
-        [theta, gamma], lr=1.0, max_iter=4, history_size=20, line_search_fn="strong_wolfe", tolerance_change=0.0
-    )
-    last = np.inf
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        matrix = colour_h @ theta @ whiten_h.T
-        loss = kl_objective(readout, output(), expected, entropy_term) + penalty / 2 * matrix.pow(2).sum()
-        loss.backward()
-        return loss.detach()
-
-    best = Refinement(start, search.kl(start, layers), 0, "iteration limit")
-    ended: Literal["converged", "dev rose", "iteration limit"] = "iteration limit"
-    rises = 0
-    for iteration in range(4, recipe.refine_iterations + 1, 4):
-        before = optimizer.step(closure).item()  # type: ignore[arg-type]
-        here = maps()
-        dev_kl = search.kl(here, layers)
-        if dev_kl < best.dev_kl:
-            best, rises = Refinement(here, dev_kl, iteration, ended), 0
-        else:
-            rises += 1
-        if rises == 2:
-            ended = "dev rose"
+    for number in range(recipe.refine_passes):
+        active = [m for m, lens in enumerate(lenses) if lens.ended == "pass limit" and lens.setbacks < 2]
+        active = [m for m in active if lenses[m].dev_kl > 0]
+        if not active:
             break
-        if last - before < recipe.refine_tolerance * abs(before):
-            ended = "converged"
-            break
-        last = before
-    return Refinement(best.maps, best.dev_kl, best.iterations, ended)
+        begin = torch.stack([lenses[m].best for m in active])
+        theta, momentum = begin.clone(), torch.zeros_like(begin)
+        rates = torch.tensor([lenses[m].rate for m in active]).to(mean)[:, None, None]
+        # Every lens its own random order and, where it has several layers, a random layer for each token.
+        order = torch.stack([torch.randperm(len(fit), generator=generator)[: steps * batch] for _ in active])
+        at_layer = torch.stack([
+            torch.tensor(lenses[m].layers)[torch.randint(len(lenses[m].layers), (steps * batch,), generator=generator)]
+            for m in active
+        ])  # fmt: skip
+        order, at_layer = order.to(device), at_layer.to(device)
+        own_mean, own_scale, own_penalty = mean[active], scales[active], penalty[active]
+        for step in range(steps):
+            if step % 4 == 0:
+                weight, offset = vocabulary.draw()
+            here = slice(step * batch, (step + 1) * batch)
+            rows = order[:, here]
+            h = fit.states[at_layer[:, here], rows].to(device) - own_mean[:, None]  # [M, B, d]
+            inputs = torch.cat([h, own_scale[:, None, None].expand(-1, batch, 1)], -1)
+            x = (inputs @ theta.transpose(1, 2)).requires_grad_()
+            n = readout.final_norm(x)
+            flat = rows.flatten()
+            known = Tokens(fit.expected[flat], fit.entropy_term[flat], fit.states[-1][flat])
+            with torch.no_grad():
+                gradient_n = kl_gradient(readout, n.flatten(0, 1), known, weight, offset).view_as(n) / batch
+            (gradient_x,) = torch.autograd.grad(n, x, gradient_n)
+            gradient = gradient_x.transpose(1, 2) @ inputs
+            gradient[:, :, :d] += own_penalty[:, None, None] * theta[:, :, :d]
+            momentum.mul_(0.9).add_(gradient)
+            change = orthogonalised(gradient.add_(momentum, alpha=0.9))
+            decay = min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
+            theta -= rates * decay * change
+            if report is not None and step % 8 == 0:
+                report(number * steps + step, recipe.refine_passes * steps)
+        for k, m in enumerate(active):
+            lens, before = lenses[m], lenses[m].dev_kl
+            theta_end, halfway = theta[k], False
+            for candidate in (theta_end, (theta_end + begin[k]) / 2):
+                dev_kl = search.kl(maps(m, candidate), lens.layers)
+                if dev_kl < lens.dev_kl:
+                    lens.best, lens.dev_kl, lens.updates = candidate.clone(), dev_kl, (number + 1) * steps
+                    halfway = candidate is not theta_end
+            if lens.dev_kl == before:
+                lens.setbacks += 1
+                lens.rate *= 0.3
+                if lens.setbacks == 2:
+                    lens.ended = "dev rose"
+            else:
+                lens.rate *= 0.5 if halfway else 1.0
+                if before - lens.dev_kl < recipe.refine_tolerance * before:
+                    lens.ended = "converged"
+    return [
+        Refinement(maps(m, lens.best) if lens.updates else start[[m]], lens.dev_kl, lens.updates, lens.ended)
+        for m, lens in enumerate(lenses)
+    ]

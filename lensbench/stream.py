@@ -23,24 +23,55 @@ IDENTITY_TOLERANCE = 1e-4
 class ReadOut(Unembed):
     """``R(h) = head(norm(h))``, found by hooks instead of by a list of classes; usable wherever tuned-lens wants an Unembed.
 
-    ``final_norm`` maps ``[..., d]`` to ``[..., d_read]`` and ``unembedding`` maps that to logits ``[..., V]``. The modules
-    are the model's own (never copied), frozen.
+    ``final_norm`` maps ``[..., d]`` to ``[..., d_read]`` and ``unembedding`` maps that to logits ``[..., V]``, multiplied by
+    ``scale`` and bent by ``softcap tanh(. / softcap)`` where the model does so. The modules are the model's own (never
+    copied), frozen.
     """
 
-    def __init__(self, final_norm: nn.Module, unembedding: nn.Linear):
+    def __init__(
+        self, final_norm: nn.Module, unembedding: nn.Linear, scale: float = 1.0, softcap: float | None = None
+    ):
         nn.Module.__init__(self)  # Unembed's own constructor knows seven architectures and copies the weights
         self.final_norm = final_norm
         self.unembedding = unembedding
+        self.scale, self.softcap = scale, softcap
         self.requires_grad_(False)
+        self._scaled: tuple[Tensor, Tensor | None] | None = None
+        self._gains: dict[tuple[int, torch.dtype, torch.device], Tensor | None] = {}
+
+    @property
+    def linear(self) -> bool:
+        """Whether logits are affine in ``norm(h)``, so that ``e = W^T p`` says all about the model's distribution."""
+        return self.softcap is None
 
     @property
     def weight(self) -> Tensor:
-        """Unembedding W, ``[V, d_read]``."""
-        return self.unembedding.weight
+        """Unembedding W with the scale of the logits folded in, ``[V, d_read]``."""
+        return self.unembedding.weight if self.scale == 1 else self._folded()[0]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.unembedding.bias
+        """Bias of the unembedding with the scale of the logits folded in, ``[V]``."""
+        return self.unembedding.bias if self.scale == 1 else self._folded()[1]
+
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.unembedding.weight, self.unembedding.bias
+        if self._scaled is None or self._scaled[0].device != weight.device or self._scaled[0].dtype != weight.dtype:
+            self._scaled = weight * self.scale, None if bias is None else bias * self.scale
+        return self._scaled
+
+    def cap_(self, logits: Tensor) -> Tensor:
+        """Soft-capping in place, where the model has it."""
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def logits(self, n: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of normalised states ``[..., d_read]``."""
+        scaled = F.linear(n, self.weight, self.bias)
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of states ``[..., d]``."""
+        return self.logits(self.final_norm(h))
 
     def gain(self, d: int) -> Tensor | None:
         """Matrix G ``[d_read, d]`` with ``norm(x) = G x / scale(x) + norm(0)``, up to a constant; None if there is none.
@@ -48,7 +79,13 @@ class ReadOut(Unembed):
         Read off the norm's answers to unit vectors, so that RMSNorm, LayerNorm, norms without gain and norms that look at
         a part of the state need no case of their own. The claim is checked on random states before it is used.
         """
-        dtype, device = self.weight.dtype, self.weight.device
+        weight = self.unembedding.weight
+        key = d, weight.dtype, weight.device
+        if key not in self._gains:
+            self._gains[key] = self._find_gain(d, weight.dtype, weight.device)
+        return self._gains[key]
+
+    def _find_gain(self, d: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         offset = self.final_norm(torch.zeros(d, dtype=dtype, device=device))
         # Long vectors, so that the norm's epsilon does not count; unseen directions map to the offset itself.
         gain = (self.final_norm(1e3 * torch.eye(d, dtype=dtype, device=device)) - offset).T
@@ -73,7 +110,13 @@ class ResidualStream:
         self.readout = find_readout(model)
         self.view = view
         ids = torch.randint(0, self.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(self.device)
-        hidden, last, logits = self._outputs(ids)
+        heads: list[Tensor] = []
+        hook = self.readout.unembedding.register_forward_hook(lambda _, args, output: heads.append(output))
+        try:
+            hidden, last, logits = self._outputs(ids)
+        finally:
+            hook.remove()
+        self.readout.scale, self.readout.softcap = behind_the_head(heads[-1], logits, model.config)
         if not any(state.shape == hidden[-1].shape and torch.allclose(state, hidden[-1], rtol=1e-3, atol=1e-4)
                    for state in (last, self.readout.final_norm(last))):  # fmt: skip
             raise LensbenchError(
@@ -92,6 +135,23 @@ class ResidualStream:
     @property
     def vocab_size(self) -> int:
         return self.readout.weight.shape[0]
+
+    @torch.no_grad()
+    def at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """States ``[L+1, n, d]`` and logits ``[n, V]`` at n positions of token ids ``[B, T]``; the head reads no others."""
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            return args[0][rows, columns][None]
+
+        hook = self.readout.unembedding.register_forward_pre_hook(keep)
+        try:
+            hidden, last, logits = self._outputs(ids)
+        finally:
+            hook.remove()
+        states = torch.stack([h[rows, columns] for h in (*hidden[:-1], last)])
+        if self.view == "prediction":
+            states = states[..., : self.readout.weight.shape[1]]
+        return states, logits[0]
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +173,34 @@ class ResidualStream:
         finally:
             hook.remove()
         return output.hidden_states, norm_inputs[-1], output.logits
+
+
+def behind_the_head(head: Tensor, logits: Tensor, config: object) -> tuple[float, float | None]:
+    """What a model does to its head's output to get its logits: ``(scale, soft cap)``, (1, None) for nothing.
+
+    The cap's size stands in the config; whether it is applied, and the scale, are read off the numbers. The identity
+    check that follows refuses a model that does something else.
+    """
+    if torch.equal(head, logits):
+        return 1.0, None
+
+    def ratio(bent: Tensor) -> float | None:
+        large = head.abs() > 0.1 * head.abs().max()
+        found = (bent / head)[large]
+        middle = found.median()
+        same = bool(((found - middle).abs() < 1e-3 * middle.abs()).all())
+        return float(middle.double()) if same and float(middle) > 0 else None
+
+    scale = ratio(logits)
+    if scale is not None:
+        return round(scale, 9), None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(text, "final_logit_softcapping", None)
+    if cap:
+        scale = ratio(cap * torch.atanh((logits.double() / cap).clamp(-1 + 1e-9, 1 - 1e-9)))
+        if scale is not None:
+            return (1.0 if abs(scale - 1) < 1e-4 else scale), float(cap)
+    return 1.0, None
 
 
 def refuse_non_finite(model: nn.Module) -> None:
@@ -221,15 +309,15 @@ def capture(
     for start in range(0, total, batch):
         rows = slice(start, min(start + batch, total))
         ids = torch.from_numpy(windows.ids[rows]).to(stream.device)
-        h, logits = stream.forward(ids)
         row, column = np.nonzero(windows.valid[rows])
         at = torch.from_numpy(windows.positions[rows][row, column]).to(stream.device)
         row_at = torch.from_numpy(row).to(stream.device)
-        log_p = logits[row_at, at].float().log_softmax(-1)  # [n, V]
+        h, logits = stream.at(ids, row_at, at)
+        log_p = logits.float().log_softmax(-1)  # [n, V]
         p = log_p.exp()
         negative_entropy = (p * log_p).sum(-1)
         target = ids[row_at, at + 1]
-        states.append(h[:, row_at, at].float())
+        states.append(h.float())
         expected.append(p @ weight.float())
         entropy.append(negative_entropy - (p @ bias.float() if bias is not None else 0.0))
         targets.append(target)

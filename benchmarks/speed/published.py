@@ -1,0 +1,212 @@
+"""The published recipe's side of the comparison: its own learning rates, its run on fresh tokens, its converged value."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.speed.recipe import STEPS, TOKENS_PER_STEP, OptimizerName, RecipeLens, Setting, visits
+from benchmarks.speed.task import Ledger, Task, Where, now, rows_of, steps_of
+from lensbench.stream import Capture, capture
+
+SWEEP_TOKENS = 32_000
+"""Tokens of a trial of the sweep, 128 for each of its 250 steps: the schedule of the run it chooses for, in small."""
+WINDOWS_PER_STEP = 4
+CHECKPOINTS = (0, 10, 25, 50, 75, 100, 150, 200, 250)
+
+
+def mixed_rows(captured: Capture, where: Where) -> Tensor:
+    """States ``[N, d]`` that a lens is trained on: its layer's, or for the shared lens each token's at a random layer."""
+    if where != "shared":
+        return captured.states[int(where)]
+    layer = torch.randint(0, captured.layers, (len(captured),), generator=torch.Generator().manual_seed(0))
+    return captured.states[layer.to(captured.states.device), torch.arange(len(captured), device=captured.states.device)]
+
+
+def sweep(task: Task, wheres: list[Where], dev: Capture, folder: Path, say: Callable[[str], None]) -> None:
+    """The best rate of each optimizer for each lens on dev, by threefold steps from the package's default.
+
+    Trials of 250 steps of 128 tokens with cached read-out statistics, which give the same gradients as the package's loop.
+    """
+    ledger = Ledger(folder / "sweep.csv", ("lens", "optimizer", "lr_scale"))
+    if ledger.has(lens="all", optimizer="done"):
+        return
+    fit = capture(task.stream, task.whole_windows(SWEEP_TOKENS // (task.length - 2), seed=1), batch=4)
+    for where in wheres:
+        states = mixed_rows(fit, where)
+        for optimizer in ("sgd", "adam"):
+            tried: dict[int, float] = {}
+
+            def trial(power: int, where=where, optimizer=optimizer, states=states, tried=tried) -> float:
+                scale = 3.0**power
+                if power not in tried and ledger.has(lens=where, optimizer=optimizer, lr_scale=scale):
+                    rows = ledger.rows()
+                    at = (rows["lens"].astype(str) == str(where)) & (rows["optimizer"] == optimizer)
+                    tried[power] = float(rows[at & (rows["lr_scale"] == scale)]["dev_kl"].iloc[0])
+                if power not in tried:
+                    lens = RecipeLens(task.stream.readout, task.stream.d_model, Setting(optimizer, scale), STEPS)
+                    start = time.perf_counter()
+                    per_step = len(states) // STEPS
+                    for at in visits(len(states), per_step, STEPS, seed=0):
+                        lens.step(lens.cached_loss(states[at], fit.expected[at], fit.entropy_term[at]))
+                    tried[power] = task.kl(lens.maps(), where, dev)
+                    ledger.add(
+                        lens=where, optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=per_step * STEPS,
+                        dev_kl=tried[power], seconds=time.perf_counter() - start,
+                    )  # fmt: skip
+                    say(f"sweep, lens {where}: {optimizer} x{scale:g} gives {tried[power]:.3f}")
+                return tried[power]
+
+            best = 1 if trial(1) < trial(0) else 0
+            step = 1 if best == 1 else -1
+            while trial(best + step) < trial(best):
+                best += step
+    ledger.add(lens="all", optimizer="done", lr_scale=0.0)
+
+
+def chosen(folder: Path, where: Where, optimizer: OptimizerName | None = None) -> Setting:
+    """What the sweep chose for a lens: the better optimizer at its best rate."""
+    rows = Ledger(folder / "sweep.csv", ()).rows()
+    rows = rows[rows["lens"].astype(str) == str(where)]
+    if optimizer is not None:
+        rows = rows[rows["optimizer"] == optimizer]
+    best = rows.loc[rows["dev_kl"].idxmin()]
+    return Setting(best["optimizer"], float(best["lr_scale"]))
+
+
+def median(times: list[float]) -> float:
+    return float(np.median(times)) if times else 0.0
+
+
+def run(
+    task: Task, wheres: list[Where], held_out: dict[str, Capture], folder: Path, state: Path, say: Callable[[str], None]
+) -> None:
+    """The recipe on 250 steps of 1024 fresh tokens, all lenses side by side as the package trains them.
+
+    Every step: the model's forward pass, its log-probabilities, and for each lens its own forward and backward pass and
+    update. Seconds are steps times the median step, which leaves out measuring, saving and whatever else the machine was
+    asked for in between: the recipe is not charged for a busy machine. Resumes where it stopped.
+    """
+    ledger = Ledger(folder / "recipe.csv", ("lens", "step"))
+    windows = task.whole_windows(STEPS * WINDOWS_PER_STEP)
+    if len(windows.ids) < STEPS * WINDOWS_PER_STEP:
+        say(f"the text has only {len(windows.ids)} whole windows: the recipe takes fewer than {STEPS} steps")
+    lenses = {w: RecipeLens(task.stream.readout, task.stream.d_model, chosen(folder, w), STEPS) for w in wheres}
+    done = 0
+    seconds: dict[str, list[float]] = {"model": [], **{str(w): [] for w in wheres}}
+    if state.exists():
+        stored = torch.load(state, weights_only=True)
+        done, seconds = stored["step"], stored["seconds"]
+        for where, lens in lenses.items():
+            lens.restore(stored["lenses"][str(where)])
+
+    def checkpoint(step: int) -> None:
+        for where, lens in lenses.items():
+            row = {f"{split}_kl": task.kl(lens.maps(), where, captured) for split, captured in held_out.items()}
+            setting = chosen(folder, where)
+            ledger.add(
+                lens=where, step=step, tokens=step * WINDOWS_PER_STEP * (task.length - 2), **row,
+                optimizer=setting.optimizer, lr_scale=setting.lr_scale, model_seconds=step * median(seconds["model"]),
+                lens_seconds=step * median(seconds[str(where)]),
+                measured_seconds=sum(seconds["model"]) + sum(seconds[str(where)]),
+            )  # fmt: skip
+        content = {
+            "step": step, "seconds": seconds,
+            "lenses": {str(w): lens.state() for w, lens in lenses.items()},
+        }  # fmt: skip
+        state.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, state.with_suffix(".partial"))
+        os.replace(state.with_suffix(".partial"), state)
+        total = step * sum(median(times) for times in seconds.values())
+        say(f"recipe: step {step} after {total:.0f} s; " + ", ".join(
+            f"{r['lens']}: {r['eval_kl']:.3f}" for _, r in ledger.rows().iterrows() if r["step"] == step))  # fmt: skip
+
+    if done == 0 and not ledger.has(step=0):
+        checkpoint(0)
+    remaining = rows_of(windows, np.arange(done * WINDOWS_PER_STEP, len(windows.ids)))
+    device = task.device
+    for step, batch in enumerate(steps_of(remaining, WINDOWS_PER_STEP), start=done + 1):
+        if step > STEPS:
+            break
+        start = now(device)
+        ids = torch.from_numpy(batch.ids).to(device)
+        states, logits = task.stream.forward(ids)
+        used = slice(1, task.length - 1)
+        log_p = logits[:, used].float().log_softmax(-1).flatten(0, 1)
+        states = states[:, :, used].flatten(1, 2)
+        seconds["model"].append(now(device) - start)
+        for where, lens in lenses.items():
+            start = now(device)
+            if where == "shared":
+                g = torch.Generator().manual_seed(step)
+                layer = torch.randint(0, task.stream.layers, (states.shape[1],), generator=g).to(device)
+                h = states[layer, torch.arange(states.shape[1], device=device)]
+            else:
+                h = states[int(where)]
+            lens.step(lens.published_loss(h, log_p))
+            seconds[str(where)].append(now(device) - start)
+        if step in CHECKPOINTS:
+            checkpoint(step)
+
+
+def converged(
+    task: Task, layer: int, dev: Capture, held_out: Capture, folder: Path, state: Path, say: Callable[[str], None]
+) -> None:
+    """The recipe at its full 250 x 262144 token visits on one layer, both optimizers, so that its limit is known.
+
+    With cached read-out statistics: the same gradients, so the same KL; its seconds are not the package's.
+    """
+    fit = capture(task.stream, task.whole_windows(10**9), batch=16)
+    states, expected, entropy = fit.states[layer].clone(), fit.expected, fit.entropy_term
+    del fit
+    sweep_ledger = Ledger(folder / "converged-sweep.csv", ("optimizer", "lr_scale"))
+    ledger = Ledger(folder / "converged.csv", ("optimizer", "step"))
+    readout, d = task.stream.readout, task.stream.d_model
+    for optimizer in ("sgd", "adam"):
+        scale = 1.0
+
+        def trial(scale: float, optimizer=optimizer) -> float:
+            if not sweep_ledger.has(optimizer=optimizer, lr_scale=scale):
+                lens = RecipeLens(readout, d, Setting(optimizer, scale), STEPS)
+                for at in visits(len(states), 8192, STEPS, seed=0):
+                    lens.step(lens.cached_loss(states[at], expected[at], entropy[at]))
+                kl = task.kl(lens.maps(), layer, dev)
+                sweep_ledger.add(optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=8192 * STEPS, dev_kl=kl)
+                say(f"converged, sweep: {optimizer} x{scale:g} gives {kl:.4f}")
+            rows = sweep_ledger.rows()
+            return float(rows[(rows["optimizer"] == optimizer) & (rows["lr_scale"] == scale)]["dev_kl"].iloc[0])
+
+        factor = 3.0 if trial(3.0) < trial(1.0) else 1 / 3
+        scale = 3.0 if factor == 3.0 else 1.0
+        while trial(scale * factor) < trial(scale):
+            scale *= factor
+        lens = RecipeLens(readout, d, Setting(optimizer, scale), STEPS)
+        place = state.with_name(f"{state.stem}-{optimizer}.pt")
+        done = 0
+        if place.exists():
+            stored = torch.load(place, weights_only=True)
+            done = stored["step"]
+            lens.restore(stored["lens"])
+        start = time.perf_counter()
+        for step, at in enumerate(visits(len(states), TOKENS_PER_STEP, STEPS, seed=0, start=done), start=done + 1):
+            total = 0.0
+            for part in at.split(8192):
+                loss = lens.cached_loss(states[part], expected[part], entropy[part]) * (len(part) / len(at))
+                loss.backward()
+                total += float(loss.detach())
+            lens.update(torch.tensor(total))
+            if step % 10 == 0:
+                ledger.add(
+                    optimizer=optimizer, step=step, tokens=step * TOKENS_PER_STEP, lr_scale=scale, layer=layer,
+                    pool_tokens=len(states), fit_kl=total, dev_kl=task.kl(lens.maps(), layer, dev),
+                    eval_kl=task.kl(lens.maps(), layer, held_out),
+                )  # fmt: skip
+                place.parent.mkdir(parents=True, exist_ok=True)
+                torch.save({"step": step, "lens": lens.state()}, place.with_suffix(".partial"))
+                os.replace(place.with_suffix(".partial"), place)
+                pace = (time.perf_counter() - start) / (step - done)
+                say(f"converged: {optimizer} x{scale:g} step {step}, {pace * (STEPS - step):.0f} s to go")

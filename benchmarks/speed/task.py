@@ -1,0 +1,189 @@
+"""What both sides of a comparison share: the model, the text, held-out tokens, the clock and the machine's own rate."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lensbench import corpus
+from lensbench.corpus import TokenizedDocument, Windows
+from lensbench.lenses import AffineMaps
+from lensbench.models.pretrained import load_pretrained
+from lensbench.results import write_json
+from lensbench.stream import Capture, ResidualStream, capture
+from lensbench.transfer import score
+
+LENGTH = 258
+"""Tokens of a window: positions 1..256 are used (0 is left out, the last has no next token), so four make 1024."""
+
+Where = int | str
+"""A layer, or 'shared'."""
+
+
+def matmul_rate(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", size: int = 2048) -> float:
+    """FLOP/s of ``torch.mm`` of ``size x size`` matrices here and now: the best of ten."""
+    a = torch.randn(size, size).to(device, dtype)
+    times = []
+    for _ in range(12):
+        start = now(torch.device(device))
+        torch.mm(a, a)
+        times.append(now(torch.device(device)) - start)
+    return 2 * size**3 / min(times[2:])
+
+
+def now(device: torch.device) -> float:
+    """Wall-clock seconds, after what was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory() -> float:
+    """Largest resident size of this process so far, GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@dataclass
+class Task:
+    """A model with its text, split as everywhere in lensbench; a model trained elsewhere is fitted on train + fit."""
+
+    source: str
+    text: str
+    stream: ResidualStream
+    documents: dict[str, list[TokenizedDocument]]
+    checksum: str
+    length: int = LENGTH
+
+    @classmethod
+    def load(cls, source: str, text: str, *, device: torch.device | str = "cpu", length: int = LENGTH) -> "Task":
+        loaded = load_pretrained(source, device=device)
+        fractions = dict(corpus.FRACTIONS)
+        if not loaded.trained_here:
+            fractions = {**fractions, "train": 0.0, "fit": fractions["train"] + fractions["fit"]}
+        read = corpus.load_corpus(text, fractions=fractions)
+        documents = {split: corpus.tokenize(loaded.tokenizer, read.splits[split]) for split in corpus.SPLITS[1:]}
+        return cls(source, text, ResidualStream(loaded.model), documents, read.checksum, length)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stream.device
+
+    def windows(self, split: str, sequences: int, positions: int, seed: int = 0) -> Windows:
+        return corpus.sample_windows(
+            self.documents[split], n_sequences=sequences, length=self.length, positions=positions, seed=seed
+        )
+
+    def whole_windows(self, sequences: int, seed: int = 0) -> Windows:
+        """Fresh windows of the fit split with every position in use; short ones are left out."""
+        positions = self.length - 2
+        drawn = self.windows("fit", 10**9, positions, seed)
+        full = np.flatnonzero(drawn.valid.all(1))[:sequences]
+        return rows_of(drawn, full)
+
+    def held_out(self, split: str, sequences: int, positions: int, cache: Path | None = None) -> Capture:
+        """Few positions of many windows of ``dev`` or ``eval``, kept in ``cache`` between the parts of a benchmark."""
+        path = None if cache is None else cache / f"{split}-{sequences}x{positions}.npz"
+        windows = self.windows(split, sequences, positions)
+        if path is not None and path.exists():
+            stored = np.load(path)
+            tensors = {
+                k: torch.from_numpy(stored[k]) if k not in ("window", "document", "target_bytes") else stored[k]
+                for k in stored.files
+            }
+            return Capture(**{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in tensors.items()})
+        captured = capture(self.stream, windows, batch=4)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".partial"), "wb") as file:
+                np.savez(
+                    file,
+                    **{k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in vars(captured).items()},
+                )
+            os.replace(path.with_suffix(".partial"), path)
+        return captured
+
+    def kl(self, maps: AffineMaps, where: Where, captured: Capture) -> float:
+        """Held-out KL of one lens, nats/token; for the shared lens the tokens are dealt out over the layers."""
+        readout = self.stream.readout
+        if where != "shared":
+            return float(score(readout, captured.states[int(where)], maps, captured).kl.double().mean())
+        layers = captured.layers
+        means = []
+        for layer in range(layers):
+            at = torch.arange(layer, len(captured), layers, device=self.device)
+            part = captured.take(at)
+            means.append(float(score(readout, part.states[layer], maps, part).kl.double().mean()))
+        return float(np.mean(means))
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader needs to tell whether two results measure the same thing."""
+        return {
+            "model": self.source if not self.source.startswith(("path:", "gguf:")) else Path(self.source).name,
+            "model_hash": self.stream.readout.unembedding_hash(),
+            "text": self.text if not self.text.startswith("file:") else "file:" + Path(self.text).name,
+            "text_checksum": self.checksum,
+            "layers": self.stream.layers,
+            "d_model": self.stream.d_model,
+            "vocab_size": self.stream.vocab_size,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+
+
+def rows_of(windows: Windows, rows: np.ndarray) -> Windows:
+    """Some of the windows."""
+    return Windows(
+        windows.ids[rows], windows.lengths[rows], windows.positions[rows], windows.valid[rows],
+        windows.documents[rows], windows.document_names, windows.sequence[rows], windows.next_bytes[rows],
+    )  # fmt: skip
+
+
+def steps_of(windows: Windows, per_step: int) -> Iterator[Windows]:
+    """The windows in their order, ``per_step`` at a time."""
+    for start in range(0, len(windows.ids) - per_step + 1, per_step):
+        yield rows_of(windows, np.arange(start, start + per_step))
+
+
+@dataclass
+class Ledger:
+    """One CSV of a benchmark: rows are added as they are measured, written whole each time, and found again on resume."""
+
+    path: Path
+    keys: tuple[str, ...]
+
+    def rows(self) -> pd.DataFrame:
+        return pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=list(self.keys))
+
+    def has(self, **key: object) -> bool:
+        known = self.rows()
+        return bool(len(known)) and bool((known[list(key)].astype(str) == pd.Series(key).astype(str)).all(1).any())
+
+    def add(self, **row: object) -> None:
+        known = self.rows()
+        table = pd.concat([known, pd.DataFrame([row])], ignore_index=True) if len(known) else pd.DataFrame([row])
+        table = table.drop_duplicates(list(self.keys), keep="last")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        table.to_csv(partial, index=False, float_format="%.6g")
+        os.replace(partial, self.path)
+
+
+def write_description(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """``NAME.json``: the settings and machine behind the tables of a part, with the sha256 of each table."""
+    tables = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(f"{name}*.csv"))}
+    write_json(folder / f"{name}.json", json.loads(json.dumps({**content, "tables": tables}, default=str)))
