@@ -76,6 +76,9 @@ class Bars:
         what = "reused, took" if reused else "done in"
         messages.print(f"{name}: {what} {seconds:.1f} s", highlight=False)
 
+    def say(self, line: str) -> None:
+        messages.print(line, highlight=False)
+
 
 def say(line: str) -> None:
     messages.print(f"lensbench: {line}", highlight=False, markup=False, soft_wrap=True)
@@ -151,6 +154,9 @@ def run(
         list[str] | None,
         typer.Option(help="Run these models alone; repeat it, or separate names by commas.", show_default=False),
     ] = None,
+    max_hours: Annotated[
+        float, typer.Option(min=0, help="Refuse a run to a stated precision that is predicted to score for longer.")
+    ] = 1.0,
     debug: Debug = False,
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
@@ -164,7 +170,9 @@ def run(
     folder = out or Path("runs") / chosen.name
     start = time.perf_counter()
     with Bars() as bars:
-        finished = run_suite(chosen, folder, device=choose_device(device), only=names, progress=bars)
+        finished = run_suite(
+            chosen, folder, device=choose_device(device), only=names, progress=bars, max_hours=max_hours
+        )
     from lensbench.report import print_run
 
     print_run(finished, console)

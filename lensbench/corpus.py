@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from lensbench.errors import LensbenchError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "fit", "dev", "eval")
 FRACTIONS: Mapping[str, float] = MappingProxyType({"train": 0.62, "fit": 0.12, "dev": 0.06, "eval": 0.20})
@@ -514,7 +514,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerFast, documents: Iterable[Document]) -> list[TokenizedDocument]:
+def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerBase, documents: Iterable[Document]) -> list[TokenizedDocument]:
     """Encode documents, each behind the beginning-of-text id, and count the bytes that each token stands for.
 
     ``tokenizer`` is one of `train_tokenizer`, or a model's own fast tokenizer; the id put in front is its bos, else its
@@ -551,7 +551,7 @@ def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerFast, documents: Iterable
     return result
 
 
-def _backend_and_begin(tokenizer: Tokenizer | PreTrainedTokenizerFast) -> tuple[Tokenizer, int | None]:
+def _backend_and_begin(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> tuple[Tokenizer, int | None]:
     begin = None
     if isinstance(tokenizer, Tokenizer):
         backend = tokenizer

@@ -277,7 +277,7 @@ LENS_NAMES = {
 class Scored:
     """Per-window sums of everything that was scored on the eval split, and mean KLs of the refits.
 
-    ``matrix``: ``kl, ce, movement`` ``[S, L+1, L+1]``. ``layers``: name of a fit's maps -> (kl, ce), each ``[S, L]``.
+    ``matrix``: ``kl, ce, movement, top1`` ``[S, L+1, L+1]``. ``layers``: name of a fit's maps -> (kl, ce), each ``[S, L]``.
     ``constant``, ``model_ce``, ``tokens``, ``bytes`` ``[S]``. ``refits``: fields of :class:`Means` stacked over refits.
     """
 
@@ -299,7 +299,7 @@ class Scored:
 
         def add(
             lens: str, lens_layer: int, layer: int, stage: str, prior: str, kl: Any, ce: Any,
-            movement: Any = np.nan, view: int = -1,
+            movement: Any = np.nan, view: int = -1, top1: Any = np.nan,
         ) -> None:  # fmt: skip
             columns = {
                 "lens": lens,
@@ -310,6 +310,7 @@ class Scored:
                 "view": view,
             }
             values = {"tokens": self.tokens, "bytes": self.bytes, "kl": kl, "ce": ce, "movement": movement}
+            values["top1"] = top1
             blocks.append(
                 pd.DataFrame({"document": names, "sequence": windows.sequence, **columns, **values}, range(count))
             )
@@ -321,8 +322,8 @@ class Scored:
             tuned = ("tuned", i) if i < layers else ("logit", i)
             how = (headline.stage, headline.prior) if i < layers else ("none", "none")
             for j in range(layers + 1):
-                kl, ce, movement = (self.matrix[k][:, i, j] for k in ("kl", "ce", "movement"))
-                add(*tuned, j, *how, kl, ce, movement)
+                kl, ce, movement, top1 = (self.matrix[k][:, i, j] for k in ("kl", "ce", "movement", "top1"))
+                add(*tuned, j, *how, kl, ce, movement, top1=top1)
         for name, (kl, ce) in self.layers.items():
             kept = self.fit.records[name]
             view = int(name.removeprefix("rotated")) if name.removeprefix("rotated").isdigit() else 0
@@ -336,7 +337,7 @@ class Scored:
         kinds = dict.fromkeys(("model", "document", "lens", "stage", "prior"), "category")
         sizes = dict.fromkeys(("seed", "sequence", "tokens", "bytes"), "int32")
         sizes |= dict.fromkeys(("lens_layer", "layer", "view"), "int16") | dict.fromkeys(
-            ("kl", "ce", "movement"), "float32"
+            ("kl", "ce", "movement", "top1"), "float32"
         )
         return frame.astype(kinds | sizes)
 
@@ -378,7 +379,7 @@ def score_all(readout: ReadOut, captured: Capture, fit: Fit, *, report: Report |
         tick(3 + n, f"refit {n}")
     means = [Means.of_clusters(sums, tokens) for sums in refits]
     return Scored(
-        matrix={"kl": matrix.kl, "ce": matrix.ce, "movement": matrix.movement},
+        matrix={"kl": matrix.kl, "ce": matrix.ce, "movement": matrix.movement, "top1": matrix.top1},
         layers=by_layer,
         constant=sum_by_window(captured.constant_kl, captured),
         model_ce=sum_by_window(captured.model_ce, captured),
@@ -424,6 +425,8 @@ class ClusterSums:
     tokens: NDArray[np.float64]
     bytes: NDArray[np.float64]
     totals: Means
+    top1: NDArray[np.float64]
+    """``[clusters, L+1, L+1]``: tokens at which the lens's most probable word is the model's"""
 
     @classmethod
     def of(cls, sequences: pd.DataFrame) -> "ClusterSums":
@@ -461,7 +464,7 @@ class ClusterSums:
             own_refined=per_layer("tuned", "refined"),
             shared_refined=per_layer("shared", "refined"),
         )
-        return cls(documents, model["tokens"].to_numpy(float), model["bytes"].to_numpy(float), totals)
+        return cls(documents, model["tokens"].to_numpy(float), model["bytes"].to_numpy(float), totals, grid("top1"))
 
 
 def by_document(sequences: pd.DataFrame, *, lens: str) -> pd.DataFrame:
@@ -583,9 +586,12 @@ def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -
         ("kl", sums.totals.transfer),
         ("ce", sums.totals.transfer_ce),
         ("movement_kl", sums.totals.movement),
+        ("top1_agreement", sums.top1),
     ):
-        values[name] = ratio_with_interval(array, sums.tokens, weights)[1]
-        if name != "movement_kl":
+        low, values[name], high = ratio_with_interval(array, sums.tokens, weights)
+        if name == "top1_agreement":
+            values |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
+        if name in ("kl", "ce"):
             penalty = array - np.diagonal(array, axis1=1, axis2=2)[:, None, :]
             low, mean, high = ratio_with_interval(penalty, sums.tokens, weights)
             values |= {f"penalty_{name}": mean, f"penalty_{name}_ci_low": low, f"penalty_{name}_ci_high": high}

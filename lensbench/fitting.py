@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
@@ -562,7 +561,7 @@ def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 @dataclass(frozen=True)
 class Refinement:
-    """A refined lens and how it ended: ``iterations`` updates kept; ``converged``: a pass brought less than the tolerance."""
+    """A refined lens and how it ended: ``iterations``: updates kept; ``converged``: a pass brought less."""
 
     maps: AffineMaps
     dev_kl: float
@@ -654,7 +653,7 @@ def refine(
         own_mean, own_scale, own_penalty = mean[active], scales[active], penalty[active]
         for step in range(steps):
             if step % 4 == 0:
-                weight, offset = vocabulary.draw()
+                weight, word_offset = vocabulary.draw()
             here = slice(step * batch, (step + 1) * batch)
             rows = order[:, here]
             h = fit.states[at_layer[:, here], rows].to(device) - own_mean[:, None]  # [M, B, d]
@@ -664,7 +663,7 @@ def refine(
             flat = rows.flatten()
             known = Tokens(fit.expected[flat], fit.entropy_term[flat], fit.states[-1][flat])
             with torch.no_grad():
-                gradient_n = kl_gradient(readout, n.flatten(0, 1), known, weight, offset).view_as(n) / batch
+                gradient_n = kl_gradient(readout, n.flatten(0, 1), known, weight, word_offset).view_as(n) / batch
             (gradient_x,) = torch.autograd.grad(n, x, gradient_n)
             gradient = gradient_x.transpose(1, 2) @ inputs
             gradient[:, :, :d] += own_penalty[:, None, None] * theta[:, :, :d]

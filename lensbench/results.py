@@ -16,7 +16,7 @@ import pandas as pd
 
 from lensbench.errors import LensbenchError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SEQUENCES = "per_sequence.parquet"
 NEEDED = ("code_version", "corpus", "files", "models", "seeds", "suite", "suite_name")
@@ -85,6 +85,9 @@ SCHEMA: dict[str, dict[str, str]] = {
         "kl": "K_ij, nats/token",
         "ce": "C_ij, nats/token",
         "movement_kl": "D_ij = E KL(q_ii || q_ij)",
+        "top1_agreement": "share of tokens at which the lens's most probable word is the model's",
+        "top1_agreement_ci_low": "",
+        "top1_agreement_ci_high": "",
         "penalty_kl": "K_ij - K_jj",
         "penalty_kl_ci_low": "",
         "penalty_kl_ci_high": "",
@@ -128,7 +131,7 @@ def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
 
 def write_sequences(path: Path, sequences: pd.DataFrame) -> None:
     """``per_sequence.parquet``, small enough to be committed: sums are floats, everything else repeats itself."""
-    sums = ["kl", "ce", "movement"]
+    sums = ["kl", "ce", "movement", "top1"]
     layout = {"use_byte_stream_split": sums, "use_dictionary": [c for c in sequences.columns if c not in sums]}
     write = partial(sequences.to_parquet, index=False, compression="zstd", compression_level=15, **layout)
     write_atomically(path, write)

@@ -1,5 +1,7 @@
 """The one loop that runs a suite: corpus -> models -> stream -> lenses -> transfer -> tables -> figures."""
 
+import json
+import math
 import platform
 import subprocess
 import time
@@ -29,10 +31,11 @@ from lensbench.models.training import StepReport, train
 from lensbench.stages import NotFinished, Stage, Stages, open_run_folder
 from lensbench.stream import ResidualStream, capture
 from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
+from lensbench.transfer import half_width, penalties, transfer_sums
 
 transformers_logging.disable_progress_bar()  # lensbench draws its own
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised when a stage computes something else from the same settings, so that old stages are not reused."""
 
 
@@ -43,6 +46,9 @@ class Progress(Protocol):
         """A stage begins; call the answer with (done, remark)."""
 
     def finished(self, name: str, seconds: float, reused: bool) -> None: ...
+
+    def say(self, line: str) -> None:
+        """Something that the user has to know now."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,16 @@ class Runner:
     folder: Path
     device: torch.device
     progress: Progress
+    max_hours: float = 1.0
+    """A run to a stated precision that is predicted to score for longer is refused."""
     only_finished: bool = False
     """Compute nothing: a stage that is not there raises :class:`lensbench.stages.NotFinished`."""
 
     def __post_init__(self) -> None:
         self.stages = Stages(self.folder / "stages")
         self.known: dict[str, Stage] = {}
+        self.streams: dict[tuple[Path, str], ResidualStream] = {}
+        self.sequences: int | None = None
         self.revision = git_revision()  # of the code that runs, whatever is committed meanwhile
 
     def stage(self, name: str, key: dict[str, Any], compute: Callable[[Path], None]) -> Stage:
@@ -126,9 +136,11 @@ class Runner:
             first_position=self.suite.evaluate.first_position,
         )
 
-    def eval_windows(self, texts: Texts) -> Windows:
+    def eval_windows(self, texts: Texts, sequences: int | None = None) -> Windows:
+        """The held-out windows: as many as the suite says, or as its precision turned out to need."""
         recipe = self.suite.evaluate
-        return self.windows(texts, "eval", recipe.sequences, recipe.positions, share=recipe.max_share)
+        count = sequences or self.sequences or recipe.sequences
+        return self.windows(texts, "eval", count, recipe.positions, share=recipe.max_share)
 
     def trained(self, texts: Texts, model: ModelRecipe, seed: int, name: str | None = None) -> Stage:
         """The stage that trains ``model``: a ``save_pretrained`` folder."""
@@ -173,65 +185,139 @@ class Runner:
             ) from error
         return torch.nn.Module.to(model, self.device)
 
-    def measured(self, texts: Texts, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
-        """The stages that fit a model's lenses and score them, for one view and seed."""
+    def stream(self, training: Stage, view: str) -> ResidualStream:
+        """The stream of a trained model, loaded when it is first needed; one at a time is kept."""
+        key = training.folder, view
+        if key not in self.streams:
+            self.streams = {key: ResidualStream(self.network(training), view)}
+        return self.streams[key]
+
+    def fitted(self, texts: Texts, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
+        """The stages that train a model and fit its lenses, for one view and seed."""
         training = self.trained(texts, self.suite.trained(model), seed)
         recipe = self.suite.fit
         who = f"{model.name}-seed{seed}"
-        streams: list[ResidualStream] = []
-
-        def stream() -> ResidualStream:
-            if not streams:
-                streams.append(ResidualStream(self.network(training), model.view))
-            return streams[0]
 
         def fit(folder: Path) -> None:
-            tick = self.progress.stage(f"fit-{who}", evaluation.fit_steps(recipe, stream().layers), "lenses")
-            captured = capture(stream(), self.windows(texts, "fit", recipe.sequences, recipe.positions))
+            stream = self.stream(training, model.view)
+            tick = self.progress.stage(f"fit-{who}", evaluation.fit_steps(recipe, stream.layers), "lenses")
+            windows = self.windows(texts, "fit", recipe.sequences, recipe.positions)
+            captured = capture(stream, windows, memory_gib=recipe.memory_gib)
             dev = capture(
-                stream(),
+                stream,
                 self.windows(texts, "dev", recipe.dev_sequences, recipe.dev_positions),
                 constant=captured.mean_p,
+                memory_gib=recipe.memory_gib,
             )
-            fitted = evaluation.fit_all(stream().readout, captured, dev, recipe, seed=seed, report=tick)
+            fitted = evaluation.fit_all(stream.readout, captured, dev, recipe, seed=seed, report=tick)
             save_maps(fitted.maps, folder / "maps.safetensors")
             results.write_json(folder / "fit.json", fitted.summary.model_dump())
-            readout, maps = stream().readout, fitted.maps
+            readout, maps = stream.readout, fitted.maps
             label = f"{self.suite.name}/{model.name}"
             save_tuned_lens(tuned_lens(readout, maps["own_refined"], model_name=label), folder / "tuned")
             save_tuned_lens(tuned_lens(readout, maps["transfer"], model_name=label), folder / "tuned_headline")
             SharedLens.from_maps(readout, maps["shared_refined"]).save(folder / "shared")
             SharedLens.from_maps(readout, maps["shared_bias"]).save(folder / "shared_bias")
 
-        key = {"trained": training.digest, "view": model.view, "fit": recipe.model_dump(), "seed": seed}
+        key = {
+            "trained": training.digest,
+            "view": model.view,
+            "fit": recipe.model_dump(exclude={"memory_gib"}),
+            "seed": seed,
+        }
         key["first_position"] = self.suite.evaluate.first_position
-        fitting = self.stage(f"fit-{who}", key, fit)
+        return training, self.stage(f"fit-{who}", key, fit)
+
+    def planned(self, texts: Texts, model: ModelRecipe, seed: int) -> Stage:
+        """The stage that finds out how many sequences the suite's precision needs for this model, and how long they take.
+
+        Scores the headline matrix on the suite's ``sequences`` as a pilot, then on as many as that predicts, and on more,
+        until the interval of every penalty is narrow enough or the text is used up.
+        """
+        training, fitting = self.fitted(texts, model, seed)
+        recipe, who = self.suite.evaluate, f"{model.name}-seed{seed}"
+
+        def plan(folder: Path) -> None:
+            target = recipe.precision
+            assert target is not None
+            maps = load_maps(fitting.folder / "maps.safetensors")["transfer"]
+            stream = self.stream(training, model.view)
+            tick = self.progress.stage(f"plan-{who}", 100, "% of the precision")
+            count, asked, spent = recipe.sequences, 0, 0.0
+            while True:
+                start = time.perf_counter()
+                windows = self.eval_windows(texts, count)
+                captured = capture(stream, windows, memory_gib=self.suite.fit.memory_gib)
+                sums = transfer_sums(stream.readout, captured, maps)
+                seconds = time.perf_counter() - start
+                spent += seconds
+                documents, tokens = windows.documents, windows.valid.sum(1)
+                width = max(float(half_width(penalties(x), tokens, documents).max()) for x in (sums.kl, sums.ce))
+                tick(min(100, round(100 * (target / width) ** 2)) if width > 0 else 100, f"half-width {width:.4f} nats")
+                exhausted = len(windows.ids) < count
+                if width <= target or exhausted:
+                    break
+                asked = count
+                # Somewhat more than the square law says, since the widest of many intervals was picked.
+                count = max(asked + 1, math.ceil(1.1 * asked * (width / target) ** 2))
+                hours = seconds * count / asked / 3600
+                self.progress.say(
+                    f"{model.name}: half-width {width:.4f} nats at {asked} sequences; {target:g} needs about {count}, "
+                    f"predicted to take {hours * 3600:,.0f} s"
+                )
+                if hours > self.max_hours:
+                    raise LensbenchError(
+                        f"precision {target:g} is predicted to take {hours:.2f} hours of scoring {model.name} "
+                        f"({count} sequences), more than --max-hours {self.max_hours:g}; raise one of the two"
+                    )
+            reached = width <= target
+            self.progress.say(
+                f"{model.name}: half-width {width:.4f} nats with {len(windows.ids)} sequences, {spent:.0f} s"
+                + ("" if reached else f"; the text has no more, so precision {target:g} is not reached")
+            )
+            results.write_json(
+                folder / "plan.json",
+                {"sequences": len(windows.ids), "half_width": width, "reached": reached, "seconds": round(spent, 2)},
+            )
+
+        key = {"fit": fitting.digest, "evaluate": recipe.model_dump(exclude={"draws"})}
+        return self.stage(f"plan-{who}", key, plan)
+
+    def measured(self, texts: Texts, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
+        """The stages that fit a model's lenses and score them, for one view and seed."""
+        training, fitting = self.fitted(texts, model, seed)
+        recipe, who = self.suite.fit, f"{model.name}-seed{seed}"
 
         def score(folder: Path) -> None:
             fitted = evaluation.Fit(
                 load_maps(fitting.folder / "maps.safetensors"), FitSummary.load(fitting.folder / "fit.json")
             )
+            stream = self.stream(training, model.view)
             tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe), "matrices")
             windows = self.eval_windows(texts)
-            captured = capture(stream(), windows, constant=fitted.constant)
-            scored = evaluation.score_all(stream().readout, captured, fitted, report=tick)
+            captured = capture(stream, windows, constant=fitted.constant, memory_gib=recipe.memory_gib)
+            scored = evaluation.score_all(stream.readout, captured, fitted, report=tick)
             frame = scored.frame(windows, model=model.name, seed=seed)
             results.write_sequences(folder / "sequences.parquet", frame)
             save_file({k: torch.from_numpy(v) for k, v in scored.refits.items()}, folder / "refits.safetensors")
-            network = stream().model
             results.write_json(
                 folder / "model.json",
                 {
                     "family": self.suite.trained(model).family,
-                    "parameters": count_parameters(network),
-                    "layers": stream().layers,
-                    "d_model": stream().d_model,
-                    "vocab_size": stream().vocab_size,
+                    "parameters": count_parameters(stream.model),
+                    "layers": stream.layers,
+                    "d_model": stream.d_model,
+                    "vocab_size": stream.vocab_size,
                     "train_tokens": self.suite.training.steps * self.suite.training.batch * self.suite.training.length,
                 },
             )
 
-        scoring_key = {"fit": fitting.digest, "evaluate": self.suite.evaluate.model_dump(exclude={"draws"})}
+        scoring_key: dict[str, Any] = {
+            "fit": fitting.digest,
+            "evaluate": self.suite.evaluate.model_dump(exclude={"draws"}),
+        }
+        if self.sequences is not None:
+            scoring_key["sequences"] = self.sequences
         return fitting, self.stage(f"score-{who}", scoring_key, score)
 
     def baselines(self, texts: Texts) -> pd.DataFrame:
@@ -251,8 +337,13 @@ class Runner:
         )
 
 
-def run_suite(suite: Suite, folder: Path, *, device: torch.device, only: list[str], progress: Progress) -> results.Run:
+def run_suite(
+    suite: Suite, folder: Path, *, device: torch.device, only: list[str], progress: Progress, max_hours: float = 1.0
+) -> results.Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
+
+    With ``precision`` in the suite, first finds the number of sequences that it needs for every model, and scores all
+    models on the largest, so that they stay paired; raises where that is predicted to take over ``max_hours``.
 
     ``only`` names the models to run, all of them where it is empty. Raises :class:`LensbenchError` for what a user can mend.
     """
@@ -262,9 +353,19 @@ def run_suite(suite: Suite, folder: Path, *, device: torch.device, only: list[st
         raise LensbenchError(f"suite {suite.name} has no model {unknown[0]!r}; it has {known}")
     lock = open_run_folder(folder, suite.name)
     try:
-        runner = Runner(suite, folder, device, progress)
+        runner = Runner(suite, folder, device, progress, max_hours)
         texts = runner.texts()
-        parts = []
+        parts, plans = [], {}
+        if suite.evaluate.precision is not None:
+            for model in suite.models:
+                runner.only_finished = bool(only) and model.name not in only
+                try:
+                    for seed in suite.seeds:
+                        path = runner.planned(texts, model, seed).folder / "plan.json"
+                        plans[f"{model.name}-seed{seed}"] = json.loads(path.read_text())
+                except NotFinished:
+                    continue
+            runner.sequences = max(plan["sequences"] for plan in plans.values())
         for model in suite.models:
             # What earlier runs finished stays in the tables, also where only other models are asked for now.
             runner.only_finished = bool(only) and model.name not in only
@@ -291,6 +392,8 @@ def run_suite(suite: Suite, folder: Path, *, device: torch.device, only: list[st
         tick(2, "")
         files = [*results.SCHEMA, results.SEQUENCES]
         manifest = describe(runner, texts, models, files, [p.name for p in drawn])
+        if plans:
+            manifest["precision"] = {"asked": suite.evaluate.precision, "models": plans}
         results.write_json(folder / results.MANIFEST, manifest)
         return replace(run, manifest=manifest)
     finally:
@@ -322,7 +425,7 @@ def describe(
         },
         "scored": {
             "sequences": len(windows.ids),
-            "sequences_asked": suite.evaluate.sequences,
+            "sequences_asked": runner.sequences or suite.evaluate.sequences,
             "documents": len(windows.document_names),
             "tokens": int(windows.valid.sum()),
             "first_position": suite.evaluate.first_position,

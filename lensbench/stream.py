@@ -3,6 +3,9 @@
 Everything downstream sees a model only through :class:`ResidualStream` and what :func:`capture` reads off it.
 """
 
+import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,9 +31,7 @@ class ReadOut(Unembed):
     copied), frozen.
     """
 
-    def __init__(
-        self, final_norm: nn.Module, unembedding: nn.Linear, scale: float = 1.0, softcap: float | None = None
-    ):
+    def __init__(self, final_norm: nn.Module, unembedding: nn.Linear, scale: float = 1.0, softcap: float | None = None):
         nn.Module.__init__(self)  # Unembed's own constructor knows seven architectures and copies the weights
         self.final_norm = final_norm
         self.unembedding = unembedding
@@ -137,11 +138,14 @@ class ResidualStream:
         return self.readout.weight.shape[0]
 
     @torch.no_grad()
-    def at(self, ids: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """States ``[L+1, n, d]`` and logits ``[n, V]`` at n positions of token ids ``[B, T]``; the head reads no others."""
+    def at(self, ids: Tensor, rows: Tensor, columns: Tensor, *, read_out: bool = True) -> tuple[Tensor, Tensor]:
+        """States ``[L+1, n, d]`` and logits ``[n, V]`` at n positions of token ids ``[B, T]``; the head reads no others.
+
+        With ``read_out=False`` the head reads none at all, and the logits are ``[0, V]``.
+        """
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-            return args[0][rows, columns][None]
+            return args[0][rows, columns][None] if read_out else args[0][:1, :0]
 
         hook = self.readout.unembedding.register_forward_pre_hook(keep)
         try:
@@ -263,6 +267,7 @@ class Capture:
         Tensor  # [N]: sum p log p - sum p bias, so that KL(p || q) = entropy_term - e.n + logsumexp(W n + bias)
     )
     targets: Tensor  # [N]: the next token's id
+    top: Tensor  # [N]: the model's own most probable next token
     model_ce: Tensor  # [N]: the model's own cross-entropy, nats
     mean_p: Tensor  # [V]: mean of p over the N tokens
     constant_kl: Tensor  # [N]: KL of p from the best constant distribution, that of the fitting tokens
@@ -282,8 +287,8 @@ class Capture:
         at = tokens.cpu().numpy()
         return Capture(
             self.states[:, tokens], self.expected[tokens], self.entropy_term[tokens], self.targets[tokens],
-            self.model_ce[tokens], self.mean_p, self.constant_kl[tokens], self.window[at], self.document[at],
-            self.target_bytes[at],
+            self.top[tokens], self.model_ce[tokens], self.mean_p, self.constant_kl[tokens], self.window[at],
+            self.document[at], self.target_bytes[at],
         )  # fmt: skip
 
 
@@ -294,15 +299,20 @@ def capture(
     *,
     constant: Tensor | None = None,
     batch: int = 16,
+    memory_gib: float = float("inf"),
     report: Callable[[int, int], None] | None = None,
 ) -> Capture:
     """One forward pass per batch of windows, kept at the chosen positions only.
+
+    States that would take more than ``memory_gib`` GiB lie in a memory-mapped file of just their size, in the folder for
+    temporary files (``TMPDIR``), which is gone when they are.
 
     ``constant`` ``[V]`` is the distribution that ``constant_kl`` is measured from: ``mean_p`` of the fitting tokens. Left
     out, it is that of the captured tokens themselves. ``report(done, total)`` is called with numbers of windows.
     """
     weight, bias = stream.readout.weight, stream.readout.bias
-    states, expected, entropy, targets, ce, constant_kl = [], [], [], [], [], []
+    expected, entropy, targets, top, ce, constant_kl = [], [], [], [], [], []
+    states, done = torch.empty(0), 0
     log_constant = None if constant is None else constant.double().clamp(min=1e-300).log().float().to(stream.device)
     mean_p = torch.zeros(stream.vocab_size, dtype=torch.float64, device=stream.device)
     total = len(windows.ids)
@@ -317,10 +327,15 @@ def capture(
         p = log_p.exp()
         negative_entropy = (p * log_p).sum(-1)
         target = ids[row_at, at + 1]
-        states.append(h.float())
+        if done == 0:
+            shape = (stream.layers + 1, int(windows.valid.sum()), stream.d_model)
+            states = room_for(shape, stream.device, memory_gib)
+        states[:, done : done + len(row)] = h
+        done += len(row)
         expected.append(p @ weight.float())
         entropy.append(negative_entropy - (p @ bias.float() if bias is not None else 0.0))
         targets.append(target)
+        top.append(log_p.argmax(-1))
         ce.append(-log_p.gather(-1, target[:, None])[:, 0])
         mean_p += p.sum(0, dtype=torch.float64)
         # Without a constant given, its cross term has the same mean: sum p log mean_p, added below.
@@ -333,10 +348,11 @@ def capture(
     if constant is None:
         from_constant = from_constant - (mean_p * mean_p.clamp(min=1e-300).log()).sum().float()
     return Capture(
-        states=torch.cat(states, 1),
+        states=states,
         expected=torch.cat(expected),
         entropy_term=torch.cat(entropy),
         targets=torch.cat(targets),
+        top=torch.cat(top),
         model_ce=torch.cat(ce),
         mean_p=mean_p.float(),
         constant_kl=from_constant,
@@ -344,6 +360,21 @@ def capture(
         document=windows.documents[window],
         target_bytes=windows.next_bytes[windows.valid],
     )
+
+
+def room_for(shape: tuple[int, int, int], device: torch.device, memory_gib: float) -> Tensor:
+    """An empty float32 tensor; on the CPU, one of more than ``memory_gib`` GiB is a memory-mapped file without a name."""
+    size = math.prod(shape)
+    if device.type != "cpu" or 4 * size <= memory_gib * 2**30:
+        return torch.empty(shape, device=device)
+    with tempfile.NamedTemporaryFile(prefix="lensbench-states-") as file:
+        free = shutil.disk_usage(file.name).free
+        if free < 4 * size:
+            raise LensbenchError(
+                f"the states take {4 * size / 2**30:.1f} GiB, more than memory_gib allows in memory and more than the "
+                f"{free / 2**30:.1f} GiB free in {tempfile.gettempdir()}; set TMPDIR to a larger disk or fit fewer tokens"
+            )
+        return torch.from_file(file.name, shared=True, size=size).view(shape)
 
 
 @dataclass(frozen=True)

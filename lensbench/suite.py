@@ -44,6 +44,11 @@ class EvaluateRecipe(_Strict):
     sequences: int = Field(512, ge=1, description="held-out sequences")
     positions: int = Field(16, ge=1, description="random positions of each of them")
     first_position: int = Field(1, ge=0, description="first position that is fitted or scored")
+    precision: float | None = Field(
+        None,
+        gt=0,
+        description="largest half-width of the 95 % interval of a transfer penalty, nats; sequences are then the first try",
+    )
     max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
     draws: int = Field(2000, ge=100, description="bootstrap draws")
 

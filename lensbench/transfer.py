@@ -4,12 +4,14 @@ With ``e = W^T p`` and ``n = norm(x)``, ``KL(p || q) = sum p log p - e.n + logsu
 ``logsumexp(W n) - w_y.n``: the softmax of a lens is never formed, the model's own never formed again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lensbench.errors import LensbenchError
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, ReadOut
 
@@ -36,18 +38,29 @@ def log_partition(readout: ReadOut, n: Tensor) -> Tensor:
     Rows are shifted by their largest logit of the first block, folded into the product as one more column: exact unless
     a later logit is more than 80 above it, in which case the row is done again with an online maximum.
     """
-    return torch.cat([_log_partition(readout, rows) for rows in n.split(ROW_BLOCK)]) if len(n) else n[:, 0]
+    return partition_and_largest(readout, n, want_largest=False)[0]
 
 
-def _log_partition(readout: ReadOut, n: Tensor) -> Tensor:
+def partition_and_largest(readout: ReadOut, n: Tensor, *, want_largest: bool = True) -> tuple[Tensor, Tensor | None]:
+    """:func:`log_partition` and, where wanted, the largest logit of every row from the same pass: ``[R]``, ``[R]``."""
+    if not len(n):
+        return n[:, 0], n[:, 0] if want_largest else None
+    parts = [_log_partition(readout, rows, want_largest) for rows in n.split(ROW_BLOCK if not n.is_cuda else len(n))]
+    largest = [p[1] for p in parts if p[1] is not None]
+    return torch.cat([p[0] for p in parts]), torch.cat(largest) if want_largest else None
+
+
+def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Tensor, Tensor | None]:
     weight, bias = readout.weight, readout.bias
     if n.is_cuda:  # one large product is what a GPU wants
-        return _online_log_partition(readout, n)
+        log_z, top = _online_log_partition(readout, n)
+        return log_z, top if want_largest else None
     logits = n @ weight[:VOCABULARY_BLOCK].T
     if bias is not None:
         logits += bias[:VOCABULARY_BLOCK]
     shift = readout.cap_(logits).amax(-1, keepdim=True)
     total = logits.sub_(shift).exp_().sum(-1)
+    above = torch.zeros_like(total)  # the largest logit, above the shift
     room = torch.empty(len(n), VOCABULARY_BLOCK, dtype=n.dtype)
     for start in range(VOCABULARY_BLOCK, len(weight), VOCABULARY_BLOCK):
         rows = weight[start : start + VOCABULARY_BLOCK]
@@ -60,15 +73,18 @@ def _log_partition(readout: ReadOut, n: Tensor) -> Tensor:
             if bias is not None:
                 logits += bias[start : start + VOCABULARY_BLOCK]
             readout.cap_(logits).sub_(shift)
+        if want_largest:
+            above = torch.maximum(above, logits.amax(-1))
         total += logits.exp_().sum(-1)
-    log_z = shift[:, 0] + total.log()
+    log_z, largest = shift[:, 0] + total.log(), shift[:, 0] + above
     bad = ~torch.isfinite(log_z)
     if bool(bad.any()):
-        log_z[bad] = _online_log_partition(readout, n[bad])
-    return log_z
+        log_z[bad], largest[bad] = _online_log_partition(readout, n[bad])
+    return log_z, largest if want_largest else None
 
 
-def _online_log_partition(readout: ReadOut, n: Tensor) -> Tensor:
+def _online_log_partition(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
+    """The two of them with an online maximum over the blocks."""
     weight, bias = readout.weight, readout.bias
     size = VOCABULARY_BLOCK if not n.is_cuda else max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(n)))
     largest = torch.full((len(n),), -torch.inf, dtype=torch.promote_types(n.dtype, torch.float32), device=n.device)
@@ -80,7 +96,7 @@ def _online_log_partition(readout: ReadOut, n: Tensor) -> Tensor:
         new = torch.maximum(largest, logits.amax(-1))
         total = total * torch.exp(largest - new) + logits.sub_(new[:, None]).exp_().sum(-1)
         largest = new
-    return largest + total.log()
+    return largest + total.log(), largest
 
 
 def expected_logit(readout: ReadOut, n: Tensor, of: Tensor) -> Tensor:
@@ -103,11 +119,9 @@ def expected_logit(readout: ReadOut, n: Tensor, of: Tensor) -> Tensor:
 def token_kl(readout: ReadOut, n: Tensor, tokens: Tokens, log_z: Tensor | None = None) -> Tensor:
     """``KL(p || q)`` of read-outs q of normalised states ``[N, d_read]``, nats: ``[N]``."""
     log_z = log_partition(readout, n) if log_z is None else log_z
-    if readout.linear:
-        seen = (tokens.expected * n).sum(-1)
-    else:
-        seen = expected_logit(readout, n, readout.final_norm(tokens.final))
-    return tokens.entropy_term - seen + log_z
+    if not readout.linear:
+        return tokens.entropy_term - expected_logit(readout, n, readout.final_norm(tokens.final)) + log_z
+    return tokens.entropy_term - (tokens.expected * n).sum(-1) + log_z
 
 
 def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +144,7 @@ class Scores:
     kl: Tensor
     ce: Tensor
     movement: Tensor | None
-    log_z: Tensor
+    top1: Tensor  # 1 where the lens's most probable word is the model's, else 0
 
 
 @torch.no_grad()
@@ -148,18 +162,21 @@ def score(
     maps = maps.to(h)
     m, d = len(maps), h.shape[-1]
     weight, bias = readout.weight, readout.bias
-    kl, ce, movement, partitions = [], [], [], []
+    kl, ce, movement, top1 = [], [], [], []
     for start in range(0, len(h), TOKEN_BLOCK):
         rows = slice(start, start + TOKEN_BLOCK)
         block = h[rows]
         # All lenses in one product: [n, d] x [d, M d].
         x = (block @ maps.matrix.reshape(m * d, d).T).view(-1, m, d) + maps.offset
         n = readout.final_norm(x)  # [n, M, d_read]
-        log_z = log_partition(readout, n.flatten(0, 1)).view(-1, m)
-        target = captured.targets[rows]
-        aim = (weight[target][:, None] * n).sum(-1)
-        if bias is not None:
-            aim = aim + bias[target][:, None]
+        flat_log_z, largest = partition_and_largest(readout, n.flatten(0, 1))
+        log_z = flat_log_z.view(-1, m)
+
+        def logit_of(words: Tensor, n: Tensor = n) -> Tensor:
+            logit = (weight[words][:, None] * n).sum(-1)
+            return readout.cap_(logit if bias is None else logit + bias[words][:, None])
+
+        aim, best = logit_of(captured.targets[rows]), logit_of(captured.top[rows])
         tokens = Tokens(captured.expected[rows], captured.entropy_term[rows], captured.states[-1][rows])
         if readout.linear:
             seen = (tokens.expected[:, None] * n).sum(-1)
@@ -167,13 +184,14 @@ def score(
             of = readout.final_norm(tokens.final)
             seen = torch.stack([expected_logit(readout, n[:, k], of) for k in range(m)], 1)
         kl.append((tokens.entropy_term[:, None] - seen + log_z).T)
-        ce.append((log_z - readout.cap_(aim)).T)
-        partitions.append(log_z.T)
+        ce.append((log_z - aim).T)
+        assert largest is not None
+        largest = largest.view(-1, m)
+        # The same logit from two products differs in its last digits.
+        top1.append((best >= largest - 1e-5 * largest.abs().clamp(min=1)).float().T)
         if reference is not None:
             movement.append(reference.kl_to(readout, rows, n) + log_z.T)
-    return Scores(
-        torch.cat(kl, 1), torch.cat(ce, 1), torch.cat(movement, 1) if movement else None, torch.cat(partitions, 1)
-    )
+    return Scores(torch.cat(kl, 1), torch.cat(ce, 1), torch.cat(movement, 1) if movement else None, torch.cat(top1, 1))
 
 
 @dataclass(frozen=True)
@@ -211,29 +229,145 @@ def sum_by_window(values: Tensor, captured: Capture) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TransferSums:
-    """Per-window sums over the scored tokens, nats, float64 ``[S, lens 0..L, layer 0..L]``; lens L is the identity."""
+    """Per-window sums over the scored tokens, float64 ``[S, lenses, layers]``: nats, and counts of equal top words."""
 
     kl: np.ndarray
     ce: np.ndarray
     movement: np.ndarray
+    top1: np.ndarray
 
 
 @torch.no_grad()
-def transfer_sums(readout: ReadOut, captured: Capture, per_layer: AffineMaps) -> TransferSums:
-    """The whole matrix for per-layer lenses 0..L-1: ``K_ij``, ``C_ij`` and movement ``D_ij = E KL(q_ii || q_ij)``."""
-    d = captured.states.shape[-1]
-    identity = AffineMaps.identity(d)
-    maps = AffineMaps.stack([per_layer.to(captured.states), identity.to(captured.states)])
-    reference = Reference.of(
-        readout,
-        [readout.final_norm(h @ a.T + b) for h, a, b in zip(captured.states, maps.matrix, maps.offset, strict=True)],
+def transfer_sums(
+    readout: ReadOut,
+    captured: Capture,
+    per_layer: AffineMaps,
+    *,
+    lenses: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+) -> TransferSums:
+    """The matrix for per-layer lenses 0..L-1: ``K_ij``, ``C_ij``, movement ``D_ij = E KL(q_ii || q_ij)``, top-1 agreement.
+
+    Lens L is the identity. ``lenses`` and ``layers`` (of 0..L) choose rows and columns; left out, all of them.
+    """
+    everything = range(captured.layers + 1)
+    lenses, layers = list(everything if lenses is None else lenses), list(everything if layers is None else layers)
+    identity = AffineMaps.identity(captured.states.shape[-1])
+    maps = AffineMaps.stack([per_layer.to(captured.states), identity.to(captured.states)])[lenses]
+    own = [
+        readout.final_norm(captured.states[i] @ a.T + b)
+        for i, a, b in zip(lenses, maps.matrix, maps.offset, strict=True)
+    ]
+    reference = Reference.of(readout, own)
+    columns = [score(readout, captured.states[j], maps, captured, reference) for j in layers]
+    names = ("kl", "ce", "movement", "top1")
+    sums = [np.stack([sum_by_window(getattr(c, name), captured).T for c in columns], axis=-1) for name in names]
+    return TransferSums(*sums)
+
+
+@dataclass(frozen=True)
+class EstimatedSums:
+    """What an unbiased estimate of the KL matrix is made of, float64 ``[S, lenses, layers]`` and ``[S]``.
+
+    ``cheap``: per-window sums of KL with a sampled log-partition, over all tokens. ``correction``: per-window sums of
+    exact less sampled log-partition, over the tokens drawn for it; ``tokens`` and ``drawn`` count both.
+    """
+
+    cheap: np.ndarray
+    correction: np.ndarray
+    tokens: np.ndarray
+    drawn: np.ndarray
+
+    def mean(self) -> np.ndarray:
+        """The estimate of ``K_ij``: mean over all tokens plus mean correction over the drawn ones."""
+        return self.cheap.sum(0) / self.tokens.sum() + self.correction.sum(0) / self.drawn.sum()
+
+
+@torch.no_grad()
+def estimated_transfer(
+    readout: ReadOut,
+    captured: Capture,
+    per_layer: AffineMaps,
+    *,
+    share: float,
+    rows: int,
+    seed: int,
+    lenses: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+) -> EstimatedSums:
+    """The KL matrix from ``share`` of the exact log-partitions: two-phase sampling with a control variate.
+
+    ``KL = sum p log p - e.n + log Z``, of which only log Z is dear. Every token gets a cheap one, over ``rows`` words of
+    the vocabulary (half the most probable on average, half drawn, as :class:`lensbench.fitting.Vocabulary`); a simple
+    random sample of the tokens gets the exact one too, and its mean difference is added. Given the tokens, the mean over
+    samples is the exact matrix, whatever the words drawn. Logits must not be soft-capped.
+    """
+    from lensbench.fitting import Vocabulary
+
+    if not readout.linear:
+        raise LensbenchError("the cheaper estimator needs logits that are affine in norm(h); these are soft-capped")
+    if not 0 < share <= 1:
+        raise LensbenchError(f"share is {share}: it must be above 0 and at most 1")
+    everything = range(captured.layers + 1)
+    lenses, layers = list(everything if lenses is None else lenses), list(everything if layers is None else layers)
+    identity = AffineMaps.identity(captured.states.shape[-1])
+    maps = AffineMaps.stack([per_layer.to(captured.states), identity.to(captured.states)])[lenses]
+    generator = torch.Generator().manual_seed(seed)
+    weight, offset = Vocabulary(readout, captured.mean_p, rows, generator).draw()
+    count = max(1, round(share * len(captured)))
+    drawn = torch.zeros(len(captured), dtype=torch.bool)
+    drawn[torch.randperm(len(captured), generator=generator)[:count]] = True
+    drawn = drawn.to(captured.states.device)
+    m, d = len(maps), captured.states.shape[-1]
+    cheap_columns, correction_columns = [], []
+    for layer in layers:
+        cheap, correction = [], []
+        for start in range(0, len(captured), TOKEN_BLOCK):
+            block = slice(start, start + TOKEN_BLOCK)
+            h = captured.states[layer][block]
+            n = readout.final_norm((h @ maps.matrix.reshape(m * d, d).T).view(-1, m, d) + maps.offset)
+            flat = n.flatten(0, 1)
+            log_z = torch.cat([
+                torch.logsumexp(part @ weight.T if offset is None else torch.addmm(offset, part, weight.T), -1)
+                for part in flat.split(ROW_BLOCK)
+            ]).view(-1, m)  # fmt: skip
+            seen = (captured.expected[block, None] * n).sum(-1)
+            cheap.append((captured.entropy_term[block, None] - seen + log_z).T)
+            here = drawn[block]
+            difference = torch.zeros_like(log_z)
+            difference[here] = log_partition(readout, n[here].flatten(0, 1)).view(-1, m) - log_z[here]
+            correction.append(difference.T)
+        cheap_columns.append(sum_by_window(torch.cat(cheap, 1), captured).T)
+        correction_columns.append(sum_by_window(torch.cat(correction, 1), captured).T)
+    return EstimatedSums(
+        np.stack(cheap_columns, -1),
+        np.stack(correction_columns, -1),
+        sum_by_window(torch.ones(len(captured)), captured),
+        sum_by_window(drawn.float(), captured),
     )
-    columns = [score(readout, h, maps, captured, reference) for h in captured.states]
-    kl, ce, movement = (
-        np.stack([sum_by_window(getattr(column, name), captured).T for column in columns], axis=-1)
-        for name in ("kl", "ce", "movement")
-    )
-    return TransferSums(kl, ce, movement)
+
+
+def half_width(sums: np.ndarray, tokens: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Half-width of the 95 % interval of means (of penalties, say), clusters being documents: ``[lenses, layers]``, nats.
+
+    From per-window sums ``[S, lenses, layers]``, token counts ``[S]`` and document numbers ``[S]``; the linearised
+    variance of a ratio, which the bootstrap over documents approaches. Infinite for fewer than two documents.
+    """
+    known, index = np.unique(documents, return_inverse=True)
+    if len(known) < 2:
+        return np.full(sums.shape[1:], np.inf)
+    clusters, sizes = np.zeros((len(known), *sums.shape[1:])), np.zeros(len(known))
+    np.add.at(clusters, index, sums)
+    np.add.at(sizes, index, tokens)
+    mean = clusters.sum(0) / sizes.sum()
+    residual = clusters - mean * sizes[:, None, None]
+    variance = (residual**2).sum(0) * len(known) / (len(known) - 1) / sizes.sum() ** 2
+    return 1.96 * np.sqrt(variance)
+
+
+def penalties(sums: np.ndarray) -> np.ndarray:
+    """``X_ij - X_jj`` of a whole square matrix of sums ``[..., L+1, L+1]``."""
+    return sums - np.diagonal(sums, axis1=-2, axis2=-1)[..., None, :]
 
 
 @torch.no_grad()

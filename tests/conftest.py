@@ -29,7 +29,7 @@ pads = [0.0, 0.2, 0.4, 0.6]
 rotations = 2
 refits = 2
 refine_tokens = 512
-refine_iterations = 8
+refine_passes = 8
 
 [evaluate]
 sequences = 96

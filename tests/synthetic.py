@@ -71,6 +71,7 @@ def capture_of(
         expected=(p @ weight).to(dtype),
         entropy_term=base.to(dtype),
         targets=targets,
+        top=log_p.argmax(-1),
         model_ce=(-log_p.gather(-1, targets[:, None])[:, 0]).to(dtype),
         mean_p=mean_p.to(dtype),
         constant_kl=from_constant.to(dtype),

@@ -21,7 +21,7 @@ from lensbench.transfer import own_layer_sums, sum_by_window, transfer_sums
 DRAWS = 300
 CLOSED = FitRecipe(
     ridges=(1e-3, 1e-2, 0.1, 1.0, 10.0), pads=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), rotations=3, variance=1.0, refits=0,
-    refine_iterations=0,
+    refine_passes=0,
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def known(kind):
 def small(seed):
     """A quick stream with everything switched on: refits, refinement, rotations in a subspace."""
     recipe = FitRecipe(
-        ridges=(0.01, 0.1, 1.0), pads=(0.0, 0.4, 0.8), rotations=2, refits=2, refine_iterations=8, refine_tokens=400
+        ridges=(0.01, 0.1, 1.0), pads=(0.0, 0.4, 0.8), rotations=2, refits=2, refine_passes=8, refine_tokens=400
     )
     stream = SyntheticStream("fresh", d=16, layers=3, vocab=40, seed=seed)
     return measure(stream, recipe, tokens=(640, 320, 640), seed=seed, name="it")
@@ -319,7 +319,7 @@ def test_the_last_step_of_a_fit_and_of_a_scoring_is_the_number_announced():
 def test_fits_do_not_depend_on_held_out_tokens_and_repeat_exactly():
     it = small(0)
     recipe = FitRecipe(
-        ridges=(0.01, 0.1, 1.0), pads=(0.0, 0.4, 0.8), rotations=2, refits=2, refine_iterations=8, refine_tokens=400
+        ridges=(0.01, 0.1, 1.0), pads=(0.0, 0.4, 0.8), rotations=2, refits=2, refine_passes=8, refine_tokens=400
     )
     again = measure(SyntheticStream("fresh", d=16, layers=3, vocab=40, seed=0), recipe, tokens=(640, 320, 64), seed=0)
     assert again.fit.summary == it.fit.summary

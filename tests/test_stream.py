@@ -174,15 +174,144 @@ def test_a_gpt_has_but_one_view():
     assert torch.equal(state, prediction)
 
 
-# What is refused
+# What stands behind the head
 
 
-def test_a_final_softcap_on_the_logits_is_refused_or_read_right():
+def gemma2(cap):
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=cap))
+
+
+# name -> (model, scale and soft cap of its logits)
+BEHIND = {
+    "llama": (ARCHITECTURES["llama"][0], 1.0, None),
+    "gemma2 capped at 2": (lambda: gemma2(2.0), 1.0, 2.0),
+    "gemma2 capped at 30": (lambda: gemma2(30.0), 1.0, 30.0),
+    "gemma2 without a cap": (lambda: gemma2(None), 1.0, None),
+    "cohere": (
+        lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**GROUPED, logit_scale=0.0625)), 0.0625, None,
+    ),
+    "cohere with larger logits": (
+        lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**GROUPED, logit_scale=3.0)), 3.0, None,
+    ),
+    "granite": (
+        lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**GROUPED, logits_scaling=8.0)), 1 / 8, None,
+    ),
+}  # fmt: skip
+
+
+def bent_model(name, seed=0):
+    torch.manual_seed(seed)
+    return randomised(BEHIND[name][0]())
+
+
+@pytest.mark.parametrize("name", list(BEHIND))
+def test_scaled_and_soft_capped_logits_are_read_right(name):
+    model, ids = bent_model(name), ids_of()
+    stream = ResidualStream(model)
+    _, scale, cap = BEHIND[name]
+    assert stream.readout.softcap == cap and stream.readout.linear == (cap is None)
+    assert stream.readout.scale == pytest.approx(scale, rel=1e-6)
+    if name == "llama":
+        assert stream.readout.scale == 1
+    states, logits = stream.forward(ids)
+    with torch.no_grad():
+        own = model(ids).logits
+        again = stream.readout(states[-1])
+    assert torch.equal(logits, own)
+    assert (again - own).abs().max() <= 1e-5 * own.abs().max()
+    # What stands there shows: norm and head alone give something else.
+    alone = model.lm_head(stream.readout.final_norm(states[-1]))
+    if cap is None:
+        torch.testing.assert_close(own, scale * alone, rtol=1e-5, atol=1e-6)
+    else:
+        assert own.abs().max() < cap
+        torch.testing.assert_close(own, cap * (alone / cap).tanh(), rtol=1e-5, atol=1e-5)
+        assert cap > 10 or (alone - own).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("name", ["gemma2 capped at 2", "cohere", "granite"])
+def test_the_pieces_of_a_read_out_agree_with_the_whole(name):
+    stream = ResidualStream(bent_model(name))
+    readout, states = stream.readout, stream.forward(ids_of())[0]
+    n = readout.final_norm(states[1])
+    whole = readout(states[1])
+    torch.testing.assert_close(readout.logits(n), whole)
+    linear = nn.functional.linear(n, readout.weight, readout.bias)
+    torch.testing.assert_close(readout.cap_(linear.clone()), whole)
+    # Never copied into the model: its own head is as it was.
+    torch.testing.assert_close(readout.weight, readout.unembedding.weight * readout.scale)
+    assert readout.unembedding is stream.model.lm_head
+
+
+def test_a_scale_is_folded_into_the_bias_of_the_head_too():
     torch.manual_seed(0)
-    config = transformers.Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=2.0)
-    model = randomised(transformers.Gemma2ForCausalLM(config))
-    with pytest.raises(LensbenchError, match="Gemma2ForCausalLM"):
-        ResidualStream(model)
+    head = nn.Linear(D, V)
+    readout, h = ReadOut(nn.RMSNorm(D), head, scale=0.25), torch.randn(7, D)
+    torch.testing.assert_close(readout(h), head(readout.final_norm(h)) / 4)
+    torch.testing.assert_close(readout.bias, head.bias / 4)
+    readout.double()
+    assert readout.weight.dtype == readout.bias.dtype == torch.float64
+    torch.testing.assert_close(readout(h.double()), head(readout.final_norm(h.double())) / 4)
+
+
+def test_logits_bent_in_a_way_that_is_not_known_are_refused():
+    class Bent(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + 0.1 * output.logits**2
+            return output
+
+    torch.manual_seed(0)
+    with pytest.raises(LensbenchError, match="Bent does not give its own logits"):
+        ResidualStream(randomised(Bent(transformers.LlamaConfig(**SIZES))))
+
+
+# Chosen positions alone
+
+
+CHOSEN = [(0, 0), (0, 8), (1, 3), (1, 4), (2, 8), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    "name, view",
+    [("llama", "state"), ("gpt2", "state"), ("gemma2 capped at 2", "state"), ("cohere", "state"), ("pc", "state"),
+     ("llama", "prediction"), ("pc", "prediction")],
+)  # fmt: skip
+def test_chosen_positions_have_the_states_and_logits_of_the_whole_pass(name, view):
+    model = (bent_model if name not in ARCHITECTURES else random_model)(name)
+    stream, ids = ResidualStream(model, view), ids_of(batch=3)
+    rows, columns = torch.tensor(CHOSEN).T
+    states, logits = stream.forward(ids)
+    some, of_them = stream.at(ids, rows, columns)
+    assert some.shape == (L + 1, len(CHOSEN), stream.d_model) and of_them.shape == (len(CHOSEN), V)
+    for n, (row, column) in enumerate(CHOSEN):
+        assert torch.equal(some[:, n], states[:, row, column])
+        torch.testing.assert_close(of_them[n], logits[row, column], rtol=1e-5, atol=1e-5)
+    # Nothing stays hooked: the next whole pass is whole.
+    again, whole = stream.forward(ids)
+    assert torch.equal(again, states) and torch.equal(whole, logits)
+
+
+def test_one_position_and_the_same_one_twice():
+    stream, ids = ResidualStream(random_model("llama")), ids_of()
+    states, logits = stream.forward(ids)
+    for at in ([(1, 5)], [(1, 5), (1, 5)]):
+        rows, columns = torch.tensor(at).T
+        some, of_them = stream.at(ids, rows, columns)
+        for n in range(len(at)):
+            assert torch.equal(some[:, n], states[:, 1, 5])
+            torch.testing.assert_close(of_them[n], logits[1, 5], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pass_that_fails_leaves_nothing_hooked():
+    stream, ids = ResidualStream(random_model("llama")), ids_of()
+    logits = stream.forward(ids)[1]
+    with pytest.raises(IndexError):
+        stream.at(ids, torch.tensor([0]), torch.tensor([99]))
+    assert torch.equal(stream.forward(ids)[1], logits)
+
+
+# What is refused
 
 
 def test_a_head_with_a_layer_of_its_own_is_refused_rather_than_taken_for_the_stream():
@@ -341,6 +470,22 @@ def test_every_field_of_a_capture_equals_a_float64_computation_token_by_token(na
     assert got.document.tolist() == [1, 1, 1, 1, 0, 0, 0, 1]
     assert got.target_bytes.tolist() == windows.next_bytes[windows.valid].tolist() and got.target_bytes.min() > 0
     assert reports[-1] == (3, 3) and [done for done, _ in reports] == sorted({done for done, _ in reports})
+
+
+@pytest.mark.parametrize("name", ["gemma2 capped at 2", "cohere", "granite"])
+def test_the_terms_of_a_capture_of_bent_logits_are_those_of_the_definition(name):
+    model, windows = bent_model(name), windows_by_hand()
+    # Soft-capped logits are not linear in the normed state, but sum p log p has no need for that.
+    rows, weight, _ = slow_tokens(model, windows)
+    stream = ResidualStream(model)
+    got = capture(stream, windows)
+    near = {"rtol": 2e-5, "atol": 2e-5}
+    for n, (states, p, log_p, target) in enumerate(rows):
+        np.testing.assert_allclose(got.entropy_term[n].item(), sum(p[v] * log_p[v] for v in range(V)), **near)
+        np.testing.assert_allclose(got.model_ce[n].item(), -log_p[target], **near)
+        np.testing.assert_allclose(got.states[:, n].numpy(), states, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got.expected[n].numpy(), stream.readout.scale * p @ weight, **near)
+    np.testing.assert_allclose(got.mean_p.numpy(), np.mean([p for _, p, _, _ in rows], axis=0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["pc", "phi"])

@@ -154,7 +154,7 @@ def run(
 
 
 def converged(
-    task: Task, layer: int, dev: Capture, held_out: Capture, folder: Path, state: Path, say: Callable[[str], None]
+    task: Task, layer: int, held_out: dict[str, Capture], folder: Path, state: Path, say: Callable[[str], None]
 ) -> None:
     """The recipe at its full 250 x 262144 token visits on one layer, both optimizers, so that its limit is known.
 
@@ -162,6 +162,7 @@ def converged(
     """
     fit = capture(task.stream, task.whole_windows(10**9), batch=16)
     states, expected, entropy = fit.states[layer].clone(), fit.expected, fit.entropy_term
+    dev = held_out["dev"]
     del fit
     sweep_ledger = Ledger(folder / "converged-sweep.csv", ("optimizer", "lr_scale"))
     ledger = Ledger(folder / "converged.csv", ("optimizer", "step"))
@@ -203,7 +204,7 @@ def converged(
                 ledger.add(
                     optimizer=optimizer, step=step, tokens=step * TOKENS_PER_STEP, lr_scale=scale, layer=layer,
                     pool_tokens=len(states), fit_kl=total, dev_kl=task.kl(lens.maps(), layer, dev),
-                    eval_kl=task.kl(lens.maps(), layer, held_out),
+                    eval_kl=task.kl(lens.maps(), layer, held_out["eval"]),
                 )  # fmt: skip
                 place.parent.mkdir(parents=True, exist_ok=True)
                 torch.save({"step": step, "lens": lens.state()}, place.with_suffix(".partial"))

