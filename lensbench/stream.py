@@ -36,6 +36,7 @@ class ReadOut(Unembed):
         self.final_norm = final_norm
         self.unembedding = unembedding
         self.scale, self.softcap = scale, softcap
+        self.product_dtype: torch.dtype | None = None  # of log-partitions on a GPU; None: that of the states
         self.requires_grad_(False)
         self._scaled: tuple[Tensor, Tensor | None] | None = None
         self._gains: dict[tuple[int, torch.dtype, torch.device], Tensor | None] = {}

@@ -424,7 +424,7 @@ class Runs:
 def test_code_in_pickled_weights_is_never_run(tmp_path, marker):
     folder = saved(tmp_path / "it")
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Runs(marker)}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Runs(marker)}, protocol=2))
     try:
         refusal(f"path:{folder}")
     finally:

@@ -2,8 +2,10 @@
 
 Belrose et al. 2023 (arXiv 2303.08112) as tuned-lens 0.2.0 ships it: translators from zero, SGD with Nesterov momentum
 (or Adam with amsgrad), 250 steps of 2^18 tokens, gradients clipped to norm 1, learning rate falling linearly to 0, the
-model's log-probabilities and every lens's computed anew at every step. Two departures, both in its favour: gradients are
-clipped lens by lens (the package clips the norm over all lenses together), and each lens may have a rate of its own.
+model's log-probabilities and every lens's computed anew at every step. Four departures, all in its favour: gradients are
+clipped lens by lens (the package clips the norm over all lenses together); each lens may have a rate of its own; Adam
+warms up over a fifth of the steps, as the package documents (it compares an enum with a string and never does) and falls
+to 0 at the last step, not before it; and nothing is rounded to bfloat16.
 """
 
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 from tuned_lens.nn.lenses import TunedLens, TunedLensConfig
 
+from lensbench.errors import LensbenchError
 from lensbench.fitting import LogPartition
 from lensbench.lenses import AffineMaps
 from lensbench.stream import ReadOut
@@ -54,8 +57,7 @@ class RecipeLens:
                 parameters, lr=setting.lr_scale * 1e-3, betas=(momentum, 0.999), amsgrad=True, weight_decay=decay
             )
             warmup = min(1000, steps // 5)
-        # The package hands the schedule the steps after warm-up as if they were all.
-        self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup, steps - warmup)
+        self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup, steps)
 
     def step(self, loss: Tensor) -> float:
         """One update from a loss that was computed with this lens."""
@@ -76,6 +78,8 @@ class RecipeLens:
 
     def cached_loss(self, h: Tensor, expected: Tensor, entropy_term: Tensor) -> Tensor:
         """The same loss and gradient from ``e = W^T p`` and ``sum p log p``: what long runs use, where only KL counts."""
+        if not self.readout.linear:
+            raise LensbenchError("cached_loss needs logits without a soft cap")
         n = self.readout.final_norm(self.lens.transform_hidden(h, 0))
         log_z = LogPartition.apply(n, self.readout.weight, self.readout.bias)
         return (entropy_term - (expected * n).sum(-1) + log_z).mean()

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ class Task:
         """Few positions of many windows of ``dev`` or ``eval``, kept in ``cache`` between the parts of a benchmark."""
         path = None if cache is None else cache / f"{split}-{sequences}x{positions}.npz"
         windows = self.windows(split, sequences, positions)
-        if path is not None and path.exists():
-            stored = np.load(path)
+        stored = np.load(path) if path is not None and path.exists() else None
+        if stored is not None and set(stored.files) == {f.name for f in fields(Capture)}:
             tensors = {
                 k: torch.from_numpy(stored[k]) if k not in ("window", "document", "target_bytes") else stored[k]
                 for k in stored.files
@@ -167,19 +167,36 @@ class Ledger:
     keys: tuple[str, ...]
 
     def rows(self) -> pd.DataFrame:
-        return pd.read_csv(self.path) if self.path.exists() else pd.DataFrame(columns=list(self.keys))
+        if not self.path.exists():
+            return pd.DataFrame(columns=list(self.keys))
+        return pd.read_csv(self.path, float_precision="round_trip")
 
     def has(self, **key: object) -> bool:
-        known = self.rows()
-        return bool(len(known)) and bool((known[list(key)].astype(str) == pd.Series(key).astype(str)).all(1).any())
+        return bool(self._at(self.rows(), key).any())
+
+    @staticmethod
+    def _at(known: pd.DataFrame, key: dict[str, Any]) -> np.ndarray:
+        """The rows with this key: a number is the same as 1, as 1.0 and as the word that a mixed column makes of it."""
+
+        def word(value: Any) -> str:
+            try:
+                return repr(float(value))
+            except ValueError:
+                return str(value)
+
+        same = [known[name].map(word).to_numpy() == word(value) for name, value in key.items()]
+        return np.logical_and.reduce(same) if len(known) else np.zeros(0, bool)
 
     def add(self, **row: object) -> None:
         known = self.rows()
-        table = pd.concat([known, pd.DataFrame([row])], ignore_index=True) if len(known) else pd.DataFrame([row])
-        table = table.drop_duplicates(list(self.keys), keep="last")
+        kept = known[~self._at(known, {name: row[name] for name in self.keys})]
+        table = pd.concat([kept, pd.DataFrame([row])], ignore_index=True) if len(kept) else pd.DataFrame([row])
+        # Keys are looked up by their value, so they keep all their digits.
+        measured = table.select_dtypes("float").columns.difference(list(self.keys))
+        table[measured] = table[measured].map(lambda value: float(f"{value:.6g}"))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        table.to_csv(partial, index=False, float_format="%.6g")
+        table.to_csv(partial, index=False)
         os.replace(partial, self.path)
 
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,7 +37,8 @@ def load_pretrained(
     """
     kind, _, rest = source.partition(":")
     if not rest or kind not in ("hub", "path", "gguf", "package"):
-        hint = f"; did you mean path:{source}?" if Path(source).exists() else ""
+        meant = "gguf" if source.endswith(".gguf") else "path"
+        hint = f"; did you mean {meant}:{source}?" if source and Path(source).exists() else ""
         raise LensbenchError(f"unknown model {source!r}: a model is {SOURCES}{hint}")
     options: dict[str, str] = {}
     trained_here = False
@@ -57,16 +57,32 @@ def load_pretrained(
     else:
         file = _gguf_of_package(rest) if kind == "package" else _gguf_file(Path(rest))
         name, options = str(file.parent), {"gguf_file": file.name}
+    part = "model"
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        tokenizer = (
-            Tokenizer.from_file(str(own_tokenizer)) if trained_here else AutoTokenizer.from_pretrained(name, **options)
+        # False, not left out: transformers would ask whoever sits at the terminal, and run the code on a yes.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
         )
-    except ImportError as error:
-        raise LensbenchError(f"{source}: reading a GGUF file needs the package gguf: pip install gguf") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LensbenchError(f"{source} cannot be loaded: {reason}") from error
+        model, report = loaded
+        part = "tokenizer"
+        tokenizer = (
+            Tokenizer.from_file(str(own_tokenizer))
+            if trained_here
+            else AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        )
+    except Exception as error:  # each format's reader has exceptions of its own, tokenizers plain Exception
+        if isinstance(error, ImportError) and "gguf" in str(error).lower():
+            reason = "reading a GGUF file needs the package gguf: pip install gguf"
+        else:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LensbenchError(f"{source}: its {part} cannot be loaded: {reason}") from error
+    if report["missing_keys"]:
+        # transformers draws them at random and goes on.
+        missing = sorted(report["missing_keys"])
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LensbenchError(
+            f"{source} lacks the weight {missing[0]}{more}: it is damaged, or no causal language model"
+        )
     return Pretrained(source, torch.nn.Module.to(model.eval(), device), tokenizer, trained_here)
 
 

