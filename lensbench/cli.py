@@ -77,7 +77,7 @@ class Bars:
         messages.print(f"{name}: {what} {seconds:.1f} s", highlight=False)
 
     def say(self, line: str) -> None:
-        messages.print(line, highlight=False)
+        messages.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
