@@ -149,7 +149,7 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
     exact_width = half_width(penalties(all_lenses.kl), sizes, documents)
     whole = transfer_sums(readout, more, maps).kl.sum(0) / len(more)
     more_documents = np.array([more.document[more.window == w][0] for w in np.unique(more.window)])
-    off = ~np.eye(count + 1, dtype=bool)
+    off = ~np.eye(count + 1, dtype=bool) & (exact_width > 0)
     estimates = []
     for words in ROWS:
         if words >= v:
