@@ -337,7 +337,9 @@ class DevSearch:
         A lens of several layers is chosen on at most ``pooled_dev_tokens`` states: the dev tokens are dealt out, each
         layer getting equally many.
         """
-        share = max(1, -(-len(layers) * len(self.dev) // self.recipe.pooled_dev_tokens))
+        share = 1
+        if len(layers) > 1:
+            share = min(len(self.dev), max(1, -(-len(layers) * len(self.dev) // self.recipe.pooled_dev_tokens)))
         total = torch.zeros(len(pads), dtype=torch.float64)
         for k, layer in enumerate(layers):
             at = slice(k % share, None, share)
@@ -603,6 +605,9 @@ def refine(
     in each. After each the end and the middle of the way are measured on dev and the best so far, the start included, is
     kept: **a refinement never returns a lens that is worse on dev**. A lens is done when a pass lowers its dev KL by less
     than ``refine_tolerance`` of it, or twice not at all. ``report(updates done, updates at most)``.
+
+    Behind a norm that ignores scale the penalty has no optimum of its own (a smaller map has the same KL): there the
+    ridge acts through the start, the path and the stopping on dev.
     """
     recipe, readout = search.recipe, search.readout
     device, dtype = fit.states.device, fit.states.dtype
@@ -618,8 +623,8 @@ def refine(
     scale, penalties, lenses = [], [], []
     values = moments.eigen[0]
     for m, own in enumerate(layers):
-        sample = torch.cat([fit.states[layer][m :: len(own) * 8][:512] for layer in own]) - mean[m]
-        scale.append(float(sample.pow(2).mean(-1).sqrt().median()))
+        sample = torch.cat([fit.states[layer][m % 8 :: len(own) * 8][:512] for layer in own]) - mean[m]
+        scale.append(float(sample.pow(2).mean(-1).sqrt().median()) or 1.0)  # a layer may never vary
         matrix, offset = start.matrix[m].to(device, dtype), start.offset[m].to(device, dtype)
         dev_kl = search.kl(start[[m]], own)
         error = torch.stack([(search.dev.states[-1] - search.dev.states[k] @ matrix.T - offset)[:, : readout.weight.shape[1]]

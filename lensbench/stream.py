@@ -264,9 +264,8 @@ class Capture:
 
     states: Tensor  # [L+1, N, d]
     expected: Tensor  # [N, d_read]: e = W^T p
-    entropy_term: (
-        Tensor  # [N]: sum p log p - sum p bias, so that KL(p || q) = entropy_term - e.n + logsumexp(W n + bias)
-    )
+    # Where logits are soft-capped, sum p log p alone.
+    entropy_term: Tensor  # [N]: sum p log p - sum p bias: KL(p || q) = entropy_term - e.n + logsumexp(W n + bias)
     targets: Tensor  # [N]: the next token's id
     top: Tensor  # [N]: the model's own most probable next token
     model_ce: Tensor  # [N]: the model's own cross-entropy, nats
@@ -334,7 +333,7 @@ def capture(
         states[:, done : done + len(row)] = h
         done += len(row)
         expected.append(p @ weight.float())
-        entropy.append(negative_entropy - (p @ bias.float() if bias is not None else 0.0))
+        entropy.append(negative_entropy - (p @ bias.float() if bias is not None and stream.readout.linear else 0.0))
         targets.append(target)
         top.append(log_p.argmax(-1))
         ce.append(-log_p.gather(-1, target[:, None])[:, 0])

@@ -264,24 +264,28 @@ def transfer_sums(
     *,
     lenses: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
+    movement: bool = True,
 ) -> TransferSums:
     """The matrix for per-layer lenses 0..L-1: ``K_ij``, ``C_ij``, movement ``D_ij = E KL(q_ii || q_ij)``, top-1 agreement.
 
-    Lens L is the identity. ``lenses`` and ``layers`` (of 0..L) choose rows and columns; left out, all of them.
+    Lens L is the identity. ``lenses`` and ``layers`` (of 0..L) choose rows and columns; left out, all of them. Without
+    ``movement``, which needs every lens's softmax on its own layer, that field is NaN.
     """
     everything = range(captured.layers + 1)
     lenses, layers = list(everything if lenses is None else lenses), list(everything if layers is None else layers)
     identity = AffineMaps.identity(captured.states.shape[-1])
     maps = AffineMaps.stack([per_layer.to(captured.states), identity.to(captured.states)])[lenses]
-    own = [
-        readout.final_norm(captured.states[i] @ a.T + b)
-        for i, a, b in zip(lenses, maps.matrix, maps.offset, strict=True)
-    ]
-    reference = Reference.of(readout, own)
+    reference = None
+    if movement:
+        own = zip(lenses, maps.matrix, maps.offset, strict=True)
+        reference = Reference.of(readout, [readout.final_norm(captured.states[i] @ a.T + b) for i, a, b in own])
     columns = [score(readout, captured.states[j], maps, captured, reference) for j in layers]
-    names = ("kl", "ce", "movement", "top1")
-    sums = [np.stack([sum_by_window(getattr(c, name), captured).T for c in columns], axis=-1) for name in names]
-    return TransferSums(*sums)
+    sums = {
+        name: np.stack([sum_by_window(getattr(c, name), captured).T for c in columns], axis=-1)
+        for name in ("kl", "ce", "movement", "top1")
+        if movement or name != "movement"
+    }
+    return TransferSums(**{"movement": np.full_like(sums["kl"], np.nan), **sums})
 
 
 @dataclass(frozen=True)

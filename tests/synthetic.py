@@ -62,7 +62,7 @@ def capture_of(
     targets = torch.multinomial(p, 1, generator=random)[:, 0]
     weight = readout.weight.double()
     entropy = (p * log_p).sum(-1)
-    base = entropy if readout.bias is None else entropy - p @ readout.bias.double()
+    base = entropy if readout.bias is None or not readout.linear else entropy - p @ readout.bias.double()
     from_constant = entropy - p @ (mean_p if constant is None else constant.double()).log()
     dtype = states.dtype
     token = np.arange(n)

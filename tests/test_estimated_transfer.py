@@ -11,7 +11,7 @@ from lensbench import transfer
 from lensbench.errors import LensbenchError
 from lensbench.fitting import Moments, RidgePath
 from lensbench.lenses import AffineMaps
-from lensbench.transfer import EstimatedSums, estimated_transfer, half_width, penalties, transfer_sums
+from lensbench.transfer import estimated_transfer, half_width, penalties, transfer_sums
 
 
 def stream_and_lenses(tokens=240, vocab=300, kind="overlapping"):

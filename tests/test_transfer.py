@@ -7,18 +7,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import SyntheticStream, capture_of, orthogonal, random_maps, read_out
+from synthetic import SyntheticStream, capture_of, orthogonal, random_maps, read_out, windows_of
 
 from lensbench import transfer
 from lensbench.fitting import Moments, RidgePath
 from lensbench.lenses import AffineMaps, tuned_lens
+from lensbench.stream import capture
 from lensbench.transfer import log_partition, own_layer_sums, score, softmax_moment, sum_by_window, transfer_sums
 
 D, LAYERS, V = 10, 3, 50
 
 
-def random_setting(seed=0, tokens=42, **how):
+HEADS = {"plain": {}, "scaled": {"scale": 0.3}, "capped": {"softcap": 2.0}, "both": {"scale": 0.7, "softcap": 1.5}}
+"""What a model may do to its head's output."""
+
+
+def random_setting(seed=0, tokens=42, head="plain", **how):
     readout = read_out(D, V, seed=seed, **how)
+    for name, value in HEADS[head].items():
+        setattr(readout, name, value)
     states = 2 * torch.randn(LAYERS + 1, tokens, D, generator=torch.Generator().manual_seed(seed))
     return readout, capture_of(readout, states, per_document=6), random_maps(LAYERS, D, seed=seed)
 
@@ -53,11 +60,12 @@ def slow_transfer(readout, captured, maps):
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("blocks", [(1024, 2048), (5, 7)])
-def test_matrix_is_that_of_the_published_loops(norm, bias, blocks, monkeypatch):
-    monkeypatch.setattr(transfer, "TOKEN_BLOCK", blocks[0])
-    monkeypatch.setattr(transfer, "VOCABULARY_BLOCK", blocks[1])
-    readout, captured, maps = random_setting(norm=norm, bias=bias)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("blocks", [(1024, 2048, 1024), (5, 7, 4)])
+def test_matrix_is_that_of_the_published_loops(norm, bias, head, blocks, monkeypatch):
+    for name, size in zip(("TOKEN_BLOCK", "VOCABULARY_BLOCK", "ROW_BLOCK"), blocks, strict=True):
+        monkeypatch.setattr(transfer, name, size)
+    readout, captured, maps = random_setting(norm=norm, bias=bias, head=head)
     with torch.no_grad():
         slow = slow_transfer(readout, captured, maps)
     fast = transfer_sums(readout, captured, maps)
@@ -114,6 +122,100 @@ def test_one_word_far_above_the_others_may_stand_in_any_block(monkeypatch):
         n = torch.randn(4, D)
         expected = (n.double() @ readout.weight.double().T + readout.bias.double()).logsumexp(-1)
         torch.testing.assert_close(log_partition(readout, n).double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def logits_in_double(readout, n):
+    """Logits by definition: head, scale, cap."""
+    weight, bias = readout.unembedding.weight.double(), readout.unembedding.bias
+    logits = readout.scale * (n.double() @ weight.T + (0 if bias is None else bias.double()))
+    return logits if readout.softcap is None else readout.softcap * torch.tanh(logits / readout.softcap)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("vocab, block", [(50, 1024), (50, 50), (50, 16), (50, 25), (51, 50), (1, 1024), (1, 1)])
+@pytest.mark.parametrize("rows", [0, 1, 13])
+def test_log_partition_is_logsumexp_whatever_the_blocks(rows, vocab, block, bias, head, monkeypatch):
+    monkeypatch.setattr(transfer, "VOCABULARY_BLOCK", block)
+    monkeypatch.setattr(transfer, "ROW_BLOCK", 4)
+    readout = read_out(D, vocab, bias=bias)
+    for name, value in HEADS[head].items():
+        setattr(readout, name, value)
+    n = 3 * torch.randn(rows, D, generator=torch.Generator().manual_seed(1))
+    given = n.clone()
+    found = log_partition(readout, n)
+    assert found.shape == (rows,) and torch.equal(n, given)
+    torch.testing.assert_close(found.double(), logits_in_double(readout, n).logsumexp(-1), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("high", [70.0, 85.0, 95.0, 130.0, 5e3])
+@pytest.mark.parametrize("by", ["weight", "bias"])
+def test_rows_whose_later_logits_tower_over_the_first_block_lose_nothing(by, high, monkeypatch):
+    """Beside them stand rows that need no second look, and rows whose logits fall just as far."""
+    monkeypatch.setattr(transfer, "VOCABULARY_BLOCK", 16)
+    readout = read_out(D, V, bias=True)
+    later = slice(20, V)
+    n = torch.randn(12, D, generator=torch.Generator().manual_seed(0))
+    n[:, 0] = torch.tensor([1.0, 0.0, -1.0]).repeat(4)
+    with torch.no_grad():
+        if by == "weight":
+            readout.unembedding.weight[:, 0] = 0
+            readout.unembedding.weight[later, 0] = high
+        else:
+            readout.unembedding.bias[later] += high
+    logits = logits_in_double(readout, n)
+    above = logits[:, later].amax(-1) - logits[:, :16].amax(-1)
+    assert above.max() > 0.9 * high
+    if by == "weight":
+        assert above.min() < -0.9 * high and above.abs().min() < 20
+    found = log_partition(readout, n)
+    torch.testing.assert_close(found.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
+
+
+def test_hugely_negative_logits_lose_nothing(monkeypatch):
+    monkeypatch.setattr(transfer, "VOCABULARY_BLOCK", 16)
+    for words in (slice(0, 16), slice(16, V), slice(0, V)):
+        readout = read_out(D, V, bias=True)
+        with torch.no_grad():
+            readout.unembedding.bias[words] -= 1e30
+        n = torch.randn(6, D, generator=torch.Generator().manual_seed(0))
+        expected = logits_in_double(readout, n).logsumexp(-1)
+        torch.testing.assert_close(log_partition(readout, n).double(), expected, rtol=1e-6, atol=1e-5)
+
+
+class Remembered:
+    """A stream that hands on states and logits it was given, one position per window."""
+
+    def __init__(self, readout, states):
+        self.readout, self.states, self.vocab_size = readout, states, len(readout.weight)
+        self.device, self.layers, self.d_model = torch.device("cpu"), len(states) - 1, states.shape[-1]
+
+    def at(self, ids, rows, columns):
+        h = self.states[:, ids[rows, 0]]
+        return h, self.readout(h[-1])
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_captured_gives_the_kl_by_definition(bias, head):
+    """From ``capture`` to ``score``: their notions of the entropy term agree, whatever the head."""
+    readout, known, maps = random_setting(bias=bias, head=head)
+    windows = windows_of(known)
+    count = len(known) // windows.valid.shape[1]
+    ids = torch.arange(count)[:, None].expand(-1, windows.ids.shape[1]).numpy().copy()
+    one = np.arange(windows.valid.shape[1]) == 0
+    windows = replace(windows, ids=ids, valid=windows.valid & one)
+    captured = capture(Remembered(readout, known.states), windows, batch=4)
+    assert torch.equal(captured.states, known.states[:, :count])
+    log_p = logits_in_double(readout, readout.final_norm(captured.states[-1])).log_softmax(-1)
+    scores = score(readout, captured.states[1], maps, captured)
+    for m in range(LAYERS):
+        x = captured.states[1] @ maps.matrix[m].T + maps.offset[m]
+        log_q = logits_in_double(readout, readout.final_norm(x)).log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        torch.testing.assert_close(scores.kl[m].double(), kl, rtol=1e-4, atol=1e-5)
+        top1 = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+        assert torch.equal(scores.top1[m], top1)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -101,7 +101,8 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
 
     rows = []
 
-    def timed(method: str, captured: Capture, pairs: int, run):
+    def timed(method: str, captured: Capture, pairs: int, run, moments: int = 0):
+        """FLOPs are those of the matrix products: each pair's unembedding and map, and two more of ``moments`` lenses."""
         run(first_windows(captured, 32))  # the first call allocates
         rate = matmul_rate(device=task.device)
         start = now(task.device)
@@ -109,11 +110,12 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
         seconds = now(task.device) - start
         rate = (rate + matmul_rate(device=task.device)) / 2
         pair_tokens = pairs * len(captured)
+        flops = pair_tokens * (2 * d * v + 2 * d * d) + len(captured) * moments * 4 * d * v
         rows.append(
             {
                 "method": method, "tokens": len(captured), "pairs": pairs, "seconds": seconds,
-                "pair_tokens_per_second": pair_tokens / seconds, "gflops": pair_tokens * 2 * d * v / seconds / 1e9,
-                "matmul_gflops": rate / 1e9, "share_of_matmul": pair_tokens * 2 * d * v / seconds / rate,
+                "pair_tokens_per_second": pair_tokens / seconds, "gflops": flops / seconds / 1e9,
+                "matmul_gflops": rate / 1e9, "share_of_matmul": flops / seconds / rate,
                 "peak_gib": peak_memory(),
             }
         )  # fmt: skip
@@ -127,11 +129,10 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
     count = len(layers)
     theirs = timed("published loops", few, count**2, lambda c: published_loops(lens, readout, c))
     everything = list(range(count))
-    timed(
-        "lensbench", some, count**2,
-        lambda c: transfer_sums(readout, c, maps, lenses=everything, layers=everything),
-    )  # fmt: skip
-    here = transfer_sums(readout, few, maps, lenses=everything, layers=everything)
+    whole_matrix = {"lenses": everything, "layers": everything}
+    timed("lensbench", some, count**2, lambda c: transfer_sums(readout, c, maps, **whole_matrix, movement=False))
+    timed("lensbench, with movement", some, count**2, lambda c: transfer_sums(readout, c, maps, **whole_matrix), count)
+    here = transfer_sums(readout, few, maps, **whole_matrix)
     agreement = {
         name: float(np.abs(getattr(here, name).sum(0) / len(few) - reference).max())
         for name, reference in zip(("kl", "ce"), theirs, strict=True)
