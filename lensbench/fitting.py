@@ -239,12 +239,17 @@ def pad_direction(readout: ReadOut, final_states: Tensor) -> Tensor:
     # What norm(x) does not depend on (LayerNorm: the mean; parts of the state that it is blind to) cannot hold length.
     values, vectors = torch.linalg.eigh(gain.T @ gain)
     seen = vectors[:, values > 1e-6 * values[-1]]
-    weight = readout.weight.double().cpu()
-    visible = (weight - weight.mean(0)) @ gain @ seen
-    direction = seen @ torch.linalg.eigh(visible.T @ visible)[1][:, 0]
+    visible = gain @ seen  # [d_read, k]
+    direction = seen @ torch.linalg.eigh(visible.T @ centred_gram(readout.weight) @ visible)[1][:, 0]
     rms = (h @ seen).pow(2).mean().sqrt()
     sign = torch.where((h.mean(0) @ direction) < 0, -1.0, 1.0)
     return sign * direction * rms * seen.shape[1] ** 0.5
+
+
+def centred_gram(weight: Tensor) -> Tensor:
+    """``W^T W`` of W ``[V, d_read]`` centred over the vocabulary, float64 on the CPU, in blocks of W's own precision."""
+    centred = [rows - weight.mean(0) for rows in weight.split(4096)]
+    return torch.stack([(rows.T @ rows).double() for rows in centred]).sum(0).cpu()
 
 
 @dataclass(frozen=True)
@@ -257,41 +262,29 @@ class Choice:
 
 
 @torch.no_grad()
-def padded_kl(
-    readout: ReadOut, captured: Capture, layer: int, at: slice, lens: AffineMaps, pad: Tensor, pads: Sequence[float]
-) -> Tensor:
-    """Mean KL ``[P]`` of one lens with P pads on tokens ``at`` of a layer, nats/token, float64.
+def padded_kl(readout: ReadOut, x: Tensor, tokens: Tokens, pad: Tensor, pads: Sequence[float]) -> Tensor:
+    """KL ``[P, R]`` of what R states ``[R, d]``, moved by each of P lengths of the pad, read out to; nats, float64.
 
     ``norm(x + a v) = G (x + a v) / s(x + a v) + o``, so the logits of every pad are those of the first, scaled row by
     row, plus a multiple of ``W G v``: one product with the unembedding serves them all. Where the norm has no such gain
     there is no pad direction and all pads are the same; where logits are soft-capped each pad is read out on its own.
     """
-    gain = readout.gain(captured.states.shape[-1])
-    lens = lens.to(captured.states)
-    h = captured.states[layer][at]
-    x = h @ lens.matrix[0].T + lens.offset[0]
+    gain = readout.gain(x.shape[-1])
     if not readout.linear or gain is None or len(pads) == 1:
-        part = Tokens(captured.expected[at], captured.entropy_term[at], captured.states[-1][at])
-        found = []
-        for a in pads:
-            shifted = x + a * pad.to(x)
-            found.append(token_kl(readout, readout.final_norm(shifted), part).double().mean())
-        return torch.stack(found).cpu()
+        found = [token_kl(readout, readout.final_norm(x + a * pad.to(x)), tokens) for a in pads]
+        return torch.stack(found).double().cpu()
     offset = readout.final_norm(torch.zeros_like(x[0]))
     direction = pad.to(x) @ gain.T  # G v
     u = x @ gain.T
     n = [readout.final_norm(x + a * pad.to(x)) for a in pads]
-    # 1 / s, read off the longest entry of each row.
+    # 1 / s of each row, by least squares over its entries.
     inverse = []
     for a, rows in zip(pads, n, strict=True):
         unscaled = u + a * direction
         inverse.append(((rows - offset) * unscaled).sum(-1) / unscaled.pow(2).sum(-1))
     log_z = log_partition_of_pads(readout, u, direction, offset, torch.stack(inverse), torch.tensor(pads).to(x))
-    kl = [
-        (captured.entropy_term[at] - (captured.expected[at] * rows).sum(-1) + z).double().mean()
-        for rows, z in zip(n, log_z, strict=True)
-    ]
-    return torch.stack(kl).cpu()
+    kl = [token_kl(readout, rows, tokens, z) for rows, z in zip(n, log_z, strict=True)]
+    return torch.stack(kl).double().cpu()
 
 
 def log_partition_of_pads(
@@ -326,6 +319,8 @@ class DevSearch:
     def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
         self.readout, self.dev, self.recipe, self.pad = readout, dev, recipe, pad
         self.constant_kl = float(dev.constant_kl.double().mean())
+        self.rows_read_out = 0
+        """Products of a state with the whole unembedding so far: what a search costs."""
 
     def kl(self, maps: AffineMaps, layers: Sequence[int]) -> float:
         """Mean dev KL of map k on ``layers[k]`` (or of one map on all of them)."""
@@ -340,11 +335,22 @@ class DevSearch:
         share = 1
         if len(layers) > 1:
             share = min(len(self.dev), max(1, -(-len(layers) * len(self.dev) // self.recipe.pooled_dev_tokens)))
-        total = torch.zeros(len(pads), dtype=torch.float64)
+        maps, dev = maps.to(self.dev.states), self.dev
+        total, parts, sizes = torch.zeros(len(pads), dtype=torch.float64), [], []
         for k, layer in enumerate(layers):
-            at = slice(k % share, None, share)
-            one = maps[[k if len(maps) > 1 else 0]]
-            total += padded_kl(self.readout, self.dev, layer, at, one, self.pad, pads)
+            at, m = slice(k % share, None, share), k if len(maps) > 1 else 0
+            x = dev.states[layer][at] @ maps.matrix[m].T + maps.offset[m]
+            parts.append((x, Tokens(dev.expected[at], dev.entropy_term[at], dev.states[-1][at])))
+            sizes.append(len(x))
+            # Several layers' rows in one product: a few rows would not be worth reading the unembedding for.
+            if k == len(layers) - 1 or sum(sizes) >= 2 * TOKEN_BLOCK:
+                tokens = Tokens(
+                    *(torch.cat(columns) for columns in zip(*(vars(t).values() for _, t in parts), strict=True))
+                )
+                kl = padded_kl(self.readout, torch.cat([x for x, _ in parts]), tokens, self.pad, pads)
+                total += torch.stack([one.mean(1) for one in kl.split(sizes, 1)]).sum(0)
+                self.rows_read_out += sum(sizes)
+                parts, sizes = [], []
         return total / len(layers)
 
     def padded(self, maps: AffineMaps, pad: float) -> AffineMaps:

@@ -8,11 +8,12 @@ import torch
 import transformers
 from torch import nn
 
+from lensbench import corpus
 from lensbench.corpus import Windows
 from lensbench.errors import LensbenchError
 from lensbench.models import build
 from lensbench.models.predictive_coding import PredictionNorm
-from lensbench.stream import Capture, ReadOut, ResidualStream, RotatedView, capture, find_readout
+from lensbench.stream import Capture, ReadOut, ResidualStream, RotatedView, capture, find_readout, room_for
 
 V, D, L = 60, 16, 3
 SIZES = {
@@ -635,3 +636,25 @@ def test_a_view_rotates_the_states_below_the_last_layer_and_nothing_else():
     for field in Capture.__dataclass_fields__:
         if field != "states":
             assert getattr(seen, field) is getattr(got, field)
+
+
+def test_states_beyond_the_memory_setting_lie_in_a_file_and_are_the_same(tmp_path, monkeypatch):
+    """The file has no name left by the time it is used, so nothing has to be cleared up after a crash."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    torch.manual_seed(0)
+    stream = ResidualStream(randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))))
+    documents = [corpus.TokenizedDocument("a", np.arange(200, dtype=np.int32) % V, np.ones(200, np.int32))]
+    windows = corpus.sample_windows(documents, n_sequences=4, length=40, positions=8, seed=0)
+    opened = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda name, **how: opened.append(how) or from_file(name, **how))
+    in_memory, in_file = capture(stream, windows), capture(stream, windows, memory_gib=1e-6)
+    assert opened == [{"shared": True, "size": in_memory.states.numel()}]
+    torch.testing.assert_close(in_file.states, in_memory.states, rtol=0, atol=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_states_that_fit_nowhere_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(LensbenchError, match="memory_gib"):
+        room_for((2, 10**12, 10**3), torch.device("cpu"), 1.0)

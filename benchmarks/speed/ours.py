@@ -31,6 +31,8 @@ class Clock:
     model: float = 0.0
     closed: float = 0.0
     refined: float = 0.0
+    gflop: float = 0.0
+    """Of all matrix products; those of the second moments are in float64."""
 
 
 def fit_budget(
@@ -69,11 +71,17 @@ def fit_budget(
     own = [list(range(layers)) if w == "shared" else [int(w)] for w in wheres]
     closed = {w: fit_shared(search, moments, at) for w, at in zip(wheres, own, strict=True)}
     clock.closed = now(task.device) - start
+    d, head = task.stream.d_model, task.unembed_flops
+    tokens = len(fit_windows.ids) * per_window
+    read = (tokens if refined else 0) + len(dev_windows.ids) * per_window
+    clock.gflop = (count * task.length * task.forward_flops + read * 2 * head + tokens * layers * 4 * d * d) / 1e9
     improved: dict[Where, AffineMaps] = {}
     if refined:
         start = now(task.device)
         recipe = RECIPE.model_copy(update={"refine_tokens": len(fit)})
+        searched = search.rows_read_out
         search = DevSearch(task.stream.readout, dev, recipe, search.pad)
+        search.rows_read_out = searched
         done = refine(
             search,
             fit,
@@ -85,6 +93,11 @@ def fit_budget(
         )
         improved = {w: r.maps for w, r in zip(wheres, done, strict=True)}
         clock.refined = now(task.device) - start
+        states = recipe.refine_passes * len(fit) * len(wheres)
+        rows = min(recipe.refine_vocabulary, task.stream.vocab_size)
+        updates = states / recipe.refine_batch
+        clock.gflop += (states * (4 * d * rows + 6 * d * d) + updates * 30 * d**3) / 1e9
+    clock.gflop += search.rows_read_out * (head + 2 * d * d) / 1e9
     return closed, improved, clock
 
 
@@ -123,7 +136,7 @@ def run(
                 ledger.add(
                     lens=where, stage=stage, budget=budget, **row, ridge=closed[where].ridges[0],
                     pad=closed[where].pads[0], model_seconds=clock.model, closed_seconds=clock.closed,
-                    refined_seconds=clock.refined, seconds=total, peak_gib=peak_memory(),
+                    refined_seconds=clock.refined, seconds=total, gflop=clock.gflop, peak_gib=peak_memory(),
                 )  # fmt: skip
             rows = ledger.rows()
             rows = rows[(rows["stage"] == stage) & (rows["budget"] == budget)]

@@ -104,6 +104,11 @@ def run(
         for where, lens in lenses.items():
             lens.restore(stored["lenses"][str(where)])
 
+    tokens, d = WINDOWS_PER_STEP * (task.length - 2), task.stream.d_model
+    # The model reads every token of its windows; the lens: logits, their gradient, and three products of its own.
+    model_flops = WINDOWS_PER_STEP * task.length * (task.forward_flops + task.unembed_flops)
+    lens_flops = tokens * (2 * task.unembed_flops + 6 * d * d)
+
     def checkpoint(step: int) -> None:
         for where, lens in lenses.items():
             row = {f"{split}_kl": task.kl(lens.maps(), where, captured) for split, captured in held_out.items()}
@@ -112,6 +117,7 @@ def run(
                 lens=where, step=step, tokens=step * WINDOWS_PER_STEP * (task.length - 2), **row,
                 optimizer=setting.optimizer, lr_scale=setting.lr_scale, model_seconds=step * median(seconds["model"]),
                 lens_seconds=step * median(seconds[str(where)]),
+                model_gflop=step * model_flops / 1e9, lens_gflop=step * lens_flops / 1e9,
                 measured_seconds=sum(seconds["model"]) + sum(seconds[str(where)]),
             )  # fmt: skip
         content = {

@@ -81,6 +81,19 @@ class Task:
     def device(self) -> torch.device:
         return self.stream.device
 
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of the blocks of the model for one token: two for every weight but the embedding's and the head's."""
+        inside = sum(p.numel() for p in self.stream.model.parameters() if p.ndim > 1)
+        outside = {id(m.weight): m.weight.numel() for m in (
+            self.stream.model.get_input_embeddings(), self.stream.model.get_output_embeddings())}  # fmt: skip
+        return 2 * (inside - sum(outside.values()))
+
+    @property
+    def unembed_flops(self) -> int:
+        """FLOPs of one product of one state with the unembedding."""
+        return 2 * self.stream.readout.weight.numel()
+
     def windows(self, split: str, sequences: int, positions: int, seed: int = 0) -> Windows:
         return corpus.sample_windows(
             self.documents[split], n_sequences=sequences, length=self.length, positions=positions, seed=seed
@@ -138,6 +151,8 @@ class Task:
             "layers": self.stream.layers,
             "d_model": self.stream.d_model,
             "vocab_size": self.stream.vocab_size,
+            "forward_mflop_per_token": self.forward_flops / 1e6,
+            "unembed_mflop_per_token": self.unembed_flops / 1e6,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
             "torch": torch.__version__,
