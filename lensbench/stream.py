@@ -323,10 +323,13 @@ def capture(
         at = torch.from_numpy(windows.positions[rows][row, column]).to(stream.device)
         row_at = torch.from_numpy(row).to(stream.device)
         h, logits = stream.at(ids, row_at, at)
-        log_p = logits.float().log_softmax(-1)  # [n, V]
-        p = log_p.exp()
-        negative_entropy = (p * log_p).sum(-1)
+        logits = logits.float()  # [n, V]
         target = ids[row_at, at + 1]
+        log_z = logits.logsumexp(-1, keepdim=True)
+        top.append(logits.argmax(-1))
+        ce.append((log_z - logits.gather(-1, target[:, None]))[:, 0])
+        p = logits.sub_(log_z).exp_()  # in place: fresh memory for [n, V] costs as much as filling it
+        negative_entropy = -torch.special.entr(p).sum(-1)
         if done == 0:
             shape = (stream.layers + 1, int(windows.valid.sum()), stream.d_model)
             states = room_for(shape, stream.device, memory_gib)
@@ -335,9 +338,7 @@ def capture(
         expected.append(p @ weight.float())
         entropy.append(negative_entropy - (p @ bias.float() if bias is not None and stream.readout.linear else 0.0))
         targets.append(target)
-        top.append(log_p.argmax(-1))
-        ce.append(-log_p.gather(-1, target[:, None])[:, 0])
-        mean_p += p.sum(0, dtype=torch.float64)
+        mean_p += p.sum(0).double()
         # Without a constant given, its cross term has the same mean: sum p log mean_p, added below.
         constant_kl.append(negative_entropy - (p @ log_constant if log_constant is not None else 0.0))
         if report is not None:
