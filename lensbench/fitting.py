@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, ReadOut, RotatedView
-from lensbench.transfer import ROW_BLOCK, TOKEN_BLOCK, VOCABULARY_BLOCK, Tokens, token_kl
+from lensbench.transfer import ROW_BLOCK, TOKEN_BLOCK, VOCABULARY_BLOCK, Tokens, Vocabulary, token_kl
 
 Prior = Literal["zero", "identity"]
 
@@ -503,35 +503,6 @@ def kl_objective(readout: ReadOut, x: Tensor, expected: Tensor, entropy_term: Te
     """Mean ``KL(p || R(x))`` over rows ``[N, d]``, nats/token, differentiable in x."""
     n = readout.final_norm(x)
     return (entropy_term - (expected * n).sum(-1) + LogPartition.apply(n, readout.weight, readout.bias)).mean()
-
-
-class Vocabulary:
-    """The rows of the unembedding that refinement's softmax sees.
-
-    Half of them are the words most probable on average, exactly; half are drawn from the rest with probability ``pi``
-    proportional to ``sqrt(mean p)``, each with offset ``-log(m pi)``, so that their sum of exponentials is unbiased for
-    that of the rest. All words, exactly, where there are no more than that. Never used to evaluate.
-    """
-
-    def __init__(self, readout: ReadOut, mean_p: Tensor, rows: int, generator: torch.Generator):
-        self.weight, self.bias, self.generator = readout.weight, readout.bias, generator
-        self.exact = not readout.linear or len(self.weight) <= rows
-        order = mean_p.argsort(descending=True).to(self.weight.device)
-        self.top, self.rest = order[: rows // 2], order[rows // 2 :]
-        root = mean_p.to(self.weight.device)[self.rest].double().clamp(min=1e-12).sqrt()
-        self.pi = (root / root.sum()).cpu()
-        self.drawn = rows - rows // 2
-
-    def draw(self) -> tuple[Tensor, Tensor | None]:
-        """Rows ``[S, d_read]`` and their offsets ``[S]``, a new sample each time."""
-        if self.exact:
-            return self.weight, self.bias
-        chosen = torch.multinomial(self.pi, self.drawn, replacement=True, generator=self.generator)
-        at = torch.cat([self.top, self.rest[chosen.to(self.rest.device)]])
-        offset = torch.zeros(len(at), dtype=torch.float64)
-        offset[len(self.top) :] = -(self.drawn * self.pi[chosen]).log()
-        offset = offset.to(self.weight)
-        return self.weight[at], offset if self.bias is None else offset + self.bias[at]
 
 
 def kl_gradient(readout: ReadOut, n: Tensor, tokens: Tokens, weight: Tensor, offset: Tensor | None) -> Tensor:

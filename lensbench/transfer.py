@@ -118,6 +118,36 @@ def choose_product_dtype(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3
     return readout.product_dtype
 
 
+class Vocabulary:
+    """Rows of the unembedding that stand for all of them in a cheap log-partition.
+
+    Half of them are the words most probable on average, exactly; half are drawn from the rest with probability ``pi``
+    proportional to ``sqrt(mean p)``, each with offset ``-log(m pi)``, so that their sum of exponentials is unbiased for
+    that of the rest. All words, exactly, where there are no more than that. For gradients and as a control variate: the
+    logarithm of an unbiased sum is biased, so that a KL from it alone is never reported.
+    """
+
+    def __init__(self, readout: ReadOut, mean_p: Tensor, rows: int, generator: torch.Generator):
+        self.weight, self.bias, self.generator = readout.weight, readout.bias, generator
+        self.exact = not readout.linear or len(self.weight) <= rows
+        order = mean_p.argsort(descending=True).to(self.weight.device)
+        self.top, self.rest = order[: rows // 2], order[rows // 2 :]
+        root = mean_p.to(self.weight.device)[self.rest].double().clamp(min=1e-12).sqrt()
+        self.pi = (root / root.sum()).cpu()
+        self.drawn = rows - rows // 2
+
+    def draw(self) -> tuple[Tensor, Tensor | None]:
+        """Rows ``[S, d_read]`` and their offsets ``[S]``, a new sample each time."""
+        if self.exact:
+            return self.weight, self.bias
+        chosen = torch.multinomial(self.pi, self.drawn, replacement=True, generator=self.generator)
+        at = torch.cat([self.top, self.rest[chosen.to(self.rest.device)]])
+        offset = torch.zeros(len(at), dtype=torch.float64)
+        offset[len(self.top) :] = -(self.drawn * self.pi[chosen]).log()
+        offset = offset.to(self.weight)
+        return self.weight[at], offset if self.bias is None else offset + self.bias[at]
+
+
 def expected_logit(readout: ReadOut, n: Tensor, of: Tensor) -> Tensor:
     """``sum_v p_v logit_v(n)`` with p the read-out of normalised states ``of``; both ``[R, d_read]``: ``[R]``.
 
@@ -331,12 +361,10 @@ def estimated_transfer(
     """The KL matrix from ``share`` of the exact log-partitions: two-phase sampling with a control variate.
 
     ``KL = sum p log p - e.n + log Z``, of which only log Z is dear. Every token gets a cheap one, over ``rows`` words of
-    the vocabulary (half the most probable on average, half drawn, as :class:`lensbench.fitting.Vocabulary`); a simple
+    the vocabulary (half the most probable on average, half drawn, as :class:`Vocabulary`); a simple
     random sample of the tokens gets the exact one too, and its mean difference is added. Given the tokens, the mean over
     samples is the exact matrix, whatever the words drawn. Logits must not be soft-capped.
     """
-    from lensbench.fitting import Vocabulary
-
     if not readout.linear:
         raise LensbenchError("the cheaper estimator needs logits that are affine in norm(h); these are soft-capped")
     if not 0 < share <= 1:
