@@ -35,7 +35,7 @@ class Tokens:
 def log_partition(readout: ReadOut, n: Tensor) -> Tensor:
     """``log sum_v exp(logit_v)`` of normalised states ``[R, d_read]``, in blocks that stay in the cache: ``[R]``.
 
-    Rows are shifted by their largest logit of the first block, folded into the product as one more column: exact unless
+    Rows are shifted by their largest logit of the first block, within the product (``addmm``): exact unless
     a later logit is more than 80 above it, in which case the row is done again with an online maximum.
     """
     return partition_and_largest(readout, n, want_largest=False)[0]
