@@ -161,7 +161,8 @@ def by_the_package(monkeypatch, parameters, optimizer, lr_scale, steps):
     # member, so that left alone its Adam never warms up.
     options.warmup_steps = warm_up(optimizer, steps)
     made = options.create_optim(parameters)
-    return made, options.create_scheduler(made, steps)
+    # It takes the warm-up off the steps before it hands them on; the recipe's last step is the one at which the rate is 0.
+    return made, options.create_scheduler(made, steps + options.warmup_steps)
 
 
 def by_hand(monkeypatch, parameters, optimizer, lr_scale, steps):
@@ -171,7 +172,7 @@ def by_hand(monkeypatch, parameters, optimizer, lr_scale, steps):
         )
     else:
         made = torch.optim.Adam(parameters, lr=lr_scale * 1e-3, betas=(0.9, 0.999), amsgrad=True, weight_decay=1e-3)
-    first, total = warm_up(optimizer, steps), steps - warm_up(optimizer, steps)
+    first, total = warm_up(optimizer, steps), steps
 
     def rate(step):
         return step / first if step < first else max(0.0, (total - step) / (total - first))
