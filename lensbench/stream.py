@@ -329,6 +329,8 @@ def capture(
         top.append(logits.argmax(-1))
         ce.append((log_z - logits.gather(-1, target[:, None]))[:, 0])
         p = logits.sub_(log_z).exp_()  # in place: fresh memory for [n, V] costs as much as filling it
+        # logsumexp over many words is off by 1e-5; a p that sums to 1 + 1e-5 would move every KL by 1e-5 log Z.
+        p.div_(p.sum(-1, keepdim=True))
         negative_entropy = -torch.special.entr(p).sum(-1)
         if done == 0:
             shape = (stream.layers + 1, int(windows.valid.sum()), stream.d_model)

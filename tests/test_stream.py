@@ -658,3 +658,28 @@ def test_states_that_fit_nowhere_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(LensbenchError, match="memory_gib"):
         room_for((2, 10**12, 10**3), torch.device("cpu"), 1.0)
+
+
+def test_captured_kl_is_exact_with_a_large_vocabulary_and_large_logits():
+    """The terms that every KL is made of, against float64: errors of the normalisation grow with log Z."""
+    torch.manual_seed(0)
+    sizes = {**GROUPED, "vocab_size": 50_000}
+    model = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] += 30 / model.lm_head.weight.shape[1] ** 0.5
+        model.model.norm.weight[0] = 4.0
+    stream = ResidualStream(model)
+    documents = [corpus.TokenizedDocument("a", np.arange(400, dtype=np.int32), np.ones(400, np.int32))]
+    captured = capture(stream, corpus.sample_windows(documents, n_sequences=8, length=40, positions=16, seed=0))
+    n = stream.readout.final_norm(captured.states[-1]).double()
+    logits = n @ stream.readout.weight.double().T
+    log_p = logits.log_softmax(-1)
+    assert (logits.logsumexp(-1).abs() > 12).any()
+    expected = log_p.exp() @ stream.readout.weight.double()
+    entropy = (log_p.exp() * log_p).sum(-1)
+    log_z = logits.logsumexp(-1)
+    # KL of p from itself: 0, but for what the captured terms are off by.
+    kl = captured.entropy_term.double() - (captured.expected.double() * n).sum(-1) + log_z
+    assert kl.mean().abs() < 1e-5 and kl.abs().max() < 1e-4
+    torch.testing.assert_close(captured.entropy_term.double(), entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(captured.expected.double(), expected, rtol=1e-4, atol=1e-5)
