@@ -168,8 +168,8 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
             estimates.append(
                 {
                     "rows": words, "exact_share": found.drawn.sum() / len(some), "tokens": len(more),
-                    "width_ratio_median": float(np.median((width / exact_width)[off])),
-                    "width_ratio_largest": float((width / exact_width)[off].max()),
+                    "width_ratio_median": float(np.median(width[off] / exact_width[off])),
+                    "width_ratio_largest": float((width[off] / exact_width[off]).max()),
                     "widest_exact": float(exact_width[off].max()), "widest": float(width[off].max()),
                     "error_rms": float(np.sqrt((error[off] ** 2).mean())),
                     "error_over_half_width": float(np.abs(error[off] / width[off]).max()),
