@@ -22,6 +22,7 @@ from lensbench.corpus import TokenizedDocument, Windows
 from lensbench.lenses import AffineMaps
 from lensbench.models.pretrained import load_pretrained
 from lensbench.results import write_json
+from lensbench.run import git_revision
 from lensbench.stream import Capture, ResidualStream, capture
 from lensbench.transfer import score
 
@@ -155,6 +156,7 @@ class Task:
             "unembed_mflop_per_token": self.unembed_flops / 1e6,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "git_revision": git_revision(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
