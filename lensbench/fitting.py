@@ -575,13 +575,14 @@ def refine(
     """Minimise ``E KL + (lam/2) |B - B0|^2`` for M lenses side by side, lens m on ``layers[m]``, prior zero.
 
     Each starts from its closed form, the solution of regression m of ``moments``. The penalty is the closed form's own,
-    in nats: its ridge times ``2 KL / E |r - x|^2`` at the start, what a unit of squared error costs. Updates are
+    in nats: its ridge times ``2 KL / E |r - x|^2`` at the start on dev, what a unit of squared error costs. Updates are
     orthogonalised momentum (Muon) on centred states with a constant appended: their spectral size is a share
     (``refine_rate``) of ``rms(h_L) / rms(h_l)``, the size of a map from that layer to the last, so that no rate is tuned
     over depth; equivariant under rotations. In passes over ``refine_tokens`` tokens, with 10 % warm-up and linear decay
     in each. After each the end and the middle of the way are measured on dev and the best so far, the start included, is
-    kept: **a refinement never returns a lens that is worse on dev**. A lens is done when a pass lowers its dev KL by less
-    than ``refine_tolerance`` of it, or twice not at all. ``report(updates done, updates at most)``.
+    kept: **a refinement never returns a lens that is worse on dev**; the next pass starts there, with updates half as
+    large where the middle was better than the end, 0.3 times where neither was. A lens is done when a pass lowers its
+    dev KL by less than ``refine_tolerance`` of it, or twice not at all. ``report(updates done, updates at most)``.
 
     Behind a norm that ignores scale the penalty has no optimum of its own (a smaller map has the same KL): there the
     ridge acts through the start, the path and the stopping on dev.
