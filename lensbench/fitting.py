@@ -61,7 +61,9 @@ class FitRecipe(BaseModel):
         4096, ge=2, description="rows of the unembedding that refinement sees: half exactly, half drawn from the rest"
     )
     memory_gib: float = Field(
-        4.0, gt=0, description="states beyond this are kept in a memory-mapped file beside the run instead of in memory"
+        4.0,
+        gt=0,
+        description="states beyond this are kept in a memory-mapped temporary file (TMPDIR) instead of in memory",
     )
 
     @field_validator("ridges", "pads")
@@ -619,8 +621,7 @@ def refine(
         return AffineMaps(matrix[None], offset[None])
 
     for number in range(recipe.refine_passes):
-        active = [m for m, lens in enumerate(lenses) if lens.ended == "pass limit" and lens.setbacks < 2]
-        active = [m for m in active if lenses[m].dev_kl > 0]
+        active = [m for m, lens in enumerate(lenses) if lens.ended == "pass limit" and lens.dev_kl > 0]
         if not active:
             break
         begin = torch.stack([lenses[m].best for m in active])

@@ -248,7 +248,7 @@ class Runner:
                 start = time.perf_counter()
                 windows = self.eval_windows(texts, count)
                 captured = capture(stream, windows, memory_gib=self.suite.fit.memory_gib)
-                sums = transfer_sums(stream.readout, captured, maps)
+                sums = transfer_sums(stream.readout, captured, maps, movement=False)
                 seconds = time.perf_counter() - start
                 spent += seconds
                 documents, tokens = windows.documents, windows.valid.sum(1)

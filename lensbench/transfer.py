@@ -64,7 +64,7 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
     room = torch.empty(len(n), VOCABULARY_BLOCK, dtype=n.dtype)
     for start in range(VOCABULARY_BLOCK, len(weight), VOCABULARY_BLOCK):
         rows = weight[start : start + VOCABULARY_BLOCK]
-        logits = room[:, : len(rows)] if len(rows) == VOCABULARY_BLOCK else room.new_empty(len(n), len(rows))
+        logits = room if len(rows) == VOCABULARY_BLOCK else room.new_empty(len(n), len(rows))
         if readout.linear:
             base = -shift if bias is None else bias[start : start + VOCABULARY_BLOCK] - shift
             torch.addmm(base.expand_as(logits), n, rows.T, out=logits)
@@ -286,6 +286,17 @@ class TransferSums:
     top1: np.ndarray
 
 
+def rows_and_columns(
+    captured: Capture, per_layer: AffineMaps, lenses: Sequence[int] | None, layers: Sequence[int] | None
+) -> tuple[list[int], list[int], AffineMaps]:
+    """The lenses and layers of a matrix, all of 0..L where left out, and the lenses' maps; lens L is the identity."""
+    everything = range(captured.layers + 1)
+    chosen = list(everything if lenses is None else lenses)
+    identity = AffineMaps.identity(captured.states.shape[-1])
+    maps = AffineMaps.stack([per_layer.to(captured.states), identity.to(captured.states)])[chosen]
+    return chosen, list(everything if layers is None else layers), maps
+
+
 @torch.no_grad()
 def transfer_sums(
     readout: ReadOut,
@@ -301,10 +312,7 @@ def transfer_sums(
     Lens L is the identity. ``lenses`` and ``layers`` (of 0..L) choose rows and columns; left out, all of them. Without
     ``movement``, which needs every lens's softmax on its own layer, that field is NaN.
     """
-    everything = range(captured.layers + 1)
-    lenses, layers = list(everything if lenses is None else lenses), list(everything if layers is None else layers)
-    identity = AffineMaps.identity(captured.states.shape[-1])
-    maps = AffineMaps.stack([per_layer.to(captured.states), identity.to(captured.states)])[lenses]
+    lenses, layers, maps = rows_and_columns(captured, per_layer, lenses, layers)
     reference = None
     if movement:
         own = zip(lenses, maps.matrix, maps.offset, strict=True)
@@ -369,10 +377,7 @@ def estimated_transfer(
         raise LensbenchError("the cheaper estimator needs logits that are affine in norm(h); these are soft-capped")
     if not 0 < share <= 1:
         raise LensbenchError(f"share is {share}: it must be above 0 and at most 1")
-    everything = range(captured.layers + 1)
-    lenses, layers = list(everything if lenses is None else lenses), list(everything if layers is None else layers)
-    identity = AffineMaps.identity(captured.states.shape[-1])
-    maps = AffineMaps.stack([per_layer.to(captured.states), identity.to(captured.states)])[lenses]
+    lenses, layers, maps = rows_and_columns(captured, per_layer, lenses, layers)
     generator = torch.Generator().manual_seed(seed)
     weight, offset = Vocabulary(readout, captured.mean_p, rows, generator).draw()
     count = max(1, round(share * len(captured)))

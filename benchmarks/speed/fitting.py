@@ -13,19 +13,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from benchmarks.speed import everything, ours, published, summary
-from benchmarks.speed.task import Task, Where, matmul_rate, peak_memory, write_description
+from benchmarks.speed.task import Task, Where, console, matmul_rate, peak_memory, say, write_description
 from lensbench.errors import LensbenchError
 from lensbench.stream import Capture
 
 PARTS = ("sweep", "recipe", "ours", "everything", "table")
-console = Console()
-
-
-def say(line: str) -> None:
-    console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
 
 
 def main(

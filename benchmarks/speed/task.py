@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from lensbench import corpus
@@ -29,8 +30,15 @@ from lensbench.transfer import score
 LENGTH = 258
 """Tokens of a window: positions 1..256 are used (0 is left out, the last has no next token), so four make 1024."""
 
+console = Console()
+
 Where = int | str
 """A layer, or 'shared'."""
+
+
+def say(line: str) -> None:
+    """A line of progress with the time of day."""
+    console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
 
 
 def matmul_rate(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", size: int = 2048) -> float:

@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from rich.console import Console
 from tuned_lens.nn.lenses import TunedLens
 
-from benchmarks.speed.task import Task, matmul_rate, now, peak_memory, write_description
+from benchmarks.speed.task import Task, console, matmul_rate, now, peak_memory, say, write_description
 from lensbench.errors import LensbenchError
 from lensbench.fitting import Moments, RidgePath
 from lensbench.lenses import AffineMaps, tuned_lens
@@ -23,15 +22,10 @@ from lensbench.results import write_atomically
 from lensbench.stream import Capture, ReadOut, capture
 from lensbench.transfer import choose_product_dtype, estimated_transfer, half_width, penalties, transfer_sums
 
-console = Console()
 SHARES = (0.05, 0.1, 0.15, 0.2)
 ROWS = (256, 512, 2048, 4096, 8192)
 MORE_TOKENS = 1.25
 """The estimate sees this many times the tokens of the exact matrix, all but its share of them cheaply."""
-
-
-def say(line: str) -> None:
-    console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()
