@@ -87,7 +87,7 @@ def write(folder: Path, say: Callable[[str], None]) -> None:
     write_atomically(folder / "fitting.csv", lambda p: found.to_csv(p, index=False, float_format="%.6g"))
     frame = curves(recipe, ours)
     for name, along, label in (
-        ("kl-by-seconds", "seconds", "seconds, all four lenses together"),
+        ("kl-by-seconds", "seconds", "seconds, all lenses together"),
         ("kl-by-tokens", "tokens", "tokens"),
     ):
         figure = draw(frame, along, label)
