@@ -3,7 +3,7 @@
 import copy
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -11,11 +11,26 @@ import pandas as pd
 import pytest
 import torch
 from synthetic import capture_of, read_out, windows_of
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.speed import fitting, published  # noqa: E402
 from benchmarks.speed.recipe import STEPS, RecipeLens, Setting, visits  # noqa: E402
-from benchmarks.speed.task import Ledger, matmul_rate, rows_of, steps_of  # noqa: E402
+from benchmarks.speed.summary import ratios  # noqa: E402
+from benchmarks.speed.task import (  # noqa: E402
+    Ledger,
+    Task,
+    keep_documents,
+    matmul_rate,
+    paired_difference,
+    rows_of,
+    steps_of,
+)
+from lensbench.errors import LensbenchError  # noqa: E402
+from lensbench.fitting import FitRecipe  # noqa: E402
+from lensbench.lenses import AffineMaps  # noqa: E402
 
 D, V, N = 12, 50, 40
 READ_OUTS = {
@@ -401,3 +416,210 @@ def test_rows_may_say_more_than_the_ones_before(tmp_path):
 def test_the_rate_of_the_machine_is_a_positive_number_of_operations_per_second(dtype):
     rate = matmul_rate(dtype, size=64)
     assert 1e6 < rate < 1e15
+
+
+# What is compared
+
+
+def task_of(readout):
+    return Task("source", "text", SimpleNamespace(readout=readout, device=torch.device("cpu")), {}, "checksum")
+
+
+def divergence(readout, final, x):
+    log_p, log_q = readout(final).double().log_softmax(-1), readout(x).double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).detach().numpy()
+
+
+@pytest.mark.parametrize("where", [1, "shared"])
+def test_sums_by_document_are_those_of_the_divergence_by_definition(where):
+    readout, layers, n = read_out(D, V, dtype=torch.float64), 3, 50
+    random = torch.Generator().manual_seed(2)
+    states = torch.randn(layers + 1, n, D, generator=random, dtype=torch.float64)
+    captured = capture_of(readout, states)
+    maps = AffineMaps(torch.randn(1, D, D, generator=random).double(), torch.randn(1, D, generator=random).double())
+    sums = task_of(readout).kl_by_document(maps, where, captured)
+    kls = np.stack(
+        [divergence(readout, states[-1], states[k] @ maps.matrix[0].T + maps.offset[0]) for k in range(layers)]
+    )
+    if where == 1:
+        per_token, expected = kls[1], kls[1].mean()
+        assert (sums["tokens"] == pd.Series(captured.document).value_counts().sort_index().to_numpy()).all()
+        by_document = pd.Series(per_token).groupby(captured.document).sum()
+        np.testing.assert_allclose(sums["kl"], by_document, rtol=1e-9)
+    else:
+        # 50 tokens do not divide by three layers, and each layer counts the same all the same.
+        expected = np.mean([kls[k, k::layers].mean() for k in range(layers)])
+    assert sums["tokens"].sum() == pytest.approx(n) and sums["document"].is_unique
+    assert sums["kl"].sum() / n == pytest.approx(expected, rel=1e-9)
+    assert task_of(readout).kl(maps, where, captured) == pytest.approx(expected, rel=1e-9)
+
+
+def documents_of(kl, tokens=None):
+    tokens = np.full(len(kl), 4.0) if tokens is None else tokens
+    return pd.DataFrame({"document": np.arange(len(kl)), "kl": np.asarray(kl) * tokens, "tokens": tokens})
+
+
+def test_a_difference_is_paired():
+    random = np.random.default_rng(0)
+    noise = random.normal(3.0, 2.0, 200)
+    # What documents have in common does not widen the interval, and the order of rows does not matter.
+    shifted = documents_of(noise - 0.25).sample(frac=1, random_state=1)
+    assert paired_difference(shifted, documents_of(noise)) == pytest.approx((-0.25, -0.25, -0.25))
+    other = noise - 0.25 + random.normal(0, 0.5, 200)
+    mean, low, high = paired_difference(documents_of(other), documents_of(noise))
+    half_width = 1.96 * np.std(other - noise, ddof=1) / 200**0.5
+    assert mean == pytest.approx((other - noise).mean())
+    assert (mean - low, high - mean) == (pytest.approx(half_width, rel=0.1), pytest.approx(half_width, rel=0.1))
+
+
+def test_a_difference_of_other_documents_is_refused():
+    with pytest.raises(LensbenchError, match="same documents"):
+        paired_difference(documents_of([1.0, 2.0]), documents_of([1.0, 2.0, 3.0]))
+    with pytest.raises(LensbenchError, match="same documents"):
+        paired_difference(documents_of([1.0, 2.0]), documents_of([1.0, 2.0], np.array([4.0, 5.0])))
+
+
+def test_documents_of_a_lens_take_the_place_of_its_old_ones(tmp_path):
+    path = tmp_path / "new" / "documents.parquet"
+    keep_documents(path, documents_of([1.0, 2.0]), lens=5, budget=10)
+    keep_documents(path, documents_of([3.0, 4.0]), lens="shared", budget=10)
+    keep_documents(path, documents_of([5.0, 6.0]), lens=5, budget=20)
+    keep_documents(path, documents_of([7.0, 8.0]), lens=5, budget=10)
+    table = pd.read_parquet(path)
+    found = {key: list(rows["kl"]) for key, rows in table.groupby(["lens", "budget"])}
+    assert found == {("5", "10"): [28.0, 32.0], ("shared", "10"): [12.0, 16.0], ("5", "20"): [20.0, 24.0]}
+
+
+def both_sides():
+    """A recipe of 1000 s that ends at 1.0 on eval and 2.0 on dev, and budgets whose eval and dev disagree."""
+    recipe = pd.DataFrame([
+        {"lens": "5", "step": step, "tokens": step * 1024, "optimizer": "adam", "lr_scale": 9.0, "eval_kl": 1.0,
+         "dev_kl": 2.0, "model_seconds": 4.0 * step, "lens_seconds": 0.0, "model_gflop": 8.0 * step, "lens_gflop": 0.0}
+        for step in (0, 250)
+    ])  # fmt: skip
+    ours = pd.DataFrame(
+        [(1024, 2.0, 0.9, 2.4), (2048, 4.0, 1.2, 2.2), (4096, 9.0, 1.1, 1.9), (8192, 50.0, 0.5, 1.5)],
+        columns=["budget", "seconds", "eval_kl", "dev_kl"],
+    ).assign(lens="5", stage="refined", gflop=20.0)
+    documents = pd.concat(
+        [documents_of(np.full(6, row.eval_kl)).assign(lens="5", stage="refined", budget=str(row.budget))
+         for row in ours.itertuples()]
+    )  # fmt: skip
+    return recipe, ours, documents_of(np.ones(6)).assign(lens="5", step="250"), documents
+
+
+def test_budgets_are_chosen_on_dev_and_read_on_eval():
+    found = ratios(*both_sides()).set_index("stage")
+    row = found.loc["refined"]
+    # Within 10 of 1000 seconds dev likes 4096 tokens best, eval 1024; 4096 are the first at the recipe's dev KL.
+    assert (row["within_tokens"], row["within_kl"], row["equal_tokens"]) == (4096, 1.1, 4096)
+    assert row["within_times_faster"] == pytest.approx(1000 / 9)
+    assert row["within_times_fewer_flops"] == pytest.approx(2000 / 20)
+    assert row["within_less_recipe"] == pytest.approx(0.1) and row["within_less_recipe_ci_low"] == pytest.approx(0.1)
+    assert pd.isna(found.loc["closed", "within_kl"]) and pd.isna(found.loc["closed", "equal_kl"])
+
+
+def test_no_budget_within_the_share_leaves_its_columns_empty():
+    recipe, ours, ends, documents = both_sides()
+    found = ratios(recipe, ours[ours["budget"] > 4096], ends, documents).set_index("stage")
+    assert pd.isna(found.loc["refined", "within_kl"]) and found.loc["refined", "equal_times_faster"] == pytest.approx(
+        20
+    )
+
+
+# From end to end
+
+
+def tiny_model(folder):
+    """A ``save_pretrained`` folder: two layers, 40 words."""
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(39)} | {"[UNK]": 39}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def tiny_texts(folder):
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    for n in range(160):
+        (folder / f"{n}.txt").write_text(" ".join(f"w{k}" for k in random.zipf(1.3, 90) % 39))
+
+
+@pytest.mark.slow
+def test_the_fitting_benchmark_runs_resumes_and_draws(tmp_path, monkeypatch):
+    tiny_model(tmp_path / "model")
+    tiny_texts(tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(published, "SWEEP_TOKENS", 1000)
+
+    def run(parts, out="out"):
+        fitting.main(
+            f"path:{tmp_path / 'model'}", text=f"file:{tmp_path / 'texts'}", out=tmp_path / out, layers="1",
+            parts=parts, device="cpu", threads=1, length=34,
+        )  # fmt: skip
+
+    run("sweep")
+    # The run is broken off after its first steps and goes on from there.
+    checkpoints = iter(published.CHECKPOINTS)
+    real = torch.save
+
+    def broken_off(content, path):
+        real(content, path)
+        if next(checkpoints) == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        run("recipe")
+    monkeypatch.setattr(torch, "save", real)
+    run("recipe,ours,everything,table")
+    out = tmp_path / "out"
+    (out / "whole").mkdir()
+    (out / "sweep.csv").rename(out / "whole" / "sweep.csv")
+    for state in (tmp_path / "runs").rglob("recipe.pt"):
+        state.unlink()
+    run("recipe", "out/whole")
+    kls = ["lens", "step", "eval_kl", "dev_kl"]
+    resumed, whole = pd.read_csv(out / "recipe.csv"), pd.read_csv(out / "whole" / "recipe.csv")
+    # The text is too short for 250 steps: the schedule ends with it, and so do the checkpoints.
+    assert resumed["step"].max() not in published.CHECKPOINTS
+    pd.testing.assert_frame_equal(resumed[kls], whole[kls])
+    assert (resumed.groupby("lens")["eval_kl"].last() < resumed.groupby("lens")["eval_kl"].first()).all()
+
+    fitted = pd.read_csv(out / "fitting.csv")
+    assert set(zip(fitted["lens"], fitted["stage"], strict=True)) == {
+        (lens, stage) for lens in ("1", "shared") for stage in ("closed", "refined")
+    }
+    ours = pd.read_csv(out / "ours.csv")
+    # Budgets beyond the text are left out.
+    assert ours["budget"].max() == 6144
+    refined = ours[ours["stage"] == "refined"]
+    assert (refined["gflop"] > 0).all() and refined["seconds"].gt(0).all()
+    every = pd.read_csv(out / "everything.csv")
+    layers = every[(every["stage"] == "refined") & (every["lens"] != "shared")]
+    np.testing.assert_allclose(layers["tuned_lens_kl"], layers["eval_kl"], atol=1e-4)
+    for name in ("kl-by-seconds.png", "kl-by-tokens.png", "fitting.json", "everything-seconds.csv"):
+        assert (out / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_converged_recipe_stands_beside_ours_on_the_same_tokens(tmp_path, monkeypatch):
+    tiny_model(tmp_path / "model")
+    tiny_texts(tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(published, "TOKENS_PER_STEP", 512)
+    monkeypatch.setattr(published, "CONVERGED", FitRecipe(refine_tokens=2048, refine_passes=2))
+    fitting.main(
+        f"path:{tmp_path / 'model'}", text=f"file:{tmp_path / 'texts'}", out=tmp_path / "out", layers="1",
+        parts="converged", device="cpu", threads=1, length=34,
+    )  # fmt: skip
+    table = pd.read_csv(tmp_path / "out" / "converged.csv")
+    recipe = table[table["side"] == "recipe"]
+    assert recipe["step"].max() == STEPS and recipe["tokens"].max() == 512 * STEPS
+    assert recipe["eval_kl"].iloc[-1] < recipe["eval_kl"].iloc[0]
+    assert set(table["side"]) == {"closed", "refined", "recipe"} and table["pool_tokens"].nunique() == 1

@@ -35,6 +35,8 @@ def run(task: Task, held_out: dict[str, Capture], folder: Path, say: Callable[[s
     if phases.has(phase="total"):
         return
     readout, layers = task.stream.readout, list(range(task.stream.layers))
+    # The peak is the process's: what it was before tells whether the one below is this part's own.
+    phases.add(phase="before", seconds=0.0, peak_gib=peak_memory())
     begin = last = now(task.device)
 
     def phase(name: str) -> None:

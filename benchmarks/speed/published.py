@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.recipe import STEPS, TOKENS_PER_STEP, OptimizerName, RecipeLens, Setting, visits
-from benchmarks.speed.task import Ledger, Task, Where, now, rows_of, steps_of
+from benchmarks.speed.task import Ledger, Task, Where, keep_documents, mean_kl, now, rows_of, steps_of
+from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_shared, pad_direction, refine
+from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, capture
 
 SWEEP_TOKENS = 32_000
 """Tokens of a trial of the sweep, 128 for each of its 250 steps: the schedule of the run it chooses for, in small."""
 WINDOWS_PER_STEP = 4
+CONVERGED = FitRecipe(refine_tokens=65_536)
+"""Ours beside the recipe's full run: the default path of ridges and pads, passes of four times the default length."""
 CHECKPOINTS = (0, 10, 25, 50, 75, 100, 150, 200, 250)
 
 
@@ -93,9 +97,10 @@ def run(
     """
     ledger = Ledger(folder / "recipe.csv", ("lens", "step"))
     windows = task.whole_windows(STEPS * WINDOWS_PER_STEP)
-    if len(windows.ids) < STEPS * WINDOWS_PER_STEP:
-        say(f"the text has only {len(windows.ids)} whole windows: the recipe takes fewer than {STEPS} steps")
-    lenses = {w: RecipeLens(task.stream.readout, task.stream.d_model, chosen(folder, w), STEPS) for w in wheres}
+    steps = min(STEPS, len(windows.ids) // WINDOWS_PER_STEP)
+    if steps < STEPS:
+        say(f"the text has only {len(windows.ids)} whole windows: the recipe takes {steps} steps, not {STEPS}")
+    lenses = {w: RecipeLens(task.stream.readout, task.stream.d_model, chosen(folder, w), steps) for w in wheres}
     done = 0
     seconds: dict[str, list[float]] = {"model": [], **{str(w): [] for w in wheres}}
     if state.exists():
@@ -111,7 +116,9 @@ def run(
 
     def checkpoint(step: int) -> None:
         for where, lens in lenses.items():
-            row = {f"{split}_kl": task.kl(lens.maps(), where, captured) for split, captured in held_out.items()}
+            sums = {split: task.kl_by_document(lens.maps(), where, captured) for split, captured in held_out.items()}
+            row = {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
+            keep_documents(folder / "recipe-documents.parquet", sums["eval"], lens=where, step=step)
             setting = chosen(folder, where)
             ledger.add(
                 lens=where, step=step, tokens=step * WINDOWS_PER_STEP * (task.length - 2), **row,
@@ -136,7 +143,7 @@ def run(
     remaining = rows_of(windows, np.arange(done * WINDOWS_PER_STEP, len(windows.ids)))
     device = task.device
     for step, batch in enumerate(steps_of(remaining, WINDOWS_PER_STEP), start=done + 1):
-        if step > STEPS:
+        if step > steps:
             break
         start = now(device)
         ids = torch.from_numpy(batch.ids).to(device)
@@ -155,65 +162,82 @@ def run(
                 h = states[int(where)]
             lens.step(lens.published_loss(h, log_p))
             seconds[str(where)].append(now(device) - start)
-        if step in CHECKPOINTS:
+        if step in CHECKPOINTS or step == steps:
             checkpoint(step)
+    if not (folder / "recipe-documents.parquet").exists():
+        checkpoint(steps)  # a finished run from before these were kept
 
 
 def converged(
     task: Task, layer: int, held_out: dict[str, Capture], folder: Path, state: Path, say: Callable[[str], None]
 ) -> None:
-    """The recipe at its full 250 x 262144 token visits on one layer, both optimizers, so that its limit is known.
+    """The recipe at its full 250 x 262144 token visits on one layer, by the better optimizer at its best rate on dev.
 
-    With cached read-out statistics: the same gradients, so the same KL; its seconds are not the package's.
+    With cached read-out statistics: the same gradients, so the same KL; its seconds are not the package's. Beside it, on
+    the same tokens, our closed form and refinement.
     """
     fit = capture(task.stream, task.whole_windows(10**9), batch=16)
     states, expected, entropy = fit.states[layer].clone(), fit.expected, fit.entropy_term
     dev = held_out["dev"]
-    del fit
     sweep_ledger = Ledger(folder / "converged-sweep.csv", ("optimizer", "lr_scale"))
-    ledger = Ledger(folder / "converged.csv", ("optimizer", "step"))
+    ledger = Ledger(folder / "converged.csv", ("side", "step"))
     readout, d = task.stream.readout, task.stream.d_model
-    for optimizer in ("sgd", "adam"):
-        scale = 1.0
 
-        def trial(scale: float, optimizer=optimizer) -> float:
-            if not sweep_ledger.has(optimizer=optimizer, lr_scale=scale):
-                lens = RecipeLens(readout, d, Setting(optimizer, scale), STEPS)
-                for at in visits(len(states), 8192, STEPS, seed=0):
-                    lens.step(lens.cached_loss(states[at], expected[at], entropy[at]))
-                kl = task.kl(lens.maps(), layer, dev)
-                sweep_ledger.add(optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=8192 * STEPS, dev_kl=kl)
-                say(f"converged, sweep: {optimizer} x{scale:g} gives {kl:.4f}")
-            rows = sweep_ledger.rows()
-            return float(rows[(rows["optimizer"] == optimizer) & (rows["lr_scale"] == scale)]["dev_kl"].iloc[0])
+    def trial(optimizer: OptimizerName, scale: float) -> float:
+        if not sweep_ledger.has(optimizer=optimizer, lr_scale=scale):
+            lens = RecipeLens(readout, d, Setting(optimizer, scale), STEPS)
+            for at in visits(len(states), 8192, STEPS, seed=0):
+                lens.step(lens.cached_loss(states[at], expected[at], entropy[at]))
+            kl = task.kl(lens.maps(), layer, dev)
+            sweep_ledger.add(optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=8192 * STEPS, dev_kl=kl)
+            say(f"converged, sweep: {optimizer} x{scale:g} gives {kl:.4f}")
+        rows = sweep_ledger.rows()
+        return float(rows[(rows["optimizer"] == optimizer) & (rows["lr_scale"] == scale)]["dev_kl"].iloc[0])
 
-        factor = 3.0 if trial(3.0) < trial(1.0) else 1 / 3
+    best: dict[float, Setting] = {}
+    optimizers: tuple[OptimizerName, ...] = ("sgd", "adam")
+    for optimizer in optimizers:
+        factor = 3.0 if trial(optimizer, 3.0) < trial(optimizer, 1.0) else 1 / 3
         scale = 3.0 if factor == 3.0 else 1.0
-        while trial(scale * factor) < trial(scale):
+        while trial(optimizer, scale * factor) < trial(optimizer, scale):
             scale *= factor
-        lens = RecipeLens(readout, d, Setting(optimizer, scale), STEPS)
-        place = state.with_name(f"{state.stem}-{optimizer}.pt")
-        done = 0
-        if place.exists():
-            stored = torch.load(place, weights_only=True)
-            done = stored["step"]
-            lens.restore(stored["lens"])
-        start = time.perf_counter()
-        for step, at in enumerate(visits(len(states), TOKENS_PER_STEP, STEPS, seed=0, start=done), start=done + 1):
-            total = 0.0
-            for part in at.split(8192):
-                loss = lens.cached_loss(states[part], expected[part], entropy[part]) * (len(part) / len(at))
-                loss.backward()
-                total += float(loss.detach())
-            lens.update(torch.tensor(total))
-            if step % 10 == 0:
-                ledger.add(
-                    optimizer=optimizer, step=step, tokens=step * TOKENS_PER_STEP, lr_scale=scale, layer=layer,
-                    pool_tokens=len(states), fit_kl=total, dev_kl=task.kl(lens.maps(), layer, dev),
-                    eval_kl=task.kl(lens.maps(), layer, held_out["eval"]),
-                )  # fmt: skip
-                place.parent.mkdir(parents=True, exist_ok=True)
-                torch.save({"step": step, "lens": lens.state()}, place.with_suffix(".partial"))
-                os.replace(place.with_suffix(".partial"), place)
-                pace = (time.perf_counter() - start) / (step - done)
-                say(f"converged: {optimizer} x{scale:g} step {step}, {pace * (STEPS - step):.0f} s to go")
+        best[trial(optimizer, scale)] = Setting(optimizer, scale)
+    setting = best[min(best)]
+    lens = RecipeLens(readout, d, setting, STEPS)
+
+    def measured(side: str, step: int, maps: AffineMaps, **columns: object) -> None:
+        sums = {split: task.kl_by_document(maps, layer, captured) for split, captured in held_out.items()}
+        row = {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
+        ledger.add(side=side, step=step, layer=layer, pool_tokens=len(states), **row, **columns)
+        keep_documents(folder / "converged-documents.parquet", sums["eval"], side=side, step=step)
+
+    if not ledger.has(side="refined", step=0):
+        search = DevSearch(readout, dev, CONVERGED, pad_direction(readout, fit.states[-1]))
+        moments = Moments.of(fit)
+        closed = fit_shared(search, moments, [layer])
+        refined = refine(search, fit, moments.pooled([layer]), closed.maps, list(closed.ridges), [[layer]])[0]
+        measured("closed", 0, closed.maps)
+        measured("refined", 0, refined.maps)
+    del fit
+
+    done = 0
+    if state.exists():
+        stored = torch.load(state, weights_only=True)
+        done = stored["step"]
+        lens.restore(stored["lens"])
+    start = time.perf_counter()
+    for step, at in enumerate(visits(len(states), TOKENS_PER_STEP, STEPS, seed=0, start=done), start=done + 1):
+        total = 0.0
+        for part in at.split(8192):
+            loss = lens.cached_loss(states[part], expected[part], entropy[part]) * (len(part) / len(at))
+            loss.backward()
+            total += float(loss.detach())
+        lens.update(torch.tensor(total))
+        if step % 10 == 0:
+            measured("recipe", step, lens.maps(), tokens=step * TOKENS_PER_STEP, optimizer=setting.optimizer,
+                     lr_scale=setting.lr_scale, fit_kl=total)  # fmt: skip
+            state.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"step": step, "lens": lens.state()}, state.with_suffix(".partial"))
+            os.replace(state.with_suffix(".partial"), state)
+            pace = (time.perf_counter() - start) / (step - done)
+            say(f"converged: {setting} step {step}, {pace * (STEPS - step):.0f} s to go")

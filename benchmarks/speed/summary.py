@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,66 +11,93 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.speed.task import Ledger, write_description
+from benchmarks.speed.task import Ledger, console, paired_difference, write_description
 from lensbench.errors import LensbenchError
 from lensbench.results import write_atomically
 
 LARGEST_SHARE = {"closed": 1 / 200, "refined": 1 / 100}
 """The shares of the recipe's seconds that each stage is held against."""
+READ_THERE = (
+    "tokens", "seconds", "kl", "times_faster", "times_fewer_flops", "less_recipe", "less_recipe_ci_low",
+    "less_recipe_ci_high",
+)  # fmt: skip
+"""Of a budget that was chosen."""
+COLUMNS = ("lens", "stage", "recipe", "in its share", "faster", "first at equal dev KL", "faster")
+"""Of the printed table; differences are ours less the recipe's."""
 COLOURS = {"recipe": "#666666", "closed": "#0072b2", "refined": "#d55e00"}
 
 
-def ratios(recipe: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
+def ratios(recipe: pd.DataFrame, ours: pd.DataFrame, ends: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFrame:
     """For each lens and stage: what ours reaches within its share of the recipe's seconds, and its time to equal KL.
 
+    Budgets are chosen on dev: the lowest KL within the share, and the first that is at the recipe's KL or below. Eval is
+    read there, with the interval of the difference from the recipe (paired bootstrap over documents, lenses fixed).
     Seconds are of all lenses fitted together, on both sides: one forward pass serves them all.
     """
-    last = recipe["step"].max()
-    ends = recipe[recipe["step"] == last].astype({"lens": str}).set_index("lens")
-    seconds = float(ends["model_seconds"].iloc[0] + ends["lens_seconds"].sum())
+    last_step = recipe["step"].max()
+    last = recipe[recipe["step"] == last_step].astype({"lens": str}).set_index("lens")
+    ends = ends[ends["step"] == str(last_step)]
+    seconds = float(last["model_seconds"].iloc[0] + last["lens_seconds"].sum())
+    gflop = float(last["model_gflop"].iloc[0] + last["lens_gflop"].sum())
     rows = []
-    for lens, end in ends.iterrows():
+    for lens, end in last.iterrows():
         for stage, share in LARGEST_SHARE.items():
-            mine = ours[(ours["lens"].astype(str) == lens) & (ours["stage"] == stage)].sort_values("seconds")
-            within = mine[mine["seconds"] <= share * seconds]
-            equal = mine[mine["eval_kl"] <= end["eval_kl"]]
+            mine = ours[(ours["lens"].astype(str) == lens) & (ours["stage"] == stage)].sort_values("budget")
             row = {
                 "lens": lens, "stage": stage, "recipe": f"{end['optimizer']} x{end['lr_scale']:g}",
                 "recipe_tokens": int(end["tokens"]), "recipe_seconds": seconds, "recipe_kl": end["eval_kl"],
                 "share_allowed": share,
             }  # fmt: skip
-            if len(within):
-                best = within.loc[within["eval_kl"].idxmin()]
-                row |= {"tokens": int(best["budget"]), "seconds": best["seconds"], "kl": best["eval_kl"],
-                        "share": best["seconds"] / seconds, "lower": bool(best["eval_kl"] < end["eval_kl"])}  # fmt: skip
-            if len(equal):
-                row |= {"tokens_to_equal": int(equal["budget"].iloc[0]), "seconds_to_equal": equal["seconds"].iloc[0],
-                        "times_faster_to_equal": seconds / equal["seconds"].iloc[0]}  # fmt: skip
+            within = mine[mine["seconds"] <= share * seconds]
+            equal = mine[mine["dev_kl"] <= end["dev_kl"]]
+            for prefix, found in (("within", within.nsmallest(1, "dev_kl")), ("equal", equal.head(1))):
+                row |= {f"{prefix}_{name}": float("nan") for name in READ_THERE}
+                for at in found.to_dict("records"):
+                    of = (documents["lens"] == lens) & (documents["stage"] == stage)
+                    budget = documents[of & (documents["budget"] == str(int(at["budget"])))]
+                    difference = paired_difference(budget, ends[ends["lens"] == lens])
+                    values = (at["budget"], at["seconds"], at["eval_kl"], seconds / at["seconds"], gflop / at["gflop"])
+                    row |= {f"{prefix}_{name}": v for name, v in zip(READ_THERE, (*values, *difference), strict=True)}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def curves(recipe: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
-    """One tidy frame of both sides: lens, side, tokens, seconds (of all lenses together), held-out KL."""
+def curves(recipe: pd.DataFrame, ours: pd.DataFrame, ends: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFrame:
+    """One tidy frame of both sides: lens, side, tokens, seconds (of all lenses together), held-out KL, its interval."""
     total = recipe.groupby("step")["lens_seconds"].transform("sum") + recipe["model_seconds"]
     theirs = pd.DataFrame({"lens": recipe["lens"].astype(str), "side": "recipe", "tokens": recipe["tokens"],
-                           "seconds": total, "kl": recipe["eval_kl"]})  # fmt: skip
+                           "seconds": total, "kl": recipe["eval_kl"], "key": recipe["step"].astype(str)})  # fmt: skip
     mine = pd.DataFrame({"lens": ours["lens"].astype(str), "side": ours["stage"], "tokens": ours["budget"],
-                         "seconds": ours["seconds"], "kl": ours["eval_kl"]})  # fmt: skip
-    return pd.concat([theirs[theirs["tokens"] > 0], mine], ignore_index=True)
+                         "seconds": ours["seconds"], "kl": ours["eval_kl"], "key": ours["budget"].astype(str)})  # fmt: skip
+    of_all = pd.concat([ends.assign(side="recipe", key=ends["step"]),
+                        documents.assign(side=documents["stage"], key=documents["budget"])])  # fmt: skip
+    intervals = [
+        dict(zip(("lens", "side", "key"), name, strict=True), low=low, high=high)
+        for name, sums in of_all.groupby(["lens", "side", "key"])
+        for _, low, high in [paired_difference(sums, sums.assign(kl=0.0))]
+    ]
+    frame = pd.concat([theirs[theirs["tokens"] > 0], mine], ignore_index=True)
+    return frame.merge(pd.DataFrame(intervals), how="left", on=["lens", "side", "key"], validate="one_to_one")
+
+
+def with_interval(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:+.3f} [{row[name + '_ci_low']:+.3f}, {row[name + '_ci_high']:+.3f}]"
 
 
 def draw(frame: pd.DataFrame, along: str, label: str) -> Figure:
-    """Held-out KL along tokens or seconds, a panel for each lens."""
+    """Held-out KL along tokens or seconds, a panel for each lens, with 95 % intervals over documents."""
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
         grid = sns.relplot(
             frame, x=along, y="kl", hue="side", style="side", col="lens", kind="line", markers=True, dashes=False,
             palette=COLOURS, hue_order=list(COLOURS), style_order=list(COLOURS), height=2.6, aspect=0.95,
             facet_kws={"sharey": False}, errorbar=None, estimator=None,
         )  # fmt: skip
+        for lens, axis in grid.axes_dict.items():
+            for side, rows in frame[frame["lens"] == lens].dropna(subset="low").groupby("side"):
+                axis.errorbar(rows[along], rows["kl"], (rows["kl"] - rows["low"], rows["high"] - rows["kl"]), fmt="none",
+                              ecolor=COLOURS[str(side)], elinewidth=0.8)  # fmt: skip
         grid.set(xscale="log")
         grid.set_axis_labels(label, "held-out KL, nats/token")
         grid.set_titles("lens {col_name}")
@@ -81,11 +109,12 @@ def write(folder: Path, say: Callable[[str], None]) -> None:
     """``fitting.csv``, the figures, and a printed table; raises :class:`LensbenchError` where a part is missing."""
     recipe, ours = Ledger(folder / "recipe.csv", ()).rows(), Ledger(folder / "ours.csv", ()).rows()
     for name, table in (("recipe", recipe), ("ours", ours)):
-        if not len(table):
-            raise LensbenchError(f"{folder} has no {name}.csv: run the part {name} first")
-    found = ratios(recipe, ours)
+        if not len(table) or not (folder / f"{name}-documents.parquet").exists():
+            raise LensbenchError(f"{folder} lacks {name}.csv or {name}-documents.parquet: run the part {name} first")
+    ends, documents = (pd.read_parquet(folder / f"{name}-documents.parquet") for name in ("recipe", "ours"))
+    found = ratios(recipe, ours, ends, documents)
     write_atomically(folder / "fitting.csv", lambda p: found.to_csv(p, index=False, float_format="%.6g"))
-    frame = curves(recipe, ours)
+    frame = curves(recipe, ours, ends, documents)
     for name, along, label in (
         ("kl-by-seconds", "seconds", "seconds, all lenses together"),
         ("kl-by-tokens", "tokens", "tokens"),
@@ -97,16 +126,21 @@ def write(folder: Path, say: Callable[[str], None]) -> None:
         )
         plt.close(figure)
     write_description(folder, "fitting", {"share_allowed": LARGEST_SHARE})
-    table = Table(title="The published recipe's end against ours within its share of the seconds")
-    for column in ("lens", "stage", "recipe KL", "recipe s", "our KL", "our s", "share", "equal KL: times faster"):
+    table = Table(
+        title=f"The recipe's end, {found['recipe_seconds'].iloc[0]:.0f} s, against ours, nats/token", box=None
+    )
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     for row in found.to_dict("records"):
-        known = pd.notna(row.get("kl"))
-        table.add_row(
-            str(row["lens"]), str(row["stage"]), f"{row['recipe_kl']:.3f}", f"{row['recipe_seconds']:.0f}",
-            f"{row['kl']:.3f}" if known else "-", f"{row['seconds']:.1f}" if known else "-",
-            f"1/{1 / row['share']:.0f}" if known else "-",
-            f"{row['times_faster_to_equal']:.0f}" if pd.notna(row.get("times_faster_to_equal")) else "not reached",
-        )  # fmt: skip
-    Console().print(table)
+        cells = [str(row["lens"]), str(row["stage"]), f"{row['recipe_kl']:.3f}"]
+        if pd.notna(row.get("within_kl")):
+            cells += [with_interval(row, "within_less_recipe"), f"{row['within_times_faster']:.0f}x"]
+        else:
+            cells += ["-", "-"]
+        if pd.notna(row.get("equal_kl")):
+            cells += [with_interval(row, "equal_less_recipe"), f"{row['equal_times_faster']:.1f}x"]
+        else:
+            cells += ["not reached", "-"]
+        table.add_row(*cells)
+    console.print(table)
     say(f"tables and figures: {folder}")

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from lensbench import corpus
 from lensbench.corpus import TokenizedDocument, Windows
+from lensbench.errors import LensbenchError
+from lensbench.indices import bootstrap_weights, interval
 from lensbench.lenses import AffineMaps
 from lensbench.models.pretrained import load_pretrained
-from lensbench.results import write_json
+from lensbench.results import write_atomically, write_json
 from lensbench.run import git_revision
 from lensbench.stream import Capture, ResidualStream, capture
 from lensbench.transfer import score
@@ -139,16 +141,21 @@ class Task:
 
     def kl(self, maps: AffineMaps, where: Where, captured: Capture) -> float:
         """Held-out KL of one lens, nats/token; for the shared lens the tokens are dealt out over the layers."""
-        readout = self.stream.readout
-        if where != "shared":
-            return float(score(readout, captured.states[int(where)], maps, captured).kl.double().mean())
-        layers = captured.layers
-        means = []
-        for layer in range(layers):
-            at = torch.arange(layer, len(captured), layers, device=self.device)
-            part = captured.take(at)
-            means.append(float(score(readout, part.states[layer], maps, part).kl.double().mean()))
-        return float(np.mean(means))
+        return mean_kl(self.kl_by_document(maps, where, captured))
+
+    def kl_by_document(self, maps: AffineMaps, where: Where, captured: Capture) -> pd.DataFrame:
+        """Sums of KL over the tokens of each document (columns document, kl, tokens); every layer of the shared lens
+        weighs the same, however many of the tokens it got."""
+        readout, layers, count = self.stream.readout, captured.layers, len(captured)
+        kl, weight = np.empty(count), np.ones(count)
+        dealt = [(int(where), np.arange(count))] if where != "shared" else [
+            (layer, np.arange(layer, count, layers)) for layer in range(layers)]  # fmt: skip
+        for layer, at in dealt:
+            part = captured.take(torch.from_numpy(at).to(self.device))
+            kl[at] = score(readout, part.states[layer], maps, part).kl.double().cpu().numpy()
+            weight[at] = count / (len(dealt) * len(at))
+        frame = pd.DataFrame({"document": captured.document, "kl": weight * kl, "tokens": weight})
+        return frame.groupby("document", as_index=False).sum()
 
     def describe(self) -> dict[str, Any]:
         """What a reader needs to tell whether two results measure the same thing."""
@@ -225,7 +232,40 @@ class Ledger:
         os.replace(partial, self.path)
 
 
+def mean_kl(sums: pd.DataFrame) -> float:
+    """Nats/token of a table of :meth:`Task.kl_by_document`."""
+    return float(sums["kl"].sum() / sums["tokens"].sum())
+
+
+def keep_documents(path: Path, sums: pd.DataFrame, **key: object) -> None:
+    """Adds the sums of one lens by document to a table, in the place of what it held under the same key."""
+    columns = {name: str(value) for name, value in key.items()}
+    sums = sums.assign(**columns)[[*columns, "document", "kl", "tokens"]]
+    if path.exists():
+        known = pd.read_parquet(path)
+        other = known[list(columns)] != pd.Series(columns)
+        sums = pd.concat([known[other.any(axis=1)], sums], ignore_index=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda p: sums.to_parquet(p, index=False))
+
+
+def paired_difference(one: pd.DataFrame, other: pd.DataFrame, *, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean KL of ``one`` less that of ``other`` with its 95 % interval: paired bootstrap over documents, lenses fixed.
+
+    Raises :class:`LensbenchError` where the two were not measured on the same documents.
+    """
+    one, other = one.sort_values("document"), other.sort_values("document")
+    if not np.array_equal(one["document"], other["document"]) or not np.allclose(one["tokens"], other["tokens"]):
+        raise LensbenchError("the two lenses were not measured on the same documents: measure both again")
+    tokens = one["tokens"].to_numpy()
+    lower = one["kl"].to_numpy() - other["kl"].to_numpy()
+    weights = bootstrap_weights(len(tokens), draws, seed=0)
+    low, high = interval((weights @ lower) / (weights @ tokens))
+    return float(lower.sum() / tokens.sum()), float(low), float(high)
+
+
 def write_description(folder: Path, name: str, content: dict[str, Any]) -> None:
     """``NAME.json``: the settings and machine behind the tables of a part, with the sha256 of each table."""
-    tables = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(f"{name}*.csv"))}
+    found = [p for p in sorted(folder.glob(f"{name}*")) if p.suffix in (".csv", ".parquet")]
+    tables = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
     write_json(folder / f"{name}.json", json.loads(json.dumps({**content, "tables": tables}, default=str)))
