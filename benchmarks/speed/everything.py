@@ -16,7 +16,7 @@ from lensbench.stream import Capture, capture
 FIT_TOKENS = 32_768
 DEV_TOKENS = 512
 RECIPE = FitRecipe(
-    ridges=(1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+    ridges=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0),
     pads=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
     pooled_dev_tokens=1024,
     refine_tokens=FIT_TOKENS,

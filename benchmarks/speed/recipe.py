@@ -2,10 +2,11 @@
 
 Belrose et al. 2023 (arXiv 2303.08112) as tuned-lens 0.2.0 ships it: translators from zero, SGD with Nesterov momentum
 (or Adam with amsgrad), 250 steps of 2^18 tokens, gradients clipped to norm 1, learning rate falling linearly to 0, the
-model's log-probabilities and every lens's computed anew at every step. Four departures, all in its favour: gradients are
-clipped lens by lens (the package clips the norm over all lenses together); each lens may have a rate of its own; Adam
-warms up over a fifth of the steps, as the package documents (it compares an enum with a string and never does) and falls
-to 0 at the last step, not before it; and nothing is rounded to bfloat16.
+model's log-probabilities and every lens's computed anew at every step. Departures: gradients are clipped lens by lens (the
+package clips the norm over all lenses together); each lens may have a rate of its own; Adam warms up over a fifth of the
+steps, as the package documents (it compares an enum with a string and never does) and falls to 0 at the last step, not
+before it; and everything is in float32, on both sides of a comparison, where the package runs its lenses under bfloat16
+autocast: more exact, and slower on a processor whose bfloat16 products are fast (descriptions give both rates).
 """
 
 from collections.abc import Iterator

@@ -64,6 +64,25 @@ def ratios(recipe: pd.DataFrame, ours: pd.DataFrame, ends: pd.DataFrame, documen
     return pd.DataFrame(rows)
 
 
+def at_equal_tokens(sweep: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
+    """Dev KL of the recipe's best trial, its schedule run to its end, beside ours from the next budget above its tokens.
+
+    What the learning curve does not show: its points of the recipe lie midway on the schedule of a longer run.
+    """
+    trials = sweep[sweep["dev_kl"].notna()].astype({"lens": str})
+    rows = []
+    for lens, tried in trials.groupby("lens", sort=False):
+        best = tried.loc[tried["dev_kl"].idxmin()]
+        row = {"lens": lens, "recipe": f"{best['optimizer']} x{best['lr_scale']:g}", "recipe_tokens": int(best["tokens"]),
+               "recipe_dev_kl": best["dev_kl"]}  # fmt: skip
+        for stage in LARGEST_SHARE:
+            mine = ours[(ours["lens"].astype(str) == lens) & (ours["stage"] == stage)].sort_values("budget")
+            for at in mine[mine["budget"] >= best["tokens"]].head(1).to_dict("records"):
+                row |= {"tokens": int(at["budget"]), f"{stage}_dev_kl": at["dev_kl"]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def curves(recipe: pd.DataFrame, ours: pd.DataFrame, ends: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFrame:
     """One tidy frame of both sides: lens, side, tokens, seconds (of all lenses together), held-out KL, its interval."""
     total = recipe.groupby("step")["lens_seconds"].transform("sum") + recipe["model_seconds"]
@@ -114,6 +133,8 @@ def write(folder: Path, say: Callable[[str], None]) -> None:
     ends, documents = (pd.read_parquet(folder / f"{name}-documents.parquet") for name in ("recipe", "ours"))
     found = ratios(recipe, ours, ends, documents)
     write_atomically(folder / "fitting.csv", lambda p: found.to_csv(p, index=False, float_format="%.6g"))
+    equal = at_equal_tokens(Ledger(folder / "sweep.csv", ()).rows(), ours)
+    write_atomically(folder / "fitting-equal-tokens.csv", lambda p: equal.to_csv(p, index=False, float_format="%.6g"))
     frame = curves(recipe, ours, ends, documents)
     for name, along, label in (
         ("kl-by-seconds", "seconds", "seconds, all lenses together"),
