@@ -1,7 +1,10 @@
 """What the README promises and quotes is what the project has and prints."""
 
+import hashlib
 import io
+import json
 import re
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +18,10 @@ from lensbench.cli import app
 from lensbench.report import print_run
 
 ROOT = Path(__file__).resolve().parents[1]
+# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
+sys.path.insert(0, str(ROOT))
+from benchmarks.speed.summary import print_ratios  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 QUOTED = re.compile(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")
 
@@ -28,6 +35,8 @@ def test_every_number_with_an_interval_is_printed_by_a_command():
     console = Console(file=io.StringIO(), width=200)
     print_run(results.read_run(ROOT / "results" / "quick"), console)
     printed = console.file.getvalue() + CliRunner().invoke(app, ["compare", str(ROOT / "results" / "quick")]).output
+    print_ratios(pd.read_csv(ROOT / "results" / "speed" / "smollm2" / "fitting.csv"), console)
+    printed += console.file.getvalue().replace("+", "")
     quoted = QUOTED.findall(README)
     assert len(quoted) >= 10
     assert [number for number in quoted if number not in printed] == []
@@ -54,6 +63,13 @@ def test_pictures_and_files_that_are_named_exist():
     for path in re.findall(r"\]\(([^)#]+)\)", README):
         if not path.startswith("http"):
             assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("description", sorted((ROOT / "results" / "speed").rglob("*.json")), ids=lambda p: p.stem)
+def test_measured_speeds_are_what_a_benchmark_wrote(description):
+    content = json.loads(description.read_text())
+    for name, checksum in content["tables"].items():
+        assert hashlib.sha256((description.parent / name).read_bytes()).hexdigest() == checksum, name
 
 
 @pytest.mark.parametrize("name", ["quick"])

@@ -82,7 +82,7 @@ def measure(task: Task, wheres: list[Where], parts: list[str], out: Path) -> Non
             {
                 **task.describe(),
                 "held_out_tokens": {split: len(c) for split, c in held_out.items()},
-                "seconds": round(time.perf_counter() - start, 1),
+                "seconds_of_last_call": round(time.perf_counter() - start, 1),
                 "matmul_gflops_before": round(rate / 1e9, 1),
                 "matmul_gflops_after": round(matmul_rate(device=task.device) / 1e9, 1),
                 "matmul_gflops_bfloat16": round(matmul_rate(torch.bfloat16, task.device) / 1e9, 1),

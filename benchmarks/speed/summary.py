@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.speed.task import Ledger, console, paired_difference, write_description
@@ -105,6 +106,27 @@ def with_interval(row: dict[str, Any], name: str) -> str:
     return f"{row[name]:+.3f} [{row[name + '_ci_low']:+.3f}, {row[name + '_ci_high']:+.3f}]"
 
 
+def print_ratios(found: pd.DataFrame, console: Console) -> None:
+    """``fitting.csv`` in short; differences are ours less the recipe's, on eval."""
+    table = Table(
+        title=f"The recipe's end, {found['recipe_seconds'].iloc[0]:.0f} s, against ours, nats/token", box=None
+    )
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for row in found.to_dict("records"):
+        cells = [str(row["lens"]), str(row["stage"]), f"{row['recipe_kl']:.3f}"]
+        if pd.notna(row.get("within_kl")):
+            cells += [with_interval(row, "within_less_recipe"), f"{row['within_times_faster']:.0f}x"]
+        else:
+            cells += ["-", "-"]
+        if pd.notna(row.get("equal_kl")):
+            cells += [with_interval(row, "equal_less_recipe"), f"{row['equal_times_faster']:.1f}x"]
+        else:
+            cells += ["not reached", "-"]
+        table.add_row(*cells)
+    console.print(table)
+
+
 def draw(frame: pd.DataFrame, along: str, label: str) -> Figure:
     """Held-out KL along tokens or seconds, a panel for each lens, with 95 % intervals over documents."""
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
@@ -147,21 +169,5 @@ def write(folder: Path, say: Callable[[str], None]) -> None:
         )
         plt.close(figure)
     write_description(folder, "fitting", {"share_allowed": LARGEST_SHARE})
-    table = Table(
-        title=f"The recipe's end, {found['recipe_seconds'].iloc[0]:.0f} s, against ours, nats/token", box=None
-    )
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    for row in found.to_dict("records"):
-        cells = [str(row["lens"]), str(row["stage"]), f"{row['recipe_kl']:.3f}"]
-        if pd.notna(row.get("within_kl")):
-            cells += [with_interval(row, "within_less_recipe"), f"{row['within_times_faster']:.0f}x"]
-        else:
-            cells += ["-", "-"]
-        if pd.notna(row.get("equal_kl")):
-            cells += [with_interval(row, "equal_less_recipe"), f"{row['equal_times_faster']:.1f}x"]
-        else:
-            cells += ["not reached", "-"]
-        table.add_row(*cells)
-    console.print(table)
+    print_ratios(found, console)
     say(f"tables and figures: {folder}")

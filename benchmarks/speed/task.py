@@ -77,16 +77,19 @@ class Task:
     documents: dict[str, list[TokenizedDocument]]
     checksum: str
     length: int = LENGTH
+    revision: str | None = None
+    """Of the code as it was loaded; later, tables that were written make the checkout differ."""
 
     @classmethod
     def load(cls, source: str, text: str, *, device: torch.device | str = "cpu", length: int = LENGTH) -> "Task":
+        revision = git_revision()
         loaded = load_pretrained(source, device=device)
         fractions = dict(corpus.FRACTIONS)
         if not loaded.trained_here:
             fractions = {**fractions, "train": 0.0, "fit": fractions["train"] + fractions["fit"]}
         read = corpus.load_corpus(text, fractions=fractions)
         documents = {split: corpus.tokenize(loaded.tokenizer, read.splits[split]) for split in corpus.SPLITS[1:]}
-        return cls(source, text, ResidualStream(loaded.model), documents, read.checksum, length)
+        return cls(source, text, ResidualStream(loaded.model), documents, read.checksum, length, revision)
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +174,7 @@ class Task:
             "unembed_mflop_per_token": self.unembed_flops / 1e6,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
-            "git_revision": git_revision(),
+            "git_revision": self.revision,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
