@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -29,9 +30,9 @@ from lensbench.lenses import SharedLens, load_maps, save_maps, save_tuned_lens, 
 from lensbench.models import build, count_parameters, ngram
 from lensbench.models.training import StepReport, train
 from lensbench.stages import NotFinished, Stage, Stages, open_run_folder
-from lensbench.stream import ResidualStream, capture
+from lensbench.stream import Capture, ResidualStream, capture
 from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
-from lensbench.transfer import half_width, penalties, transfer_sums
+from lensbench.transfer import choose_product_dtype, half_width, penalties, transfer_sums
 
 transformers_logging.disable_progress_bar()  # lensbench draws its own
 
@@ -192,6 +193,14 @@ class Runner:
             self.streams = {key: ResidualStream(self.network(training), view)}
         return self.streams[key]
 
+    def capture(self, stream: ResidualStream, windows: Windows, *, constant: Tensor | None = None) -> Capture:
+        """One pass over the windows. On a GPU it decides, too, whether log-partitions are made in bfloat16 from here on."""
+        captured = capture(stream, windows, constant=constant, memory_gib=self.suite.fit.memory_gib)
+        dtype = choose_product_dtype(stream.readout, stream.readout.final_norm(captured.states[-1][:512]))
+        if dtype is not None:
+            self.progress.say(f"log-partitions in {str(dtype).removeprefix('torch.')}, which agrees with float32 here")
+        return captured
+
     def fitted(self, texts: Texts, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
         """The stages that train a model and fit its lenses, for one view and seed."""
         training = self.trained(texts, self.suite.trained(model), seed)
@@ -202,13 +211,9 @@ class Runner:
             stream = self.stream(training, model.view)
             tick = self.progress.stage(f"fit-{who}", evaluation.fit_steps(recipe, stream.layers), "lenses")
             windows = self.windows(texts, "fit", recipe.sequences, recipe.positions)
-            captured = capture(stream, windows, memory_gib=recipe.memory_gib)
-            dev = capture(
-                stream,
-                self.windows(texts, "dev", recipe.dev_sequences, recipe.dev_positions),
-                constant=captured.mean_p,
-                memory_gib=recipe.memory_gib,
-            )
+            captured = self.capture(stream, windows)
+            dev_windows = self.windows(texts, "dev", recipe.dev_sequences, recipe.dev_positions)
+            dev = self.capture(stream, dev_windows, constant=captured.mean_p)
             fitted = evaluation.fit_all(stream.readout, captured, dev, recipe, seed=seed, report=tick)
             save_maps(fitted.maps, folder / "maps.safetensors")
             results.write_json(folder / "fit.json", fitted.summary.model_dump())
@@ -247,7 +252,7 @@ class Runner:
             while True:
                 start = time.perf_counter()
                 windows = self.eval_windows(texts, count)
-                captured = capture(stream, windows, memory_gib=self.suite.fit.memory_gib)
+                captured = self.capture(stream, windows)
                 sums = transfer_sums(stream.readout, captured, maps, movement=False)
                 seconds = time.perf_counter() - start
                 spent += seconds
@@ -295,7 +300,7 @@ class Runner:
             stream = self.stream(training, model.view)
             tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe), "matrices")
             windows = self.eval_windows(texts)
-            captured = capture(stream, windows, constant=fitted.constant, memory_gib=recipe.memory_gib)
+            captured = self.capture(stream, windows, constant=fitted.constant)
             scored = evaluation.score_all(stream.readout, captured, fitted, report=tick)
             frame = scored.frame(windows, model=model.name, seed=seed)
             results.write_sequences(folder / "sequences.parquet", frame)
