@@ -32,7 +32,7 @@ from lensbench.transfer import score
 LENGTH = 258
 """Tokens of a window: positions 1..256 are used (0 is left out, the last has no next token), so four make 1024."""
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 Where = int | str
 """A layer, or 'shared'."""
