@@ -136,6 +136,9 @@ def draw(frame: pd.DataFrame, along: str, label: str) -> Figure:
             facet_kws={"sharey": False}, errorbar=None, estimator=None,
         )  # fmt: skip
         for lens, axis in grid.axes_dict.items():
+            # Early checkpoints of the recipe, midway on its schedule, would flatten everything else.
+            ours = frame[(frame["lens"] == lens) & (frame["side"] != "recipe")]["kl"]
+            axis.set_ylim(0, 1.15 * ours.max())
             for side, rows in frame[frame["lens"] == lens].dropna(subset="low").groupby("side"):
                 axis.errorbar(rows[along], rows["kl"], (rows["kl"] - rows["low"], rows["high"] - rows["kl"]), fmt="none",
                               ecolor=COLOURS[str(side)], elinewidth=0.8)  # fmt: skip
