@@ -3,7 +3,8 @@
 Parts, in this order, each resumable and skipped where its table is complete: ``sweep`` the recipe's learning rates,
 ``recipe`` its run of 250 steps of 1024 fresh tokens, ``ours`` closed forms and refinement at rising token budgets,
 ``everything`` all layers with their shared and leave-one-out lenses in one go, ``table`` the ratios and figures.
-``converged`` (not among the default parts) takes the recipe to its full 65 million token visits on one layer.
+Not among the default parts: ``converged`` takes the recipe to its full 65 million token visits on one layer; ``package``
+runs tuned-lens's own command line.
 """
 
 import functools
@@ -14,12 +15,13 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.speed import everything, ours, published, summary
+from benchmarks.speed import everything, ours, package, published, summary
 from benchmarks.speed.task import Task, Where, console, matmul_rate, peak_memory, say, write_description
 from lensbench.errors import LensbenchError
 from lensbench.stream import Capture
 
 PARTS = ("sweep", "recipe", "ours", "everything", "table")
+MORE_PARTS = ("converged", "package")
 
 
 def main(
@@ -27,18 +29,21 @@ def main(
     text: Annotated[str, typer.Option(help="Corpus: stdlib, file:PATH or hf:NAME.")] = "stdlib",
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("runs/speed/fitting"),
     layers: Annotated[str, typer.Option(help="Layers that the recipe is run on, beside the shared lens.")] = "5,15,25",
-    parts: Annotated[str, typer.Option(help=f"Some of {', '.join(PARTS)}, converged.")] = ",".join(PARTS),
+    parts: Annotated[str, typer.Option(help=f"Some of {', '.join((*PARTS, *MORE_PARTS))}.")] = ",".join(PARTS),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of both sides.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens of a window; all but the first and last are used.")] = 258,
+    tuned_lens: Annotated[Path | None, typer.Option(help="tuned-lens's own command, for the part package.")] = None,
 ) -> None:
     """Measure, and write tables, figures and a description into OUT."""
     torch.set_num_threads(threads)
     wanted = [p for p in parts.split(",") if p]
-    unknown = [p for p in wanted if p not in (*PARTS, "converged")]
+    unknown = [p for p in wanted if p not in (*PARTS, *MORE_PARTS)]
     try:
         if unknown:
-            raise LensbenchError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}, converged")
+            raise LensbenchError(f"there is no part {unknown[0]!r}; there are {', '.join((*PARTS, *MORE_PARTS))}")
+        if "package" in wanted and tuned_lens is None:
+            raise LensbenchError("the part package needs --tuned-lens, the command of an environment that runs it")
         if not layers or not all(part.isdigit() for part in layers.split(",")):
             raise LensbenchError(f"--layers is {layers!r}: give numbers separated by commas, such as 5,15,25")
         if wanted == ["table"]:
@@ -47,13 +52,13 @@ def main(
         numbers = [int(part) for part in layers.split(",")]
         if max(numbers) >= task.stream.layers:
             raise LensbenchError(f"layer {max(numbers)} is not there: {model} has layers 0 to {task.stream.layers - 1}")
-        measure(task, [*numbers, "shared"], wanted, out)
+        measure(task, [*numbers, "shared"], wanted, out, tuned_lens)
     except LensbenchError as error:
         console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
-def measure(task: Task, wheres: list[Where], parts: list[str], out: Path) -> None:
+def measure(task: Task, wheres: list[Where], parts: list[str], out: Path, tuned_lens: Path | None) -> None:
     """The parts asked for, in their order."""
     scratch = Path("runs/speed") / f"{task.stream.readout.unembedding_hash()[:12]}-{task.checksum[:12]}"
     say(f"{task.source} on {task.text}: matmul rate {matmul_rate(device=task.device) / 1e9:.0f} GFLOP/s")
@@ -68,6 +73,9 @@ def measure(task: Task, wheres: list[Where], parts: list[str], out: Path) -> Non
         "everything": functools.partial(everything.run, task, held_out, out, say),
         "converged": functools.partial(
             published.converged, task, int(wheres[0]), held_out, out, scratch / "converged.pt", say
+        ),
+        "package": functools.partial(
+            package.run, task, held_out, out, scratch / "package", tuned_lens or Path("tuned-lens"), say
         ),
     }
     for name, step in steps.items():
