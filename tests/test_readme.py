@@ -35,11 +35,19 @@ def test_every_number_with_an_interval_is_printed_by_a_command():
     console = Console(file=io.StringIO(), width=200)
     print_run(results.read_run(ROOT / "results" / "quick"), console)
     printed = console.file.getvalue() + CliRunner().invoke(app, ["compare", str(ROOT / "results" / "quick")]).output
-    print_ratios(pd.read_csv(ROOT / "results" / "speed" / "smollm2" / "fitting.csv"), console)
-    printed += console.file.getvalue().replace("+", "")
     quoted = QUOTED.findall(README)
     assert len(quoted) >= 10
     assert [number for number in quoted if number not in printed] == []
+
+
+def test_speeds_that_are_told_are_those_that_the_benchmark_prints():
+    text = README + (ROOT / "benchmarks" / "README.md").read_text()
+    console = Console(file=io.StringIO(), width=200)
+    for name in ("smollm2", "quick"):
+        print_ratios(pd.read_csv(ROOT / "results" / "speed" / name / "fitting.csv"), console)
+    printed = console.file.getvalue()
+    told = re.findall(r"[-+]\d\.\d+ \[[-+]\d\.\d+, [-+]\d\.\d+\]|\b\d+\.\dx", text)
+    assert len(told) >= 12 and [number for number in told if number not in printed] == []
 
 
 def test_the_python_example_runs(tiny_run):
