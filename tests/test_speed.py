@@ -1,6 +1,7 @@
 """The published side of the speed comparison: tuned-lens's own loss, optimizers and order of tokens, and the ledger."""
 
 import copy
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -581,10 +582,13 @@ def test_the_fitting_benchmark_runs_resumes_and_draws(tmp_path, monkeypatch):
     run("recipe,ours,everything,table")
     out = tmp_path / "out"
     (out / "whole").mkdir()
-    (out / "sweep.csv").rename(out / "whole" / "sweep.csv")
-    for state in (tmp_path / "runs").rglob("recipe.pt"):
+    shutil.copy(out / "sweep.csv", out / "whole" / "sweep.csv")
+    for state in (tmp_path / "runs").rglob("recipe-*.pt"):
         state.unlink()
     run("recipe", "out/whole")
+    before = (out / "recipe.csv").read_bytes()
+    run("recipe")
+    assert (out / "recipe.csv").read_bytes() == before, "a finished part is not run again"
     kls = ["lens", "step", "eval_kl", "dev_kl"]
     resumed, whole = pd.read_csv(out / "recipe.csv"), pd.read_csv(out / "whole" / "recipe.csv")
     # The text is too short for 250 steps: the schedule ends with it, and so do the checkpoints.

@@ -1,5 +1,6 @@
 """The published recipe's side of the comparison: its own learning rates, its run on fresh tokens, its converged value."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -100,7 +101,14 @@ def run(
     steps = min(STEPS, len(windows.ids) // WINDOWS_PER_STEP)
     if steps < STEPS:
         say(f"the text has only {len(windows.ids)} whole windows: the recipe takes {steps} steps, not {STEPS}")
-    lenses = {w: RecipeLens(task.stream.readout, task.stream.d_model, chosen(folder, w), steps) for w in wheres}
+    documents = folder / "recipe-documents.parquet"
+    if documents.exists() and all(ledger.has(lens=w, step=steps) for w in wheres):
+        return
+    settings = {str(w): chosen(folder, w) for w in wheres}
+    lenses = {w: RecipeLens(task.stream.readout, task.stream.d_model, settings[str(w)], steps) for w in wheres}
+    # Other lenses or other rates are another run.
+    digest = hashlib.sha256(repr((sorted(settings.items()), steps, task.length)).encode()).hexdigest()
+    state = state.with_name(f"{state.stem}-{digest[:8]}.pt")
     done = 0
     seconds: dict[str, list[float]] = {"model": [], **{str(w): [] for w in wheres}}
     if state.exists():
@@ -118,8 +126,8 @@ def run(
         for where, lens in lenses.items():
             sums = {split: task.kl_by_document(lens.maps(), where, captured) for split, captured in held_out.items()}
             row = {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
-            keep_documents(folder / "recipe-documents.parquet", sums["eval"], lens=where, step=step)
-            setting = chosen(folder, where)
+            keep_documents(documents, sums["eval"], lens=where, step=step)
+            setting = settings[str(where)]
             ledger.add(
                 lens=where, step=step, tokens=step * WINDOWS_PER_STEP * (task.length - 2), **row,
                 optimizer=setting.optimizer, lr_scale=setting.lr_scale, model_seconds=step * median(seconds["model"]),
@@ -164,8 +172,8 @@ def run(
             seconds[str(where)].append(now(device) - start)
         if step in CHECKPOINTS or step == steps:
             checkpoint(step)
-    if not (folder / "recipe-documents.parquet").exists():
-        checkpoint(steps)  # a finished run from before these were kept
+    if done == steps:
+        checkpoint(steps)  # finished before, but its tables are gone
 
 
 def converged(
@@ -176,11 +184,13 @@ def converged(
     With cached read-out statistics: the same gradients, so the same KL; its seconds are not the package's. Beside it, on
     the same tokens, our closed form and refinement.
     """
+    ledger = Ledger(folder / "converged.csv", ("layer", "side", "step"))
+    if ledger.has(side="recipe", step=STEPS, layer=layer):
+        return
     fit = capture(task.stream, task.whole_windows(10**9), batch=16)
     states, expected, entropy = fit.states[layer].clone(), fit.expected, fit.entropy_term
     dev = held_out["dev"]
     sweep_ledger = Ledger(folder / "converged-sweep.csv", ("optimizer", "lr_scale"))
-    ledger = Ledger(folder / "converged.csv", ("side", "step"))
     readout, d = task.stream.readout, task.stream.d_model
 
     def trial(optimizer: OptimizerName, scale: float) -> float:
@@ -209,9 +219,9 @@ def converged(
         sums = {split: task.kl_by_document(maps, layer, captured) for split, captured in held_out.items()}
         row = {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
         ledger.add(side=side, step=step, layer=layer, pool_tokens=len(states), **row, **columns)
-        keep_documents(folder / "converged-documents.parquet", sums["eval"], side=side, step=step)
+        keep_documents(folder / "converged-documents.parquet", sums["eval"], layer=layer, side=side, step=step)
 
-    if not ledger.has(side="refined", step=0):
+    if not ledger.has(layer=layer, side="refined", step=0):
         search = DevSearch(readout, dev, CONVERGED, pad_direction(readout, fit.states[-1]))
         moments = Moments.of(fit)
         closed = fit_shared(search, moments, [layer])
@@ -220,6 +230,7 @@ def converged(
         measured("refined", 0, refined.maps)
     del fit
 
+    state = state.with_name(f"{state.stem}-{layer}-{setting.optimizer}-{setting.lr_scale:g}.pt")
     done = 0
     if state.exists():
         stored = torch.load(state, weights_only=True)
