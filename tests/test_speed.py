@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 from synthetic import capture_of, read_out, windows_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.speed import fitting, published  # noqa: E402
+from benchmarks.speed import fitting, published, transfer  # noqa: E402
 from benchmarks.speed.recipe import STEPS, RecipeLens, Setting, visits  # noqa: E402
 from benchmarks.speed.summary import ratios  # noqa: E402
 from benchmarks.speed.task import (  # noqa: E402
@@ -628,3 +630,29 @@ def test_the_converged_recipe_stands_beside_ours_on_the_same_tokens(tmp_path, mo
     assert recipe["step"].max() == STEPS and recipe["tokens"].max() == 512 * STEPS
     assert recipe["eval_kl"].iloc[-1] < recipe["eval_kl"].iloc[0]
     assert set(table["side"]) == {"closed", "refined", "recipe"} and table["pool_tokens"].nunique() == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "line"),
+    [
+        (fitting, {"threads": 0}, "--threads is 0: at least 1"),
+        (fitting, {"layers": "5,x"}, "--layers is '5,x'"),
+        (fitting, {"layers": ""}, "--layers is ''"),
+        (fitting, {"parts": "sweeep"}, "there is no part 'sweeep'; there are sweep, recipe"),
+        (fitting, {"parts": "package"}, "needs --tuned-lens"),
+        (fitting, {"parts": "table"}, "lacks sweep.csv: run the part sweep first"),
+        (transfer, {"layers": "0,x"}, "--layers is '0,x'"),
+        (transfer, {"threads": -1}, "--threads is -1"),
+        (transfer, {}, "unknown model 'nowhere'"),
+    ],
+)
+def test_bad_options_are_answered_in_one_line(tmp_path, module, options, line, capsys):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(module.main)
+    arguments = ["--model", "nowhere", "--out", str(tmp_path / "out")]
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value)]
+    answer = CliRunner().invoke(app, arguments)
+    printed = answer.output + capsys.readouterr().out
+    assert answer.exit_code == 2 and line in printed and len(printed.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -151,14 +151,16 @@ def draw(frame: pd.DataFrame, along: str, label: str) -> Figure:
 
 def write(folder: Path, say: Callable[[str], None]) -> None:
     """``fitting.csv``, the figures, and a printed table; raises :class:`LensbenchError` where a part is missing."""
-    recipe, ours = Ledger(folder / "recipe.csv", ()).rows(), Ledger(folder / "ours.csv", ()).rows()
+    sweep, recipe, ours = (Ledger(folder / f"{name}.csv", ()).rows() for name in ("sweep", "recipe", "ours"))
+    if not len(sweep):
+        raise LensbenchError(f"{folder} lacks sweep.csv: run the part sweep first")
     for name, table in (("recipe", recipe), ("ours", ours)):
         if not len(table) or not (folder / f"{name}-documents.parquet").exists():
             raise LensbenchError(f"{folder} lacks {name}.csv or {name}-documents.parquet: run the part {name} first")
     ends, documents = (pd.read_parquet(folder / f"{name}-documents.parquet") for name in ("recipe", "ours"))
     found = ratios(recipe, ours, ends, documents)
     write_atomically(folder / "fitting.csv", lambda p: found.to_csv(p, index=False, float_format="%.6g"))
-    equal = at_equal_tokens(Ledger(folder / "sweep.csv", ()).rows(), ours)
+    equal = at_equal_tokens(sweep, ours)
     write_atomically(folder / "fitting-equal-tokens.csv", lambda p: equal.to_csv(p, index=False, float_format="%.6g"))
     frame = curves(recipe, ours, ends, documents)
     for name, along, label in (

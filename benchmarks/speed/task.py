@@ -43,6 +43,20 @@ def say(line: str) -> None:
     console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
 
 
+def numbers_of(layers: str) -> list[int]:
+    """Layers given as ``5,15,25``; raises :class:`LensbenchError` for anything else."""
+    if not all(part.strip().isdecimal() for part in layers.split(",")):
+        raise LensbenchError(f"--layers is {layers!r}: give numbers separated by commas, such as 5,15,25")
+    return [int(part) for part in layers.split(",")]
+
+
+def use_threads(threads: int) -> None:
+    """Raises :class:`LensbenchError` for fewer than one."""
+    if threads < 1:
+        raise LensbenchError(f"--threads is {threads}: at least 1")
+    torch.set_num_threads(threads)
+
+
 def matmul_rate(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", size: int = 2048) -> float:
     """FLOP/s of ``torch.mm`` of ``size x size`` matrices here and now: the best of ten."""
     a = torch.randn(size, size).to(device, dtype)
@@ -267,8 +281,13 @@ def paired_difference(one: pd.DataFrame, other: pd.DataFrame, *, draws: int = 10
     return float(lower.sum() / tokens.sum()), float(low), float(high)
 
 
+def checksums(folder: Path, name: str) -> dict[str, str]:
+    """sha256 of each table of a part."""
+    found = [p for p in sorted(folder.glob(f"{name}*")) if p.suffix in (".csv", ".parquet")]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
 def write_description(folder: Path, name: str, content: dict[str, Any]) -> None:
     """``NAME.json``: the settings and machine behind the tables of a part, with the sha256 of each table."""
-    found = [p for p in sorted(folder.glob(f"{name}*")) if p.suffix in (".csv", ".parquet")]
-    tables = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
-    write_json(folder / f"{name}.json", json.loads(json.dumps({**content, "tables": tables}, default=str)))
+    content = {**content, "tables": checksums(folder, name)}
+    write_json(folder / f"{name}.json", json.loads(json.dumps(content, default=str)))

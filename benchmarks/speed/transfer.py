@@ -14,7 +14,17 @@ import torch
 import typer
 from tuned_lens.nn.lenses import TunedLens
 
-from benchmarks.speed.task import Task, console, matmul_rate, now, peak_memory, say, write_description
+from benchmarks.speed.task import (
+    Task,
+    console,
+    matmul_rate,
+    now,
+    numbers_of,
+    peak_memory,
+    say,
+    use_threads,
+    write_description,
+)
 from lensbench.errors import LensbenchError
 from lensbench.fitting import Moments, RidgePath
 from lensbench.lenses import AffineMaps, tuned_lens
@@ -70,11 +80,11 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 258,
 ) -> None:
     """Measure, and write transfer.csv, transfer-estimate.csv and transfer.json into OUT."""
-    torch.set_num_threads(threads)
     try:
+        numbers = numbers_of(layers)
+        use_threads(threads)
         task = Task.load(model, text, device=device, length=length)
-        numbers = [int(part) for part in layers.split(",") if part.strip().isdigit()]
-        if not numbers or max(numbers) >= task.stream.layers:
+        if max(numbers) >= task.stream.layers:
             raise LensbenchError(f"--layers is {layers!r}: give some of 0 to {task.stream.layers - 1}")
         measure(task, numbers, tokens, out)
     except LensbenchError as error:
