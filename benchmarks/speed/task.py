@@ -43,6 +43,14 @@ def say(line: str) -> None:
     console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, soft_wrap=True)
 
 
+def sha256_of(text: str) -> str | None:
+    """Of the file that a corpus is, where it is one file; ``text_checksum`` is that of the documents read from it."""
+    path = Path(text.removeprefix("file:"))
+    if not text.startswith("file:") or not path.is_file():
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def numbers_of(layers: str) -> list[int]:
     """Layers given as ``5,15,25``; raises :class:`LensbenchError` for anything else."""
     if not all(part.strip().isdecimal() for part in layers.split(",")):
@@ -181,6 +189,7 @@ class Task:
             "model_hash": self.stream.readout.unembedding_hash(),
             "text": self.text if not self.text.startswith("file:") else "file:" + Path(self.text).name,
             "text_checksum": self.checksum,
+            "text_sha256": sha256_of(self.text),
             "layers": self.stream.layers,
             "d_model": self.stream.d_model,
             "vocab_size": self.stream.vocab_size,
