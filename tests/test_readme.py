@@ -43,7 +43,7 @@ def test_every_number_with_an_interval_is_printed_by_a_command():
 def test_speeds_that_are_told_are_those_that_the_benchmark_prints():
     text = (ROOT / "benchmarks" / "README.md").read_text()
     console = Console(file=io.StringIO(), width=200)
-    for name in ("smollm2", "quick"):
+    for name in ("smollm2", "smollm2-prose", "quick"):
         print_ratios(pd.read_csv(ROOT / "results" / "speed" / name / "fitting.csv"), console)
     printed = console.file.getvalue()
     factor, difference = r"\b\d+\.\dx", r"[-+]\d\.\d+ \[[-+]\d\.\d+, [-+]\d\.\d+\]"
