@@ -1,99 +1,29 @@
-"""The residual stream of any causal LM: h_0..h_L before the final norm, the generic read-out, and the rotated view.
+"""The residual stream of any causal LM: h_0..h_L before the final norm, what lenses need of it, and the rotated view.
 
 Everything downstream sees a model only through :class:`ResidualStream` and what :func:`capture` reads off it.
 """
 
+import inspect
 import math
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from tuned_lens.nn.unembed import Unembed
 
 from lensbench.corpus import Windows
 from lensbench.errors import LensbenchError
+from lensbench.readout import ReadOut, behind_the_head, block_input, find_parts, find_readout
+
+__all__ = ["Capture", "ReadOut", "ResidualStream", "RotatedView", "capture", "find_readout", "room_for"]
 
 IDENTITY_TOLERANCE = 1e-4
-"""Largest relative error, in float32, between reading out h_L and the model's own logits."""
-
-
-class ReadOut(Unembed):
-    """``R(h) = head(norm(h))``, found by hooks instead of by a list of classes; usable wherever tuned-lens wants an Unembed.
-
-    ``final_norm`` maps ``[..., d]`` to ``[..., d_read]`` and ``unembedding`` maps that to logits ``[..., V]``, multiplied by
-    ``scale`` and bent by ``softcap tanh(. / softcap)`` where the model does so. The modules are the model's own (never
-    copied), frozen.
-    """
-
-    def __init__(self, final_norm: nn.Module, unembedding: nn.Linear, scale: float = 1.0, softcap: float | None = None):
-        nn.Module.__init__(self)  # Unembed's own constructor knows seven architectures and copies the weights
-        self.final_norm = final_norm
-        self.unembedding = unembedding
-        self.scale, self.softcap = scale, softcap
-        self.product_dtype: torch.dtype | None = None  # of log-partitions on a GPU; None: that of the states
-        self.requires_grad_(False)
-        self._scaled: tuple[Tensor, Tensor | None] | None = None
-        self._gains: dict[tuple[int, torch.dtype, torch.device], Tensor | None] = {}
-
-    @property
-    def linear(self) -> bool:
-        """Whether logits are affine in ``norm(h)``, so that ``e = W^T p`` says all about the model's distribution."""
-        return self.softcap is None
-
-    @property
-    def weight(self) -> Tensor:
-        """Unembedding W with the scale of the logits folded in, ``[V, d_read]``."""
-        return self.unembedding.weight if self.scale == 1 else self._folded()[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Bias of the unembedding with the scale of the logits folded in, ``[V]``."""
-        return self.unembedding.bias if self.scale == 1 else self._folded()[1]
-
-    def _folded(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.unembedding.weight, self.unembedding.bias
-        if self._scaled is None or self._scaled[0].device != weight.device or self._scaled[0].dtype != weight.dtype:
-            self._scaled = weight * self.scale, None if bias is None else bias * self.scale
-        return self._scaled
-
-    def cap_(self, logits: Tensor) -> Tensor:
-        """Soft-capping in place, where the model has it."""
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def logits(self, n: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of normalised states ``[..., d_read]``."""
-        scaled = F.linear(n, self.weight, self.bias)
-        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of states ``[..., d]``."""
-        return self.logits(self.final_norm(h))
-
-    def gain(self, d: int) -> Tensor | None:
-        """Matrix G ``[d_read, d]`` with ``norm(x) = G x / scale(x) + norm(0)``, up to a constant; None if there is none.
-
-        Read off the norm's answers to unit vectors, so that RMSNorm, LayerNorm, norms without gain and norms that look at
-        a part of the state need no case of their own. The claim is checked on random states before it is used.
-        """
-        weight = self.unembedding.weight
-        key = d, weight.dtype, weight.device
-        if key not in self._gains:
-            self._gains[key] = self._find_gain(d, weight.dtype, weight.device)
-        return self._gains[key]
-
-    def _find_gain(self, d: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        offset = self.final_norm(torch.zeros(d, dtype=dtype, device=device))
-        # Long vectors, so that the norm's epsilon does not count; unseen directions map to the offset itself.
-        gain = (self.final_norm(1e3 * torch.eye(d, dtype=dtype, device=device)) - offset).T
-        x = torch.randn(8, d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        cosine = F.cosine_similarity(x @ gain.T, self.final_norm(x) - offset, dim=-1)
-        return gain if bool((cosine > 1 - 1e-4).all()) else None
+"""Largest relative error, in float32, between reading out h_L and the model's own logits; less precise types allow more."""
 
 
 class ResidualStream:
@@ -108,31 +38,47 @@ class ResidualStream:
             raise LensbenchError(f"unknown view {view!r}; there are 'state' and 'prediction'")
         refuse_non_finite(model)
         self.model = model.eval()
-        self.device = next(model.parameters()).device
-        self.readout = find_readout(model)
+        self.input_device = model.get_input_embeddings().weight.device
+        found = find_parts(model)
+        self.readout, self._entry = found.readout, found.entry
+        self._head, self._blocks = found.readout.unembedding, found.members
+        self.device = self._head.weight.device
         self.view = view
-        ids = torch.randint(0, self.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)).to(self.device)
-        heads: list[Tensor] = []
-        hook = self.readout.unembedding.register_forward_hook(lambda _, args, output: heads.append(output))
-        try:
-            hidden, last, logits = self._outputs(ids)
-        finally:
-            hook.remove()
-        self.readout.scale, self.readout.softcap = behind_the_head(heads[-1], logits, model.config)
-        if not any(state.shape == hidden[-1].shape and torch.allclose(state, hidden[-1], rtol=1e-3, atol=1e-4)
+        name = type(model).__name__
+        accepted = inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} if {"use_cache", "kwargs"} & set(accepted) else {}
+        ids = torch.randint(0, self.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+        ids = ids.to(self.input_device)
+        self.readout.scale, self.readout.softcap = behind_the_head(model, self._head, ids)
+        reported, last, logits = self._reported(ids)
+        # bfloat16 has three digits: what is compared are the same operations, in another order where logits are scaled.
+        allowed = max(IDENTITY_TOLERANCE, 4 * torch.finfo(self._head.weight.dtype).eps)
+        if not any(state.shape == reported[-1].shape and torch.allclose(state, reported[-1], rtol=10 * allowed, atol=allowed)
                    for state in (last, self.readout.final_norm(last))):  # fmt: skip
             raise LensbenchError(
-                f"what {type(model).__name__} hands its final norm is not its last hidden state: it does more to the "
+                f"what {name} hands its final norm is not its last hidden state: it does more to the "
                 "stream behind its blocks than norm and head, and lensbench would read the wrong states"
             )
-        states, logits = self.forward(ids)
-        self.layers, self.d_model = len(states) - 1, states.shape[-1]
-        error = ((self.readout(states[-1]) - logits).abs().max() / logits.abs().max()).item()
-        if not error < IDENTITY_TOLERANCE:
+        if not self._blocks and torch.equal(reported[-2], last):
+            raise LensbenchError(f"{name} reports its last state twice and not its first; lensbench cannot read it")
+        read = self.readout(last)
+        error = math.inf
+        if read.shape == logits.shape:
+            error = ((read - logits).abs().max() / logits.abs().max()).item()
+        if not error < allowed:
             raise LensbenchError(
-                f"reading out h_L of {type(model).__name__} does not give its own logits (relative error {error:.1e}, "
-                f"allowed {IDENTITY_TOLERANCE:.0e}): something stands behind its norm and head that lensbench does not see"
+                f"reading out h_L of {name} does not give its own logits (relative error {error:.1e}, "
+                f"allowed {allowed:.0e}): something stands behind its norm and head that lensbench does not see"
             )
+        changed = ids.clone()
+        changed[:, -1] = (ids[:, -1] + 1) % self.vocab_size
+        difference = (self._reported(changed)[2] - logits)[:, :-1].abs().max() / logits.abs().max()
+        if not difference.item() < allowed:
+            raise LensbenchError(f"{name} is not causal: its logits depend on tokens that come later")
+        # Lenses compute in float32 whatever the model computes in.
+        self.readout = self.readout.in_float32()
+        self.float32 = self.readout.unembedding is self._head
+        self.layers, self.d_model = len(self._blocks or reported[1:]), self._seen(last).shape[-1]
 
     @property
     def vocab_size(self) -> int:
@@ -145,114 +91,74 @@ class ResidualStream:
         With ``read_out=False`` the head reads none at all, and the logits are ``[0, V]``.
         """
 
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-            return args[0][rows, columns][None] if read_out else args[0][:1, :0]
+        def chosen(h: Tensor) -> Tensor:
+            return h[rows.to(h.device), columns.to(h.device)]
 
-        hook = self.readout.unembedding.register_forward_pre_hook(keep)
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            return chosen(args[0])[None] if read_out else args[0][:1, :0]
+
+        hook = self._head.register_forward_pre_hook(keep)
         try:
-            hidden, last, logits = self._outputs(ids)
+            states, logits = self._states(ids, chosen)
         finally:
             hook.remove()
-        states = torch.stack([h[rows, columns] for h in (*hidden[:-1], last)])
-        if self.view == "prediction":
-            states = states[..., : self.readout.weight.shape[1]]
-        return states, logits[0]
+        return states, logits[0].to(self.device)
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """States ``[L+1, B, T, d]`` and the model's logits ``[B, T, V]`` for token ids ``[B, T]``, in one forward pass."""
-        hidden, last, logits = self._outputs(ids)
-        # Most models report the last state behind the norm; the norm's last input is h_L in all of them.
-        states = torch.stack([*hidden[:-1], last])
-        if self.view == "prediction":
-            states = states[..., : self.readout.weight.shape[1]]
-        return states, logits
+        states, logits = self._states(ids, torch.clone)
+        return states, logits.to(self.device)
+
+    def _states(self, ids: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """What ``keep`` keeps (a copy) of h_0..h_L, stacked, and the logits.
+
+        Taken from the blocks' own inputs: some models report their states behind each block and leave out the first.
+        """
+        if not self._blocks:
+            reported, last, logits = self._reported(ids)
+            return torch.stack([self._seen(keep(h)) for h in (*reported[:-1], last)]), logits
+        states: list[Tensor] = []
+
+        def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            h = block_input(args, kwargs)
+            assert h is not None
+            states.append(self._seen(keep(h)))
+
+        hooks = [block.register_forward_pre_hook(take, with_kwargs=True) for block in self._blocks]
+        try:
+            _, last, logits = self._reported(ids, wanted=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([*states, self._seen(keep(last))]), logits
+
+    def _seen(self, h: Tensor) -> Tensor:
+        """What the view shows of states, beside the head."""
+        return h.to(self.device)[..., : self.readout.weight.shape[1] if self.view == "prediction" else None]
 
     @torch.no_grad()
-    def _outputs(self, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """The model's reported hidden states, its final norm's last input, and its logits."""
-        norm_inputs: list[Tensor] = []
-        hook = self.readout.final_norm.register_forward_pre_hook(lambda _, args: norm_inputs.append(args[0]))
+    def _reported(self, ids: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The hidden states that the model reports, h_L (its final norm's input, else its head's), and its logits."""
+        last: list[Tensor] = []
+        # In front of other hooks: `at` hands the head a few positions only.
+        hook = (self._entry or self._head).register_forward_pre_hook(lambda _, args: last.append(args[0]), prepend=True)
         try:
-            output = self.model(input_ids=ids, output_hidden_states=True, return_dict=True)
+            output = self.model(
+                input_ids=ids.to(self.input_device), output_hidden_states=wanted, return_dict=True, **self._options
+            )
         finally:
             hook.remove()
-        return output.hidden_states, norm_inputs[-1], output.logits
-
-
-def behind_the_head(head: Tensor, logits: Tensor, config: object) -> tuple[float, float | None]:
-    """What a model does to its head's output to get its logits: ``(scale, soft cap)``, (1, None) for nothing.
-
-    The cap's size stands in the config; whether it is applied, and the scale, are read off the numbers. The identity
-    check that follows refuses a model that does something else.
-    """
-    if torch.equal(head, logits):
-        return 1.0, None
-
-    def ratio(bent: Tensor) -> float | None:
-        large = head.abs() > 0.1 * head.abs().max()
-        found = (bent / head)[large]
-        middle = found.median()
-        same = bool(((found - middle).abs() < 1e-3 * middle.abs()).all())
-        return float(middle.double()) if same and float(middle) > 0 else None
-
-    scale = ratio(logits)
-    if scale is not None:
-        return round(scale, 9), None
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    cap = getattr(text, "final_logit_softcapping", None)
-    if cap:
-        scale = ratio(cap * torch.atanh((logits.double() / cap).clamp(-1 + 1e-9, 1 - 1e-9)))
-        if scale is not None:
-            return (1.0 if abs(scale - 1) < 1e-4 else scale), float(cap)
-    return 1.0, None
+        return output.hidden_states or (), last[-1], output.logits
 
 
 def refuse_non_finite(model: nn.Module) -> None:
     """Raise :class:`LensbenchError` naming the first parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):  # meta: offloaded
             raise LensbenchError(
                 f"the model's weight {name} holds NaN or infinite values; load an undamaged checkpoint"
             )
-
-
-@torch.no_grad()
-def find_readout(model: PreTrainedModel) -> ReadOut:
-    """The final norm and head: the head's input is the output of the norm, whatever their classes are called.
-
-    Raises :class:`LensbenchError` for a model without a linear head on top.
-    """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise LensbenchError(f"{type(model).__name__} is an encoder-decoder: lensbench reads causal language models")
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise LensbenchError(
-            f"{type(model).__name__} has no linear output embedding: lensbench reads causal language models"
-        )
-    produced: list[tuple[Tensor, nn.Module]] = []
-    head_inputs: list[Tensor] = []
-
-    def remember(module: nn.Module, args: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            produced.append((output, module))
-
-    hooks = [m.register_forward_hook(remember) for m in model.modules() if m is not head]
-    hooks.append(head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0])))
-    try:
-        model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=head.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not head_inputs:
-        raise LensbenchError(f"{type(model).__name__} never calls its output embedding; lensbench cannot read it")
-    for output, module in produced:
-        # The same numbers in the same memory: models hand the head a slice of what the norm returned.
-        if output.data_ptr() == head_inputs[-1].data_ptr() and output.shape == head_inputs[-1].shape:
-            return ReadOut(module, head)
-    raise LensbenchError(
-        f"no module of {type(model).__name__} produces its head's input: it has no final norm, which is not supported"
-    )
 
 
 @dataclass(frozen=True)
@@ -322,8 +228,9 @@ def capture(
         row, column = np.nonzero(windows.valid[rows])
         at = torch.from_numpy(windows.positions[rows][row, column]).to(stream.device)
         row_at = torch.from_numpy(row).to(stream.device)
-        h, logits = stream.at(ids, row_at, at)
-        logits = logits.float()  # [n, V]
+        h, logits = stream.at(ids, row_at, at, read_out=stream.float32)
+        if not stream.float32:  # the model's own logits have two or three digits, its states give more
+            logits = stream.readout(h[-1].float())
         target = ids[row_at, at + 1]
         log_z = logits.logsumexp(-1, keepdim=True)
         top.append(logits.argmax(-1))
@@ -337,8 +244,8 @@ def capture(
             states = room_for(shape, stream.device, memory_gib)
         states[:, done : done + len(row)] = h
         done += len(row)
-        expected.append(p @ weight.float())
-        entropy.append(negative_entropy - (p @ bias.float() if bias is not None and stream.readout.linear else 0.0))
+        expected.append(p @ weight)
+        entropy.append(negative_entropy - (p @ bias if bias is not None and stream.readout.linear else 0.0))
         targets.append(target)
         mean_p += p.sum(0).double()
         # Without a constant given, its cross term has the same mean: sum p log mean_p, added below.
