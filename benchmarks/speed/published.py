@@ -1,7 +1,6 @@
 """The published recipe's side of the comparison: its own learning rates, its run on fresh tokens, its converged value."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks.speed.recipe import STEPS, TOKENS_PER_STEP, OptimizerName, Recip
 from benchmarks.speed.task import Ledger, Task, Where, keep_documents, mean_kl, now, rows_of, steps_of
 from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_shared, pad_direction, refine
 from lensbench.lenses import AffineMaps
+from lensbench.results import write_atomically
 from lensbench.stream import Capture, capture
 
 SWEEP_TOKENS = 32_000
@@ -140,8 +140,7 @@ def run(
             "lenses": {str(w): lens.state() for w, lens in lenses.items()},
         }  # fmt: skip
         state.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, state.with_suffix(".partial"))
-        os.replace(state.with_suffix(".partial"), state)
+        write_atomically(state, lambda p: torch.save(content, p))
         total = step * sum(median(times) for times in seconds.values())
         say(f"recipe: step {step} after {total:.0f} s; " + ", ".join(
             f"{r['lens']}: {r['eval_kl']:.3f}" for _, r in ledger.rows().iterrows() if r["step"] == step))  # fmt: skip
@@ -248,7 +247,7 @@ def converged(
             measured("recipe", step, lens.maps(), tokens=step * TOKENS_PER_STEP, optimizer=setting.optimizer,
                      lr_scale=setting.lr_scale, fit_kl=total)  # fmt: skip
             state.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"step": step, "lens": lens.state()}, state.with_suffix(".partial"))
-            os.replace(state.with_suffix(".partial"), state)
+            content = {"step": step, "lens": lens.state()}
+            write_atomically(state, lambda p, content=content: torch.save(content, p))
             pace = (time.perf_counter() - start) / (step - done)
             say(f"converged: {setting} step {step}, {pace * (STEPS - step):.0f} s to go")

@@ -1,8 +1,6 @@
 """What both sides of a comparison share: the model, the text, held-out tokens, the clock and the machine's own rate."""
 
-import hashlib
 import json
-import os
 import platform
 import resource
 import sys
@@ -24,7 +22,7 @@ from lensbench.errors import LensbenchError
 from lensbench.indices import bootstrap_weights, interval
 from lensbench.lenses import AffineMaps
 from lensbench.models.pretrained import load_pretrained
-from lensbench.results import write_atomically, write_json
+from lensbench.results import sha256, write_atomically, write_json
 from lensbench.run import git_revision
 from lensbench.stream import Capture, ResidualStream, capture
 from lensbench.transfer import score
@@ -48,7 +46,7 @@ def sha256_of(text: str) -> str | None:
     path = Path(text.removeprefix("file:"))
     if not text.startswith("file:") or not path.is_file():
         return None
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256(path)
 
 
 def numbers_of(layers: str) -> list[int]:
@@ -156,12 +154,13 @@ class Task:
         captured = capture(self.stream, windows, batch=4)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path.with_suffix(".partial"), "wb") as file:
-                np.savez(
-                    file,
-                    **{k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in vars(captured).items()},
-                )
-            os.replace(path.with_suffix(".partial"), path)
+            arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in vars(captured).items()}
+
+            def save(partial: Path) -> None:
+                with open(partial, "wb") as file:  # a path would be given the suffix .npz
+                    np.savez(file, **arrays)
+
+            write_atomically(path, save)
         return captured
 
     def kl(self, maps: AffineMaps, where: Where, captured: Capture) -> float:
@@ -253,9 +252,7 @@ class Ledger:
         measured = table.select_dtypes("float").columns.difference(list(self.keys))
         table[measured] = table[measured].map(lambda value: float(f"{value:.6g}"))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        table.to_csv(partial, index=False)
-        os.replace(partial, self.path)
+        write_atomically(self.path, lambda p: table.to_csv(p, index=False))
 
 
 def mean_kl(sums: pd.DataFrame) -> float:
@@ -293,7 +290,7 @@ def paired_difference(one: pd.DataFrame, other: pd.DataFrame, *, draws: int = 10
 def checksums(folder: Path, name: str) -> dict[str, str]:
     """sha256 of each table of a part."""
     found = [p for p in sorted(folder.glob(f"{name}*")) if p.suffix in (".csv", ".parquet")]
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+    return {p.name: sha256(p) for p in found}
 
 
 def write_description(folder: Path, name: str, content: dict[str, Any]) -> None:
