@@ -59,8 +59,7 @@ def main(
         if wanted == ["table"]:
             return summary.write(out, say)
         task = Task.load(model, text, device=device, length=length)
-        if max(numbers) >= task.stream.layers:
-            raise LensbenchError(f"layer {max(numbers)} is not there: {model} has layers 0 to {task.stream.layers - 1}")
+        task.check_layers(numbers)
         measure(task, [*numbers, "shared"], wanted, out, tuned_lens)
     except LensbenchError as error:
         console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.speed.task import Ledger, Task, Where, keep_documents, mean_kl, now, peak_memory, rows_of
+from benchmarks.speed.task import Ledger, Task, Where, now, peak_memory, rows_of
 from lensbench.corpus import Windows
 from lensbench.fitting import DevSearch, FitRecipe, Fitted, Moments, MomentSums, fit_shared, pad_direction, refine
 from lensbench.lenses import AffineMaps
@@ -123,7 +123,7 @@ def run(
     """Closed forms and refined lenses at every budget; each is a run of its own from the loaded model."""
     ledger = Ledger(folder / "ours.csv", ("lens", "stage", "budget"))
     states_of(task, task.whole_windows(2))  # the first pass through a model allocates
-    there = len(task.whole_windows(10**9).ids) * (task.length - 2)
+    there = task.whole_tokens()
     for stage, budgets in (("closed", CLOSED_BUDGETS), ("refined", REFINED_BUDGETS)):
         for budget in budgets:
             if ledger.has(stage=stage, budget=budget, lens=wheres[-1]):
@@ -135,9 +135,8 @@ def run(
             total = clock.model + clock.closed + clock.refined
             for where in wheres:
                 maps = improved[where] if improved else closed[where].maps
-                sums = {split: task.kl_by_document(maps, where, captured) for split, captured in held_out.items()}
-                row = {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
-                keep_documents(folder / "ours-documents.parquet", sums["eval"], lens=where, stage=stage, budget=budget)
+                documents = folder / "ours-documents.parquet"
+                row = task.measured(maps, where, held_out, documents, lens=where, stage=stage, budget=budget)
                 if improved:
                     row |= {f"closed_{s}_kl": task.kl(closed[where].maps, where, c) for s, c in held_out.items()}
                 ledger.add(

@@ -17,7 +17,7 @@ from tuned_lens.nn.lenses import TunedLens
 
 from benchmarks.speed.published import STEPS, WINDOWS_PER_STEP, chosen
 from benchmarks.speed.recipe import Setting
-from benchmarks.speed.task import Ledger, Task, keep_documents, mean_kl
+from benchmarks.speed.task import Ledger, Task
 from lensbench.errors import LensbenchError
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture
@@ -45,13 +45,12 @@ def run(
         for layer, translator in enumerate(lens.layer_translators):
             weight = translator.weight.detach() + torch.eye(task.stream.d_model)
             maps = AffineMaps(weight[None], translator.bias.detach()[None])
-            sums = {split: task.kl_by_document(maps, layer, captured) for split, captured in held_out.items()}
-            row = {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
+            documents = folder / "package-documents.parquet"
+            row = task.measured(maps, layer, held_out, documents, lens=layer, setting=str(setting))
             ledger.add(
                 lens=layer, optimizer=setting.optimizer, lr_scale=setting.lr_scale, steps=STEPS,
                 tokens=STEPS * WINDOWS_PER_STEP * task.length, **row, seconds_per_step=seconds,
             )  # fmt: skip
-            keep_documents(folder / "package-documents.parquet", sums["eval"], lens=layer, setting=str(setting))
         say(f"tuned-lens's own command, {setting}: {seconds:.2f} s a step")
 
 

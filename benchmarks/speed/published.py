@@ -1,5 +1,6 @@
 """The published recipe's side of the comparison: its own learning rates, its run on fresh tokens, its converged value."""
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.recipe import STEPS, TOKENS_PER_STEP, OptimizerName, RecipeLens, Setting, visits
-from benchmarks.speed.task import Ledger, Task, Where, keep_documents, mean_kl, now, rows_of, steps_of
+from benchmarks.speed.task import Ledger, Task, Where, now, rows_of, steps_of
 from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_shared, pad_direction, refine
 from lensbench.lenses import AffineMaps
 from lensbench.results import write_atomically
@@ -21,6 +22,7 @@ SWEEP_TOKENS = 32_000
 WINDOWS_PER_STEP = 4
 CONVERGED = FitRecipe(refine_tokens=65_536)
 """Ours beside the recipe's full run: the default path of ridges and pads, passes of four times the default length."""
+OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "adam")
 CHECKPOINTS = (0, 10, 25, 50, 75, 100, 150, 200, 250)
 
 
@@ -30,6 +32,15 @@ def mixed_rows(captured: Capture, where: Where) -> Tensor:
         return captured.states[int(where)]
     layer = torch.randint(0, captured.layers, (len(captured),), generator=torch.Generator().manual_seed(0))
     return captured.states[layer.to(captured.states.device), torch.arange(len(captured), device=captured.states.device)]
+
+
+def best_scale(trial: Callable[[float], float]) -> float:
+    """The factor of the default rate with the lowest KL: by threefold steps from the default, as long as it falls."""
+    trial = functools.cache(trial)
+    best, step = (1, 1) if trial(3.0) < trial(1.0) else (0, -1)
+    while trial(3.0 ** (best + step)) < trial(3.0**best):
+        best += step
+    return 3.0**best
 
 
 def sweep(task: Task, wheres: list[Where], dev: Capture, folder: Path, say: Callable[[str], None]) -> None:
@@ -43,33 +54,26 @@ def sweep(task: Task, wheres: list[Where], dev: Capture, folder: Path, say: Call
     fit = capture(task.stream, task.whole_windows(SWEEP_TOKENS // (task.length - 2), seed=1), batch=4)
     for where in wheres:
         states = mixed_rows(fit, where)
-        for optimizer in ("sgd", "adam"):
-            tried: dict[int, float] = {}
+        for optimizer in OPTIMIZERS:
 
-            def trial(power: int, where=where, optimizer=optimizer, states=states, tried=tried) -> float:
-                scale = 3.0**power
-                if power not in tried and ledger.has(lens=where, optimizer=optimizer, lr_scale=scale):
-                    rows = ledger.rows()
-                    at = (rows["lens"].astype(str) == str(where)) & (rows["optimizer"] == optimizer)
-                    tried[power] = float(rows[at & (rows["lr_scale"] == scale)]["dev_kl"].iloc[0])
-                if power not in tried:
-                    lens = RecipeLens(task.stream.readout, task.stream.d_model, Setting(optimizer, scale), STEPS)
-                    start = time.perf_counter()
-                    per_step = len(states) // STEPS
-                    for at in visits(len(states), per_step, STEPS, seed=0):
-                        lens.step(lens.cached_loss(states[at], fit.expected[at], fit.entropy_term[at]))
-                    tried[power] = task.kl(lens.maps(), where, dev)
-                    ledger.add(
-                        lens=where, optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=per_step * STEPS,
-                        dev_kl=tried[power], seconds=time.perf_counter() - start,
-                    )  # fmt: skip
-                    say(f"sweep, lens {where}: {optimizer} x{scale:g} gives {tried[power]:.3f}")
-                return tried[power]
+            def trial(scale: float, where=where, optimizer=optimizer, states=states) -> float:
+                known = ledger.at(lens=where, optimizer=optimizer, lr_scale=scale)
+                if len(known):
+                    return float(known["dev_kl"].iloc[0])
+                lens = RecipeLens(task.stream.readout, task.stream.d_model, Setting(optimizer, scale), STEPS)
+                start = time.perf_counter()
+                per_step = len(states) // STEPS
+                for at in visits(len(states), per_step, STEPS, seed=0):
+                    lens.step(lens.cached_loss(states[at], fit.expected[at], fit.entropy_term[at]))
+                kl = task.kl(lens.maps(), where, dev)
+                ledger.add(
+                    lens=where, optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=per_step * STEPS,
+                    dev_kl=kl, seconds=time.perf_counter() - start,
+                )  # fmt: skip
+                say(f"sweep, lens {where}: {optimizer} x{scale:g} gives {kl:.3f}")
+                return kl
 
-            best = 1 if trial(1) < trial(0) else 0
-            step = 1 if best == 1 else -1
-            while trial(best + step) < trial(best):
-                best += step
+            best_scale(trial)
     ledger.add(lens="all", optimizer="done", lr_scale=0.0)
 
 
@@ -124,9 +128,7 @@ def run(
 
     def checkpoint(step: int) -> None:
         for where, lens in lenses.items():
-            sums = {split: task.kl_by_document(lens.maps(), where, captured) for split, captured in held_out.items()}
-            row = {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
-            keep_documents(documents, sums["eval"], lens=where, step=step)
+            row = task.measured(lens.maps(), where, held_out, documents, lens=where, step=step)
             setting = settings[str(where)]
             ledger.add(
                 lens=where, step=step, tokens=step * WINDOWS_PER_STEP * (task.length - 2), **row,
@@ -200,25 +202,19 @@ def converged(
             kl = task.kl(lens.maps(), layer, dev)
             sweep_ledger.add(optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=8192 * STEPS, dev_kl=kl)
             say(f"converged, sweep: {optimizer} x{scale:g} gives {kl:.4f}")
-        rows = sweep_ledger.rows()
-        return float(rows[(rows["optimizer"] == optimizer) & (rows["lr_scale"] == scale)]["dev_kl"].iloc[0])
+        return float(sweep_ledger.at(optimizer=optimizer, lr_scale=scale)["dev_kl"].iloc[0])
 
     best: dict[float, Setting] = {}
-    optimizers: tuple[OptimizerName, ...] = ("sgd", "adam")
-    for optimizer in optimizers:
-        factor = 3.0 if trial(optimizer, 3.0) < trial(optimizer, 1.0) else 1 / 3
-        scale = 3.0 if factor == 3.0 else 1.0
-        while trial(optimizer, scale * factor) < trial(optimizer, scale):
-            scale *= factor
+    for optimizer in OPTIMIZERS:
+        scale = best_scale(functools.partial(trial, optimizer))
         best[trial(optimizer, scale)] = Setting(optimizer, scale)
     setting = best[min(best)]
     lens = RecipeLens(readout, d, setting, STEPS)
 
     def measured(side: str, step: int, maps: AffineMaps, **columns: object) -> None:
-        sums = {split: task.kl_by_document(maps, layer, captured) for split, captured in held_out.items()}
-        row = {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
+        documents = folder / "converged-documents.parquet"
+        row = task.measured(maps, layer, held_out, documents, layer=layer, side=side, step=step)
         ledger.add(side=side, step=step, layer=layer, pool_tokens=len(states), **row, **columns)
-        keep_documents(folder / "converged-documents.parquet", sums["eval"], layer=layer, side=side, step=step)
 
     if not ledger.has(layer=layer, side="refined", step=0):
         search = DevSearch(readout, dev, CONVERGED, pad_direction(readout, fit.states[-1]))

@@ -45,7 +45,7 @@ def ratios(recipe: pd.DataFrame, ours: pd.DataFrame, ends: pd.DataFrame, documen
     rows = []
     for lens, end in last.iterrows():
         for stage, share in LARGEST_SHARE.items():
-            mine = ours[(ours["lens"].astype(str) == lens) & (ours["stage"] == stage)].sort_values("budget")
+            mine = budgets_of(ours, lens, stage)
             row = {
                 "lens": lens, "stage": stage, "recipe": f"{end['optimizer']} x{end['lr_scale']:g}",
                 "recipe_tokens": int(end["tokens"]), "recipe_seconds": seconds, "recipe_kl": end["eval_kl"],
@@ -65,6 +65,11 @@ def ratios(recipe: pd.DataFrame, ours: pd.DataFrame, ends: pd.DataFrame, documen
     return pd.DataFrame(rows)
 
 
+def budgets_of(ours: pd.DataFrame, lens: object, stage: str) -> pd.DataFrame:
+    """Rows of one lens and stage, budgets rising."""
+    return ours[(ours["lens"].astype(str) == lens) & (ours["stage"] == stage)].sort_values("budget")
+
+
 def at_equal_tokens(sweep: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
     """Dev KL of the recipe's best trial, its schedule run to its end, beside ours from the next budget above its tokens.
 
@@ -77,7 +82,7 @@ def at_equal_tokens(sweep: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
         row = {"lens": lens, "recipe": f"{best['optimizer']} x{best['lr_scale']:g}", "recipe_tokens": int(best["tokens"]),
                "recipe_dev_kl": best["dev_kl"]}  # fmt: skip
         for stage in LARGEST_SHARE:
-            mine = ours[(ours["lens"].astype(str) == lens) & (ours["stage"] == stage)].sort_values("budget")
+            mine = budgets_of(ours, lens, stage)
             for at in mine[mine["budget"] >= best["tokens"]].head(1).to_dict("records"):
                 row |= {"tokens": int(at["budget"]), f"{stage}_dev_kl": at["dev_kl"]}
         rows.append(row)

@@ -128,6 +128,13 @@ class Task:
         """FLOPs of one product of one state with the unembedding."""
         return 2 * self.stream.readout.weight.numel()
 
+    def check_layers(self, layers: list[int]) -> None:
+        """Raises :class:`LensbenchError` for a layer that the model does not have."""
+        if max(layers) >= self.stream.layers:
+            raise LensbenchError(
+                f"layer {max(layers)} is not there: {self.source} has layers 0 to {self.stream.layers - 1}"
+            )
+
     def windows(self, split: str, sequences: int, positions: int, seed: int = 0) -> Windows:
         return corpus.sample_windows(
             self.documents[split], n_sequences=sequences, length=self.length, positions=positions, seed=seed
@@ -139,6 +146,10 @@ class Task:
         drawn = self.windows("fit", 10**9, positions, seed)
         full = np.flatnonzero(drawn.valid.all(1))[:sequences]
         return rows_of(drawn, full)
+
+    def whole_tokens(self) -> int:
+        """Used tokens of all the windows that :meth:`whole_windows` can give."""
+        return sum(len(document.ids) // self.length for document in self.documents["fit"]) * (self.length - 2)
 
     def held_out(self, split: str, sequences: int, positions: int, cache: Path | None = None) -> Capture:
         """Few positions of many windows of ``dev`` or ``eval``, kept in ``cache`` between the parts of a benchmark."""
@@ -166,6 +177,14 @@ class Task:
     def kl(self, maps: AffineMaps, where: Where, captured: Capture) -> float:
         """Held-out KL of one lens, nats/token; for the shared lens the tokens are dealt out over the layers."""
         return mean_kl(self.kl_by_document(maps, where, captured))
+
+    def measured(
+        self, maps: AffineMaps, where: Where, held_out: dict[str, Capture], documents: Path, **key: object
+    ) -> dict[str, float]:
+        """Columns ``SPLIT_kl`` of one lens; the sums of eval by document are kept in ``documents`` under the key."""
+        sums = {split: self.kl_by_document(maps, where, captured) for split, captured in held_out.items()}
+        keep_documents(documents, sums["eval"], **key)
+        return {f"{split}_kl": mean_kl(table) for split, table in sums.items()}
 
     def kl_by_document(self, maps: AffineMaps, where: Where, captured: Capture) -> pd.DataFrame:
         """Sums of KL over the tokens of each document (columns document, kl, tokens); every layer of the shared lens
@@ -229,7 +248,12 @@ class Ledger:
         return pd.read_csv(self.path, float_precision="round_trip")
 
     def has(self, **key: object) -> bool:
-        return bool(self._at(self.rows(), key).any())
+        return len(self.at(**key)) > 0
+
+    def at(self, **key: object) -> pd.DataFrame:
+        """The rows with this key."""
+        known = self.rows()
+        return known[self._at(known, key)]
 
     @staticmethod
     def _at(known: pd.DataFrame, key: dict[str, Any]) -> np.ndarray:

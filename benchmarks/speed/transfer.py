@@ -84,8 +84,7 @@ def main(
         numbers = numbers_of(layers)
         use_threads(threads)
         task = Task.load(model, text, device=device, length=length)
-        if max(numbers) >= task.stream.layers:
-            raise LensbenchError(f"--layers is {layers!r}: give some of 0 to {task.stream.layers - 1}")
+        task.check_layers(numbers)
         measure(task, numbers, tokens, out)
     except LensbenchError as error:
         console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
