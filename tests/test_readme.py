@@ -73,7 +73,9 @@ def test_pictures_and_files_that_are_named_exist():
             assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("description", sorted((ROOT / "results" / "speed").rglob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "description", sorted((ROOT / "results" / "speed").rglob("*.json")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
 def test_measured_speeds_are_what_a_benchmark_wrote(description):
     content = json.loads(description.read_text())
     for name, checksum in content["tables"].items():

@@ -554,20 +554,21 @@ def tiny_texts(folder):
         (folder / f"{n}.txt").write_text(" ".join(f"w{k}" for k in random.zipf(1.3, 90) % 39))
 
 
+def fit_tiny(folder, parts, out="out"):
+    """The parts of the fitting benchmark on the model and texts that lie in ``folder``, at layer 1."""
+    fitting.main(
+        f"path:{folder / 'model'}", text=f"file:{folder / 'texts'}", out=folder / out, layers="1", parts=parts,
+        device="cpu", threads=1, length=34,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_the_fitting_benchmark_runs_resumes_and_draws(tmp_path, monkeypatch):
     tiny_model(tmp_path / "model")
     tiny_texts(tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(published, "SWEEP_TOKENS", 1000)
-
-    def run(parts, out="out"):
-        fitting.main(
-            f"path:{tmp_path / 'model'}", text=f"file:{tmp_path / 'texts'}", out=tmp_path / out, layers="1",
-            parts=parts, device="cpu", threads=1, length=34,
-        )  # fmt: skip
-
-    run("sweep")
+    fit_tiny(tmp_path, "sweep")
     # The run is broken off after its first steps and goes on from there.
     checkpoints = iter(published.CHECKPOINTS)
     real = torch.save
@@ -579,17 +580,17 @@ def test_the_fitting_benchmark_runs_resumes_and_draws(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", broken_off)
     with pytest.raises(KeyboardInterrupt):
-        run("recipe")
+        fit_tiny(tmp_path, "recipe")
     monkeypatch.setattr(torch, "save", real)
-    run("recipe,ours,everything,table")
+    fit_tiny(tmp_path, "recipe,ours,everything,table")
     out = tmp_path / "out"
     (out / "whole").mkdir()
     shutil.copy(out / "sweep.csv", out / "whole" / "sweep.csv")
     for state in (tmp_path / "runs").rglob("recipe-*.pt"):
         state.unlink()
-    run("recipe", "out/whole")
+    fit_tiny(tmp_path, "recipe", "out/whole")
     before = (out / "recipe.csv").read_bytes()
-    run("recipe")
+    fit_tiny(tmp_path, "recipe")
     assert (out / "recipe.csv").read_bytes() == before, "a finished part is not run again"
     kls = ["lens", "step", "eval_kl", "dev_kl"]
     resumed, whole = pd.read_csv(out / "recipe.csv"), pd.read_csv(out / "whole" / "recipe.csv")
@@ -621,10 +622,7 @@ def test_the_converged_recipe_stands_beside_ours_on_the_same_tokens(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(published, "TOKENS_PER_STEP", 512)
     monkeypatch.setattr(published, "CONVERGED", FitRecipe(refine_tokens=2048, refine_passes=2))
-    fitting.main(
-        f"path:{tmp_path / 'model'}", text=f"file:{tmp_path / 'texts'}", out=tmp_path / "out", layers="1",
-        parts="converged", device="cpu", threads=1, length=34,
-    )  # fmt: skip
+    fit_tiny(tmp_path, "converged")
     table = pd.read_csv(tmp_path / "out" / "converged.csv")
     recipe = table[table["side"] == "recipe"]
     assert recipe["step"].max() == STEPS and recipe["tokens"].max() == 512 * STEPS
