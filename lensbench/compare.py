@@ -13,10 +13,10 @@ from rich.table import Column, Table
 
 from lensbench import indices, results
 from lensbench.errors import LensbenchError
-from lensbench.evaluation import ClusterSums, by_document
 from lensbench.indices import Array, Means
 from lensbench.report import SHOWN, with_interval
 from lensbench.results import Run
+from lensbench.tables import ClusterSums, by_document
 
 COMPARED = ("ce", "bits_per_byte", *SHOWN)
 

@@ -1,47 +1,55 @@
 """All lenses of one view of a model, fitted, scored and turned into the tables of a run folder."""
 
-import json
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lensbench import indices
 from lensbench.corpus import Windows
 from lensbench.errors import LensbenchError
 from lensbench.fitting import (
+    ONE_STANDARD_ERROR,
     Choice,
     DevSearch,
     FitRecipe,
     Fitted,
     Moments,
+    Prior,
+    Stage,
     fit_each,
     fit_rotated,
     fit_shared,
     fit_shared_bias,
+    fit_within,
     pad_direction,
     refine,
+    ridge_paths,
     rotated_maps,
     solve_as_chosen,
+    spread_layers,
 )
 from lensbench.indices import Means
 from lensbench.lenses import AffineMaps
+from lensbench.stages import NOTHING_KEPT, Pieces
 from lensbench.stream import Capture, ReadOut, RotatedView
-from lensbench.transfer import own_layer_sums, sum_by_window, transfer_sums
+from lensbench.transfer import TransferSums, own_layer_sums, sum_by_window, transfer_sums
 
 Report = Callable[[int, str], None]
 
 
 class LensRecord(BaseModel):
-    """How one kind of lens was fitted: per layer, what dev chose and the KL on fitting and dev tokens, nats/token."""
+    """How one kind of lens was fitted: per layer, what dev chose and the KL on fitting and dev tokens, nats/token.
+
+    For lenses of some layers or of pairs the lists go with those, and their KLs are left out.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,8 +57,8 @@ class LensRecord(BaseModel):
     stage: str
     prior: str
     tolerance: float
-    ridge: list[float]
-    pad: list[float]
+    ridge: list[float | None]
+    pad: list[float | None]
     fit_kl: list[float]
     dev_kl: list[float]
     iterations: list[int] = []
@@ -67,7 +75,10 @@ class FitSummary(BaseModel):
     dev_tokens: int
     rotated_rank: int
     rotations: int
+    pair_rotations: int
     refits: int
+    layers: list[int]
+    """The layers of the dear parts: curve over tolerances, leave-one-out, pairs, refits of the matrix."""
     dev_constant_kl: float
     constant: list[float]
 
@@ -83,10 +94,12 @@ class FitSummary(BaseModel):
 class Fit:
     """The maps of every lens by name, and their summary.
 
-    ``transfer``: the headline matrix's lenses (prior identity, within the tolerance). ``own``, ``shared``,
-    ``shared_bias``, ``shared_loo``: prior zero, best ridge. ``own_refined``, ``shared_refined``. ``rotated{k}``: the
-    shared lens of rotated view k, and ``rotated_own``: per-layer lenses refitted on view 0, all as maps of plain states.
-    ``refit{n}.NAME``: closed forms on document-resampled fit data.
+    ``transfer``: the headline matrix's lenses (prior identity, within the tolerance; or loaded ones). ``own``, ``shared``,
+    ``shared_bias``: prior zero, best ridge. ``own_refined``, ``shared_refined``. Of the chosen layers S alone:
+    ``transfer@T``: lenses within another tolerance T; ``shared_loo``; ``pair``: one lens for each pair of them.
+    ``view{k}``: rotations of view k; ``rotated{k}``, ``pair_rotated{k}``: its shared lens and its lenses of pairs, as maps
+    of rotated states; ``rotated_own``: per-layer lenses refitted on view 0, as maps of plain states.
+    ``refit{n}.NAME``: closed forms on document-resampled fit data, ``transfer`` for the layers S.
     """
 
     maps: dict[str, AffineMaps]
@@ -98,20 +111,44 @@ class Fit:
         return torch.tensor(self.summary.constant)
 
 
-def fit_steps(recipe: FitRecipe, layers: int) -> int:
+def tolerance_labels(recipe: FitRecipe) -> list[str]:
+    """The tolerances of the curve beside the headline's, as tables call them."""
+    return [f"{t:g}" for t in recipe.tolerances if t != recipe.tolerance] + [ONE_STANDARD_ERROR]
+
+
+def pairs_of(layers: Sequence[int]) -> list[tuple[int, int]]:
+    return list(itertools.combinations(layers, 2))
+
+
+def fit_steps(recipe: FitRecipe, layers: int, *, loaded: bool = False) -> int:
     """How many lenses a fit makes, for its progress bar."""
-    return 4 * layers + 3 + recipe.rotations + recipe.refits
+    some = len(spread_layers(layers, recipe.layers))
+    curve = 0 if loaded else len(tolerance_labels(recipe))
+    pairs = some * (some - 1) // 2 * (1 + min(recipe.pair_rotations, recipe.rotations))
+    return 3 * layers + 3 + some + curve + pairs + recipe.rotations + recipe.refits
 
 
-def score_steps(recipe: FitRecipe) -> int:
+def score_steps(recipe: FitRecipe, layers: int) -> int:
     """How many steps a scoring has, for its progress bar."""
-    return 2 + recipe.refits
+    return layers + 3 + recipe.refits  # the matrix has L + 1 columns
 
 
 def fit_all(
-    readout: ReadOut, captured: Capture, dev: Capture, recipe: FitRecipe, *, seed: int, report: Report | None = None
+    readout: ReadOut,
+    captured: Capture,
+    dev: Capture,
+    recipe: FitRecipe,
+    *,
+    seed: int,
+    loaded: AffineMaps | None = None,
+    pieces: Pieces = NOTHING_KEPT,
+    report: Report | None = None,
 ) -> Fit:
-    """Every lens of one view, from its fitting and dev tokens; ``report(done, what)`` after each."""
+    """Every lens of one view, from its fitting and dev tokens; ``report(done, what)`` after each.
+
+    ``loaded``: per-layer lenses of others, used for the headline matrix instead of fitting it. Finished ``pieces`` are
+    taken up.
+    """
     done = 0
 
     def tick(what: str, count: int = 1) -> None:
@@ -121,20 +158,31 @@ def fit_all(
             report(done, what)
 
     layers = list(range(captured.layers))
+    some = spread_layers(captured.layers, recipe.layers)
+    pairs = pairs_of(some)
     moments = Moments.of(captured)
     search = DevSearch(readout, dev, recipe, pad_direction(readout, captured.states[-1]))
     fitted: dict[str, Fitted] = {}
-    fitted["transfer"] = fit_each(search, moments, "identity", tolerance=recipe.tolerance)
-    tick("per layer, prior identity", len(layers))
-    fitted["own"] = fit_each(search, moments, "zero")
+
+    def keep(name: str, fit: Callable[[], Fitted]) -> Fitted:
+        fitted[name] = _kept(pieces, name, fit)
+        return fitted[name]
+
+    if loaded is not None:
+        fitted["transfer"] = Fitted(loaded, (), (), "identity", "loaded")
+        tick("per layer, loaded", len(layers))
+    else:
+        _fit_matrix(search, moments, recipe, some, keep, tick, pieces)
+    keep("own", lambda: fit_each(search, moments, "zero"))
     tick("per layer, prior zero", len(layers))
-    fitted["shared"] = fit_shared(search, moments, layers)
+    keep("shared", lambda: fit_shared(search, moments, layers))
     tick("shared")
-    fitted["shared_bias"] = fit_shared_bias(search, moments)
+    keep("shared_bias", lambda: fit_shared_bias(search, moments))
     tick("shared, one bias per layer")
     without = []
-    for left_out in layers:
-        without.append(fit_shared(search, moments, [layer for layer in layers if layer != left_out]))
+    for left_out in some:
+        rest = [layer for layer in layers if layer != left_out]
+        without.append(_kept(pieces, f"shared_loo-{left_out}", lambda rest=rest: fit_shared(search, moments, rest)))  # type: ignore[misc]
         tick(f"shared without layer {left_out}")
     fitted["shared_loo"] = joined(without)
 
@@ -142,22 +190,158 @@ def fit_all(
         RotatedView.random(moments.covariance, seed=1000 * seed + k, variance=recipe.variance)
         for k in range(recipe.rotations)
     ]
+    turned = {}
     for k, view in enumerate(views):
-        fitted[f"rotated{k}"] = fit_rotated(search, moments, view)
+        turned[k] = moments.rotated(view)
+        keep(f"rotated{k}", lambda k=k, view=view: fit_rotated(search, turned[k], view))  # type: ignore[misc]
         tick(f"shared, rotated view {k}")
+
     # Per-layer lenses fitted to rotated moments and chosen on rotated dev states. They are scored with the rotation folded
     # into the map, as all rotated lenses are: agreement with `own` checks the algebra, it is no second measurement.
-    rotated_search = DevSearch(readout, views[0].apply(dev), recipe, search.pad)
-    refitted = fit_each(rotated_search, moments.rotated(views[0]), "zero")
-    fitted["rotated_own"] = Fitted(
-        rotated_maps(refitted.maps, views[0]), refitted.ridges, refitted.pads, "zero", "closed"
-    )
+    def refit_rotated() -> Fitted:
+        rotated_search = DevSearch(readout, views[0].apply(dev), recipe, search.pad)
+        refitted = fit_each(rotated_search, turned[0], "zero")
+        return Fitted(rotated_maps(refitted.maps, views[0]), refitted.ridges, refitted.pads, "zero", "closed")
 
-    maps = {name: f.maps for name, f in fitted.items()}
+    keep("rotated_own", refit_rotated)
+
+    def fit_pairs(name: str, fit: Callable[[tuple[int, int]], Fitted]) -> None:
+        each = []
+        for a, b in pairs:
+            each.append(_kept(pieces, f"{name}-{a}-{b}", lambda a=a, b=b: fit((a, b))))  # type: ignore[misc]
+            tick(f"{name.replace('_', ', ')}, layers {a} and {b}")
+        fitted[name] = joined(each)
+
+    fit_pairs("pair", lambda pair: fit_shared(search, moments, pair))
+    for k in range(min(recipe.pair_rotations, recipe.rotations)):
+        fit_pairs(f"pair_rotated{k}", lambda pair, k=k: fit_rotated(search, turned[k], views[k], pair))  # type: ignore[misc]
+
+    maps: dict[str, AffineMaps] = {}
     for n in range(recipe.refits):
-        maps |= {f"refit{n}.{name}": m for name, m in resampled(search, captured, fitted, views, seed, n).items()}
+        resample = _kept_maps(
+            pieces,
+            f"refit{n}",
+            lambda n=n: resampled(search, captured, fitted, views, some, seed, n),  # type: ignore[misc]
+        )
+        maps |= {f"refit{n}.{name}": m for name, m in resample.items()}
         tick(f"refit {n} on resampled documents")
 
+    endings = _refined(search, captured, moments, fitted, layers, seed, pieces, tick)
+    for name, (refined, _) in endings.items():
+        fitted[name] = refined
+    maps |= {name: f.maps for name, f in fitted.items()}
+    maps |= {f"view{k}": AffineMaps(view.maps, torch.zeros(view.maps.shape[:2])) for k, view in enumerate(views)}
+
+    records = {}
+    fit_sample, dev_sample = (thinned(c, RECORD_TOKENS) for c in (captured, dev))
+    for name, f in fitted.items():
+        records[name] = record(name, f, len(layers))
+        # Of the rotated views the tables tell about the first.
+        if name in ("transfer", "rotated0", "rotated_own") or name.startswith(("own", "shared")):
+            own = rotated_maps(f.maps, views[0]) if name == "rotated0" else f.maps
+            where = some if name == "shared_loo" else layers
+            for key, tokens in (("fit_kl", fit_sample), ("dev_kl", dev_sample)):
+                setattr(records[name], key, _mean_kls(readout, tokens, own, where, pieces, f"{key}-{name}"))
+    for name, (_, ended) in endings.items():
+        records[name].iterations = [e[0] for e in ended]
+        records[name].ended = [e[1] for e in ended]
+    summary = FitSummary(
+        records=records,
+        fit_tokens=len(captured),
+        dev_tokens=len(dev),
+        rotated_rank=views[0].rank,
+        rotations=recipe.rotations,
+        pair_rotations=min(recipe.pair_rotations, recipe.rotations),
+        refits=recipe.refits,
+        layers=some,
+        dev_constant_kl=search.constant_kl,
+        constant=captured.mean_p.tolist(),
+    )
+    return Fit({name: AffineMaps(m.matrix.float().cpu(), m.offset.float().cpu()) for name, m in maps.items()}, summary)
+
+
+RECORD_TOKENS = 1024
+"""Fitting and dev tokens at most that ``fit_kl`` and ``dev_kl`` of the tables are means over, evenly spread."""
+
+
+def thinned(captured: Capture, tokens: int) -> Capture:
+    """Every n-th token, so that at most ``tokens`` are left."""
+    return captured.take(torch.arange(0, len(captured), -(-len(captured) // tokens)))
+
+
+def _kept(pieces: Pieces, name: str, fit: Callable[[], Fitted]) -> Fitted:
+    """A fit, taken up from the piece of its name where that is finished."""
+
+    def content() -> dict[str, Tensor]:
+        f = fit()
+        how = {"prior": PRIORS.index(f.prior), "stage": STAGES.index(f.stage), "tolerance": f.tolerance}
+        numbers = {"ridges": f.ridges, "pads": f.pads, **{k: (v,) for k, v in how.items()}}
+        tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
+        return {"matrix": f.maps.matrix, "offset": f.maps.offset, **tensors}
+
+    found = pieces.get(name, content)
+    prior, stage = PRIORS[int(found["prior"])], STAGES[int(found["stage"])]
+    ridges, pads = tuple(found["ridges"].tolist()), tuple(found["pads"].tolist())
+    maps = AffineMaps(found["matrix"], found["offset"])
+    return Fitted(maps, ridges, pads, prior, stage, float(found["tolerance"]))
+
+
+PRIORS: tuple[Prior, ...] = ("zero", "identity")
+STAGES: tuple[Stage, ...] = ("closed", "refined", "loaded")
+
+
+def _kept_maps(pieces: Pieces, name: str, fit: Callable[[], dict[str, AffineMaps]]) -> dict[str, AffineMaps]:
+    def content() -> dict[str, Tensor]:
+        maps = fit()
+        return {f"{k}.{part}": tensor for k, m in maps.items() for part, tensor in vars(m).items()}
+
+    found = pieces.get(name, content)
+    return {
+        k: AffineMaps(found[f"{k}.matrix"], found[f"{k}.offset"])
+        for k in dict.fromkeys(n.rpartition(".")[0] for n in found)
+    }
+
+
+def _fit_matrix(
+    search: DevSearch,
+    moments: Moments,
+    recipe: FitRecipe,
+    some: list[int],
+    keep: Callable[[str, Callable[[], Fitted]], Fitted],
+    tick: Callable[..., None],
+    pieces: Pieces,
+) -> None:
+    """The lenses of the headline matrix and, for some layers, those of the curve over tolerances."""
+    paths = []
+    for layer in range(len(moments.mean)):
+
+        def path(layer: int = layer) -> dict[str, Tensor]:
+            (choices,) = ridge_paths(search, moments.layer([layer]), "identity", [layer])
+            return {"path": torch.tensor([[c.ridge, c.pad, c.dev_kl] for c in choices], dtype=torch.float64)}
+
+        paths.append([Choice(*row) for row in pieces.get(f"path-{layer}", path)["path"].tolist()])
+        tick(f"layer {layer}, prior identity")
+    keep("transfer", lambda: fit_within(search, moments, "identity", paths, recipe.tolerance))
+    for label in tolerance_labels(recipe):
+        tolerance: float | Literal["1se"] = ONE_STANDARD_ERROR if label == ONE_STANDARD_ERROR else float(label)
+        keep(
+            f"transfer@{label}",
+            lambda tolerance=tolerance: fit_within(search, moments, "identity", paths, tolerance, some),  # type: ignore[misc]
+        )
+        tick(f"tolerance {label}")
+
+
+def _refined(
+    search: DevSearch,
+    captured: Capture,
+    moments: Moments,
+    fitted: dict[str, Fitted],
+    layers: list[int],
+    seed: int,
+    pieces: Pieces,
+    tick: Callable[..., None],
+) -> dict[str, tuple[Fitted, list[tuple[int, str]]]]:
+    """The per-layer lenses and the shared one refined on KL, with the updates and the ending of each."""
     reported = 0
 
     def refining(updates: int, limit: int) -> None:
@@ -166,39 +350,32 @@ def fit_all(
         tick(f"refining, update {updates} of at most {limit}", at - reported)
         reported = at
 
-    refined = refine(
-        search,
-        captured,
-        Moments.stack([moments, moments.pooled(layers)]),
-        AffineMaps.stack([fitted["own"].maps, fitted["shared"].maps]),
-        [*fitted["own"].ridges, *fitted["shared"].ridges],
-        [*([layer] for layer in layers), layers],
-        seed=seed,
-        report=refining,
-    )
-    tick("refined", len(layers) + 1 - reported)
-    endings = {"own": refined[:-1], "shared": refined[-1:]}
-    for name, ended in endings.items():
-        fitted[f"{name}_refined"] = Fitted(
-            AffineMaps.stack([r.maps for r in ended]), fitted[name].ridges, fitted[name].pads, "zero", "refined"
+    def content() -> dict[str, Tensor]:
+        refined = refine(
+            search,
+            captured,
+            Moments.stack([moments, moments.pooled(layers)]),
+            AffineMaps.stack([fitted["own"].maps, fitted["shared"].maps]),
+            [*fitted["own"].ridges, *fitted["shared"].ridges],
+            [*([layer] for layer in layers), layers],
+            seed=seed,
+            report=refining,
         )
-    maps |= {name: f.maps for name, f in fitted.items()}
+        maps = AffineMaps.stack([r.maps for r in refined])
+        how = torch.tensor([(r.iterations, ENDINGS.index(r.ended)) for r in refined])
+        return {"matrix": maps.matrix, "offset": maps.offset, "how": how}
 
-    records = {name: record(readout, name, f, captured, dev) for name, f in fitted.items()}
-    for name, ended in endings.items():
-        records[f"{name}_refined"].iterations = [r.iterations for r in ended]
-        records[f"{name}_refined"].ended = [r.ended for r in ended]
-    summary = FitSummary(
-        records=records,
-        fit_tokens=len(captured),
-        dev_tokens=len(dev),
-        rotated_rank=views[0].rank,
-        rotations=recipe.rotations,
-        refits=recipe.refits,
-        dev_constant_kl=search.constant_kl,
-        constant=captured.mean_p.tolist(),
-    )
-    return Fit({name: AffineMaps(m.matrix.float().cpu(), m.offset.float().cpu()) for name, m in maps.items()}, summary)
+    found = pieces.get("refined", content)
+    tick("refined", len(layers) + 1 - reported)
+    how = [(updates, ENDINGS[ending]) for updates, ending in found["how"].tolist()]
+    maps, result = AffineMaps(found["matrix"], found["offset"]), {}
+    for name, rows in (("own", slice(0, len(layers))), ("shared", slice(len(layers), None))):
+        refined = Fitted(maps[rows], fitted[name].ridges, fitted[name].pads, "zero", "refined")
+        result[f"{name}_refined"] = refined, how[rows]
+    return result
+
+
+ENDINGS = ("converged", "dev rose", "pass limit")
 
 
 def joined(parts: list[Fitted]) -> Fitted:
@@ -213,50 +390,68 @@ def joined(parts: list[Fitted]) -> Fitted:
 
 
 def resampled(
-    search: DevSearch, captured: Capture, fitted: dict[str, Fitted], views: list[RotatedView], seed: int, refit: int
+    search: DevSearch,
+    captured: Capture,
+    fitted: dict[str, Fitted],
+    views: list[RotatedView],
+    some: list[int],
+    seed: int,
+    refit: int,
 ) -> dict[str, AffineMaps]:
-    """The closed forms again on documents drawn with replacement, at the ridges and pads chosen before."""
+    """The closed forms again on documents drawn with replacement, at the ridges and pads chosen before; float32.
+
+    The lenses of the matrix for the layers ``some`` alone; loaded ones stay as they are.
+    """
     documents = int(captured.document.max()) + 1
     counts = np.random.default_rng([seed, refit]).multinomial(documents, np.full(documents, 1 / documents))
     moments = Moments.of(captured, torch.from_numpy(counts[captured.document]))
     layers = list(range(captured.layers))
 
-    def solve(name: str, regressions: Moments, rows: slice = slice(None)) -> AffineMaps:
+    def solve(name: str, regressions: Moments, rows: Sequence[int] | None = None) -> AffineMaps:
         chosen = fitted[name]
-        choices = [Choice(r, p, 0.0) for r, p in zip(chosen.ridges[rows], chosen.pads[rows], strict=True)]
+        at = range(len(chosen.ridges)) if rows is None else rows
+        choices = [Choice(chosen.ridges[k], chosen.pads[k], 0.0) for k in at]
         return solve_as_chosen(search, regressions, chosen.prior, choices).maps
 
+    matrix = fitted["transfer"]
     maps = {
-        "transfer": solve("transfer", moments),
+        "transfer": matrix.maps[some] if matrix.stage == "loaded" else solve("transfer", moments.layer(some), some),
         "own": solve("own", moments),
         "shared": solve("shared", moments.pooled(layers)),
         "shared_loo": AffineMaps.stack(
-            [solve("shared_loo", moments.pooled([k for k in layers if k != j]), slice(j, j + 1)) for j in layers]
+            [
+                solve("shared_loo", moments.pooled([k for k in layers if k != left_out]), [at])
+                for at, left_out in enumerate(some)
+            ]
         ),
     }
     for k, view in enumerate(views):
-        shared = solve(f"rotated{k}", moments.rotated(view).pooled(layers), slice(0, 1))
-        maps[f"rotated{k}"] = rotated_maps(shared, view)
-    return maps
+        maps[f"rotated{k}"] = solve(f"rotated{k}", moments.rotated(view).pooled(layers))
+    return {name: AffineMaps(m.matrix.float(), m.offset.float()) for name, m in maps.items()}
 
 
-def record(readout: ReadOut, name: str, fitted: Fitted, captured: Capture, dev: Capture) -> LensRecord:
-    layers = list(range(captured.layers))
+def _mean_kls(
+    readout: ReadOut, tokens: Capture, maps: AffineMaps, layers: list[int], pieces: Pieces, name: str
+) -> list[float]:
+    def content() -> dict[str, Tensor]:
+        return {"kl": torch.from_numpy(own_layer_sums(readout, tokens, maps, layers)[0].sum(0) / len(tokens))}
 
-    def kl(tokens: Capture) -> list[float]:
-        sums, _ = own_layer_sums(readout, tokens, fitted.maps, layers)
-        return [float(v) for v in sums.sum(0) / len(tokens)]
+    return [float(v) for v in pieces.get(name, content)["kl"]]
 
-    repeat = len(layers) if len(fitted.ridges) == 1 else 1
+
+def record(name: str, fitted: Fitted, layers: int) -> LensRecord:
+    """What dev chose, a value per lens; that of one lens for all layers is repeated for each of them."""
+    repeat = layers if len(fitted.maps) == 1 else 1
+    unknown = [None] * len(fitted.maps)
     return LensRecord(
-        lens=LENS_NAMES[name.rstrip("0123456789")],
+        lens=LENS_NAMES[name.partition("@")[0].rstrip("0123456789")],
         stage=fitted.stage,
         prior=fitted.prior,
         tolerance=fitted.tolerance,
-        ridge=list(fitted.ridges) * repeat,
-        pad=list(fitted.pads) * repeat,
-        fit_kl=kl(captured),
-        dev_kl=kl(dev),
+        ridge=(list(fitted.ridges) or unknown) * repeat,
+        pad=(list(fitted.pads) or unknown) * repeat,
+        fit_kl=[],
+        dev_kl=[],
     )
 
 
@@ -270,6 +465,8 @@ LENS_NAMES = {
     "shared_loo": "shared_loo",
     "rotated": "shared",
     "rotated_own": "tuned",
+    "pair": "pair",
+    "pair_rotated": "pair",
 }
 
 
@@ -277,12 +474,17 @@ LENS_NAMES = {
 class Scored:
     """Per-window sums of everything that was scored on the eval split, and mean KLs of the refits.
 
-    ``matrix``: ``kl, ce, movement, top1`` ``[S, L+1, L+1]``. ``layers``: name of a fit's maps -> (kl, ce), each ``[S, L]``.
-    ``constant``, ``model_ce``, ``tokens``, ``bytes`` ``[S]``. ``refits``: fields of :class:`Means` stacked over refits.
+    ``matrix``: ``kl, ce, movement, top1`` ``[S, L+1, L+1]``. ``curve``: tolerance -> the same of the chosen layers,
+    ``[S, n, n]``. ``layers``: name of a fit's maps -> (kl, ce), each ``[S, L]`` (leave-one-out: ``[S, n]``). ``pairs``: name
+    -> (kl, ce), ``[S, pairs, 2]``, at the first and the second layer of each. ``constant``, ``model_ce``, ``tokens``,
+    ``bytes`` ``[S]``. ``refits``: fields of :class:`Means` stacked over the fit itself and its refits, on the refits'
+    tokens.
     """
 
     matrix: dict[str, NDArray[np.float64]]
+    curve: dict[str, dict[str, NDArray[np.float64]]]
     layers: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    pairs: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
     constant: NDArray[np.float64]
     model_ce: NDArray[np.float64]
     tokens: NDArray[np.float64]
@@ -324,13 +526,22 @@ class Scored:
             for j in range(layers + 1):
                 kl, ce, movement, top1 = (self.matrix[k][:, i, j] for k in ("kl", "ce", "movement", "top1"))
                 add(*tuned, j, *how, kl, ce, movement, top1=top1)
+        some = self.fit.layers
+        for label, sums in self.curve.items():
+            for (a, i), (b, j) in itertools.product(enumerate(some), repeat=2):
+                kl, ce, movement, top1 = (sums[k][:, a, b] for k in ("kl", "ce", "movement", "top1"))
+                add(f"tuned@{label}", i, j, "closed", "identity", kl, ce, movement, top1=top1)
         for name, (kl, ce) in self.layers.items():
             kept = self.fit.records[name]
-            view = int(name.removeprefix("rotated")) if name.removeprefix("rotated").isdigit() else 0
-            view = view if name.startswith("rotated") else -1
-            for layer in range(layers):
+            where = some if name == "shared_loo" else range(layers)
+            for k, layer in enumerate(where):
                 add(kept.lens, layer if kept.lens == "tuned" else -1, layer, kept.stage, kept.prior,
-                    kl[:, layer], ce[:, layer], view=view)  # fmt: skip
+                    kl[:, k], ce[:, k], view=view_of(name))  # fmt: skip
+        for name, (kl, ce) in self.pairs.items():
+            for p, (a, b) in enumerate(pairs_of(some)):
+                # The lens of a and b stands at [a, b] as it reads b, at [b, a] as it reads a.
+                for at, (i, j) in enumerate(((b, a), (a, b))):
+                    add("pair", i, j, "closed", "zero", kl[:, p, at], ce[:, p, at], view=view_of(name))
         frame = pd.concat(blocks, ignore_index=True)
         frame.insert(0, "model", model)
         frame.insert(1, "seed", seed)
@@ -342,323 +553,146 @@ class Scored:
         return frame.astype(kinds | sizes)
 
 
-def score_all(readout: ReadOut, captured: Capture, fit: Fit, *, report: Report | None = None) -> Scored:
-    """Every lens of a fit on the held-out tokens."""
-    layers = list(range(captured.layers))
-    tick = report or (lambda done, what: None)
-    matrix = transfer_sums(readout, captured, fit.maps["transfer"])
-    tick(1, "transfer matrix")
-    by_layer = {
-        name: own_layer_sums(readout, captured, fit.maps[name], layers)
-        for name in fit.summary.records
-        if name != "transfer"
+def view_of(name: str) -> int:
+    """Number of the rotated view that maps of this name belong to; -1 for plain ones."""
+    number = name.removeprefix("pair_").removeprefix("rotated")
+    return -1 if "rotated" not in name else int(number) if number.isdigit() else 0
+
+
+def score_all(
+    readout: ReadOut,
+    captured: Capture,
+    fit: Fit,
+    *,
+    refit_positions: int | None = None,
+    pieces: Pieces = NOTHING_KEPT,
+    report: Report | None = None,
+) -> Scored:
+    """Every lens of a fit on the held-out tokens; refits on at most ``refit_positions`` of each window.
+
+    Finished ``pieces`` are taken up.
+    """
+    layers, some = list(range(captured.layers)), fit.summary.layers
+    done = 0
+
+    def tick(what: str) -> None:
+        nonlocal done
+        done += 1
+        if report is not None:
+            report(done, what)
+
+    def kept(name: str, tokens: Capture, maps: AffineMaps, where: Sequence[int]) -> tuple[Any, Any]:
+        def content() -> dict[str, Tensor]:
+            kl, ce = own_layer_sums(readout, tokens, maps, where)
+            return {"kl": torch.from_numpy(kl), "ce": torch.from_numpy(ce)}
+
+        found = pieces.get(name, content)
+        return found["kl"].numpy(), found["ce"].numpy()
+
+    def matrix_of(name: str, tokens: Capture, some_maps: AffineMaps) -> TransferSums:
+        """The matrix of the chosen layers."""
+        whole = AffineMaps(fit.maps["transfer"].matrix.clone(), fit.maps["transfer"].offset.clone())
+        whole.matrix[some], whole.offset[some] = some_maps.matrix, some_maps.offset
+        return transfer_sums(
+            readout, tokens, whole, lenses=some, layers=some, pieces=pieces, name=name, report=lambda *_: None
+        )
+
+    matrix = transfer_sums(
+        readout,
+        captured,
+        fit.maps["transfer"],
+        pieces=pieces,
+        name="matrix",
+        report=lambda j: tick(f"matrix, layer {j}"),
+    )
+    views = {
+        k: RotatedView(fit.maps[f"view{k}"].matrix, fit.summary.rotated_rank) for k in range(fit.summary.rotations)
     }
-    tick(2, "other lenses")
+    by_layer, pairs = {}, {}
+    for name in fit.summary.records:
+        if name.startswith("pair"):
+            maps, each = fit.maps[name], []
+            for p, (a, b) in enumerate(pairs_of(some)):
+                own = maps[[p]] if name == "pair" else rotated_maps(maps[[p]], views[view_of(name)])[[a, b]]
+                each.append(kept(f"{name}-{a}-{b}", captured, own, [a, b]))
+            pairs[name] = np.stack([e[0] for e in each], 1), np.stack([e[1] for e in each], 1)
+        elif not name.startswith("transfer"):
+            rotated = name.startswith("rotated") and name != "rotated_own"
+            maps = rotated_maps(fit.maps[name], views[view_of(name)]) if rotated else fit.maps[name]
+            by_layer[name] = kept(f"own-{name}", captured, maps, some if name == "shared_loo" else layers)
+    tick("other lenses")
+    curve = {
+        name.partition("@")[2]: vars(matrix_of(f"curve-{name}", captured, fit.maps[name]))
+        for name in fit.summary.records
+        if name.startswith("transfer@")
+    }
+    tick("curve over tolerances")
     tokens = sum_by_window(torch.ones(len(captured)), captured)
     starts = np.flatnonzero(np.diff(captured.window, prepend=-1))
-    refits = []
-    for n in range(fit.summary.refits):
-        maps = {k.removeprefix(f"refit{n}."): m for k, m in fit.maps.items() if k.startswith(f"refit{n}.")}
-        sums = transfer_sums(readout, captured, maps["transfer"])
-        closed = {k: own_layer_sums(readout, captured, m, layers)[0] for k, m in maps.items() if k != "transfer"}
-        none = np.full_like(closed["own"], np.nan)  # refinement is not refitted
-        refits.append(
-            Means(
-                constant=sum_by_window(captured.constant_kl, captured),
-                transfer=sums.kl,
-                transfer_ce=sums.ce,
-                movement=sums.movement,
-                own=closed["own"],
-                shared=closed["shared"],
-                shared_loo=closed["shared_loo"],
-                rotated=np.stack([closed[f"rotated{k}"] for k in range(fit.summary.rotations)], 1),
-                own_refined=none,
-                shared_refined=none,
-            )
+    sample = captured if refit_positions is None else thinned_windows(captured, refit_positions)
+    sample_tokens = sum_by_window(torch.ones(len(sample)), sample)
+
+    def means(prefix: str) -> Means:
+        """Of the fit itself (no prefix) or of a refit, on the refits' tokens."""
+        maps = {k.removeprefix(prefix): m for k, m in fit.maps.items() if k.startswith(prefix)}
+        who = prefix.rstrip(".") or "fit"
+        chosen = maps["transfer"] if prefix else maps["transfer"][some]
+        sums = matrix_of(f"{who}-matrix", sample, chosen)
+        closed = {k: kept(f"{who}-{k}", sample, maps[k], layers)[0] for k in ("own", "shared")}
+        left_out = kept(f"{who}-loo", sample, maps["shared_loo"], some)[0]
+        rotated = [
+            kept(f"{who}-rotated{k}", sample, rotated_maps(maps[f"rotated{k}"], view), layers)[0]
+            for k, view in views.items()
+        ]
+        unknown = np.full(
+            (len(sample_tokens), len(layers) + 1, len(layers) + 1), np.nan
+        )  # neither refined nor in pairs
+        block = np.ix_(range(len(sample_tokens)), some, some)
+        whole = {name: unknown.copy() for name in ("kl", "ce", "movement")}
+        for name, values in whole.items():
+            values[block] = getattr(sums, name)
+        loo = unknown[:, :-1, 0].copy()
+        loo[:, some] = left_out
+        total = Means(
+            constant=sum_by_window(sample.constant_kl, sample),
+            transfer=whole["kl"],
+            transfer_ce=whole["ce"],
+            movement=whole["movement"],
+            own=closed["own"],
+            shared=closed["shared"],
+            shared_loo=loo,
+            rotated=np.stack(rotated, 1),
+            own_refined=unknown[:, :-1, 0],
+            shared_refined=unknown[:, :-1, 0],
+            pair=unknown[:, :-1, :-1],
+            pair_rotated=unknown[:, None, :-1, :-1],
         )
-        tick(3 + n, f"refit {n}")
-    means = [Means.of_clusters(sums, tokens) for sums in refits]
+        return Means.of_clusters(total, sample_tokens)
+
+    refits = []
+    if fit.summary.refits:
+        refits.append(means(""))
+        for n in range(fit.summary.refits):
+            refits.append(means(f"refit{n}."))
+            tick(f"refit {n}")
     return Scored(
-        matrix={"kl": matrix.kl, "ce": matrix.ce, "movement": matrix.movement, "top1": matrix.top1},
+        matrix=vars(matrix),
+        curve=curve,
         layers=by_layer,
+        pairs=pairs,
         constant=sum_by_window(captured.constant_kl, captured),
         model_ce=sum_by_window(captured.model_ce, captured),
         tokens=tokens,
         bytes=np.add.reduceat(captured.target_bytes.astype(float), starts),
-        refits={name: np.stack([getattr(m, name) for m in means]) for name, _ in means[0].items()} if means else {},
+        refits={name: np.stack([getattr(m, name) for m in refits]) for name, _ in refits[0].items()} if refits else {},
         fit=fit.summary,
     )
 
 
-@dataclass(frozen=True)
-class Part:
-    """What the tables need of one model and seed, read back from its stages."""
-
-    model: str
-    seed: int
-    sequences: pd.DataFrame
-    facts: dict[str, Any]
-    fit: FitSummary
-    refits: dict[str, NDArray[np.float64]]
-
-    @classmethod
-    def load(cls, model: str, seed: int, fitting: Path, scoring: Path) -> "Part":
-        kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
-        return cls(
-            model,
-            seed,
-            pd.read_parquet(scoring / "sequences.parquet"),
-            json.loads((scoring / "model.json").read_text()),
-            FitSummary.load(fitting / "fit.json"),
-            kept,
-        )
-
-
-@dataclass(frozen=True)
-class ClusterSums:
-    """Sums over the documents of one model and seed: what every interval resamples.
-
-    ``tokens``, ``bytes`` ``[clusters]``; ``totals`` holds the fields of :class:`Means` as ``[clusters, ...]`` sums.
-    """
-
-    documents: tuple[str, ...]
-    tokens: NDArray[np.float64]
-    bytes: NDArray[np.float64]
-    totals: Means
-    top1: NDArray[np.float64]
-    """``[clusters, L+1, L+1]``: tokens at which the lens's most probable word is the model's"""
-
-    @classmethod
-    def of(cls, sequences: pd.DataFrame) -> "ClusterSums":
-        """From the rows of ``per_sequence.parquet`` that belong to one model and seed."""
-        documents = tuple(sorted(sequences["document"].astype(str).unique()))
-        model = by_document(sequences, lens="model")
-        constant = by_document(sequences, lens="constant")["kl"].to_numpy(float)
-        layers = int(sequences["layer"].max())
-        tuned = sequences[(sequences["lens"] == "tuned") & (sequences["prior"] == "identity")]
-        logit = sequences[sequences["lens"] == "logit"]
-        matrix = pd.concat([tuned, logit])
-
-        def grid(column: str) -> NDArray[np.float64]:
-            table = matrix.pivot_table(
-                index="document", columns=["lens_layer", "layer"], values=column, aggfunc="sum", observed=True
-            )
-            return table.sort_index().to_numpy(float).reshape(len(documents), layers + 1, layers + 1)
-
-        def per_layer(lens: str, stage: str = "closed", view: int = -1) -> NDArray[np.float64]:
-            rows = sequences[(sequences["lens"] == lens) & (sequences["stage"] == stage) & (sequences["view"] == view)]
-            rows = rows[rows["prior"] == "zero"]
-            table = rows.pivot_table(index="document", columns="layer", values="kl", aggfunc="sum", observed=True)
-            return table.sort_index().to_numpy(float)
-
-        views = range(int(sequences["view"].max()) + 1)
-        totals = Means(
-            constant=constant,
-            transfer=grid("kl"),
-            transfer_ce=grid("ce"),
-            movement=grid("movement"),
-            own=per_layer("tuned"),
-            shared=per_layer("shared"),
-            shared_loo=per_layer("shared_loo"),
-            rotated=np.stack([per_layer("shared", view=k) for k in views], axis=1),
-            own_refined=per_layer("tuned", "refined"),
-            shared_refined=per_layer("shared", "refined"),
-        )
-        return cls(documents, model["tokens"].to_numpy(float), model["bytes"].to_numpy(float), totals, grid("top1"))
-
-
-def by_document(sequences: pd.DataFrame, *, lens: str) -> pd.DataFrame:
-    rows = sequences[sequences["lens"] == lens]
-    columns = ["tokens", "bytes", "kl", "ce"]
-    return rows.groupby("document", observed=True)[columns].sum().sort_index()
-
-
-def ratio_with_interval(
-    sums: NDArray[np.float64], per: NDArray[np.float64], weights: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """``sum(sums) / sum(per)`` over clusters with its 95 % interval: (low, value, high), each of ``sums.shape[1:]``."""
-    flat = sums.reshape(len(sums), -1)
-    low, high = indices.interval((weights @ flat) / (weights @ per)[:, None])
-    shape = sums.shape[1:]
-    return low.reshape(shape), (flat.sum(0) / per.sum()).reshape(shape), high.reshape(shape)
-
-
-def mean_with_interval(values: Tensor, document: NDArray[np.int64], draws: int) -> tuple[float, float, float]:
-    """Mean over tokens ``[N]`` with its 95 % interval over documents: (low, mean, high)."""
-    sums = np.bincount(document, weights=values.double().cpu().numpy()).astype(float)
-    counts = np.bincount(document).astype(float)
-    low, mean, high = ratio_with_interval(sums, counts, indices.bootstrap_weights(len(counts), draws, 0))
-    return float(low), float(mean), float(high)
-
-
-def baseline_table(
-    ce: dict[str, NDArray[np.float64]],
-    document: NDArray[np.int64],
-    target_bytes: NDArray[np.int32],
-    train_tokens: int,
-    draws: int,
-) -> pd.DataFrame:
-    """``baselines.csv`` from each baseline's nats per scored token ``[N]``."""
-    counts = np.bincount(document).astype(float)
-    sizes = np.bincount(document, weights=target_bytes).astype(float)
-    weights = indices.bootstrap_weights(len(counts), draws, 0)
-    rows = []
-    for name, nats in ce.items():
-        sums = np.bincount(document, weights=nats).astype(float)
-        row: dict[str, Any] = {"baseline": name, "train_tokens": train_tokens}
-        rows.append(row | ce_columns(sums, counts, sizes, weights))
-    return pd.DataFrame(rows)
-
-
-def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
-    """Cross-entropy in nats/token and bits/byte, with intervals."""
-    low, mean, high = ratio_with_interval(sums, tokens, weights)
-    byte_low, byte_mean, byte_high = ratio_with_interval(sums / np.log(2), sizes, weights)
-    return {
-        "ce": float(mean), "ce_ci_low": float(low), "ce_ci_high": float(high),
-        "bits_per_byte": float(byte_mean), "bits_per_byte_ci_low": float(byte_low),
-        "bits_per_byte_ci_high": float(byte_high),
-    }  # fmt: skip
-
-
-def tables(parts: list[Part], recipe: FitRecipe, *, draws: int) -> dict[str, pd.DataFrame]:
-    """The CSV tables of a run, but for the baselines."""
-    rows: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv")
-    }
-    found: dict[str, list[dict[str, indices.Estimate]]] = {}
-    for part in parts:
-        sums = ClusterSums.of(part.sequences)
-        weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
-        who = {"model": part.model, "seed": part.seed}
-        ce = by_document(part.sequences, lens="model")["ce"].to_numpy(float)
-        rows["models.csv"].append(
-            who
-            | part.facts
-            | ce_columns(ce, sums.tokens, sums.bytes, weights)
-            | {"scored_tokens": int(sums.tokens.sum()), "clusters": len(sums.tokens)}
-        )
-        rows["lenses.csv"] += lens_rows(part, weights)
-        rows["transfer.csv"] += transfer_rows(part, sums, weights)
-        point = Means.of_clusters(sums.totals, sums.tokens)
-        estimates = indices.estimates(
-            point, Means.of_clusters(sums.totals, sums.tokens, weights), seed=part.seed, clusters=len(sums.tokens)
-        )
-        found.setdefault(part.model, []).append(estimates)
-        rows["indices.csv"] += [who | row for row in index_rows(estimates, part, recipe)]
-    for model, per_seed in found.items():
-        if len(per_seed) > 1:
-            rows["indices.csv"] += [{"model": model, "seed": "all"} | row for row in rows_over_seeds(per_seed, recipe)]
-    return {name: pd.DataFrame(content) for name, content in rows.items()}
-
-
-def lens_rows(part: Part, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-    """``lenses.csv``: every lens at the layers it is meant for."""
-    kept = part.sequences[~part.sequences["lens"].isin(["constant", "model"])]
-    headline = (kept["lens"] == "tuned") & (kept["prior"] == "identity")
-    kept = kept[~headline & (kept["view"] <= 0)]
-    records = {
-        (r.lens, r.stage): r for name, r in part.fit.records.items() if not name.startswith(("rotated", "transfer"))
-    }
-    rotated = {part.fit.records[name].lens: part.fit.records[name] for name in ("rotated_own", "rotated0")}
-    keys = ["view", "lens", "stage", "prior", "layer"]
-    for key, group in kept.groupby(keys, observed=True, sort=True):
-        view, lens, stage, prior, layer = cast(tuple[int, str, str, str, int], key)
-        sums = group.groupby("document", observed=True)[["tokens", "kl", "ce"]].sum().sort_index()
-        tokens = sums["tokens"].to_numpy(float)
-        row = {"model": part.model + ("+rotated" if view == 0 else ""), "seed": part.seed, "lens": lens, "layer": layer}
-        row |= {"stage": stage, "prior": prior}
-        for name in ("kl", "ce"):
-            low, mean, high = ratio_with_interval(sums[name].to_numpy(float), tokens, weights)
-            row |= {name: float(mean), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
-        chosen = rotated.get(lens) if view == 0 else records.get((lens, stage))
-        for column in ("ridge", "pad", "fit_kl", "dev_kl"):
-            row[column] = None if chosen is None else getattr(chosen, column)[layer]
-        yield row
-
-
-def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-    """``transfer.csv``: the headline matrix."""
-    headline = part.fit.records["transfer"]
-    layers = len(headline.ridge)
-    values = {}
-    for name, array in (
-        ("kl", sums.totals.transfer),
-        ("ce", sums.totals.transfer_ce),
-        ("movement_kl", sums.totals.movement),
-        ("top1_agreement", sums.top1),
-    ):
-        low, values[name], high = ratio_with_interval(array, sums.tokens, weights)
-        if name == "top1_agreement":
-            values |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
-        if name in ("kl", "ce"):
-            penalty = array - np.diagonal(array, axis1=1, axis2=2)[:, None, :]
-            low, mean, high = ratio_with_interval(penalty, sums.tokens, weights)
-            values |= {f"penalty_{name}": mean, f"penalty_{name}_ci_low": low, f"penalty_{name}_ci_high": high}
-    for i in range(layers + 1):
-        for j in range(layers + 1):
-            fitted = i < layers
-            yield {
-                "model": part.model,
-                "seed": part.seed,
-                "lens_layer": i,
-                "stream_layer": j,
-                "stage": headline.stage,
-                "prior": headline.prior,
-                "ridge": headline.ridge[i] if fitted else None,
-                "tolerance": headline.tolerance,
-                **{name: float(array[i, j]) for name, array in values.items()},
-            }
-
-
-def index_rows(estimates: dict[str, indices.Estimate], part: Part, recipe: FitRecipe) -> Iterator[dict[str, Any]]:
-    """``indices.csv`` of one model and seed."""
-    refitted: dict[str, NDArray[np.float64]] = {}
-    if part.refits:
-        means = Means(**part.refits)
-        refitted = {name: function(means).value for name, (_, function) in indices.INDICES.items()}
-        for suffix in ("", "_without_layer0"):
-            kept, null = refitted[f"shared_retention{suffix}"], refitted[f"rotated_retention{suffix}"]
-            refitted[f"shared_consistency{suffix}"] = (kept - null) / (1 - null)
-    for name, estimate in estimates.items():
-        spread = refitted.get(name)
-        known = estimate.value is not None and spread is not None and bool(np.isfinite(spread).all())
-        yield index_row(name, estimate, recipe) | {
-            "fit_low": float(spread.min()) if known and spread is not None else None,
-            "fit_high": float(spread.max()) if known and spread is not None else None,
-        }
-    facts = {"layers": float(part.facts["layers"]), "rotated_rank": float(part.fit.rotated_rank)}
-    for name, value in facts.items():
-        yield index_row(name, indices.Estimate(value, None, None, "a fact of the stream, not an estimate"), recipe)
-
-
-def index_row(name: str, estimate: indices.Estimate, recipe: FitRecipe) -> dict[str, Any]:
-    stage = (
-        indices.INDICES[name][0]
-        if name in indices.INDICES
-        else ("closed" if name.startswith("shared_consistency") else "none")
-    )
-    return {
-        "index": name,
-        "value": estimate.value,
-        "ci_low": estimate.low,
-        "ci_high": estimate.high,
-        "fit_low": None,
-        "fit_high": None,
-        "stage": stage,
-        "tolerance": recipe.tolerance if name in indices.OF_THE_MATRIX else 0.0,
-        "reason": estimate.reason,
-    }
-
-
-def rows_over_seeds(per_seed: list[dict[str, indices.Estimate]], recipe: FitRecipe) -> Iterator[dict[str, Any]]:
-    """``seed = all``: the mean over seeds with a Student-t interval; undefined where it is undefined for a seed."""
-    for name in per_seed[0]:
-        values = [e[name].value for e in per_seed]
-        known = [v for v in values if v is not None]
-        if len(known) < len(values):
-            reason = f"undefined for {len(values) - len(known)} of {len(values)} seeds"
-            yield index_row(name, indices.Estimate(None, None, None, reason), recipe)
-        else:
-            mean, low, high = indices.over_seeds(known)
-            yield index_row(name, indices.Estimate(mean, low, high), recipe)
+def thinned_windows(captured: Capture, positions: int) -> Capture:
+    """At most ``positions`` tokens of each window, evenly spread over those that it has."""
+    _, rank, counts = np.unique(captured.window, return_inverse=True, return_counts=True)
+    first = np.cumsum(counts) - counts
+    within, size = np.arange(len(captured)) - first[rank], counts[rank]
+    wanted = np.minimum(positions, size)
+    return captured.take(torch.from_numpy(np.flatnonzero((within + 1) * wanted // size > within * wanted // size)))

@@ -13,15 +13,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, ReadOut, RotatedView
-from lensbench.transfer import ROW_BLOCK, TOKEN_BLOCK, VOCABULARY_BLOCK, Tokens, Vocabulary, token_kl
+from lensbench.transfer import (
+    ROW_BLOCK,
+    TOKEN_BLOCK,
+    VOCABULARY_BLOCK,
+    Tokens,
+    Vocabulary,
+    half_width,
+    sum_by_window,
+    token_kl,
+)
 
 Prior = Literal["zero", "identity"]
+Stage = Literal["closed", "refined", "loaded"]
 
 MOMENT_BLOCK = 4096
 
@@ -44,6 +55,15 @@ class FitRecipe(BaseModel):
         tuple(i / 10 for i in range(11)), min_length=1, description="lengths of the pad, in rms of the final state"
     )
     tolerance: float = Field(0.02, ge=0, description="allowed dev loss of the headline matrix, share of K_0 - best")
+    tolerances: tuple[float, ...] = Field(
+        (0.0, 0.05, 0.1), description="allowed dev losses of the curve beside the headline's, and one standard error"
+    )
+    layers: int = Field(
+        8,
+        ge=2,
+        description="layers at most, evenly spread, of the curve over tolerances, leave-one-out, pairs and refits",
+    )
+    pair_rotations: int = Field(2, ge=1, description="rotated views of which pairs of layers get lenses")
     rotations: int = Field(5, ge=1, description="rotated views, each with a shared lens of its own")
     variance: float = Field(0.99, gt=0, le=1, description="share of pooled variance that rotations act on")
     refits: int = Field(5, ge=0, description="refits on document-resampled fit data")
@@ -72,6 +92,13 @@ class FitRecipe(BaseModel):
         if any(b <= a for a, b in itertools.pairwise(path)):
             raise ValueError("must rise from one entry to the next")
         return path
+
+    @field_validator("tolerances")
+    @classmethod
+    def _shares(cls, tolerances: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 <= t < 1 for t in tolerances):
+            raise ValueError("must be shares of K_0 - best: at least 0 and below 1")
+        return tolerances
 
     @field_validator("ridges")
     @classmethod
@@ -406,6 +433,30 @@ class DevSearch:
                 return known[here]
             here = best
 
+    def within_one_error(self, path: Sequence[Choice], solve: Callable[[float], AffineMaps], layer: int) -> Choice:
+        """The strongest ridge whose dev KL exceeds the best's by at most one standard error of the paired difference.
+
+        The standard error is clustered by document.
+        """
+        dev = self.dev
+        tokens, sizes = Tokens(dev.expected, dev.entropy_term, dev.states[-1]), np.bincount(dev.window)
+        documents = dev.document[np.flatnonzero(np.diff(dev.window, prepend=-1))]
+
+        def kl(choice: Choice) -> Tensor:
+            maps = self.padded(solve(choice.ridge), choice.pad).to(dev.states)
+            x = dev.states[layer] @ maps.matrix[0].T + maps.offset[0]
+            return token_kl(self.readout, self.readout.final_norm(x), tokens)
+
+        best = min(path, key=lambda c: c.dev_kl)
+        of_best, chosen = kl(best), best
+        for choice in path:
+            if choice.ridge > chosen.ridge:
+                excess = kl(choice) - of_best
+                sums = sum_by_window(excess, dev)[:, None, None]
+                if float(excess.double().mean()) <= float(half_width(sums, sizes[sizes > 0], documents)[0, 0]) / 1.96:
+                    chosen = choice
+        return chosen
+
     def within(self, path: Sequence[Choice], tolerance: float) -> Choice:
         """The strongest ridge whose dev KL exceeds the path's best by at most ``tolerance`` of ``K_0 - best``."""
         best = min(choice.dev_kl for choice in path)
@@ -421,20 +472,55 @@ class Fitted:
     ridges: tuple[float, ...]
     pads: tuple[float, ...]
     prior: Prior
-    stage: Literal["closed", "refined"]
+    stage: Stage
     tolerance: float = 0.0
 
 
 def fit_each(search: DevSearch, moments: Moments, prior: Prior, *, tolerance: float | None = None) -> Fitted:
     """One lens per layer: the best ridge on dev, or with ``tolerance`` the strongest allowed one."""
+    if tolerance is not None:
+        return fit_within(search, moments, prior, ridge_paths(search, moments, prior), tolerance)
+    choices = [
+        search.best(RidgePath(moments.layer([layer]), prior).solve, [layer]) for layer in range(len(moments.mean))
+    ]
+    return solve_as_chosen(search, moments, prior, choices)
+
+
+def ridge_paths(
+    search: DevSearch, moments: Moments, prior: Prior, layers: Sequence[int] | None = None
+) -> list[list[Choice]]:
+    """Per regression the best pad and its dev KL at every ridge; ``layers``: those of the regressions, all if left out."""
+    at = range(len(moments.mean)) if layers is None else layers
+    return [search.path(RidgePath(moments.layer([k]), prior).solve, [layer]) for k, layer in enumerate(at)]
+
+
+ONE_STANDARD_ERROR: Literal["1se"] = "1se"
+
+
+def fit_within(
+    search: DevSearch,
+    moments: Moments,
+    prior: Prior,
+    paths: Sequence[Sequence[Choice]],
+    tolerance: float | Literal["1se"],
+    layers: Sequence[int] | None = None,
+) -> Fitted:
+    """One lens per layer (of ``layers``), each with the strongest ridge of its path that the tolerance allows."""
+    chosen = range(len(moments.mean)) if layers is None else layers
     choices = []
-    for layer in range(len(moments.mean)):
-        path = RidgePath(moments.layer([layer]), prior)
-        if tolerance is None:
-            choices.append(search.best(path.solve, [layer]))
+    for layer in chosen:
+        if isinstance(tolerance, str):
+            solve = RidgePath(moments.layer([layer]), prior).solve
+            choices.append(search.within_one_error(paths[layer], solve, layer))
         else:
-            choices.append(search.within(search.path(path.solve, [layer]), tolerance))
-    return solve_as_chosen(search, moments, prior, choices, tolerance or 0.0)
+            choices.append(search.within(paths[layer], tolerance))
+    own = moments if layers is None else moments.layer(chosen)
+    return solve_as_chosen(search, own, prior, choices, 0.0 if isinstance(tolerance, str) else tolerance)
+
+
+def spread_layers(layers: int, count: int) -> list[int]:
+    """At most ``count`` of layers 0..layers-1, evenly spread, the first and the last among them."""
+    return sorted({round(k * (layers - 1) / (count - 1)) for k in range(count)})
 
 
 def fit_shared(search: DevSearch, moments: Moments, layers: Sequence[int]) -> Fitted:
@@ -452,14 +538,16 @@ def fit_shared_bias(search: DevSearch, moments: Moments) -> Fitted:
     return solve_as_chosen(search, within, "zero", [choice] * len(layers))
 
 
-def fit_rotated(search: DevSearch, moments: Moments, view: RotatedView) -> Fitted:
-    """The shared lens of a rotated view as maps of the plain states, one per layer: ``B Q_l h + c``."""
-    layers = range(len(moments.mean))
-    path = RidgePath(moments.rotated(view).pooled(layers), "zero")
+def fit_rotated(search: DevSearch, rotated: Moments, view: RotatedView, layers: Sequence[int] | None = None) -> Fitted:
+    """The one lens of a rotated view for all layers, or for some, from the view's own moments.
 
-    choice = search.best(lambda ridge: rotated_maps(path.solve(ridge), view), layers)
-    maps = search.padded(rotated_maps(path.solve(choice.ridge), view), choice.pad)
-    return Fitted(maps, (choice.ridge,) * len(layers), (choice.pad,) * len(layers), "zero", "closed")
+    As a map of rotated states; it is chosen on plain dev states with the rotation folded in, which is the same.
+    """
+    chosen = list(range(len(rotated.mean))) if layers is None else list(layers)
+    pooled = rotated.pooled(chosen)
+    path = RidgePath(pooled, "zero")
+    choice = search.best(lambda ridge: rotated_maps(path.solve(ridge), view)[chosen], chosen)
+    return solve_as_chosen(search, pooled, "zero", [choice])
 
 
 def rotated_maps(maps: AffineMaps, view: RotatedView) -> AffineMaps:

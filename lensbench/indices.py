@@ -4,8 +4,8 @@ Every function takes mean KLs whose leading axes are free, so that one call serv
 draws. Layers are 0..L; per-layer arrays hold layers 0..L-1.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ class Means:
     headline matrix.
     ``own`` ``[..., L]``: per-layer lenses with prior zero; ``shared``, ``shared_loo`` ``[..., L]`` and ``rotated``
     ``[..., views, L]`` of the same prior and stage. ``own_refined``, ``shared_refined`` ``[..., L]``: the refined stage.
+    ``pair`` ``[..., L, L]``: at [i, j], i != j, the lens of layers i and j as it reads j; ``pair_rotated``
+    ``[..., views, L, L]``. NaN where there is no such lens.
     """
 
     constant: Array
@@ -40,6 +42,8 @@ class Means:
     rotated: Array
     own_refined: Array
     shared_refined: Array
+    pair: Array
+    pair_rotated: Array
 
     @classmethod
     def of_clusters(cls, sums: "Means", tokens: Array, weights: Array | None = None) -> "Means":
@@ -87,6 +91,42 @@ def rotated_retention(m: Means, first: int = 0) -> Value:
     """
     each = retention(m.own[..., None, first:], m.rotated[..., first:], m.constant[..., None])
     return Value(each.value.mean(-1), None if each.denominator is None else each.denominator[..., 0])
+
+
+def loo_retention(m: Means) -> Value:
+    """:func:`retention` of lenses that never saw the layer they read, over the layers that have one."""
+    there = np.isfinite(m.shared_loo).reshape(-1, m.shared_loo.shape[-1]).all(0)
+    return retention(m.own[..., there], m.shared_loo[..., there], m.constant)
+
+
+def pair_penalty(own: Array, pair: Array) -> Array:
+    """``M_ij = ((K(T_ij, i) - K_ii) + (K(T_ij, j) - K_jj)) / 2`` of all pairs i < j: ``[..., L (L-1) / 2]``.
+
+    NaN for a pair without a lens.
+    """
+    excess = pair - own[..., None, :]
+    i, j = _pairs(pair.shape[-1])
+    return (excess[..., i, j] + excess[..., j, i]) / 2
+
+
+def _mean_of_known(values: Array) -> Array:
+    """Mean along the last axis of what is known; NaN where nothing is."""
+    known = np.isfinite(values).reshape(-1, values.shape[-1]).all(0)
+    mean: Array = values[..., known].mean(-1) if known.any() else np.full(values.shape[:-1], np.nan)
+    return mean
+
+
+def mean_pair_penalty(m: Means, *, rotated: bool = False) -> Value:
+    """Mean of M_ij over the pairs that have a lens, in the plain view or over the rotated ones."""
+    if not rotated:
+        return Value(_mean_of_known(pair_penalty(m.own, m.pair)))
+    return Value(_mean_of_known(pair_penalty(m.own[..., None, :], m.pair_rotated)).mean(-1))
+
+
+def pair_consistency(m: Means) -> Value:
+    """``1 - mean M_ij / mean M_ij^rot``: 0 = a pair of layers has no more in common than in random bases."""
+    null = mean_pair_penalty(m, rotated=True).value
+    return Value(1 - mean_pair_penalty(m).value / null, null)
 
 
 def consistency(kept: Value, null: Value) -> Value:
@@ -152,7 +192,7 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     "constant_kl": ("none", lambda m: Value(m.constant)),
     "shared_retention": ("closed", lambda m: retention(m.own, m.shared, m.constant)),
     "rotated_retention": ("closed", rotated_retention),
-    "loo_shared_retention": ("closed", lambda m: retention(m.own, m.shared_loo, m.constant)),
+    "loo_shared_retention": ("closed", loo_retention),
     "shared_retention_refined": ("refined", lambda m: retention(m.own_refined, m.shared_refined, m.constant)),
     # The same lenses, fitted to all layers, read from layer 1 on: how much of a retention is the embedding's.
     "shared_retention_without_layer0": (
@@ -160,6 +200,9 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
         lambda m: retention(m.own[..., 1:], m.shared[..., 1:], m.constant),
     ),
     "rotated_retention_without_layer0": ("closed", lambda m: rotated_retention(m, first=1)),
+    "pair_penalty": ("closed", mean_pair_penalty),
+    "pair_penalty_rotated": ("closed", lambda m: mean_pair_penalty(m, rotated=True)),
+    "pair_consistency": ("closed", pair_consistency),
     "gain_tracking": ("closed", gain_tracking),
     "gain_visibility": ("closed", gain_visibility),
     "gain_visibility_adjacent": ("closed", lambda m: gain_visibility(m, lambda i, j: j == i + 1)),
@@ -173,6 +216,21 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
 layer 0, is made of two of them."""
 
 OF_THE_MATRIX = {name for name in INDICES if name.startswith(("gain_visibility", "movement", "distance"))}
+
+
+ON_THE_CURVE = ("gain_visibility", "gain_visibility_without_layer0", "movement")
+"""What is followed over the allowed loss of the matrix's lenses."""
+
+
+def of_layers(m: Means, layers: Sequence[int], transfer: Array, moved: Array) -> Means:
+    """Means with the matrix ``[..., n, n]`` of some layers (and no logit lens) in place of their own."""
+
+    def with_last(matrix: Array) -> Array:
+        padded = np.full((*matrix.shape[:-2], len(layers) + 1, len(layers) + 1), np.nan)
+        padded[..., :-1, :-1] = matrix
+        return padded
+
+    return replace(m, transfer=with_last(transfer), movement=with_last(moved))
 
 
 @dataclass(frozen=True)
@@ -225,27 +283,31 @@ def _draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value
 def estimates(point: Means, draws: Means, *, seed: int, clusters: int) -> dict[str, Estimate]:
     """Every index with its interval, or the reason why it is undefined."""
     at_point, at_draws = draw_values(point, draws, seed)
-    floor = max(0.0, SMALLEST_DENOMINATOR * float(point.constant))
-    warning = f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
     result = {}
     for name, here in at_point.items():
-        denominator = at_draws[name].denominator
         reason = ""
-        if denominator is not None and float(interval(denominator)[0]) < floor:
-            reason = f"undefined: the interval of its denominator reaches below {floor:.3g} nats (2 % of K_0)"
-        elif name.startswith("shared_consistency"):
+        if name.startswith("shared_consistency"):
             null = at_draws[name.replace("shared_consistency", "rotated_retention")]
             null_high = float(interval(null.value)[1])
             if null_high > LARGEST_ROTATED_RETENTION:
                 reason = f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
-        if not reason and not (np.isfinite(here.value) and np.isfinite(at_draws[name].value).all()):
-            reason = "undefined: constant over layers"
-        if reason:
-            result[name] = Estimate(None, None, None, reason)
-        else:
-            low, high = interval(at_draws[name].value)
-            result[name] = Estimate(float(here.value), float(low), float(high), warning)
+        result[name] = estimate(here, at_draws[name], float(point.constant), clusters, reason)
     return result
+
+
+def estimate(here: Value, drawn: Value, constant: float, clusters: int, undefined: str = "") -> Estimate:
+    """One index with its interval, or the reason why it is undefined: its denominator first, then the one given."""
+    floor = max(0.0, SMALLEST_DENOMINATOR * constant)
+    reason = undefined
+    if drawn.denominator is not None and float(interval(drawn.denominator)[0]) < floor:
+        reason = f"undefined: the interval of its denominator reaches below {floor:.3g} nats (2 % of K_0)"
+    if not reason and not (np.isfinite(here.value) and np.isfinite(drawn.value).all()):
+        reason = "undefined: constant over layers"
+    if reason:
+        return Estimate(None, None, None, reason)
+    low, high = interval(drawn.value)
+    warning = f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
+    return Estimate(float(here.value), float(low), float(high), warning)
 
 
 def over_seeds(values: list[float]) -> tuple[float, float, float]:

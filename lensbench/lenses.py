@@ -3,17 +3,26 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from tuned_lens.load_artifacts import load_lens_artifacts
 from tuned_lens.nn.lenses import Lens, TunedLens, TunedLensConfig
 from tuned_lens.nn.unembed import Unembed
+from tuned_lens.plotting import PredictionTrajectory
+from tuned_lens.utils import tensor_hash
 
 from lensbench.errors import LensbenchError
+
+if TYPE_CHECKING:
+    from lensbench.stream import ResidualStream
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,68 @@ def tuned_lens(unembed: Unembed, maps: AffineMaps, *, model_name: str) -> TunedL
             translator.weight.copy_(matrix - torch.eye(d))
             translator.bias.copy_(offset)
     return lens
+
+
+def load_tuned_lens(unembed: Unembed, source: str) -> TunedLens:
+    """A lens in tuned-lens's own format: ``path:FOLDER``, or ``hub:RESOURCE[@REVISION]`` from its space on the hub.
+
+    Raises :class:`LensbenchError` for a lens that cannot be read or was fitted to another model: other hash of the
+    unembedding (as stored, or rounded to a half-precision type, as models are published), other shape, more than layers.
+    """
+    kind, _, rest = source.partition(":")
+    if kind not in ("path", "hub") or not rest:
+        raise LensbenchError(f"unknown lens {source!r}: a lens is path:FOLDER or hub:RESOURCE[@REVISION]")
+    name, _, revision = rest.partition("@") if kind == "hub" else (rest, "", "")
+    if kind == "path" and not all((Path(name) / file).is_file() for file in ("config.json", "params.pt")):
+        raise LensbenchError(
+            f"{source}: no config.json and params.pt in {name}; give a folder that TunedLens.save wrote"
+        )
+    try:
+        config_path, parameters = load_lens_artifacts(name, revision=revision or None)
+        config = TunedLensConfig.from_dict(json.loads(Path(config_path).read_text()))
+        wanted = config.unembed_hash
+        lens = TunedLens(unembed, config)  # writes the model's own hash into the config
+        state = torch.load(parameters, map_location="cpu", weights_only=True)
+        lens.layer_translators.load_state_dict(state)
+    except Exception as error:  # the hub, pickle and torch each raise their own
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LensbenchError(f"{source}: the lens cannot be loaded: {reason}") from error
+    if wanted is not None and wanted not in _unembedding_hashes(unembed):
+        raise LensbenchError(f"{source}: the lens was fitted to another model (its unembedding's hash differs)")
+    return lens
+
+
+def _unembedding_hashes(unembed: Unembed) -> Iterator[str]:
+    """Of the unembedding as it is, and as it would be stored in half precision."""
+    weight = unembed.unembedding.weight.data.detach().cpu()
+    for dtype in (weight.dtype, torch.float16, torch.bfloat16):
+        yield tensor_hash(weight.to(dtype).float().numpy())
+
+
+def maps_of(lens: TunedLens) -> AffineMaps:
+    """A tuned lens's translators ``h + A h + b`` as maps ``B h + c``, float32."""
+    d = lens.config.d_model
+    matrix = torch.stack([t.weight.detach().float().cpu() for t in lens]) + torch.eye(d)
+    offset = torch.stack([t.bias.detach().float().cpu() for t in lens])
+    return AffineMaps(matrix, offset)
+
+
+def prediction_trajectory(
+    lens: Lens, stream: "ResidualStream", ids: Tensor, tokenizer: PreTrainedTokenizerBase, targets: Tensor | None = None
+) -> PredictionTrajectory:
+    """tuned-lens's trajectory of one text ``[T]`` under any lens, the shared one included, for any model.
+
+    Unlike ``PredictionTrajectory.from_lens_and_model`` it reads the states that :class:`ResidualStream` verified, which
+    are not what every model reports. ``targets`` ``[T]`` left out are the next tokens, the last one's being the model's own.
+    """
+    with torch.no_grad():
+        states, logits = stream.forward(ids[None])
+        layers = [lens(h[0].float(), idx=layer).log_softmax(-1) for layer, h in enumerate(states[:-1])]
+        own = logits[0].float().log_softmax(-1)
+    if targets is None:
+        targets = torch.cat([ids[1:].cpu(), own[-1:].argmax(-1).cpu()])
+    log_probs = torch.stack([*layers, own]).cpu().numpy()
+    return PredictionTrajectory(log_probs, ids.cpu().numpy(), targets=targets.numpy(), tokenizer=tokenizer)
 
 
 def save_tuned_lens(lens: TunedLens, folder: Path) -> None:

@@ -128,6 +128,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() or (a.dtype != b.dtype and torch.equal(a.to(b.device, b.dtype), b))
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight.device
+
+
 @dataclass(frozen=True)
 class Found:
     """Where the read-out of a model begins, and the read-out itself.
@@ -178,10 +184,8 @@ def find_parts(model: PreTrainedModel) -> Found:
         m.register_forward_hook(remember(n), with_kwargs=True) for n, m in model.named_modules() if m is not head and n
     ]
     hooks.append(head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0])))
-    ids = (
-        torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
-        % model.config.get_text_config().vocab_size
-    )
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(4) % vocabulary)[None].to(input_device(model))
     try:
         reported = model(input_ids=ids, output_hidden_states=True, return_dict=True).hidden_states
     finally:

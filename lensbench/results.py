@@ -16,7 +16,7 @@ import pandas as pd
 
 from lensbench.errors import LensbenchError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 SEQUENCES = "per_sequence.parquet"
 NEEDED = ("code_version", "corpus", "files", "models", "seeds", "suite", "suite_name")
@@ -34,12 +34,14 @@ _HOW = {
 SCHEMA: dict[str, dict[str, str]] = {
     "models.csv": {
         **_WHO,
-        "family": "how it was built",
+        "family": "how it was built: of a pretrained model its model type",
+        "source": "where a pretrained model comes from; empty for models trained here",
+        "dtype": "what the model computes in; lenses are float32",
         "parameters": "tied tensors counted once",
         "layers": "blocks L",
         "d_model": "width of the stream that the lenses read",
         "vocab_size": "V",
-        "train_tokens": "tokens visited in training",
+        "train_tokens": "tokens visited in training; empty for pretrained models",
         "ce": "held-out cross-entropy, nats/token",
         "ce_ci_low": "",
         "ce_ci_high": "",
@@ -50,6 +52,7 @@ SCHEMA: dict[str, dict[str, str]] = {
         "clusters": "documents they come from; under 64 the intervals are not to be trusted",
     },
     "baselines.csv": {
+        "tokenizer": "whose tokens: suite (trained on the train split), or a model that brings its own",
         "baseline": "unigram, or bigram (interpolated Kneser-Ney), counted on the train split",
         "train_tokens": "",
         "ce": "on the same tokens as the models, nats/token",
@@ -95,14 +98,46 @@ SCHEMA: dict[str, dict[str, str]] = {
         "penalty_ce_ci_low": "",
         "penalty_ce_ci_high": "",
     },
+    "tolerances.csv": {
+        **_WHO,
+        "tolerance": "allowed dev loss of a lens on its own layer, share of K_0 - best; 1se: one standard error; loaded",
+        "index": "gain visibility or movement, over the pairs of these layers",
+        "layers": "the layers of the lenses and of the stream",
+        **_HOW,
+        "ridge": "of each lens, in median eigenvalues",
+        "own_kl": "mean held-out KL of the lenses on their own layers, nats/token",
+        "own_kl_ci_low": "",
+        "own_kl_ci_high": "",
+        "value": "empty where undefined",
+        "ci_low": "95 % paired bootstrap over documents, the fitted lens held fixed",
+        "ci_high": "",
+        "fit_low": "value plus the smallest change by a refit on document-resampled fit data, at the headline's tolerance",
+        "fit_high": "plus the largest",
+        "reason": "why it is undefined, or a warning",
+    },
+    "pairs.csv": {
+        **_WHO,
+        "layer_i": "first of the two layers that the lens is fitted to",
+        "layer_j": "second",
+        "ridge": "chosen on dev, in median eigenvalues of the pooled covariance",
+        "pad": "chosen on dev, in rms of the final state",
+        "kl_i": "held-out KL of the lens as it reads layer i, nats/token",
+        "kl_j": "as it reads layer j",
+        "penalty": "M_ij: mean excess of the two over the per-layer lenses' own (closed, prior zero)",
+        "penalty_ci_low": "",
+        "penalty_ci_high": "",
+        "rotated_penalty": "the same where each layer has a random basis of its own, mean over views",
+        "rotated_penalty_ci_low": "",
+        "rotated_penalty_ci_high": "",
+    },
     "indices.csv": {
         **_WHO,
         "index": "as in the README's table",
         "value": "empty where undefined",
         "ci_low": "95 % paired bootstrap over documents, the fitted lens held fixed; seed = all: Student-t over seeds",
         "ci_high": "",
-        "fit_low": "smallest value over refits on document-resampled fit data",
-        "fit_high": "largest",
+        "fit_low": "value plus the smallest change by a refit on document-resampled fit data; empty if refits leave it out",
+        "fit_high": "plus the largest",
         "stage": "",
         "tolerance": "of the matrix that the index is read off",
         "reason": "why it is undefined, or a warning",
@@ -141,9 +176,10 @@ def read_table(path: Path) -> pd.DataFrame:
     """A CSV of a run folder; raises :class:`LensbenchError` where it is missing, unreadable or not what its name says."""
     if not path.is_file():
         raise LensbenchError(f"{path.parent} has no {path.name}: not a finished run of lensbench")
+    text = TEXT_COLUMNS | TEXT_COLUMNS_OF.get(path.name, set())
     try:
         table = pd.read_csv(
-            path, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype={"seed": str}
+            path, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype=dict.fromkeys(text, str)
         )
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
@@ -151,13 +187,16 @@ def read_table(path: Path) -> pd.DataFrame:
     if missing or table.empty:
         what = f"column {missing[0]!r} is missing" if missing else "it has no rows"
         raise LensbenchError(f"{path} is damaged or of another version of lensbench: {what}")
-    numeric = [c for c in table.columns if c not in TEXT_COLUMNS and not pd.api.types.is_numeric_dtype(table[c])]
+    numeric = [c for c in table.columns if c not in text and not pd.api.types.is_numeric_dtype(table[c])]
     if numeric:
         raise LensbenchError(f"{path} is damaged: column {numeric[0]!r} holds something that is not a number")
     return table
 
 
-TEXT_COLUMNS = {"model", "seed", "family", "baseline", "lens", "stage", "prior", "index", "reason"}
+TEXT_COLUMNS = {
+    "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
+}  # fmt: skip
+TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The one loop that runs a suite: corpus -> models -> stream -> lenses -> transfer -> tables -> figures."""
 
+import hashlib
 import json
 import math
 import platform
@@ -7,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,24 +20,34 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lensbench import __version__, corpus, evaluation, figures, results
+from lensbench import __version__, corpus, evaluation, figures, results, tables
 from lensbench.corpus import Corpus, TokenizedDocument, Windows
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary
-from lensbench.lenses import SharedLens, load_maps, save_maps, save_tuned_lens, tuned_lens
+from lensbench.lenses import (
+    AffineMaps,
+    SharedLens,
+    load_maps,
+    load_tuned_lens,
+    maps_of,
+    save_maps,
+    save_tuned_lens,
+    tuned_lens,
+)
 from lensbench.models import build, count_parameters, ngram
+from lensbench.models.pretrained import check_vocabulary, context_length, identity, load_model, load_tokenizer
 from lensbench.models.training import StepReport, train
-from lensbench.stages import NotFinished, Stage, Stages, open_run_folder
+from lensbench.stages import NotFinished, Pieces, Stage, Stages, open_run_folder
 from lensbench.stream import Capture, ResidualStream, capture
 from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
 from lensbench.transfer import choose_product_dtype, half_width, penalties, transfer_sums
 
 transformers_logging.disable_progress_bar()  # lensbench draws its own
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised when a stage computes something else from the same settings, so that old stages are not reused."""
 
 
@@ -52,14 +63,46 @@ class Progress(Protocol):
         """Something that the user has to know now."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Texts:
-    """The tokenised corpus of a run."""
+    """The corpus of a run in the tokens of one tokenizer; it is tokenised when its documents are first needed."""
 
     corpus: Corpus
-    tokenizer: Tokenizer
-    documents: dict[str, list[TokenizedDocument]]
-    stage: Stage
+    name: str
+    """``suite`` for the tokenizer trained on the train split, else the model that brings it."""
+    digest: str
+    load: Callable[[], Tokenizer | PreTrainedTokenizerBase]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | PreTrainedTokenizerBase:
+        return self.load()
+
+    @cached_property
+    def documents(self) -> dict[str, list[TokenizedDocument]]:
+        return {split: corpus.tokenize(self.tokenizer, self.corpus.splits[split]) for split in corpus.SPLITS}
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def within(self, vocab_size: int) -> None:
+        """Raise :class:`LensbenchError` where the text holds a token that a model has no embedding for."""
+        largest = max((int(d.ids.max()) for documents in self.documents.values() for d in documents), default=0)
+        if largest >= vocab_size:
+            raise LensbenchError(
+                f"model {self.name}: its tokenizer gives the text a token {largest}, but the model has {vocab_size} "
+                "entries: the tokenizer belongs to another model"
+            )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model of a run: what identifies it, and how it is loaded."""
+
+    digest: str
+    load: Callable[[], PreTrainedModel]
+    facts: dict[str, Any]
+    """``family, source, dtype, train_tokens`` of ``models.csv``."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -93,7 +136,9 @@ class Runner:
     def __post_init__(self) -> None:
         self.stages = Stages(self.folder / "stages")
         self.known: dict[str, Stage] = {}
-        self.streams: dict[tuple[Path, str], ResidualStream] = {}
+        self.streams: dict[tuple[str, str], ResidualStream] = {}
+        self.sources: dict[str, dict[str, str]] = {}
+        self.own_texts: dict[str, Texts] = {}
         self.sequences: int | None = None
         self.revision = git_revision()  # of the code that runs, whatever is committed meanwhile
 
@@ -107,22 +152,47 @@ class Runner:
         self.known[name] = stage
         return stage
 
-    def texts(self) -> Texts:
-        """Read, split and tokenise; the tokenizer is trained on the train split once and kept."""
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text, read and split."""
         recipe = self.suite.corpus
-        tick = self.progress.stage("corpus", 2, "steps")
+        tick = self.progress.stage("corpus", 1, "steps")
         read = corpus.load_corpus(recipe.spec, fractions=recipe.fractions, seed=recipe.seed, max_bytes=recipe.max_bytes)
-        tick(1, "tokenizer")
+        tick(1, "")
+        return read
+
+    @cached_property
+    def _suite_texts(self) -> Texts:
+        recipe = self.suite.corpus
 
         def compute(folder: Path) -> None:
-            corpus.train_tokenizer(read, recipe.vocab_size).save(str(folder / "tokenizer.json"))
+            corpus.train_tokenizer(self.corpus, recipe.vocab_size).save(str(folder / "tokenizer.json"))
 
-        key = {"checksum": read.checksum, "recipe": recipe.model_dump(exclude={"spec", "max_bytes"})}
+        key = {"checksum": self.corpus.checksum, "recipe": recipe.model_dump(exclude={"spec", "max_bytes"})}
         stage = self.stage("tokenizer", key, compute)
-        tokenizer = Tokenizer.from_file(str(stage.folder / "tokenizer.json"))
-        documents = {split: corpus.tokenize(tokenizer, read.splits[split]) for split in corpus.SPLITS}
-        tick(2, "")
-        return Texts(read, tokenizer, documents, stage)
+        return Texts(
+            self.corpus, "suite", stage.digest, lambda: Tokenizer.from_file(str(stage.folder / "tokenizer.json"))
+        )
+
+    def texts(self, model: ModelRecipe | None = None) -> Texts:
+        """The corpus in the tokens that a model reads: those of the tokenizer trained here, once, or its own."""
+        owner = None if model is None else self.suite.trained(model)
+        if owner is None or owner.source is None:
+            return self._suite_texts
+        if owner.name not in self.own_texts:
+            split = self.suite.corpus.model_dump(exclude={"spec", "max_bytes", "vocab_size"})
+            key = {"checksum": self.corpus.checksum, "recipe": split, "source": self.identity(owner)}
+            self.own_texts[owner.name] = Texts(
+                self.corpus, owner.name, digest_of(key), partial(load_tokenizer, owner.source)
+            )
+        return self.own_texts[owner.name]
+
+    def identity(self, model: ModelRecipe) -> dict[str, str]:
+        """What a pretrained model's source holds now."""
+        assert model.source is not None
+        if model.source not in self.sources:
+            self.sources[model.source] = identity(model.source)
+        return self.sources[model.source]
 
     def windows(
         self, texts: Texts, split: str, sequences: int, positions: int, *, share: float | None = None
@@ -130,7 +200,7 @@ class Runner:
         return corpus.sample_windows(
             texts.documents[split],
             n_sequences=sequences,
-            length=self.suite.training.length,
+            length=self.suite.length,
             positions=positions,
             seed=corpus.SPLITS.index(split),
             max_share=share,
@@ -169,7 +239,7 @@ class Runner:
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
         key = {
-            "texts": texts.stage.digest,
+            "texts": texts.digest,
             "model": {"family": model.family, **model.shape, **model.settings},
             "training": recipe.model_dump(exclude={"checkpoint_every"}),
             "seed": seed,
@@ -186,73 +256,140 @@ class Runner:
             ) from error
         return torch.nn.Module.to(model, self.device)
 
-    def stream(self, training: Stage, view: str) -> ResidualStream:
-        """The stream of a trained model, loaded when it is first needed; one at a time is kept."""
-        key = training.folder, view
+    def origin(self, model: ModelRecipe, seed: int) -> Origin:
+        """The model itself, trained here first where it is to be."""
+        owner = self.suite.trained(model)
+        if owner.source is None:
+            training = self.trained(self.texts(), owner, seed)
+            recipe = self.suite.training
+            facts = {
+                "family": owner.family,
+                "source": None,
+                "dtype": "float32",
+                "train_tokens": recipe.steps * recipe.batch * recipe.length,
+            }
+            return Origin(training.digest, partial(self.network, training), facts)
+        source, device = owner.source, self.device if owner.device is None else choose_device(owner.device)
+        key = {"source": self.identity(owner), "dtype": owner.dtype}
+
+        def load() -> PreTrainedModel:
+            start = time.perf_counter()
+            self.progress.stage(f"load-{owner.name}", 1, "models")
+            network = load_model(source, dtype=getattr(torch, owner.dtype), device=device, device_map=owner.device_map)
+            context = context_length(network.config)
+            if context is not None and self.suite.length > context:
+                raise LensbenchError(
+                    f"model {owner.name}: sequences of {self.suite.length} tokens are beyond its context of {context}; "
+                    f"set evaluate.length to {context} or less"
+                )
+            check_vocabulary(source, self.texts(owner).tokenizer, network.config.get_text_config().vocab_size)
+            self.texts(owner).within(network.config.get_text_config().vocab_size)
+            self.progress.finished(f"load-{owner.name}", time.perf_counter() - start, False)
+            return network
+
+        # What was trained elsewhere was not trained on tokens that can be counted here.
+        facts = {"family": None, "source": named(source), "dtype": owner.dtype, "train_tokens": None}
+        return Origin(digest_of(key), load, facts)
+
+    def stream(self, origin: Origin, view: str) -> ResidualStream:
+        """The stream of a model, loaded when it is first needed; one at a time is kept, whatever its views."""
+        key = origin.digest, view
         if key not in self.streams:
-            self.streams = {key: ResidualStream(self.network(training), view)}
+            same = next((s.model for (digest, _), s in self.streams.items() if digest == origin.digest), None)
+            self.streams.clear()  # before the next one is loaded: two models at once may not fit
+            self.streams[key] = ResidualStream(origin.load() if same is None else same, view)
         return self.streams[key]
 
-    def capture(self, stream: ResidualStream, windows: Windows, *, constant: Tensor | None = None) -> Capture:
+    def capture(
+        self, stream: ResidualStream, windows: Windows, *, name: str, constant: Tensor | None = None
+    ) -> Capture:
         """One pass over the windows. On a GPU it decides, too, whether log-partitions are made in bfloat16 from here on."""
-        captured = capture(stream, windows, constant=constant, memory_gib=self.suite.fit.memory_gib)
+        tick, start = self.progress.stage(name, len(windows.ids), "sequences"), time.perf_counter()
+
+        def report(done: int, _: int) -> None:
+            tick(done, f"{done * windows.ids.shape[1] / (time.perf_counter() - start):,.0f} tokens/s")
+
+        captured = capture(stream, windows, constant=constant, memory_gib=self.suite.fit.memory_gib, report=report)
+        self.progress.finished(name, time.perf_counter() - start, False)
         dtype = choose_product_dtype(stream.readout, stream.readout.final_norm(captured.states[-1][:512]))
         if dtype is not None:
             self.progress.say(f"log-partitions in {str(dtype).removeprefix('torch.')}, which agrees with float32 here")
         return captured
 
-    def fitted(self, texts: Texts, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
-        """The stages that train a model and fit its lenses, for one view and seed."""
-        training = self.trained(texts, self.suite.trained(model), seed)
+    def fitted(self, model: ModelRecipe, seed: int) -> tuple[Origin, Stage]:
+        """A model, trained where it is to be, and the stage that fits its lenses, for one view and seed."""
+        origin, texts = self.origin(model, seed), self.texts(model)
         recipe = self.suite.fit
         who = f"{model.name}-seed{seed}"
 
         def fit(folder: Path) -> None:
-            stream = self.stream(training, model.view)
-            tick = self.progress.stage(f"fit-{who}", evaluation.fit_steps(recipe, stream.layers), "lenses")
+            stream = self.stream(origin, model.view)
+            readout = stream.readout
+            loaded = None if model.lens is None else self.loaded_lens(model.lens, stream)
             windows = self.windows(texts, "fit", recipe.sequences, recipe.positions)
-            captured = self.capture(stream, windows)
+            captured = self.capture(stream, windows, name=f"capture-fit-{who}")
             dev_windows = self.windows(texts, "dev", recipe.dev_sequences, recipe.dev_positions)
-            dev = self.capture(stream, dev_windows, constant=captured.mean_p)
-            fitted = evaluation.fit_all(stream.readout, captured, dev, recipe, seed=seed, report=tick)
-            save_maps(fitted.maps, folder / "maps.safetensors")
+            dev = self.capture(stream, dev_windows, name=f"capture-dev-{who}", constant=captured.mean_p)
+            steps = evaluation.fit_steps(recipe, stream.layers, loaded=loaded is not None)
+            tick = self.progress.stage(f"fit-{who}", steps, "lenses")
+            pieces = Pieces(folder / "pieces")
+            fitted = evaluation.fit_all(
+                readout, captured, dev, recipe, seed=seed, loaded=loaded, pieces=pieces, report=tick
+            )
+            maps = fitted.maps
+            save_maps(maps, folder / "maps.safetensors")
             results.write_json(folder / "fit.json", fitted.summary.model_dump())
-            readout, maps = stream.readout, fitted.maps
-            label = f"{self.suite.name}/{model.name}"
+            label = origin.facts["source"] or f"{self.suite.name}/{model.name}"
+            label = label.removeprefix("hub:")
             save_tuned_lens(tuned_lens(readout, maps["own_refined"], model_name=label), folder / "tuned")
             save_tuned_lens(tuned_lens(readout, maps["transfer"], model_name=label), folder / "tuned_headline")
             SharedLens.from_maps(readout, maps["shared_refined"]).save(folder / "shared")
             SharedLens.from_maps(readout, maps["shared_bias"]).save(folder / "shared_bias")
+            pieces.clear()
 
-        key = {
-            "trained": training.digest,
+        key: dict[str, Any] = {
+            "trained": origin.digest,
+            "texts": texts.digest,
+            "length": self.suite.length,
             "view": model.view,
             "fit": recipe.model_dump(exclude={"memory_gib"}),
             "seed": seed,
+            "first_position": self.suite.evaluate.first_position,
         }
-        key["first_position"] = self.suite.evaluate.first_position
-        return training, self.stage(f"fit-{who}", key, fit)
+        if model.lens is not None:
+            key["lens"] = lens_identity(model.lens)
+        return origin, self.stage(f"fit-{who}", key, fit)
 
-    def planned(self, texts: Texts, model: ModelRecipe, seed: int) -> Stage:
+    def loaded_lens(self, source: str, stream: ResidualStream) -> AffineMaps:
+        """Per-layer lenses of others, checked against the model."""
+        maps = maps_of(load_tuned_lens(stream.readout, source))
+        if maps.offset.shape != (stream.layers, stream.d_model):
+            raise LensbenchError(
+                f"{source}: the lens has {maps.offset.shape[0]} layers of width {maps.offset.shape[1]}, "
+                f"the model {stream.layers} of {stream.d_model}"
+            )
+        return maps
+
+    def planned(self, model: ModelRecipe, seed: int) -> Stage:
         """The stage that finds out how many sequences the suite's precision needs for this model, and how long they take.
 
         Scores the headline matrix on the suite's ``sequences`` as a pilot, then on as many as that predicts, and on more,
         until the interval of every penalty is narrow enough or the text is used up.
         """
-        training, fitting = self.fitted(texts, model, seed)
-        recipe, who = self.suite.evaluate, f"{model.name}-seed{seed}"
+        origin, fitting = self.fitted(model, seed)
+        texts, recipe, who = self.texts(model), self.suite.evaluate, f"{model.name}-seed{seed}"
 
         def plan(folder: Path) -> None:
             target = recipe.precision
             assert target is not None
             maps = load_maps(fitting.folder / "maps.safetensors")["transfer"]
-            stream = self.stream(training, model.view)
+            stream = self.stream(origin, model.view)
             tick = self.progress.stage(f"plan-{who}", 100, "% of the precision")
             count, asked, spent = recipe.sequences, 0, 0.0
             while True:
                 start = time.perf_counter()
                 windows = self.eval_windows(texts, count)
-                captured = self.capture(stream, windows)
+                captured = self.capture(stream, windows, name=f"capture-plan-{who}")
                 sums = transfer_sums(stream.readout, captured, maps, movement=False)
                 seconds = time.perf_counter() - start
                 spent += seconds
@@ -288,34 +425,43 @@ class Runner:
         key = {"fit": fitting.digest, "evaluate": recipe.model_dump(exclude={"draws"})}
         return self.stage(f"plan-{who}", key, plan)
 
-    def measured(self, texts: Texts, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
+    def measured(self, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
         """The stages that fit a model's lenses and score them, for one view and seed."""
-        training, fitting = self.fitted(texts, model, seed)
-        recipe, who = self.suite.fit, f"{model.name}-seed{seed}"
+        origin, fitting = self.fitted(model, seed)
+        texts, recipe, who = self.texts(model), self.suite.fit, f"{model.name}-seed{seed}"
 
         def score(folder: Path) -> None:
             fitted = evaluation.Fit(
                 load_maps(fitting.folder / "maps.safetensors"), FitSummary.load(fitting.folder / "fit.json")
             )
-            stream = self.stream(training, model.view)
-            tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe), "matrices")
+            stream = self.stream(origin, model.view)
             windows = self.eval_windows(texts)
-            captured = self.capture(stream, windows, constant=fitted.constant)
-            scored = evaluation.score_all(stream.readout, captured, fitted, report=tick)
+            captured = self.capture(stream, windows, name=f"capture-eval-{who}", constant=fitted.constant)
+            tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe, stream.layers), "matrices")
+            pieces = Pieces(folder / "pieces")
+            scored = evaluation.score_all(
+                stream.readout,
+                captured,
+                fitted,
+                refit_positions=self.suite.evaluate.refit_positions,
+                pieces=pieces,
+                report=tick,
+            )
             frame = scored.frame(windows, model=model.name, seed=seed)
             results.write_sequences(folder / "sequences.parquet", frame)
             save_file({k: torch.from_numpy(v) for k, v in scored.refits.items()}, folder / "refits.safetensors")
             results.write_json(
                 folder / "model.json",
                 {
-                    "family": self.suite.trained(model).family,
+                    **origin.facts,
+                    "family": origin.facts["family"] or stream.model.config.model_type,
                     "parameters": count_parameters(stream.model),
                     "layers": stream.layers,
                     "d_model": stream.d_model,
                     "vocab_size": stream.vocab_size,
-                    "train_tokens": self.suite.training.steps * self.suite.training.batch * self.suite.training.length,
                 },
             )
+            pieces.clear()
 
         scoring_key: dict[str, Any] = {
             "fit": fitting.digest,
@@ -325,21 +471,58 @@ class Runner:
             scoring_key["sequences"] = self.sequences
         return fitting, self.stage(f"score-{who}", scoring_key, score)
 
-    def baselines(self, texts: Texts) -> pd.DataFrame:
-        """Unigram and Kneser-Ney bigram on the tokens that the models are scored on."""
-        stream = corpus.training_stream(texts.documents["train"])
-        windows = self.eval_windows(texts)
-        rows = np.nonzero(windows.valid)[0]
-        at = windows.positions[windows.valid]
-        contexts, targets = windows.ids[rows, at], windows.ids[rows, at + 1]
-        size = self.suite.corpus.vocab_size
-        ce = {
-            "unigram": ngram.unigram_cross_entropy(stream, contexts, targets, size),
-            "bigram": ngram.KneserNeyBigram.fit(stream, size).cross_entropy(contexts, targets),
-        }
-        return evaluation.baseline_table(
-            ce, windows.documents[rows], windows.next_bytes[windows.valid], len(stream), self.suite.evaluate.draws
-        )
+    def baselines(self, texts: Texts) -> dict[str, Any]:
+        """Unigram and Kneser-Ney bigram on the tokens that the models are scored on, and how many those are.
+
+        Counted on the train split, where there is none on the fit split.
+        """
+
+        def compute(folder: Path) -> None:
+            counted = texts.documents["train"] or texts.documents["fit"]
+            stream, size = corpus.training_stream(counted), texts.vocab_size
+            windows = self.eval_windows(texts)
+            rows = np.nonzero(windows.valid)[0]
+            at = windows.positions[windows.valid]
+            contexts, targets = windows.ids[rows, at], windows.ids[rows, at + 1]
+            ce = {
+                "unigram": ngram.unigram_cross_entropy(stream, contexts, targets, size),
+                "bigram": ngram.KneserNeyBigram.fit(stream, size).cross_entropy(contexts, targets),
+            }
+            table = tables.baseline_table(
+                ce, windows.documents[rows], windows.next_bytes[windows.valid], len(stream), self.suite.evaluate.draws
+            )
+            table.insert(0, "tokenizer", texts.name)
+            scored = {
+                "sequences": len(windows.ids),
+                "documents": len(windows.document_names),
+                "tokens": int(windows.valid.sum()),
+            }
+            tokens = {s: int(sum(len(d.ids) for d in documents)) for s, documents in texts.documents.items()}
+            content = {"rows": table.to_dict("records"), "scored": scored, "tokens": tokens}
+            results.write_json(folder / "baselines.json", content)
+
+        evaluate = self.suite.evaluate.model_dump()
+        key = {"texts": texts.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
+        path = self.stage(f"baselines-{texts.name}", key, compute).folder / "baselines.json"
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+
+
+def digest_of(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def named(source: str) -> str:
+    """A source as results tell it: nobody's folders belong into them."""
+    kind, _, rest = source.partition(":")
+    return f"{kind}:{Path(rest).name}" if kind in ("path", "gguf") else source
+
+
+def lens_identity(source: str) -> dict[str, str]:
+    """What tells whether a lens is still the same: checksums of a folder's files, or its name on the hub."""
+    kind, _, rest = source.partition(":")
+    files = [Path(rest) / name for name in ("config.json", "params.pt")] if kind == "path" else []
+    return {"lens": named(source), **{file.name: results.sha256(file) for file in files if file.is_file()}}
 
 
 def run_suite(
@@ -359,14 +542,13 @@ def run_suite(
     lock = open_run_folder(folder, suite.name)
     try:
         runner = Runner(suite, folder, device, progress, max_hours)
-        texts = runner.texts()
         parts, plans = [], {}
         if suite.evaluate.precision is not None:
             for model in suite.models:
                 runner.only_finished = bool(only) and model.name not in only
                 try:
                     for seed in suite.seeds:
-                        path = runner.planned(texts, model, seed).folder / "plan.json"
+                        path = runner.planned(model, seed).folder / "plan.json"
                         plans[f"{model.name}-seed{seed}"] = json.loads(path.read_text())
                 except NotFinished:
                     continue
@@ -375,16 +557,18 @@ def run_suite(
             # What earlier runs finished stays in the tables, also where only other models are asked for now.
             runner.only_finished = bool(only) and model.name not in only
             try:
-                measured = [(seed, *runner.measured(texts, model, seed)) for seed in suite.seeds]
+                measured = [(seed, *runner.measured(model, seed)) for seed in suite.seeds]
             except NotFinished:
                 continue
-            parts += [evaluation.Part.load(model.name, seed, f.folder, s.folder) for seed, f, s in measured]
+            parts += [tables.Part.load(model.name, seed, f.folder, s.folder) for seed, f, s in measured]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]
+        runner.only_finished = False
+        counted = {t.name: runner.baselines(t) for t in dict.fromkeys(map(runner.texts, models))}
         tick = progress.stage("tables", 2, "steps")
         start = time.perf_counter()
-        tables = evaluation.tables(parts, runner.suite.fit, draws=suite.evaluate.draws)
-        tables["baselines.csv"] = runner.baselines(texts)
-        for name, table in tables.items():
+        written = tables.tables(parts, runner.suite.fit, draws=suite.evaluate.draws)
+        written["baselines.csv"] = pd.DataFrame([row for c in counted.values() for row in c["rows"]])
+        for name, table in written.items():
             results.write_table(folder, name, table)
         everything = pd.concat([part.sequences for part in parts], ignore_index=True)
         results.write_sequences(folder / results.SEQUENCES, everything)
@@ -396,7 +580,7 @@ def run_suite(
         runner.stages.seconds["figures"] = round(time.perf_counter() - start, 2)
         tick(2, "")
         files = [*results.SCHEMA, results.SEQUENCES]
-        manifest = describe(runner, texts, models, files, [p.name for p in drawn])
+        manifest = describe(runner, counted, models, files, [p.name for p in drawn])
         if plans:
             manifest["precision"] = {"asked": suite.evaluate.precision, "models": plans}
         results.write_json(folder / results.MANIFEST, manifest)
@@ -406,15 +590,20 @@ def run_suite(
 
 
 def describe(
-    runner: Runner, texts: Texts, models: list[ModelRecipe], files: list[str], drawn: list[str]
+    runner: Runner, counted: dict[str, dict[str, Any]], models: list[ModelRecipe], files: list[str], drawn: list[str]
 ) -> dict[str, Any]:
-    """The manifest: everything needed to run this again, and to tell whether two runs measure the same thing."""
+    """The manifest: everything needed to run this again, and to tell whether two runs measure the same thing.
+
+    ``counted``: what :meth:`Runner.baselines` found for each tokenizer; the first one's is told at the top.
+    """
     suite = runner.suite
-    windows = runner.eval_windows(texts)
+    first = next(iter(counted.values()))
     # The same text is the same corpus wherever it lies, and nobody's folders belong into a result.
     spec = suite.corpus.spec if not suite.corpus.spec.startswith("file:") else "file:" + Path(suite.corpus.spec).name
     described = suite.model_dump(mode="json")
     described["corpus"]["spec"] = spec
+    for model in described["models"]:
+        model |= {key: named(model[key]) for key in ("source", "lens") if model[key] is not None}
     return {
         "schema_version": results.SCHEMA_VERSION,
         "code_version": CODE_VERSION,
@@ -424,17 +613,17 @@ def describe(
         "seeds": list(suite.seeds),
         "corpus": {
             "spec": spec,
-            "checksum": texts.corpus.checksum,
-            "documents": {s: len(d) for s, d in texts.corpus.splits.items()},
-            "tokens": {s: int(sum(len(d.ids) for d in documents)) for s, documents in texts.documents.items()},
+            "checksum": runner.corpus.checksum,
+            "documents": {s: len(d) for s, d in runner.corpus.splits.items()},
+            "tokens": first["tokens"],
         },
         "scored": {
-            "sequences": len(windows.ids),
+            **first["scored"],
             "sequences_asked": runner.sequences or suite.evaluate.sequences,
-            "documents": len(windows.document_names),
-            "tokens": int(windows.valid.sum()),
             "first_position": suite.evaluate.first_position,
         },
+        "tokenizers": {name: {"tokens": c["tokens"], "scored": c["scored"]} for name, c in counted.items()},
+        "sources": {named(source): known for source, known in runner.sources.items()},
         "files": {name: results.sha256(runner.folder / name) for name in files},
         "figures": drawn,
         "seconds": dict(sorted(runner.stages.seconds.items())),
@@ -480,6 +669,11 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
     unknown = [t.model for t in sweep.trials if t.model not in models]
     if unknown:
         raise LensbenchError(f"sweep {sweep.name} tries model {unknown[0]!r}, which suite {suite.name} does not have")
+    pretrained = [t.model for t in sweep.trials if models[t.model].source is not None]
+    if pretrained:
+        raise LensbenchError(
+            f"sweep {sweep.name} tries model {pretrained[0]!r}, which is pretrained: nothing is trained"
+        )
     lock = open_run_folder(folder, sweep.name)
     try:
         runner = Runner(suite, folder, device, progress)
@@ -492,7 +686,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
             tried = owner.model_copy(update={"training": trial.training, "settings": trial.settings, "view": "state"})
             stage = runner.trained(texts, tried, suite.seeds[0], f"trial-{number:02d}-{trial.model}")
             scored = capture(ResidualStream(runner.network(stage)), windows)
-            low, mean, high = evaluation.mean_with_interval(scored.model_ce, scored.document, suite.evaluate.draws)
+            low, mean, high = tables.mean_with_interval(scored.model_ce, scored.document, suite.evaluate.draws)
             settings = {**{f"training.{k}": v for k, v in trial.training.items()}, **trial.settings}
             described = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
             rows.append((trial.model, number, described, mean, low, high))
@@ -500,7 +694,13 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
         table = pd.DataFrame(rows, columns=columns)
         table["chosen"] = table["dev_ce"] == table.groupby("model")["dev_ce"].transform("min")
         results.write_atomically(folder / "sweep.csv", partial(table.to_csv, index=False, lineterminator="\n"))
-        manifest = describe(runner, texts, [models[n] for n in dict.fromkeys(table["model"])], ["sweep.csv"], [])
+        manifest = describe(
+            runner,
+            {texts.name: runner.baselines(texts)},
+            [models[n] for n in dict.fromkeys(table["model"])],
+            ["sweep.csv"],
+            [],
+        )
         manifest |= {"sweep": sweep.model_dump(mode="json"), "suite_name": sweep.name}
         results.write_json(folder / results.MANIFEST, manifest)
         return table

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lensbench.errors import LensbenchError
-from lensbench.results import MANIFEST, sha256, write_json
+from lensbench.results import MANIFEST, sha256, write_atomically, write_json
 
 RECORD = "stage.json"
 OWNER = "run.json"
@@ -90,6 +94,41 @@ class Stages:
             if not path.is_file() or sha256(path) != checksum:
                 what = "is missing" if not path.is_file() else "is damaged (its checksum differs)"
                 raise LensbenchError(f"{path} {what}; delete {folder} to compute it anew")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Finished pieces of one long computation: interrupted, it goes on behind the last of them.
+
+    Each is a dictionary of tensors in a safetensors file of its own, moved into place whole. Without a folder nothing is
+    kept and every piece is computed.
+    """
+
+    folder: Path | None = None
+
+    def get(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The piece ``name``, computed unless it is there; a damaged file is computed anew."""
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{name}.safetensors"
+        if path.is_file():
+            try:
+                return load_file(path)
+            except SafetensorError:
+                path.unlink()  # computed anew below
+        # Copies: safetensors refuses tensors that share memory.
+        content = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in compute().items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda partial: save_file(content, partial))
+        return content
+
+    def clear(self) -> None:
+        """Forget all of them, the whole being finished."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+NOTHING_KEPT = Pieces()
 
 
 def open_run_folder(folder: Path, suite: str) -> FileLock:

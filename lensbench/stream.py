@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lensbench.corpus import Windows
 from lensbench.errors import LensbenchError
-from lensbench.readout import ReadOut, behind_the_head, block_input, find_parts, find_readout
+from lensbench.readout import ReadOut, behind_the_head, block_input, find_parts, find_readout, input_device
 
 __all__ = ["Capture", "ReadOut", "ResidualStream", "RotatedView", "capture", "find_readout", "room_for"]
 
@@ -38,7 +38,7 @@ class ResidualStream:
             raise LensbenchError(f"unknown view {view!r}; there are 'state' and 'prediction'")
         refuse_non_finite(model)
         self.model = model.eval()
-        self.input_device = model.get_input_embeddings().weight.device
+        self.input_device = input_device(model)
         found = find_parts(model)
         self.readout, self._entry = found.readout, found.entry
         self._head, self._blocks = found.readout.unembedding, found.members

@@ -12,6 +12,7 @@ from lensbench.corpus import FRACTIONS
 from lensbench.errors import LensbenchError
 from lensbench.fitting import FitRecipe
 from lensbench.models import FAMILIES, fitting_width
+from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.models.training import TrainingRecipe
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -43,6 +44,12 @@ class EvaluateRecipe(_Strict):
 
     sequences: int = Field(512, ge=1, description="held-out sequences")
     positions: int = Field(16, ge=1, description="random positions of each of them")
+    refit_positions: int | None = Field(
+        None, ge=1, description="positions of each sequence that refits are scored at; all of them if left out"
+    )
+    length: int | None = Field(
+        None, ge=2, description="tokens of a sequence; training.length if left out. Fitting and choosing use it too"
+    )
     first_position: int = Field(1, ge=0, description="first position that is fitted or scored")
     precision: float | None = Field(
         None,
@@ -54,7 +61,7 @@ class EvaluateRecipe(_Strict):
 
 
 class ModelRecipe(_Strict):
-    """A model to train, or a second view (``view_of``) of one."""
+    """A model to train, a pretrained one (``source``), or a second view (``view_of``) of either."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     family: str | None = None
@@ -64,6 +71,19 @@ class ModelRecipe(_Strict):
     parameters: int | None = Field(None, gt=0, description="met within 1 % by the width of the MLPs")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the family")
     training: dict[str, Any] = Field(default_factory=dict, description="what differs from the suite's training")
+    source: str | None = Field(None, description=f"a pretrained model: {SOURCES}")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="what a pretrained model computes in; lenses are float32"
+    )
+    device: str | None = Field(None, description="where a pretrained model goes: cpu, cuda or cuda:N; else the run's")
+    device_map: str | None = Field(
+        None, description="spread a pretrained model over the devices there are: auto, balanced, sequential"
+    )
+    lens: str | None = Field(
+        None,
+        description="per-layer lenses in tuned-lens's format for the headline matrix instead of fitting it: "
+        "path:FOLDER or hub:RESOURCE",
+    )
     view: Literal["state", "prediction"] = Field(
         "state", description="the whole stream, or what norm and head see of it"
     )
@@ -77,6 +97,21 @@ class ModelRecipe(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> "ModelRecipe":
         shape = {"family": self.family, **self.shape}
+        loading = {key: getattr(self, key) for key in ("source", "device", "device_map", "lens")}
+        if self.dtype != "float32":
+            loading["dtype"] = self.dtype
+        if self.source is not None:
+            check_source(self.source)
+            made = [k for k, v in {**shape, "view_of": self.view_of}.items() if v is not None]
+            made += [k for k in ("settings", "training") if getattr(self, k)]
+            if made:
+                raise ValueError(f"model {self.name!r} is pretrained ({self.source}) and cannot set {', '.join(made)}")
+            if self.device is not None and self.device_map is not None:
+                raise ValueError(f"model {self.name!r} sets device and device_map; give one of them")
+            return self
+        if any(v is not None for k, v in loading.items() if k != "lens"):
+            wrong = next(k for k, v in loading.items() if v is not None and k != "lens")
+            raise ValueError(f"model {self.name!r} sets {wrong}, which is for pretrained models: it has no source")
         if self.view_of is None:
             missing = [k for k, v in shape.items() if v is None]
             if missing:
@@ -118,8 +153,12 @@ class Suite(_Strict):
                     raise ValueError(
                         f"model {model.name!r} is a view of {model.view_of!r}, which no model of the suite is"
                     )
-            else:
+            elif model.source is None:
                 recipe = self.training_of(model)
+                if self.length > recipe.length:
+                    raise ValueError(
+                        f"evaluate.length is {self.length}: model {model.name!r} is trained on sequences of {recipe.length}"
+                    )
                 try:
                     vocabulary, context = self.corpus.vocab_size, recipe.length
                     fitting_width(
@@ -129,11 +168,9 @@ class Suite(_Strict):
                     raise ValueError(f"model {model.name!r}: {error}") from error
         if abs(sum(self.corpus.fractions.values()) - 1) > 1e-6:
             raise ValueError("the corpus fractions train, fit, dev and eval must sum to 1")
-        longest = self.training.length - 1 - self.evaluate.first_position
+        longest = self.length - 1 - self.evaluate.first_position
         if max(self.evaluate.positions, self.fit.positions, self.fit.dev_positions) > longest:
-            raise ValueError(
-                f"sequences of {self.training.length} tokens have no more than {longest} positions to score"
-            )
+            raise ValueError(f"sequences of {self.length} tokens have no more than {longest} positions to score")
         return self
 
     def training_of(self, model: ModelRecipe) -> TrainingRecipe:
@@ -152,6 +189,11 @@ class Suite(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"model {model.name!r}: training.{first['loc'][0]}: {first['msg']}") from error
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequences that lenses are fitted, chosen and scored on."""
+        return self.evaluate.length or self.training.length
 
     def trained(self, model: ModelRecipe) -> ModelRecipe:
         """The model itself, or the one it is a view of."""

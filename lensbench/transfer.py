@@ -4,8 +4,9 @@ With ``e = W^T p`` and ``n = norm(x)``, ``KL(p || q) = sum p log p - e.n + logsu
 ``logsumexp(W n) - w_y.n``: the softmax of a lens is never formed, the model's own never formed again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses import AffineMaps
+from lensbench.stages import NOTHING_KEPT, Pieces
 from lensbench.stream import Capture, ReadOut
 
 TOKEN_BLOCK = 1024
@@ -306,23 +308,36 @@ def transfer_sums(
     lenses: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     movement: bool = True,
+    pieces: Pieces = NOTHING_KEPT,
+    name: str = "transfer",
+    report: Callable[[int], None] | None = None,
 ) -> TransferSums:
     """The matrix for per-layer lenses 0..L-1: ``K_ij``, ``C_ij``, movement ``D_ij = E KL(q_ii || q_ij)``, top-1 agreement.
 
     Lens L is the identity. ``lenses`` and ``layers`` (of 0..L) choose rows and columns; left out, all of them. Without
-    ``movement``, which needs every lens's softmax on its own layer, that field is NaN.
+    ``movement``, which needs every lens's softmax on its own layer, that field is NaN. Columns that are finished ``pieces``
+    called ``name`` are taken up; ``report(layer)`` after each.
     """
-    lenses, layers, maps = rows_and_columns(captured, per_layer, lenses, layers)
-    reference = None
-    if movement:
-        own = zip(lenses, maps.matrix, maps.offset, strict=True)
-        reference = Reference.of(readout, [readout.final_norm(captured.states[i] @ a.T + b) for i, a, b in own])
-    columns = [score(readout, captured.states[j], maps, captured, reference) for j in layers]
-    sums = {
-        name: np.stack([sum_by_window(getattr(c, name), captured).T for c in columns], axis=-1)
-        for name in ("kl", "ce", "movement", "top1")
-        if movement or name != "movement"
-    }
+    chosen, layers, maps = rows_and_columns(captured, per_layer, lenses, layers)
+    names = [f.name for f in fields(TransferSums) if movement or f.name != "movement"]
+
+    @cache
+    def reference() -> Reference | None:
+        if not movement:
+            return None
+        own = zip(chosen, maps.matrix, maps.offset, strict=True)
+        return Reference.of(readout, [readout.final_norm(captured.states[i] @ a.T + b) for i, a, b in own])
+
+    def column(layer: int) -> dict[str, Tensor]:
+        scores = score(readout, captured.states[layer], maps, captured, reference())
+        return {name: torch.from_numpy(sum_by_window(getattr(scores, name), captured)) for name in names}
+
+    columns = []
+    for layer in layers:
+        columns.append(pieces.get(f"{name}-{layer}", partial(column, layer)))
+        if report is not None:
+            report(layer)
+    sums = {name: np.stack([c[name].numpy().T for c in columns], axis=-1) for name in names}
     return TransferSums(**{"movement": np.full_like(sums["kl"], np.nan), **sums})
 
 
@@ -438,7 +453,7 @@ def penalties(sums: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def own_layer_sums(
-    readout: ReadOut, captured: Capture, maps: AffineMaps, layers: range | list[int]
+    readout: ReadOut, captured: Capture, maps: AffineMaps, layers: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Per-window sums of KL and cross-entropy of map k on ``layers[k]``: two arrays ``[S, len(layers)]``.
 

@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lensbench.errors import LensbenchError
+from lensbench.results import sha256
 
 SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
 
@@ -25,57 +33,100 @@ class Pretrained:
     """Trained by lensbench, so that the train split of its corpus is not new to it."""
 
 
-def load_pretrained(
-    source: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Pretrained:
-    """The causal LM that ``source`` names.
+@dataclass(frozen=True)
+class Located:
+    """Where a source's files are, in the words of ``from_pretrained``."""
 
-    ``hub:ORG/NAME[@REVISION]`` from the Hugging Face hub; ``path:FOLDER`` a ``save_pretrained`` folder, that of a model
-    stage of a run folder too; ``gguf:FILE`` a GGUF file, or the folder that holds exactly one; ``package:NAME`` the GGUF
-    file that an installed package ships. Code that comes with a model is never run. Raises :class:`LensbenchError` for a
-    source that cannot be read.
-    """
+    source: str
+    name: str
+    options: dict[str, str]
+    own_tokenizer: Path | None = None
+    """That of the run folder whose model stage this is: its tokenizer is a stage of its own beside it."""
+
+    def load(self, part: str, loader: Any, **options: Any) -> Any:
+        """``loader.from_pretrained``; raises :class:`LensbenchError` naming the source and the ``part``."""
+        try:
+            # False, not left out: transformers would ask whoever sits at the terminal, and run the code on a yes.
+            return loader.from_pretrained(self.name, trust_remote_code=False, **self.options, **options)
+        except Exception as error:  # each format's reader has exceptions of its own, tokenizers plain Exception
+            raise self.unreadable(part, error) from error
+
+    def unreadable(self, part: str, error: Exception) -> LensbenchError:
+        if isinstance(error, ImportError) and "gguf" in str(error).lower():
+            reason = "reading a GGUF file needs the package gguf: pip install gguf"
+        else:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return LensbenchError(f"{self.source}: its {part} cannot be loaded: {reason}")
+
+
+def check_source(source: str) -> None:
+    """Raise :class:`LensbenchError` for what does not name a model; nothing is looked up."""
     kind, _, rest = source.partition(":")
     if not rest or kind not in ("hub", "path", "gguf", "package"):
         meant = "gguf" if source.endswith(".gguf") else "path"
         hint = f"; did you mean {meant}:{source}?" if source and Path(source).exists() else ""
         raise LensbenchError(f"unknown model {source!r}: a model is {SOURCES}{hint}")
-    options: dict[str, str] = {}
-    trained_here = False
-    own_tokenizer: Path | None = None
+
+
+def locate(source: str) -> Located:
+    """What ``source`` names; see :func:`load_pretrained`."""
+    check_source(source)
+    kind, _, rest = source.partition(":")
     if kind == "hub":
         name, _, revision = rest.partition("@")
-        options = {"revision": revision} if revision else {}
-    elif kind == "path":
+        return Located(source, name, {"revision": revision} if revision else {})
+    if kind == "path":
         folder = Path(rest)
         if not (folder / "config.json").is_file():
             raise LensbenchError(f"{source}: no config.json in {folder}; give a folder that save_pretrained wrote")
-        name = str(folder)
-        # A model stage of a run folder: its tokenizer is a stage of its own beside it.
-        own_tokenizer = folder.parent / "tokenizer" / "tokenizer.json"
-        trained_here = (folder / "stage.json").is_file() and own_tokenizer.is_file()
-    else:
-        file = _gguf_of_package(rest) if kind == "package" else _gguf_file(Path(rest))
-        name, options = str(file.parent), {"gguf_file": file.name}
-    part = "model"
+        tokenizer = folder.parent / "tokenizer" / "tokenizer.json"
+        trained_here = (folder / "stage.json").is_file() and tokenizer.is_file()
+        return Located(source, str(folder), {}, tokenizer if trained_here else None)
+    file = _gguf_of_package(rest) if kind == "package" else _gguf_file(Path(rest))
+    return Located(source, str(file.parent), {"gguf_file": file.name})
+
+
+def identity(source: str) -> dict[str, str]:
+    """What tells whether a source still names the same model: checksums of its files, or the commit on the hub."""
+    where = locate(source)
+    if source.startswith("hub:"):
+        config = where.load("config", AutoConfig)
+        commit = getattr(config, "_commit_hash", None)
+        return {"hub": where.name, "revision": where.options.get("revision", "main"), "commit": commit or "unknown"}
+    folder, gguf = Path(where.name), where.options.get("gguf_file")
+    kinds = (".safetensors", ".bin", ".json", ".txt", ".model")
+    files = (
+        [folder / gguf] if gguf else sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name != "stage.json")
+    )
+    if where.own_tokenizer is not None:
+        files.append(where.own_tokenizer)
+    return {file.name: sha256(file) for file in files}
+
+
+def load_tokenizer(source: str) -> Tokenizer | PreTrainedTokenizerBase:
+    """The tokenizer that goes with the model of ``source``; raises :class:`LensbenchError` where it cannot be loaded."""
+    where = locate(source)
+    if where.own_tokenizer is None:
+        loaded: PreTrainedTokenizerBase = where.load("tokenizer", AutoTokenizer)
+        return loaded
     try:
-        # False, not left out: transformers would ask whoever sits at the terminal, and run the code on a yes.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-        )
-        model, report = loaded
-        part = "tokenizer"
-        tokenizer = (
-            Tokenizer.from_file(str(own_tokenizer))
-            if trained_here
-            else AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-        )
-    except Exception as error:  # each format's reader has exceptions of its own, tokenizers plain Exception
-        if isinstance(error, ImportError) and "gguf" in str(error).lower():
-            reason = "reading a GGUF file needs the package gguf: pip install gguf"
-        else:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LensbenchError(f"{source}: its {part} cannot be loaded: {reason}") from error
+        return Tokenizer.from_file(str(where.own_tokenizer))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise where.unreadable("tokenizer", error) from error
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The causal LM of ``source``; with ``device_map`` (accelerate's) spread over devices instead of put on ``device``."""
+    where = locate(source)
+    options = {} if device_map is None else {"device_map": device_map}
+    loaded: Any = where.load("model", AutoModelForCausalLM, dtype=dtype, output_loading_info=True, **options)
+    model, report = loaded
     if report["missing_keys"]:
         # transformers draws them at random and goes on.
         missing = sorted(report["missing_keys"])
@@ -83,7 +134,53 @@ def load_pretrained(
         raise LensbenchError(
             f"{source} lacks the weight {missing[0]}{more}: it is damaged, or no causal language model"
         )
-    return Pretrained(source, torch.nn.Module.to(model.eval(), device), tokenizer, trained_here)
+    model.eval()
+    return model if device_map is not None else torch.nn.Module.to(model, device)
+
+
+def load_pretrained(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+) -> Pretrained:
+    """The causal LM that ``source`` names, with its tokenizer.
+
+    ``hub:ORG/NAME[@REVISION]`` from the Hugging Face hub; ``path:FOLDER`` a ``save_pretrained`` folder, that of a model
+    stage of a run folder too; ``gguf:FILE`` a GGUF file, or the folder that holds exactly one; ``package:NAME`` the GGUF
+    file that an installed package ships. Code that comes with a model is never run. Raises :class:`LensbenchError` for a
+    source that cannot be read, and for a tokenizer that does not fit the model's vocabulary.
+    """
+    model = load_model(source, dtype=dtype, device=device, device_map=device_map)
+    tokenizer = load_tokenizer(source)
+    check_vocabulary(source, tokenizer, model.config.get_text_config().vocab_size)
+    return Pretrained(source, model, tokenizer, locate(source).own_tokenizer is not None)
+
+
+def check_vocabulary(source: str, tokenizer: Tokenizer | PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise :class:`LensbenchError` where the tokenizer has words that the model has no embedding for.
+
+    Tokens added beside the vocabulary do not count: text models are published with those of their siblings that see images.
+    """
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.get_vocab(with_added_tokens=False) if isinstance(backend, Tokenizer) else tokenizer.get_vocab()
+    largest = max(words.values(), default=-1)
+    if largest >= vocab_size:
+        raise LensbenchError(
+            f"{source}: its tokenizer gives ids up to {largest}, but the model has {vocab_size} entries: "
+            "the tokenizer belongs to another model"
+        )
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens that a model was made for, None where its config sets no limit."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def _gguf_of_package(name: str) -> Path:

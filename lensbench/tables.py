@@ -1,0 +1,393 @@
+"""The tables of a run folder, from the per-sequence sums of its models: means, penalties, indices, with intervals."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lensbench import indices
+from lensbench.evaluation import FitSummary, pairs_of
+from lensbench.fitting import ONE_STANDARD_ERROR, FitRecipe
+from lensbench.indices import Means
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the tables need of one model and seed, read back from its stages."""
+
+    model: str
+    seed: int
+    sequences: pd.DataFrame
+    facts: dict[str, Any]
+    fit: FitSummary
+    refits: dict[str, NDArray[np.float64]]
+
+    @classmethod
+    def load(cls, model: str, seed: int, fitting: Path, scoring: Path) -> "Part":
+        kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
+        return cls(
+            model,
+            seed,
+            pd.read_parquet(scoring / "sequences.parquet"),
+            json.loads((scoring / "model.json").read_text()),
+            FitSummary.load(fitting / "fit.json"),
+            kept,
+        )
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """Sums over the documents of one model and seed: what every interval resamples.
+
+    ``tokens``, ``bytes`` ``[clusters]``; ``totals`` holds the fields of :class:`Means` as ``[clusters, ...]`` sums.
+    """
+
+    documents: tuple[str, ...]
+    tokens: NDArray[np.float64]
+    bytes: NDArray[np.float64]
+    totals: Means
+    top1: NDArray[np.float64]
+    """``[clusters, L+1, L+1]``: tokens at which the lens's most probable word is the model's"""
+    curve: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    """Tolerance -> sums of KL and movement, ``[clusters, L+1, L+1]``, NaN beside the chosen layers"""
+
+    @classmethod
+    def of(cls, sequences: pd.DataFrame) -> "ClusterSums":
+        """From the rows of ``per_sequence.parquet`` that belong to one model and seed."""
+        documents = tuple(sorted(sequences["document"].astype(str).unique()))
+        model = by_document(sequences, lens="model")
+        constant = by_document(sequences, lens="constant")["kl"].to_numpy(float)
+        layers = int(sequences["layer"].max())
+        tuned = sequences[(sequences["lens"] == "tuned") & (sequences["prior"] == "identity")]
+        logit = sequences[sequences["lens"] == "logit"]
+        matrix = pd.concat([tuned, logit])
+
+        def grid(column: str, rows: pd.DataFrame = matrix, size: int = layers + 1) -> NDArray[np.float64]:
+            """``[clusters, size, size]``, NaN where there is no such row."""
+            table = rows.pivot_table(
+                index="document", columns=["lens_layer", "layer"], values=column, aggfunc="sum", observed=True
+            ).sort_index()
+            values = np.full((len(documents), size, size), np.nan)
+            at = np.array(table.columns.to_list(), dtype=np.int64).reshape(-1, 2)
+            values[:, at[:, 0], at[:, 1]] = table.to_numpy(float)
+            return values
+
+        def per_layer(lens: str, stage: str = "closed", view: int = -1) -> NDArray[np.float64]:
+            rows = sequences[(sequences["lens"] == lens) & (sequences["stage"] == stage) & (sequences["view"] == view)]
+            rows = rows[rows["prior"] == "zero"]
+            table = rows.pivot_table(index="document", columns="layer", values="kl", aggfunc="sum", observed=True)
+            values = np.full((len(documents), layers), np.nan)
+            values[:, table.columns.to_numpy(np.int64)] = table.sort_index().to_numpy(float)
+            return values
+
+        pairs = sequences[sequences["lens"] == "pair"]
+        pair_views = range(int(pairs["view"].max()) + 1)
+        curve = {}
+        for lens in sorted(label for label in sequences["lens"].unique() if str(label).startswith("tuned@")):
+            rows = sequences[sequences["lens"] == lens]
+            curve[lens.removeprefix("tuned@")] = grid("kl", rows), grid("movement", rows)
+
+        views = range(int(sequences["view"].max()) + 1)
+        totals = Means(
+            constant=constant,
+            transfer=grid("kl"),
+            transfer_ce=grid("ce"),
+            movement=grid("movement"),
+            own=per_layer("tuned"),
+            shared=per_layer("shared"),
+            shared_loo=per_layer("shared_loo"),
+            rotated=np.stack([per_layer("shared", view=k) for k in views], axis=1),
+            own_refined=per_layer("tuned", "refined"),
+            shared_refined=per_layer("shared", "refined"),
+            pair=grid("kl", pairs[pairs["view"] == -1], layers),
+            pair_rotated=np.stack([grid("kl", pairs[pairs["view"] == k], layers) for k in pair_views], axis=1),
+        )
+        tokens, sizes = model["tokens"].to_numpy(float), model["bytes"].to_numpy(float)
+        return cls(documents, tokens, sizes, totals, grid("top1"), curve)
+
+
+def by_document(sequences: pd.DataFrame, *, lens: str) -> pd.DataFrame:
+    rows = sequences[sequences["lens"] == lens]
+    columns = ["tokens", "bytes", "kl", "ce"]
+    return rows.groupby("document", observed=True)[columns].sum().sort_index()
+
+
+def ratio_with_interval(
+    sums: NDArray[np.float64], per: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """``sum(sums) / sum(per)`` over clusters with its 95 % interval: (low, value, high), each of ``sums.shape[1:]``."""
+    flat = sums.reshape(len(sums), -1)
+    low, high = indices.interval((weights @ flat) / (weights @ per)[:, None])
+    shape = sums.shape[1:]
+    return low.reshape(shape), (flat.sum(0) / per.sum()).reshape(shape), high.reshape(shape)
+
+
+def mean_with_interval(values: Tensor, document: NDArray[np.int64], draws: int) -> tuple[float, float, float]:
+    """Mean over tokens ``[N]`` with its 95 % interval over documents: (low, mean, high)."""
+    sums = np.bincount(document, weights=values.double().cpu().numpy()).astype(float)
+    counts = np.bincount(document).astype(float)
+    low, mean, high = ratio_with_interval(sums, counts, indices.bootstrap_weights(len(counts), draws, 0))
+    return float(low), float(mean), float(high)
+
+
+def baseline_table(
+    ce: dict[str, NDArray[np.float64]],
+    document: NDArray[np.int64],
+    target_bytes: NDArray[np.int32],
+    train_tokens: int,
+    draws: int,
+) -> pd.DataFrame:
+    """``baselines.csv`` from each baseline's nats per scored token ``[N]``."""
+    counts = np.bincount(document).astype(float)
+    sizes = np.bincount(document, weights=target_bytes).astype(float)
+    weights = indices.bootstrap_weights(len(counts), draws, 0)
+    rows = []
+    for name, nats in ce.items():
+        sums = np.bincount(document, weights=nats).astype(float)
+        row: dict[str, Any] = {"baseline": name, "train_tokens": train_tokens}
+        rows.append(row | ce_columns(sums, counts, sizes, weights))
+    return pd.DataFrame(rows)
+
+
+def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
+    """Cross-entropy in nats/token and bits/byte, with intervals."""
+    low, mean, high = ratio_with_interval(sums, tokens, weights)
+    byte_low, byte_mean, byte_high = ratio_with_interval(sums / np.log(2), sizes, weights)
+    return {
+        "ce": float(mean), "ce_ci_low": float(low), "ce_ci_high": float(high),
+        "bits_per_byte": float(byte_mean), "bits_per_byte_ci_low": float(byte_low),
+        "bits_per_byte_ci_high": float(byte_high),
+    }  # fmt: skip
+
+
+def tables(parts: list[Part], recipe: FitRecipe, *, draws: int) -> dict[str, pd.DataFrame]:
+    """The CSV tables of a run, but for the baselines."""
+    rows: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv", "tolerances.csv", "pairs.csv")
+    }
+    found: dict[str, list[dict[str, indices.Estimate]]] = {}
+    for part in parts:
+        sums = ClusterSums.of(part.sequences)
+        weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
+        who = {"model": part.model, "seed": part.seed}
+        ce = by_document(part.sequences, lens="model")["ce"].to_numpy(float)
+        rows["models.csv"].append(
+            who
+            | part.facts
+            | ce_columns(ce, sums.tokens, sums.bytes, weights)
+            | {"scored_tokens": int(sums.tokens.sum()), "clusters": len(sums.tokens)}
+        )
+        rows["lenses.csv"] += lens_rows(part, weights)
+        rows["transfer.csv"] += transfer_rows(part, sums, weights)
+        point = Means.of_clusters(sums.totals, sums.tokens)
+        drawn = Means.of_clusters(sums.totals, sums.tokens, weights)
+        estimates = indices.estimates(point, drawn, seed=part.seed, clusters=len(sums.tokens))
+        rows["tolerances.csv"] += [who | row for row in tolerance_rows(part, sums, point, drawn, weights)]
+        rows["pairs.csv"] += [who | row for row in pair_rows(part, point, drawn)]
+        found.setdefault(part.model, []).append(estimates)
+        rows["indices.csv"] += [who | row for row in index_rows(estimates, part, recipe)]
+    for model, per_seed in found.items():
+        if len(per_seed) > 1:
+            rows["indices.csv"] += [{"model": model, "seed": "all"} | row for row in rows_over_seeds(per_seed, recipe)]
+    return {name: pd.DataFrame(content) for name, content in rows.items()}
+
+
+def lens_rows(part: Part, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
+    """``lenses.csv``: every lens at the layers it is meant for."""
+    kept = part.sequences[part.sequences["lens"].isin(["logit", "tuned", "shared", "shared_bias", "shared_loo"])]
+    headline = (kept["lens"] == "tuned") & (kept["prior"] == "identity")
+    kept = kept[~headline & (kept["view"] <= 0)]
+    records = {
+        (r.lens, r.stage): r
+        for name, r in part.fit.records.items()
+        if not name.startswith(("rotated", "transfer", "pair"))
+    }
+    rotated = {part.fit.records[name].lens: part.fit.records[name] for name in ("rotated_own", "rotated0")}
+
+    def where(lens: str, layer: int) -> int:
+        return part.fit.layers.index(layer) if lens == "shared_loo" else layer
+
+    keys = ["view", "lens", "stage", "prior", "layer"]
+    for key, group in kept.groupby(keys, observed=True, sort=True):
+        view, lens, stage, prior, layer = cast(tuple[int, str, str, str, int], key)
+        sums = group.groupby("document", observed=True)[["tokens", "kl", "ce"]].sum().sort_index()
+        tokens = sums["tokens"].to_numpy(float)
+        row = {"model": part.model + ("+rotated" if view == 0 else ""), "seed": part.seed, "lens": lens, "layer": layer}
+        row |= {"stage": stage, "prior": prior}
+        for name in ("kl", "ce"):
+            low, mean, high = ratio_with_interval(sums[name].to_numpy(float), tokens, weights)
+            row |= {name: float(mean), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
+        chosen = rotated.get(lens) if view == 0 else records.get((lens, stage))
+        for column in ("ridge", "pad", "fit_kl", "dev_kl"):
+            row[column] = None if chosen is None else getattr(chosen, column)[where(lens, layer)]
+        yield row
+
+
+def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
+    """``transfer.csv``: the headline matrix."""
+    headline = part.fit.records["transfer"]
+    layers = len(headline.ridge)
+    values = {}
+    for name, array in (
+        ("kl", sums.totals.transfer),
+        ("ce", sums.totals.transfer_ce),
+        ("movement_kl", sums.totals.movement),
+        ("top1_agreement", sums.top1),
+    ):
+        low, values[name], high = ratio_with_interval(array, sums.tokens, weights)
+        if name == "top1_agreement":
+            values |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
+        if name in ("kl", "ce"):
+            penalty = array - np.diagonal(array, axis1=1, axis2=2)[:, None, :]
+            low, mean, high = ratio_with_interval(penalty, sums.tokens, weights)
+            values |= {f"penalty_{name}": mean, f"penalty_{name}_ci_low": low, f"penalty_{name}_ci_high": high}
+    for i in range(layers + 1):
+        for j in range(layers + 1):
+            fitted = i < layers
+            yield {
+                "model": part.model,
+                "seed": part.seed,
+                "lens_layer": i,
+                "stream_layer": j,
+                "stage": headline.stage,
+                "prior": headline.prior,
+                "ridge": headline.ridge[i] if fitted else None,
+                "tolerance": headline.tolerance if headline.stage == "closed" else None,
+                **{name: float(array[i, j]) for name, array in values.items()},
+            }
+
+
+def tolerance_rows(
+    part: Part, sums: ClusterSums, point: Means, drawn: Means, weights: NDArray[np.float64]
+) -> Iterator[dict[str, Any]]:
+    """``tolerances.csv``: what a fixed lens sees, over the loss that its ridge may cost on its own layer."""
+    some, headline = part.fit.layers, part.fit.records["transfer"]
+    block = np.ix_(range(len(sums.tokens)), some, some)
+    label = f"{headline.tolerance:g}" if headline.stage == "closed" else headline.stage
+    matrices = {label: (sums.totals.transfer, sums.totals.movement)} | sums.curve
+    for tolerance, (kl, moved) in sorted(matrices.items(), key=lambda item: tolerance_order(item[0])):
+        record = part.fit.records["transfer" if tolerance == label else f"transfer@{tolerance}"]
+        ridges = [record.ridge[k] for k in some] if tolerance == label else record.ridge
+        own = np.diagonal(kl[block], axis1=1, axis2=2).mean(1)
+        own_low, own_kl, own_high = ratio_with_interval(own, sums.tokens, weights)
+        per = sums.tokens.sum(), (weights @ sums.tokens)[:, None, None]
+        flat = [weights @ x[block].reshape(len(sums.tokens), -1) for x in (kl, moved)]
+        at_draws = [x.reshape(len(weights), len(some), len(some)) / per[1] for x in flat]
+        here = indices.of_layers(point, some, *(x[block].sum(0) / per[0] for x in (kl, moved)))
+        there = indices.of_layers(drawn, some, *at_draws)
+        refitted = None
+        if tolerance == label and part.refits:
+            means = Means(**part.refits)
+            of_refits = (x[np.ix_(range(len(x)), some, some)] for x in (means.transfer, means.movement))
+            refitted = indices.of_layers(means, some, *of_refits)
+        for name in indices.ON_THE_CURVE:
+            stage, function = indices.INDICES[name]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = function(here), function(there)
+                spread = None if refitted is None else function(refitted).value
+            found = indices.estimate(*values, float(point.constant), len(sums.tokens))
+            yield {
+                "tolerance": tolerance,
+                "index": name,
+                "layers": " ".join(map(str, some)),
+                "stage": headline.stage if tolerance == label else stage,
+                "prior": record.prior,
+                "ridge": " ".join("" if r is None else f"{r:g}" for r in ridges),
+                "own_kl": float(own_kl),
+                "own_kl_ci_low": float(own_low),
+                "own_kl_ci_high": float(own_high),
+                "value": found.value,
+                "ci_low": found.low,
+                "ci_high": found.high,
+                **refit_range(found, spread),
+                "reason": found.reason,
+            }
+
+
+def tolerance_order(label: str) -> tuple[float, str]:
+    """Zero first, then one standard error, then rising."""
+    return (1e-9 if label == ONE_STANDARD_ERROR else float(label) if label[0].isdigit() else 1.0), label
+
+
+def refit_range(found: indices.Estimate, spread: NDArray[np.float64] | None) -> dict[str, float | None]:
+    """The value plus the smallest and the largest change that refits make; ``spread`` is the fit itself, then its refits."""
+    if found.value is None or spread is None or not np.isfinite(spread).all():
+        return {"fit_low": None, "fit_high": None}
+    change = spread[1:] - spread[0]
+    return {"fit_low": float(found.value + change.min()), "fit_high": float(found.value + change.max())}
+
+
+def pair_rows(part: Part, point: Means, drawn: Means) -> Iterator[dict[str, Any]]:
+    """``pairs.csv``: the cost of one lens for two layers, and of one for the two in random bases."""
+    layers = point.own.shape[-1]
+    position = {pair: k for k, pair in enumerate(pairs_of(range(layers)))}
+
+    def penalties(m: Means) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        rotated = indices.pair_penalty(m.own[..., None, :], m.pair_rotated)
+        return indices.pair_penalty(m.own, m.pair), rotated.mean(-2)
+
+    here, there = penalties(point), penalties(drawn)
+    record = part.fit.records["pair"]
+    for p, (i, j) in enumerate(pairs_of(part.fit.layers)):
+        row: dict[str, Any] = {"layer_i": i, "layer_j": j, "ridge": record.ridge[p], "pad": record.pad[p]}
+        row |= {"kl_i": float(point.pair[j, i]), "kl_j": float(point.pair[i, j])}
+        for name, value, draws in zip(("penalty", "rotated_penalty"), here, there, strict=True):
+            low, high = indices.interval(draws[..., position[i, j]])
+            row |= {name: float(value[position[i, j]]), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
+        yield row
+
+
+def index_rows(estimates: dict[str, indices.Estimate], part: Part, recipe: FitRecipe) -> Iterator[dict[str, Any]]:
+    """``indices.csv`` of one model and seed."""
+    refitted: dict[str, NDArray[np.float64]] = {}
+    if part.refits:
+        means = Means(**part.refits)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            refitted = {name: function(means).value for name, (_, function) in indices.INDICES.items()}
+        for suffix in ("", "_without_layer0"):
+            kept, null = refitted[f"shared_retention{suffix}"], refitted[f"rotated_retention{suffix}"]
+            refitted[f"shared_consistency{suffix}"] = (kept - null) / (1 - null)
+    for name, estimate in estimates.items():
+        yield index_row(name, estimate, recipe) | refit_range(estimate, refitted.get(name))
+    facts = {"layers": float(part.facts["layers"]), "rotated_rank": float(part.fit.rotated_rank)}
+    for name, value in facts.items():
+        yield index_row(name, indices.Estimate(value, None, None, "a fact of the stream, not an estimate"), recipe)
+
+
+def index_row(name: str, estimate: indices.Estimate, recipe: FitRecipe) -> dict[str, Any]:
+    stage = (
+        indices.INDICES[name][0]
+        if name in indices.INDICES
+        else ("closed" if name.startswith("shared_consistency") else "none")
+    )
+    return {
+        "index": name,
+        "value": estimate.value,
+        "ci_low": estimate.low,
+        "ci_high": estimate.high,
+        "fit_low": None,
+        "fit_high": None,
+        "stage": stage,
+        "tolerance": recipe.tolerance if name in indices.OF_THE_MATRIX else 0.0,
+        "reason": estimate.reason,
+    }
+
+
+def rows_over_seeds(per_seed: list[dict[str, indices.Estimate]], recipe: FitRecipe) -> Iterator[dict[str, Any]]:
+    """``seed = all``: the mean over seeds with a Student-t interval; undefined where it is undefined for a seed."""
+    for name in per_seed[0]:
+        values = [e[name].value for e in per_seed]
+        known = [v for v in values if v is not None]
+        if len(known) < len(values):
+            reason = f"undefined for {len(values) - len(known)} of {len(values)} seeds"
+            yield index_row(name, indices.Estimate(None, None, None, reason), recipe)
+        else:
+            mean, low, high = indices.over_seeds(known)
+            yield index_row(name, indices.Estimate(mean, low, high), recipe)
