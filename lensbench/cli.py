@@ -149,6 +149,20 @@ def run(
             min=0, help="Run this seed instead of the suite's; tables then hold this seed alone.", show_default=False
         ),
     ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A pretrained model instead of the suite's: hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, "
+            "package:NAME; repeat it for several.",
+            show_default=False,
+        ),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            help="A text instead of the suite's: stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT].", show_default=False
+        ),
+    ] = None,
     device: Device = "auto",
     only: Annotated[
         list[str] | None,
@@ -161,9 +175,9 @@ def run(
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
     from lensbench.run import choose_device, run_suite
-    from lensbench.suite import load_suite
+    from lensbench.suite import load_suite, on_request
 
-    chosen = load_suite(suite)
+    chosen = on_request(load_suite(suite), model or [], corpus)
     if seed is not None:
         chosen = chosen.model_copy(update={"seeds": (seed,)})
     names = [name for given in only or [] for name in given.split(",") if name]

@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,6 @@ from torch import Tensor
 from lensbench.corpus import Windows
 from lensbench.errors import LensbenchError
 from lensbench.fitting import (
-    ONE_STANDARD_ERROR,
     Choice,
     DevSearch,
     FitRecipe,
@@ -24,6 +25,7 @@ from lensbench.fitting import (
     Moments,
     Prior,
     Stage,
+    choices_of,
     fit_each,
     fit_rotated,
     fit_shared,
@@ -36,7 +38,7 @@ from lensbench.fitting import (
     solve_as_chosen,
     spread_layers,
 )
-from lensbench.indices import Means
+from lensbench.indices import ONE_STANDARD_ERROR, Means
 from lensbench.lenses import AffineMaps
 from lensbench.stages import NOTHING_KEPT, Pieces
 from lensbench.stream import Capture, ReadOut, RotatedView
@@ -176,13 +178,15 @@ def fit_all(
     keep("own", lambda: fit_each(search, moments, "zero"))
     tick("per layer, prior zero", len(layers))
     keep("shared", lambda: fit_shared(search, moments, layers))
+    (shared,) = choices_of(fitted["shared"])
     tick("shared")
     keep("shared_bias", lambda: fit_shared_bias(search, moments))
     tick("shared, one bias per layer")
     without = []
     for left_out in some:
         rest = [layer for layer in layers if layer != left_out]
-        without.append(_kept(pieces, f"shared_loo-{left_out}", lambda rest=rest: fit_shared(search, moments, rest)))  # type: ignore[misc]
+        # From the middle of the path: no choice, and no place that it begins from, has seen the layer.
+        without.append(_kept(pieces, f"shared_loo-{left_out}", partial(fit_shared, search, moments, rest)))
         tick(f"shared without layer {left_out}")
     fitted["shared_loo"] = joined(without)
 
@@ -193,7 +197,7 @@ def fit_all(
     turned = {}
     for k, view in enumerate(views):
         turned[k] = moments.rotated(view)
-        keep(f"rotated{k}", lambda k=k, view=view: fit_rotated(search, turned[k], view))  # type: ignore[misc]
+        keep(f"rotated{k}", partial(fit_rotated, search, turned[k], view, near=shared))
         tick(f"shared, rotated view {k}")
 
     # Per-layer lenses fitted to rotated moments and chosen on rotated dev states. They are scored with the rotation folded
@@ -205,23 +209,23 @@ def fit_all(
 
     keep("rotated_own", refit_rotated)
 
-    def fit_pairs(name: str, fit: Callable[[tuple[int, int]], Fitted]) -> None:
+    def fit_pairs(name: str, fit: Callable[..., Fitted]) -> None:
         each = []
         for a, b in pairs:
-            each.append(_kept(pieces, f"{name}-{a}-{b}", lambda a=a, b=b: fit((a, b))))  # type: ignore[misc]
+            each.append(_kept(pieces, f"{name}-{a}-{b}", partial(fit, layers=[a, b], near=shared)))
             tick(f"{name.replace('_', ', ')}, layers {a} and {b}")
         fitted[name] = joined(each)
 
-    fit_pairs("pair", lambda pair: fit_shared(search, moments, pair))
+    fit_pairs("pair", partial(fit_shared, search, moments))
     for k in range(min(recipe.pair_rotations, recipe.rotations)):
-        fit_pairs(f"pair_rotated{k}", lambda pair, k=k: fit_rotated(search, turned[k], views[k], pair))  # type: ignore[misc]
+        fit_pairs(f"pair_rotated{k}", partial(fit_rotated, search, turned[k], views[k]))
 
     maps: dict[str, AffineMaps] = {}
     for n in range(recipe.refits):
         resample = _kept_maps(
             pieces,
             f"refit{n}",
-            lambda n=n: resampled(search, captured, fitted, views, some, seed, n),  # type: ignore[misc]
+            partial(resampled, search, captured, fitted, views, some, seed, n),
         )
         maps |= {f"refit{n}.{name}": m for name, m in resample.items()}
         tick(f"refit {n} on resampled documents")
@@ -260,7 +264,7 @@ def fit_all(
     return Fit({name: AffineMaps(m.matrix.float().cpu(), m.offset.float().cpu()) for name, m in maps.items()}, summary)
 
 
-RECORD_TOKENS = 1024
+RECORD_TOKENS = 512
 """Fitting and dev tokens at most that ``fit_kl`` and ``dev_kl`` of the tables are means over, evenly spread."""
 
 
@@ -326,7 +330,7 @@ def _fit_matrix(
         tolerance: float | Literal["1se"] = ONE_STANDARD_ERROR if label == ONE_STANDARD_ERROR else float(label)
         keep(
             f"transfer@{label}",
-            lambda tolerance=tolerance: fit_within(search, moments, "identity", paths, tolerance, some),  # type: ignore[misc]
+            partial(fit_within, search, moments, "identity", paths, tolerance, some),
         )
         tick(f"tolerance {label}")
 

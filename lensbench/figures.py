@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from lensbench.errors import LensbenchError
+from lensbench.indices import ONE_STANDARD_ERROR, tolerance_order
 from lensbench.results import Run, write_atomically
 
 DPI = 150
@@ -71,6 +72,8 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
             "penalty_by_distance.png": penalty_by_distance(transfer),
             "gain_visibility.png": gain_visibility(indices),
             "plane.png": plane(indices),
+            "tolerances.png": tolerances(tolerance_frame(run)),
+            "pair_penalty.png": pair_penalty(pair_frame(run)),
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
@@ -122,6 +125,20 @@ def index_frame(run: Run) -> pd.DataFrame:
     numbers = ["value", "ci_low", "ci_high", "fit_low", "fit_high"]
     every = pd.MultiIndex.from_product([names, run.tables["models.csv"]["model"].unique()], names=["index", "model"])
     return table.set_index(["index", "model"])[numbers].reindex(every).astype(float).reset_index()
+
+
+def tolerance_frame(run: Run) -> pd.DataFrame:
+    """``model, index, tolerance, value, ci_low, ci_high``, means over seeds; undefined ones are left out."""
+    table = run.tables["tolerances.csv"].dropna(subset=["value"])
+    table = table[table["index"].isin(["gain_visibility", "gain_visibility_without_layer0"])]
+    groups = table.groupby(["model", "index", "tolerance"], sort=False)
+    return groups[["value", "ci_low", "ci_high"]].mean().reset_index()
+
+
+def pair_frame(run: Run) -> pd.DataFrame:
+    """``model, layer_i, layer_j, penalty, rotated_penalty``, means over seeds."""
+    keys, values = ["model", "layer_i", "layer_j"], ["penalty", "rotated_penalty"]
+    return run.tables["pairs.csv"].groupby(keys, sort=False)[values].mean().reset_index()
 
 
 def panels_of(models: list[str], size: float, extra: float, *, sharey: bool) -> tuple[Figure, list[Axes]]:
@@ -258,6 +275,65 @@ def gain_visibility(frame: pd.DataFrame) -> Figure:
         left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handletextpad=0, columnspacing=1)
     caption = "Thick: 95 % interval with the lenses held fixed; thin: range over refits. Linear within ±1, log beyond."
     write_around(figure, "Does a fixed lens see the later layers' gain, and does anything move?", caption)
+    return figure
+
+
+def tolerances(frame: pd.DataFrame) -> Figure:
+    """Gain visibility over the dev loss that a lens's ridge may cost on its own layer, with and without layer 0."""
+    models = list(frame["model"].unique())
+    labels = sorted(frame["tolerance"].unique(), key=tolerance_order)
+    names = {t: "1 s.e." if t == ONE_STANDARD_ERROR else f"{float(t):.0%}" if t[0].isdigit() else t for t in labels}
+    figure, panels = panels_of(models or [""], 2.7, 0.0, sharey=True)
+    look = {"gain_visibility": (BLUE, "o", "-"), "gain_visibility_without_layer0": (GREEN, "X", "--")}
+    for panel, model in zip(panels, models, strict=False):
+        for index, (colour, marker, dash) in look.items():
+            rows = frame[(frame["model"] == model) & (frame["index"] == index)].set_index("tolerance")
+            rows = rows.reindex([t for t in labels if t in rows.index])
+            x = [labels.index(t) for t in rows.index]
+            panel.plot(x, rows["value"], dash, marker=marker, color=colour, ms=4, lw=1.4, label=VISIBILITIES[index])
+            panel.fill_between(x, rows["ci_low"], rows["ci_high"], color=colour, alpha=0.18, lw=0)
+        panel.axhline(0, color=GREY, lw=0.9, zorder=1)
+        panel.axhline(1, color=GREY, lw=0.9, zorder=1, ls=":")
+        panel.set(title=model, xlabel="allowed loss on the own layer", ylabel="gain visibility")
+        panel.set_xticks(range(len(labels)), [names[t] for t in labels])
+        panel.margins(x=0.1)
+        use_symlog(panel, "y", 1.0)
+    handles, legend = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, legend, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    caption = "Share of K_0 - best, on dev; s.e.: of the paired difference. Bands: 95 % intervals, lenses held fixed."
+    write_around(figure, "What a fixed lens sees depends on its ridge", caption)
+    return figure
+
+
+def pair_penalty(frame: pd.DataFrame) -> Figure:
+    """One heatmap per model: cost of one lens for two layers; below the diagonal the same in random bases."""
+    models = list(frame["model"].unique())
+    figure, panels = panels_of(models, 2.9, 0.9, sharey=False)
+    figure.set_layout_engine("compressed", h_pad=0.07)
+    top = max(float(frame[["penalty", "rotated_penalty"]].max().max()), 1e-3)
+    for panel, model in zip(panels, models, strict=True):
+        rows = frame[frame["model"] == model]
+        layers = sorted({*rows["layer_i"], *rows["layer_j"]})
+        grid = pd.DataFrame(np.nan, index=layers, columns=layers)
+        for _, row in rows.iterrows():
+            grid.loc[row["layer_i"], row["layer_j"]] = row["penalty"]
+            grid.loc[row["layer_j"], row["layer_i"]] = row["rotated_penalty"]
+        look: dict[str, Any] = {"vmin": 0, "vmax": top, "cmap": "rocket_r", "cbar": False, "square": True}
+        look |= {
+            "annot": grid.map(lambda v: "" if np.isnan(v) else cell_text(v)),
+            "fmt": "",
+            "annot_kws": {"size": 6.5},
+        }
+        sns.heatmap(grid, ax=panel, linewidths=0.4, **look)
+        panel.tick_params(rotation=0, length=0)
+        panel.set(title=model, xlabel="layer", ylabel="layer")
+    bar = figure.colorbar(panels[0].collections[0], ax=panels, aspect=12 * len(panels), pad=0.02)
+    bar.set_label("$M_{ij}$ (nats/token)", size=8)
+    title = "One lens for two layers: what it costs over two lenses"
+    write_around(
+        figure, title, "Above the diagonal: the model. Below: the null, each layer in a random basis of its own."
+    )
     return figure
 
 

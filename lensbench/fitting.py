@@ -412,11 +412,14 @@ class DevSearch:
             choices.append(Choice(ridge, self.recipe.pads[start], kl))
         return choices
 
-    def best(self, solve: Callable[[float], AffineMaps], layers: Sequence[int]) -> Choice:
-        """The best ridge and pad, by descent along the path from its middle: KL has one valley along the ridge too."""
+    def best(self, solve: Callable[[float], AffineMaps], layers: Sequence[int], near: Choice | None = None) -> Choice:
+        """The best ridge and pad, by descent along the path: KL has one valley along the ridge too.
+
+        From the middle, or from where a like lens ended (``near``), which saves most of the way.
+        """
         ridges = self.recipe.ridges
         known: dict[int, Choice] = {}
-        pad = len(self.recipe.pads) // 3
+        pad = len(self.recipe.pads) // 3 if near is None else self.recipe.pads.index(near.pad)
 
         def at(index: int) -> float:
             nonlocal pad
@@ -425,7 +428,8 @@ class DevSearch:
                 known[index] = Choice(ridges[index], self.recipe.pads[pad], kl)
             return known[index].dev_kl
 
-        here = len(ridges) // 2
+        here = len(ridges) // 2 if near is None else ridges.index(near.ridge)
+        at(here)  # first, so that its pad is where the neighbours' search begins
         while True:
             around = [i for i in (here - 1, here, here + 1) if 0 <= i < len(ridges)]
             best = min(around, key=at)
@@ -476,13 +480,24 @@ class Fitted:
     tolerance: float = 0.0
 
 
+def choices_of(fitted: Fitted) -> list[Choice]:
+    """What dev chose for each of some lenses, their KL aside: where the search for like ones may begin."""
+    return [Choice(ridge, pad, float("nan")) for ridge, pad in zip(fitted.ridges, fitted.pads, strict=True)]
+
+
+def choices_of(fitted: Fitted) -> list[Choice]:
+    """What dev chose for each of some lenses, their KL aside: where the search for like ones may begin."""
+    return [Choice(ridge, pad, float("nan")) for ridge, pad in zip(fitted.ridges, fitted.pads, strict=True)]
+
+
 def fit_each(search: DevSearch, moments: Moments, prior: Prior, *, tolerance: float | None = None) -> Fitted:
     """One lens per layer: the best ridge on dev, or with ``tolerance`` the strongest allowed one."""
     if tolerance is not None:
         return fit_within(search, moments, prior, ridge_paths(search, moments, prior), tolerance)
-    choices = [
-        search.best(RidgePath(moments.layer([layer]), prior).solve, [layer]) for layer in range(len(moments.mean))
-    ]
+    choices: list[Choice] = []
+    for layer in range(len(moments.mean)):
+        near = choices[-1] if choices else None
+        choices.append(search.best(RidgePath(moments.layer([layer]), prior).solve, [layer], near))
     return solve_as_chosen(search, moments, prior, choices)
 
 
@@ -492,9 +507,6 @@ def ridge_paths(
     """Per regression the best pad and its dev KL at every ridge; ``layers``: those of the regressions, all if left out."""
     at = range(len(moments.mean)) if layers is None else layers
     return [search.path(RidgePath(moments.layer([k]), prior).solve, [layer]) for k, layer in enumerate(at)]
-
-
-ONE_STANDARD_ERROR: Literal["1se"] = "1se"
 
 
 def fit_within(
@@ -523,10 +535,10 @@ def spread_layers(layers: int, count: int) -> list[int]:
     return sorted({round(k * (layers - 1) / (count - 1)) for k in range(count)})
 
 
-def fit_shared(search: DevSearch, moments: Moments, layers: Sequence[int]) -> Fitted:
-    """One lens for ``layers``, prior zero, chosen by its mean dev KL over those layers."""
+def fit_shared(search: DevSearch, moments: Moments, layers: Sequence[int], near: Choice | None = None) -> Fitted:
+    """One lens for ``layers``, prior zero, chosen by its mean dev KL over those layers; ``near``: where to begin."""
     pooled = moments.pooled(layers)
-    choice = search.best(RidgePath(pooled, "zero").solve, layers)
+    choice = search.best(RidgePath(pooled, "zero").solve, layers, near)
     return solve_as_chosen(search, pooled, "zero", [choice])
 
 
@@ -538,15 +550,22 @@ def fit_shared_bias(search: DevSearch, moments: Moments) -> Fitted:
     return solve_as_chosen(search, within, "zero", [choice] * len(layers))
 
 
-def fit_rotated(search: DevSearch, rotated: Moments, view: RotatedView, layers: Sequence[int] | None = None) -> Fitted:
+def fit_rotated(
+    search: DevSearch,
+    rotated: Moments,
+    view: RotatedView,
+    layers: Sequence[int] | None = None,
+    near: Choice | None = None,
+) -> Fitted:
     """The one lens of a rotated view for all layers, or for some, from the view's own moments.
 
-    As a map of rotated states; it is chosen on plain dev states with the rotation folded in, which is the same.
+    As a map of rotated states; it is chosen on plain dev states with the rotation folded in, which is the same. ``near``:
+    where to begin.
     """
     chosen = list(range(len(rotated.mean))) if layers is None else list(layers)
     pooled = rotated.pooled(chosen)
     path = RidgePath(pooled, "zero")
-    choice = search.best(lambda ridge: rotated_maps(path.solve(ridge), view)[chosen], chosen)
+    choice = search.best(lambda ridge: rotated_maps(path.solve(ridge), view)[chosen], chosen, near)
     return solve_as_chosen(search, pooled, "zero", [choice])
 
 

@@ -6,6 +6,7 @@ draws. Layers are 0..L; per-layer arrays hold layers 0..L-1.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -220,6 +221,15 @@ OF_THE_MATRIX = {name for name in INDICES if name.startswith(("gain_visibility",
 
 ON_THE_CURVE = ("gain_visibility", "gain_visibility_without_layer0", "movement")
 """What is followed over the allowed loss of the matrix's lenses."""
+
+
+ONE_STANDARD_ERROR: Literal["1se"] = "1se"
+"""Of the allowed losses, the one that is no share of what there is to gain."""
+
+
+def tolerance_order(label: str) -> tuple[float, str]:
+    """Zero first, then one standard error, then rising."""
+    return (1e-9 if label == ONE_STANDARD_ERROR else float(label) if label[0].isdigit() else 1.0), label
 
 
 def of_layers(m: Means, layers: Sequence[int], transfer: Array, moved: Array) -> Means:

@@ -15,6 +15,9 @@ SHOWN = (
     "shared_consistency_without_layer0",
     "shared_retention_refined",
     "loo_shared_retention",
+    "pair_penalty",
+    "pair_penalty_rotated",
+    "pair_consistency",
     "gain_tracking",
     "gain_visibility",
     "gain_visibility_adjacent",
@@ -56,7 +59,7 @@ def baseline_table(run: Run) -> Table:
         "model", "seed", "parameters", "nats/token", "bits/byte", title="held-out cross-entropy, 95 % intervals"
     )
     rows = [
-        *run.tables["baselines.csv"].assign(model=lambda t: t["baseline"], seed="", parameters="").iterrows(),
+        *run.tables["baselines.csv"].assign(model=baseline_names, seed="", parameters="").iterrows(),
         *run.tables["models.csv"].iterrows(),
     ]
     for _, row in rows:
@@ -64,6 +67,13 @@ def baseline_table(run: Run) -> Table:
         bits = with_interval(row, "bits_per_byte", "bits_per_byte_ci_low", "bits_per_byte_ci_high")
         table.add_row(row["model"], str(row["seed"]), str(row["parameters"]), ce, bits)
     return table
+
+
+def baseline_names(table: pd.DataFrame) -> pd.Series:
+    """With the tokenizer where there are several: nats per token of one are not those of another."""
+    if table["tokenizer"].nunique() == 1:
+        return table["baseline"]
+    return table["baseline"] + ", tokens of " + table["tokenizer"]
 
 
 def index_table(run: Run) -> Table:
@@ -80,6 +90,23 @@ def index_table(run: Run) -> Table:
             row = indices[(indices["model"] == name) & (indices["index"] == index)]
             cells.append(with_refits(row.iloc[0]) if len(row) else "")
         table.add_row(index, *cells)
+    return table
+
+
+def tolerance_table(run: Run) -> Table:
+    """How gain visibility depends on the loss that a lens's ridge may cost on its own layer."""
+    rows = run.tables["tolerances.csv"]
+    rows = rows[rows["index"].isin(["gain_visibility", "gain_visibility_without_layer0"])]
+    several = rows["seed"].nunique() > 1
+    table = Table(
+        Column("model", no_wrap=True), "index", *dict.fromkeys(rows["tolerance"]),
+        title="gain visibility by the dev loss allowed to a lens on its own layer, between these layers",
+    )  # fmt: skip
+    for (model, seed, layers, index), group in rows.groupby(["model", "seed", "layers", "index"], sort=False):
+        cells = group.set_index("tolerance")
+        shown = [with_interval(cells.loc[t]) if t in cells.index else "" for t in dict.fromkeys(rows["tolerance"])]
+        who = f"{model}, seed {seed}" if several else str(model)
+        table.add_row(f"{who} ({layers})", str(index), *shown)
     return table
 
 
@@ -134,6 +161,7 @@ def print_run(run: Run, console: Console) -> None:
         console.print(f"note: {held}: {why}", highlight=False, markup=False)
     console.print(baseline_table(run))
     console.print(index_table(run))
+    console.print(tolerance_table(run))
     for line in sentences(run):
         console.print(line, highlight=False, markup=False)
     reasons = run.tables["indices.csv"].dropna(subset=["reason"])

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -488,24 +488,33 @@ class Runner:
                 "unigram": ngram.unigram_cross_entropy(stream, contexts, targets, size),
                 "bigram": ngram.KneserNeyBigram.fit(stream, size).cross_entropy(contexts, targets),
             }
-            table = tables.baseline_table(
-                ce, windows.documents[rows], windows.next_bytes[windows.valid], len(stream), self.suite.evaluate.draws
-            )
-            table.insert(0, "tokenizer", texts.name)
-            scored = {
-                "sequences": len(windows.ids),
-                "documents": len(windows.document_names),
-                "tokens": int(windows.valid.sum()),
+            per_token = {**ce, "document": windows.documents[rows], "bytes": windows.next_bytes[windows.valid]}
+            save_file({k: torch.from_numpy(v) for k, v in per_token.items()}, folder / "tokens.safetensors")
+            facts = {
+                "train_tokens": len(stream),
+                "scored": {
+                    "sequences": len(windows.ids),
+                    "documents": len(windows.document_names),
+                    "tokens": int(windows.valid.sum()),
+                },
+                "tokens": {s: int(sum(len(d.ids) for d in documents)) for s, documents in texts.documents.items()},
             }
-            tokens = {s: int(sum(len(d.ids) for d in documents)) for s, documents in texts.documents.items()}
-            content = {"rows": table.to_dict("records"), "scored": scored, "tokens": tokens}
-            results.write_json(folder / "baselines.json", content)
+            results.write_json(folder / "facts.json", facts)
 
-        evaluate = self.suite.evaluate.model_dump()
+        evaluate = self.suite.evaluate.model_dump(exclude={"draws", "refit_positions"})
         key = {"texts": texts.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
-        path = self.stage(f"baselines-{texts.name}", key, compute).folder / "baselines.json"
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+        folder = self.stage(f"baselines-{texts.name}", key, compute).folder
+        facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+        known = {k: v.numpy() for k, v in load_file(folder / "tokens.safetensors").items()}
+        table = tables.baseline_table(
+            {name: known[name] for name in ("unigram", "bigram")},
+            known["document"],
+            known["bytes"],
+            facts["train_tokens"],
+            self.suite.evaluate.draws,
+        )
+        table.insert(0, "tokenizer", texts.name)
+        return {**facts, "table": table}
 
 
 def digest_of(key: dict[str, Any]) -> str:
@@ -567,7 +576,7 @@ def run_suite(
         tick = progress.stage("tables", 2, "steps")
         start = time.perf_counter()
         written = tables.tables(parts, runner.suite.fit, draws=suite.evaluate.draws)
-        written["baselines.csv"] = pd.DataFrame([row for c in counted.values() for row in c["rows"]])
+        written["baselines.csv"] = pd.concat([c["table"] for c in counted.values()], ignore_index=True)
         for name, table in written.items():
             results.write_table(folder, name, table)
         everything = pd.concat([part.sequences for part in parts], ignore_index=True)

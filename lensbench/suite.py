@@ -1,6 +1,7 @@
 """What to run: a suite, read from TOML and checked before anything starts."""
 
 import difflib
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -285,6 +286,27 @@ def load_suite(name: str) -> Suite:
     if "trials" in content:
         raise LensbenchError(f"{file} is a sweep, not a suite: `lensbench sweep {name}` runs it")
     return validated(Suite, file, content)
+
+
+def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
+    """The suite with pretrained ``models`` (sources) in place of its own, on another text; what is empty stays.
+
+    Raises :class:`LensbenchError` for a source or text that cannot be.
+    """
+    content = suite.model_dump(exclude_unset=True)
+    if text is not None:
+        content["corpus"] = {**content.get("corpus", {}), "spec": text}
+    if models:
+        content["models"] = [{"name": name_of(source), "source": source} for source in models]
+    return validated(Suite, "command line", content)
+
+
+def name_of(source: str) -> str:
+    """What a model of a source is called in tables: the last part of its name."""
+    check_source(source)
+    rest = source.partition(":")[2].partition("@")[0] if source.startswith("hub:") else source.partition(":")[2]
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(rest).resolve().name.removesuffix(".gguf"))
+    return name.lstrip("._+-") or "model"
 
 
 def load_sweep(name: str) -> Sweep:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lensbench import indices
 from lensbench.evaluation import FitSummary, pairs_of
-from lensbench.fitting import ONE_STANDARD_ERROR, FitRecipe
+from lensbench.fitting import FitRecipe
 from lensbench.indices import Means
 
 
@@ -272,7 +272,7 @@ def tolerance_rows(
     block = np.ix_(range(len(sums.tokens)), some, some)
     label = f"{headline.tolerance:g}" if headline.stage == "closed" else headline.stage
     matrices = {label: (sums.totals.transfer, sums.totals.movement)} | sums.curve
-    for tolerance, (kl, moved) in sorted(matrices.items(), key=lambda item: tolerance_order(item[0])):
+    for tolerance, (kl, moved) in sorted(matrices.items(), key=lambda item: indices.tolerance_order(item[0])):
         record = part.fit.records["transfer" if tolerance == label else f"transfer@{tolerance}"]
         ridges = [record.ridge[k] for k in some] if tolerance == label else record.ridge
         own = np.diagonal(kl[block], axis1=1, axis2=2).mean(1)
@@ -309,11 +309,6 @@ def tolerance_rows(
                 **refit_range(found, spread),
                 "reason": found.reason,
             }
-
-
-def tolerance_order(label: str) -> tuple[float, str]:
-    """Zero first, then one standard error, then rising."""
-    return (1e-9 if label == ONE_STANDARD_ERROR else float(label) if label[0].isdigit() else 1.0), label
 
 
 def refit_range(found: indices.Estimate, spread: NDArray[np.float64] | None) -> dict[str, float | None]:
