@@ -23,8 +23,11 @@ from lensbench.indices import (
 seeds = st.integers(0, 10_000)
 
 
-def random_means(seed=0, *, layers=5, views=3, lead=()):
-    """Means in which every per-layer lens beats the constant distribution and nothing else is orderly."""
+def random_means(seed=0, *, layers=5, views=3, lead=(), chosen=None):
+    """Means in which every per-layer lens beats the constant distribution and nothing else is orderly.
+
+    Of layers that are not ``chosen`` there are neither leave-one-out lenses nor pairs.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(*shape):
@@ -34,11 +37,16 @@ def random_means(seed=0, *, layers=5, views=3, lead=()):
     k = np.arange(layers + 1)
     transfer[..., k, k] = np.linspace(0.5, 0, layers + 1) + 0.05 * draw(layers + 1)
     own = np.linspace(1.0, 0.1, layers) + 0.2 * draw(layers)
+    here = np.isin(np.arange(layers), range(layers) if chosen is None else chosen)
+    paired = here[:, None] & here & ~np.eye(layers, dtype=bool)
     return Means(
         constant=3 + draw(), transfer=transfer, transfer_ce=3 + draw(layers + 1, layers + 1),
         movement=draw(layers + 1, layers + 1), own=own,
-        shared=own + draw(layers), shared_loo=own + draw(layers), rotated=own[..., None, :] + 1 + draw(views, layers),
+        shared=own + draw(layers), shared_loo=np.where(here, own + draw(layers), np.nan),
+        rotated=own[..., None, :] + 1 + draw(views, layers),
         own_refined=own - 0.05 * draw(layers), shared_refined=own + draw(layers),
+        pair=np.where(paired, own[..., None, :] + draw(layers, layers), np.nan),
+        pair_rotated=np.where(paired, own[..., None, None, :] + 1 + draw(views, layers, layers), np.nan),
     )  # fmt: skip
 
 
@@ -70,6 +78,25 @@ def slow_trend(k, keep=lambda i, j: True):
     return stats.spearmanr([k[i, j] - k[j, j] for i, j in pairs], [abs(i - j) for i, j in pairs]).statistic
 
 
+def slow_pair_penalties(own, pair):
+    """By pair: what its lens, which stands at [i, j] as it reads j, costs its two layers on average."""
+    penalties = {}
+    for i in range(len(own)):
+        for j in range(i + 1, len(own)):
+            if not np.isnan(pair[i, j]):
+                penalties[i, j] = ((pair[j, i] - own[i]) + (pair[i, j] - own[j])) / 2
+    return penalties
+
+
+def slow_mean_pair_penalty(own, pair):
+    return np.mean(list(slow_pair_penalties(own, pair).values()))
+
+
+def slow_loo(m):
+    known = [k for k in range(len(m.own)) if not np.isnan(m.shared_loo[k])]
+    return slow_retention([m.own[k] for k in known], [m.shared_loo[k] for k in known], m.constant)
+
+
 def slow_indices(m):
     rotated = np.mean([slow_retention(m.own, view, m.constant) for view in m.rotated])
     later = np.mean([slow_retention(m.own[1:], view[1:], m.constant) for view in m.rotated])
@@ -77,17 +104,21 @@ def slow_indices(m):
     steps = [m.own[j + 1] - m.own[j] for j in range(len(m.own) - 1)]
     shared_steps = [m.shared[j + 1] - m.shared[j] for j in range(len(m.own) - 1)]
     k = m.transfer
+    alike, anyhow = slow_mean_pair_penalty(m.own, m.pair), [slow_mean_pair_penalty(m.own, v) for v in m.pair_rotated]
     return {
         "constant_kl": m.constant,
         "shared_retention": kept,
         "rotated_retention": rotated,
-        "loo_shared_retention": slow_retention(m.own, m.shared_loo, m.constant),
+        "loo_shared_retention": slow_loo(m),
         "shared_retention_refined": slow_retention(m.own_refined, m.shared_refined, m.constant),
         "shared_consistency": (kept - rotated) / (1 - rotated),
         "shared_retention_without_layer0": slow_retention(m.own[1:], m.shared[1:], m.constant),
         "rotated_retention_without_layer0": later,
         "shared_consistency_without_layer0": (slow_retention(m.own[1:], m.shared[1:], m.constant) - later)
         / (1 - later),
+        "pair_penalty": alike,
+        "pair_penalty_rotated": np.mean(anyhow),
+        "pair_consistency": 1 - alike / np.mean(anyhow),
         "gain_tracking": stats.linregress(steps, shared_steps).slope,
         "gain_visibility": slow_visibility(k),
         "gain_visibility_adjacent": slow_visibility(k, lambda i, j: j - i == 1),
@@ -103,19 +134,39 @@ def at(means, *where):
     return Means(**{name: values[where] for name, values in means.items()})
 
 
-@given(seeds, st.integers(3, 7), st.integers(1, 4))
+def some_of(layers):
+    """Two of so many layers or more, or all of them."""
+    return st.none() | st.sets(st.integers(0, layers - 1), min_size=2).map(sorted)
+
+
+@given(seeds, st.integers(3, 7).flatmap(lambda n: st.tuples(st.just(n), some_of(n))), st.integers(1, 4))
 @settings(deadline=None, max_examples=40)
-def test_every_index_is_its_definition(seed, layers, views):
-    m = random_means(seed, layers=layers, views=views)
-    point, _ = draw_values(m, random_means(seed + 1, layers=layers, views=views, lead=(4,)), 0)
+def test_every_index_is_its_definition(seed, layers_and_chosen, views):
+    """Also where leave-one-out lenses and pairs are those of some layers alone."""
+    layers, chosen = layers_and_chosen
+    how = {"layers": layers, "chosen": chosen, "views": views}
+    m = random_means(seed, **how)
+    point, _ = draw_values(m, random_means(seed + 1, **how, lead=(4,)), 0)
     expected = slow_indices(m)
     assert set(point) == set(expected)
     for name, value in expected.items():
         assert float(point[name].value) == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
 
 
-def test_leading_axes_are_free():
-    m = random_means(3, lead=(2, 4))
+@given(seeds, some_of(5))
+@settings(deadline=None, max_examples=20)
+def test_every_pair_of_layers_has_its_own_penalty_or_none(seed, chosen):
+    m = random_means(seed, chosen=chosen)
+    found = indices.pair_penalty(m.own, m.pair)
+    expected = slow_pair_penalties(m.own, m.pair)
+    assert len(expected) == (10 if chosen is None else len(chosen) * (len(chosen) - 1) // 2)
+    order = [(i, j) for i in range(5) for j in range(i + 1, 5)]
+    np.testing.assert_allclose(found, [expected.get(pair, np.nan) for pair in order], rtol=1e-12)
+
+
+@pytest.mark.parametrize("chosen", [None, (0, 2, 4)])
+def test_leading_axes_are_free(chosen):
+    m = random_means(3, lead=(2, 4), chosen=chosen)
     for name, (_, function) in INDICES.items():
         together = function(m)
         for a in range(2):
@@ -295,6 +346,20 @@ def test_consistency_is_undefined_where_one_map_serves_random_bases():
     assert found["rotated_retention"].value > 0.9
     assert found["shared_consistency"].value is None and "random bases" in found["shared_consistency"].reason
     assert found["shared_retention"].value is not None
+
+
+@pytest.mark.parametrize("share, defined", [(0.01, False), (0.025, True)])
+def test_pairs_need_random_bases_that_cost_something(share, defined):
+    """``share``: what a lens of two layers in random bases costs, as a share of K_0."""
+
+    def cheap(means):
+        return {"pair_rotated": np.tile(means["own"] + share * means["constant"], (3, len(means["own"]), 1))}
+
+    found = estimated(cheap, spread=1e-5)
+    assert (found["pair_consistency"].value is not None) == defined
+    if not defined:
+        assert "denominator" in found["pair_consistency"].reason
+    assert found["pair_penalty_rotated"].value == pytest.approx(share * found["constant_kl"].value, rel=1e-2)
 
 
 def test_indices_of_a_constant_stream_are_undefined_and_say_so():
