@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import math
 import os
 import sys
 import time
@@ -241,6 +242,88 @@ def compare(
     if out is not None:
         comparison.write(out)
     print_comparison(comparison, console)
+
+
+Source = Annotated[str, typer.Argument(help="hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE or package:NAME.")]
+Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")]
+
+
+@app.command()
+@answerable
+def bits(
+    model: Source,
+    text: Annotated[Path, typer.Argument(help="A text file.")],
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Read no more than this.", show_default=False)] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
+    from lensbench.corpus import read_documents
+    from lensbench.indices import bootstrap_weights, interval
+    from lensbench.models.likelihood import text_likelihood
+    from lensbench.models.pretrained import check_context, load_pretrained
+    from lensbench.run import choose_device, dtype_named
+
+    (document,) = read_documents(f"file:{text}", max_bytes)
+    loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
+    check_context(model, loaded.model.config, length, "--length")
+    with Bars() as bars:
+        tick = bars.stage("scoring", 1, "windows")
+        found = text_likelihood(
+            loaded.model,
+            loaded.tokenizer,
+            document.text,
+            length=length,
+            report=lambda done, total: bars.bars.update(bars.tasks["scoring"], completed=done, total=total),
+        )
+        tick(len(found.nats), "")
+    weights = bootstrap_weights(len(found.nats), 2000, 0)
+    for name, nats, per in (
+        ("nats/token", found.nats, found.tokens),
+        ("bits/byte", found.nats / math.log(2), found.bytes),
+    ):
+        low, high = interval((weights @ nats) / (weights @ per))
+        console.print(f"{name}: {nats.sum() / per.sum():.4f} [{low:.4f}, {high:.4f}]", highlight=False, markup=False)
+    total = f"{found.tokens.sum()} tokens, {found.bytes.sum()} bytes, {len(found.nats)} windows of {length} tokens"
+    console.print(f"{total}; intervals: 95 %, bootstrap over windows", highlight=False, markup=False)
+
+
+@app.command()
+@answerable
+def trace(
+    model: Source,
+    text: Annotated[str, typer.Argument(help="The text itself.")],
+    lens: Annotated[
+        str | None,
+        typer.Option(
+            help="path:FOLDER of a tuned or shared lens, or hub:RESOURCE of a tuned one; left out, the logit lens.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Show the last so many tokens.")] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="Write tuned-lens's figure here, as HTML.", show_default=False)
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """What each layer predicts next in a text, through a lens of your choice."""
+    from lensbench.models.pretrained import load_pretrained
+    from lensbench.run import choose_device, dtype_named
+    from lensbench.trace import trace_table, traced
+
+    loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
+    trajectory = traced(loaded, text, lens)
+    console.print(trace_table(trajectory, tokens))
+    if out is not None:
+        from lensbench.results import write_atomically
+
+        figure = trajectory.slice_sequence(slice(-tokens, None)).entropy().figure()
+        write_atomically(out, lambda partial: figure.write_html(str(partial)))
+        console.print(str(out), highlight=False, markup=False)
 
 
 @app.command()

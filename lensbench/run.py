@@ -38,7 +38,7 @@ from lensbench.lenses import (
     tuned_lens,
 )
 from lensbench.models import build, count_parameters, ngram
-from lensbench.models.pretrained import check_vocabulary, context_length, identity, load_model, load_tokenizer
+from lensbench.models.pretrained import check_context, check_vocabulary, identity, load_model, load_tokenizer
 from lensbench.models.training import StepReport, train
 from lensbench.stages import NotFinished, Pieces, Stage, Stages, open_run_folder
 from lensbench.stream import Capture, ResidualStream, capture
@@ -118,6 +118,14 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise LensbenchError(f"there is no device {name!r} here: torch sees {torch.cuda.device_count()} GPUs; give cpu")
     return device
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """float32, bfloat16 or float16."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise LensbenchError(f"unknown dtype {name!r}; give {', '.join(known)}")
+    return known[name]
 
 
 @dataclass
@@ -275,13 +283,8 @@ class Runner:
         def load() -> PreTrainedModel:
             start = time.perf_counter()
             self.progress.stage(f"load-{owner.name}", 1, "models")
-            network = load_model(source, dtype=getattr(torch, owner.dtype), device=device, device_map=owner.device_map)
-            context = context_length(network.config)
-            if context is not None and self.suite.length > context:
-                raise LensbenchError(
-                    f"model {owner.name}: sequences of {self.suite.length} tokens are beyond its context of {context}; "
-                    f"set evaluate.length to {context} or less"
-                )
+            network = load_model(source, dtype=dtype_named(owner.dtype), device=device, device_map=owner.device_map)
+            check_context(f"model {owner.name}", network.config, self.suite.length, "evaluate.length")
             check_vocabulary(source, self.texts(owner).tokenizer, network.config.get_text_config().vocab_size)
             self.texts(owner).within(network.config.get_text_config().vocab_size)
             self.progress.finished(f"load-{owner.name}", time.perf_counter() - start, False)

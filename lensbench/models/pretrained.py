@@ -1,5 +1,8 @@
 """Causal LMs that others trained, and their tokenizers, named by one string wherever a command asks for a model."""
 
+import contextlib
+import io
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,9 +48,12 @@ class Located:
 
     def load(self, part: str, loader: Any, **options: Any) -> Any:
         """``loader.from_pretrained``; raises :class:`LensbenchError` naming the source and the ``part``."""
+        # The reader of GGUF files draws a bar of its own, wherever it is heard.
+        quiet = "gguf_file" in self.options and not sys.stderr.isatty()
         try:
-            # False, not left out: transformers would ask whoever sits at the terminal, and run the code on a yes.
-            return loader.from_pretrained(self.name, trust_remote_code=False, **self.options, **options)
+            with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+                # False, not left out: transformers would ask whoever sits at the terminal, and run the code on a yes.
+                return loader.from_pretrained(self.name, trust_remote_code=False, **self.options, **options)
         except Exception as error:  # each format's reader has exceptions of its own, tokenizers plain Exception
             raise self.unreadable(part, error) from error
 
@@ -170,6 +176,15 @@ def check_vocabulary(source: str, tokenizer: Tokenizer | PreTrainedTokenizerBase
         raise LensbenchError(
             f"{source}: its tokenizer gives ids up to {largest}, but the model has {vocab_size} entries: "
             "the tokenizer belongs to another model"
+        )
+
+
+def check_context(who: str, config: PreTrainedConfig, length: int, setting: str) -> None:
+    """Raise :class:`LensbenchError` where sequences of ``length`` tokens are longer than a model was made for."""
+    context = context_length(config)
+    if context is not None and length > context:
+        raise LensbenchError(
+            f"{who}: {length} tokens are beyond its context of {context}; set {setting} to {context} or less"
         )
 
 

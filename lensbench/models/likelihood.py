@@ -1,0 +1,68 @@
+"""How well a model predicts a text: nats per token and bits per byte, every token counted once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lensbench.corpus import Document, tokenize
+from lensbench.errors import LensbenchError
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """``nats``, ``tokens``, ``bytes`` ``[W]``: sums over each of W windows of the text."""
+
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / np.log(2) / self.bytes.sum())
+
+
+@torch.no_grad()
+def text_likelihood(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    text: str,
+    *,
+    length: int,
+    report: Callable[[int, int], None] | None = None,
+) -> Likelihood:
+    """Score ``text`` in windows of at most ``length`` tokens, each token exactly once.
+
+    The text stands behind the beginning-of-text token, if the tokenizer has one (else its first token is not scored);
+    every later window begins with the last token of the one before, as its only context: the convention of rolling
+    log-likelihoods in lm-evaluation-harness. ``report(windows done, windows)``. Raises :class:`LensbenchError` for a text
+    of fewer than two tokens.
+    """
+    encoded = tokenize(tokenizer, [Document("text", text)])
+    ids = encoded[0].ids if encoded else np.zeros(0, np.int32)
+    if len(ids) < 2:
+        raise LensbenchError("the text has no token to predict: give a longer one")
+    sizes = encoded[0].n_bytes
+    device = model.get_input_embeddings().weight.device
+    nats, tokens, lengths = [], [], []
+    starts = range(0, len(ids) - 1, length - 1)
+    for number, start in enumerate(starts):
+        window = torch.from_numpy(ids[start : start + length].astype(np.int64)).to(device)  # type: ignore[arg-type]
+        logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+        target = window[1:].to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        nats.append(float(loss.double().sum()))
+        tokens.append(len(target))
+        lengths.append(int(sizes[start + 1 : start + len(window)].sum()))
+        if report is not None:
+            report(number + 1, len(starts))
+    return Likelihood(np.array(nats), np.array(tokens), np.array(lengths))
