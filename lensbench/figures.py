@@ -308,9 +308,14 @@ def tolerances(frame: pd.DataFrame) -> Figure:
 
 def pair_penalty(frame: pd.DataFrame) -> Figure:
     """One heatmap per model: cost of one lens for two layers; below the diagonal the same in random bases."""
-    models = list(frame["model"].unique())
+    models = list(frame["model"].unique()) or [""]
     figure, panels = panels_of(models, 2.9, 0.9, sharey=False)
     figure.set_layout_engine("compressed", h_pad=0.07)
+    title = "One lens for two layers: what it costs over two lenses"
+    caption = "Above the diagonal: the model. Below: the null, each layer in a random basis of its own."
+    if frame.empty:
+        write_around(figure, title, "There are no two layers.")
+        return figure
     top = max(float(frame[["penalty", "rotated_penalty"]].max().max()), 1e-3)
     for panel, model in zip(panels, models, strict=True):
         rows = frame[frame["model"] == model]
@@ -330,10 +335,7 @@ def pair_penalty(frame: pd.DataFrame) -> Figure:
         panel.set(title=model, xlabel="layer", ylabel="layer")
     bar = figure.colorbar(panels[0].collections[0], ax=panels, aspect=12 * len(panels), pad=0.02)
     bar.set_label("$M_{ij}$ (nats/token)", size=8)
-    title = "One lens for two layers: what it costs over two lenses"
-    write_around(
-        figure, title, "Above the diagonal: the model. Below: the null, each layer in a random basis of its own."
-    )
+    write_around(figure, title, caption)
     return figure
 
 

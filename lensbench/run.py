@@ -328,6 +328,8 @@ class Runner:
         def fit(folder: Path) -> None:
             stream = self.stream(origin, model.view)
             readout = stream.readout
+            if stream.layers < 2:
+                raise LensbenchError(f"model {model.name} has one layer: there is nothing to transfer a lens to")
             loaded = None if model.lens is None else self.loaded_lens(model.lens, stream)
             windows = self.windows(texts, "fit", recipe.sequences, recipe.positions)
             captured = self.capture(stream, windows, name=f"capture-fit-{who}")

@@ -15,11 +15,14 @@ from lensbench import figures
 from lensbench.errors import LensbenchError
 from lensbench.results import SCHEMA, Run, read_run, write_table
 
-FILES = ["transfer_penalty.png", "kl_by_layer.png", "penalty_by_distance.png", "gain_visibility.png", "plane.png"]
+FILES = [
+    "transfer_penalty.png", "kl_by_layer.png", "penalty_by_distance.png", "gain_visibility.png", "plane.png",
+    "tolerances.png", "pair_penalty.png",
+]  # fmt: skip
 
 
 def rows_of(name: str, rows: list[dict]) -> pd.DataFrame:
-    return pd.DataFrame([{**dict.fromkeys(SCHEMA[name]), **row} for row in rows])
+    return pd.DataFrame([{**dict.fromkeys(SCHEMA[name]), **row} for row in rows], columns=list(SCHEMA[name]))
 
 
 def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0",), scale: float = 1.0) -> Path:
@@ -27,7 +30,7 @@ def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     tables: dict[str, list[dict]] = {name: [] for name in SCHEMA}
-    tables["baselines.csv"].append({"baseline": "unigram", "ce": 6.5})
+    tables["baselines.csv"].append({"tokenizer": "suite", "baseline": "unigram", "ce": 6.5})
     for (rank, (model, layers)), seed in product(enumerate(models.items()), seeds):
         who = {"model": model, "seed": seed}
         tables["models.csv"].append({**who, "family": "toy", "layers": layers, "ce": 3.5, "clusters": 80})
@@ -58,6 +61,17 @@ def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0
             width = {"ci_low": value - 0.08, "ci_high": value + 0.08, "fit_low": value - 0.15, "fit_high": value + 0.12}
             how = {"stage": "closed", "tolerance": None if index == "shared_consistency" else 0.02}
             tables["indices.csv"].append({**who, **how, "index": index, "value": value, **width})
+        for k, tolerance in enumerate(("0", "1se", "0.02", "0.05", "0.1")):
+            for index, first in (("gain_visibility", -2.0), ("gain_visibility_without_layer0", 0.1)):
+                value = first + 0.3 * k + 0.2 * rank
+                what = {"tolerance": tolerance, "index": index, "value": value, "ridge": "0.1 1", "layers": "0 1"}
+                ends = {"ci_low": value - 0.1, "ci_high": value + 0.1, "stage": "closed", "prior": "identity"}
+                tables["tolerances.csv"].append({**who, **what, **ends})
+        for i, j in product(range(layers), repeat=2):
+            if i < j:
+                cost = 0.1 * (j - i) * (1 + rank)
+                pair = {"layer_i": i, "layer_j": j, "penalty": cost, "rotated_penalty": cost + 0.5}
+                tables["pairs.csv"].append({**who, **pair})
     for name, rows in tables.items():
         write_table(folder, name, rows_of(name, rows))
     return folder
