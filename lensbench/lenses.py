@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from tuned_lens.load_artifacts import load_lens_artifacts
@@ -179,8 +181,25 @@ def maps_of(lens: TunedLens) -> AffineMaps:
     return AffineMaps(matrix, offset)
 
 
+class _Words:
+    """A tokenizer trained here, with the two methods that tuned-lens's trajectories call."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.tokenizer.id_to_token(int(i)) or "" for i in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode([int(i) for i in np.atleast_1d(ids)]))
+
+
 def prediction_trajectory(
-    lens: Lens, stream: "ResidualStream", ids: Tensor, tokenizer: PreTrainedTokenizerBase, targets: Tensor | None = None
+    lens: Lens,
+    stream: "ResidualStream",
+    ids: Tensor,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    targets: Tensor | None = None,
 ) -> PredictionTrajectory:
     """tuned-lens's trajectory of one text ``[T]`` under any lens, the shared one included, for any model.
 
@@ -194,7 +213,8 @@ def prediction_trajectory(
     if targets is None:
         targets = torch.cat([ids[1:].cpu(), own[-1:].argmax(-1).cpu()])
     log_probs = torch.stack([*layers, own]).cpu().numpy()
-    return PredictionTrajectory(log_probs, ids.cpu().numpy(), targets=targets.numpy(), tokenizer=tokenizer)
+    words: Any = _Words(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
+    return PredictionTrajectory(log_probs, ids.cpu().numpy(), targets=targets.numpy(), tokenizer=words)
 
 
 def save_tuned_lens(lens: TunedLens, folder: Path) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.table import Column, Table
-from tokenizers import Tokenizer
 from tuned_lens.nn.lenses import Lens, LogitLens
 from tuned_lens.plotting import PredictionTrajectory
 
@@ -43,21 +42,7 @@ def traced(loaded: Pretrained, text: str, lens: str | None = None) -> Prediction
     ids = torch.from_numpy(encoded[0].ids.astype(np.int64))
     check_context(loaded.source, loaded.model.config, len(ids), "a text")
     stream = ResidualStream(loaded.model)
-    tokenizer = _Words(loaded.tokenizer) if isinstance(loaded.tokenizer, Tokenizer) else loaded.tokenizer
-    return prediction_trajectory(load_lens(stream, lens), stream, ids, tokenizer)  # type: ignore[arg-type]
-
-
-class _Words:
-    """A tokenizer trained here, with the two methods that tuned-lens's trajectories call."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return [self.tokenizer.id_to_token(int(i)) or "" for i in ids]
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode([int(i) for i in np.atleast_1d(ids)]))
+    return prediction_trajectory(load_lens(stream, lens), stream, ids, loaded.tokenizer)
 
 
 def trace_table(trajectory: PredictionTrajectory, tokens: int) -> Table:
