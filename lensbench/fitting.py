@@ -485,11 +485,6 @@ def choices_of(fitted: Fitted) -> list[Choice]:
     return [Choice(ridge, pad, float("nan")) for ridge, pad in zip(fitted.ridges, fitted.pads, strict=True)]
 
 
-def choices_of(fitted: Fitted) -> list[Choice]:
-    """What dev chose for each of some lenses, their KL aside: where the search for like ones may begin."""
-    return [Choice(ridge, pad, float("nan")) for ridge, pad in zip(fitted.ridges, fitted.pads, strict=True)]
-
-
 def fit_each(search: DevSearch, moments: Moments, prior: Prior, *, tolerance: float | None = None) -> Fitted:
     """One lens per layer: the best ridge on dev, or with ``tolerance`` the strongest allowed one."""
     if tolerance is not None:
