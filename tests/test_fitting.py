@@ -1,6 +1,5 @@
 """Closed forms against scikit-learn, KL and its gradient against autograd, dev's choices against brute force."""
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
-from synthetic import KINDS, SyntheticStream, capture_of, orthogonal, random_maps, read_out
+from synthetic import KINDS, SyntheticStream, capture_of, in_double, orthogonal, random_maps, read_out, true_kl
 
 from lensbench.fitting import (
     Choice,
@@ -32,6 +31,7 @@ from lensbench.fitting import (
     pad_direction,
     refine,
     rotated_maps,
+    spread_layers,
 )
 from lensbench.lenses import AffineMaps
 from lensbench.stream import RotatedView
@@ -454,26 +454,6 @@ def stream_search(kind, recipe=RECIPE, seed=0):
     return stream, captured, dev, search
 
 
-def in_double(readout):
-    """A copy that computes in float64, without the caches of the original."""
-    readout = copy.deepcopy(readout).double()
-    readout._scaled, readout._gains = None, {}
-    return readout
-
-
-@torch.no_grad()
-def true_kl(readout, dev, maps, layers):
-    """Mean KL by definition, in float64."""
-    readout, states, maps = in_double(readout), dev.states.double(), maps.to(torch.zeros(1, dtype=torch.float64))
-    log_p = readout(states[-1]).log_softmax(-1)
-    total = []
-    for k, layer in enumerate(layers):
-        k = k if len(maps) > 1 else 0
-        log_q = readout(states[layer] @ maps.matrix[k].T + maps.offset[k]).log_softmax(-1)
-        total.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
-    return float(np.mean(total))
-
-
 class Bent(torch.nn.Module):
     """A norm that is no matrix over a scale."""
 
@@ -614,6 +594,24 @@ def test_search_ends_where_the_path_is_flat():
     identity = AffineMaps.identity(24)
     choice = search.best(lambda ridge: identity, [0])
     assert choice.dev_kl == pytest.approx(search.kl(search.padded(identity, choice.pad), [0]), abs=1e-6)
+
+
+@given(st.integers(1, 200), st.integers(2, 60))
+@settings(deadline=None)
+def test_chosen_layers_are_spread_evenly_from_the_first_to_the_last(layers, count):
+    chosen = spread_layers(layers, count)
+    if layers <= count:
+        assert chosen == list(range(layers))
+        return
+    assert len(chosen) == count and chosen[0] == 0 and chosen[-1] == layers - 1
+    steps = np.diff(chosen)
+    assert steps.min() >= 1 and steps.max() - steps.min() <= 1
+
+
+@pytest.mark.parametrize("tolerances", [(-0.01,), (0.1, 1.0)])
+def test_allowed_losses_are_shares(tolerances):
+    with pytest.raises(ValidationError, match="shares"):
+        FitRecipe(tolerances=tolerances)
 
 
 @pytest.mark.parametrize("ridges", [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.1), (0.1, 0.1)])
