@@ -208,6 +208,40 @@ def test_the_manifest_tells_what_the_sources_held(original):
         assert "model.safetensors" in told and "tokenizer.json" in told
 
 
+TRAINED = """
+[training]
+tokens = 2_048
+length = 32
+batch = 8
+
+[[models]]
+name = "trained"
+family = "gpt"
+d_model = 16
+layers = 2
+heads = 2
+parameters = 20_000
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "neox",
+        pytest.param("suite", marks=pytest.mark.xfail(strict=True, reason="taken for the tokenizer trained here")),
+    ],
+)
+def test_a_model_trained_here_beside_a_pretrained_one_has_baselines_of_its_own(original, tmp_path, name):
+    suite = write_suite(tmp_path / "suite.toml", original.texts, **{name: {"source": f"path:{original.root / 'neox'}"}})
+    suite.write_text(suite.read_text().replace("[fit]", "vocab_size = 320\n\n[fit]") + TRAINED)
+    result = run("run", suite, "--out", tmp_path / "run")
+    if result.exit_code == 0:
+        assert len(table(tmp_path / "run", "baselines.csv")) == 4
+        assert table(tmp_path / "run", "models.csv").set_index("model")["source"].isna()["trained"]
+    else:
+        refused(result, repr(name))
+
+
 @pytest.mark.xfail(strict=True, reason="the manifest names sources by the last part of their path alone")
 def test_the_manifest_tells_sources_of_one_name_apart(made):
     shutil.copytree(made.root / "neox", made.root / "other" / "neox")
