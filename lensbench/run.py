@@ -641,6 +641,7 @@ def describe(
         "files": {name: results.sha256(runner.folder / name) for name in files},
         "figures": drawn,
         "seconds": dict(sorted(runner.stages.seconds.items())),
+        "peak_gib": max(runner.stages.peak_gib.values()),
         "versions": versions(),
         "hardware": hardware(runner.device),
         "git_revision": runner.revision,

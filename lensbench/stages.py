@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,13 @@ from lensbench.results import MANIFEST, sha256, write_atomically, write_json
 
 RECORD = "stage.json"
 OWNER = "run.json"
+BEGUN = "key.json"
+
+
+def peak_gib() -> float:
+    """Most memory that this process has held so far, GiB."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 class NotFinished(Exception):
@@ -46,6 +55,8 @@ class Stages:
 
     root: Path
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_gib: dict[str, float] = field(default_factory=dict)
+    """Most memory that the process had held when a stage was finished, GiB."""
 
     def run(self, name: str, key: Mapping[str, Any], compute: Callable[[Path], None] | None) -> Stage:
         """The stage's files, computed by ``compute(folder)`` unless they are there already.
@@ -59,21 +70,30 @@ class Stages:
         record = self._record(folder)
         if record is not None and record.get("key") == digest:
             self._verify(folder, record)
-            self.seconds[name] = record["seconds"]
+            self.seconds[name], self.peak_gib[name] = record["seconds"], record["peak_gib"]
             return Stage(folder, digest, reused=True)
         if compute is None:
             raise NotFinished(name)
         partial = self.root / f"{name}.partial"
-        if partial.exists() and self._record(partial, "key.json") != {"key": digest}:
+        begun = self._record(partial, BEGUN)
+        if partial.exists() and (begun is None or begun.get("key") != digest):
             shutil.rmtree(partial)
+            begun = None
         partial.mkdir(parents=True, exist_ok=True)
-        write_json(partial / "key.json", {"key": digest})
-        start = time.perf_counter()
-        compute(partial)
-        self.seconds[name] = round(time.perf_counter() - start, 2)
-        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "key.json")
+        spent, start = float((begun or {}).get("seconds", 0.0)), time.perf_counter()
+        write_json(partial / BEGUN, {"key": digest, "seconds": spent})
+        try:
+            compute(partial)
+        except BaseException:
+            # What an interrupted attempt took counts too.
+            write_json(partial / BEGUN, {"key": digest, "seconds": spent + time.perf_counter() - start})
+            raise
+        self.seconds[name] = round(spent + time.perf_counter() - start, 2)
+        self.peak_gib[name] = peak_gib()
+        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != BEGUN)
         checksums = {p.relative_to(partial).as_posix(): sha256(p) for p in files}
-        write_json(partial / RECORD, {"key": digest, "seconds": self.seconds[name], "files": checksums})
+        record = {"key": digest, "seconds": self.seconds[name], "peak_gib": self.peak_gib[name], "files": checksums}
+        write_json(partial / RECORD, record)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
         return Stage(folder, digest, reused=False)
