@@ -288,7 +288,7 @@ def test_one_standard_error_counts_documents_and_not_tokens(alike, stronger):
     if not alike:
         order = np.stack([order[:160], order[:159:-1]], 1).ravel()  # low and high side by side
     document = np.repeat(np.arange(16), [12, 28] * 8)
-    arranged = replace(dev.take(torch.from_numpy(order)), window=document, document=document)
+    arranged = replace(dev.take(torch.from_numpy(order)), window=np.arange(320) // 4, document=document)
     search = DevSearch(stream.readout, arranged, CURVE, pad_direction(stream.readout, stream.states(1200, seed=0)[-1]))
     found = search.within_one_error(search.path(path.solve, [layer]), path.solve, layer).ridge
     assert found == one_error_by_hand(kls[layer][..., order], lambda x: clustered_error(x, document))

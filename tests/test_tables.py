@@ -11,6 +11,7 @@ import torch
 from synthetic import DRAWS, deep, estimates_of, known, small, true_kl, true_kls, windows_of
 
 from lensbench import indices, tables
+from lensbench.evaluation import score_all
 from lensbench.fitting import FitRecipe
 from lensbench.indices import INDICES, Estimate, Means, interval
 from lensbench.results import SCHEMA, read_table, write_table
@@ -368,6 +369,29 @@ def test_refits_of_some_layers_leave_out_the_headline_and_show_on_the_curve():
         assert value == pytest.approx(fit, abs=1e-4)
         assert rows.loc[index, "fit_low"] == pytest.approx(value + min(refits) - fit, abs=2e-4)
         assert rows.loc[index, "fit_high"] == pytest.approx(value + max(refits) - fit, abs=2e-4)
+
+
+def test_refits_on_some_tokens_say_how_the_value_on_all_may_change():
+    it, some = deep(), [0, 2, 4]
+    few = score_all(it.stream.readout, it.held_out, it.fit, refit_positions=1)
+    found = tables.tables([replace(it.part("it", 0), refits=few.refits)], RECIPE, draws=20)
+    curve = found["tolerances.csv"].query("tolerance == '0.02'").set_index("index").loc["gain_visibility"]
+    sample = replace(it, held_out=it.held_out.take(torch.arange(3, 640, 4)))  # the last of each window's four
+    maps = [it.fit.maps["transfer"][some], *(it.fit.maps[f"refit{n}.transfer"] for n in range(2))]
+    fit, *refits = (visibility(true_matrix(sample, m, some)) for m in maps)
+    assert curve["fit_low"] == pytest.approx(curve["value"] + min(refits) - fit, abs=1e-3)
+    assert curve["fit_high"] == pytest.approx(curve["value"] + max(refits) - fit, abs=1e-3)
+    row = found["indices.csv"].set_index("index").loc["shared_retention"]
+
+    def kept(prefix):
+        own, shared = (true_kls(it.stream.readout, sample.held_out, it.fit.maps[prefix + n], range(5))
+                       for n in ("own", "shared"))  # fmt: skip
+        return 1 - (sum(shared) - sum(own)) / sum(float(sample.held_out.constant_kl.double().mean()) - x for x in own)
+
+    fit, *refits = (kept(prefix) for prefix in ("", "refit0.", "refit1."))
+    assert abs(fit - row["value"]) > 0.01
+    assert row["fit_low"] == pytest.approx(row["value"] + min(refits) - fit, abs=1e-4)
+    assert row["fit_high"] == pytest.approx(row["value"] + max(refits) - fit, abs=1e-4)
 
 
 def test_lenses_of_some_layers_have_rows_there_alone():
