@@ -121,7 +121,7 @@ def read_documents(spec: str, max_bytes: int | None = None) -> list[Document]:
     if spec == "stdlib":
         found = _read_stdlib()
     elif kind == "file" and rest:
-        found = _read_path(rest)
+        found = _read_path(rest, max_bytes)
     elif kind == "hf" and rest:
         found = _read_hub(rest)
         max_bytes = HF_MAX_BYTES if max_bytes is None else max_bytes
@@ -178,7 +178,7 @@ def _read_stdlib() -> Iterator[Document]:
         yield Document(name, text.replace("\r\n", "\n"))
 
 
-def _read_path(rest: str) -> Iterator[Document]:
+def _read_path(rest: str, max_bytes: int | None) -> Iterator[Document]:
     path, field = Path(rest).expanduser(), None
     if not os.path.exists(path) and "#" in rest:  # a '#' may belong to the path: only one that is not there is cut
         before, _, field = rest.rpartition("#")
@@ -188,19 +188,19 @@ def _read_path(rest: str) -> Iterator[Document]:
     if field == "":
         raise LensbenchError(f"file:{rest}: the field after '#' is empty; give its name or leave the '#' out")
     if path.is_dir():
-        yield from _read_folder(path, field)
+        yield from _read_folder(path, field, max_bytes)
     elif path.suffix == ".jsonl":
         yield from _read_jsonl(path, path.name, field or "text")
     elif field is not None:
         raise LensbenchError(f"file:{rest}: only .jsonl files have fields; leave '#{field}' out")
     else:
-        text = _decode(path.read_bytes(), path.name)
+        text = _decode(_beginning(path, max_bytes), path.name)
         if not text.strip():
             raise LensbenchError(f"{path.name} is empty: a corpus needs at least {MIN_LONE_BYTES} bytes of text")
         yield Document(path.name, text)
 
 
-def _read_folder(folder: Path, field: str | None) -> Iterator[Document]:
+def _read_folder(folder: Path, field: str | None, max_bytes: int | None) -> Iterator[Document]:
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     names = [n for n in sorted(found) if not any(part.startswith(".") for part in n.split("/"))]
     names = [n for n in names if found[n].suffix in (*TEXT_SUFFIXES, ".jsonl")]
@@ -208,9 +208,24 @@ def _read_folder(folder: Path, field: str | None) -> Iterator[Document]:
         raise LensbenchError(f"folder {folder.name!r} holds no texts: expected {', '.join(TEXT_SUFFIXES)} or .jsonl")
     for name in names:
         if found[name].suffix != ".jsonl":
-            yield Document(name, _decode(found[name].read_bytes(), name))
+            yield Document(name, _decode(_beginning(found[name], max_bytes), name))
         elif found[name].stat().st_size:
             yield from _read_jsonl(found[name], name, field or "text")
+
+
+def _beginning(path: Path, max_bytes: int | None) -> bytes:
+    """A file, or somewhat more of it than ``max_bytes`` up to the end of a character."""
+    if max_bytes is None:
+        return path.read_bytes()
+    size = max_bytes + 8  # a byte order mark and the character that is cut
+    with path.open("rb") as file:
+        raw = file.read(size)
+    if len(raw) < size:
+        return raw
+    last = len(raw) - 1
+    while raw[last] & 0xC0 == 0x80 and last > size - 4:  # a UTF-8 continuation byte
+        last -= 1
+    return raw[:last]
 
 
 def _decode(raw: bytes, name: str) -> str:

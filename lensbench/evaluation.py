@@ -114,7 +114,8 @@ class Fit:
 
 def tolerance_labels(recipe: FitRecipe) -> list[str]:
     """The tolerances of the curve beside the headline's, as tables call them."""
-    return [f"{t:g}" for t in recipe.tolerances if t != recipe.tolerance] + [ONE_STANDARD_ERROR]
+    labels = [f"{t:g}" for t in recipe.tolerances]
+    return [label for label in labels if label != f"{recipe.tolerance:g}"] + [ONE_STANDARD_ERROR]
 
 
 def pairs_of(layers: Sequence[int]) -> list[tuple[int, int]]:

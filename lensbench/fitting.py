@@ -98,6 +98,8 @@ class FitRecipe(BaseModel):
     def _shares(cls, tolerances: tuple[float, ...]) -> tuple[float, ...]:
         if any(not 0 <= t < 1 for t in tolerances):
             raise ValueError("must be shares of K_0 - best: at least 0 and below 1")
+        if len({f"{t:g}" for t in tolerances}) < len(tolerances):
+            raise ValueError("must differ in their first six digits")
         return tolerances
 
     @field_validator("ridges")

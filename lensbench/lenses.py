@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from tuned_lens.load_artifacts import load_lens_artifacts
+from tuned_lens import load_artifacts
 from tuned_lens.nn.lenses import Lens, TunedLens, TunedLensConfig
 from tuned_lens.nn.unembed import Unembed
 from tuned_lens.plotting import PredictionTrajectory
@@ -137,32 +137,64 @@ def tuned_lens(unembed: Unembed, maps: AffineMaps, *, model_name: str) -> TunedL
     return lens
 
 
-def load_tuned_lens(unembed: Unembed, source: str) -> TunedLens:
-    """A lens in tuned-lens's own format: ``path:FOLDER``, or ``hub:RESOURCE[@REVISION]`` from its space on the hub.
+def lens_files(source: str) -> tuple[Path, Path]:
+    """``config.json`` and ``params.pt`` of a lens: ``path:FOLDER``, or ``hub:RESOURCE[@REVISION]`` of tuned-lens's space.
 
-    Raises :class:`LensbenchError` for a lens that cannot be read or was fitted to another model: other hash of the
-    unembedding (as stored, or rounded to a half-precision type, as models are published), other shape, more than layers.
+    As ``tuned_lens.load_artifacts`` finds them, TUNED_LENS_REPO_ID and TUNED_LENS_REPO_TYPE included, but that a folder
+    of the resource's name is not taken for it. Raises :class:`LensbenchError` where they are not there.
     """
     kind, _, rest = source.partition(":")
     if kind not in ("path", "hub") or not rest:
         raise LensbenchError(f"unknown lens {source!r}: a lens is path:FOLDER or hub:RESOURCE[@REVISION]")
-    name, _, revision = rest.partition("@") if kind == "hub" else (rest, "", "")
-    if kind == "path" and not all((Path(name) / file).is_file() for file in ("config.json", "params.pt")):
-        raise LensbenchError(
-            f"{source}: no config.json and params.pt in {name}; give a folder that TunedLens.save wrote"
-        )
+    names = "config.json", "params.pt"
+    if kind == "path":
+        if not all((Path(rest) / file).is_file() for file in names):
+            raise LensbenchError(
+                f"{source}: no config.json and params.pt in {rest}; give a folder that TunedLens.save wrote"
+            )
+        return Path(rest) / names[0], Path(rest) / names[1]
+    resource, _, revision = rest.partition("@")
+    place = {
+        "repo_id": os.environ.get("TUNED_LENS_REPO_ID") or "AlignmentResearch/tuned-lens",
+        "repo_type": os.environ.get("TUNED_LENS_REPO_TYPE") or "space",
+        "subfolder": f"lens/{resource}",
+        "revision": revision or None,
+    }
     try:
-        config_path, parameters = load_lens_artifacts(name, revision=revision or None)
-        config = TunedLensConfig.from_dict(json.loads(Path(config_path).read_text()))
+        config, parameters = (load_artifacts.hf_hub_download(filename=file, **place) for file in names)
+    except Exception as error:  # the hub's client raises what its transport does
+        raise unreadable_lens(source, error) from error
+    return Path(config), Path(parameters)
+
+
+def unreadable_lens(source: str, error: Exception) -> LensbenchError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return LensbenchError(f"{source}: the lens cannot be loaded: {reason}")
+
+
+def load_tuned_lens(unembed: Unembed, source: str) -> TunedLens:
+    """A lens in tuned-lens's own format, named as in :func:`lens_files`.
+
+    Raises :class:`LensbenchError` for a lens that cannot be read or was fitted to another model: other hash of the
+    unembedding (as stored, or rounded to a half-precision type, as models are published), or a width that it cannot read.
+    """
+    config_path, parameters = lens_files(source)
+    try:
+        config = TunedLensConfig.from_dict(json.loads(config_path.read_text()))
         wanted = config.unembed_hash
         lens = TunedLens(unembed, config)  # writes the model's own hash into the config
         state = torch.load(parameters, map_location="cpu", weights_only=True)
         lens.layer_translators.load_state_dict(state)
-    except Exception as error:  # the hub, pickle and torch each raise their own
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LensbenchError(f"{source}: the lens cannot be loaded: {reason}") from error
+    except Exception as error:  # json, pickle and torch each raise their own
+        raise unreadable_lens(source, error) from error
+    other = f"{source}: the lens was fitted to another model"
     if wanted is not None and wanted not in _unembedding_hashes(unembed):
-        raise LensbenchError(f"{source}: the lens was fitted to another model (its unembedding's hash differs)")
+        raise LensbenchError(f"{other} (its unembedding's hash differs)")
+    weight = unembed.unembedding.weight
+    try:
+        unembed(torch.zeros(config.d_model, dtype=weight.dtype, device=weight.device))
+    except RuntimeError as error:
+        raise LensbenchError(f"{other} (its width is {config.d_model})") from error
     return lens
 
 

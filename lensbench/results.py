@@ -52,7 +52,7 @@ SCHEMA: dict[str, dict[str, str]] = {
         "clusters": "documents they come from; under 64 the intervals are not to be trusted",
     },
     "baselines.csv": {
-        "tokenizer": "whose tokens: suite (trained on the train split), or a model that brings its own",
+        "tokenizer": "whose tokens: trained here (on the train split), or a model that brings its own",
         "baseline": "unigram, or bigram (interpolated Kneser-Ney), counted on the train split",
         "train_tokens": "",
         "ce": "on the same tokens as the models, nats/token",

@@ -30,6 +30,7 @@ from lensbench.evaluation import FitSummary
 from lensbench.lenses import (
     AffineMaps,
     SharedLens,
+    lens_files,
     load_maps,
     load_tuned_lens,
     maps_of,
@@ -63,13 +64,17 @@ class Progress(Protocol):
         """Something that the user has to know now."""
 
 
+TRAINED_HERE = "trained here"
+"""What the tokenizer trained on the train split is called; no model can be called that."""
+
+
 @dataclass(frozen=True, eq=False)
 class Texts:
     """The corpus of a run in the tokens of one tokenizer; it is tokenised when its documents are first needed."""
 
     corpus: Corpus
     name: str
-    """``suite`` for the tokenizer trained on the train split, else the model that brings it."""
+    """``trained here`` for the tokenizer trained on the train split, else the model that brings it."""
     digest: str
     load: Callable[[], Tokenizer | PreTrainedTokenizerBase]
 
@@ -99,6 +104,7 @@ class Texts:
 class Origin:
     """A model of a run: what identifies it, and how it is loaded."""
 
+    name: str
     digest: str
     load: Callable[[], PreTrainedModel]
     facts: dict[str, Any]
@@ -179,7 +185,7 @@ class Runner:
         key = {"checksum": self.corpus.checksum, "recipe": recipe.model_dump(exclude={"spec", "max_bytes"})}
         stage = self.stage("tokenizer", key, compute)
         return Texts(
-            self.corpus, "suite", stage.digest, lambda: Tokenizer.from_file(str(stage.folder / "tokenizer.json"))
+            self.corpus, TRAINED_HERE, stage.digest, lambda: Tokenizer.from_file(str(stage.folder / "tokenizer.json"))
         )
 
     def texts(self, model: ModelRecipe | None = None) -> Texts:
@@ -276,9 +282,11 @@ class Runner:
                 "dtype": "float32",
                 "train_tokens": recipe.steps * recipe.batch * recipe.length,
             }
-            return Origin(training.digest, partial(self.network, training), facts)
+            return Origin(owner.name, training.digest, partial(self.network, training), facts)
         source, device = owner.source, self.device if owner.device is None else choose_device(owner.device)
-        key = {"source": self.identity(owner), "dtype": owner.dtype}
+        key: dict[str, Any] = {"source": self.identity(owner), "dtype": owner.dtype}
+        if owner.device is not None:
+            key["device"] = device.type
 
         def load() -> PreTrainedModel:
             start = time.perf_counter()
@@ -292,7 +300,7 @@ class Runner:
 
         # What was trained elsewhere was not trained on tokens that can be counted here.
         facts = {"family": None, "source": named(source), "dtype": owner.dtype, "train_tokens": None}
-        return Origin(digest_of(key), load, facts)
+        return Origin(owner.name, digest_of(key), load, facts)
 
     def stream(self, origin: Origin, view: str) -> ResidualStream:
         """The stream of a model, loaded when it is first needed; one at a time is kept, whatever its views."""
@@ -300,7 +308,11 @@ class Runner:
         if key not in self.streams:
             same = next((s.model for (digest, _), s in self.streams.items() if digest == origin.digest), None)
             self.streams.clear()  # before the next one is loaded: two models at once may not fit
-            self.streams[key] = ResidualStream(origin.load() if same is None else same, view)
+            network = origin.load() if same is None else same
+            try:
+                self.streams[key] = ResidualStream(network, view)
+            except LensbenchError as error:
+                raise LensbenchError(f"model {origin.name}: {error}") from error
         return self.streams[key]
 
     def capture(
@@ -508,7 +520,8 @@ class Runner:
 
         evaluate = self.suite.evaluate.model_dump(exclude={"draws", "refit_positions"})
         key = {"texts": texts.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
-        folder = self.stage(f"baselines-{texts.name}", key, compute).folder
+        name = "baselines" if texts.name == TRAINED_HERE else f"baselines-{texts.name}"
+        folder = self.stage(name, key, compute).folder
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
         known = {k: v.numpy() for k, v in load_file(folder / "tokens.safetensors").items()}
         table = tables.baseline_table(
@@ -529,14 +542,12 @@ def digest_of(key: dict[str, Any]) -> str:
 def named(source: str) -> str:
     """A source as results tell it: nobody's folders belong into them."""
     kind, _, rest = source.partition(":")
-    return f"{kind}:{Path(rest).name}" if kind in ("path", "gguf") else source
+    return f"{kind}:{Path(rest).resolve().name}" if kind in ("path", "gguf") else source
 
 
 def lens_identity(source: str) -> dict[str, str]:
-    """What tells whether a lens is still the same: checksums of a folder's files, or its name on the hub."""
-    kind, _, rest = source.partition(":")
-    files = [Path(rest) / name for name in ("config.json", "params.pt")] if kind == "path" else []
-    return {"lens": named(source), **{file.name: results.sha256(file) for file in files if file.is_file()}}
+    """What tells whether a lens is still the same: its name and the checksums of its files."""
+    return {"lens": named(source), **{path.name: results.sha256(path) for path in lens_files(source)}}
 
 
 def run_suite(
@@ -580,7 +591,7 @@ def run_suite(
         counted = {t.name: runner.baselines(t) for t in dict.fromkeys(map(runner.texts, models))}
         tick = progress.stage("tables", 2, "steps")
         start = time.perf_counter()
-        written = tables.tables(parts, runner.suite.fit, draws=suite.evaluate.draws)
+        written = tables.tables(parts, draws=suite.evaluate.draws)
         written["baselines.csv"] = pd.concat([c["table"] for c in counted.values()], ignore_index=True)
         for name, table in written.items():
             results.write_table(folder, name, table)
@@ -617,7 +628,7 @@ def describe(
     described = suite.model_dump(mode="json")
     described["corpus"]["spec"] = spec
     for model in described["models"]:
-        model |= {key: named(model[key]) for key in ("source", "lens") if model[key] is not None}
+        model.update({key: named(model[key]) for key in ("source", "lens") if model[key] is not None})
     return {
         "schema_version": results.SCHEMA_VERSION,
         "code_version": CODE_VERSION,
@@ -637,7 +648,7 @@ def describe(
             "first_position": suite.evaluate.first_position,
         },
         "tokenizers": {name: {"tokens": c["tokens"], "scored": c["scored"]} for name, c in counted.items()},
-        "sources": {named(source): known for source, known in runner.sources.items()},
+        "sources": {m.name: {"source": named(m.source), **runner.identity(m)} for m in models if m.source is not None},
         "files": {name: results.sha256(runner.folder / name) for name in files},
         "figures": drawn,
         "seconds": dict(sorted(runner.stages.seconds.items())),

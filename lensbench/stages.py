@@ -133,7 +133,8 @@ class Pieces:
         path = self.folder / f"{name}.safetensors"
         if path.is_file():
             try:
-                return load_file(path)
+                # Copies: what load_file returns lies in the file, which may be gone before they are.
+                return {k: v.clone() for k, v in load_file(path).items()}
             except SafetensorError:
                 path.unlink()  # computed anew below
         # Copies: safetensors refuses tensors that share memory.

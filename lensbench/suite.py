@@ -102,7 +102,10 @@ class ModelRecipe(_Strict):
         if self.dtype != "float32":
             loading["dtype"] = self.dtype
         if self.source is not None:
-            check_source(self.source)
+            try:
+                check_source(self.source)
+            except LensbenchError as error:  # pydantic says which model of which file it is
+                raise ValueError(str(error)) from error
             made = [k for k, v in {**shape, "view_of": self.view_of}.items() if v is not None]
             made += [k for k in ("settings", "training") if getattr(self, k)]
             if made:

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lensbench import indices
-from lensbench.evaluation import FitSummary, pairs_of
-from lensbench.fitting import FitRecipe
+from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
 
 
@@ -167,12 +166,13 @@ def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
     }  # fmt: skip
 
 
-def tables(parts: list[Part], recipe: FitRecipe, *, draws: int) -> dict[str, pd.DataFrame]:
+def tables(parts: list[Part], *, draws: int) -> dict[str, pd.DataFrame]:
     """The CSV tables of a run, but for the baselines."""
     rows: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv", "tolerances.csv", "pairs.csv")
     }
     found: dict[str, list[dict[str, indices.Estimate]]] = {}
+    headlines = {part.model: part.fit.records["transfer"] for part in parts}
     for part in parts:
         sums = ClusterSums.of(part.sequences)
         weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
@@ -192,10 +192,12 @@ def tables(parts: list[Part], recipe: FitRecipe, *, draws: int) -> dict[str, pd.
         rows["tolerances.csv"] += [who | row for row in tolerance_rows(part, sums, point, drawn, weights)]
         rows["pairs.csv"] += [who | row for row in pair_rows(part, point, drawn)]
         found.setdefault(part.model, []).append(estimates)
-        rows["indices.csv"] += [who | row for row in index_rows(estimates, part, recipe)]
+        rows["indices.csv"] += [who | row for row in index_rows(estimates, part)]
     for model, per_seed in found.items():
         if len(per_seed) > 1:
-            rows["indices.csv"] += [{"model": model, "seed": "all"} | row for row in rows_over_seeds(per_seed, recipe)]
+            rows["indices.csv"] += [
+                {"model": model, "seed": "all"} | row for row in rows_over_seeds(per_seed, headlines[model])
+            ]
     return {name: pd.DataFrame(content) for name, content in rows.items()}
 
 
@@ -283,7 +285,7 @@ def tolerance_rows(
         here = indices.of_layers(point, some, *(x[block].sum(0) / per[0] for x in (kl, moved)))
         there = indices.of_layers(drawn, some, *at_draws)
         refitted = None
-        if tolerance == label and part.refits:
+        if tolerance == label and part.refits and headline.stage == "closed":
             means = Means(**part.refits)
             of_refits = (x[np.ix_(range(len(x)), some, some)] for x in (means.transfer, means.movement))
             refitted = indices.of_layers(means, some, *of_refits)
@@ -339,9 +341,10 @@ def pair_rows(part: Part, point: Means, drawn: Means) -> Iterator[dict[str, Any]
         yield row
 
 
-def index_rows(estimates: dict[str, indices.Estimate], part: Part, recipe: FitRecipe) -> Iterator[dict[str, Any]]:
+def index_rows(estimates: dict[str, indices.Estimate], part: Part) -> Iterator[dict[str, Any]]:
     """``indices.csv`` of one model and seed."""
     refitted: dict[str, NDArray[np.float64]] = {}
+    headline = part.fit.records["transfer"]
     if part.refits:
         means = Means(**part.refits)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -349,19 +352,23 @@ def index_rows(estimates: dict[str, indices.Estimate], part: Part, recipe: FitRe
         for suffix in ("", "_without_layer0"):
             kept, null = refitted[f"shared_retention{suffix}"], refitted[f"rotated_retention{suffix}"]
             refitted[f"shared_consistency{suffix}"] = (kept - null) / (1 - null)
+        if headline.stage == "loaded":  # refits leave the matrix's lenses as they are
+            refitted = {name: spread for name, spread in refitted.items() if name not in indices.OF_THE_MATRIX}
     for name, estimate in estimates.items():
-        yield index_row(name, estimate, recipe) | refit_range(estimate, refitted.get(name))
+        yield index_row(name, estimate, headline) | refit_range(estimate, refitted.get(name))
     facts = {"layers": float(part.facts["layers"]), "rotated_rank": float(part.fit.rotated_rank)}
     for name, value in facts.items():
-        yield index_row(name, indices.Estimate(value, None, None, "a fact of the stream, not an estimate"), recipe)
+        yield index_row(name, indices.Estimate(value, None, None, "a fact of the stream, not an estimate"), headline)
 
 
-def index_row(name: str, estimate: indices.Estimate, recipe: FitRecipe) -> dict[str, Any]:
-    stage = (
-        indices.INDICES[name][0]
-        if name in indices.INDICES
-        else ("closed" if name.startswith("shared_consistency") else "none")
-    )
+def index_row(name: str, estimate: indices.Estimate, headline: LensRecord) -> dict[str, Any]:
+    """One row; ``headline`` is how the lenses of the matrix were fitted."""
+    stage = indices.INDICES[name][0] if name in indices.INDICES else "none"
+    tolerance: float | None = 0.0
+    if name.startswith("shared_consistency"):
+        stage = "closed"
+    if name in indices.OF_THE_MATRIX:
+        stage, tolerance = headline.stage, headline.tolerance if headline.stage == "closed" else None
     return {
         "index": name,
         "value": estimate.value,
@@ -370,19 +377,19 @@ def index_row(name: str, estimate: indices.Estimate, recipe: FitRecipe) -> dict[
         "fit_low": None,
         "fit_high": None,
         "stage": stage,
-        "tolerance": recipe.tolerance if name in indices.OF_THE_MATRIX else 0.0,
+        "tolerance": tolerance,
         "reason": estimate.reason,
     }
 
 
-def rows_over_seeds(per_seed: list[dict[str, indices.Estimate]], recipe: FitRecipe) -> Iterator[dict[str, Any]]:
+def rows_over_seeds(per_seed: list[dict[str, indices.Estimate]], headline: LensRecord) -> Iterator[dict[str, Any]]:
     """``seed = all``: the mean over seeds with a Student-t interval; undefined where it is undefined for a seed."""
     for name in per_seed[0]:
         values = [e[name].value for e in per_seed]
         known = [v for v in values if v is not None]
         if len(known) < len(values):
             reason = f"undefined for {len(values) - len(known)} of {len(values)} seeds"
-            yield index_row(name, indices.Estimate(None, None, None, reason), recipe)
+            yield index_row(name, indices.Estimate(None, None, None, reason), headline)
         else:
             mean, low, high = indices.over_seeds(known)
-            yield index_row(name, indices.Estimate(mean, low, high), recipe)
+            yield index_row(name, indices.Estimate(mean, low, high), headline)

@@ -91,7 +91,7 @@ def test_pairs_tell_which_layers_share_a_representation():
     stream = SyntheticStream("rebased", d=24, layers=4, vocab=80)
     stream.bases[1], stream.bases[3] = stream.bases[0], stream.bases[2]
     it = measure(stream, CLOSED.model_copy(update={"rotations": 2}), tokens=(2000, 400, 800))
-    rows = tables.tables([it.part("it", 0)], it.recipe, draws=DRAWS)["pairs.csv"]
+    rows = tables.tables([it.part("it", 0)], draws=DRAWS)["pairs.csv"]
     alike = rows.set_index(["layer_i", "layer_j"]).index.isin([(0, 1), (2, 3)])
     assert len(rows) == 6 and alike.sum() == 2
     assert (rows["penalty_ci_high"] < 0.25 * rows["rotated_penalty_ci_low"])[alike].all()
@@ -369,7 +369,7 @@ def test_loaded_lenses_are_the_headline_and_nothing_else_changes():
 
 def test_tables_of_loaded_lenses_say_so_and_have_no_curve():
     it = with_loaded()
-    found = tables.tables([it.part("it", 0)], it.recipe, draws=DRAWS)
+    found = tables.tables([it.part("it", 0)], draws=DRAWS)
     transfer = found["transfer.csv"]
     of_lenses = transfer[transfer["lens_layer"] < 3]
     assert (of_lenses["stage"] == "loaded").all() and of_lenses[["ridge", "tolerance"]].isna().all().all()
@@ -378,6 +378,10 @@ def test_tables_of_loaded_lenses_say_so_and_have_no_curve():
     assert (curve["ridge"].str.strip() == "").all() and (curve["layers"] == "0 2").all()
     own = true_kls(it.stream.readout, it.held_out, random_maps(3, 16, seed=4)[[0, 2]], [0, 2])
     np.testing.assert_allclose(curve["own_kl"], np.mean(own), atol=1e-5)
+    rows = found["indices.csv"].set_index("index").loc[["gain_visibility", "movement", "distance_trend"]]
+    assert (rows["stage"] == "loaded").all() and rows["tolerance"].isna().all()
+    # Refits do not touch lenses of others: that they do not vary would be no finding.
+    assert rows[["fit_low", "fit_high"]].isna().all().all() and curve[["fit_low", "fit_high"]].isna().all().all()
 
 
 # Interrupted and taken up

@@ -30,7 +30,7 @@ def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     tables: dict[str, list[dict]] = {name: [] for name in SCHEMA}
-    tables["baselines.csv"].append({"tokenizer": "suite", "baseline": "unigram", "ce": 6.5})
+    tables["baselines.csv"].append({"tokenizer": "trained here", "baseline": "unigram", "ce": 6.5})
     for (rank, (model, layers)), seed in product(enumerate(models.items()), seeds):
         who = {"model": model, "seed": seed}
         tables["models.csv"].append({**who, "family": "toy", "layers": layers, "ce": 3.5, "clusters": 80})

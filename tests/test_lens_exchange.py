@@ -239,7 +239,6 @@ def test_name_and_revision_of_a_lens_go_to_the_hub_as_given(hub, source, resourc
         assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="tuned-lens looks for a folder of that name first")
 def test_a_folder_that_is_called_like_a_resource_of_the_hub_is_not_taken_for_it(hub, tmp_path):
     lens, asked = hub
     other = random_lens(TunedLens.from_model(small_model("gpt2")), seed=1)
@@ -341,7 +340,6 @@ def test_a_config_that_is_not_of_its_weights_is_refused(tmp_path, change):
         load_tuned_lens(ResidualStream(model).readout, f"path:{tmp_path / 'lens'}")
 
 
-@pytest.mark.xfail(strict=True, reason="a lens without a hash is taken whatever its shape")
 def test_a_lens_of_another_width_is_refused_without_a_hash_too(tmp_path):
     lens = TunedLens.from_model(small_model("gpt2", n_embd=16))
     lens.config.unembed_hash = None

@@ -92,12 +92,12 @@ RECIPE = FitRecipe()
 
 @cache
 def two_seeds():
-    return tables.tables([small(0).part("it", 0), small(1).part("it", 1)], RECIPE, draws=DRAWS)
+    return tables.tables([small(0).part("it", 0), small(1).part("it", 1)], draws=DRAWS)
 
 
 @cache
 def of_deep():
-    return tables.tables([deep().part("it", 0)], RECIPE, draws=DRAWS)
+    return tables.tables([deep().part("it", 0)], draws=DRAWS)
 
 
 def test_tables_have_the_columns_of_the_schema_and_survive_writing(tmp_path):
@@ -188,7 +188,7 @@ def test_indices_have_a_row_per_seed_and_one_for_all_of_them():
 
 def test_an_index_undefined_for_one_seed_is_undefined_for_all():
     good, bad = {"a": Estimate(0.5, 0.4, 0.6)}, {"a": Estimate(None, None, None, "undefined: so")}
-    (row,) = tables.rows_over_seeds([good, bad], RECIPE)
+    (row,) = tables.rows_over_seeds([good, bad], small(0).fit.summary.records["transfer"])
     assert row["value"] is None and row["reason"] == "undefined for 1 of 2 seeds"
 
 
@@ -374,7 +374,7 @@ def test_refits_of_some_layers_leave_out_the_headline_and_show_on_the_curve():
 def test_refits_on_some_tokens_say_how_the_value_on_all_may_change():
     it, some = deep(), [0, 2, 4]
     few = score_all(it.stream.readout, it.held_out, it.fit, refit_positions=1)
-    found = tables.tables([replace(it.part("it", 0), refits=few.refits)], RECIPE, draws=20)
+    found = tables.tables([replace(it.part("it", 0), refits=few.refits)], draws=20)
     curve = found["tolerances.csv"].query("tolerance == '0.02'").set_index("index").loc["gain_visibility"]
     sample = replace(it, held_out=it.held_out.take(torch.arange(3, 640, 4)))  # the last of each window's four
     maps = [it.fit.maps["transfer"][some], *(it.fit.maps[f"refit{n}.transfer"] for n in range(2))]

@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import hub as transformers_hub
+from transformers.utils import logging as transformers_logging
 
 from lensbench.errors import LensbenchError
 from lensbench.results import sha256
@@ -49,13 +51,18 @@ class Located:
     def load(self, part: str, loader: Any, **options: Any) -> Any:
         """``loader.from_pretrained``; raises :class:`LensbenchError` naming the source and the ``part``."""
         # The reader of GGUF files draws a bar of its own, wherever it is heard.
+        verbosity = transformers_logging.get_verbosity()
         quiet = "gguf_file" in self.options and not sys.stderr.isatty()
         try:
+            # What is missing is told in one line of our own, beside which its report is noise.
+            transformers_logging.set_verbosity_error()
             with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
                 # False, not left out: transformers would ask whoever sits at the terminal, and run the code on a yes.
                 return loader.from_pretrained(self.name, trust_remote_code=False, **self.options, **options)
         except Exception as error:  # each format's reader has exceptions of its own, tokenizers plain Exception
             raise self.unreadable(part, error) from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
 
     def unreadable(self, part: str, error: Exception) -> LensbenchError:
         if isinstance(error, ImportError) and "gguf" in str(error).lower():
@@ -96,9 +103,11 @@ def identity(source: str) -> dict[str, str]:
     """What tells whether a source still names the same model: checksums of its files, or the commit on the hub."""
     where = locate(source)
     if source.startswith("hub:"):
-        config = where.load("config", AutoConfig)
-        commit = getattr(config, "_commit_hash", None)
-        return {"hub": where.name, "revision": where.options.get("revision", "main"), "commit": commit or "unknown"}
+        config, revision = where.load("config", AutoConfig), where.options.get("revision")
+        # Earlier releases of transformers 5 leave the commit in the config, later ones resolve it beforehand.
+        resolve = getattr(transformers_hub, "resolve_revision", None)
+        commit = config._commit_hash if resolve is None else getattr(resolve(where.name, revision), "resolved", None)
+        return {"hub": where.name, "revision": revision or "main", "commit": commit or "unknown"}
     folder, gguf = Path(where.name), where.options.get("gguf_file")
     kinds = (".safetensors", ".bin", ".json", ".txt", ".model")
     files = (

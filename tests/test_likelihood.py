@@ -1,0 +1,104 @@
+"""Nats per token and bits per byte of a text, against a plain loop; and the layers of a text, through any lens."""
+
+import math
+import re
+
+import pytest
+import torch
+from test_cli import refused, run
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from lensbench.errors import LensbenchError
+from lensbench.models.likelihood import text_likelihood
+from lensbench.models.pretrained import load_pretrained
+from lensbench.stream import ResidualStream
+from lensbench.trace import traced
+
+
+@pytest.fixture
+def text(tiny_suite):
+    return next((tiny_suite.parent / "texts").glob("*.txt"))
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_bits_per_byte_are_those_of_a_plain_loop(tiny_run, text, length):
+    stages = tiny_run / "stages"
+    found = run("bits", f"path:{stages / 'train-gpt-seed0'}", text, "--length", length)
+    assert found.exit_code == 0, found.output
+    shown = {name: float(value) for name, value in re.findall(r"(nats/token|bits/byte): (\d+\.\d+)", found.output)}
+
+    model = AutoModelForCausalLM.from_pretrained(stages / "train-gpt-seed0")
+    tokenizer = Tokenizer.from_file(str(stages / "tokenizer" / "tokenizer.json"))
+    content = text.read_text()
+    ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(content).ids]
+    nats = 0.0
+    for at in range(1, len(ids)):
+        # The window that the token is predicted in: windows share one token.
+        begin = (at - 1) // (length - 1) * (length - 1)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[begin:at]])).logits[0, -1].double()
+        nats -= float(logits.log_softmax(-1)[ids[at]])
+    assert shown["nats/token"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
+    assert shown["bits/byte"] == pytest.approx(nats / math.log(2) / len(content.encode()), abs=1e-4)
+
+
+def test_every_token_and_byte_is_counted_once(tiny_run, text):
+    loaded = load_pretrained(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+    for length in (5, 33, 64):
+        found = text_likelihood(loaded.model, loaded.tokenizer, "ab ä€ " + text.read_text(), length=length)
+        assert found.bytes.sum() == len(("ab ä€ " + text.read_text()).encode())
+        assert found.tokens.max() <= length - 1
+
+
+def test_what_bits_refuses(tiny_run, tmp_path, text):
+    model = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    refused(run("bits", model, empty), "empty.txt")
+    refused(run("bits", model, tmp_path / "none.txt"), "none.txt")
+    refused(run("bits", model, text, "--length", 65), "beyond its context of 64")
+    refused(run("bits", model, text, "--dtype", "int8"), "unknown dtype 'int8'")
+    with pytest.raises(LensbenchError, match="no token to predict"):
+        text_likelihood(load_pretrained(model).model, load_pretrained(model).tokenizer, "", length=8)
+
+
+@pytest.mark.parametrize("lens", [None, "tuned", "tuned_headline", "shared", "shared_bias"])
+def test_a_trace_shows_what_each_layer_predicts(tiny_run, lens, tmp_path):
+    stages = tiny_run / "stages"
+    model, source = (
+        f"path:{stages / 'train-gpt-seed0'}",
+        None if lens is None else f"path:{stages / 'fit-gpt-seed0' / lens}",
+    )
+    options = [] if source is None else ["--lens", source]
+    figure = tmp_path / "trace.html"
+    found = run("trace", model, "abc de fgh", "--tokens", 3, "--out", figure, *options)
+    assert found.exit_code == 0, found.output
+    assert all(f"layer {k}" in found.output for k in range(3)) and "layer 3" not in found.output
+    assert "plotly" in figure.read_text().lower()
+
+    loaded = load_pretrained(model)
+    trajectory = traced(loaded, "abc de fgh", source)
+    ids = torch.from_numpy(trajectory.input_ids)[None]
+    with torch.no_grad():
+        expected = loaded.model(ids).logits[0].log_softmax(-1)
+    torch.testing.assert_close(torch.from_numpy(trajectory.log_probs[-1]), expected, rtol=1e-4, atol=1e-4)
+    last = loaded.tokenizer.decode([int(expected[-1].argmax())])
+    assert repr(last)[1:-1] in found.output
+    if lens is None:
+        states, _ = ResidualStream(loaded.model).forward(ids)
+        norm, head = loaded.model.model.norm, loaded.model.lm_head
+        direct = head(norm(states[1][0])).log_softmax(-1).detach()
+        torch.testing.assert_close(torch.from_numpy(trajectory.log_probs[1]), direct, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_trace_refuses(tiny_run):
+    stages = tiny_run / "stages"
+    model = f"path:{stages / 'train-gpt-seed0'}"
+    refused(run("trace", model, "abc " * 100), "beyond its context of 64")
+    refused(run("trace", model, ""), "empty")
+    refused(run("trace", model, "abc", "--lens", f"path:{stages / 'fit-pc-seed0' / 'tuned'}"), "another model")
+    refused(run("trace", model, "abc", "--lens", f"path:{stages / 'fit-pc-seed0' / 'shared'}"), "another model")
+    refused(run("trace", model, "abc", "--lens", "path:nowhere"), "path:nowhere")
+    refused(run("trace", model, "abc", "--lens", "nowhere"), "unknown lens 'nowhere'")
+    refused(run("trace", "nope:x", "abc"), "unknown model 'nope:x'")
