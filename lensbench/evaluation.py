@@ -533,19 +533,20 @@ class Scored:
         some = self.fit.layers
         for label, sums in self.curve.items():
             for (a, i), (b, j) in itertools.product(enumerate(some), repeat=2):
-                kl, ce, movement, top1 = (sums[k][:, a, b] for k in ("kl", "ce", "movement", "top1"))
-                add(f"tuned@{label}", i, j, "closed", "identity", kl, ce, movement, top1=top1)
+                # Visibility and movement are all that is followed over tolerances, and rows enough.
+                kl, movement = sums["kl"][:, a, b], sums["movement"][:, a, b]
+                add(f"tuned@{label}", i, j, "closed", "identity", kl, np.nan, movement)
         for name, (kl, ce) in self.layers.items():
             kept = self.fit.records[name]
             where = some if name == "shared_loo" else range(layers)
             for k, layer in enumerate(where):
                 add(kept.lens, layer if kept.lens == "tuned" else -1, layer, kept.stage, kept.prior,
                     kl[:, k], ce[:, k], view=view_of(name))  # fmt: skip
-        for name, (kl, ce) in self.pairs.items():
+        for name, (kl, _) in self.pairs.items():
             for p, (a, b) in enumerate(pairs_of(some)):
                 # The lens of a and b stands at [a, b] as it reads b, at [b, a] as it reads a.
                 for at, (i, j) in enumerate(((b, a), (a, b))):
-                    add("pair", i, j, "closed", "zero", kl[:, p, at], ce[:, p, at], view=view_of(name))
+                    add("pair", i, j, "closed", "zero", kl[:, p, at], np.nan, view=view_of(name))
         frame = pd.concat(blocks, ignore_index=True)
         frame.insert(0, "model", model)
         frame.insert(1, "seed", seed)
