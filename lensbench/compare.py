@@ -23,7 +23,9 @@ COMPARED = ("ce", "bits_per_byte", *SHOWN)
 SAME_MEASURE = (
     ("fit", "tolerance"),
     ("fit", "variance"),
+    ("fit", "layers"),
     ("evaluate", "first_position"),
+    ("evaluate", "length"),
     ("training", "length"),
 )
 """Settings without which two numbers of the same name are not the same quantity."""
