@@ -332,6 +332,7 @@ def pair_penalty(frame: pd.DataFrame) -> Figure:
         }
         sns.heatmap(grid, ax=panel, linewidths=0.4, **look)
         panel.tick_params(rotation=0, length=0)
+        panel.grid(False)
         panel.set(title=model, xlabel="layer", ylabel="layer")
     bar = figure.colorbar(panels[0].collections[0], ax=panels, aspect=12 * len(panels), pad=0.02)
     bar.set_label("$M_{ij}$ (nats/token)", size=8)

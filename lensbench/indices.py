@@ -117,17 +117,19 @@ def _mean_of_known(values: Array) -> Array:
     return mean
 
 
-def mean_pair_penalty(m: Means, *, rotated: bool = False) -> Value:
-    """Mean of M_ij over the pairs that have a lens, in the plain view or over the rotated ones."""
+def mean_pair_penalty(m: Means, *, rotated: bool = False, first: int = 0) -> Value:
+    """Mean of M_ij over the pairs from layer ``first`` on that have a lens, in the plain view or over the rotated ones."""
+    own = m.own[..., first:]
     if not rotated:
-        return Value(_mean_of_known(pair_penalty(m.own, m.pair)))
-    return Value(_mean_of_known(pair_penalty(m.own[..., None, :], m.pair_rotated)).mean(-1))
+        return Value(_mean_of_known(pair_penalty(own, m.pair[..., first:, first:])))
+    each = pair_penalty(own[..., None, :], m.pair_rotated[..., first:, first:])
+    return Value(_mean_of_known(each).mean(-1))
 
 
-def pair_consistency(m: Means) -> Value:
+def pair_consistency(m: Means, first: int = 0) -> Value:
     """``1 - mean M_ij / mean M_ij^rot``: 0 = a pair of layers has no more in common than in random bases."""
-    null = mean_pair_penalty(m, rotated=True).value
-    return Value(1 - mean_pair_penalty(m).value / null, null)
+    null = mean_pair_penalty(m, rotated=True, first=first).value
+    return Value(1 - mean_pair_penalty(m, first=first).value / null, null)
 
 
 def consistency(kept: Value, null: Value) -> Value:
@@ -204,6 +206,7 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     "pair_penalty": ("closed", mean_pair_penalty),
     "pair_penalty_rotated": ("closed", lambda m: mean_pair_penalty(m, rotated=True)),
     "pair_consistency": ("closed", pair_consistency),
+    "pair_consistency_without_layer0": ("closed", lambda m: pair_consistency(m, first=1)),
     "gain_tracking": ("closed", gain_tracking),
     "gain_visibility": ("closed", gain_visibility),
     "gain_visibility_adjacent": ("closed", lambda m: gain_visibility(m, lambda i, j: j == i + 1)),

@@ -18,6 +18,7 @@ SHOWN = (
     "pair_penalty",
     "pair_penalty_rotated",
     "pair_consistency",
+    "pair_consistency_without_layer0",
     "gain_tracking",
     "gain_visibility",
     "gain_visibility_adjacent",
