@@ -265,12 +265,13 @@ def fit_all(
 
 
 RECORD_TOKENS = 512
-"""Fitting and dev tokens at most that ``fit_kl`` and ``dev_kl`` of the tables are means over, evenly spread."""
+"""Fitting and dev tokens at most that ``fit_kl`` and ``dev_kl`` of the tables are means over, drawn at random."""
 
 
 def thinned(captured: Capture, tokens: int) -> Capture:
-    """Every n-th token, so that at most ``tokens`` are left."""
-    return captured.take(torch.arange(0, len(captured), -(-len(captured) // tokens)))
+    """At most so many tokens, drawn at random: every n-th one would be the same place of every sequence."""
+    drawn = torch.randperm(len(captured), generator=torch.Generator().manual_seed(0))[:tokens]
+    return captured.take(drawn.sort().values)
 
 
 def _kept(pieces: Pieces, name: str, fit: Callable[[], Fitted]) -> Fitted:

@@ -350,6 +350,7 @@ class DevSearch:
     def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
         self.readout, self.dev, self.recipe, self.pad = readout, dev, recipe, pad
         self.constant_kl = float(dev.constant_kl.double().mean())
+        self.shuffled = torch.randperm(len(dev), generator=torch.Generator().manual_seed(0)).to(dev.states.device)
         self.rows_read_out = 0
         """Products of a state with the whole unembedding so far: what a search costs."""
 
@@ -369,7 +370,9 @@ class DevSearch:
         maps, dev = maps.to(self.dev.states), self.dev
         total, parts, sizes = torch.zeros(len(pads), dtype=torch.float64), [], []
         for k, layer in enumerate(layers):
-            at, m = slice(k % share, None, share), k if len(maps) > 1 else 0
+            m = k if len(maps) > 1 else 0
+            # Dealt from a shuffled pack: in their order, a layer would get the same places of every sequence.
+            at = slice(None) if share == 1 else self.shuffled[k % share :: share]
             x = dev.states[layer][at] @ maps.matrix[m].T + maps.offset[m]
             parts.append((x, Tokens(dev.expected[at], dev.entropy_term[at], dev.states[-1][at])))
             sizes.append(len(x))

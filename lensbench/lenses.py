@@ -107,8 +107,9 @@ class SharedLens(Lens):
         os.replace(folder / "config.json.partial", folder / "config.json")
 
     @classmethod
-    def load(cls, unembed: Unembed, folder: Path) -> "SharedLens":
+    def load(cls, unembed: Unembed, folder: Path | str) -> "SharedLens":
         """Raises :class:`LensbenchError` for a folder that is damaged or belongs to another model."""
+        folder = Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text())
             if config["unembed_hash"] != unembed.unembedding_hash():
