@@ -6,6 +6,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
 
+from lensbench.indices import tolerance_order
 from lensbench.results import Run
 
 SHOWN = (
@@ -97,17 +98,19 @@ def index_table(run: Run) -> Table:
 def tolerance_table(run: Run) -> Table:
     """How gain visibility depends on the loss that a lens's ridge may cost on its own layer."""
     rows = run.tables["tolerances.csv"]
-    rows = rows[rows["index"].isin(["gain_visibility", "gain_visibility_without_layer0"])]
+    pairs = {"gain_visibility": "all", "gain_visibility_without_layer0": "without 0"}
+    rows = rows[rows["index"].isin(pairs)]
+    labels = sorted(rows["tolerance"].unique(), key=tolerance_order)
     several = rows["seed"].nunique() > 1
     table = Table(
-        Column("model", no_wrap=True), "index", *dict.fromkeys(rows["tolerance"]),
-        title="gain visibility by the dev loss allowed to a lens on its own layer, between these layers",
+        "model (layers)", Column("pairs", no_wrap=True), *(Column(label, no_wrap=True) for label in labels),
+        title="gain visibility by the dev loss allowed on the own layer (share of K_0 - best; 1se: one standard error)",
     )  # fmt: skip
     for (model, seed, layers, index), group in rows.groupby(["model", "seed", "layers", "index"], sort=False):
         cells = group.set_index("tolerance")
-        shown = [with_interval(cells.loc[t]) if t in cells.index else "" for t in dict.fromkeys(rows["tolerance"])]
+        shown = [with_interval(cells.loc[label]) if label in cells.index else "" for label in labels]
         who = f"{model}, seed {seed}" if several else str(model)
-        table.add_row(f"{who} ({layers})", str(index), *shown)
+        table.add_row(f"{who} ({layers})", pairs[str(index)], *shown)
     return table
 
 
