@@ -112,7 +112,7 @@ def pair_penalty(own: Array, pair: Array) -> Array:
 
 def _mean_of_known(values: Array) -> Array:
     """Mean along the last axis of what is known; NaN where nothing is."""
-    known = np.isfinite(values).reshape(-1, values.shape[-1]).all(0)
+    known = np.isfinite(values).all(axis=tuple(range(values.ndim - 1)))
     mean: Array = values[..., known].mean(-1) if known.any() else np.full(values.shape[:-1], np.nan)
     return mean
 

@@ -388,3 +388,10 @@ def test_a_stage_is_named_for_every_index():
     assert set(INDICES) >= indices.OF_THE_MATRIX
     names = {f.name for f in fields(Means)}
     assert names == set(dict(random_means().items()))
+
+
+def test_two_layers_have_one_pair_and_none_without_layer_0():
+    m = random_means(0, layers=2, views=2)
+    point, _ = draw_values(m, random_means(1, layers=2, views=2, lead=(4,)), 0)
+    assert float(point["pair_consistency"].value) == pytest.approx(slow_indices(m)["pair_consistency"])
+    assert np.isnan(point["pair_consistency_without_layer0"].value)
