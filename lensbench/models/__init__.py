@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lensbench.errors import LensbenchError
 from lensbench.models import gpt
+from lensbench.models.controls import ControlGPTConfig, ControlGPTForCausalLM
 from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingForCausalLM
 
 
@@ -32,6 +35,32 @@ def predictive_coding(
     )
 
 
+def control(
+    *,
+    vocab_size: int,
+    d_model: int,
+    layers: int,
+    heads: int,
+    width: int,
+    context: int,
+    **change: Any,
+) -> PreTrainedModel:
+    """The controls' GPT; ``change`` goes to its config (nothing: the stronger baseline)."""
+    del context  # positions are rotary
+    return ControlGPTForCausalLM(
+        ControlGPTConfig(
+            vocab_size=vocab_size,
+            hidden_size=d_model,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=width,
+            bos_token_id=0,
+            eos_token_id=0,
+            **change,
+        )
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One way to build a causal LM, and the settings of it that a suite may change."""
@@ -46,6 +75,22 @@ FAMILIES: dict[str, Family] = {
         gpt.llama, "Llama class of transformers: RMSNorm, rotary positions, gated MLP", ("initializer_range",)
     ),
     "gpt2": Family(gpt.gpt2, "GPT-2 class of transformers: LayerNorm, learned positions", ("initializer_range",)),
+    "gpt-conv": Family(
+        control, "the stronger GPT: rotary positions, width-3 convolution, normalised embedding", ("initializer_range",)
+    ),
+    "gpt-partitioned": Family(
+        partial(control, partitioned=True),
+        "gpt-conv whose blocks write into slices of their own, the last alone into what the head sees: carry-along",
+        ("initializer_range", "read_size"),
+    ),
+    "gpt-tied": Family(
+        partial(control, tied_layers=True), "gpt-conv with one block for all layers", ("initializer_range",)
+    ),
+    "gpt-noskip": Family(
+        partial(control, skip=0.0),
+        "gpt-conv without skip connections, or with `skip` times what they carry",
+        ("initializer_range", "skip"),
+    ),
     "predictive-coding": Family(
         predictive_coding,
         "predictions and prediction errors at known places, each layer corrects the errors (strict form)",

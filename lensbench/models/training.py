@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lensbench.errors import LensbenchError
+from lensbench.readout import ReadOut, find_readout
 
 
 class TrainingRecipe(BaseModel):
@@ -37,6 +38,9 @@ class TrainingRecipe(BaseModel):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
     final_rate: float = Field(0.05, ge=0, le=1, description="share of the peak rate that the cosine ends at")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    deep_supervision: float = Field(
+        0.0, ge=0, description="weight of the head's mean cross-entropy at layers 1..L-1, beside the last one's"
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
     @property
@@ -129,6 +133,24 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch
     return step
 
 
+def loss_of(model: PreTrainedModel, ids: Tensor, readout: ReadOut | None, weight: float) -> tuple[Tensor, Tensor]:
+    """What is minimised on token ids ``[B, T]``, and the last layer's part of it: next-token cross-entropy, nats/token.
+
+    With a ``weight`` the first adds ``weight`` times the mean cross-entropy of the model's own norm and head at h_1..h_{L-1}.
+    h_0 is left out: a tied embedding cannot be its own bigram table.
+    """
+    output = model(ids, output_hidden_states=readout is not None)
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    last = cross_entropy(output.logits)
+    if readout is None:
+        return last, last
+    inner = [cross_entropy(readout(h)) for h in output.hidden_states[1:-1]]
+    return last + weight * torch.stack(inner).mean(), last
+
+
 def train(
     model: PreTrainedModel,
     stream: np.ndarray,
@@ -149,6 +171,7 @@ def train(
             f"the train split has {len(stream)} tokens, fewer than one sequence of {recipe.length}; give a longer text"
         )
     torch.nn.Module.to(model, device).train()
+    readout = find_readout(model) if recipe.deep_supervision else None
     optimizers = optimizers_of(model, recipe)
     start = load_checkpoint(checkpoints, model, optimizers)
     for step in range(start, recipe.steps):
@@ -156,7 +179,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
         ids = batch_of(stream, recipe, seed, step).to(device)
-        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss, last = loss_of(model, ids, readout, recipe.deep_supervision)
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -172,5 +195,5 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         if report is not None:
-            report(StepReport(step + 1, recipe.steps, loss.item(), (step + 1 - start) * recipe.batch * recipe.length))
+            report(StepReport(step + 1, recipe.steps, last.item(), (step + 1 - start) * recipe.batch * recipe.length))
     return model.eval()

@@ -1,0 +1,233 @@
+"""Controls: one GPT, and what follows for its stream when one thing about it is changed.
+
+The plain form is the stronger baseline, ``gpt-conv``: a pre-norm decoder with rotary positions, a causal width-3
+convolution in front of every attention and a normalised embedding, which is what the predictive-coding model has too.
+One setting each makes the others:
+
+- ``partitioned``: block l < L writes into a slice of the stream that is its own and that nothing else ever writes, the
+  last block into the slice that norm and head see. What an earlier lens sees can then not move: carry-along by
+  construction.
+- ``tied_layers``: all blocks are one block (Universal Transformer, arXiv 1807.03819).
+- ``skip``: what a block receives is handed on times this; 0 is no skip connection at all.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from lensbench.models.predictive_coding import CausalConvolution, PredictionNorm
+
+ROTARY_BASE = 10_000.0
+
+
+class ControlGPTConfig(PreTrainedConfig):
+    """Sizes and the one change of :class:`ControlGPTForCausalLM`.
+
+    ``read_size`` R is how many leading entries of the stream norm and head see; the embedding is R wide. In the
+    partitioned form the stream is ``[read-out; embedding; slice of block 1; ...; slice of block L-1]``, so that
+    ``hidden_size = 2 R + (L-1) s``; otherwise R is ``hidden_size``.
+    """
+
+    model_type = "lensbench-control-gpt"
+
+    def __init__(
+        self,
+        vocab_size: int = 1024,
+        hidden_size: int = 96,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 4,
+        intermediate_size: int = 256,
+        partitioned: bool = False,
+        read_size: int | None = None,
+        tied_layers: bool = False,
+        skip: float = 1.0,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        tie_word_embeddings: bool = True,
+        **kwargs,
+    ):
+        size = hidden_size if read_size is None else read_size
+        if hidden_size % num_attention_heads or hidden_size // num_attention_heads % 2:
+            raise ValueError(
+                f"hidden_size {hidden_size} does not divide into num_attention_heads {num_attention_heads} parts of even size"
+            )
+        if partitioned:
+            left, slices = hidden_size - 2 * size, num_hidden_layers - 1
+            if left < slices or slices < 1 or left % slices:
+                raise ValueError(
+                    f"hidden_size {hidden_size} less twice read_size {size} does not divide into {slices} slices: "
+                    f"take 2 * read_size + a multiple of {slices}"
+                )
+            if tied_layers or skip != 1:
+                raise ValueError("a partitioned stream needs blocks of their own and whole skip connections")
+        elif size != hidden_size:
+            raise ValueError("read_size is for the partitioned form: elsewhere norm and head see the whole stream")
+        if not 0 <= skip <= 1:
+            raise ValueError(f"skip must lie in 0..1, not {skip:g}")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.partitioned = partitioned
+        self.read_size = size
+        self.tied_layers = tied_layers
+        self.skip = skip
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**kwargs)
+
+    def written_by(self, block: int) -> slice:
+        """Which entries of the stream block 1..L writes; block 0 is the embedding."""
+        if not self.partitioned:
+            return slice(0, self.hidden_size)
+        if block == self.num_hidden_layers:
+            return slice(0, self.read_size)
+        if block == 0:
+            return slice(self.read_size, 2 * self.read_size)
+        size = (self.hidden_size - 2 * self.read_size) // (self.num_hidden_layers - 1)
+        start = 2 * self.read_size + (block - 1) * size
+        return slice(start, start + size)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): pairs of entries turned by their position times a frequency; (B, H, T, dk)."""
+    half = x.shape[-1] // 2
+    frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class ControlGPTBlock(nn.Module):
+    """Attention over convolved states, then an MLP; both write into the block's own part of the stream."""
+
+    def __init__(self, config: ControlGPTConfig, written: slice):
+        super().__init__()
+        d, size = config.hidden_size, written.stop - written.start
+        self.heads, self.written, self.skip = config.num_attention_heads, written, config.skip
+        self.norm_attention = nn.RMSNorm(d, eps=config.rms_norm_eps)
+        self.convolution = CausalConvolution(d)
+        self.query_key_value = nn.Linear(d, 3 * d, bias=False)
+        self.attention_output = nn.Linear(d, size, bias=False)
+        self.norm_mlp = nn.RMSNorm(d, eps=config.rms_norm_eps)
+        self.up = nn.Linear(d, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, size, bias=False)
+
+    def add(self, h: Tensor, change: Tensor) -> Tensor:
+        if change.shape[-1] == h.shape[-1]:
+            return (h if self.skip == 1 else self.skip * h) + change
+        return h + F.pad(change, (self.written.start, h.shape[-1] - self.written.stop))
+
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, d)
+        batch, length, d = h.shape
+        seen = self.norm_attention(h)
+        if mask is not None:
+            seen = seen * mask[..., None].to(h.dtype)  # else the convolution would mix padding in
+        q, k, v = (
+            x.view(batch, length, self.heads, -1).transpose(1, 2)
+            for x in self.query_key_value(self.convolution(seen)).chunk(3, -1)
+        )
+        allowed = None
+        if mask is not None:
+            causal = torch.ones(length, length, dtype=torch.bool, device=h.device).tril()
+            # A padded position attends to itself: a row without any key would be NaN.
+            itself = torch.eye(length, dtype=torch.bool, device=h.device)
+            allowed = (causal & mask[:, None, None].bool()) | itself
+        mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=allowed, is_causal=mask is None)
+        h = self.add(h, self.attention_output(mixed.transpose(1, 2).reshape(batch, length, d)))
+        return self.add(h, self.down(F.gelu(self.up(self.norm_mlp(h)))))
+
+
+class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    """A GPT whose stream has a known answer, or is a baseline of one that has (see the module's docstring)."""
+
+    config_class = ControlGPTConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _no_split_modules = ["ControlGPTBlock"]
+    _supports_sdpa = True
+
+    def __init__(self, config: ControlGPTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.read_size)
+        blocks = 1 if config.tied_layers else config.num_hidden_layers
+        self.layers = nn.ModuleList(ControlGPTBlock(config, config.written_by(k + 1)) for k in range(blocks))
+        self.norm = PredictionNorm(config.read_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.read_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, CausalConvolution):
+            bound = len(module.weight) ** -0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, PredictionNorm | nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, ControlGPTBlock) and self.config.skip == 1:
+            # Blocks start small: the sum of L changes then has the size of one. Without skips nothing is summed.
+            for output in (module.attention_output, module.down):
+                output.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutput | tuple:
+        """Next-token logits ``[B, T, V]``; with ``labels`` (-100 is ignored) also their mean cross-entropy, nats/token.
+
+        ``hidden_states`` are L+1 states ``[B, T, d]``, all before the final norm. ``attention_mask`` ``[B, T]`` marks
+        padding with 0, on either side.
+        """
+        config = self.config
+        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+        e = F.rms_norm(self.embed_tokens(input_ids), (config.read_size,), eps=1e-12)
+        if config.partitioned:
+            place = config.written_by(0)
+            e = F.pad(e, (place.start, config.hidden_size - place.stop))
+        h, states = e, [e]
+        for block in range(config.num_hidden_layers):
+            h = self.layers[block % len(self.layers)](h, mask)
+            states.append(h)
+        logits = self.lm_head(self.norm(h))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        output = CausalLMOutput(loss=loss, logits=logits)
+        if output_hidden_states:
+            output.hidden_states = tuple(states)
+        return output if return_dict is not False else output.to_tuple()
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> dict:
+        # Without a cache every step reads the whole prefix.
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+AutoConfig.register(ControlGPTConfig.model_type, ControlGPTConfig)
+AutoModelForCausalLM.register(ControlGPTConfig, ControlGPTForCausalLM)
