@@ -166,4 +166,4 @@ def test_deep_supervision_trains_the_inner_layers(tmp_path):
         with torch.no_grad():
             total, last = loss_of(model, ids, find_readout(model), 1.0)
         inner[weight] = (total - last).item()
-    assert inner[0.3] < inner[0.0] - 0.5
+    assert inner[0.3] < inner[0.0] - 0.2

@@ -172,6 +172,7 @@ def train(
         )
     torch.nn.Module.to(model, device).train()
     readout = find_readout(model) if recipe.deep_supervision else None
+    model.requires_grad_(True)  # finding the read-out froze norm and head, which is what lenses need
     optimizers = optimizers_of(model, recipe)
     start = load_checkpoint(checkpoints, model, optimizers)
     for step in range(start, recipe.steps):
