@@ -27,6 +27,7 @@ from lensbench import __version__, corpus, evaluation, figures, results, tables
 from lensbench.corpus import Corpus, TokenizedDocument, Windows
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary
+from lensbench.fitting import Moments
 from lensbench.lenses import (
     AffineMaps,
     SharedLens,
@@ -42,7 +43,7 @@ from lensbench.models import build, count_parameters, ngram
 from lensbench.models.pretrained import check_context, check_vocabulary, identity, load_model, load_tokenizer
 from lensbench.models.training import StepReport, train
 from lensbench.stages import NotFinished, Pieces, Stage, Stages, open_run_folder
-from lensbench.stream import Capture, ResidualStream, capture
+from lensbench.stream import Capture, ResidualStream, RotatedView, capture
 from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
 from lensbench.transfer import choose_product_dtype, half_width, penalties, transfer_sums
 
@@ -316,7 +317,13 @@ class Runner:
         return self.streams[key]
 
     def capture(
-        self, stream: ResidualStream, windows: Windows, *, name: str, constant: Tensor | None = None
+        self,
+        stream: ResidualStream,
+        windows: Windows,
+        *,
+        name: str,
+        constant: Tensor | None = None,
+        rotation: RotatedView | None = None,
     ) -> Capture:
         """One pass over the windows. On a GPU it decides, too, whether log-partitions are made in bfloat16 from here on."""
         tick, start = self.progress.stage(name, len(windows.ids), "sequences"), time.perf_counter()
@@ -329,7 +336,7 @@ class Runner:
         dtype = choose_product_dtype(stream.readout, stream.readout.final_norm(captured.states[-1][:512]))
         if dtype is not None:
             self.progress.say(f"log-partitions in {str(dtype).removeprefix('torch.')}, which agrees with float32 here")
-        return captured
+        return captured if rotation is None else rotation.apply(captured)
 
     def fitted(self, model: ModelRecipe, seed: int) -> tuple[Origin, Stage]:
         """A model, trained where it is to be, and the stage that fits its lenses, for one view and seed."""
@@ -347,6 +354,12 @@ class Runner:
             captured = self.capture(stream, windows, name=f"capture-fit-{who}")
             dev_windows = self.windows(texts, "dev", recipe.dev_sequences, recipe.dev_positions)
             dev = self.capture(stream, dev_windows, name=f"capture-dev-{who}", constant=captured.mean_p)
+            if model.rotated:
+                view = RotatedView.random(
+                    Moments.of(captured).covariance, seed=ROTATED_MODELS + seed, variance=recipe.variance
+                )
+                view.save(folder / ROTATION)
+                captured, dev = view.apply(captured), view.apply(dev)
             steps = evaluation.fit_steps(recipe, stream.layers, loaded=loaded is not None)
             tick = self.progress.stage(f"fit-{who}", steps, "lenses")
             pieces = Pieces(folder / "pieces")
@@ -369,6 +382,7 @@ class Runner:
             "texts": texts.digest,
             "length": self.suite.length,
             "view": model.view,
+            "rotated": model.rotated,
             "fit": recipe.model_dump(exclude={"memory_gib"}),
             "seed": seed,
             "first_position": self.suite.evaluate.first_position,
@@ -406,7 +420,7 @@ class Runner:
             while True:
                 start = time.perf_counter()
                 windows = self.eval_windows(texts, count)
-                captured = self.capture(stream, windows, name=f"capture-plan-{who}")
+                captured = self.capture(stream, windows, name=f"capture-plan-{who}", rotation=rotation_of(fitting))
                 sums = transfer_sums(stream.readout, captured, maps, movement=False)
                 seconds = time.perf_counter() - start
                 spent += seconds
@@ -453,7 +467,13 @@ class Runner:
             )
             stream = self.stream(origin, model.view)
             windows = self.eval_windows(texts)
-            captured = self.capture(stream, windows, name=f"capture-eval-{who}", constant=fitted.constant)
+            captured = self.capture(
+                stream,
+                windows,
+                name=f"capture-eval-{who}",
+                constant=fitted.constant,
+                rotation=rotation_of(fitting),
+            )
             tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe, stream.layers), "matrices")
             pieces = Pieces(folder / "pieces")
             scored = evaluation.score_all(
@@ -533,6 +553,18 @@ class Runner:
         )
         table.insert(0, "tokenizer", texts.name)
         return {**facts, "table": table}
+
+
+ROTATION = "rotation.safetensors"
+"""In the fit stage of a rotated view: the maps that its states were seen through."""
+
+ROTATED_MODELS = 1_000_000
+"""First seed of the maps of rotated views that are models of a suite; the nulls' own count from zero."""
+
+
+def rotation_of(fitting: Stage) -> RotatedView | None:
+    path = fitting.folder / ROTATION
+    return RotatedView.load(path) if path.exists() else None
 
 
 def digest_of(key: dict[str, Any]) -> str:

@@ -9,10 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -316,6 +318,14 @@ class RotatedView:
                 torch.eye(len(values), dtype=torch.float64) + basis @ (q - torch.eye(rank, dtype=q.dtype)) @ basis.T
             )
         return cls(torch.stack(maps), rank)
+
+    def save(self, path: Path) -> None:
+        save_file({"maps": self.maps.contiguous(), "rank": torch.tensor(self.rank)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "RotatedView":
+        kept = load_file(path)
+        return cls(kept["maps"], int(kept["rank"]))
 
     def apply(self, captured: Capture) -> Capture:
         """The same tokens with rotated states; layer L and everything that is not a state stay as they are."""

@@ -89,6 +89,9 @@ class ModelRecipe(_Strict):
         "state", description="the whole stream, or what norm and head see of it"
     )
     view_of: str | None = Field(None, description="name of the model that this is another view of")
+    rotated: bool = Field(
+        False, description="every layer before the last seen in a random basis of its own; NAME+rotated alone says so too"
+    )
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -98,6 +101,9 @@ class ModelRecipe(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> "ModelRecipe":
         shape = {"family": self.family, **self.shape}
+        if self.rotated and (self.view_of is None or self.lens is not None):
+            wrong = "lens: lenses of others read no rotated states" if self.lens else "no view_of: whose rotated view is it?"
+            raise ValueError(f"model {self.name!r} is a rotated view and has {wrong}")
         loading = {key: getattr(self, key) for key in ("source", "device", "device_map", "lens")}
         if self.dtype != "float32":
             loading["dtype"] = self.dtype
@@ -142,6 +148,23 @@ class Suite(_Strict):
     fit: FitRecipe = FitRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     models: tuple[ModelRecipe, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rotated_by_name(cls, content: Any) -> Any:
+        """A model that is nothing but ``name = "MODEL+rotated"`` is the rotated view of MODEL, whichever view that is."""
+        models = content.get("models") if isinstance(content, dict) else None
+        if not isinstance(models, list | tuple) or not all(isinstance(m, dict) for m in models):
+            return content
+        by_name = {m.get("name"): m for m in models}
+        whole = []
+        for model in models:
+            of = by_name.get(str(model.get("name")).removesuffix("+rotated"))
+            if set(model) == {"name"} and of is not None and of is not model:
+                view = {"view": of["view"]} if "view" in of else {}
+                model = {**model, "view_of": of.get("view_of", of["name"]), **view, "rotated": True}
+            whole.append(model)
+        return {**content, "models": whole}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Suite":

@@ -184,7 +184,9 @@ def tables(parts: list[Part], *, draws: int) -> dict[str, pd.DataFrame]:
             | ce_columns(ce, sums.tokens, sums.bytes, weights)
             | {"scored_tokens": int(sums.tokens.sum()), "clusters": len(sums.tokens)}
         )
-        rows["lenses.csv"] += lens_rows(part, weights)
+        # The first of the null's views stands beside its model, unless the suite has the rotated view as a model.
+        beside = f"{part.model}+rotated" not in headlines
+        rows["lenses.csv"] += lens_rows(part, weights, beside=beside)
         rows["transfer.csv"] += transfer_rows(part, sums, weights)
         point = Means.of_clusters(sums.totals, sums.tokens)
         drawn = Means.of_clusters(sums.totals, sums.tokens, weights)
@@ -201,11 +203,11 @@ def tables(parts: list[Part], *, draws: int) -> dict[str, pd.DataFrame]:
     return {name: pd.DataFrame(content) for name, content in rows.items()}
 
 
-def lens_rows(part: Part, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-    """``lenses.csv``: every lens at the layers it is meant for."""
+def lens_rows(part: Part, weights: NDArray[np.float64], *, beside: bool = True) -> Iterator[dict[str, Any]]:
+    """``lenses.csv``: every lens at the layers it is meant for, ``beside`` them those of the null's first view."""
     kept = part.sequences[part.sequences["lens"].isin(["logit", "tuned", "shared", "shared_bias", "shared_loo"])]
     headline = (kept["lens"] == "tuned") & (kept["prior"] == "identity")
-    kept = kept[~headline & (kept["view"] <= 0)]
+    kept = kept[~headline & (kept["view"] <= (0 if beside else -1))]
     records = {
         (r.lens, r.stage): r
         for name, r in part.fit.records.items()

@@ -9,7 +9,7 @@ from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
 from lensbench.models.controls import ControlGPTConfig, ControlGPTForCausalLM, rotate
 from lensbench.models.training import TrainingRecipe, loss_of, train
-from lensbench.readout import find_readout
+from lensbench.readout import find_parts, find_readout
 from lensbench.stream import ResidualStream
 
 SHAPE = {"vocab_size": 101, "d_model": 48, "layers": 4, "heads": 4, "context": 32, "parameters": 150_000}
@@ -167,3 +167,12 @@ def test_deep_supervision_trains_the_inner_layers(tmp_path):
             total, last = loss_of(model, ids, find_readout(model), 1.0)
         inner[weight] = (total - last).item()
     assert inner[0.3] < inner[0.0] - 0.2
+
+
+@pytest.mark.parametrize("family", ["gpt", "gpt2", "gpt-conv", "gpt-partitioned", "gpt-noskip", "predictive-coding"])
+def test_blocks_of_every_family_are_found(family):
+    """So that blocks can be deleted and swapped; the one block of a tied model is none of several."""
+    shape = {**SHAPE, "parameters": 150_000}
+    found = find_parts(build(family, seed=0, **shape, **CHANGES.get(family, {})))
+    assert len(found.members) == 4
+    assert find_parts(control("gpt-tied")).members == ()

@@ -16,8 +16,8 @@ The stream is the whole state ``[z; u; e]``; norm and head are blind outside z.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +166,14 @@ class PredictiveCodingLayer(nn.Module):
         carried = (self.kernel(u) @ value).transpose(1, 2).reshape(batch, length, d)
         return carried @ self.value_output.weight
 
+    def forward(self, state: Tensor, error_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """State ``[z; u; e]`` (B, T, 3d) -> the next one, the errors that this layer saw, and its change of z."""
+        z, u, e = state.chunk(3, -1)
+        u = self.features(u, z)
+        error = error_of(z)
+        update = self.update(u, error)
+        return torch.cat([z + update, u, e], -1), error, update
+
 
 class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
     """Strict predictive-coding language model (see the module's docstring for the equations)."""
@@ -250,22 +258,20 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             e = e * attention_mask[..., None].to(e.dtype)
             both = attention_mask[:, 1:] * attention_mask[:, :-1]
             revealed = F.pad(both, (1, 0))[..., None].to(e.dtype)
-        z = self.first_down(F.gelu(self.first_up(e)))
-        u = self.conv_e(e)
-        states = [torch.cat([z, u, e], -1)] if output_hidden_states else []
-        errors, updates = [], []
-        for layer in cast(list[PredictiveCodingLayer], self.layers):
-            u = layer.features(u, z)
+        state = torch.cat([self.first_down(F.gelu(self.first_up(e))), self.conv_e(e), e], -1)
+
+        def error_of(z: Tensor) -> Tensor:
             error = self.error(z, input_ids)
-            if revealed is not None:
-                error = error * revealed
-            update = layer.update(u, error)
-            z = z + update
+            return error if revealed is None else error * revealed
+
+        states, errors, updates = [state], [], []
+        for layer in self.layers:
+            state, error, update = layer(state, error_of)
             if output_hidden_states:
-                states.append(torch.cat([z, u, e], -1))
+                states.append(state)
                 errors.append(error)
                 updates.append(update)
-        logits = self.lm_head(self.norm(torch.cat([z, u, e], -1)))
+        logits = self.lm_head(self.norm(state))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
