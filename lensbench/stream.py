@@ -43,7 +43,7 @@ class ResidualStream:
         self.input_device = input_device(model)
         found = find_parts(model)
         self.readout, self._entry = found.readout, found.entry
-        self._head, self._blocks = found.readout.unembedding, found.members
+        self._head, self._blocks, self._block_list = found.readout.unembedding, found.members, found.blocks
         self.device = self._head.weight.device
         self.view = view
         name = type(model).__name__
@@ -80,7 +80,7 @@ class ResidualStream:
         # Lenses compute in float32 whatever the model computes in.
         self.readout = self.readout.in_float32()
         self.float32 = self.readout.unembedding is self._head
-        self.layers, self.d_model = len(self._blocks or reported[1:]), self._seen(last).shape[-1]
+        self.layers, self.d_model = len(self._blocks or reported[1:]), self.seen(last).shape[-1]
 
     @property
     def vocab_size(self) -> int:
@@ -112,6 +112,38 @@ class ResidualStream:
         states, logits = self._states(ids, torch.clone)
         return states, logits.to(self.device)
 
+    def graph(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """States h_0..h_L, each ``[B, T, d]``, and logits ``[B, T, V]``, as one graph of gradients where these are enabled.
+
+        Whole states, whatever the view: what a view leaves out is on the path of the gradients too.
+        """
+        states: list[Tensor] = []
+
+        def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            h = block_input(args, kwargs)
+            assert h is not None
+            states.append(h)
+
+        hooks = [block.register_forward_pre_hook(take, with_kwargs=True) for block in self._blocks]
+        try:
+            reported, last, logits = self._run(ids, wanted=not self._blocks)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*(states or reported[:-1]), last], logits
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The L blocks in their order; none where layers are not modules of their own."""
+        return self._blocks
+
+    @property
+    def block_list(self) -> nn.ModuleList:
+        """The list that the model calls its blocks from; there is one where there are :attr:`blocks`."""
+        blocks = self.model.get_submodule(str(self._block_list))
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
     def _states(self, ids: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """What ``keep`` keeps (a copy) of h_0..h_L, stacked, and the logits.
 
@@ -119,13 +151,13 @@ class ResidualStream:
         """
         if not self._blocks:
             reported, last, logits = self._reported(ids)
-            return torch.stack([self._seen(keep(h)) for h in (*reported[:-1], last)]), logits
+            return torch.stack([self.seen(keep(h)) for h in (*reported[:-1], last)]), logits
         states: list[Tensor] = []
 
         def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             h = block_input(args, kwargs)
             assert h is not None
-            states.append(self._seen(keep(h)))
+            states.append(self.seen(keep(h)))
 
         hooks = [block.register_forward_pre_hook(take, with_kwargs=True) for block in self._blocks]
         try:
@@ -133,14 +165,17 @@ class ResidualStream:
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack([*states, self._seen(keep(last))]), logits
+        return torch.stack([*states, self.seen(keep(last))]), logits
 
-    def _seen(self, h: Tensor) -> Tensor:
+    def seen(self, h: Tensor) -> Tensor:
         """What the view shows of states, beside the head."""
         return h.to(self.device)[..., : self.readout.weight.shape[1] if self.view == "prediction" else None]
 
     @torch.no_grad()
     def _reported(self, ids: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        return self._run(ids, wanted=wanted)
+
+    def _run(self, ids: Tensor, *, wanted: bool) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """The hidden states that the model reports, h_L (its final norm's input, else its head's), and its logits."""
         last: list[Tensor] = []
         # In front of other hooks: `at` hands the head a few positions only.

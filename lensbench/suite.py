@@ -90,7 +90,8 @@ class ModelRecipe(_Strict):
     )
     view_of: str | None = Field(None, description="name of the model that this is another view of")
     rotated: bool = Field(
-        False, description="every layer before the last seen in a random basis of its own; NAME+rotated alone says so too"
+        False,
+        description="every layer before the last seen in a random basis of its own; NAME+rotated alone says so too",
     )
 
     @property
@@ -102,7 +103,11 @@ class ModelRecipe(_Strict):
     def _complete(self) -> "ModelRecipe":
         shape = {"family": self.family, **self.shape}
         if self.rotated and (self.view_of is None or self.lens is not None):
-            wrong = "lens: lenses of others read no rotated states" if self.lens else "no view_of: whose rotated view is it?"
+            wrong = (
+                "lens: lenses of others read no rotated states"
+                if self.lens
+                else "no view_of: whose rotated view is it?"
+            )
             raise ValueError(f"model {self.name!r} is a rotated view and has {wrong}")
         loading = {key: getattr(self, key) for key in ("source", "device", "device_map", "lens")}
         if self.dtype != "float32":

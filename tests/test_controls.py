@@ -61,7 +61,9 @@ def test_padding_changes_no_prediction(family, side, ids):
     where = slice(4, 24) if side == "left" else slice(0, 20)
     mask[:, : where.start] = 0
     mask[:, where.stop :] = 0
-    torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, where], model(ids).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask).logits[:, where], model(ids).logits, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_slices_of_a_partitioned_stream_are_never_overwritten(ids):

@@ -1,0 +1,92 @@
+"""How much the model needs each block, their order, and all of them at once (arXiv 1605.06431)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lensbench.probes import Array, Measured, Subject, Sums, probe
+from lensbench.readout import block_input
+from lensbench.stream import ResidualStream
+
+TOKENS_AT_ONCE = 8192
+RANDOM_SETS = 4
+"""Random sets of n blocks that are skipped together, for each n."""
+
+
+@contextmanager
+def skipping(blocks: list[nn.Module]) -> Iterator[None]:
+    """While this lasts, the blocks hand on what they receive."""
+
+    def unchanged(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        h = block_input(args, kwargs)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    hooks = [block.register_forward_hook(unchanged, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def swapped(stream: ResidualStream, first: int) -> Iterator[None]:
+    """While this lasts, blocks ``first`` and ``first + 1`` (from 0) stand in each other's place."""
+    blocks = stream.block_list
+    blocks[first], blocks[first + 1] = blocks[first + 1], blocks[first]
+    try:
+        yield
+    finally:
+        blocks[first], blocks[first + 1] = blocks[first + 1], blocks[first]
+
+
+@probe
+def block_paths(subject: Subject) -> Measured:
+    """Rise of the model's own cross-entropy, nats/token, with a block deleted, two neighbours swapped, n blocks skipped.
+
+    An ensemble of shallow paths loses little with any of them, a chain of steps that build on each other everything.
+    """
+    stream, windows = subject.stream, subject.windows
+    blocks = list(stream.blocks)
+    if subject.rotated or not blocks:
+        what = (
+            "a rotated view has no blocks of its own" if subject.rotated else "its layers are not blocks of their own"
+        )
+        return Measured("block_paths", reason=what)
+    whole = cross_entropy(stream, windows)
+    sums = Sums("block_paths", windows, windows.valid.sum(1).astype(float))
+    for k, block in enumerate(blocks):
+        with skipping([block]):
+            sums.add("ce_rise_deleted", cross_entropy(stream, windows) - whole, layer=k)
+    for k in range(len(blocks) - 1):
+        with swapped(stream, k):
+            sums.add("ce_rise_swapped", cross_entropy(stream, windows) - whole, layer=k, other=k + 1)
+    rng = np.random.default_rng(0)
+    for n in range(2, len(blocks)):
+        each = []
+        for _ in range(RANDOM_SETS):
+            with skipping([blocks[k] for k in rng.choice(len(blocks), n, replace=False)]):
+                each.append(cross_entropy(stream, windows) - whole)
+        sums.add("ce_rise_skipped", np.mean(each, axis=0), other=n)
+    return sums.measured()
+
+
+@torch.no_grad()
+def cross_entropy(stream: ResidualStream, windows: Any) -> Array:
+    """Sum of the model's own cross-entropy over the scored positions of each window, nats: ``[S]``."""
+    per_batch = max(1, TOKENS_AT_ONCE // windows.ids.shape[1])
+    sums = []
+    for start in range(0, len(windows.ids), per_batch):
+        rows = slice(start, start + per_batch)
+        ids = torch.from_numpy(windows.ids[rows].astype(np.int64))
+        valid = torch.from_numpy(windows.valid[rows])
+        row, at = valid.nonzero()[:, 0], torch.from_numpy(windows.positions[rows].astype(np.int64))[valid]
+        _, logits = stream.at(ids, row, at)
+        targets = ids[row, at + 1].to(logits.device)
+        nats = -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0].cpu()
+        sums.append(torch.zeros(len(ids), dtype=torch.float64).index_add_(0, row, nats))
+    return torch.cat(sums).numpy()

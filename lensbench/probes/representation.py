@@ -1,0 +1,110 @@
+"""What layers have in common, and how much of a transfer penalty is only offset and scale."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lensbench.fitting import MOMENT_BLOCK, Moments
+from lensbench.lenses import AffineMaps
+from lensbench.probes import Measured, Subject, Sums, probe, smallest_gain
+from lensbench.stream import Capture
+from lensbench.transfer import score, sum_by_window, transfer_sums
+
+RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+"""Tried for the regressions between layers, in units of the median eigenvalue; chosen on dev."""
+
+
+def covariance_similarity(covariances: Tensor) -> Tensor:
+    """Frobenius cosine of centred covariances ``[K, d, d]``, every pair: ``[K, K]`` (arXiv 2303.08112, section 4.2)."""
+    flat = covariances.flatten(1)
+    flat = flat / flat.norm(dim=1, keepdim=True)
+    return flat @ flat.T
+
+
+@probe
+def representation(subject: Subject) -> Measured:
+    """Covariance similarity of all layers, and the carried-along share: linear R^2 of h_i from h_j, i < j.
+
+    Similarities are those of the fitting tokens. The regression is fitted on fit, its ridge chosen on dev, R^2 (total
+    variance explained, around the fit split's mean) measured on eval.
+    """
+    fit, dev, scored = subject.fit, subject.dev, subject.eval
+    moments = Moments.of(fit)
+    sums = Sums("representation", subject.windows, sum_by_window(torch.ones(len(scored)), scored))
+    similarity = covariance_similarity(moments.covariance)
+    one = np.ones_like(sums.tokens)
+    for i in range(len(similarity)):
+        for j in range(i + 1, len(similarity)):
+            sums.add("covariance_similarity", float(similarity[i, j]) * one, one, layer=i, other=j)
+    values, vectors = moments.eigen
+    for j in subject.layers:
+        spectrum = values[j].clamp(min=0)
+        unit = spectrum[spectrum > 1e-10 * spectrum[-1]].median()
+        for i in (layer for layer in subject.layers if layer < j):
+            cross = _cross(fit, moments, i, j) @ vectors[j]  # [d, d], in the eigenbasis of layer j
+            maps = [(cross / (spectrum + ridge * unit)) @ vectors[j].T for ridge in RIDGES]
+            left = [float(_unexplained(dev, moments, m, i, j)[0].sum()) for m in maps]
+            best = maps[int(np.argmin(left))]
+            residual, total = (sum_by_window(x, scored) for x in _unexplained(scored, moments, best, i, j))
+            sums.add("carried_share", total - residual, total, layer=i, other=j)
+    return sums.measured()
+
+
+def _cross(fit: Capture, moments: Moments, i: int, j: int) -> Tensor:
+    """E (h_i - m_i)(h_j - m_j)^T, float64."""
+    total = torch.zeros_like(moments.covariance[0])
+    for start in range(0, len(fit), MOMENT_BLOCK):
+        rows = slice(start, start + MOMENT_BLOCK)
+        a, b = (fit.states[k, rows].double().cpu() - moments.mean[k] for k in (i, j))
+        total += a.T @ b
+    return total / len(fit)
+
+
+def _unexplained(captured: Capture, moments: Moments, matrix: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
+    """Squared distance of h_i to its prediction from h_j, and to its mean, per token ``[N]``."""
+    at, means = captured.states, moments.mean.to(captured.states)
+    target, source = at[i] - means[i], at[j] - means[j]
+    return (target - source @ matrix.to(source).T).pow(2).sum(-1), target.pow(2).sum(-1)
+
+
+@probe
+def matched_transfer(subject: Subject) -> Measured:
+    """Transfer with offset and scale taken out: lens i on ``(s_i / s_j)(h_j - m_j) + m_i``, mean m and rms s of the fit split.
+
+    Raw minus matched penalty is the share of a penalty that is only offset and scale.
+    """
+    fit, scored = subject.fit, subject.eval
+    layers, readout = subject.layers, subject.stream.readout
+    mean = fit.states.mean(1, dtype=torch.float64)
+    rms = torch.stack([(h.double() - m).pow(2).sum(-1).mean().sqrt() for h, m in zip(fit.states, mean, strict=True)])
+    lenses = subject.lenses[layers]
+    raw = transfer_sums(readout, scored, subject.lenses, lenses=layers, layers=layers, movement=False)
+    matched = np.zeros_like(raw.kl)
+    for at, j in enumerate(layers):
+        scores = score(readout, scored.states[j], matched_maps(lenses, mean[layers], rms[layers], at), scored)
+        matched[:, :, at] = sum_by_window(scores.kl, scored).T
+    sums = Sums("matched_transfer", subject.windows, sum_by_window(torch.ones(len(scored)), scored))
+    own = np.diagonal(raw.kl, axis1=1, axis2=2)
+    add = partial(sums.add, floor=0.0)
+    for a, i in enumerate(layers):
+        for b, j in enumerate(layers):
+            add("matched_penalty", matched[:, a, b] - own[:, b], layer=i, other=j)
+    off = ~np.eye(len(layers), dtype=bool)
+    floor = smallest_gain(scored)
+    penalty = (raw.kl - own[:, None, :])[:, off].mean(1)
+    lost = (raw.kl - matched)[:, off].mean(1)
+    sums.add("offset_and_scale_share", lost, penalty, floor=floor)
+    i, j = np.triu_indices(len(layers), k=1)
+    gain = (own[:, i] - own[:, j]).mean(1)
+    sums.add("gain_visibility_matched", (own[:, i] - matched[:, i, j]).mean(1), gain, floor=floor)
+    return sums.measured()
+
+
+def matched_maps(lenses: AffineMaps, mean: Tensor, rms: Tensor, at: int) -> AffineMaps:
+    """Lenses i composed with ``h -> (s_i / s_j)(h - m_j) + m_i`` for the layer j that stands ``at`` that place."""
+    matrix, offset = lenses.matrix.double(), lenses.offset.double()
+    scaled = (rms / rms[at])[:, None, None] * matrix
+    moved = torch.einsum("mde,me->md", matrix, mean) + offset - torch.einsum("mde,e->md", scaled, mean[at])
+    return AffineMaps(scaled.float(), moved.float())
