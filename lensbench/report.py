@@ -128,7 +128,8 @@ def sign_over_tolerances(curve: pd.DataFrame, index: str) -> str:
     rows = curve[(curve["index"] == index) & curve["value"].notna()]
     if not len(rows) or (rows["ci_low"] > 0).all() or (rows["ci_high"] < 0).all():
         return ""
-    lowest, highest = rows.loc[rows["value"].idxmin()], rows.loc[rows["value"].idxmax()]
+    rows = rows.sort_values("value")
+    lowest, highest = rows.iloc[0], rows.iloc[-1]
     return (
         f"; but not so at every loss that a lens's ridge may cost ({with_interval(lowest)} at {lowest['tolerance']}, "
         f"{with_interval(highest)} at {highest['tolerance']}): no verdict from it"
