@@ -119,7 +119,10 @@ def one_line(error: Exception) -> str | None:
     return None
 
 
-Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/SUITE.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Run folder; default runs/SUITE, with the names of --model and --corpus.", show_default=False),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -176,13 +179,14 @@ def run(
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
     from lensbench.run import choose_device, run_suite
-    from lensbench.suite import load_suite, on_request
+    from lensbench.suite import load_suite, name_of, on_request, text_name
 
     chosen = on_request(load_suite(suite), model or [], corpus)
+    default = "-".join([chosen.name, *map(name_of, model or []), *([text_name(corpus)] if corpus else [])])
     if seed is not None:
         chosen = chosen.model_copy(update={"seeds": (seed,)})
     names = [name for given in only or [] for name in given.split(",") if name]
-    folder = out or Path("runs") / chosen.name
+    folder = out or Path("runs") / default
     start = time.perf_counter()
     with Bars() as bars:
         finished = run_suite(
@@ -266,7 +270,9 @@ def bits(
     from lensbench.models.pretrained import check_context, load_pretrained
     from lensbench.run import choose_device, dtype_named
 
-    (document,) = read_documents(f"file:{text}", max_bytes)
+    documents = read_documents(f"file:{text}", max_bytes)
+    if len(documents) != 1:
+        raise LensbenchError(f"{text} holds {len(documents)} documents: give one text file")
     loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
     check_context(model, loaded.model.config, length, "--length")
     with Bars() as bars:
@@ -274,7 +280,7 @@ def bits(
         found = text_likelihood(
             loaded.model,
             loaded.tokenizer,
-            document.text,
+            documents[0].text,
             length=length,
             report=lambda done, total: bars.bars.update(bars.tasks["scoring"], completed=done, total=total),
         )
@@ -316,12 +322,12 @@ def trace(
     from lensbench.trace import trace_table, traced
 
     loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
-    trajectory = traced(loaded, text, lens)
+    trajectory = traced(loaded, text, lens, tokens)
     console.print(trace_table(trajectory, tokens))
     if out is not None:
         from lensbench.results import write_atomically
 
-        figure = trajectory.slice_sequence(slice(-tokens, None)).entropy().figure()
+        figure = trajectory.entropy().figure()
         write_atomically(out, lambda partial: figure.write_html(str(partial)))
         console.print(str(out), highlight=False, markup=False)
 

@@ -128,8 +128,9 @@ def cells_of(run: Run) -> list[Cell]:
             sums = ClusterSums.of(rows)
             weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
             means = Means.of_clusters(sums.totals, sums.tokens), Means.of_clusters(sums.totals, sums.tokens, weights)
-            at_point, at_draws = indices.draw_values(*means, int(seed))
-            estimates = indices.estimates(*means, seed=int(seed), clusters=len(sums.tokens))
+            of_rotations = indices.seed_of_rotations(str(model), int(seed))
+            at_point, at_draws = indices.draw_values(*means, of_rotations)
+            estimates = indices.estimates(*means, seed=of_rotations, clusters=len(sums.tokens))
             ce = by_document(rows, lens="model")["ce"].to_numpy(float)
             point = {name: float(value.value) for name, value in at_point.items()}
             values = {name: value.value for name, value in at_draws.items()}

@@ -194,10 +194,14 @@ def fit_all(
         RotatedView.random(moments.covariance, seed=1000 * seed + k, variance=recipe.variance)
         for k in range(recipe.rotations)
     ]
-    turned = {}
+    pair_rotations = min(recipe.pair_rotations, recipe.rotations)
+    turned = {}  # those that are wanted again: each takes as much memory as the moments themselves
     for k, view in enumerate(views):
-        turned[k] = moments.rotated(view)
-        keep(f"rotated{k}", partial(fit_rotated, search, turned[k], view, near=shared))
+        rotated = moments.rotated(view)
+        keep(f"rotated{k}", partial(fit_rotated, search, rotated, view, near=shared))
+        if k < max(1, pair_rotations):
+            turned[k] = rotated
+        del rotated
         tick(f"shared, rotated view {k}")
 
     # Per-layer lenses fitted to rotated moments and chosen on rotated dev states. They are scored with the rotation folded
@@ -217,7 +221,7 @@ def fit_all(
         fitted[name] = joined(each)
 
     fit_pairs("pair", partial(fit_shared, search, moments))
-    for k in range(min(recipe.pair_rotations, recipe.rotations)):
+    for k in range(pair_rotations):
         fit_pairs(f"pair_rotated{k}", partial(fit_rotated, search, turned[k], views[k]))
 
     maps: dict[str, AffineMaps] = {}
@@ -255,7 +259,7 @@ def fit_all(
         dev_tokens=len(dev),
         rotated_rank=views[0].rank,
         rotations=recipe.rotations,
-        pair_rotations=min(recipe.pair_rotations, recipe.rotations),
+        pair_rotations=pair_rotations,
         refits=recipe.refits,
         layers=some,
         dev_constant_kl=search.constant_kl,
@@ -571,11 +575,13 @@ def score_all(
     fit: Fit,
     *,
     refit_positions: int | None = None,
+    memory_gib: float = float("inf"),
     pieces: Pieces = NOTHING_KEPT,
     report: Report | None = None,
 ) -> Scored:
     """Every lens of a fit on the held-out tokens; refits on at most ``refit_positions`` of each window.
 
+    What movement is measured from is as large as the states, and beyond ``memory_gib`` kept on disk as they are.
     Finished ``pieces`` are taken up.
     """
     layers, some = list(range(captured.layers)), fit.summary.layers
@@ -600,13 +606,14 @@ def score_all(
         whole = AffineMaps(fit.maps["transfer"].matrix.clone(), fit.maps["transfer"].offset.clone())
         whole.matrix[some], whole.offset[some] = some_maps.matrix, some_maps.offset
         return transfer_sums(
-            readout, tokens, whole, lenses=some, layers=some, pieces=pieces, name=name, report=lambda *_: None
+            readout, tokens, whole, lenses=some, layers=some, memory_gib=memory_gib, pieces=pieces, name=name
         )
 
     matrix = transfer_sums(
         readout,
         captured,
         fit.maps["transfer"],
+        memory_gib=memory_gib,
         pieces=pieces,
         name="matrix",
         report=lambda j: tick(f"matrix, layer {j}"),

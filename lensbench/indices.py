@@ -4,6 +4,7 @@ Every function takes mean KLs whose leading axes are free, so that one call serv
 draws. Layers are 0..L; per-layer arrays hold layers 0..L-1.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -267,24 +268,33 @@ def interval(draws: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value], dict[str, Value]]:
+def seed_of_rotations(model: str, seed: int) -> list[int]:
+    """The seed of what the rotations add to an interval: a model's own, where documents are drawn for all models together.
+
+    With one seed for all, the spread of rotations that are independent would cancel in a difference of two models.
+    """
+    return [seed, int.from_bytes(hashlib.sha256(model.encode()).digest()[:8])]
+
+
+def draw_values(point: Means, draws: Means, seed: int | list[int]) -> tuple[dict[str, Value], dict[str, Value]]:
     """Every index at the point estimate and at every bootstrap draw, consistency included.
 
-    The spread over the few rotated views enters the draws of ``rotated_retention`` as a Student-t deviation of their mean.
+    The spread over the few rotated views enters the draws of ``rotated_retention`` as a Student-t deviation of their mean,
+    drawn with ``seed``.
     """
     # A denominator of zero makes an index undefined, with its reason, further on.
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _draw_values(point, draws, seed)
+        return _draw_values(point, draws, [seed] if isinstance(seed, int) else seed)
 
 
-def _draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value], dict[str, Value]]:
+def _draw_values(point: Means, draws: Means, seed: list[int]) -> tuple[dict[str, Value], dict[str, Value]]:
     at_point = {name: function(point) for name, (_, function) in INDICES.items()}
     at_draws = {name: function(draws) for name, (_, function) in INDICES.items()}
     for suffix, first in (("", 0), ("_without_layer0", 1)):
         null = f"rotated_retention{suffix}"
         views = retention(point.own[None, first:], point.rotated[:, first:], point.constant[None]).value
         if len(views) > 1:
-            rng = np.random.default_rng([seed, len(views)])
+            rng = np.random.default_rng([*seed, len(views)])
             deviation = stats.t.ppf(rng.uniform(size=len(draws.constant)), len(views) - 1) * views.std(ddof=1)
             spread = at_draws[null].value + deviation / len(views) ** 0.5
             at_draws[null] = Value(spread, at_draws[null].denominator)
@@ -293,7 +303,7 @@ def _draw_values(point: Means, draws: Means, seed: int) -> tuple[dict[str, Value
     return at_point, at_draws
 
 
-def estimates(point: Means, draws: Means, *, seed: int, clusters: int) -> dict[str, Estimate]:
+def estimates(point: Means, draws: Means, *, seed: int | list[int], clusters: int) -> dict[str, Estimate]:
     """Every index with its interval, or the reason why it is undefined."""
     at_point, at_draws = draw_values(point, draws, seed)
     result = {}

@@ -112,7 +112,7 @@ class SharedLens(Lens):
         folder = Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text())
-            if config["unembed_hash"] != unembed.unembedding_hash():
+            if config["unembed_hash"] not in _unembedding_hashes(unembed):
                 raise LensbenchError(
                     f"the lens in {folder} was fitted to another model (its unembedding's hash differs)"
                 )
@@ -122,6 +122,7 @@ class SharedLens(Lens):
             if set(tensors) != expected:
                 raise ValueError(f"it holds {sorted(tensors)} where its config says {sorted(expected)}")
             lens.load_state_dict(tensors, strict=False)  # all that is left out is the unembedding, which is the model's
+            refuse_not_finite(f"the lens in {folder}", tensors)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise LensbenchError(f"{folder} does not hold a shared lens: {error}") from error
         return lens
@@ -191,12 +192,20 @@ def load_tuned_lens(unembed: Unembed, source: str) -> TunedLens:
     other = f"{source}: the lens was fitted to another model"
     if wanted is not None and wanted not in _unembedding_hashes(unembed):
         raise LensbenchError(f"{other} (its unembedding's hash differs)")
+    refuse_not_finite(f"{source}: the lens", state)
     weight = unembed.unembedding.weight
     try:
         unembed(torch.zeros(config.d_model, dtype=weight.dtype, device=weight.device))
     except RuntimeError as error:
         raise LensbenchError(f"{other} (its width is {config.d_model})") from error
     return lens
+
+
+def refuse_not_finite(what: str, tensors: dict[str, Tensor]) -> None:
+    """Raise :class:`LensbenchError` naming the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise LensbenchError(f"{what} holds NaN or infinite values in {name}: it is damaged")
 
 
 def _unembedding_hashes(unembed: Unembed) -> Iterator[str]:
@@ -233,21 +242,26 @@ def prediction_trajectory(
     ids: Tensor,
     tokenizer: Tokenizer | PreTrainedTokenizerBase,
     targets: Tensor | None = None,
+    last: int | None = None,
 ) -> PredictionTrajectory:
     """tuned-lens's trajectory of one text ``[T]`` under any lens, the shared one included, for any model.
 
     Unlike ``PredictionTrajectory.from_lens_and_model`` it reads the states that :class:`ResidualStream` verified, which
     are not what every model reports. ``targets`` ``[T]`` left out are the next tokens, the last one's being the model's own.
+    With ``last`` the trajectory is that of so many tokens at the end: what it takes is (L+1) V floats for each.
     """
+    first = 0 if last is None else max(0, len(ids) - last)
+    at = torch.arange(first, len(ids))
     with torch.no_grad():
-        states, logits = stream.forward(ids[None])
-        layers = [lens(h[0].float(), idx=layer).log_softmax(-1) for layer, h in enumerate(states[:-1])]
-        own = logits[0].float().log_softmax(-1)
-    if targets is None:
-        targets = torch.cat([ids[1:].cpu(), own[-1:].argmax(-1).cpu()])
-    log_probs = torch.stack([*layers, own]).cpu().numpy()
+        states, logits = stream.at(ids[None], torch.zeros_like(at), at)
+        own = logits.float().log_softmax(-1)
+        log_probs = np.empty((len(states), *own.shape), dtype=np.float32)
+        for layer, h in enumerate(states[:-1]):
+            log_probs[layer] = lens(h.float(), idx=layer).log_softmax(-1).cpu().numpy()
+        log_probs[-1] = own.cpu().numpy()
+    targets = torch.cat([ids[1:].cpu(), own[-1:].argmax(-1).cpu()]) if targets is None else targets.cpu()
     words: Any = _Words(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
-    return PredictionTrajectory(log_probs, ids.cpu().numpy(), targets=targets.numpy(), tokenizer=words)
+    return PredictionTrajectory(log_probs, ids[first:].cpu().numpy(), targets=targets[first:].numpy(), tokenizer=words)
 
 
 def save_tuned_lens(lens: TunedLens, folder: Path) -> None:

@@ -116,11 +116,27 @@ def tolerance_table(run: Run) -> Table:
 
 def sentences(run: Run) -> list[str]:
     """One sentence per model: what its consistency, visibility and movement say together."""
-    indices = shown_seeds(run.tables["indices.csv"])
-    return [sentence(str(name), rows.set_index("index")) for name, rows in indices.groupby("model", sort=False)]
+    indices, curve = shown_seeds(run.tables["indices.csv"]), run.tables["tolerances.csv"]
+    return [
+        sentence(str(name), rows.set_index("index"), curve[curve["model"] == name])
+        for name, rows in indices.groupby("model", sort=False)
+    ]
 
 
-def sentence(name: str, rows: pd.DataFrame) -> str:
+def sign_over_tolerances(curve: pd.DataFrame, index: str) -> str:
+    """What to add to a statement on the sign of an index that does not hold at every loss a ridge may cost; else nothing."""
+    rows = curve[(curve["index"] == index) & curve["value"].notna()]
+    if not len(rows) or (rows["ci_low"] > 0).all() or (rows["ci_high"] < 0).all():
+        return ""
+    rows = rows.sort_values("value")
+    lowest, highest = rows.iloc[0], rows.iloc[-1]
+    return (
+        f"; but not so at every loss that a lens's ridge may cost ({with_interval(lowest)} at {lowest['tolerance']}, "
+        f"{with_interval(highest)} at {highest['tolerance']}): no verdict from it"
+    )
+
+
+def sentence(name: str, rows: pd.DataFrame, curve: pd.DataFrame) -> str:
     consistency, visibility, movement = (rows.loc[i] for i in ("shared_consistency", "gain_visibility", "movement"))
     kept = f"one lens keeps {with_interval(rows.loc['shared_retention'])} of what a lens per layer reads"
     if pd.isna(consistency["value"]):
@@ -134,19 +150,22 @@ def sentence(name: str, rows: pd.DataFrame) -> str:
     later = rows.loc["gain_visibility_without_layer0"]
     if pd.notna(later["value"]):
         seen += f", without layer 0 {with_interval(later)}"
-    seen += f", lenses within {visibility['tolerance']:.0%} of their best"
+    if pd.notna(visibility["tolerance"]):
+        seen += f", lenses within {visibility['tolerance']:.0%} of their best"
     if visibility["ci_high"] < 0 < later["ci_low"]:
         meaning = (
             f"from layer 1 on, fixed lenses see later layers improve; layer 0 is in another representation, and with it "
             f"the balance is negative (gain visibility {seen})"
+            + sign_over_tolerances(curve, "gain_visibility_without_layer0")
         )
     elif visibility["ci_low"] > 0:
         meaning = f"fixed lenses see later layers improve (gain visibility {seen}): refinement shows"
+        meaning += sign_over_tolerances(curve, "gain_visibility")
     elif visibility["ci_high"] < 0:
         meaning = (
             f"a lens fixed at one layer reads later layers worse (gain visibility {seen}): the representation changes, "
             "or new information overlaps what is carried along"
-        )
+        ) + sign_over_tolerances(curve, "gain_visibility")
     elif movement["ci_high"] < 0.05:
         meaning = (
             f"fixed lenses see no change at all (gain visibility {seen}, movement near 0): information is carried along"

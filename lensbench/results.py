@@ -27,7 +27,7 @@ _WHO = {
     "seed": "seed of initialisation, batches and rotations; 'all' is the mean over seeds with a Student-t interval",
 }
 _HOW = {
-    "stage": "closed (ridge), refined (KL), or none where nothing is fitted",
+    "stage": "closed (ridge), refined (KL), loaded (lenses of others), or none where nothing is fitted",
     "prior": "what the ridge shrinks the map towards: zero or identity",
 }
 

@@ -40,7 +40,15 @@ from lensbench.lenses import (
     tuned_lens,
 )
 from lensbench.models import build, count_parameters, ngram
-from lensbench.models.pretrained import check_context, check_vocabulary, identity, load_model, load_tokenizer
+from lensbench.models.pretrained import (
+    check_context,
+    check_ids,
+    check_vocabulary,
+    identity,
+    load_model,
+    load_tokenizer,
+    locate,
+)
 from lensbench.models.training import StepReport, train
 from lensbench.stages import NotFinished, Pieces, Stage, Stages, open_run_folder
 from lensbench.stream import Capture, ResidualStream, RotatedView, capture
@@ -93,12 +101,9 @@ class Texts:
 
     def within(self, vocab_size: int) -> None:
         """Raise :class:`LensbenchError` where the text holds a token that a model has no embedding for."""
-        largest = max((int(d.ids.max()) for documents in self.documents.values() for d in documents), default=0)
-        if largest >= vocab_size:
-            raise LensbenchError(
-                f"model {self.name}: its tokenizer gives the text a token {largest}, but the model has {vocab_size} "
-                "entries: the tokenizer belongs to another model"
-            )
+        for documents in self.documents.values():
+            for document in documents:
+                check_ids(f"model {self.name}", document.ids, vocab_size)
 
 
 @dataclass(frozen=True)
@@ -285,6 +290,11 @@ class Runner:
             }
             return Origin(owner.name, training.digest, partial(self.network, training), facts)
         source, device = owner.source, self.device if owner.device is None else choose_device(owner.device)
+        if source not in self.sources and self.trained_on_this(source):
+            self.progress.say(
+                f"model {owner.name} was trained by a run of lensbench on this text, split another way: some of what it "
+                "is scored on here it was trained on; give --corpus another text, or the suite that run's corpus settings"
+            )
         key: dict[str, Any] = {"source": self.identity(owner), "dtype": owner.dtype}
         if owner.device is not None:
             key["device"] = device.type
@@ -302,6 +312,20 @@ class Runner:
         # What was trained elsewhere was not trained on tokens that can be counted here.
         facts = {"family": None, "source": named(source), "dtype": owner.dtype, "train_tokens": None}
         return Origin(owner.name, digest_of(key), load, facts)
+
+    def trained_on_this(self, source: str) -> bool:
+        """Whether a model of a run's stage was trained on text that this suite may fit or score on."""
+        own_tokenizer = locate(source).own_tokenizer
+        if own_tokenizer is None:
+            return False
+        try:
+            manifest = json.loads((own_tokenizer.parents[2] / results.MANIFEST).read_text())
+            theirs, checksum = manifest["suite"]["corpus"], manifest["corpus"]["checksum"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return True  # a run that has not finished does not say
+        split = {"train", "fit", "dev", "eval", "seed"}
+        same_split = {k: theirs[k] for k in split} == self.suite.corpus.model_dump(include=split)
+        return checksum == self.corpus.checksum and not same_split
 
     def stream(self, origin: Origin, view: str) -> ResidualStream:
         """The stream of a model, loaded when it is first needed; one at a time is kept, whatever its views."""
@@ -333,7 +357,9 @@ class Runner:
 
         captured = capture(stream, windows, constant=constant, memory_gib=self.suite.fit.memory_gib, report=report)
         self.progress.finished(name, time.perf_counter() - start, False)
-        dtype = choose_product_dtype(stream.readout, stream.readout.final_norm(captured.states[-1][:512]))
+        # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
+        sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
+        dtype = choose_product_dtype(stream.readout, stream.readout.final_norm(sample))
         if dtype is not None:
             self.progress.say(f"log-partitions in {str(dtype).removeprefix('torch.')}, which agrees with float32 here")
         return captured if rotation is None else rotation.apply(captured)
@@ -481,6 +507,7 @@ class Runner:
                 captured,
                 fitted,
                 refit_positions=self.suite.evaluate.refit_positions,
+                memory_gib=recipe.memory_gib,
                 pieces=pieces,
                 report=tick,
             )
@@ -604,26 +631,29 @@ def run_suite(
             for model in suite.models:
                 runner.only_finished = bool(only) and model.name not in only
                 try:
-                    for seed in suite.seeds:
+                    for seed in suite.seeds_of(model):
                         path = runner.planned(model, seed).folder / "plan.json"
                         plans[f"{model.name}-seed{seed}"] = json.loads(path.read_text())
-                except NotFinished:
-                    continue
+                except (NotFinished, LensbenchError):
+                    if not runner.only_finished:
+                        raise
             runner.sequences = max(plan["sequences"] for plan in plans.values())
         for model in suite.models:
             # What earlier runs finished stays in the tables, also where only other models are asked for now.
             runner.only_finished = bool(only) and model.name not in only
             try:
-                measured = [(seed, *runner.measured(model, seed)) for seed in suite.seeds]
-            except NotFinished:
-                continue
+                measured = [(seed, *runner.measured(model, seed)) for seed in suite.seeds_of(model)]
+            except (NotFinished, LensbenchError):
+                if not runner.only_finished:
+                    raise
+                continue  # not there yet, or its files are not: no matter to the models that are asked for
             parts += [tables.Part.load(model.name, seed, f.folder, s.folder) for seed, f, s in measured]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]
         runner.only_finished = False
         counted = {t.name: runner.baselines(t) for t in dict.fromkeys(map(runner.texts, models))}
         tick = progress.stage("tables", 2, "steps")
         start = time.perf_counter()
-        written = tables.tables(parts, draws=suite.evaluate.draws)
+        written = tables.tables(parts, draws=suite.evaluate.draws, largest_ridge=suite.fit.ridges[-1])
         written["baselines.csv"] = pd.concat([c["table"] for c in counted.values()], ignore_index=True)
         for name, table in written.items():
             results.write_table(folder, name, table)

@@ -198,6 +198,21 @@ def refuse_non_finite(model: nn.Module) -> None:
             )
 
 
+def refuse_overflow(h: Tensor, log_z: Tensor, window: int) -> None:
+    """Raise :class:`LensbenchError` where states ``[L+1, n, d]`` or log-partitions of the model's logits are not finite."""
+    finite = torch.isfinite(h).all(-1).all(-1)
+    if not bool(finite.all()):
+        what = f"the state behind layer {int((~finite).nonzero()[0, 0])}"
+    elif not bool(torch.isfinite(log_z).all()):
+        what = "the model's logits"
+    else:
+        return
+    raise LensbenchError(
+        f"{what} overflowed to NaN or infinity in or behind window {window} of the text; "
+        "give the model a dtype of larger range (bfloat16 or float32)"
+    )
+
+
 @dataclass(frozen=True)
 class Capture:
     """What the lenses need to know of N tokens of a stream; float32, on one device.
@@ -279,6 +294,7 @@ def capture(
         if done == 0:
             shape = (stream.layers + 1, int(windows.valid.sum()), stream.d_model)
             states = room_for(shape, stream.device, memory_gib)
+        refuse_overflow(h, log_z, start + int(row[0]) if len(row) else start)
         states[:, done : done + len(row)] = h
         done += len(row)
         expected.append(p @ weight)

@@ -222,6 +222,10 @@ class Suite(_Strict):
             first = error.errors()[0]
             raise ValueError(f"model {model.name!r}: training.{first['loc'][0]}: {first['msg']}") from error
 
+    def seeds_of(self, model: ModelRecipe) -> tuple[int, ...]:
+        """The seeds that a model is run with: a pretrained one is the same model at all of them, so the first alone."""
+        return self.seeds if self.trained(model).source is None else self.seeds[:1]
+
     @property
     def length(self) -> int:
         """Tokens of the sequences that lenses are fitted, chosen and scored on."""
@@ -335,9 +339,21 @@ def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
 def name_of(source: str) -> str:
     """What a model of a source is called in tables: the last part of its name."""
     check_source(source)
-    rest = source.partition(":")[2].partition("@")[0] if source.startswith("hub:") else source.partition(":")[2]
-    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(rest).resolve().name.removesuffix(".gguf"))
-    return name.lstrip("._+-") or "model"
+    kind, _, rest = source.partition(":")
+    # Of a model on the hub its revision belongs to the name: checkpoints of one model are what one compares.
+    last = rest.rpartition("/")[2] if kind == "hub" else Path(rest).resolve().name.removesuffix(".gguf")
+    return plain(last) or "model"
+
+
+def text_name(spec: str) -> str:
+    """What a text is called in the name of a folder."""
+    kind, _, rest = spec.partition(":")
+    return plain(Path(rest).resolve().stem if kind == "file" else rest or kind) or "text"
+
+
+def plain(name: str) -> str:
+    """What is left of a name where letters, digits and ``._+-`` alone can stand."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("._+-")
 
 
 def load_sweep(name: str) -> Sweep:

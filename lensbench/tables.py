@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lensbench import indices
+from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
 
@@ -60,6 +61,7 @@ class ClusterSums:
     @classmethod
     def of(cls, sequences: pd.DataFrame) -> "ClusterSums":
         """From the rows of ``per_sequence.parquet`` that belong to one model and seed."""
+        refuse_missing(sequences)
         documents = tuple(sorted(sequences["document"].astype(str).unique()))
         model = by_document(sequences, lens="model")
         constant = by_document(sequences, lens="constant")["kl"].to_numpy(float)
@@ -110,6 +112,17 @@ class ClusterSums:
         )
         tokens, sizes = model["tokens"].to_numpy(float), model["bytes"].to_numpy(float)
         return cls(documents, tokens, sizes, totals, grid("top1"), curve)
+
+
+def refuse_missing(sequences: pd.DataFrame) -> None:
+    """Raise :class:`LensbenchError` where a KL is not a number: a sum would pass over it as if the lens were perfect."""
+    missing = ~np.isfinite(sequences["kl"].to_numpy())
+    if missing.any():
+        row = sequences[missing].iloc[0]
+        raise LensbenchError(
+            f"{row['model']}: the KL of lens {row['lens']} at layer {row['layer']} is not a number in {row['document']} "
+            f"(and {int(missing.sum()) - 1} more): the scores are damaged, or a lens overflowed"
+        )
 
 
 def by_document(sequences: pd.DataFrame, *, lens: str) -> pd.DataFrame:
@@ -166,8 +179,8 @@ def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
     }  # fmt: skip
 
 
-def tables(parts: list[Part], *, draws: int) -> dict[str, pd.DataFrame]:
-    """The CSV tables of a run, but for the baselines."""
+def tables(parts: list[Part], *, draws: int, largest_ridge: float | None = None) -> dict[str, pd.DataFrame]:
+    """The CSV tables of a run, but for the baselines; lenses at the ``largest_ridge`` of the path are told."""
     rows: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv", "tolerances.csv", "pairs.csv")
     }
@@ -190,8 +203,12 @@ def tables(parts: list[Part], *, draws: int) -> dict[str, pd.DataFrame]:
         rows["transfer.csv"] += transfer_rows(part, sums, weights)
         point = Means.of_clusters(sums.totals, sums.tokens)
         drawn = Means.of_clusters(sums.totals, sums.tokens, weights)
-        estimates = indices.estimates(point, drawn, seed=part.seed, clusters=len(sums.tokens))
-        rows["tolerances.csv"] += [who | row for row in tolerance_rows(part, sums, point, drawn, weights)]
+        estimates = indices.estimates(
+            point, drawn, seed=indices.seed_of_rotations(part.model, part.seed), clusters=len(sums.tokens)
+        )
+        rows["tolerances.csv"] += [
+            who | row for row in tolerance_rows(part, sums, point, drawn, weights, largest_ridge)
+        ]
         rows["pairs.csv"] += [who | row for row in pair_rows(part, point, drawn)]
         found.setdefault(part.model, []).append(estimates)
         rows["indices.csv"] += [who | row for row in index_rows(estimates, part)]
@@ -269,7 +286,12 @@ def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -
 
 
 def tolerance_rows(
-    part: Part, sums: ClusterSums, point: Means, drawn: Means, weights: NDArray[np.float64]
+    part: Part,
+    sums: ClusterSums,
+    point: Means,
+    drawn: Means,
+    weights: NDArray[np.float64],
+    largest_ridge: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """``tolerances.csv``: what a fixed lens sees, over the loss that its ridge may cost on its own layer."""
     some, headline = part.fit.layers, part.fit.records["transfer"]
@@ -279,6 +301,8 @@ def tolerance_rows(
     for tolerance, (kl, moved) in sorted(matrices.items(), key=lambda item: indices.tolerance_order(item[0])):
         record = part.fit.records["transfer" if tolerance == label else f"transfer@{tolerance}"]
         ridges = [record.ridge[k] for k in some] if tolerance == label else record.ridge
+        ended = sum(r == largest_ridge for r in ridges if r is not None)
+        at_the_end = f"{ended} of {len(some)} lenses at the end of the ridge path: they may cost less" if ended else ""
         own = np.diagonal(kl[block], axis1=1, axis2=2).mean(1)
         own_low, own_kl, own_high = ratio_with_interval(own, sums.tokens, weights)
         per = sums.tokens.sum(), (weights @ sums.tokens)[:, None, None]
@@ -311,7 +335,7 @@ def tolerance_rows(
                 "ci_low": found.low,
                 "ci_high": found.high,
                 **refit_range(found, spread),
-                "reason": found.reason,
+                "reason": "; ".join(filter(None, (found.reason, at_the_end))),
             }
 
 

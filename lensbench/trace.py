@@ -11,7 +11,7 @@ from tuned_lens.plotting import PredictionTrajectory
 from lensbench.corpus import Document, tokenize
 from lensbench.errors import LensbenchError
 from lensbench.lenses import SharedLens, load_tuned_lens, prediction_trajectory
-from lensbench.models.pretrained import Pretrained, check_context
+from lensbench.models.pretrained import Pretrained, check_context, check_ids
 from lensbench.stream import ResidualStream
 
 
@@ -28,11 +28,13 @@ def load_lens(stream: ResidualStream, source: str | None) -> Lens:
         width, layers = lens.config.d_model, len(lens)
     if width != stream.d_model or layers not in (None, stream.layers):
         raise LensbenchError(f"{source}: the lens is of another model: its width is {width}, its layers {layers}")
-    return lens
+    return lens.to(stream.device)
 
 
-def traced(loaded: Pretrained, text: str, lens: str | None = None) -> PredictionTrajectory:
+def traced(loaded: Pretrained, text: str, lens: str | None = None, last: int | None = None) -> PredictionTrajectory:
     """The trajectory of ``text``, behind the beginning-of-text token, under a lens named as in :func:`load_lens`.
+
+    The model reads all of the text; with ``last`` only the states of so many tokens at its end are read out.
 
     Raises :class:`LensbenchError` for an empty text and one beyond the model's context.
     """
@@ -41,8 +43,9 @@ def traced(loaded: Pretrained, text: str, lens: str | None = None) -> Prediction
         raise LensbenchError("the text is empty: give one that has a token")
     ids = torch.from_numpy(encoded[0].ids.astype(np.int64))
     check_context(loaded.source, loaded.model.config, len(ids), "a text")
+    check_ids(loaded.source, ids, loaded.model.config.get_text_config().vocab_size)
     stream = ResidualStream(loaded.model)
-    return prediction_trajectory(load_lens(stream, lens), stream, ids, loaded.tokenizer)
+    return prediction_trajectory(load_lens(stream, lens), stream, ids, loaded.tokenizer, last=last)
 
 
 def trace_table(trajectory: PredictionTrajectory, tokens: int) -> Table:

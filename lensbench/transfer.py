@@ -4,7 +4,7 @@ With ``e = W^T p`` and ``n = norm(x)``, ``KL(p || q) = sum p log p - e.n + logsu
 ``logsumexp(W n) - w_y.n``: the softmax of a lens is never formed, the model's own never formed again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lensbench.errors import LensbenchError
 from lensbench.lenses import AffineMaps
 from lensbench.stages import NOTHING_KEPT, Pieces
-from lensbench.stream import Capture, ReadOut
+from lensbench.stream import Capture, ReadOut, room_for
 
 TOKEN_BLOCK = 1024
 ROW_BLOCK = 1024
@@ -44,7 +44,10 @@ def log_partition(readout: ReadOut, n: Tensor) -> Tensor:
 
 
 def partition_and_largest(readout: ReadOut, n: Tensor, *, want_largest: bool = True) -> tuple[Tensor, Tensor | None]:
-    """:func:`log_partition` and, where wanted, the largest logit of every row from the same pass: ``[R]``, ``[R]``."""
+    """:func:`log_partition` and, where wanted, the largest logit of every row: ``[R]``, ``[R]``.
+
+    From the same pass; where products are made in bfloat16 that finds the largest logit's word, and its logit is made again.
+    """
     if not len(n):
         return n[:, 0], n[:, 0] if want_largest else None
     parts = [_log_partition(readout, rows, want_largest) for rows in n.split(ROW_BLOCK if not n.is_cuda else len(n))]
@@ -88,6 +91,7 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
 def _online_log_partition(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
     """The two of them with an online maximum over the blocks."""
     weight, bias = readout.weight, readout.bias
+    exact = n, weight, bias
     size = VOCABULARY_BLOCK if not n.is_cuda else max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(n)))
     dtype = readout.product_dtype or n.dtype
     n, weight = n.to(dtype), weight.to(dtype)
@@ -95,14 +99,22 @@ def _online_log_partition(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
     # Sums and maxima in float32 at least, whatever the products are made in.
     largest = torch.full((len(n),), -torch.inf, dtype=torch.promote_types(n.dtype, torch.float32), device=n.device)
     total = torch.zeros_like(largest)
+    word = torch.zeros(len(n), dtype=torch.long, device=n.device)
     for start in range(0, len(weight), size):
         rows = slice(start, start + size)
         logits = n @ weight[rows].T if bias is None else torch.addmm(bias[rows], n, weight[rows].T)
         logits = readout.cap_(logits.to(largest.dtype))
-        new = torch.maximum(largest, logits.amax(-1))
+        here, at = logits.max(-1)
+        word = torch.where(here > largest, at + start, word)
+        new = torch.maximum(largest, here)
         total = total * torch.exp(largest - new) + logits.sub_(new[:, None]).exp_().sum(-1)
         largest = new
-    return largest + total.log(), largest
+    log_z = largest + total.log()
+    if dtype != exact[0].dtype:  # a logit with three digits cannot be held against one with seven
+        n, weight, bias = exact
+        logit = (n * weight[word]).sum(-1)
+        largest = readout.cap_(logit if bias is None else logit + bias[word])
+    return log_z, largest
 
 
 def choose_product_dtype(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3) -> torch.dtype | None:
@@ -254,13 +266,22 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, readout: ReadOut, n: list[Tensor]) -> "Reference":
-        """The read-outs of normalised states, M of ``[N, d_read]``."""
-        if readout.linear:
-            parts = [softmax_moment(readout, rows) for rows in n]
-            return cls(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
-        entropy = [expected_logit(readout, rows, rows) - log_partition(readout, rows) for rows in n]
-        return cls(torch.stack(n), torch.stack(entropy))
+    def of(cls, readout: ReadOut, n: Iterable[Tensor], count: int, memory_gib: float = float("inf")) -> "Reference":
+        """The read-outs of normalised states, ``count`` of ``[N, d_read]``, one at a time.
+
+        Beyond ``memory_gib`` the moments lie in a memory-mapped file, as :func:`lensbench.stream.room_for` says.
+        """
+        moment, entropies = torch.empty(0), []
+        for k, rows in enumerate(n):
+            if k == 0:
+                moment = room_for((count, *rows.shape), rows.device, memory_gib)
+            if readout.linear:
+                moment[k], entropy = softmax_moment(readout, rows)
+            else:
+                moment[k] = rows
+                entropy = expected_logit(readout, rows, rows) - log_partition(readout, rows)
+            entropies.append(entropy)
+        return cls(moment, torch.stack(entropies))
 
     def kl_to(self, readout: ReadOut, rows: slice, n: Tensor) -> Tensor:
         """``KL(q_m || R_m)`` less the log-partition of R, for normalised states ``[n, M, d_read]``: ``[M, n]``."""
@@ -308,6 +329,7 @@ def transfer_sums(
     lenses: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     movement: bool = True,
+    memory_gib: float = float("inf"),
     pieces: Pieces = NOTHING_KEPT,
     name: str = "transfer",
     report: Callable[[int], None] | None = None,
@@ -326,7 +348,8 @@ def transfer_sums(
         if not movement:
             return None
         own = zip(chosen, maps.matrix, maps.offset, strict=True)
-        return Reference.of(readout, [readout.final_norm(captured.states[i] @ a.T + b) for i, a, b in own])
+        normalised = (readout.final_norm(captured.states[i] @ a.T + b) for i, a, b in own)
+        return Reference.of(readout, normalised, len(chosen), memory_gib)
 
     def column(layer: int) -> dict[str, Tensor]:
         scores = score(readout, captured.states[layer], maps, captured, reference())

@@ -1,6 +1,6 @@
 """Every index against its definition in the README's table, written out with loops."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from lensbench.indices import (
     estimates,
     interval,
     over_seeds,
+    seed_of_rotations,
 )
 
 seeds = st.integers(0, 10_000)
@@ -397,3 +398,25 @@ def test_two_layers_have_one_pair_and_none_without_layer_0():
     expected = 1 - slow_mean_pair_penalty(m.own, m.pair) / anyhow
     assert float(point["pair_consistency"].value) == pytest.approx(expected)
     assert np.isnan(point["pair_consistency_without_layer0"].value)
+
+
+def test_rotations_of_two_models_do_not_cancel_in_their_difference():
+    """Each has its own; only the documents are drawn together."""
+    rng = np.random.default_rng(0)
+    shape = {
+        "constant": (), "transfer": (4, 4), "transfer_ce": (4, 4), "movement": (4, 4), "own": (3,), "shared": (3,),
+        "shared_loo": (3,), "rotated": (5, 3), "own_refined": (3,), "shared_refined": (3,), "pair": (3, 3),
+        "pair_rotated": (1, 3, 3),
+    }  # fmt: skip
+    point = Means(**{name: 1 + 0.1 * rng.random(size) for name, size in shape.items()})
+    point = replace(point, constant=np.array(3.0))
+    draws = Means(**{name: np.broadcast_to(value, (4000, *value.shape)) for name, value in point.items()})
+
+    def drawn(model):
+        return draw_values(point, draws, seed_of_rotations(model, 0))[1]["rotated_retention"].value
+
+    one, other = drawn("one"), drawn("other")
+    assert np.array_equal(one, drawn("one"))
+    assert abs(np.corrcoef(stats.rankdata(one), stats.rankdata(other))[0, 1]) < 0.1
+    width = [np.subtract(*np.percentile(x, [75, 25])) for x in (one, other, one - other)]
+    assert width[2] > 1.2 * max(width[:2])

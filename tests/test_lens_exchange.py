@@ -451,3 +451,41 @@ def test_a_trajectory_of_a_shared_lens_that_a_run_fitted(fitted):
             x = h.double() @ maps.matrix[at].double().T + maps.offset[at].double()
             expected = read_by_hand(model, x.float()).log_softmax(-1)
             np.testing.assert_allclose(got.log_probs[layer], expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_the_end_of_a_trajectory_is_that_of_the_whole_one(model):
+    stream, ids = ResidualStream(model), torch.arange(10)
+    lens, _ = lens_of("shared", stream)
+    whole = prediction_trajectory(lens, stream, ids, words())
+    end = prediction_trajectory(lens, stream, ids, words(), last=3)
+    assert end.log_probs.shape[1] == 3
+    np.testing.assert_allclose(end.log_probs, whole.log_probs[:, -3:], atol=1e-5)
+    np.testing.assert_array_equal(end.input_ids, whole.input_ids[-3:])
+    np.testing.assert_array_equal(end.targets, whole.targets[-3:])
+    more = prediction_trajectory(lens, stream, ids, words(), last=99)
+    np.testing.assert_allclose(more.log_probs, whole.log_probs, atol=1e-5)
+
+
+def test_a_lens_that_holds_no_numbers_is_refused(tmp_path):
+    stream = ResidualStream(small_model("llama"))
+    maps = random_maps(L)
+    maps.offset[1, 3] = float("nan")
+    tuned_lens(stream.readout, maps, model_name="it").save(tmp_path / "tuned")
+    with pytest.raises(LensbenchError, match="NaN or infinite values in 1.bias"):
+        load_tuned_lens(stream.readout, f"path:{tmp_path / 'tuned'}")
+    SharedLens.from_maps(stream.readout, maps[[1]]).save(tmp_path / "shared")
+    with pytest.raises(LensbenchError, match="NaN or infinite values in translator.bias"):
+        SharedLens.load(stream.readout, tmp_path / "shared")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_shared_lens_of_the_same_model_in_half_precision_is_accepted(tmp_path, dtype):
+    model = small_model("llama")
+    half = ResidualStream(copy.deepcopy(model).to(dtype))
+    SharedLens.from_maps(half.readout, random_maps(1)).save(tmp_path / "shared")
+    SharedLens.load(ResidualStream(model).readout, tmp_path / "shared")
+    other = small_model("llama")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    with pytest.raises(LensbenchError, match="another model"):
+        SharedLens.load(ResidualStream(other).readout, tmp_path / "shared")

@@ -1,13 +1,16 @@
 """Nats per token and bits per byte of a text, against a plain loop; and the layers of a text, through any lens."""
 
+import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_cli import refused, run
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lensbench.errors import LensbenchError
 from lensbench.models.likelihood import text_likelihood
@@ -102,3 +105,31 @@ def test_what_a_trace_refuses(tiny_run):
     refused(run("trace", model, "abc", "--lens", "path:nowhere"), "path:nowhere")
     refused(run("trace", model, "abc", "--lens", "nowhere"), "unknown lens 'nowhere'")
     refused(run("trace", "nope:x", "abc"), "unknown model 'nope:x'")
+
+
+def test_bits_of_several_documents_are_refused(tiny_run, tmp_path):
+    model = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text('{"text": "abc de"}\n{"text": "fgh"}\n')
+    refused(run("bits", model, lines, "--length", 16), "holds 2 documents", "give one text file")
+
+
+def test_bits_and_trace_refuse_weights_and_tokens_that_cannot_be(tiny_run, tmp_path, text):
+    stage = tiny_run / "stages" / "train-gpt-seed0"
+    broken = shutil.copytree(stage, tmp_path / "stages" / "train-gpt-seed0")
+    shutil.copytree(tiny_run / "stages" / "tokenizer", tmp_path / "stages" / "tokenizer")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    for command in (["bits", f"path:{broken}", text, "--length", 16], ["trace", f"path:{broken}", "abc"]):
+        refused(run(*command), "model.norm.weight holds NaN")
+
+    # A beginning-of-text token added beside the vocabulary, beyond the model's rows.
+    tokenizer = json.loads((stage.parent / "tokenizer" / "tokenizer.json").read_text())
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)))
+    wrapped.add_special_tokens({"bos_token": "<begin>"})
+    other = shutil.copytree(stage, tmp_path / "added")
+    (other / "stage.json").unlink()
+    wrapped.save_pretrained(other)
+    for command in (["bits", f"path:{other}", text, "--length", 16], ["trace", f"path:{other}", "abc"]):
+        refused(run(*command), "gives the text a token 300, but the model has 300 entries")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tomllib
 import tracemalloc
 import weakref
 from dataclasses import dataclass
@@ -236,11 +237,9 @@ def test_a_model_trained_here_beside_a_pretrained_one_has_baselines_of_its_own(o
     suite = write_suite(tmp_path / "suite.toml", original.texts, **{name: {"source": f"path:{original.root / 'neox'}"}})
     suite.write_text(suite.read_text().replace("[fit]", "vocab_size = 320\n\n[fit]") + TRAINED)
     result = run("run", suite, "--out", tmp_path / "run")
-    if result.exit_code == 0:
-        assert len(table(tmp_path / "run", "baselines.csv")) == 4
-        assert table(tmp_path / "run", "models.csv").set_index("model")["source"].isna()["trained"]
-    else:
-        refused(result, repr(name))
+    assert result.exit_code == 0, result.output
+    assert len(table(tmp_path / "run", "baselines.csv")) == 4
+    assert table(tmp_path / "run", "models.csv").set_index("model")["source"].isna()["trained"]
 
 
 def test_the_manifest_tells_sources_of_one_name_apart(made):
@@ -723,3 +722,42 @@ def test_a_sweep_has_nothing_to_try_for_a_pretrained_model(original, tmp_path):
         f'name = "s"\nquestion = "?"\nsuite = "{original.suite}"\ntokens = 1000\n[[trials]]\nmodel = "neox"\n'
     )
     refused(run("sweep", sweep, "--out", tmp_path / "run"), "'neox'", "pretrained")
+
+
+def test_only_does_not_need_the_files_of_other_models(original, tmp_path):
+    models = {"gone": {"source": f"path:{tmp_path / 'gone'}"}, "neox": {"source": f"path:{original.root / 'neox'}"}}
+    suite = write_suite(tmp_path / "suite.toml", original.texts, **models)
+    result = run("run", suite, "--out", tmp_path / "run", "--only", "neox")
+    assert result.exit_code == 0, result.output
+    assert set(table(tmp_path / "run", "models.csv")["model"]) == {"neox"}
+    refused(run("run", suite, "--out", tmp_path / "run"), "no config.json")
+
+
+def test_a_pretrained_model_is_the_same_at_all_seeds_and_run_once(original, tmp_path):
+    """With a row per seed, "all" would have an interval of no width."""
+    suite = write_suite(tmp_path / "suite.toml", original.texts, neox={"source": f"path:{original.root / 'neox'}"})
+    suite.write_text("seeds = [0, 1]\n" + suite.read_text())
+    assert run("run", suite, "--out", tmp_path / "run").exit_code == 0
+    assert set(table(tmp_path / "run", "indices.csv")["seed"]) == {0}
+
+
+def test_other_models_and_texts_get_folders_of_their_own(original, tmp_path, monkeypatch):
+    """The run of one model must not replace that of another."""
+    monkeypatch.chdir(tmp_path)
+    suite = write_suite(tmp_path / "suite.toml", original.texts, neox={"source": f"path:{original.root / 'neox'}"})
+    model, text = f"path:{original.root / 'gpt2'}", f"file:{original.texts}"
+    assert run("run", suite, "--model", model, "--corpus", text).exit_code == 0
+    assert (tmp_path / "runs" / "pretrained-gpt2-texts" / "manifest.json").is_file()
+    assert not (tmp_path / "runs" / "pretrained").exists()
+
+
+def test_a_model_of_a_run_that_was_trained_on_this_text_is_told(tiny_run, tiny_suite, tmp_path):
+    """Split another way, some of what it is scored on it was trained on."""
+    texts = Path(tomllib.loads(Path(tiny_suite).read_text())["corpus"]["spec"].removeprefix("file:"))
+    source = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
+    suite = write_suite(tmp_path / "suite.toml", texts, it={"source": source})
+    silent = run("run", suite, "--out", tmp_path / "run")
+    assert silent.exit_code == 0 and "it was trained on" not in silent.stderr, "the split is that of its training"
+    suite.write_text(suite.read_text().replace("[fit]", "seed = 1\n\n[fit]"))
+    told = run("run", suite, "--out", tmp_path / "run")
+    assert told.exit_code == 0 and "it was trained on" in told.stderr

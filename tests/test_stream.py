@@ -683,3 +683,21 @@ def test_captured_kl_is_exact_with_a_large_vocabulary_and_large_logits():
     assert kl.mean().abs() < 1e-5 and kl.abs().max() < 1e-4
     torch.testing.assert_close(captured.entropy_term.double(), entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(captured.expected.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where, told", [("layers", "the state behind layer 2"), ("lm_head", "the model's logits")])
+def test_what_overflows_is_refused_with_its_place(where, told):
+    """As float16 models do on some text; a sum over tokens would pass over what is not a number."""
+    model, windows = random_model("llama"), windows_by_hand()
+    stream = ResidualStream(model)
+    capture(stream, windows)
+    module = model.model.layers[1] if where == "layers" else model.lm_head
+
+    def overflow(_, __, output):
+        output = output.clone()
+        output[-1, ..., 0] = float("inf")
+        return output
+
+    module.register_forward_hook(overflow)
+    with pytest.raises(LensbenchError, match=f"{told} overflowed .*give the model a dtype of larger range"):
+        capture(stream, windows)

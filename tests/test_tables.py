@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from synthetic import DRAWS, deep, estimates_of, known, small, true_kl, true_kls, windows_of
+from synthetic import DRAWS, SMALL, deep, estimates_of, known, small, true_kl, true_kls, windows_of
 
 from lensbench import indices, tables
+from lensbench.errors import LensbenchError
 from lensbench.evaluation import score_all
 from lensbench.fitting import FitRecipe
 from lensbench.indices import INDICES, Estimate, Means, interval
@@ -474,3 +475,22 @@ def test_intervals_over_documents_cover_the_value_of_the_whole_population(kind):
                  for name, n in missed.items()})  # fmt: skip
     # Percentile intervals of 100 clusters reach 93 to 94 % of the nominal 95.
     assert all(1 - n.sum() / sets > 0.91 for n in missed.values())
+
+
+@pytest.mark.parametrize("lens", ["tuned", "shared", "model", "pair"])
+def test_a_score_that_is_no_number_is_not_taken_for_a_perfect_one(lens):
+    frame = small(0).frame.copy()
+    row = frame.index[frame["lens"] == lens][5]
+    frame.loc[row, "kl"] = float("nan")
+    with pytest.raises(LensbenchError, match=f"the KL of lens {lens} at layer .* is not a number"):
+        ClusterSums.of(frame)
+
+
+def test_lenses_at_the_end_of_the_ridge_path_are_told():
+    part = small(0).part("it", 0)
+    end = SMALL.ridges[-1]
+    told = tables.tables([part], draws=100, largest_ridge=end)["tolerances.csv"]
+    at_end = [sum(float(r) == end for r in ridges.split()) for ridges in told["ridge"]]
+    assert sum(n > 0 for n in at_end) > 0
+    for n, reason in zip(at_end, told["reason"], strict=True):
+        assert (f"{n} of 3 lenses at the end of the ridge path" in reason) == (n > 0)

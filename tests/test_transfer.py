@@ -13,7 +13,15 @@ from lensbench import transfer
 from lensbench.fitting import Moments, RidgePath
 from lensbench.lenses import AffineMaps, tuned_lens
 from lensbench.stream import capture
-from lensbench.transfer import log_partition, own_layer_sums, score, softmax_moment, sum_by_window, transfer_sums
+from lensbench.transfer import (
+    _online_log_partition,
+    log_partition,
+    own_layer_sums,
+    score,
+    softmax_moment,
+    sum_by_window,
+    transfer_sums,
+)
 
 D, LAYERS, V = 10, 3, 50
 
@@ -329,3 +337,19 @@ def test_scores_of_many_lenses_are_those_of_each_alone():
         alone = score(stream.readout, captured.states[1], maps[[m]], captured)
         torch.testing.assert_close(together.kl[m], alone.kl[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together.ce[m], alone.ce[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_largest_logit_is_told_in_full_where_products_are_in_half_precision(biased):
+    """Else a logit of three digits is held against one of seven, and the model's own word is half the time not on top."""
+    readout = read_out(32, 600, bias=biased, logits=4.0)
+    n = readout.final_norm(torch.randn(400, 32, generator=torch.Generator().manual_seed(1)))
+    logits = readout.logits(n)
+    readout.product_dtype = torch.bfloat16
+    log_z, largest = _online_log_partition(readout, n)
+    exact = logits.amax(-1)
+    # The word found may be another one only where two logits agree to bfloat16's three digits.
+    assert bool((exact - largest <= 2 * 2**-8 * exact.abs().clamp(min=1)).all())
+    close = (largest - exact).abs() <= 1e-5 * exact.abs().clamp(min=1)
+    assert float(close.float().mean()) > 0.95
+    torch.testing.assert_close(log_z, logits.logsumexp(-1), atol=0.05, rtol=0.01)

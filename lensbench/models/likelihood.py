@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lensbench.corpus import Document, tokenize
 from lensbench.errors import LensbenchError
+from lensbench.models.pretrained import check_ids
+from lensbench.stream import refuse_non_finite
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def text_likelihood(
     ids = encoded[0].ids if encoded else np.zeros(0, np.int32)
     if len(ids) < 2:
         raise LensbenchError("the text has no token to predict: give a longer one")
+    check_ids("the model", ids, model.config.get_text_config().vocab_size)
+    refuse_non_finite(model)
     sizes = encoded[0].n_bytes
     device = model.get_input_embeddings().weight.device
     nats, tokens, lengths = [], [], []

@@ -188,6 +188,16 @@ def check_vocabulary(source: str, tokenizer: Tokenizer | PreTrainedTokenizerBase
         )
 
 
+def check_ids(who: str, ids: Any, vocab_size: int) -> None:
+    """Raise :class:`LensbenchError` where a text's token ids name a token that the model has no embedding for."""
+    largest = int(ids.max()) if len(ids) else 0
+    if largest >= vocab_size:
+        raise LensbenchError(
+            f"{who}: its tokenizer gives the text a token {largest}, but the model has {vocab_size} "
+            "entries: the tokenizer belongs to another model"
+        )
+
+
 def check_context(who: str, config: PreTrainedConfig, length: int, setting: str) -> None:
     """Raise :class:`LensbenchError` where sequences of ``length`` tokens are longer than a model was made for."""
     context = context_length(config)
