@@ -192,6 +192,38 @@ def _spearman(values: Array, against: Array) -> Array:
         return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum())
 
 
+def similarity_correlation(m: Means, similarity: Array, *, given_distance: bool = False) -> Value:
+    """Spearman correlation of the published penalty ``C_ij - C_jj`` with representation similarity ``[L, L]``, i != j.
+
+    arXiv 2303.08112 (section 4.2) finds it negative. ``given_distance``: the partial rank correlation, with what both owe to
+    the distance of the layers taken out.
+    """
+    layers = m.transfer.shape[-1] - 1
+    penalty = m.transfer_ce - np.diagonal(m.transfer_ce, axis1=-2, axis2=-1)[..., None, :]
+    i, j = np.nonzero(~np.eye(layers, dtype=bool))
+    values, alike, apart = penalty[..., i, j], similarity[i, j], np.abs(i - j).astype(float)
+    direct = _spearman(values, alike)
+    if not given_distance:
+        return Value(direct)
+    of_penalty, of_similarity = _spearman(values, apart), _spearman(alike, apart)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        left = np.sqrt((1 - of_penalty**2) * (1 - of_similarity**2))
+        return Value((direct - of_penalty * of_similarity) / left)
+
+
+OF_SIMILARITY = ("similarity_correlation", "similarity_correlation_given_distance")
+
+
+def similarity_estimates(point: Means, draws: Means, similarity: Array, clusters: int) -> dict[str, "Estimate"]:
+    """Both of them with their intervals over documents; the similarity is that of the fitting tokens, held fixed."""
+    found = {}
+    for name in OF_SIMILARITY:
+        given = name != OF_SIMILARITY[0]
+        here, there = (similarity_correlation(m, similarity, given_distance=given) for m in (point, draws))
+        found[name] = estimate(here, there, float(point.constant), clusters)
+    return found
+
+
 INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     "constant_kl": ("none", lambda m: Value(m.constant)),
     "shared_retention": ("closed", lambda m: retention(m.own, m.shared, m.constant)),

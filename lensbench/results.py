@@ -16,7 +16,7 @@ import pandas as pd
 
 from lensbench.errors import LensbenchError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 SEQUENCES = "per_sequence.parquet"
 NEEDED = ("code_version", "corpus", "files", "models", "seeds", "suite", "suite_name")
@@ -130,6 +130,17 @@ SCHEMA: dict[str, dict[str, str]] = {
         "rotated_penalty_ci_low": "",
         "rotated_penalty_ci_high": "",
     },
+    "probes.csv": {
+        **_WHO,
+        "probe": "what measured it, as a suite names it",
+        "quantity": "what was measured; described in lensbench/probes",
+        "layer": "layer or block (from 0) that it belongs to",
+        "other": "the second layer or block, or how many",
+        "value": "empty where undefined",
+        "ci_low": "95 % bootstrap over documents; seed = all: Student-t over seeds",
+        "ci_high": "",
+        "reason": "why it is undefined, or why the probe does not apply",
+    },
     "indices.csv": {
         **_WHO,
         "index": "as in the README's table",
@@ -184,7 +195,7 @@ def read_table(path: Path) -> pd.DataFrame:
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     missing = [column for column in SCHEMA[path.name] if column not in table.columns]
-    if missing or (table.empty and path.name != "pairs.csv"):  # a single layer is in no pair
+    if missing or (table.empty and path.name not in ("pairs.csv", "probes.csv")):  # a single layer is in no pair
         what = f"column {missing[0]!r} is missing" if missing else "it has no rows"
         raise LensbenchError(f"{path} is damaged or of another version of lensbench: {what}")
     numeric = [c for c in table.columns if c not in text and not pd.api.types.is_numeric_dtype(table[c])]
@@ -195,6 +206,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
+    "probe", "quantity",
 }  # fmt: skip
 TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,8 @@ from lensbench.models.pretrained import (
     load_tokenizer,
     locate,
 )
-from lensbench.models.training import StepReport, train
+from lensbench.models.training import StepReport, TrainingRecipe, train
+from lensbench.probes import PROBES, Measured, Subject
 from lensbench.stages import NotFinished, Pieces, Stage, Stages, open_run_folder
 from lensbench.stream import Capture, ResidualStream, RotatedView, capture
 from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
@@ -261,7 +262,7 @@ class Runner:
         key = {
             "texts": texts.digest,
             "model": {"family": model.family, **model.shape, **model.settings},
-            "training": recipe.model_dump(exclude={"checkpoint_every"}),
+            "training": training_key(recipe),
             "seed": seed,
         }
         return self.stage(name, key, compute)
@@ -408,11 +409,12 @@ class Runner:
             "texts": texts.digest,
             "length": self.suite.length,
             "view": model.view,
-            "rotated": model.rotated,
             "fit": recipe.model_dump(exclude={"memory_gib"}),
             "seed": seed,
             "first_position": self.suite.evaluate.first_position,
         }
+        if model.rotated:
+            key["rotated"] = True
         if model.lens is not None:
             key["lens"] = lens_identity(model.lens)
         return origin, self.stage(f"fit-{who}", key, fit)
@@ -479,7 +481,7 @@ class Runner:
                 {"sequences": len(windows.ids), "half_width": width, "reached": reached, "seconds": round(spent, 2)},
             )
 
-        key = {"fit": fitting.digest, "evaluate": recipe.model_dump(exclude={"draws"})}
+        key = {"fit": fitting.digest, "evaluate": recipe.model_dump(exclude={"draws", "probe_sequences"})}
         return self.stage(f"plan-{who}", key, plan)
 
     def measured(self, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
@@ -529,11 +531,48 @@ class Runner:
 
         scoring_key: dict[str, Any] = {
             "fit": fitting.digest,
-            "evaluate": self.suite.evaluate.model_dump(exclude={"draws"}),
+            "evaluate": self.suite.evaluate.model_dump(exclude={"draws", "probe_sequences"}),
         }
         if self.sequences is not None:
             scoring_key["sequences"] = self.sequences
         return fitting, self.stage(f"score-{who}", scoring_key, score)
+
+    def probed(self, model: ModelRecipe, seed: int) -> list[Measured]:
+        """What the suite's probes measure of a model, each in a stage of its own."""
+        if not self.suite.probes:
+            return []
+        origin, fitting = self.fitted(model, seed)
+        texts, recipe, who = self.texts(model), self.suite.fit, f"{model.name}-seed{seed}"
+        count = self.suite.evaluate.probe_sequences
+        splits = {"fit": (recipe.sequences, recipe.positions), "dev": (recipe.dev_sequences, recipe.dev_positions)}
+
+        @cache
+        def subject() -> Subject:
+            """Loaded and captured when the first probe that is not finished asks."""
+            stream, kept = self.stream(origin, model.view), FitSummary.load(fitting.folder / "fit.json")
+            rotation = rotation_of(fitting)
+
+            def read(split: str) -> Capture:
+                windows = scored if split == "eval" else self.windows(texts, split, *splits[split])
+                constant = None if split == "fit" else torch.tensor(kept.constant)
+                return self.capture(
+                    stream, windows, name=f"capture-probe-{split}-{who}", constant=constant, rotation=rotation
+                )
+
+            scored = self.eval_windows(texts, count)
+            lenses = load_maps(fitting.folder / "maps.safetensors")["transfer"]
+            return Subject(stream, scored, kept.layers, lenses, model.rotated, read)
+
+        found = []
+        for name in self.suite.probes:
+            evaluate = self.suite.evaluate.model_dump(include={"probe_sequences", "positions", "max_share"})
+            stage = self.stage(
+                f"probe-{name}-{who}",
+                {"fit": fitting.digest, "probe": name, "evaluate": evaluate},
+                lambda folder, name=name: PROBES[name](subject()).save(folder),
+            )
+            found.append(Measured.load(stage.folder))
+        return found
 
     def baselines(self, texts: Texts) -> dict[str, Any]:
         """Unigram and Kneser-Ney bigram on the tokens that the models are scored on, and how many those are.
@@ -565,7 +604,7 @@ class Runner:
             }
             results.write_json(folder / "facts.json", facts)
 
-        evaluate = self.suite.evaluate.model_dump(exclude={"draws", "refit_positions"})
+        evaluate = self.suite.evaluate.model_dump(exclude={"draws", "refit_positions", "probe_sequences"})
         key = {"texts": texts.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
         name = "baselines" if texts.name == TRAINED_HERE else f"baselines-{texts.name}"
         folder = self.stage(name, key, compute).folder
@@ -587,6 +626,13 @@ ROTATION = "rotation.safetensors"
 
 ROTATED_MODELS = 1_000_000
 """First seed of the maps of rotated views that are models of a suite; the nulls' own count from zero."""
+
+
+def training_key(recipe: TrainingRecipe) -> dict[str, Any]:
+    """What of a recipe a model's weights depend on; without deep supervision there is nothing to say of it."""
+    return recipe.model_dump(
+        exclude={"checkpoint_every"} | (set() if recipe.deep_supervision else {"deep_supervision"})
+    )
 
 
 def rotation_of(fitting: Stage) -> RotatedView | None:
@@ -642,12 +688,14 @@ def run_suite(
             # What earlier runs finished stays in the tables, also where only other models are asked for now.
             runner.only_finished = bool(only) and model.name not in only
             try:
-                measured = [(seed, *runner.measured(model, seed)) for seed in suite.seeds_of(model)]
+                measured = [
+                    (seed, *runner.measured(model, seed), runner.probed(model, seed)) for seed in suite.seeds_of(model)
+                ]
             except (NotFinished, LensbenchError):
                 if not runner.only_finished:
                     raise
                 continue  # not there yet, or its files are not: no matter to the models that are asked for
-            parts += [tables.Part.load(model.name, seed, f.folder, s.folder) for seed, f, s in measured]
+            parts += [tables.Part.load(model.name, seed, f.folder, s.folder, found) for seed, f, s, found in measured]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]
         runner.only_finished = False
         counted = {t.name: runner.baselines(t) for t in dict.fromkeys(map(runner.texts, models))}

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lensbench.corpus import FRACTIONS
 from lensbench.errors import LensbenchError
@@ -15,6 +15,7 @@ from lensbench.fitting import FitRecipe
 from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.models.training import TrainingRecipe
+from lensbench.probes import PROBES
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -57,6 +58,7 @@ class EvaluateRecipe(_Strict):
         gt=0,
         description="largest half-width of the 95 % interval of a transfer penalty, nats; sequences are then the first try",
     )
+    probe_sequences: int = Field(128, ge=1, description="held-out sequences that probes look at")
     max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
     draws: int = Field(2000, ge=100, description="bootstrap draws")
 
@@ -152,7 +154,18 @@ class Suite(_Strict):
     training: TrainingRecipe = TrainingRecipe()
     fit: FitRecipe = FitRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    probes: tuple[str, ...] = Field((), description="measurements beside the lenses, by name")
     models: tuple[ModelRecipe, ...] = Field(min_length=1)
+
+    @field_validator("probes")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in PROBES:
+                raise ValueError(f"unknown probe {name!r}; {nearest(name, list(PROBES))}")
+        if len(set(names)) < len(names):
+            raise ValueError("a probe is named twice")
+        return names
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """The tables of a run folder, from the per-sequence sums of its models: means, penalties, indices, with intervals."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from lensbench import indices
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
+from lensbench.probes import COLUMNS, Measured
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Part:
     facts: dict[str, Any]
     fit: FitSummary
     refits: dict[str, NDArray[np.float64]]
+    probes: Sequence[Measured] = ()
 
     @classmethod
-    def load(cls, model: str, seed: int, fitting: Path, scoring: Path) -> "Part":
+    def load(cls, model: str, seed: int, fitting: Path, scoring: Path, probes: Sequence[Measured] = ()) -> "Part":
         kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
         return cls(
             model,
@@ -39,6 +41,7 @@ class Part:
             json.loads((scoring / "model.json").read_text()),
             FitSummary.load(fitting / "fit.json"),
             kept,
+            probes,
         )
 
 
@@ -206,6 +209,9 @@ def tables(parts: list[Part], *, draws: int, largest_ridge: float | None = None)
         estimates = indices.estimates(
             point, drawn, seed=indices.seed_of_rotations(part.model, part.seed), clusters=len(sums.tokens)
         )
+        similarity = similarity_of(part)
+        if similarity is not None:
+            estimates |= indices.similarity_estimates(point, drawn, similarity, len(sums.tokens))
         rows["tolerances.csv"] += [
             who | row for row in tolerance_rows(part, sums, point, drawn, weights, largest_ridge)
         ]
@@ -217,7 +223,52 @@ def tables(parts: list[Part], *, draws: int, largest_ridge: float | None = None)
             rows["indices.csv"] += [
                 {"model": model, "seed": "all"} | row for row in rows_over_seeds(per_seed, headlines[model])
             ]
-    return {name: pd.DataFrame(content) for name, content in rows.items()}
+    return {name: pd.DataFrame(content) for name, content in rows.items()} | {"probes.csv": probe_table(parts, draws)}
+
+
+def similarity_of(part: Part) -> NDArray[np.float64] | None:
+    """Covariance similarity of every two layers 0..L-1, ``[L, L]``, where the suite's probes measure it."""
+    found = next((m for m in part.probes if "covariance_similarity" in m.quantity), None)
+    if found is None:
+        return None
+    layers = len(part.fit.records["own"].ridge)
+    matrix = np.eye(layers)
+    value = found.top.sum(0) / found.bottom.sum(0)
+    for k, name in enumerate(found.quantity):
+        if name == "covariance_similarity":
+            i, j = cast(tuple[int, int], (found.layer[k], found.other[k]))
+            matrix[i, j] = matrix[j, i] = value[k]
+    return matrix
+
+
+def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
+    """``probes.csv``; for a model with several seeds also the mean over them, with its Student-t interval."""
+    frames = []
+    for part in parts:
+        for found in part.probes:
+            frame = found.frame(draws)
+            frame.insert(0, "model", part.model)
+            frame.insert(1, "seed", part.seed)
+            frames.append(frame)
+    columns = ["model", "seed", *COLUMNS]
+    if not frames:
+        return pd.DataFrame(columns=columns)
+    table = pd.concat([f.astype(object) for f in frames], ignore_index=True)
+    over = []
+    what = ["model", "probe", "quantity", "layer", "other"]
+    for key, rows in table.groupby(what, dropna=False, sort=False):
+        known = rows["value"].dropna().astype(float)
+        if len(rows) < 2:
+            continue
+        row = dict(zip(what, cast(tuple[Any, ...], key), strict=True)) | {"seed": "all", "reason": ""}
+        if len(known) < len(rows):
+            row["reason"] = f"undefined for {len(rows) - len(known)} of {len(rows)} seeds"
+        else:
+            row["value"], row["ci_low"], row["ci_high"] = indices.over_seeds(list(known))
+        over.append(row)
+    if over:
+        table = pd.concat([table, pd.DataFrame(over, columns=columns).astype(object)], ignore_index=True)
+    return table[columns]
 
 
 def lens_rows(part: Part, weights: NDArray[np.float64], *, beside: bool = True) -> Iterator[dict[str, Any]]:
@@ -389,8 +440,10 @@ def index_rows(estimates: dict[str, indices.Estimate], part: Part) -> Iterator[d
 
 def index_row(name: str, estimate: indices.Estimate, headline: LensRecord) -> dict[str, Any]:
     """One row; ``headline`` is how the lenses of the matrix were fitted."""
-    stage = indices.INDICES[name][0] if name in indices.INDICES else "none"
     tolerance: float | None = 0.0
+    stage = indices.INDICES[name][0] if name in indices.INDICES else "none"
+    if name in indices.OF_SIMILARITY:
+        stage, tolerance = headline.stage, headline.tolerance if headline.stage == "closed" else None
     if name.startswith("shared_consistency"):
         stage = "closed"
     if name in indices.OF_THE_MATRIX:

@@ -51,7 +51,8 @@ class ControlGPTConfig(PreTrainedConfig):
         size = hidden_size if read_size is None else read_size
         if hidden_size % num_attention_heads or hidden_size // num_attention_heads % 2:
             raise ValueError(
-                f"hidden_size {hidden_size} does not divide into num_attention_heads {num_attention_heads} parts of even size"
+                f"hidden_size {hidden_size} does not divide into num_attention_heads {num_attention_heads} "
+                "parts of even size"
             )
         if partitioned:
             left, slices = hidden_size - 2 * size, num_hidden_layers - 1

@@ -136,8 +136,8 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch
 def loss_of(model: PreTrainedModel, ids: Tensor, readout: ReadOut | None, weight: float) -> tuple[Tensor, Tensor]:
     """What is minimised on token ids ``[B, T]``, and the last layer's part of it: next-token cross-entropy, nats/token.
 
-    With a ``weight`` the first adds ``weight`` times the mean cross-entropy of the model's own norm and head at h_1..h_{L-1}.
-    h_0 is left out: a tied embedding cannot be its own bigram table.
+    With a ``weight`` the first adds ``weight`` times the mean cross-entropy of the model's own norm and head at
+    h_1..h_{L-1}; h_0 is left out: a tied embedding cannot be its own bigram table.
     """
     output = model(ids, output_hidden_states=readout is not None)
 

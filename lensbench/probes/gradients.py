@@ -43,7 +43,7 @@ def states_and_gradients(stream: ResidualStream, ids: Tensor) -> tuple[Tensor, T
 
 @probe
 def gradient_alignment(subject: Subject) -> Measured:
-    """Per block: mean over tokens of ``cos(h_{l+1} - h_l, -dCE/dh_l)``, and the same with another token's gradient: the null.
+    """Per block the mean over tokens of ``cos(h_{l+1} - h_l, -dCE/dh_l)``; its null takes another token's gradient.
 
     Positive beyond its null: the block's change lowers the loss to first order, as a step of iterative inference would.
     """

@@ -71,7 +71,7 @@ def _unexplained(captured: Capture, moments: Moments, matrix: Tensor, i: int, j:
 
 @probe
 def matched_transfer(subject: Subject) -> Measured:
-    """Transfer with offset and scale taken out: lens i on ``(s_i / s_j)(h_j - m_j) + m_i``, mean m and rms s of the fit split.
+    """Transfer with offset and scale taken out: lens i on ``(s_i / s_j)(h_j - m_j) + m_i``, mean and rms of the fit split.
 
     Raw minus matched penalty is the share of a penalty that is only offset and scale.
     """

@@ -1,0 +1,191 @@
+"""A suite of controls end to end: rotated views, probes, and what is known of each model shows in its tables."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import write_texts
+from scipy import stats
+from typer.testing import CliRunner
+
+from lensbench import results
+from lensbench.cli import app
+from lensbench.errors import LensbenchError
+from lensbench.suite import load_suite
+
+SUITE = """
+name = "known"
+question = "Do models of known answer come out as they must?"
+seeds = [0, 1]
+probes = ["representation", "matched_transfer", "gradient_alignment", "block_paths"]
+
+[corpus]
+spec = "file:{texts}"
+vocab_size = 300
+
+[training]
+tokens = 16_384
+length = 64
+batch = 8
+
+[fit]
+sequences = 64
+positions = 24
+dev_sequences = 32
+dev_positions = 8
+ridges = [1e-3, 1e-2, 0.1, 1.0, 10.0]
+pads = [0.0, 0.2, 0.4, 0.6]
+rotations = 2
+refits = 1
+refine_passes = 0
+tolerances = [0.1]
+
+[evaluate]
+sequences = 96
+positions = 8
+draws = 200
+probe_sequences = 24
+
+[[models]]
+name = "gpt-conv"
+family = "gpt-conv"
+d_model = 32
+layers = 3
+heads = 2
+parameters = 40_000
+training = {{ deep_supervision = 0.3 }}
+
+[[models]]
+name = "gpt-conv+rotated"
+
+[[models]]
+name = "gpt-partitioned"
+family = "gpt-partitioned"
+d_model = 32
+layers = 3
+heads = 2
+parameters = 30_000
+settings = {{ read_size = 12 }}
+"""
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("known")
+    texts = write_texts(base / "texts")
+    suite = base / "known.toml"
+    suite.write_text(SUITE.format(texts=texts))
+    result = run("run", suite, "--out", base / "run")
+    assert result.exit_code == 0, result.output
+    return base / "run"
+
+
+@pytest.fixture(scope="module")
+def tables(folder):
+    return {name: t.astype({"seed": str}) if "seed" in t else t for name, t in results.read_run(folder).tables.items()}
+
+
+def index(tables, name, model, seed="0"):
+    rows = tables["indices.csv"]
+    (value,) = rows[(rows["index"] == name) & (rows["model"] == model) & (rows["seed"] == seed)]["value"]
+    return value
+
+
+def test_the_rotated_view_is_the_same_model_read_through_other_bases(tables):
+    models = tables["models.csv"].set_index(["model", "seed"])
+    lenses = tables["lenses.csv"]
+    for seed in ("0", "1"):
+        plain, turned = models.loc[("gpt-conv", seed)], models.loc[("gpt-conv+rotated", seed)]
+        assert plain.equals(turned), "same model, same logits, same cross-entropy"
+        kl = {}
+        for model in ("gpt-conv", "gpt-conv+rotated"):
+            rows = lenses[(lenses["model"] == model) & (lenses["seed"] == seed) & (lenses["lens"] == "tuned")]
+            kl[model] = rows[rows["stage"] == "closed"].set_index("layer")["kl"]
+            assert len(kl[model]) == 3, "one row per layer: the null's first view does not stand among the model's own"
+        np.testing.assert_allclose(kl["gpt-conv"], kl["gpt-conv+rotated"], atol=2e-3)
+    assert index(tables, "shared_retention", "gpt-conv+rotated") < index(tables, "shared_retention", "gpt-conv")
+
+
+def test_nothing_moves_under_fixed_lenses_of_a_partitioned_stream(tables):
+    transfer = tables["transfer.csv"]
+    rows = transfer[transfer["model"] == "gpt-partitioned"]
+    later = rows[(rows["lens_layer"] < rows["stream_layer"]) & (rows["stream_layer"] < 3)]
+    assert len(later) == 6 and (later["movement_kl"].abs() < 1e-6).all()
+    own = rows[rows["lens_layer"] == rows["stream_layer"]].set_index(["seed", "lens_layer"])["kl"]
+    for _, row in later.iterrows():
+        assert row["kl"] == pytest.approx(own[row["seed"], row["lens_layer"]], abs=1e-6)
+
+
+def test_probes_have_a_row_per_seed_and_one_for_all(tables):
+    probes = tables["probes.csv"]
+    what = ["model", "probe", "quantity", "layer", "other"]
+    for _, rows in probes.groupby(what, dropna=False):
+        assert list(rows["seed"]) == ["0", "1", "all"]
+        one, two, mean = rows["value"]
+        assert (np.isnan(one) and np.isnan(mean)) or mean == pytest.approx((one + two) / 2)
+    reasons = probes[(probes["model"] == "gpt-conv+rotated") & probes["value"].isna()]
+    assert set(reasons["quantity"]) >= {"gradient_alignment", "block_paths"} and reasons["reason"].notna().all()
+    carried = probes[(probes["model"] == "gpt-partitioned") & (probes["quantity"] == "carried_share")]
+    assert len(carried) == 9 and (carried["value"] > 0.99).all()
+
+
+def test_similarity_goes_with_transfer_as_its_definition_says(tables):
+    """Spearman over i != j by scipy; the partial one by residuals of ranks."""
+    transfer, probes = tables["transfer.csv"], tables["probes.csv"]
+    for model in ("gpt-conv", "gpt-conv+rotated"):
+        found = probes[(probes["model"] == model) & (probes["seed"] == "0")]
+        alike = found[found["quantity"] == "covariance_similarity"].set_index(["layer", "other"])["value"]
+        rows = transfer[(transfer["model"] == model) & (transfer["seed"] == "0")]
+        rows = rows[
+            (rows["lens_layer"] != rows["stream_layer"]) & (rows[["lens_layer", "stream_layer"]].max(axis=1) < 3)
+        ]
+        pair = [tuple(sorted((a, b))) for a, b in zip(rows["lens_layer"], rows["stream_layer"], strict=True)]
+        similarity = np.array([alike[p] for p in pair])
+        distance = np.array([abs(a - b) for a, b in pair])
+        rho = stats.spearmanr(rows["penalty_ce"], similarity).statistic
+        assert index(tables, "similarity_correlation", model) == pytest.approx(rho, abs=1e-9)
+        ranks = [stats.rankdata(x) for x in (rows["penalty_ce"], similarity)]
+        design = np.column_stack([np.ones(6), stats.rankdata(distance)])
+        left = [r - design @ np.linalg.lstsq(design, r, rcond=None)[0] for r in ranks]
+        partial = np.corrcoef(left)[0, 1]
+        assert index(tables, "similarity_correlation_given_distance", model) == pytest.approx(partial, abs=1e-9)
+
+
+def test_a_second_run_reuses_every_probe(folder):
+    before = {p.name: p.read_bytes() for p in folder.glob("*.csv")}
+    suite = folder.parent / "known.toml"
+    again = run("run", suite, "--out", folder)
+    assert again.exit_code == 0 and ": done in" not in again.stderr.replace("corpus: done in", "")
+    assert {p.name: p.read_bytes() for p in folder.glob("*.csv")} == before
+    assert json.loads((folder / "manifest.json").read_text())["files"].keys() >= {"probes.csv"}
+
+
+def test_a_rotated_view_by_name_inherits_the_view_it_is_of(tmp_path):
+    text = SUITE.format(texts=tmp_path)
+    text += '\n[[models]]\nname = "part"\nview_of = "gpt-partitioned"\nview = "prediction"\n'
+    text += '\n[[models]]\nname = "part+rotated"\n'
+    path = tmp_path / "it.toml"
+    path.write_text(text)
+    models = {m.name: m for m in load_suite(str(path)).models}
+    turned = models["part+rotated"]
+    assert (turned.view_of, turned.view, turned.rotated) == ("gpt-partitioned", "prediction", True)
+    assert models["gpt-conv+rotated"].view_of == "gpt-conv" and models["gpt-conv+rotated"].view == "state"
+    path.write_text(text + '\n[[models]]\nname = "nobody+rotated"\n')
+    with pytest.raises(LensbenchError, match="nobody\\+rotated"):
+        load_suite(str(path))
+    path.write_text(text.replace('"block_paths"]', '"block_path"]'))
+    with pytest.raises(LensbenchError, match="unknown probe 'block_path'; did you mean 'block_paths'"):
+        load_suite(str(path))
+
+
+def test_tables_of_a_run_hold_nothing_but_finite_numbers_and_reasons(tables):
+    probes = tables["probes.csv"]
+    empty = probes["value"].isna()
+    assert probes.loc[empty, "reason"].notna().all()
+    assert np.isfinite(probes.loc[~empty, ["value", "ci_low", "ci_high"]].to_numpy(float)).all()
+    assert isinstance(probes, pd.DataFrame)
