@@ -219,6 +219,31 @@ def sweep(
 
 @app.command()
 @answerable
+def calibrate(
+    name: Annotated[str, typer.Argument(help="Name of a calibration or a TOML file.")] = "calibration",
+    out: Out = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Streams at once; default: one per core.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
+    from lensbench.calibration import default_workers, run_calibration
+    from lensbench.suite import load_calibration
+
+    chosen = load_calibration(name)
+    folder = out or Path("runs") / chosen.name
+    with Bars() as bars:
+        tick = bars.stage("streams", len(list(chosen.jobs())), "streams")
+        _, summary = run_calibration(
+            chosen, folder, workers=workers or default_workers(), report=lambda done, _: tick(done, "")
+        )
+    console.print(summary.round(3).to_string(index=False), highlight=False)
+    console.print(f"Tables: {folder}", highlight=False)
+
+
+@app.command()
+@answerable
 def figures(
     folder: Annotated[Path, typer.Argument(help="A run folder; its CSV tables are all that is read.")],
     unverified: Annotated[bool, typer.Option("--unverified", help="Draw tables that changed since the run.")] = False,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lensbench.calibration import Calibration
 from lensbench.corpus import FRACTIONS
 from lensbench.errors import LensbenchError
 from lensbench.fitting import FitRecipe
@@ -333,6 +334,8 @@ def load_suite(name: str) -> Suite:
     file, content = read_toml(name)
     if "trials" in content:
         raise LensbenchError(f"{file} is a sweep, not a suite: `lensbench sweep {name}` runs it")
+    if "held_out" in content:
+        raise LensbenchError(f"{file} is a calibration, not a suite: `lensbench calibrate {name}` runs it")
     return validated(Suite, file, content)
 
 
@@ -367,6 +370,20 @@ def text_name(spec: str) -> str:
 def plain(name: str) -> str:
     """What is left of a name where letters, digits and ``._+-`` alone can stand."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("._+-")
+
+
+def kind_of(name: str) -> Literal["suite", "sweep", "calibration"]:
+    """What a file of ``benchmarks/`` or a path holds."""
+    _, content = read_toml(name)
+    return "sweep" if "trials" in content else "calibration" if "held_out" in content else "suite"
+
+
+def load_calibration(name: str) -> Calibration:
+    """A calibration by name or path."""
+    file, content = read_toml(name)
+    if "held_out" not in content:
+        raise LensbenchError(f"{file} is no calibration: `lensbench run {name}` runs it")
+    return validated(Calibration, file, content)
 
 
 def load_sweep(name: str) -> Sweep:

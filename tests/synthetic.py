@@ -1,7 +1,4 @@
-"""Synthetic residual streams of known structure: a small read-out, and captures whose layers' relation is prescribed.
-
-And some such streams with all lenses fitted and scored, for tests of what is made of them; KLs of maps by definition.
-"""
+"""Synthetic streams at the size of tests, some with all lenses fitted and scored; KLs of maps by definition."""
 
 import copy
 from collections.abc import Sequence
@@ -11,183 +8,28 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lensbench import indices
-from lensbench.corpus import Windows
+from lensbench import indices, synthetic
 from lensbench.evaluation import Fit, Scored, fit_all, score_all
 from lensbench.fitting import FitRecipe
 from lensbench.indices import Estimate, Means
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, ReadOut
+from lensbench.synthetic import RMSNorm, Shape, capture_of, orthogonal, read_out, windows_of
 from lensbench.tables import ClusterSums, Part
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm of the leading ``width`` entries, the only ones it hands on."""
-
-    def __init__(self, gain: Tensor):
-        super().__init__()
-        self.gain = nn.Parameter(gain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[..., : len(self.gain)]
-        return self.gain * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+def SyntheticStream(
+    kind: str, *, d: int = 48, layers: int = 6, vocab: int = 200, seed: int = 0
+) -> synthetic.SyntheticStream:  # noqa: N802
+    """A stream of the package's families, at the size of a test."""
+    return synthetic.SyntheticStream(kind, Shape(d=d, layers=layers, vocab=vocab), seed=seed)
 
 
-def read_out(
-    d: int, vocab: int, *, norm: str = "rms", read: int | None = None, gain: bool = True, bias: bool = False,
-    logits: float = 2.0, seed: int = 0, dtype: torch.dtype = torch.float32,
-) -> ReadOut:  # fmt: skip
-    """``logits``: their standard deviation. ``norm``: 'rms' (``read`` leading entries of the state) or 'layer'."""
-    random = torch.Generator().manual_seed(seed)
-    width = read or d
-    weights = torch.exp(0.3 * torch.randn(width, generator=random)) if gain else torch.ones(width)
-    module: nn.Module = RMSNorm(weights)
-    if norm == "layer":
-        module = nn.LayerNorm(d)
-        with torch.no_grad():
-            module.weight.copy_(weights)
-            module.bias.copy_(0.2 * torch.randn(d, generator=random))
-    head = nn.Linear(width, vocab, bias=bias)
-    with torch.no_grad():
-        # As in language models, some directions of the state hardly show in any logit.
-        spectrum = torch.logspace(0, -1.5, width)
-        weight = (torch.randn(vocab, width, generator=random) * spectrum) @ orthogonal(width, random).T
-        head.weight.copy_(weight * logits / spectrum.norm())
-        if bias:
-            head.bias.copy_(torch.randn(vocab, generator=random))
-    return ReadOut(module, head).to(dtype)
-
-
-@torch.no_grad()
-def capture_of(
-    readout: ReadOut, states: Tensor, *, per_document: int = 8, constant: Tensor | None = None, seed: int = 0
-) -> Capture:
-    """What ``lensbench.stream.capture`` would read off these states ``[L+1, N, d]``, written out with log_softmax.
-
-    Two windows per document; next tokens are drawn from the model's own distribution.
-    """
-    n = states.shape[1]
-    log_p = readout(states[-1]).double().log_softmax(-1)
-    p = log_p.exp()
-    mean_p = p.mean(0)
-    random = torch.Generator().manual_seed(seed)
-    targets = torch.multinomial(p, 1, generator=random)[:, 0]
-    weight = readout.weight.double()
-    entropy = (p * log_p).sum(-1)
-    base = entropy if readout.bias is None or not readout.linear else entropy - p @ readout.bias.double()
-    from_constant = entropy - p @ (mean_p if constant is None else constant.double()).log()
-    dtype = states.dtype
-    token = np.arange(n)
-    return Capture(
-        states=states,
-        expected=(p @ weight).to(dtype),
-        entropy_term=base.to(dtype),
-        targets=targets,
-        top=log_p.argmax(-1),
-        model_ce=(-log_p.gather(-1, targets[:, None])[:, 0]).to(dtype),
-        mean_p=mean_p.to(dtype),
-        constant_kl=from_constant.to(dtype),
-        window=token // (per_document // 2),
-        document=token // per_document,
-        target_bytes=(1 + token % 5).astype(np.int32),
-    )
-
-
-def windows_of(captured: Capture) -> Windows:
-    """Windows that :func:`capture_of`'s tokens could have come from."""
-    count = int(captured.window.max()) + 1
-    sizes = np.bincount(captured.window)
-    first = np.flatnonzero(np.diff(captured.window, prepend=-1))
-    documents = captured.document[first]
-    valid = np.arange(sizes.max())[None] < sizes[:, None]
-    return Windows(
-        ids=np.zeros((count, sizes.max() + 1), np.int64),
-        lengths=sizes + 1,
-        positions=np.minimum(np.arange(sizes.max())[None], sizes[:, None] - 1),
-        valid=valid,
-        documents=documents,
-        document_names=tuple(f"doc{k:06d}" for k in range(documents.max() + 1)),
-        sequence=np.arange(count) - np.searchsorted(documents, documents),
-        next_bytes=np.where(valid, 1, 0).astype(np.int32),
-    )
-
-
-def orthogonal(d: int, random: torch.Generator) -> Tensor:
-    q, r = torch.linalg.qr(torch.randn(d, d, generator=random, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float()
-
+__all__ = ["RMSNorm", "capture_of", "orthogonal", "read_out", "windows_of"]
 
 KINDS = ("fresh", "removed", "added", "disjoint", "overlapping", "rebased")
-
-
-class SyntheticStream:
-    """A stream whose layers relate as ``kind`` says; every sample shares its directions and its read-out.
-
-    ``fresh``: h_l is the answer with noise of its own. ``removed``: noise is taken away step by step. ``added``: parts of
-    the answer are added up. ``disjoint``: block l writes its (ever better) copy into a slice of its own, the last block
-    the slice that the read-out sees. ``overlapping``: block l adds its copy in random directions of its own.
-    ``rebased``: each layer is the answer with noise in a random basis of its own. Documents share a part of the answer.
-    """
-
-    def __init__(self, kind: str, *, d: int = 48, layers: int = 6, vocab: int = 200, seed: int = 0):
-        self.kind, self.layers = kind, layers
-        random = torch.Generator().manual_seed(seed + 17)
-        self.slice = d // (layers + 2) if kind == "disjoint" else 0
-        self.width = d - layers * self.slice  # of the answer
-        self.d = d
-        self.bases = [orthogonal(d, random) for _ in range(layers)]
-        self.parts = [torch.randn(self.width, self.slice, generator=random) / self.width**0.5 for _ in range(layers)]
-        self.noise = torch.linspace(1.6, 0.3, layers)
-        self.readout = read_out(d, vocab, read=self.width, seed=seed)
-
-    def states(self, tokens: int, *, seed: int, per_document: int = 8) -> Tensor:
-        random = torch.Generator().manual_seed(1000 + seed)
-
-        def normal(width: int = self.width) -> Tensor:
-            return torch.randn(tokens, width, generator=random)
-
-        shared = torch.randn(-(-tokens // per_document), self.width, generator=random)
-        answer = 0.8**0.5 * normal() + 0.2**0.5 * shared.repeat_interleave(per_document, 0)[:tokens]
-        layers, sigma = self.layers, self.noise
-        if self.kind == "fresh":
-            h = [answer + s * normal() for s in sigma]
-        elif self.kind == "removed":
-            h = [answer]
-            steps = torch.diff(sigma.flip(0) ** 2, prepend=torch.zeros(1)).sqrt()
-            for step in steps:
-                h.append(h[-1] + step * normal())
-            h = h[:0:-1]
-        elif self.kind == "added":
-            parts = torch.stack([normal() for _ in range(layers)])
-            # Parts with the answer as their sum: a bridge between nothing and the answer.
-            parts = parts - parts.mean(0) + answer * layers**-0.5
-            parts = torch.cat([parts, normal()[None]])
-            answer = parts.sum(0) / (layers + 1) ** 0.5
-            h = list(parts.cumsum(0)[:-1] / (layers + 1) ** 0.5)
-        elif self.kind == "disjoint":
-            store = torch.zeros(tokens, self.d)
-            h = []
-            for layer in range(layers):
-                at = slice(self.width + layer * self.slice, self.width + (layer + 1) * self.slice)
-                store[:, at] = (answer + sigma[layer] * normal()) @ self.parts[layer]
-                h.append(store.clone())
-            final = store.clone()
-            final[:, : self.width] = answer
-            return torch.stack([*h, final])
-        elif self.kind == "overlapping":
-            written = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.bases, strict=True)]
-            h = list(torch.stack(written).cumsum(0))
-        elif self.kind == "rebased":
-            h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.bases, strict=True)]
-        else:
-            raise ValueError(self.kind)
-        return torch.stack([*h, answer])
-
-    def capture(self, tokens: int, *, seed: int, per_document: int = 8, constant: Tensor | None = None) -> Capture:
-        states = self.states(tokens, seed=seed, per_document=per_document)
-        return capture_of(self.readout, states, per_document=per_document, constant=constant, seed=seed)
 
 
 def random_maps(count: int, d: int, *, seed: int = 0, spread: float = 0.3) -> AffineMaps:
@@ -235,7 +77,7 @@ def true_kl(readout: ReadOut, captured: Capture, maps: AffineMaps, layers: Seque
 
 @dataclass(frozen=True)
 class Measured:
-    stream: SyntheticStream
+    stream: synthetic.SyntheticStream
     captured: Capture
     dev: Capture
     held_out: Capture

@@ -1,0 +1,266 @@
+"""How often verdicts are wrong and intervals miss, measured on synthetic streams of known answer.
+
+A calibration is a data file, like a suite: generator families to tune the rule's thresholds on, others to judge them by, and
+the rule itself, frozen. Each stream gets lenses fitted and scored as a model's do, and a verdict; its true indices are those
+of the same fitted lenses on many times as many fresh tokens.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from scipy.stats import binomtest
+
+from lensbench import indices, results
+from lensbench.errors import LensbenchError
+from lensbench.evaluation import Fit, fit_all, score_all
+from lensbench.fitting import FitRecipe, rotated_maps
+from lensbench.indices import Means
+from lensbench.stream import RotatedView
+from lensbench.synthetic import FAMILIES, Shape, SyntheticStream, windows_of
+from lensbench.tables import ClusterSums
+from lensbench.transfer import own_layer_sums, transfer_sums
+from lensbench.verdict import CANNOT_TELL, SCOPES, Span, VerdictRule, decide
+
+JUDGED = ("gain_visibility", "movement", "shared_consistency", "shared_retention")
+"""Indices whose intervals are held against the truth."""
+
+FRESH_BLOCK = 20_000
+"""Fresh tokens that are looked at at once."""
+
+
+class Calibration(BaseModel):
+    """What to try: families, sizes, and the rule that is judged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    question: str = Field(min_length=1)
+    tune: tuple[str, ...] = Field(min_length=1, description="families that thresholds were chosen on")
+    held_out: tuple[str, ...] = Field(min_length=1, description="families that they are judged by")
+    streams: int = Field(40, ge=1, description="streams of each family")
+    layers: tuple[int, ...] = Field((4, 6, 8), min_length=1)
+    d: tuple[int, ...] = Field((24, 32, 48), min_length=1)
+    vocab: int = Field(200, ge=8)
+    noise: tuple[tuple[float, float], ...] = Field(((1.6, 0.3), (1.0, 0.2), (2.0, 0.8)), min_length=1)
+    tokens: tuple[int, ...] = Field((2000, 4000), min_length=1, description="held-out tokens")
+    fit_tokens: int = Field(4000, ge=100)
+    dev_tokens: int = Field(800, ge=50)
+    fresh: int = Field(
+        100, ge=0, description="fresh tokens per held-out token that the truth is measured on; 0: no coverage"
+    )
+    draws: int = Field(500, ge=100)
+    fit: FitRecipe = FitRecipe()
+    rule: VerdictRule = VerdictRule()
+
+    @field_validator("tune", "held_out")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in FAMILIES:
+                raise ValueError(f"unknown family {name!r}; there are {', '.join(FAMILIES)}")
+        return names
+
+    def jobs(self) -> "Iterator[Job]":
+        """Every stream to measure: sizes drawn at random, the same ones whatever the families."""
+        for group in ("tune", "held_out"):
+            for family in getattr(self, group):
+                for number in range(self.streams):
+                    rng = np.random.default_rng([number, 0 if group == "tune" else 1])
+                    first, last = self.noise[rng.integers(len(self.noise))]
+                    shape = Shape(
+                        d=int(rng.choice(self.d)),
+                        layers=int(rng.choice(self.layers)),
+                        vocab=self.vocab,
+                        first_noise=first,
+                        last_noise=last,
+                    )
+                    yield Job(
+                        group=group, family=family, seed=number, tokens=int(rng.choice(self.tokens)), shape=vars(shape)
+                    )
+
+
+class Job(BaseModel):
+    """One stream."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    group: Literal["tune", "held_out"]
+    family: str
+    seed: int
+    tokens: int
+    shape: dict[str, Any]
+
+
+def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
+    """Lenses, indices, verdict and truth of one stream: a row of ``streams.csv``."""
+    torch.set_num_threads(1)  # many small products: streams run side by side instead
+    seed = 10_000 * (job.group == "held_out") + job.seed
+    stream = SyntheticStream(job.family, Shape(**job.shape), seed=seed)
+    captured = stream.capture(recipe.fit_tokens, seed=10 * seed + 1)
+    dev = stream.capture(recipe.dev_tokens, seed=10 * seed + 2, constant=captured.mean_p)
+    scored = stream.capture(job.tokens, seed=10 * seed + 3, constant=captured.mean_p)
+    fit = fit_all(stream.readout, captured, dev, recipe.fit, seed=seed)
+    frame = score_all(stream.readout, scored, fit).frame(windows_of(scored), model=job.family, seed=seed)
+    sums = ClusterSums.of(frame)
+    weights = indices.bootstrap_weights(len(sums.tokens), recipe.draws, seed)
+    point, drawn = (Means.of_clusters(sums.totals, sums.tokens, w) for w in (None, weights))
+    found = indices.estimates(point, drawn, seed=seed, clusters=len(sums.tokens))
+    row: dict[str, Any] = {
+        "set": job.group, "family": job.family, "truth": FAMILIES[job.family], "seed": job.seed, **job.shape,
+        "tokens": job.tokens,
+    }  # fmt: skip
+    truth = true_indices(stream, fit, captured.mean_p, recipe.fresh * job.tokens, seed) if recipe.fresh else {}
+    for name in JUDGED:
+        e = found[name]
+        row |= {name: e.value, f"{name}_ci_low": e.low, f"{name}_ci_high": e.high, f"{name}_true": truth.get(name)}
+
+    def span(name: str) -> Span | None:
+        e = found[name]
+        return None if e.value is None or e.low is None or e.high is None else Span(e.value, e.low, e.high)
+
+    suffix = SCOPES["all layers"]
+    spans = {
+        "visibility": span(f"gain_visibility{suffix}"),
+        "movement": span(f"movement{suffix}"),
+        "consistency": span(f"shared_consistency{suffix}"),
+    }
+    verdict = decide(recipe.rule, spans)
+    return row | {"verdict": verdict.answer, "reason": verdict.reason}
+
+
+def true_indices(stream: SyntheticStream, fit: Fit, constant: torch.Tensor, tokens: int, seed: int) -> dict[str, float]:
+    """The indices of the fitted lenses on fresh tokens: what intervals over documents are intervals for."""
+    views = {
+        k: RotatedView(fit.maps[f"view{k}"].matrix, fit.summary.rotated_rank) for k in range(fit.summary.rotations)
+    }
+    layers = list(range(stream.layers))
+    totals: dict[str, Any] = {}
+    done = 0
+    while done < tokens:
+        block = stream.capture(min(FRESH_BLOCK, tokens - done), seed=10 * seed + 1_000_000 + done, constant=constant)
+        done += len(block)
+        matrix = transfer_sums(stream.readout, block, fit.maps["transfer"])
+        parts = {
+            "constant": float(block.constant_kl.double().sum()),
+            "transfer": matrix.kl.sum(0),
+            "transfer_ce": matrix.ce.sum(0),
+            "movement": matrix.movement.sum(0),
+            "own": own_layer_sums(stream.readout, block, fit.maps["own"], layers)[0].sum(0),
+            "shared": own_layer_sums(stream.readout, block, fit.maps["shared"], layers)[0].sum(0),
+            "rotated": np.stack(
+                [
+                    own_layer_sums(stream.readout, block, rotated_maps(fit.maps[f"rotated{k}"], view), layers)[0].sum(0)
+                    for k, view in views.items()
+                ]
+            ),
+        }
+        totals = {name: totals.get(name, 0) + value for name, value in parts.items()}
+    means = {name: np.asarray(value / done) for name, value in totals.items()}
+    unknown = np.full(len(layers), np.nan)
+    whole = Means(
+        **means,
+        shared_loo=unknown,
+        own_refined=unknown,
+        shared_refined=unknown,
+        pair=np.full((len(layers), len(layers)), np.nan),
+        pair_rotated=np.full((1, len(layers), len(layers)), np.nan),
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = {name: float(indices.INDICES[name][1](whole).value) for name in JUDGED if name in indices.INDICES}
+        kept, null = (indices.INDICES[n][1](whole) for n in ("shared_retention", "rotated_retention"))
+        found["shared_consistency"] = float(indices.consistency(kept, null).value)
+    return found
+
+
+def run_calibration(
+    recipe: Calibration, folder: Path, *, workers: int, report: Callable[[int, int], None] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measure every stream and write ``streams.csv`` and ``calibration.csv``; finished streams are kept and taken up.
+
+    Raises :class:`LensbenchError` where the folder holds something else.
+    """
+    jobs = list(recipe.jobs())
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "streams"
+    kept.mkdir(exist_ok=True)
+    # What a stream's row depends on: everything but how many of them there are.
+    common = recipe.model_dump(mode="json", include={"fit", "fit_tokens", "dev_tokens", "fresh", "draws", "rule"})
+
+    def place(job: Job) -> Path:
+        key = json.dumps({"job": job.model_dump(), **common}, sort_keys=True)
+        return kept / f"{job.family}-{job.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+    wanted = [job for job in jobs if not place(job).exists()]
+    done = len(jobs) - len(wanted)
+    if wanted:
+        with ProcessPoolExecutor(max_workers=workers) as pool:
+            running = {pool.submit(measure, job, recipe): job for job in wanted}
+            for future in as_completed(running):
+                row = future.result()
+                write = partial(_write_row, row=row)
+                results.write_atomically(place(running[future]), write)
+                done += 1
+                if report is not None:
+                    report(done, len(jobs))
+    try:
+        streams = pd.DataFrame([json.loads(place(job).read_text()) for job in jobs])
+    except (OSError, ValueError) as error:
+        raise LensbenchError(f"{kept} is damaged ({error}); delete it to measure anew") from error
+    summary = summarise(streams)
+    for name, table in (("streams.csv", streams), ("calibration.csv", summary)):
+        results.write_atomically(folder / name, partial(table.to_csv, index=False, lineterminator="\n"))
+    return streams, summary
+
+
+def _write_row(path: Path, *, row: dict[str, Any]) -> None:
+    path.write_text(json.dumps(row))
+
+
+def summarise(streams: pd.DataFrame) -> pd.DataFrame:
+    """Per set and family, and per set: how many verdicts commit, how many of those are right, what share cannot tell.
+
+    And how many intervals cover the truth; each share with its 95 % Wilson interval.
+    """
+    rows = []
+    groups = [((s, f), g) for (s, f), g in streams.groupby(["set", "family"], sort=False)]
+    groups += [((s, "all"), g) for s, g in streams.groupby("set", sort=False)]
+    groups += [((s, "all pure"), g[g["truth"] != "mixed"]) for s, g in streams.groupby("set", sort=False)]
+    for (group, family), rows_of in groups:
+        committed = rows_of["verdict"] != CANNOT_TELL
+        right = committed & (rows_of["verdict"] == rows_of["truth"])
+        row: dict[str, Any] = {
+            "set": group,
+            "family": family,
+            "streams": len(rows_of),
+            "committed": int(committed.sum()),
+        }
+        row |= share("right_when_committed", int(right.sum()), int(committed.sum()))
+        row |= share("cannot_tell", int((~committed).sum()), len(rows_of))
+        for name in JUDGED:
+            known = rows_of[rows_of[f"{name}_true"].notna() & rows_of[name].notna()]
+            inside = known[f"{name}_true"].between(known[f"{name}_ci_low"], known[f"{name}_ci_high"])
+            row |= share(f"covered_{name}", int(inside.sum()), len(known))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def share(name: str, count: int, of: int) -> dict[str, float | None]:
+    """``count / of`` with its 95 % Wilson interval; empty where there is nothing to take a share of."""
+    if not of:
+        return {name: None, f"{name}_ci_low": None, f"{name}_ci_high": None}
+    interval = binomtest(count, of).proportion_ci(method="wilson")
+    return {name: count / of, f"{name}_ci_low": float(interval.low), f"{name}_ci_high": float(interval.high)}
+
+
+def default_workers() -> int:
+    return max(1, os.cpu_count() or 1)
