@@ -183,10 +183,16 @@ def true_indices(stream: SyntheticStream, fit: Fit, constant: torch.Tensor, toke
 
 
 def run_calibration(
-    recipe: Calibration, folder: Path, *, workers: int, report: Callable[[int, int], None] | None = None
+    recipe: Calibration,
+    folder: Path,
+    *,
+    workers: int,
+    code: dict[str, Any] | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure every stream and write ``streams.csv`` and ``calibration.csv``; finished streams are kept and taken up.
 
+    ``code``: what the manifest says of the versions that ran.
     Raises :class:`LensbenchError` where the folder holds something else.
     """
     jobs = list(recipe.jobs())
@@ -219,6 +225,12 @@ def run_calibration(
     summary = summarise(streams)
     for name, table in (("streams.csv", streams), ("calibration.csv", summary)):
         results.write_atomically(folder / name, partial(table.to_csv, index=False, lineterminator="\n"))
+    manifest = {
+        "calibration": recipe.model_dump(mode="json"),
+        "files": {name: results.sha256(folder / name) for name in ("streams.csv", "calibration.csv")},
+        "code": code,
+    }
+    results.write_json(folder / results.MANIFEST, manifest)
     return streams, summary
 
 

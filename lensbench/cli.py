@@ -229,6 +229,7 @@ def calibrate(
 ) -> None:
     """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
     from lensbench.calibration import default_workers, run_calibration
+    from lensbench.run import git_revision, versions
     from lensbench.suite import load_calibration
 
     chosen = load_calibration(name)
@@ -236,7 +237,11 @@ def calibrate(
     with Bars() as bars:
         tick = bars.stage("streams", len(list(chosen.jobs())), "streams")
         _, summary = run_calibration(
-            chosen, folder, workers=workers or default_workers(), report=lambda done, _: tick(done, "")
+            chosen,
+            folder,
+            workers=workers or default_workers(),
+            code={"git_revision": git_revision(), "versions": versions()},
+            report=lambda done, _: tick(done, ""),
         )
     console.print(summary.round(3).to_string(index=False), highlight=False)
     console.print(f"Tables: {folder}", highlight=False)

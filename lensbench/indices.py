@@ -144,10 +144,10 @@ def gain_visibility(m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]
     return Value(seen.sum(-1) / gained.sum(-1), gained.sum(-1))
 
 
-def movement(m: Means) -> Value:
-    """``sum D_ij / sum G_ij`` over i < j <= L-1."""
-    _, gained = _visible_and_own_gain(m)
-    i, j = _pairs(m.transfer.shape[-1] - 1)
+def movement(m: Means, first: int = 0) -> Value:
+    """``sum D_ij / sum G_ij`` over ``first <= i < j <= L-1``."""
+    _, gained = _visible_and_own_gain(m, lambda i, j: i >= first)
+    i, j = (layers + first for layers in _pairs(m.transfer.shape[-1] - 1 - first))
     return Value(m.movement[..., i, j].sum(-1) / gained.sum(-1), gained.sum(-1))
 
 
@@ -245,6 +245,7 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     "gain_visibility_adjacent": ("closed", lambda m: gain_visibility(m, lambda i, j: j == i + 1)),
     "gain_visibility_without_layer0": ("closed", lambda m: gain_visibility(m, lambda i, j: i > 0)),
     "movement": ("closed", movement),
+    "movement_without_layer0": ("closed", lambda m: movement(m, first=1)),
     "distance_trend": ("closed", distance_trend),
     "distance_trend_forward": ("closed", lambda m: distance_trend(m, "forward")),
     "distance_trend_backward": ("closed", lambda m: distance_trend(m, "backward")),

@@ -130,6 +130,12 @@ SCHEMA: dict[str, dict[str, str]] = {
         "rotated_penalty_ci_low": "",
         "rotated_penalty_ci_high": "",
     },
+    "verdicts.csv": {
+        **_WHO,
+        "scope": "all layers, or without layer 0",
+        "verdict": "refinement, carry-along, re-representation or cannot tell, by the suite's rule; seeds must agree",
+        "reason": "the indices that it rests on, their intervals widened by refits",
+    },
     "probes.csv": {
         **_WHO,
         "probe": "what measured it, as a suite names it",
@@ -206,7 +212,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
-    "probe", "quantity",
+    "probe", "quantity", "scope", "verdict",
 }  # fmt: skip
 TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 

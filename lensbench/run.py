@@ -701,7 +701,9 @@ def run_suite(
         counted = {t.name: runner.baselines(t) for t in dict.fromkeys(map(runner.texts, models))}
         tick = progress.stage("tables", 2, "steps")
         start = time.perf_counter()
-        written = tables.tables(parts, draws=suite.evaluate.draws, largest_ridge=suite.fit.ridges[-1])
+        written = tables.tables(
+            parts, draws=suite.evaluate.draws, largest_ridge=suite.fit.ridges[-1], rule=suite.verdict
+        )
         written["baselines.csv"] = pd.concat([c["table"] for c in counted.values()], ignore_index=True)
         for name, table in written.items():
             results.write_table(folder, name, table)

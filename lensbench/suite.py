@@ -17,6 +17,7 @@ from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.models.training import TrainingRecipe
 from lensbench.probes import PROBES
+from lensbench.verdict import VerdictRule
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -156,6 +157,7 @@ class Suite(_Strict):
     fit: FitRecipe = FitRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     probes: tuple[str, ...] = Field((), description="measurements beside the lenses, by name")
+    verdict: VerdictRule = VerdictRule()
     models: tuple[ModelRecipe, ...] = Field(min_length=1)
 
     @field_validator("probes")

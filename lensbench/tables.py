@@ -17,6 +17,7 @@ from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
 from lensbench.probes import COLUMNS, Measured
+from lensbench.verdict import SCOPES, Span, Verdict, VerdictRule, decide, over_seeds
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,27 @@ def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
     }  # fmt: skip
 
 
-def tables(parts: list[Part], *, draws: int, largest_ridge: float | None = None) -> dict[str, pd.DataFrame]:
-    """The CSV tables of a run, but for the baselines; lenses at the ``largest_ridge`` of the path are told."""
+def tables(
+    parts: list[Part], *, draws: int, largest_ridge: float | None = None, rule: VerdictRule | None = None
+) -> dict[str, pd.DataFrame]:
+    """The CSV tables of a run, but for the baselines.
+
+    Lenses at the ``largest_ridge`` of the path are told; verdicts are made by ``rule``.
+    """
     rows: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv", "tolerances.csv", "pairs.csv")
+        name: []
+        for name in (
+            "models.csv",
+            "lenses.csv",
+            "transfer.csv",
+            "indices.csv",
+            "tolerances.csv",
+            "pairs.csv",
+            "verdicts.csv",
+        )  # fmt: skip
     }
     found: dict[str, list[dict[str, indices.Estimate]]] = {}
+    verdicts: dict[str, list[dict[str, Verdict]]] = {}
     headlines = {part.model: part.fit.records["transfer"] for part in parts}
     for part in parts:
         sums = ClusterSums.of(part.sequences)
@@ -217,13 +233,44 @@ def tables(parts: list[Part], *, draws: int, largest_ridge: float | None = None)
         ]
         rows["pairs.csv"] += [who | row for row in pair_rows(part, point, drawn)]
         found.setdefault(part.model, []).append(estimates)
-        rows["indices.csv"] += [who | row for row in index_rows(estimates, part)]
+        of_indices = list(index_rows(estimates, part))
+        rows["indices.csv"] += [who | row for row in of_indices]
+        judged = verdicts_of(of_indices, rule or VerdictRule())
+        rows["verdicts.csv"] += [who | {"scope": s, "verdict": v.answer, "reason": v.reason} for s, v in judged.items()]
+        verdicts.setdefault(part.model, []).append(judged)
     for model, per_seed in found.items():
         if len(per_seed) > 1:
             rows["indices.csv"] += [
                 {"model": model, "seed": "all"} | row for row in rows_over_seeds(per_seed, headlines[model])
             ]
+            for scope in SCOPES:
+                whole = over_seeds([judged[scope] for judged in verdicts[model]])
+                row = {"model": model, "seed": "all", "scope": scope}
+                rows["verdicts.csv"].append(row | {"verdict": whole.answer, "reason": whole.reason})
     return {name: pd.DataFrame(content) for name, content in rows.items()} | {"probes.csv": probe_table(parts, draws)}
+
+
+def verdicts_of(rows: list[dict[str, Any]], rule: VerdictRule) -> dict[str, Verdict]:
+    """Scope -> verdict, from rows of ``indices.csv``: intervals over documents, widened by what refits change."""
+    by_name = {row["index"]: row for row in rows}
+
+    def span(name: str) -> Span | None:
+        row = by_name[name]
+        if row["value"] is None or row["ci_low"] is None:
+            return None
+        return Span(row["value"], row["ci_low"], row["ci_high"]).wider(row["fit_low"], row["fit_high"])
+
+    return {
+        scope: decide(
+            rule,
+            {
+                "visibility": span(f"gain_visibility{suffix}"),
+                "movement": span(f"movement{suffix}"),
+                "consistency": span(f"shared_consistency{suffix}"),
+            },
+        )
+        for scope, suffix in SCOPES.items()
+    }
 
 
 def similarity_of(part: Part) -> NDArray[np.float64] | None:

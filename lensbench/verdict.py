@@ -70,15 +70,15 @@ NAMES = {"visibility": "gain visibility", "movement": "movement", "consistency":
 
 
 def decide(rule: VerdictRule, spans: Mapping[str, Span | None]) -> Verdict:
-    """The verdict on ``visibility``, ``movement`` and ``consistency``."""
-    missing = [NAMES[name] for name in NAMES if spans.get(name) is None]
-    if missing:
-        return Verdict(CANNOT_TELL, f"{' and '.join(missing)} undefined")
-    visibility, movement, consistency = (spans[name] for name in NAMES)
-    assert visibility is not None and movement is not None and consistency is not None
-    told = f"gain visibility {visibility}, movement {movement}, consistency {consistency}"
+    """The verdict on ``visibility``, ``movement`` and ``consistency``; the last is not needed where nothing moves."""
+    told = ", ".join(f"{NAMES[k]} {spans.get(k) or 'undefined'}" for k in NAMES)
+    visibility, movement, consistency = (spans.get(name) for name in NAMES)
+    if visibility is None or movement is None:
+        return Verdict(CANNOT_TELL, told)
     if movement.high < rule.still and -rule.still < visibility.low and visibility.high < rule.still:
         return Verdict("carry-along", f"nothing moves under fixed lenses: {told}")
+    if consistency is None:
+        return Verdict(CANNOT_TELL, told)
     if visibility.low > rule.visible and consistency.low > rule.consistent:
         return Verdict("refinement", f"fixed lenses see gains, in one representation: {told}")
     if consistency.high < rule.inconsistent and visibility.high < rule.unseen:
