@@ -125,16 +125,18 @@ def test_rotary_positions_depend_on_distance_alone():
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="does not divide into 3 slices"):
-        ControlGPTConfig(hidden_size=48, num_hidden_layers=4, partitioned=True, read_size=11, num_attention_heads=4)
+    with pytest.raises(ValueError, match="leaves 0 entries for 3 slices"):
+        ControlGPTConfig(hidden_size=48, num_hidden_layers=4, partitioned=True, read_size=24, num_attention_heads=4)
+    with pytest.raises(ValueError, match="attention of size 16 does not divide into 3 heads"):
+        ControlGPTConfig(hidden_size=48, partitioned=True, read_size=12, attention_size=16, num_attention_heads=3)
     with pytest.raises(ValueError, match="skip must lie"):
         ControlGPTConfig(skip=1.5)
     with pytest.raises(ValueError, match="blocks of their own"):
         ControlGPTConfig(hidden_size=48, num_hidden_layers=4, partitioned=True, read_size=12, tied_layers=True)
     with pytest.raises(ValueError, match="read_size is for the partitioned form"):
         ControlGPTConfig(hidden_size=48, read_size=12)
-    with pytest.raises(LensbenchError, match="2 \\* read_size \\+ a multiple of 3"):
-        build("gpt-partitioned", **SHAPE, read_size=11)
+    with pytest.raises(LensbenchError, match="leaves 0 entries for 3 slices"):
+        build("gpt-partitioned", **SHAPE, read_size=24)
 
 
 @pytest.mark.parametrize("family", ["gpt", "gpt2", "gpt-conv", "predictive-coding"])

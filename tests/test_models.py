@@ -43,18 +43,20 @@ def test_models_of_equal_parameters_have_the_stated_depth_and_width(family):
     model = build(family, parameters=30_000, **{**SHAPE, "layers": 3})
     out = model(torch.zeros(1, 4, dtype=torch.long), output_hidden_states=True)
     assert len(out.hidden_states) == 4
-    assert model.get_input_embeddings().weight.shape == (60, 16)
+    width = model.config.read_size if family == "gpt-partitioned" else 16
+    assert model.get_input_embeddings().weight.shape == (60, width)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_count_that_no_width_reaches_is_refused_with_the_smallest_one(family):
     with pytest.raises(LensbenchError, match="no MLP width") as refused:
-        build(family, parameters=1_000, **SHAPE)
-    assert family in str(refused.value) and "1000" in str(refused.value)
+        build(family, parameters=500, **SHAPE)
+    assert family in str(refused.value) and "500" in str(refused.value)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+# The attention of gpt-partitioned has a width of its own, made to fit.
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt-partitioned"}))
 def test_a_width_that_the_heads_do_not_divide_is_refused(family):
     with pytest.raises(LensbenchError, match="heads"):
         build(family, parameters=20_000, **{**SHAPE, "heads": 3})

@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {
     "gpt-partitioned": Family(
         partial(control, partitioned=True),
         "gpt-conv whose blocks write into slices of their own, the last alone into what the head sees: carry-along",
-        ("initializer_range", "read_size"),
+        ("initializer_range", "read_size", "attention_size"),
     ),
     "gpt-tied": Family(
         partial(control, tied_layers=True), "gpt-conv with one block for all layers", ("initializer_range",)
@@ -149,7 +149,8 @@ def fitting_width(
     if unknown:
         raise LensbenchError(f"{family} has no setting {unknown[0]!r}; it has {', '.join(FAMILIES[family].settings)}")
     # Rotary positions turn pairs of entries, so a head's size must be even too.
-    if heads < 1 or d_model % heads or d_model // heads % 2:
+    # Families whose attention has a size of its own say so themselves.
+    if heads < 1 or ("attention_size" not in FAMILIES[family].settings and (d_model % heads or d_model // heads % 2)):
         raise LensbenchError(f"heads is {heads}: it must divide d_model {d_model} into parts of even size")
     shape = {"vocab_size": vocab_size, "d_model": d_model, "layers": layers, "heads": heads, "context": context}
     make = FAMILIES[family].build

@@ -26,8 +26,10 @@ class ControlGPTConfig(PreTrainedConfig):
     """Sizes and the one change of :class:`ControlGPTForCausalLM`.
 
     ``read_size`` R is how many leading entries of the stream norm and head see; the embedding is R wide. In the
-    partitioned form the stream is ``[read-out; embedding; slice of block 1; ...; slice of block L-1]``, so that
-    ``hidden_size = 2 R + (L-1) s``; otherwise R is ``hidden_size``.
+    partitioned form the stream is ``[read-out; embedding; slice of block 1; ...; slice of block L-1]``, with slices of equal
+    size (but for one entry) in what 2 R leaves, R being three eighths of it where left out; otherwise R is
+    ``hidden_size``. ``attention_size`` is the width of all heads together: where left out that of the stream, or about R
+    in the partitioned form, so that a stream that is wide does not spend its parameters on attention.
     """
 
     model_type = "lensbench-control-gpt"
@@ -41,6 +43,7 @@ class ControlGPTConfig(PreTrainedConfig):
         intermediate_size: int = 256,
         partitioned: bool = False,
         read_size: int | None = None,
+        attention_size: int | None = None,
         tied_layers: bool = False,
         skip: float = 1.0,
         initializer_range: float = 0.02,
@@ -48,18 +51,16 @@ class ControlGPTConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs,
     ):
-        size = hidden_size if read_size is None else read_size
-        if hidden_size % num_attention_heads or hidden_size // num_attention_heads % 2:
-            raise ValueError(
-                f"hidden_size {hidden_size} does not divide into num_attention_heads {num_attention_heads} "
-                "parts of even size"
-            )
+        size = read_size or (3 * hidden_size // 8 if partitioned else hidden_size)
+        of_heads = 2 * num_attention_heads  # rotary positions turn pairs of entries
+        inner = attention_size or (max(1, size // of_heads) * of_heads if partitioned else hidden_size)
+        if inner % num_attention_heads or inner // num_attention_heads % 2:
+            raise ValueError(f"attention of size {inner} does not divide into {num_attention_heads} heads of even size")
         if partitioned:
             left, slices = hidden_size - 2 * size, num_hidden_layers - 1
-            if left < slices or slices < 1 or left % slices:
+            if left < slices:
                 raise ValueError(
-                    f"hidden_size {hidden_size} less twice read_size {size} does not divide into {slices} slices: "
-                    f"take 2 * read_size + a multiple of {slices}"
+                    f"hidden_size {hidden_size} less twice read_size {size} leaves {left} entries for {slices} slices"
                 )
             if tied_layers or skip != 1:
                 raise ValueError("a partitioned stream needs blocks of their own and whole skip connections")
@@ -74,6 +75,7 @@ class ControlGPTConfig(PreTrainedConfig):
         self.intermediate_size = intermediate_size
         self.partitioned = partitioned
         self.read_size = size
+        self.attention_size = inner
         self.tied_layers = tied_layers
         self.skip = skip
         self.initializer_range = initializer_range
@@ -89,9 +91,9 @@ class ControlGPTConfig(PreTrainedConfig):
             return slice(0, self.read_size)
         if block == 0:
             return slice(self.read_size, 2 * self.read_size)
-        size = (self.hidden_size - 2 * self.read_size) // (self.num_hidden_layers - 1)
-        start = 2 * self.read_size + (block - 1) * size
-        return slice(start, start + size)
+        left, slices = self.hidden_size - 2 * self.read_size, self.num_hidden_layers - 1
+        start, stop = (2 * self.read_size + k * left // slices for k in (block - 1, block))
+        return slice(start, stop)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -109,12 +111,12 @@ class ControlGPTBlock(nn.Module):
 
     def __init__(self, config: ControlGPTConfig, written: slice):
         super().__init__()
-        d, size = config.hidden_size, written.stop - written.start
+        d, inner, size = config.hidden_size, config.attention_size, written.stop - written.start
         self.heads, self.written, self.skip = config.num_attention_heads, written, config.skip
         self.norm_attention = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.convolution = CausalConvolution(d)
-        self.query_key_value = nn.Linear(d, 3 * d, bias=False)
-        self.attention_output = nn.Linear(d, size, bias=False)
+        self.query_key_value = nn.Linear(d, 3 * inner, bias=False)
+        self.attention_output = nn.Linear(inner, size, bias=False)
         self.norm_mlp = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.up = nn.Linear(d, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, size, bias=False)
@@ -125,7 +127,7 @@ class ControlGPTBlock(nn.Module):
         return h + F.pad(change, (self.written.start, h.shape[-1] - self.written.stop))
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, d)
-        batch, length, d = h.shape
+        batch, length, _ = h.shape
         seen = self.norm_attention(h)
         if mask is not None:
             seen = seen * mask[..., None].to(h.dtype)  # else the convolution would mix padding in
@@ -140,7 +142,7 @@ class ControlGPTBlock(nn.Module):
             itself = torch.eye(length, dtype=torch.bool, device=h.device)
             allowed = (causal & mask[:, None, None].bool()) | itself
         mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=allowed, is_causal=mask is None)
-        h = self.add(h, self.attention_output(mixed.transpose(1, 2).reshape(batch, length, d)))
+        h = self.add(h, self.attention_output(mixed.transpose(1, 2).flatten(2)))
         return self.add(h, self.down(F.gelu(self.up(self.norm_mlp(h)))))
 
 
