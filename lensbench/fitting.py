@@ -47,7 +47,7 @@ class FitRecipe(BaseModel):
     dev_sequences: int = Field(256, ge=1, description="sequences of the dev split")
     dev_positions: int = Field(16, ge=1, description="random positions of each of them")
     ridges: tuple[float, ...] = Field(
-        (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3),
         min_length=1,
         description="ridge path, rising, in median eigenvalues",
     )
