@@ -249,6 +249,9 @@ class Runner:
                 **model.shape,
                 **model.settings,
             )
+            if model.untrained:
+                network.save_pretrained(folder)
+                return
             start = time.perf_counter()
 
             def report(at: StepReport) -> None:
@@ -265,6 +268,8 @@ class Runner:
             "training": training_key(recipe),
             "seed": seed,
         }
+        if model.untrained:
+            key["training"] = None
         return self.stage(name, key, compute)
 
     def network(self, stage: Stage) -> PreTrainedModel:
@@ -287,7 +292,7 @@ class Runner:
                 "family": owner.family,
                 "source": None,
                 "dtype": "float32",
-                "train_tokens": recipe.steps * recipe.batch * recipe.length,
+                "train_tokens": 0 if owner.untrained else recipe.steps * recipe.batch * recipe.length,
             }
             return Origin(owner.name, training.digest, partial(self.network, training), facts)
         source, device = owner.source, self.device if owner.device is None else choose_device(owner.device)
@@ -695,8 +700,12 @@ def run_suite(
                 if not runner.only_finished:
                     raise
                 continue  # not there yet, or its files are not: no matter to the models that are asked for
+            if not measured:
+                runner.progress.say(f"{model.name}: not run at this seed, its suite says")
             parts += [tables.Part.load(model.name, seed, f.folder, s.folder, found) for seed, f, s, found in measured]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]
+        if not models:
+            raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")
         runner.only_finished = False
         counted = {t.name: runner.baselines(t) for t in dict.fromkeys(map(runner.texts, models))}
         tick = progress.stage("tables", 2, "steps")

@@ -74,6 +74,8 @@ class ModelRecipe(_Strict):
     layers: int | None = Field(None, ge=2)
     heads: int | None = Field(None, ge=1)
     parameters: int | None = Field(None, gt=0, description="met within 1 % by the width of the MLPs")
+    seeds: tuple[int, ...] | None = Field(None, min_length=1, description="some of the suite's seeds; all if left out")
+    untrained: bool = Field(False, description="leave it at its initial weights")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the family")
     training: dict[str, Any] = Field(default_factory=dict, description="what differs from the suite's training")
     source: str | None = Field(None, description=f"a pretrained model: {SOURCES}")
@@ -121,8 +123,8 @@ class ModelRecipe(_Strict):
                 check_source(self.source)
             except LensbenchError as error:  # pydantic says which model of which file it is
                 raise ValueError(str(error)) from error
-            made = [k for k, v in {**shape, "view_of": self.view_of}.items() if v is not None]
-            made += [k for k in ("settings", "training") if getattr(self, k)]
+            made = [k for k, v in {**shape, "view_of": self.view_of, "seeds": self.seeds}.items() if v is not None]
+            made += [k for k in ("settings", "training", "untrained") if getattr(self, k)]
             if made:
                 raise ValueError(f"model {self.name!r} is pretrained ({self.source}) and cannot set {', '.join(made)}")
             if self.device is not None and self.device_map is not None:
@@ -131,6 +133,8 @@ class ModelRecipe(_Strict):
         if any(v is not None for k, v in loading.items() if k != "lens"):
             wrong = next(k for k, v in loading.items() if v is not None and k != "lens")
             raise ValueError(f"model {self.name!r} sets {wrong}, which is for pretrained models: it has no source")
+        if self.untrained and self.training:
+            raise ValueError(f"model {self.name!r} is untrained and cannot set training")
         if self.view_of is None:
             missing = [k for k, v in shape.items() if v is None]
             if missing:
@@ -138,8 +142,8 @@ class ModelRecipe(_Strict):
             if self.family not in FAMILIES:
                 raise ValueError(f"unknown model family {self.family!r}; {nearest(str(self.family), list(FAMILIES))}")
         else:
-            given = [k for k, v in shape.items() if v is not None] + [
-                k for k in ("settings", "training") if getattr(self, k)
+            given = [k for k, v in {**shape, "seeds": self.seeds}.items() if v is not None] + [
+                k for k in ("settings", "training", "untrained") if getattr(self, k)
             ]
             if given:
                 raise ValueError(f"model {self.name!r} is a view of {self.view_of!r} and cannot set {', '.join(given)}")
@@ -202,6 +206,11 @@ class Suite(_Strict):
                         f"model {model.name!r} is a view of {model.view_of!r}, which no model of the suite is"
                     )
             elif model.source is None:
+                absent = sorted(set(model.seeds or ()) - set(self.seeds))
+                if absent:
+                    raise ValueError(
+                        f"model {model.name!r} names seed {absent[0]}, which the suite's seeds are without"
+                    )
                 recipe = self.training_of(model)
                 if self.length > recipe.length:
                     raise ValueError(
@@ -239,8 +248,11 @@ class Suite(_Strict):
             raise ValueError(f"model {model.name!r}: training.{first['loc'][0]}: {first['msg']}") from error
 
     def seeds_of(self, model: ModelRecipe) -> tuple[int, ...]:
-        """The seeds that a model is run with: a pretrained one is the same model at all of them, so the first alone."""
-        return self.seeds if self.trained(model).source is None else self.seeds[:1]
+        """The seeds that a model is run with: those it names, or all; a pretrained one is the same at all of them."""
+        owner = self.trained(model)
+        if owner.source is not None:
+            return self.seeds[:1]
+        return tuple(seed for seed in self.seeds if owner.seeds is None or seed in owner.seeds)
 
     @property
     def length(self) -> int:

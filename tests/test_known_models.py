@@ -67,6 +67,16 @@ layers = 3
 heads = 2
 parameters = 30_000
 settings = {{ read_size = 12 }}
+
+[[models]]
+name = "gpt-untrained"
+family = "gpt-conv"
+d_model = 32
+layers = 3
+heads = 2
+parameters = 40_000
+untrained = true
+seeds = [1]
 """
 
 
@@ -111,6 +121,24 @@ def test_the_rotated_view_is_the_same_model_read_through_other_bases(tables):
     assert index(tables, "shared_retention", "gpt-conv+rotated") < index(tables, "shared_retention", "gpt-conv")
 
 
+def test_a_model_at_its_initial_weights_has_nothing_to_compare(tables):
+    """There is next to nothing to gain on it, so its indices are undefined, and the table says why."""
+    models = tables["models.csv"]
+    row = models[models["model"] == "gpt-untrained"].iloc[0]
+    assert row["train_tokens"] == 0 and row["seed"] == "1"
+    indices = tables["indices.csv"]
+    rows = indices[
+        (indices["model"] == "gpt-untrained") & indices["index"].isin(["shared_retention", "gain_visibility"])
+    ]
+    assert (
+        list(rows["seed"]) == ["1", "1"]
+        and rows["value"].isna().all()
+        and rows["reason"].str.contains("undefined").all()
+    )
+    verdicts = tables["verdicts.csv"]
+    assert set(verdicts.loc[verdicts["model"] == "gpt-untrained", "verdict"]) == {"cannot tell"}
+
+
 def test_nothing_moves_under_fixed_lenses_of_a_partitioned_stream(tables):
     transfer = tables["transfer.csv"]
     rows = transfer[transfer["model"] == "gpt-partitioned"]
@@ -124,12 +152,14 @@ def test_nothing_moves_under_fixed_lenses_of_a_partitioned_stream(tables):
 def test_probes_have_a_row_per_seed_and_one_for_all(tables):
     probes = tables["probes.csv"]
     what = ["model", "probe", "quantity", "layer", "other"]
-    for _, rows in probes.groupby(what, dropna=False):
+    for _, rows in probes[probes["model"] != "gpt-untrained"].groupby(what, dropna=False):
         assert list(rows["seed"]) == ["0", "1", "all"]
         one, two, mean = rows["value"]
         assert (np.isnan(one) and np.isnan(mean)) or mean == pytest.approx((one + two) / 2)
     reasons = probes[(probes["model"] == "gpt-conv+rotated") & probes["value"].isna()]
     assert set(reasons["quantity"]) >= {"gradient_alignment", "block_paths"} and reasons["reason"].notna().all()
+    verdicts = tables["verdicts.csv"].set_index(["model", "scope", "seed"])["verdict"]
+    assert verdicts["gpt-partitioned", "all layers", "all"] == "carry-along"
     carried = probes[(probes["model"] == "gpt-partitioned") & (probes["quantity"] == "carried_share")]
     assert len(carried) == 9 and (carried["value"] > 0.99).all()
 
