@@ -207,7 +207,7 @@ def reproduction(reference: Run, run: Run) -> str:
         return f"{who}: same corpus, other settings"
     if a["models"] != b["models"]:
         return f"{who}: same settings, but {', '.join(a['models'])} there and {', '.join(b['models'])} here"
-    csv = [name for name in results.SCHEMA if a["files"][name] != b["files"][name]]
+    csv = [name for name in results.SCHEMA if a["files"].get(name) != b["files"].get(name)]
     if not csv:
         return f"{who}: identical, every CSV byte for byte"
     largest, where = 0.0, ""

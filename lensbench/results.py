@@ -16,7 +16,7 @@ import pandas as pd
 
 from lensbench.errors import LensbenchError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 SEQUENCES = "per_sequence.parquet"
 NEEDED = ("code_version", "corpus", "files", "models", "seeds", "suite", "suite_name")
@@ -217,6 +217,10 @@ TEXT_COLUMNS = {
 TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 
 
+ADDED = ("verdicts.csv", "probes.csv")
+"""Tables that folders of earlier versions do not have: read as empty."""
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -280,4 +284,11 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
                 raise LensbenchError(f"{folder} is not complete: {name} is missing")
             if sha256(folder / name) != checksum:
                 raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
-    return Run(folder, manifest, {name: read_table(folder / name) for name in SCHEMA})
+    known = set(SCHEMA) if manifest is None else set(manifest["files"])
+    tables = {
+        name: pd.DataFrame(columns=list(SCHEMA[name]))
+        if name in ADDED and not (name in known and (folder / name).exists())
+        else read_table(folder / name)
+        for name in SCHEMA
+    }
+    return Run(folder, manifest, tables)
