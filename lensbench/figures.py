@@ -298,9 +298,9 @@ def tolerances(frame: pd.DataFrame) -> Figure:
         panel.set_xticks(range(len(labels)), [names[t] for t in labels])
         panel.margins(x=0.1)
         use_symlog(panel, "y", 1.0)
-    handles, legend = panels[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, legend, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    if models:
+        # In a panel: above the panels of a single model it would lie on the title.
+        panels[0].legend(loc="best", fontsize=7, handlelength=1.6)
     caption = "Share of K_0 - best, on dev; s.e.: of the paired difference. Bands: 95 % intervals, lenses held fixed."
     write_around(figure, "What a fixed lens sees depends on its ridge", caption)
     return figure

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.speed.summary import print_ratios  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
+COMMITTED = ("quick", "smollm2")
 QUOTED = re.compile(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")
 
 
@@ -31,9 +32,12 @@ def test_the_two_commands_are_there():
 
 
 def test_every_number_with_an_interval_is_printed_by_a_command():
-    console = Console(file=io.StringIO(), width=200)
-    print_run(results.read_run(ROOT / "results" / "quick"), console)
-    printed = console.file.getvalue() + CliRunner().invoke(app, ["compare", str(ROOT / "results" / "quick")]).output
+    console = Console(file=io.StringIO(), width=250)
+    printed = ""
+    for name in COMMITTED:
+        print_run(results.read_run(ROOT / "results" / name), console)
+        printed += CliRunner().invoke(app, ["compare", str(ROOT / "results" / name)]).output
+    printed += console.file.getvalue()
     quoted = QUOTED.findall(README)
     assert len(quoted) >= 10
     assert [number for number in quoted if number not in printed] == []
@@ -82,9 +86,9 @@ def test_measured_speeds_are_what_a_benchmark_wrote(description):
         assert results.sha256(description.parent / name) == checksum, name
 
 
-@pytest.mark.parametrize("name", ["quick"])
+@pytest.mark.parametrize("name", COMMITTED)
 def test_committed_results_are_what_a_run_wrote(name):
-    """Every file has the checksum of its manifest, and the sweep's winners are what the suite trains with."""
+    """Every file has the checksum of its manifest."""
     run = results.read_run(ROOT / "results" / name)
     assert not run.manifest["git_revision"].endswith("dirty")
 
@@ -100,3 +104,10 @@ def test_quick_uses_the_winners_of_its_sweep():
             assert len(best) == 1
             trial = trials[int(best.iloc[0]["trial"])]
             assert (model.training, model.settings) == (trial.training, trial.settings)
+
+
+def test_what_the_pretrained_run_took_is_what_its_manifest_says():
+    manifest = json.loads((ROOT / "results" / "smollm2" / "manifest.json").read_text())
+    told = re.search(r"lensbench run pretrained .*# its 30 layers: (.*), (\S+) GiB", README)
+    assert told is not None and float(told[2]) == round(manifest["peak_gib"], 1) <= 8
+    assert told[1] == "an hour and a half" and 60 * 80 < sum(manifest["seconds"].values()) <= 60 * 90
