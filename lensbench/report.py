@@ -175,6 +175,15 @@ def sentence(name: str, rows: pd.DataFrame, curve: pd.DataFrame) -> str:
     return f"{name}: {kept} ({against}); {meaning}."
 
 
+def verdict_lines(run: Run) -> list[str]:
+    """One line per model: the verdict of the suite's rule, on all layers and without the first."""
+    lines = []
+    for model, rows in shown_seeds(run.tables["verdicts.csv"]).groupby("model", sort=False):
+        told = ", ".join(f"{row['verdict']} ({row['scope']})" for _, row in rows.iterrows())
+        lines.append(f"{model}: verdict by the suite's rule: {told}")
+    return lines
+
+
 def print_run(run: Run, console: Console) -> None:
     """The tables, then the sentences, then every warning once."""
     scored = (run.manifest or {}).get("scored", {})
@@ -186,6 +195,8 @@ def print_run(run: Run, console: Console) -> None:
     console.print(index_table(run))
     console.print(tolerance_table(run))
     for line in sentences(run):
+        console.print(line, highlight=False, markup=False)
+    for line in verdict_lines(run):
         console.print(line, highlight=False, markup=False)
     reasons = run.tables["indices.csv"].dropna(subset=["reason"])
     for reason, rows in reasons[reasons["ci_low"].notna() | reasons["value"].isna()].groupby("reason", sort=False):
