@@ -72,6 +72,7 @@ class Progress(Protocol):
         """Something that the user has to know now."""
 
 
+REMEDY = "set evaluate.length to {} or less, in a copy of the suite's file"
 TRAINED_HERE = "trained here"
 """What the tokenizer trained on the train split is called; no model can be called that."""
 
@@ -302,7 +303,7 @@ class Runner:
             start = time.perf_counter()
             self.progress.stage(f"load-{owner.name}", 1, "models")
             network = load_model(source, dtype=dtype_named(owner.dtype), device=device, device_map=owner.device_map)
-            check_context(f"model {owner.name}", network.config, self.suite.length, "evaluate.length")
+            check_context(f"model {owner.name}", network.config, self.suite.length, REMEDY)
             check_vocabulary(source, self.texts(owner).tokenizer, network.config.get_text_config().vocab_size)
             self.texts(owner).within(network.config.get_text_config().vocab_size)
             self.progress.finished(f"load-{owner.name}", time.perf_counter() - start, False)
@@ -436,8 +437,8 @@ class Runner:
                 sums = transfer_sums(stream.readout, captured, maps, movement=False)
                 seconds = time.perf_counter() - start
                 spent += seconds
-                documents, tokens = windows.documents, windows.valid.sum(1)
-                width = max(float(half_width(penalties(x), tokens, documents).max()) for x in (sums.kl, sums.ce))
+                clusters, tokens = windows.clusters, windows.valid.sum(1)
+                width = max(float(half_width(penalties(x), tokens, clusters).max()) for x in (sums.kl, sums.ce))
                 tick(min(100, round(100 * (target / width) ** 2)) if width > 0 else 100, f"half-width {width:.4f} nats")
                 exhausted = len(windows.ids) < count
                 if width <= target or exhausted:
@@ -532,7 +533,7 @@ class Runner:
                 "unigram": ngram.unigram_cross_entropy(stream, contexts, targets, size),
                 "bigram": ngram.KneserNeyBigram.fit(stream, size).cross_entropy(contexts, targets),
             }
-            per_token = {**ce, "document": windows.documents[rows], "bytes": windows.next_bytes[windows.valid]}
+            per_token = {**ce, "document": windows.clusters[rows], "bytes": windows.next_bytes[windows.valid]}
             save_file({k: torch.from_numpy(v) for k, v in per_token.items()}, folder / "tokens.safetensors")
             facts = {
                 "train_tokens": len(stream),
@@ -547,6 +548,7 @@ class Runner:
 
         evaluate = self.suite.evaluate.model_dump(exclude={"draws", "refit_positions"})
         key = {"texts": texts.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
+        key["clusters"] = "folders"  # earlier stages hold documents
         name = "baselines" if texts.name == TRAINED_HERE else f"baselines-{texts.name}"
         folder = self.stage(name, key, compute).folder
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
@@ -567,8 +569,10 @@ def digest_of(key: dict[str, Any]) -> str:
 
 
 def named(source: str) -> str:
-    """A source as results tell it: nobody's folders belong into them."""
+    """A source as results tell it: nobody's folders belong into them, but the file that a package ships does."""
     kind, _, rest = source.partition(":")
+    if kind == "package":
+        return f"{source}/{locate(source).options['gguf_file']}"
     return f"{kind}:{Path(rest).resolve().name}" if kind in ("path", "gguf") else source
 
 
@@ -591,6 +595,9 @@ def run_suite(
     if unknown:
         known = ", ".join(m.name for m in suite.models)
         raise LensbenchError(f"suite {suite.name} has no model {unknown[0]!r}; it has {known}")
+    for model in suite.models:  # before a folder is made for what cannot be run
+        if model.source is not None and (not only or model.name in only):
+            locate(model.source)
     lock = open_run_folder(folder, suite.name)
     try:
         runner = Runner(suite, folder, device, progress, max_hours)
@@ -615,7 +622,10 @@ def run_suite(
                 if not runner.only_finished:
                     raise
                 continue  # not there yet, or its files are not: no matter to the models that are asked for
-            parts += [tables.Part.load(model.name, seed, f.folder, s.folder) for seed, f, s in measured]
+            parts += [
+                tables.Part.load(model.name, seed, f.folder, s.folder, runner.origin(model, seed).facts)
+                for seed, f, s in measured
+            ]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]
         runner.only_finished = False
         counted = {t.name: runner.baselines(t) for t in dict.fromkeys(map(runner.texts, models))}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lensbench import indices
+from lensbench.corpus import clusters_of
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
@@ -30,13 +31,14 @@ class Part:
     refits: dict[str, NDArray[np.float64]]
 
     @classmethod
-    def load(cls, model: str, seed: int, fitting: Path, scoring: Path) -> "Part":
+    def load(cls, model: str, seed: int, fitting: Path, scoring: Path, origin: dict[str, Any]) -> "Part":
+        """From the stages of a model and seed; ``origin``: what is known of where the model comes from."""
         kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
         return cls(
             model,
             seed,
             pd.read_parquet(scoring / "sequences.parquet"),
-            json.loads((scoring / "model.json").read_text()),
+            json.loads((scoring / "model.json").read_text()) | {k: v for k, v in origin.items() if v is not None},
             FitSummary.load(fitting / "fit.json"),
             kept,
         )
@@ -44,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ClusterSums:
-    """Sums over the documents of one model and seed: what every interval resamples.
+    """Sums over the clusters (documents, or folders of them) of one model and seed: what every interval resamples.
 
     ``tokens``, ``bytes`` ``[clusters]``; ``totals`` holds the fields of :class:`Means` as ``[clusters, ...]`` sums.
     """
@@ -112,6 +114,12 @@ class ClusterSums:
         )
         tokens, sizes = model["tokens"].to_numpy(float), model["bytes"].to_numpy(float)
         return cls(documents, tokens, sizes, totals, grid("top1"), curve)
+
+
+def clustered(sequences: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``per_sequence.parquet`` with the cluster of each document in place of its name."""
+    names = sequences["document"].astype(str)
+    return sequences.assign(document=names.map(clusters_of(names.unique())).astype("category"))
 
 
 def refuse_missing(sequences: pd.DataFrame) -> None:
@@ -186,7 +194,7 @@ def tables(parts: list[Part], *, draws: int, largest_ridge: float | None = None)
     }
     found: dict[str, list[dict[str, indices.Estimate]]] = {}
     headlines = {part.model: part.fit.records["transfer"] for part in parts}
-    for part in parts:
+    for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
         sums = ClusterSums.of(part.sequences)
         weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
         who = {"model": part.model, "seed": part.seed}

@@ -494,3 +494,22 @@ def test_lenses_at_the_end_of_the_ridge_path_are_told():
     assert sum(n > 0 for n in at_end) > 0
     for n, reason in zip(at_end, told["reason"], strict=True):
         assert (f"{n} of 3 lenses at the end of the ridge path" in reason) == (n > 0)
+
+
+def test_intervals_resample_clusters_and_values_do_not_change():
+    """Two documents of a folder are drawn together: as one document that holds both."""
+    part = small(0).part("it", 0)
+    names = sorted(part.sequences["document"].astype(str).unique())
+    assert len(names) >= 70
+    joined = {name: f"folder{k // 2 if k < 12 else k}/{name}" for k, name in enumerate(names)}
+    single = {name: f"folder{k // 2 if k < 12 else k}" for k, name in enumerate(names)}
+    rows = part.sequences["document"].astype(str)
+    made = [
+        tables.tables([replace(part, sequences=part.sequences.assign(document=rows.map(n)))], draws=100)
+        for n in (joined, single)
+    ]
+    for name in made[0]:
+        pd.testing.assert_frame_equal(made[0][name], made[1][name])
+    apart = tables.tables([part], draws=100)
+    assert made[0]["models.csv"]["clusters"][0] == apart["models.csv"]["clusters"][0] - 6
+    np.testing.assert_allclose(made[0]["indices.csv"]["value"], apart["indices.csv"]["value"], rtol=1e-4)
