@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -68,8 +69,10 @@ class Located:
         if isinstance(error, ImportError) and "gguf" in str(error).lower():
             reason = "reading a GGUF file needs the package gguf: pip install gguf"
         elif "Unrecognized configuration class" in str(error):
+            kind = re.search(r"(\w+)Config'>", str(error))
+            name = "this architecture" if kind is None else kind[1]
             reason = (
-                "its architecture is no causal language model (an encoder-decoder, say), or not known to transformers"
+                f"{name} is no causal language model (an encoder-decoder, say), or none that transformers knows as one"
             )
         else:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
