@@ -287,24 +287,35 @@ Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, b
 def bits(
     model: Source,
     text: Annotated[Path, typer.Argument(help="A text file.")],
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a window; default 512, or the model's context.", show_default=False),
+    ] = None,
+    bos: Annotated[
+        bool,
+        typer.Option(
+            help="Put the text behind the beginning- (or end-) of-text token, so that its first token is scored."
+        ),
+    ] = True,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Read no more than this.", show_default=False)] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
     """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
-    from lensbench.corpus import read_documents
+    from lensbench.corpus import beginning, read_documents
     from lensbench.indices import bootstrap_weights, interval
     from lensbench.models.likelihood import text_likelihood
-    from lensbench.models.pretrained import check_context, load_pretrained
+    from lensbench.models.pretrained import check_context, context_length, load_pretrained
     from lensbench.run import choose_device, dtype_named
 
     documents = read_documents(f"file:{text}", max_bytes)
     if len(documents) != 1:
         raise LensbenchError(f"{text} holds {len(documents)} documents: give one text file")
     loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
-    check_context(model, loaded.model.config, length, "--length")
+    length = length or min(512, context_length(loaded.model.config) or 512)
+    check_context(model, loaded.model.config, length, "set --length to {} or less")
+    first = beginning(loaded.tokenizer) if bos else None
     with Bars() as bars:
         tick = bars.stage("scoring", 1, "windows")
         found = text_likelihood(
@@ -312,6 +323,7 @@ def bits(
             loaded.tokenizer,
             documents[0].text,
             length=length,
+            begin=bos,
             report=lambda done, total: bars.bars.update(bars.tasks["scoring"], completed=done, total=total),
         )
         tick(len(found.nats), "")
@@ -324,6 +336,11 @@ def bits(
         console.print(f"{name}: {nats.sum() / per.sum():.4f} [{low:.4f}, {high:.4f}]", highlight=False, markup=False)
     total = f"{found.tokens.sum()} tokens, {found.bytes.sum()} bytes, {len(found.nats)} windows of {length} tokens"
     console.print(f"{total}; intervals: 95 %, bootstrap over windows", highlight=False, markup=False)
+    front = "as it is, so its first token is not scored"
+    if first is not None:
+        words = loaded.tokenizer
+        front = "behind " + str(words.id_to_token(first) if hasattr(words, "id_to_token") else words.decode([first]))
+    console.print(f"the text stands {front}", highlight=False, markup=False)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from lensbench.errors import LensbenchError
 from lensbench.indices import Array, Means
 from lensbench.report import SHOWN, with_interval
 from lensbench.results import Run
-from lensbench.tables import ClusterSums, by_document
+from lensbench.tables import ClusterSums, by_document, clustered
 
 COMPARED = ("ce", "bits_per_byte", *SHOWN)
 
@@ -125,6 +125,7 @@ def cells_of(run: Run) -> list[Cell]:
     try:
         for key, rows in sequences.groupby(["model", "seed"], observed=True, sort=False):
             model, seed = cast(tuple[str, int], key)
+            rows = clustered(rows)
             sums = ClusterSums.of(rows)
             weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
             means = Means.of_clusters(sums.totals, sums.tokens), Means.of_clusters(sums.totals, sums.tokens, weights)

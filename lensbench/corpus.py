@@ -100,6 +100,14 @@ class Windows:
     """int64 [S]: index into ``document_names``"""
     document_names: tuple[str, ...]
     """The documents that at least one window was drawn from, and no others"""
+
+    @property
+    def clusters(self) -> NDArray[np.int64]:
+        """int64 [S]: number of the cluster that a window's document belongs to, see :func:`clusters_of`"""
+        of = clusters_of(self.document_names)
+        _, number = np.unique([of[name] for name in self.document_names], return_inverse=True)
+        return number.astype(np.int64)[self.documents]
+
     sequence: NDArray[np.int64]
     """int64 [S]: which window of its document it is; the one numbered k begins at token k * T"""
     next_bytes: NDArray[np.int32]
@@ -107,6 +115,21 @@ class Windows:
 
 
 # Reading
+
+
+FEWEST_CLUSTERS = 64
+"""Of fewer clusters the intervals are not to be trusted."""
+
+
+def clusters_of(names: Iterable[str]) -> dict[str, str]:
+    """The cluster of each document, by name: what is resampled as one, since what it holds is alike.
+
+    Files of one top folder (a package of the standard library, say) are one cluster where that leaves at least 64;
+    elsewhere every document is its own.
+    """
+    known = sorted(set(names))
+    folders = {name: name.partition("/")[0] for name in known}
+    return folders if len(set(folders.values())) >= FEWEST_CLUSTERS else {name: name for name in known}
 
 
 def read_documents(spec: str, max_bytes: int | None = None) -> list[Document]:
@@ -539,7 +562,7 @@ def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerBase, documents: Iterable
     tokenizer.
     """
     documents = list(documents)
-    backend, begin = _backend_and_begin(tokenizer)
+    backend, begin = backend_and_begin(tokenizer)
     encoded = (
         pair
         for part in (documents[i : i + 256] for i in range(0, len(documents), 256))  # encodings are large
@@ -566,7 +589,12 @@ def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerBase, documents: Iterable
     return result
 
 
-def _backend_and_begin(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> tuple[Tokenizer, int | None]:
+def beginning(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> int | None:
+    """The id that documents stand behind: beginning of text, else end of text; None where the tokenizer has neither."""
+    return backend_and_begin(tokenizer)[1]
+
+
+def backend_and_begin(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> tuple[Tokenizer, int | None]:
     begin = None
     if isinstance(tokenizer, Tokenizer):
         backend = tokenizer
@@ -608,8 +636,9 @@ def sample_windows(
 
     A document is cut into consecutive windows of ``length`` tokens (only its first one holds the beginning-of-text id);
     those shorter than 32 tokens are left out. Positions lie between ``first_position`` and the last but one token. With
-    ``max_share``, no document gives more than that share of the windows drawn (but always one), and windows are taken
-    in turn from as many documents as there are; without, each window is equally likely. Where fewer are available than
+    ``max_share``, no document gives more than that share of the windows drawn (but always one, and of fewer documents than
+    ``1 / max_share`` twice an equal share), and windows are taken in turn from as many documents as there are; without,
+    each window is equally likely. Where fewer are available than
     ``n_sequences``, all are taken: the caller reports how many. Raises LensbenchError when there are none.
     """
     _check_window_arguments(n_sequences, length, positions, max_share, first_position)
@@ -630,7 +659,10 @@ def sample_windows(
     if max_share is None:
         windows = windows[:n_sequences]
     else:
-        windows = _take_in_turn(windows, n_sequences, max_share, rng.permutation(len(documents)))
+        there = len({d for d, _ in cut})
+        # Of fewer than 1 / max_share documents some have to give more: at most twice an equal share.
+        share = max_share if there * max_share >= 1 else min(1.0, 2 / there)
+        windows = _take_in_turn(windows, n_sequences, share, rng.permutation(len(documents)))
 
     shape = (len(windows), positions)
     ids = np.zeros((len(windows), length), dtype=np.int64)

@@ -128,8 +128,8 @@ def index_frame(run: Run) -> pd.DataFrame:
 
 
 def tolerance_frame(run: Run) -> pd.DataFrame:
-    """``model, index, tolerance, value, ci_low, ci_high``, means over seeds; undefined ones are left out."""
-    table = run.tables["tolerances.csv"].dropna(subset=["value"])
+    """``model, index, tolerance, value, ci_low, ci_high``, means over seeds; not a number where undefined."""
+    table = run.tables["tolerances.csv"]
     table = table[table["index"].isin(["gain_visibility", "gain_visibility_without_layer0"])]
     groups = table.groupby(["model", "index", "tolerance"], sort=False)
     return groups[["value", "ci_low", "ci_high"]].mean().reset_index()
@@ -198,7 +198,9 @@ def transfer_penalty(cells: pd.DataFrame) -> Figure:
 def cell_text(value: float) -> str:
     """Three characters and a sign: two decimals below 1, whole nats from 10."""
     text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
-    return "0" if abs(value) < 0.005 else text.replace("0.", ".").replace("-", "−")
+    if 0 < abs(value) < 0.005:
+        return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
+    return "0" if value == 0 else text.replace("0.", ".").replace("-", "−")
 
 
 def kl_by_layer(frame: pd.DataFrame) -> Figure:

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from lensbench.corpus import FEWEST_CLUSTERS
+
 Array = NDArray[np.float64]
 Layers = NDArray[np.int64]
 SMALLEST_DENOMINATOR = 0.02
 """An index is undefined where its denominator's interval reaches below this share of K_0."""
 LARGEST_ROTATED_RETENTION = 0.9
 """Consistency is undefined where the null's upper bound exceeds this: one map then serves all random bases."""
-FEWEST_CLUSTERS = 64
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,11 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     "gain_tracking": ("closed", gain_tracking),
     "gain_visibility": ("closed", gain_visibility),
     "gain_visibility_adjacent": ("closed", lambda m: gain_visibility(m, lambda i, j: j == i + 1)),
+    # Where the step away from the embedding is most of the sum.
+    "gain_visibility_adjacent_without_layer0": (
+        "closed",
+        lambda m: gain_visibility(m, lambda i, j: (j == i + 1) & (i > 0)),
+    ),
     "gain_visibility_without_layer0": ("closed", lambda m: gain_visibility(m, lambda i, j: i > 0)),
     "movement": ("closed", movement),
     "movement_without_layer0": ("closed", lambda m: movement(m, first=1)),

@@ -184,17 +184,41 @@ def verdict_lines(run: Run) -> list[str]:
     return lines
 
 
+def doubts(run: Run) -> list[str]:
+    """What a reader should know before believing: models worse than word counts, and refits beside their interval."""
+    lines = []
+    baselines = run.tables["baselines.csv"]
+    unigram = baselines[baselines["baseline"] == "unigram"].set_index("tokenizer")["ce"]
+    for _, row in run.tables["models.csv"].drop_duplicates("model").iterrows():
+        of_its_own = row["model"] in unigram.index
+        counted = unigram.get(row["model"] if of_its_own else "trained here")
+        if counted is not None and row["ce"] > counted:
+            lines.append(
+                f"note: {row['model']} predicts worse ({number(row['ce'])} nats/token) than word frequencies do "
+                f"({number(counted)}): is it untrained, or the tokenizer another model's?"
+            )
+    indices = run.tables["indices.csv"]
+    beside = indices[(indices["fit_low"] > indices["ci_high"]) | (indices["fit_high"] < indices["ci_low"])]
+    for model, rows in beside.groupby("model", sort=False):
+        lines.append(
+            f"note: {model} {', '.join(rows['index'])}: all refits on resampled documents, of which fewer are distinct, "
+            "lie on one side of the interval: the value depends on how much text the lenses were fitted to"
+        )
+    return lines
+
+
 def print_run(run: Run, console: Console) -> None:
     """The tables, then the sentences, then every warning once."""
     scored = (run.manifest or {}).get("scored", {})
     if scored and scored["sequences"] < scored["sequences_asked"]:
         held = f"{scored['sequences']} of the {scored['sequences_asked']} sequences asked for were scored"
-        why = f"the eval split has {scored['documents']} documents, and none may give more than its share (max_share)"
+        why = f"the eval split has {scored['documents']} documents, and none may give more than its share (max_share); "
+        why += "give a longer text, or raise evaluate.positions or evaluate.max_share"
         console.print(f"note: {held}: {why}", highlight=False, markup=False)
     console.print(baseline_table(run))
     console.print(index_table(run))
     console.print(tolerance_table(run))
-    for line in sentences(run):
+    for line in [*sentences(run), *doubts(run)]:
         console.print(line, highlight=False, markup=False)
     for line in verdict_lines(run):
         console.print(line, highlight=False, markup=False)

@@ -23,7 +23,7 @@ NEEDED = ("code_version", "corpus", "files", "models", "seeds", "suite", "suite_
 """What every manifest says."""
 
 _WHO = {
-    "model": "name in the suite; MODEL+rotated is its first rotated view",
+    "model": "name in the suite; MODEL+rotated is its first rotated view, whose tuned rows check the algebra alone",
     "seed": "seed of initialisation, batches and rotations; 'all' is the mean over seeds with a Student-t interval",
 }
 _HOW = {
@@ -49,7 +49,7 @@ SCHEMA: dict[str, dict[str, str]] = {
         "bits_per_byte_ci_low": "",
         "bits_per_byte_ci_high": "",
         "scored_tokens": "held-out tokens scored",
-        "clusters": "documents they come from; under 64 the intervals are not to be trusted",
+        "clusters": "documents they come from, or top folders of them; under 64 the intervals are not to be trusted",
     },
     "baselines.csv": {
         "tokenizer": "whose tokens: trained here (on the train split), or a model that brings its own",

@@ -74,6 +74,7 @@ class Progress(Protocol):
         """Something that the user has to know now."""
 
 
+REMEDY = "set evaluate.length to {} or less, in a copy of the suite's file"
 TRAINED_HERE = "trained here"
 """What the tokenizer trained on the train split is called; no model can be called that."""
 
@@ -309,7 +310,7 @@ class Runner:
             start = time.perf_counter()
             self.progress.stage(f"load-{owner.name}", 1, "models")
             network = load_model(source, dtype=dtype_named(owner.dtype), device=device, device_map=owner.device_map)
-            check_context(f"model {owner.name}", network.config, self.suite.length, "evaluate.length")
+            check_context(f"model {owner.name}", network.config, self.suite.length, REMEDY)
             check_vocabulary(source, self.texts(owner).tokenizer, network.config.get_text_config().vocab_size)
             self.texts(owner).within(network.config.get_text_config().vocab_size)
             self.progress.finished(f"load-{owner.name}", time.perf_counter() - start, False)
@@ -457,8 +458,8 @@ class Runner:
                 sums = transfer_sums(stream.readout, captured, maps, movement=False)
                 seconds = time.perf_counter() - start
                 spent += seconds
-                documents, tokens = windows.documents, windows.valid.sum(1)
-                width = max(float(half_width(penalties(x), tokens, documents).max()) for x in (sums.kl, sums.ce))
+                clusters, tokens = windows.clusters, windows.valid.sum(1)
+                width = max(float(half_width(penalties(x), tokens, clusters).max()) for x in (sums.kl, sums.ce))
                 tick(min(100, round(100 * (target / width) ** 2)) if width > 0 else 100, f"half-width {width:.4f} nats")
                 exhausted = len(windows.ids) < count
                 if width <= target or exhausted:
@@ -596,7 +597,7 @@ class Runner:
                 "unigram": ngram.unigram_cross_entropy(stream, contexts, targets, size),
                 "bigram": ngram.KneserNeyBigram.fit(stream, size).cross_entropy(contexts, targets),
             }
-            per_token = {**ce, "document": windows.documents[rows], "bytes": windows.next_bytes[windows.valid]}
+            per_token = {**ce, "document": windows.clusters[rows], "bytes": windows.next_bytes[windows.valid]}
             save_file({k: torch.from_numpy(v) for k, v in per_token.items()}, folder / "tokens.safetensors")
             facts = {
                 "train_tokens": len(stream),
@@ -611,6 +612,7 @@ class Runner:
 
         evaluate = self.suite.evaluate.model_dump(exclude={"draws", "refit_positions", "probe_sequences"})
         key = {"texts": texts.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
+        key["clusters"] = "folders"  # earlier stages hold documents
         name = "baselines" if texts.name == TRAINED_HERE else f"baselines-{texts.name}"
         folder = self.stage(name, key, compute).folder
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
@@ -650,8 +652,10 @@ def digest_of(key: dict[str, Any]) -> str:
 
 
 def named(source: str) -> str:
-    """A source as results tell it: nobody's folders belong into them."""
+    """A source as results tell it: nobody's folders belong into them, but the file that a package ships does."""
     kind, _, rest = source.partition(":")
+    if kind == "package":
+        return f"{source}/{locate(source).options['gguf_file']}"
     return f"{kind}:{Path(rest).resolve().name}" if kind in ("path", "gguf") else source
 
 
@@ -674,6 +678,9 @@ def run_suite(
     if unknown:
         known = ", ".join(m.name for m in suite.models)
         raise LensbenchError(f"suite {suite.name} has no model {unknown[0]!r}; it has {known}")
+    for model in suite.models:  # before a folder is made for what cannot be run
+        if model.source is not None and (not only or model.name in only):
+            locate(model.source)
     lock = open_run_folder(folder, suite.name)
     try:
         runner = Runner(suite, folder, device, progress, max_hours)
@@ -702,7 +709,10 @@ def run_suite(
                 continue  # not there yet, or its files are not: no matter to the models that are asked for
             if not measured:
                 runner.progress.say(f"{model.name}: not run at this seed, its suite says")
-            parts += [tables.Part.load(model.name, seed, f.folder, s.folder, found) for seed, f, s, found in measured]
+            parts += [
+                tables.Part.load(model.name, seed, f.folder, s.folder, runner.origin(model, seed).facts, found)
+                for seed, f, s, found in measured
+            ]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]
         if not models:
             raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")

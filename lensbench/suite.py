@@ -362,7 +362,11 @@ def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
     if text is not None:
         content["corpus"] = {**content.get("corpus", {}), "spec": text}
     if models:
-        content["models"] = [{"name": name_of(source), "source": source} for source in models]
+        names = [name_of(source) for source in models]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise LensbenchError(f"command line: two models are named {twice!r}: give them names in a suite's file")
+        content["models"] = [{"name": name, "source": source} for name, source in zip(names, models, strict=True)]
     return validated(Suite, "command line", content)
 
 

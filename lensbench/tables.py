@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lensbench import indices
+from lensbench.corpus import clusters_of
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
@@ -33,13 +34,22 @@ class Part:
     probes: Sequence[Measured] = ()
 
     @classmethod
-    def load(cls, model: str, seed: int, fitting: Path, scoring: Path, probes: Sequence[Measured] = ()) -> "Part":
+    def load(
+        cls,
+        model: str,
+        seed: int,
+        fitting: Path,
+        scoring: Path,
+        origin: dict[str, Any],
+        probes: Sequence[Measured] = (),
+    ) -> "Part":
+        """From the stages of a model and seed; ``origin``: what is known of where the model comes from."""
         kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
         return cls(
             model,
             seed,
             pd.read_parquet(scoring / "sequences.parquet"),
-            json.loads((scoring / "model.json").read_text()),
+            json.loads((scoring / "model.json").read_text()) | {k: v for k, v in origin.items() if v is not None},
             FitSummary.load(fitting / "fit.json"),
             kept,
             probes,
@@ -48,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ClusterSums:
-    """Sums over the documents of one model and seed: what every interval resamples.
+    """Sums over the clusters (documents, or folders of them) of one model and seed: what every interval resamples.
 
     ``tokens``, ``bytes`` ``[clusters]``; ``totals`` holds the fields of :class:`Means` as ``[clusters, ...]`` sums.
     """
@@ -116,6 +126,12 @@ class ClusterSums:
         )
         tokens, sizes = model["tokens"].to_numpy(float), model["bytes"].to_numpy(float)
         return cls(documents, tokens, sizes, totals, grid("top1"), curve)
+
+
+def clustered(sequences: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``per_sequence.parquet`` with the cluster of each document in place of its name."""
+    names = sequences["document"].astype(str)
+    return sequences.assign(document=names.map(clusters_of(names.unique())).astype("category"))
 
 
 def refuse_missing(sequences: pd.DataFrame) -> None:
@@ -205,7 +221,7 @@ def tables(
     found: dict[str, list[dict[str, indices.Estimate]]] = {}
     verdicts: dict[str, list[dict[str, Verdict]]] = {}
     headlines = {part.model: part.fit.records["transfer"] for part in parts}
-    for part in parts:
+    for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
         sums = ClusterSums.of(part.sequences)
         weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
         who = {"model": part.model, "seed": part.seed}

@@ -42,7 +42,7 @@ def traced(loaded: Pretrained, text: str, lens: str | None = None, last: int | N
     if not encoded:
         raise LensbenchError("the text is empty: give one that has a token")
     ids = torch.from_numpy(encoded[0].ids.astype(np.int64))
-    check_context(loaded.source, loaded.model.config, len(ids), "a text")
+    check_context(loaded.source, loaded.model.config, len(ids), "give a text of at most {} tokens")
     check_ids(loaded.source, ids, loaded.model.config.get_text_config().vocab_size)
     stream = ResidualStream(loaded.model)
     return prediction_trajectory(load_lens(stream, lens), stream, ids, loaded.tokenizer, last=last)

@@ -19,6 +19,8 @@ from lensbench.corpus import (
     Corpus,
     Document,
     TokenizedDocument,
+    Windows,
+    clusters_of,
     duplicate_groups,
     load_corpus,
     read_documents,
@@ -581,7 +583,9 @@ def test_windows(sizes, n, length, positions, first, share, seed):
     if share is None:
         assert drawn == min(n, sum(available))
     else:
-        assert counts.max() <= max(1, int(share * drawn + 1e-9))
+        there = sum(map(bool, available))
+        most = share if there * share >= 1 else min(1, 2 / there)  # few documents have to give more
+        assert counts.max() <= max(1, int(most * drawn + 1e-9))
         assert len(counts) == min(drawn, sum(map(bool, available)))  # as many documents as there can be
         spare = [c for c, a in zip(counts, [available[int(x[1:])] for x in w.document_names], strict=True) if c < a]
         assert counts.max() - min(spare, default=counts.max()) <= 1  # and as even
@@ -642,3 +646,26 @@ def test_window_arguments_that_cannot_be(changed, message):
 def test_no_windows_of_no_documents():
     with pytest.raises(LensbenchError, match="no windows"):
         sample_windows([], n_sequences=4, length=64, positions=4, seed=0)
+
+
+def test_files_of_one_folder_are_one_cluster_where_enough_are_left():
+    """What a folder holds is alike (tables of encodings, say): resampled apart, its files would feign precision."""
+    alike = [f"encodings/cp{k}.py" for k in range(40)]
+    apart = [f"module{k:03d}.py" for k in range(63)]
+    found = clusters_of([*alike, *apart])
+    assert len(set(found.values())) == 64 and {found[name] for name in alike} == {"encodings"}
+    fewer = clusters_of([*alike, *apart[:-1]])
+    assert all(name == cluster for name, cluster in fewer.items())
+    assert clusters_of(["a/b/c.py", *apart])["a/b/c.py"] == "a"
+
+
+def test_windows_know_the_cluster_of_their_document():
+    names = (*(f"encodings/{k}.py" for k in range(3)), *(f"m{k:03d}.py" for k in range(63)))
+    count = len(names)
+    windows = Windows(
+        ids=np.zeros((count + 1, 4), np.int64), lengths=np.full(count + 1, 4), positions=np.ones((count + 1, 1), np.int64),
+        valid=np.ones((count + 1, 1), bool), documents=np.array([*range(count), 5]), document_names=names,
+        sequence=np.zeros(count + 1, np.int64), next_bytes=np.ones((count + 1, 1), np.int32),
+    )  # fmt: skip
+    clusters = windows.clusters
+    assert clusters[0] == clusters[1] == clusters[2] and len(set(clusters)) == 64 and clusters[-1] == clusters[5]

@@ -127,6 +127,7 @@ def slow_indices(m):
         "gain_tracking": stats.linregress(steps, shared_steps).slope,
         "gain_visibility": slow_visibility(k),
         "gain_visibility_adjacent": slow_visibility(k, lambda i, j: j - i == 1),
+        "gain_visibility_adjacent_without_layer0": slow_visibility(k, lambda i, j: j - i == 1 and i != 0),
         "gain_visibility_without_layer0": slow_visibility(k, lambda i, j: i != 0),
         "movement": slow_movement(k, m.movement),
         "distance_trend": slow_trend(m.transfer_ce),

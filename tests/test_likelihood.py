@@ -107,6 +107,36 @@ def test_what_a_trace_refuses(tiny_run):
     refused(run("trace", "nope:x", "abc"), "unknown model 'nope:x'")
 
 
+def test_bits_without_a_beginning_are_those_of_a_plain_loop_over_the_tokenizers_own_ids(tiny_run, text, tmp_path):
+    """Also in one window of fewer tokens than the model takes, as a plain loop would have it."""
+    stage = tiny_run / "stages" / "train-gpt-seed0"
+    inner = Tokenizer.from_file(str(stage.parent / "tokenizer" / "tokenizer.json"))
+    folder = shutil.copytree(stage, tmp_path / "model")
+    (folder / "stage.json").unlink()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=inner.id_to_token(0))
+    wrapped.save_pretrained(folder)
+    content = text.read_text()[:60]
+    short = tmp_path / "short.txt"
+    short.write_text(content)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for option, front in (("--no-bos", []), ("--bos", [0])):
+        ids = torch.tensor([front + wrapped(content, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            expected = float(model(ids, labels=ids).loss)
+        found = run("bits", f"path:{folder}", short, option)
+        assert found.exit_code == 0, found.output
+        assert float(re.search(r"nats/token: (\S+)", found.output)[1]) == pytest.approx(expected, abs=1e-3)
+        stands = "behind " + inner.id_to_token(0) if front else "as it is, so its first token is not scored"
+        assert f"the text stands {stands}" in found.output
+
+
+def test_a_folder_without_a_tokenizer_is_refused_as_that(tiny_run, text, tmp_path):
+    folder = shutil.copytree(tiny_run / "stages" / "train-gpt-seed0", tmp_path / "model")
+    (folder / "stage.json").unlink()
+    for command in (["bits", f"path:{folder}", text], ["trace", f"path:{folder}", "abc"]):
+        refused(run(*command), "tokenizer")
+
+
 def test_bits_of_several_documents_are_refused(tiny_run, tmp_path):
     model = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
     lines = tmp_path / "texts.jsonl"

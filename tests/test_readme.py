@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -59,9 +58,9 @@ def test_the_python_example_runs(tiny_run):
     for quick, tiny in (("runs/quick", str(tiny_run)), ("states[3], idx=3", "states[2], idx=2")):
         assert quick in example
         example = example.replace(quick, tiny)
-    names = {"ids": torch.zeros(2, 8, dtype=torch.long)}
+    names = {}
     exec(example + "\nout = lens(states[2], idx=2)", names)
-    assert names["out"].shape == (2, 8, 300)
+    assert names["out"].shape == (1, names["ids"].shape[1], 300) and names["ids"].shape[1] > 1
 
 
 def test_every_column_of_every_table_is_documented():

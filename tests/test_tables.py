@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ from lensbench.errors import LensbenchError
 from lensbench.evaluation import score_all
 from lensbench.fitting import FitRecipe
 from lensbench.indices import INDICES, Estimate, Means, interval
-from lensbench.results import SCHEMA, read_table, write_table
+from lensbench.report import doubts
+from lensbench.results import SCHEMA, Run, read_table, write_table
 from lensbench.tables import ClusterSums, mean_with_interval
 from lensbench.transfer import own_layer_sums, sum_by_window, transfer_sums
 
@@ -494,3 +496,39 @@ def test_lenses_at_the_end_of_the_ridge_path_are_told():
     assert sum(n > 0 for n in at_end) > 0
     for n, reason in zip(at_end, told["reason"], strict=True):
         assert (f"{n} of 3 lenses at the end of the ridge path" in reason) == (n > 0)
+
+
+def test_intervals_resample_clusters_and_values_do_not_change():
+    """Two documents of a folder are drawn together: as one document that holds both."""
+    part = small(0).part("it", 0)
+    names = sorted(part.sequences["document"].astype(str).unique())
+    assert len(names) >= 70
+    joined = {name: f"folder{k // 2 if k < 12 else k}/{name}" for k, name in enumerate(names)}
+    single = {name: f"folder{k // 2 if k < 12 else k}" for k, name in enumerate(names)}
+    rows = part.sequences["document"].astype(str)
+    made = [
+        tables.tables([replace(part, sequences=part.sequences.assign(document=rows.map(n)))], draws=100)
+        for n in (joined, single)
+    ]
+    for name in made[0]:
+        pd.testing.assert_frame_equal(made[0][name], made[1][name])
+    apart = tables.tables([part], draws=100)
+    assert made[0]["models.csv"]["clusters"][0] == apart["models.csv"]["clusters"][0] - 6
+    np.testing.assert_allclose(made[0]["indices.csv"]["value"], apart["indices.csv"]["value"], rtol=1e-4)
+
+
+def test_a_reader_is_told_what_to_doubt():
+    models = pd.DataFrame({"model": ["fine", "worse", "own"], "ce": [3.0, 6.2, 5.0]})
+    tokenizers = ["trained here", "trained here", "own"]
+    baselines = pd.DataFrame(
+        {"tokenizer": tokenizers, "baseline": ["unigram", "bigram", "unigram"], "ce": [6.0, 4.0, 4.5]}
+    )
+    rows = [("fine", "shared_retention", 0.6, 0.8, 0.85, 0.9), ("fine", "movement", 1.0, 1.2, 1.1, 1.3),
+            ("worse", "gain_visibility", 0.1, 0.2, -0.3, 0.05), ("own", "movement", 1.0, 1.2, None, None)]  # fmt: skip
+    found = pd.DataFrame(rows, columns=["model", "index", "ci_low", "ci_high", "fit_low", "fit_high"])
+    run = Run(Path("x"), None, {"models.csv": models, "baselines.csv": baselines, "indices.csv": found})
+    told = doubts(run)
+    assert len(told) == 4
+    assert "worse predicts worse (6.200 nats/token) than word frequencies do (6.000)" in told[0]
+    assert "own predicts worse (5.000 nats/token) than word frequencies do (4.500)" in told[1]
+    assert "fine shared_retention: all refits" in told[2] and "worse gain_visibility: all refits" in told[3]

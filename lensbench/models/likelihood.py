@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lensbench.corpus import Document, tokenize
+from lensbench.corpus import Document, beginning, tokenize
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import check_ids
 from lensbench.stream import refuse_non_finite
@@ -40,22 +40,28 @@ def text_likelihood(
     text: str,
     *,
     length: int,
+    begin: bool = True,
     report: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
     """Score ``text`` in windows of at most ``length`` tokens, each token exactly once.
 
-    The text stands behind the beginning-of-text token, if the tokenizer has one (else its first token is not scored);
-    every later window begins with the last token of the one before, as its only context: the convention of rolling
-    log-likelihoods in lm-evaluation-harness. ``report(windows done, windows)``. Raises :class:`LensbenchError` for a text
-    of fewer than two tokens.
+    The text stands behind the beginning-of-text token, or the end-of-text token where there is no other: so its first token
+    is scored too. Without ``begin``, or such a token, the first is not, and its bytes do not count. Every later window
+    begins with the last token of the one before, as its only context: the convention of rolling log-likelihoods in
+    lm-evaluation-harness. ``report(windows done, windows)``. Raises :class:`LensbenchError` for a text of fewer than two
+    tokens, ids that the model has no embedding for, and weights that are not finite.
     """
     encoded = tokenize(tokenizer, [Document("text", text)])
     ids = encoded[0].ids if encoded else np.zeros(0, np.int32)
-    if len(ids) < 2:
+    if not len(ids):
         raise LensbenchError("the text has no token to predict: give a longer one")
     check_ids("the model", ids, model.config.get_text_config().vocab_size)
     refuse_non_finite(model)
     sizes = encoded[0].n_bytes
+    if not begin and beginning(tokenizer) is not None:
+        ids, sizes = ids[1:], sizes[1:]
+    if len(ids) < 2:
+        raise LensbenchError("the text has no token to predict: give a longer one")
     device = model.get_input_embeddings().weight.device
     nats, tokens, lengths = [], [], []
     starts = range(0, len(ids) - 1, length - 1)

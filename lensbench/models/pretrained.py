@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -67,6 +68,12 @@ class Located:
     def unreadable(self, part: str, error: Exception) -> LensbenchError:
         if isinstance(error, ImportError) and "gguf" in str(error).lower():
             reason = "reading a GGUF file needs the package gguf: pip install gguf"
+        elif "Unrecognized configuration class" in str(error):
+            kind = re.search(r"(\w+)Config'>", str(error))
+            name = "this architecture" if kind is None else kind[1]
+            reason = (
+                f"{name} is no causal language model (an encoder-decoder, say), or none that transformers knows as one"
+            )
         else:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return LensbenchError(f"{self.source}: its {part} cannot be loaded: {reason}")
@@ -123,6 +130,12 @@ def load_tokenizer(source: str) -> Tokenizer | PreTrainedTokenizerBase:
     where = locate(source)
     if where.own_tokenizer is None:
         loaded: PreTrainedTokenizerBase = where.load("tokenizer", AutoTokenizer)
+        if len(loaded.get_vocab()) <= len(
+            loaded.get_added_vocab()
+        ):  # what transformers makes up where it finds no files
+            raise LensbenchError(
+                f"{source} has no tokenizer: its vocabulary is empty; save_pretrained the tokenizer into the same folder"
+            )
         return loaded
     try:
         return Tokenizer.from_file(str(where.own_tokenizer))
@@ -198,13 +211,14 @@ def check_ids(who: str, ids: Any, vocab_size: int) -> None:
         )
 
 
-def check_context(who: str, config: PreTrainedConfig, length: int, setting: str) -> None:
-    """Raise :class:`LensbenchError` where sequences of ``length`` tokens are longer than a model was made for."""
+def check_context(who: str, config: PreTrainedConfig, length: int, remedy: str) -> None:
+    """Raise :class:`LensbenchError` where sequences of ``length`` tokens are longer than a model was made for.
+
+    ``remedy`` says what to do, with ``{}`` where the most tokens that it takes are to stand.
+    """
     context = context_length(config)
     if context is not None and length > context:
-        raise LensbenchError(
-            f"{who}: {length} tokens are beyond its context of {context}; set {setting} to {context} or less"
-        )
+        raise LensbenchError(f"{who}: {length} tokens are beyond its context of {context}; {remedy.format(context)}")
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

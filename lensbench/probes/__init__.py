@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import from_numpy
 
-from lensbench.corpus import Windows
+from lensbench.corpus import Windows, clusters_of
 from lensbench.indices import SMALLEST_DENOMINATOR, bootstrap_weights, interval
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, ResidualStream
@@ -83,11 +83,12 @@ class Measured:
         return cls(**json.loads((folder / "labels.json").read_text()), **arrays)
 
     def frame(self, draws: int = 2000) -> pd.DataFrame:
-        """A row per quantity with its 95 % interval over documents; empty ``value`` with the reason where undefined."""
+        """A row per quantity with its 95 % interval over clusters; empty ``value`` with the reason where undefined."""
         if self.reason:
             row = dict.fromkeys(COLUMNS) | {"probe": self.probe, "quantity": self.probe, "reason": self.reason}
             return pd.DataFrame([row], columns=COLUMNS)
-        names, cluster = np.unique(np.array(self.documents, dtype=object).astype(str), return_inverse=True)
+        of = clusters_of(self.documents)
+        names, cluster = np.unique([of[name] for name in self.documents], return_inverse=True)
 
         def by_document(values: Array) -> Array:
             sums = np.zeros((len(names), values.shape[-1]))
