@@ -386,11 +386,15 @@ def models(debug: Debug = False) -> None:
     from lensbench.models import FAMILIES
     from lensbench.suite import named_files, read_toml
 
-    named = Table("name", "models or trials", "question", title="suites and sweeps (benchmarks/*.toml)")
+    named = Table("name", "models or trials", "question", title="suites, sweeps, calibrations (benchmarks/*.toml)")
     for name in named_files():
         _, content = read_toml(name)
-        inside = [m["name"] for m in content.get("models", [])] or [f"{len(content.get('trials', []))} trials"]
-        named.add_row(name, ", ".join(inside), content["question"])
+        inside = ", ".join(m["name"] for m in content.get("models", []))
+        if "trials" in content:
+            inside = f"{len(content['trials'])} trials"
+        elif "held_out" in content:
+            inside = f"{len({*content['tune'], *content['held_out']})} families of synthetic streams"
+        named.add_row(name, inside, content["question"])
     console.print(named)
     families = Table("family", "settings", "what it is", title="model families")
     for name, family in FAMILIES.items():

@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 Layers = NDArray[np.int64]
 SMALLEST_DENOMINATOR = 0.02
 """An index is undefined where its denominator's interval reaches below this share of K_0."""
+SMALLEST_CONSTANT = 0.05
+"""K_0, nats/token, below which a model predicts nearly the same everywhere (as untrained ones do): nothing is compared."""
 LARGEST_ROTATED_RETENTION = 0.9
 """Consistency is undefined where the null's upper bound exceeds this: one map then serves all random bases."""
 
@@ -353,6 +355,10 @@ def estimates(point: Means, draws: Means, *, seed: int | list[int], clusters: in
             null_high = float(interval(null.value)[1])
             if null_high > LARGEST_ROTATED_RETENTION:
                 reason = f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
+        if float(point.constant) < SMALLEST_CONSTANT and name != "constant_kl":
+            reason = (
+                f"undefined: the model predicts nearly the same everywhere (K_0 = {float(point.constant):.2g} nats)"
+            )
         result[name] = estimate(here, at_draws[name], float(point.constant), clusters, reason)
     return result
 

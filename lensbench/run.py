@@ -572,11 +572,12 @@ class Runner:
         found = []
         for name in self.suite.probes:
             evaluate = self.suite.evaluate.model_dump(include={"probe_sequences", "positions", "max_share"})
-            stage = self.stage(
-                f"probe-{name}-{who}",
-                {"fit": fitting.digest, "probe": name, "evaluate": evaluate},
-                lambda folder, name=name: PROBES[name](subject()).save(folder),
-            )
+            key = {"fit": fitting.digest, "probe": name, "evaluate": evaluate}
+
+            def measure(folder: Path, name: str = name) -> None:
+                PROBES[name](subject()).save(folder)
+
+            stage = self.stage(f"probe-{name}-{who}", key, measure)
             found.append(Measured.load(stage.folder))
         return found
 

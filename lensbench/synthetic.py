@@ -197,8 +197,8 @@ class SyntheticStream:
         elif self.family == "drifting":
             h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.turns, strict=True)]
         elif self.family == "half-rebased":
-            at = [self.bases[0] if k < layers / 2 else self.bases[1] for k in range(layers)]
-            h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, at, strict=True)]
+            two = [self.bases[0] if k < layers / 2 else self.bases[1] for k in range(layers)]
+            h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, two, strict=True)]
         elif self.family == "partly-rebased":
             h = [answer + s * normal() for s in sigma]
             for state, q in zip(h, self.halves, strict=True):

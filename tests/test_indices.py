@@ -67,9 +67,9 @@ def slow_visibility(k, keep=lambda i, j: True):
     return seen / gained
 
 
-def slow_movement(k, d):
+def slow_movement(k, d, first=0):
     layers = len(k) - 1
-    pairs = [(i, j) for i in range(layers) for j in range(i + 1, layers)]
+    pairs = [(i, j) for i in range(first, layers) for j in range(i + 1, layers)]
     return sum(d[i, j] for i, j in pairs) / sum(k[i, i] - k[j, j] for i, j in pairs)
 
 
@@ -130,6 +130,7 @@ def slow_indices(m):
         "gain_visibility_adjacent_without_layer0": slow_visibility(k, lambda i, j: j - i == 1 and i != 0),
         "gain_visibility_without_layer0": slow_visibility(k, lambda i, j: i != 0),
         "movement": slow_movement(k, m.movement),
+        "movement_without_layer0": slow_movement(k, m.movement, first=1),
         "distance_trend": slow_trend(m.transfer_ce),
         "distance_trend_forward": slow_trend(m.transfer_ce, lambda i, j: i < j),
         "distance_trend_backward": slow_trend(m.transfer_ce, lambda i, j: i > j),

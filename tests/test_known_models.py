@@ -25,7 +25,7 @@ spec = "file:{texts}"
 vocab_size = 300
 
 [training]
-tokens = 16_384
+tokens = 65_536
 length = 64
 batch = 8
 

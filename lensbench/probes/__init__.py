@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,7 @@ class Measured:
 
     @classmethod
     def load(cls, folder: Path) -> "Measured":
-        arrays = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
         return cls(**json.loads((folder / "labels.json").read_text()), **arrays)
 
     def frame(self, draws: int = 2000) -> pd.DataFrame:

@@ -52,7 +52,8 @@ def gradient_alignment(subject: Subject) -> Measured:
         return Measured("gradient_alignment", reason="a rotated view has no blocks of its own")
     per_batch = max(1, TOKENS_AT_ONCE // windows.ids.shape[1])
     generator = torch.Generator().manual_seed(0)
-    aligned, null = [], []
+    aligned: list[Tensor] = []
+    null: list[Tensor] = []
     for start in range(0, len(windows.ids), per_batch):
         rows = slice(start, start + per_batch)
         states, descent = states_and_gradients(stream, torch.from_numpy(windows.ids[rows].astype(np.int64)))

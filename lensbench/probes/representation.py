@@ -96,9 +96,10 @@ def matched_transfer(subject: Subject) -> Measured:
     penalty = (raw.kl - own[:, None, :])[:, off].mean(1)
     lost = (raw.kl - matched)[:, off].mean(1)
     sums.add("offset_and_scale_share", lost, penalty, floor=floor)
-    i, j = np.triu_indices(len(layers), k=1)
-    gain = (own[:, i] - own[:, j]).mean(1)
-    sums.add("gain_visibility_matched", (own[:, i] - matched[:, i, j]).mean(1), gain, floor=floor)
+    earlier, later = np.triu_indices(len(layers), k=1)
+    gain = (own[:, earlier] - own[:, later]).mean(1)
+    seen = (own[:, earlier] - matched[:, earlier, later]).mean(1)
+    sums.add("gain_visibility_matched", seen, gain, floor=floor)
     return sums.measured()
 
 
