@@ -201,7 +201,7 @@ def read_table(path: Path) -> pd.DataFrame:
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     missing = [column for column in SCHEMA[path.name] if column not in table.columns]
-    if missing or (table.empty and path.name not in ("pairs.csv", "probes.csv")):  # a single layer is in no pair
+    if missing or (table.empty and path.name not in ("pairs.csv", *ADDED)):  # a single layer is in no pair
         what = f"column {missing[0]!r} is missing" if missing else "it has no rows"
         raise LensbenchError(f"{path} is damaged or of another version of lensbench: {what}")
     numeric = [c for c in table.columns if c not in text and not pd.api.types.is_numeric_dtype(table[c])]

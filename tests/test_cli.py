@@ -130,7 +130,7 @@ def test_several_seeds_are_summed_up_with_a_t_interval(tmp_path):
     assert result.exit_code == 0, result.output
     indices = results.read_run(tmp_path / "run").tables["indices.csv"]
     assert set(indices["seed"]) == {"0", "1", "all"}
-    rows = indices[indices["index"] == "distance_trend_forward"].set_index("seed")["value"]
+    rows = indices[indices["index"] == "constant_kl"].set_index("seed")["value"]
     assert rows["all"] == pytest.approx((rows["0"] + rows["1"]) / 2)
 
 

@@ -179,7 +179,7 @@ def table(folder: Path, name: str) -> pd.DataFrame:
 def test_every_table_has_rows_of_every_model(original):
     finished = results.read_run(original.folder)
     for name in results.SCHEMA:
-        if "model" in results.SCHEMA[name]:
+        if "model" in results.SCHEMA[name] and name != "probes.csv":  # the suite asks for no probe
             assert {"neox", "gpt2"} <= set(finished.tables[name]["model"]), name
     assert (finished.tables["transfer.csv"].groupby("model").size() == 16).all()
     models = finished.tables["models.csv"].set_index("model")

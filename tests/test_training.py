@@ -299,5 +299,5 @@ def test_muon_moves_the_matrices_between_hidden_states_and_nothing_else(family):
     }
     for name, parameter in model.named_parameters():
         # Vectors, tables of tokens and positions, and depthwise convolutions map no hidden state to another.
-        table = any(part in name for part in ("embed_tokens", "wte", "wpe", "lm_head", "conv_"))
+        table = any(part in name for part in ("embed_tokens", "wte", "wpe", "lm_head", "conv_", "convolution"))
         assert (id(parameter) in moved) == (parameter.ndim == 2 and not table), name
