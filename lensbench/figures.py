@@ -184,7 +184,8 @@ def transfer_penalty(cells: pd.DataFrame) -> Figure:
         look: dict[str, Any] = {"vmin": 0, "vmax": top, "cmap": "rocket_r", "cbar": False, "square": True}
         look |= {"xticklabels": [*ticks, str(layers)], "yticklabels": [*ticks, "logit"]}
         if layers <= ANNOTATED_LAYERS:
-            look |= {"annot": grid.map(cell_text), "fmt": "", "annot_kws": {"size": 6.5}, "linewidths": 0.4}
+            texts = grid.map(partial(cell_text, largest=grid.abs().max(axis=None)))
+            look |= {"annot": texts, "fmt": "", "annot_kws": {"size": 6.5}, "linewidths": 0.4}
         sns.heatmap(grid, ax=panel, **look)
         panel.tick_params(rotation=0, length=0)
         panel.set(title=model, xlabel="read at stream layer $j$", ylabel="lens of layer $i$")
@@ -195,12 +196,15 @@ def transfer_penalty(cells: pd.DataFrame) -> Figure:
     return figure
 
 
-def cell_text(value: float) -> str:
-    """Three characters and a sign: two decimals below 1, whole nats from 10."""
-    text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
-    if 0 < abs(value) < 0.005:
+def cell_text(value: float, largest: float) -> str:
+    """Three characters and a sign: two decimals below 1, whole nats from 10.
+
+    Where the ``largest`` of a heatmap's cells is below 0.05 two decimals would tell nothing, so one digit and its power.
+    """
+    if largest < 0.05 and value != 0:
         return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
-    return "0" if value == 0 else text.replace("0.", ".").replace("-", "−")
+    text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
+    return "0" if abs(value) < 0.005 else text.replace("0.", ".").replace("-", "−")
 
 
 def kl_by_layer(frame: pd.DataFrame) -> Figure:
@@ -328,7 +332,7 @@ def pair_penalty(frame: pd.DataFrame) -> Figure:
             grid.loc[row["layer_j"], row["layer_i"]] = row["rotated_penalty"]
         look: dict[str, Any] = {"vmin": 0, "vmax": top, "cmap": "rocket_r", "cbar": False, "square": True}
         look |= {
-            "annot": grid.map(lambda v: "" if np.isnan(v) else cell_text(v)),
+            "annot": grid.map(lambda v: "" if np.isnan(v) else cell_text(v, top)),
             "fmt": "",
             "annot_kws": {"size": 6.5},
         }

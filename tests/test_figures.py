@@ -268,3 +268,15 @@ def test_any_depth_and_number_of_models(tmp_path: Path, models: dict[str, int]) 
 def test_a_single_layer_leaves_no_distance_to_draw_but_all_figures(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run", {"flat": 1}))
     assert len(figures.draw_figures(run, tmp_path / "out")) == len(FILES)
+
+
+def test_small_numbers_are_told_where_all_are_small_and_nowhere_else():
+    assert [figures.cell_text(v, 1.3) for v in (0.0, 0.003, -0.004, 0.058, 1.26, -13.1)] == [
+        "0",
+        "0",
+        "0",
+        ".06",
+        "1.3",
+        "−13",
+    ]
+    assert [figures.cell_text(v, 0.02) for v in (0.0, 0.003, -0.004, 0.0182)] == ["0", "3e−3", "−4e−3", "2e−2"]
