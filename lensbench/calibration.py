@@ -29,7 +29,7 @@ from lensbench.stream import RotatedView
 from lensbench.synthetic import FAMILIES, Shape, SyntheticStream, windows_of
 from lensbench.tables import ClusterSums
 from lensbench.transfer import own_layer_sums, transfer_sums
-from lensbench.verdict import CANNOT_TELL, SCOPES, Span, VerdictRule, decide
+from lensbench.verdict import CANNOT_TELL, Span, VerdictRule, decide_on
 
 JUDGED = ("gain_visibility", "movement", "shared_consistency", "shared_retention")
 """Indices whose intervals are held against the truth."""
@@ -128,13 +128,7 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
         e = found[name]
         return None if e.value is None or e.low is None or e.high is None else Span(e.value, e.low, e.high)
 
-    suffix = SCOPES["all layers"]
-    spans = {
-        "visibility": span(f"gain_visibility{suffix}"),
-        "movement": span(f"movement{suffix}"),
-        "consistency": span(f"shared_consistency{suffix}"),
-    }
-    verdict = decide(recipe.rule, spans)
+    verdict = decide_on(recipe.rule, "all layers", span)
     return row | {"verdict": verdict.answer, "reason": verdict.reason}
 
 

@@ -384,16 +384,18 @@ def trace(
 def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
     from lensbench.models import FAMILIES
-    from lensbench.suite import named_files, read_toml
+    from lensbench.suite import kind_of, named_files, read_toml
 
     named = Table("name", "models or trials", "question", title="suites, sweeps, calibrations (benchmarks/*.toml)")
     for name in named_files():
         _, content = read_toml(name)
-        inside = ", ".join(m["name"] for m in content.get("models", []))
-        if "trials" in content:
+        kind = kind_of(content)
+        if kind == "sweep":
             inside = f"{len(content['trials'])} trials"
-        elif "held_out" in content:
+        elif kind == "calibration":
             inside = f"{len({*content['tune'], *content['held_out']})} families of synthetic streams"
+        else:
+            inside = ", ".join(m["name"] for m in content["models"])
         named.add_row(name, inside, content["question"])
     console.print(named)
     families = Table("family", "settings", "what it is", title="model families")

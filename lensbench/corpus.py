@@ -101,6 +101,11 @@ class Windows:
     document_names: tuple[str, ...]
     """The documents that at least one window was drawn from, and no others"""
 
+    def scored(self, rows: slice) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids of some windows ``[s, T]``, and of each scored position its window (from 0) and place, ``[n]`` each."""
+        row, column = np.nonzero(self.valid[rows])
+        return self.ids[rows], row, self.positions[rows][row, column]
+
     @property
     def clusters(self) -> NDArray[np.int64]:
         """int64 [S]: number of the cluster that a window's document belongs to, see :func:`clusters_of`"""

@@ -117,20 +117,7 @@ class ResidualStream:
 
         Whole states, whatever the view: what a view leaves out is on the path of the gradients too.
         """
-        states: list[Tensor] = []
-
-        def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            h = block_input(args, kwargs)
-            assert h is not None
-            states.append(h)
-
-        hooks = [block.register_forward_pre_hook(take, with_kwargs=True) for block in self._blocks]
-        try:
-            reported, last, logits = self._run(ids, wanted=not self._blocks)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [*(states or reported[:-1]), last], logits
+        return self._collected(ids, lambda h: h, self._run)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -145,27 +132,37 @@ class ResidualStream:
         return blocks
 
     def _states(self, ids: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """What ``keep`` keeps (a copy) of h_0..h_L, stacked, and the logits.
+        """What ``keep`` keeps (a copy) of h_0..h_L, stacked, and the logits."""
+        states, logits = self._collected(ids, lambda h: self.seen(keep(h)), self._reported)
+        return torch.stack(states), logits
+
+    def _collected(
+        self,
+        ids: Tensor,
+        keep: Callable[[Tensor], Tensor],
+        run: Callable[..., tuple[tuple[Tensor, ...], Tensor, Tensor]],
+    ) -> tuple[list[Tensor], Tensor]:
+        """``keep`` of h_0..h_L as ``run`` passes them, and the logits.
 
         Taken from the blocks' own inputs: some models report their states behind each block and leave out the first.
         """
         if not self._blocks:
-            reported, last, logits = self._reported(ids)
-            return torch.stack([self.seen(keep(h)) for h in (*reported[:-1], last)]), logits
+            reported, last, logits = run(ids)
+            return [keep(h) for h in (*reported[:-1], last)], logits
         states: list[Tensor] = []
 
         def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             h = block_input(args, kwargs)
             assert h is not None
-            states.append(self.seen(keep(h)))
+            states.append(keep(h))
 
         hooks = [block.register_forward_pre_hook(take, with_kwargs=True) for block in self._blocks]
         try:
-            _, last, logits = self._reported(ids, wanted=False)
+            _, last, logits = run(ids, wanted=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack([*states, self.seen(keep(last))]), logits
+        return [*states, keep(last)], logits
 
     def seen(self, h: Tensor) -> Tensor:
         """What the view shows of states, beside the head."""
@@ -175,7 +172,7 @@ class ResidualStream:
     def _reported(self, ids: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         return self._run(ids, wanted=wanted)
 
-    def _run(self, ids: Tensor, *, wanted: bool) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def _run(self, ids: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """The hidden states that the model reports, h_L (its final norm's input, else its head's), and its logits."""
         last: list[Tensor] = []
         # In front of other hooks: `at` hands the head a few positions only.
@@ -276,10 +273,7 @@ def capture(
     total = len(windows.ids)
     for start in range(0, total, batch):
         rows = slice(start, min(start + batch, total))
-        ids = torch.from_numpy(windows.ids[rows]).to(stream.device)
-        row, column = np.nonzero(windows.valid[rows])
-        at = torch.from_numpy(windows.positions[rows][row, column]).to(stream.device)
-        row_at = torch.from_numpy(row).to(stream.device)
+        ids, row_at, at = (torch.from_numpy(x).to(stream.device) for x in windows.scored(rows))
         h, logits = stream.at(ids, row_at, at, read_out=stream.float32)
         if not stream.float32:  # the model's own logits have two or three digits, its states give more
             logits = stream.readout(h[-1].float())
@@ -294,9 +288,9 @@ def capture(
         if done == 0:
             shape = (stream.layers + 1, int(windows.valid.sum()), stream.d_model)
             states = room_for(shape, stream.device, memory_gib)
-        refuse_overflow(h, log_z, start + int(row[0]) if len(row) else start)
-        states[:, done : done + len(row)] = h
-        done += len(row)
+        refuse_overflow(h, log_z, start)
+        states[:, done : done + len(at)] = h
+        done += len(at)
         expected.append(p @ weight)
         entropy.append(negative_entropy - (p @ bias if bias is not None and stream.readout.linear else 0.0))
         targets.append(target)

@@ -346,10 +346,10 @@ def known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[s
 def load_suite(name: str) -> Suite:
     """A suite by name or path; raises :class:`LensbenchError` saying what is wrong and where."""
     file, content = read_toml(name)
-    if "trials" in content:
-        raise LensbenchError(f"{file} is a sweep, not a suite: `lensbench sweep {name}` runs it")
-    if "held_out" in content:
-        raise LensbenchError(f"{file} is a calibration, not a suite: `lensbench calibrate {name}` runs it")
+    kind = kind_of(content)
+    if kind != "suite":
+        command = "sweep" if kind == "sweep" else "calibrate"
+        raise LensbenchError(f"{file} is a {kind}, not a suite: `lensbench {command} {name}` runs it")
     return validated(Suite, file, content)
 
 
@@ -390,16 +390,15 @@ def plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("._+-")
 
 
-def kind_of(name: str) -> Literal["suite", "sweep", "calibration"]:
-    """What a file of ``benchmarks/`` or a path holds."""
-    _, content = read_toml(name)
+def kind_of(content: dict[str, Any]) -> Literal["suite", "sweep", "calibration"]:
+    """What a file of ``benchmarks/`` holds."""
     return "sweep" if "trials" in content else "calibration" if "held_out" in content else "suite"
 
 
 def load_calibration(name: str) -> Calibration:
     """A calibration by name or path."""
     file, content = read_toml(name)
-    if "held_out" not in content:
+    if kind_of(content) != "calibration":
         raise LensbenchError(f"{file} is no calibration: `lensbench run {name}` runs it")
     return validated(Calibration, file, content)
 

@@ -18,7 +18,7 @@ from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
 from lensbench.probes import COLUMNS, Measured
-from lensbench.verdict import SCOPES, Span, Verdict, VerdictRule, decide, over_seeds
+from lensbench.verdict import SCOPES, Span, Verdict, VerdictRule, decide_on, over_seeds
 
 
 @dataclass(frozen=True)
@@ -276,17 +276,7 @@ def verdicts_of(rows: list[dict[str, Any]], rule: VerdictRule) -> dict[str, Verd
             return None
         return Span(row["value"], row["ci_low"], row["ci_high"]).wider(row["fit_low"], row["fit_high"])
 
-    return {
-        scope: decide(
-            rule,
-            {
-                "visibility": span(f"gain_visibility{suffix}"),
-                "movement": span(f"movement{suffix}"),
-                "consistency": span(f"shared_consistency{suffix}"),
-            },
-        )
-        for scope, suffix in SCOPES.items()
-    }
+    return {scope: decide_on(rule, scope, span) for scope in SCOPES}
 
 
 def similarity_of(part: Part) -> NDArray[np.float64] | None:

@@ -5,7 +5,7 @@ streams of known answer. What it looks at are the intervals of three indices: ga
 matrix, and shared consistency.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +66,7 @@ class Verdict:
     reason: str
 
 
+INDEX_OF = {"visibility": "gain_visibility", "movement": "movement", "consistency": "shared_consistency"}
 NAMES = {"visibility": "gain visibility", "movement": "movement", "consistency": "consistency"}
 
 
@@ -84,6 +85,11 @@ def decide(rule: VerdictRule, spans: Mapping[str, Span | None]) -> Verdict:
     if consistency.high < rule.inconsistent and visibility.high < rule.unseen:
         return Verdict("re-representation", f"layers share little more than random bases would: {told}")
     return Verdict(CANNOT_TELL, f"no region of the rule holds the intervals: {told}")
+
+
+def decide_on(rule: VerdictRule, scope: str, span: Callable[[str], Span | None]) -> Verdict:
+    """The verdict on one of :data:`SCOPES`; ``span`` gives the interval of an index by its name."""
+    return decide(rule, {name: span(f"{index}{SCOPES[scope]}") for name, index in INDEX_OF.items()})
 
 
 def over_seeds(verdicts: list[Verdict]) -> Verdict:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lensbench.errors import LensbenchError
 from lensbench.models import gpt
@@ -15,27 +15,9 @@ from lensbench.models.controls import ControlGPTConfig, ControlGPTForCausalLM
 from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingForCausalLM
 
 
-def predictive_coding(
-    *, vocab_size: int, d_model: int, layers: int, heads: int, width: int, context: int, **variant
-) -> PreTrainedModel:
-    """Strict predictive-coding LM; ``variant`` goes to its config (``error``, ``initial_eta``, ``initial_beta``)."""
-    del context  # positions enter only through decay and convolution
-    return PredictiveCodingForCausalLM(
-        PredictiveCodingConfig(
-            vocab_size=vocab_size,
-            hidden_size=d_model,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=width,
-            prediction_size=4 * d_model,
-            bos_token_id=0,
-            eos_token_id=0,
-            **variant,
-        )
-    )
-
-
-def control(
+def of_our_own(
+    config: Callable[..., PreTrainedConfig],
+    model: Callable[..., PreTrainedModel],
     *,
     vocab_size: int,
     d_model: int,
@@ -43,12 +25,12 @@ def control(
     heads: int,
     width: int,
     context: int,
-    **change: Any,
+    **variant: Any,
 ) -> PreTrainedModel:
-    """The controls' GPT; ``change`` goes to its config (nothing: the stronger baseline)."""
-    del context  # positions are rotary
-    return ControlGPTForCausalLM(
-        ControlGPTConfig(
+    """A model of a class that is defined here; ``variant`` goes to its config."""
+    del context  # positions enter through rotations, decay and convolution alone
+    return model(
+        config(
             vocab_size=vocab_size,
             hidden_size=d_model,
             num_hidden_layers=layers,
@@ -56,9 +38,20 @@ def control(
             intermediate_size=width,
             bos_token_id=0,
             eos_token_id=0,
-            **change,
+            **variant,
         )
     )
+
+
+def predictive_coding(*, d_model: int, **rest: Any) -> PreTrainedModel:
+    """Strict predictive-coding LM; its variants are ``error``, ``initial_eta`` and ``initial_beta``."""
+    return of_our_own(
+        PredictiveCodingConfig, PredictiveCodingForCausalLM, d_model=d_model, prediction_size=4 * d_model, **rest
+    )
+
+
+control = partial(of_our_own, ControlGPTConfig, ControlGPTForCausalLM)
+"""The controls' GPT; without a change of its config the stronger baseline."""
 
 
 @dataclass(frozen=True)

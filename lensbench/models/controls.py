@@ -180,18 +180,6 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
             for output in (module.attention_output, module.down):
                 output.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def forward(
         self,
         input_ids: Tensor,

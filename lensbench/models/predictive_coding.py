@@ -214,18 +214,6 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             module.log_eta.fill_(math.log(self.config.initial_eta))
             module.log_beta.fill_(math.log(self.config.initial_beta))
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def error(self, z: Tensor, input_ids: Tensor) -> Tensor:
         """Error, revealed by each token, of the prediction made one position earlier: (B, T, d), zero at position 0."""
         # Detached: the error is a signal that the layers use, not a second path by which to train the embedding.

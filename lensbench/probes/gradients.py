@@ -1,6 +1,5 @@
 """Does a block move the stream down the loss's gradient? (arXiv 1710.04773)"""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,15 +55,14 @@ def gradient_alignment(subject: Subject) -> Measured:
     null: list[Tensor] = []
     for start in range(0, len(windows.ids), per_batch):
         rows = slice(start, start + per_batch)
-        states, descent = states_and_gradients(stream, torch.from_numpy(windows.ids[rows].astype(np.int64)))
-        valid = torch.from_numpy(windows.valid[rows])
-        row, at = valid.nonzero()[:, 0], torch.from_numpy(windows.positions[rows].astype(np.int64))[valid]
+        ids, row, at = map(torch.from_numpy, windows.scored(rows))
+        states, descent = states_and_gradients(stream, ids)
         change, descent = (states[1:] - states[:-1])[:, row, at].float(), descent[:, row, at].float()
         # Another token of the batch: a shift by a random amount has no token keep its own.
         shift = int(torch.randint(1, max(2, len(row)), (1,), generator=generator))
         for kept, other in ((aligned, descent), (null, descent.roll(shift, 1))):
             cosine = F.cosine_similarity(change, other, dim=-1).double().cpu()  # [L, n]
-            kept.append(torch.zeros(len(cosine), len(valid), dtype=torch.float64).index_add_(1, row, cosine))
+            kept.append(torch.zeros(len(cosine), len(ids), dtype=torch.float64).index_add_(1, row, cosine))
     tokens = windows.valid.sum(1).astype(float)
     sums = Sums("gradient_alignment", windows, tokens)
     for name, kept in (("gradient_alignment", aligned), ("gradient_alignment_null", null)):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lensbench.corpus import Windows
 from lensbench.probes import Array, Measured, Subject, Sums, probe
 from lensbench.readout import block_input
 from lensbench.stream import ResidualStream
@@ -76,15 +77,13 @@ def block_paths(subject: Subject) -> Measured:
 
 
 @torch.no_grad()
-def cross_entropy(stream: ResidualStream, windows: Any) -> Array:
+def cross_entropy(stream: ResidualStream, windows: Windows) -> Array:
     """Sum of the model's own cross-entropy over the scored positions of each window, nats: ``[S]``."""
     per_batch = max(1, TOKENS_AT_ONCE // windows.ids.shape[1])
     sums = []
     for start in range(0, len(windows.ids), per_batch):
         rows = slice(start, start + per_batch)
-        ids = torch.from_numpy(windows.ids[rows].astype(np.int64))
-        valid = torch.from_numpy(windows.valid[rows])
-        row, at = valid.nonzero()[:, 0], torch.from_numpy(windows.positions[rows].astype(np.int64))[valid]
+        ids, row, at = map(torch.from_numpy, windows.scored(rows))
         _, logits = stream.at(ids, row, at)
         targets = ids[row, at + 1].to(logits.device)
         nats = -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0].cpu()

@@ -1,12 +1,10 @@
 """What layers have in common, and how much of a transfer penalty is only offset and scale."""
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from lensbench.fitting import MOMENT_BLOCK, Moments
+from lensbench.fitting import MOMENT_BLOCK, Moments, median_eigenvalue
 from lensbench.lenses import AffineMaps
 from lensbench.probes import Measured, Subject, Sums, probe, smallest_gain
 from lensbench.stream import Capture
@@ -39,9 +37,9 @@ def representation(subject: Subject) -> Measured:
         for j in range(i + 1, len(similarity)):
             sums.add("covariance_similarity", float(similarity[i, j]) * one, one, layer=i, other=j)
     values, vectors = moments.eigen
+    units = median_eigenvalue(values)
     for j in subject.layers:
-        spectrum = values[j].clamp(min=0)
-        unit = spectrum[spectrum > 1e-10 * spectrum[-1]].median()
+        spectrum, unit = values[j].clamp(min=0), units[j]
         for i in (layer for layer in subject.layers if layer < j):
             cross = _cross(fit, moments, i, j) @ vectors[j]  # [d, d], in the eigenbasis of layer j
             maps = [(cross / (spectrum + ridge * unit)) @ vectors[j].T for ridge in RIDGES]
@@ -87,10 +85,9 @@ def matched_transfer(subject: Subject) -> Measured:
         matched[:, :, at] = sum_by_window(scores.kl, scored).T
     sums = Sums("matched_transfer", subject.windows, sum_by_window(torch.ones(len(scored)), scored))
     own = np.diagonal(raw.kl, axis1=1, axis2=2)
-    add = partial(sums.add, floor=0.0)
     for a, i in enumerate(layers):
         for b, j in enumerate(layers):
-            add("matched_penalty", matched[:, a, b] - own[:, b], layer=i, other=j)
+            sums.add("matched_penalty", matched[:, a, b] - own[:, b], layer=i, other=j)
     off = ~np.eye(len(layers), dtype=bool)
     floor = smallest_gain(scored)
     penalty = (raw.kl - own[:, None, :])[:, off].mean(1)
