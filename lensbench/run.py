@@ -683,6 +683,8 @@ def run_suite(
         if model.source is not None and (not only or model.name in only):
             locate(model.source)
     lock = open_run_folder(folder, suite.name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(suite.threads or before)
     try:
         runner = Runner(suite, folder, device, progress, max_hours)
         parts, plans = [], {}
@@ -743,6 +745,7 @@ def run_suite(
         results.write_json(folder / results.MANIFEST, manifest)
         return replace(run, manifest=manifest)
     finally:
+        torch.set_num_threads(before)
         lock.release()
 
 
@@ -833,6 +836,8 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
             f"sweep {sweep.name} tries model {pretrained[0]!r}, which is pretrained: nothing is trained"
         )
     lock = open_run_folder(folder, sweep.name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(suite.threads or before)
     try:
         runner = Runner(suite, folder, device, progress)
         texts = runner.texts()
@@ -863,4 +868,5 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
         results.write_json(folder / results.MANIFEST, manifest)
         return table
     finally:
+        torch.set_num_threads(before)
         lock.release()

@@ -156,6 +156,9 @@ class Suite(_Strict):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = Field(min_length=1, description="what it answers, in one sentence")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of torch: very small models gain little from a second one"
+    )
     corpus: CorpusRecipe = CorpusRecipe()
     training: TrainingRecipe = TrainingRecipe()
     fit: FitRecipe = FitRecipe()
