@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,10 @@ from scipy.stats import binomtest
 from lensbench import indices, results
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import Fit, fit_all, score_all
-from lensbench.fitting import FitRecipe, rotated_maps
+from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_rotated, pad_direction, rotated_maps
 from lensbench.indices import Means
-from lensbench.stream import RotatedView
+from lensbench.lenses import AffineMaps
+from lensbench.stream import Capture, RotatedView
 from lensbench.synthetic import FAMILIES, Shape, SyntheticStream, windows_of
 from lensbench.tables import ClusterSums
 from lensbench.transfer import own_layer_sums, transfer_sums
@@ -34,7 +36,13 @@ from lensbench.verdict import CANNOT_TELL, Span, VerdictRule, decide_on
 JUDGED = ("gain_visibility", "movement", "shared_consistency", "shared_retention")
 """Indices whose intervals are held against the truth."""
 
-FRESH_BLOCK = 20_000
+OWN_VIEWS = "shared_consistency_own_views"
+"""Consistency whose null is that of the very views that were fitted, where ``shared_consistency`` is judged by new ones.
+
+The spread over views enters its interval, so the first truth lies in it too often, most of all where all of it is spread.
+"""
+
+FRESH_BLOCK = 10_000
 """Fresh tokens that are looked at at once."""
 
 
@@ -58,6 +66,7 @@ class Calibration(BaseModel):
     fresh: int = Field(
         100, ge=0, description="fresh tokens per held-out token that the truth is measured on; 0: no coverage"
     )
+    new_views: int = Field(15, ge=2, description="rotated views beside the fit's own that the true null is a mean over")
     draws: int = Field(500, ge=100)
     fit: FitRecipe = FitRecipe()
     rule: VerdictRule = VerdictRule()
@@ -119,10 +128,14 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
         "set": job.group, "family": job.family, "truth": FAMILIES[job.family], "seed": job.seed, **job.shape,
         "tokens": job.tokens,
     }  # fmt: skip
-    truth = true_indices(stream, fit, captured.mean_p, recipe.fresh * job.tokens, seed) if recipe.fresh else {}
+    truth = {}
+    if recipe.fresh:
+        views = views_of(stream, fit, captured, dev, recipe, seed)
+        truth = true_indices(stream, fit, views, captured.mean_p, recipe.fresh * job.tokens, seed)
     for name in JUDGED:
         e = found[name]
         row |= {name: e.value, f"{name}_ci_low": e.low, f"{name}_ci_high": e.high, f"{name}_true": truth.get(name)}
+    row[f"{OWN_VIEWS}_true"] = truth.get(OWN_VIEWS)
 
     def span(name: str) -> Span | None:
         e = found[name]
@@ -132,17 +145,40 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
     return row | {"verdict": verdict.answer, "reason": verdict.reason}
 
 
-def true_indices(stream: SyntheticStream, fit: Fit, constant: torch.Tensor, tokens: int, seed: int) -> dict[str, float]:
-    """The indices of the fitted lenses on fresh tokens: what intervals over documents are intervals for."""
-    views = {
-        k: RotatedView(fit.maps[f"view{k}"].matrix, fit.summary.rotated_rank) for k in range(fit.summary.rotations)
-    }
+def views_of(
+    stream: SyntheticStream, fit: Fit, captured: Capture, dev: Capture, recipe: Calibration, seed: int
+) -> list[AffineMaps]:
+    """The shared lens of every rotated view as maps of plain states: the fit's own views, then new ones."""
+    moments = Moments.of(captured)
+    search = DevSearch(stream.readout, dev, recipe.fit, pad_direction(stream.readout, captured.states[-1]))
+    rank, count = fit.summary.rotated_rank, fit.summary.rotations
+    maps = [rotated_maps(fit.maps[f"rotated{k}"], RotatedView(fit.maps[f"view{k}"].matrix, rank)) for k in range(count)]
+    for k in range(recipe.new_views):
+        view = RotatedView.random(moments.covariance, seed=NEW_VIEWS + 1000 * seed + k, variance=recipe.fit.variance)
+        maps.append(rotated_maps(fit_rotated(search, moments.rotated(view), view).maps, view))
+    return maps
+
+
+NEW_VIEWS = 500_000_000
+"""First seed of the views that truths are measured on; those of fits count from zero."""
+
+
+def true_indices(
+    stream: SyntheticStream, fit: Fit, views: list[AffineMaps], constant: torch.Tensor, tokens: int, seed: int
+) -> dict[str, float]:
+    """The indices of the fitted lenses on fresh tokens: what intervals over documents are intervals for.
+
+    The fresh tokens are dealt out to groups of ``views``, as many as the fit has in each.
+    """
     layers = list(range(stream.layers))
+    size = fit.summary.rotations
+    groups = [range(start, min(start + size, len(views))) for start in range(0, len(views), size)]
     totals: dict[str, Any] = {}
-    done = 0
-    while done < tokens:
-        block = stream.capture(min(FRESH_BLOCK, tokens - done), seed=10 * seed + 1_000_000 + done, constant=constant)
-        done += len(block)
+    of_views, seen = np.zeros((len(views), stream.layers)), np.zeros(len(views))
+    done = number = 0
+    while done < tokens or number < len(groups):
+        count = min(FRESH_BLOCK, -(-tokens // len(groups)))
+        block = stream.capture(count, seed=10 * seed + 1_000_000 + number, constant=constant)
         matrix = transfer_sums(stream.readout, block, fit.maps["transfer"])
         parts = {
             "constant": float(block.constant_kl.double().sum()),
@@ -151,18 +187,18 @@ def true_indices(stream: SyntheticStream, fit: Fit, constant: torch.Tensor, toke
             "movement": matrix.movement.sum(0),
             "own": own_layer_sums(stream.readout, block, fit.maps["own"], layers)[0].sum(0),
             "shared": own_layer_sums(stream.readout, block, fit.maps["shared"], layers)[0].sum(0),
-            "rotated": np.stack(
-                [
-                    own_layer_sums(stream.readout, block, rotated_maps(fit.maps[f"rotated{k}"], view), layers)[0].sum(0)
-                    for k, view in views.items()
-                ]
-            ),
         }
         totals = {name: totals.get(name, 0) + value for name, value in parts.items()}
+        for k in groups[number % len(groups)]:
+            of_views[k] += own_layer_sums(stream.readout, block, views[k], layers)[0].sum(0)
+            seen[k] += len(block)
+        done, number = done + len(block), number + 1
     means = {name: np.asarray(value / done) for name, value in totals.items()}
+    rotated = of_views / seen[:, None]
     unknown = np.full(len(layers), np.nan)
     whole = Means(
         **means,
+        rotated=rotated[size:],
         shared_loo=unknown,
         own_refined=unknown,
         shared_refined=unknown,
@@ -171,8 +207,9 @@ def true_indices(stream: SyntheticStream, fit: Fit, constant: torch.Tensor, toke
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         found = {name: float(indices.INDICES[name][1](whole).value) for name in JUDGED if name in indices.INDICES}
-        kept, null = (indices.INDICES[n][1](whole) for n in ("shared_retention", "rotated_retention"))
-        found["shared_consistency"] = float(indices.consistency(kept, null).value)
+        kept = indices.retention(whole.own, whole.shared, whole.constant)
+        for name, m in (("shared_consistency", whole), (OWN_VIEWS, replace(whole, rotated=rotated[:size]))):
+            found[name] = float(indices.consistency(kept, indices.rotated_retention(m)).value)
     return found
 
 
@@ -184,7 +221,9 @@ def run_calibration(
     code: dict[str, Any] | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure every stream and write ``streams.csv`` and ``calibration.csv``; finished streams are kept and taken up.
+    """Measure every stream and write ``streams.csv``, ``calibration.csv`` and ``thresholds.csv``.
+
+    Finished streams are kept and taken up.
 
     ``code``: what the manifest says of the versions that ran.
     Raises :class:`LensbenchError` where the folder holds something else.
@@ -194,7 +233,9 @@ def run_calibration(
     kept = folder / "streams"
     kept.mkdir(exist_ok=True)
     # What a stream's row depends on: everything but how many of them there are.
-    common = recipe.model_dump(mode="json", include={"fit", "fit_tokens", "dev_tokens", "fresh", "draws", "rule"})
+    common = recipe.model_dump(
+        mode="json", include={"fit", "fit_tokens", "dev_tokens", "fresh", "new_views", "draws", "rule"}
+    )
 
     def place(job: Job) -> Path:
         key = json.dumps({"job": job.model_dump(), **common}, sort_keys=True)
@@ -217,11 +258,12 @@ def run_calibration(
     except (OSError, ValueError) as error:
         raise LensbenchError(f"{kept} is damaged ({error}); delete it to measure anew") from error
     summary = summarise(streams)
-    for name, table in (("streams.csv", streams), ("calibration.csv", summary)):
+    tables = {"streams.csv": streams, "calibration.csv": summary, "thresholds.csv": midpoints(streams)}
+    for name, table in tables.items():
         results.write_atomically(folder / name, partial(table.to_csv, index=False, lineterminator="\n"))
     manifest = {
         "calibration": recipe.model_dump(mode="json"),
-        "files": {name: results.sha256(folder / name) for name in ("streams.csv", "calibration.csv")},
+        "files": {name: results.sha256(folder / name) for name in tables},
         "code": code,
     }
     results.write_json(folder / results.MANIFEST, manifest)
@@ -232,31 +274,67 @@ def _write_row(path: Path, *, row: dict[str, Any]) -> None:
     path.write_text(json.dumps(row))
 
 
-def summarise(streams: pd.DataFrame) -> pd.DataFrame:
-    """Per set and family, and per set: how many verdicts commit, how many of those are right, what share cannot tell.
+SIZES = ("layers", "d", "noise", "tokens")
+"""What the streams of a family differ in."""
 
-    And how many intervals cover the truth; each share with its 95 % Wilson interval.
+
+def summarise(streams: pd.DataFrame) -> pd.DataFrame:
+    """How many verdicts commit, how many of those are right, what share cannot tell, how many intervals cover the truth.
+
+    Per set, over all of its streams, over the pure ones, and by family; over both sets by size of the streams. Each share
+    has its 95 % Wilson interval.
     """
     rows = []
-    groups = [((s, f), g) for (s, f), g in streams.groupby(["set", "family"], sort=False)]
-    groups += [((s, "all"), g) for s, g in streams.groupby("set", sort=False)]
-    groups += [((s, "all pure"), g[g["truth"] != "mixed"]) for s, g in streams.groupby("set", sort=False)]
-    for (group, family), rows_of in groups:
+    noise = streams["first_noise"].astype(str) + " to " + streams["last_noise"].astype(str)
+    streams = streams.assign(noise=noise)
+    pure = streams[streams["truth"] != "mixed"]
+    groups = [((s, "family", f), g) for (s, f), g in streams.groupby(["set", "family"], sort=False)]
+    groups += [((s, "all", "all"), g) for s, g in streams.groupby("set", sort=False)]
+    groups += [((s, "pure", "all"), g) for s, g in pure.groupby("set", sort=False)]
+    groups += [(("both", size, v), g) for size in SIZES for v, g in streams.groupby(size)]
+    for (group, by, value), rows_of in groups:
         committed = rows_of["verdict"] != CANNOT_TELL
         right = committed & (rows_of["verdict"] == rows_of["truth"])
         row: dict[str, Any] = {
             "set": group,
-            "family": family,
+            "by": by,
+            "value": value,
             "streams": len(rows_of),
             "committed": int(committed.sum()),
         }
         row |= share("right_when_committed", int(right.sum()), int(committed.sum()))
         row |= share("cannot_tell", int((~committed).sum()), len(rows_of))
-        for name in JUDGED:
-            known = rows_of[rows_of[f"{name}_true"].notna() & rows_of[name].notna()]
-            inside = known[f"{name}_true"].between(known[f"{name}_ci_low"], known[f"{name}_ci_high"])
+        for name in (*JUDGED, OWN_VIEWS):
+            index = name.removesuffix("_own_views")
+            known = rows_of[rows_of[f"{name}_true"].notna() & rows_of[index].notna()]
+            inside = known[f"{name}_true"].between(known[f"{index}_ci_low"], known[f"{index}_ci_high"])
             row |= share(f"covered_{name}", int(inside.sum()), len(known))
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+TUNED = {
+    "visible": ("gain_visibility_ci_low", "refinement", 1),
+    "consistent": ("shared_consistency_ci_low", "refinement", 1),
+    "inconsistent": ("shared_consistency_ci_high", "re-representation", -1),
+}
+"""Threshold -> what it is held against, the truth whose streams have to pass, and on which side: above (1) or below (-1)."""
+
+
+def midpoints(streams: pd.DataFrame) -> pd.DataFrame:
+    """Where the thresholds would lie that the ``tune`` streams ask for: ``threshold, pure, other, midpoint``.
+
+    Midway between the worst of the streams that have to pass (``pure``) and the nearest stream of another truth, of the
+    families that lie wholly on the other side (``other``); families that do not are another threshold's to keep out. The
+    two thresholds that are not here have a meaning of their own: still is near zero, unseen is zero.
+    """
+    tune, rows = streams[streams["set"] == "tune"], []
+    for threshold, (column, truth, side) in TUNED.items():
+        pure = (side * tune.loc[tune["truth"] == truth, column]).min()
+        beyond = (side * tune[column])[tune["truth"] != truth].groupby(tune["family"]).max()
+        nearest = beyond[beyond < pure].max()
+        row = {"threshold": threshold, "pure": side * pure, "other": side * nearest}
+        rows.append(row | {"midpoint": side * (pure + nearest) / 2})
     return pd.DataFrame(rows)
 
 

@@ -30,6 +30,7 @@ FAMILIES: dict[str, Truth] = {
     "half-rebased": "mixed",
     "partly-rebased": "mixed",
     "partly-carried": "mixed",
+    "jittered": "mixed",
 }
 """Family -> what is known of it.
 
@@ -43,7 +44,8 @@ its own, and the last one reads them all. ``restretched``: per layer a random li
 
 Mixed: ``drifting``: the basis turns by 45 degrees over the layers. ``half-rebased``: one basis for the first half of the
 layers, another for the second. ``partly-rebased``: half of the answer's entries in a random basis per layer, half in one.
-``partly-carried``: half refined, half carried along in overlapping random directions.
+``partly-carried``: half refined, half carried along in overlapping random directions. ``jittered``: the basis of each
+layer is turned by 30 degrees in random planes of its own.
 """
 
 
@@ -137,6 +139,7 @@ class SyntheticStream:
             turned(d, np.pi / 4 * k / max(1, layers - 1), torch.Generator().manual_seed(plane_seed))
             for k in range(layers)
         ]
+        self.jitters = [turned(d, np.pi / 6, torch.Generator().manual_seed(plane_seed + 1 + k)) for k in range(layers)]
         self.stretches = [
             torch.exp(torch.linspace(-0.7, 0.7, d))[torch.randperm(d, generator=random)] for _ in range(layers)
         ]
@@ -196,6 +199,8 @@ class SyntheticStream:
             ]
         elif self.family == "drifting":
             h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.turns, strict=True)]
+        elif self.family == "jittered":
+            h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.jitters, strict=True)]
         elif self.family == "half-rebased":
             two = [self.bases[0] if k < layers / 2 else self.bases[1] for k in range(layers)]
             h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, two, strict=True)]

@@ -23,10 +23,10 @@ class VerdictRule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    visible: float = Field(0.25, description="refinement: gain visibility lies above this ...")
-    consistent: float = Field(0.6, description="... and consistency above this")
+    visible: float = Field(0.63, description="refinement: gain visibility lies above this ...")
+    consistent: float = Field(0.64, description="... and consistency above this")
     still: float = Field(0.1, gt=0, description="carry-along: movement lies below this, gain visibility within +- this")
-    inconsistent: float = Field(0.35, description="re-representation: consistency lies below this ...")
+    inconsistent: float = Field(0.19, description="re-representation: consistency lies below this ...")
     unseen: float = Field(0.0, description="... and gain visibility below this")
 
     @model_validator(mode="after")

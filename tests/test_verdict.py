@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from lensbench.calibration import JUDGED, Calibration, summarise
+from lensbench.calibration import JUDGED, Calibration, midpoints, summarise
 from lensbench.cli import app
 from lensbench.suite import load_calibration
 from lensbench.synthetic import FAMILIES, Shape, SyntheticStream
@@ -93,7 +93,8 @@ def test_summaries_count_what_is_right_among_what_is_committed():
         ("drifting", "mixed", CANNOT_TELL, 0.5),
     ]  # fmt: skip
     frame = pd.DataFrame(
-        {"set": "held_out", "family": f, "truth": t, "verdict": v}
+        {"set": "held_out", "family": f, "truth": t, "verdict": v, **dict.fromkeys(("layers", "d", "tokens"), 4)}
+        | {"first_noise": 1.0, "last_noise": 0.2, "shared_consistency_own_views_true": 0.7}
         | {
             k: x
             for n in JUDGED
@@ -101,16 +102,37 @@ def test_summaries_count_what_is_right_among_what_is_committed():
         }
         for f, t, v, true in rows
     )
-    table = summarise(frame).set_index("family")
-    assert table.loc["fresh", "right_when_committed"] == 0.5 and table.loc["fresh", "cannot_tell"] == pytest.approx(
-        1 / 3
-    )
-    assert table.loc["drifting", "right_when_committed"] == 0.0
-    assert table.loc["all", "right_when_committed"] == pytest.approx(1 / 3)
-    assert table.loc["all pure", "committed"] == 2
-    assert table.loc["fresh", "covered_movement"] == pytest.approx(2 / 3)
-    low, high = table.loc["fresh", ["covered_movement_ci_low", "covered_movement_ci_high"]]
+    whole = summarise(frame)
+    table = whole.set_index(["by", "value"])
+    assert table.loc[("family", "fresh"), "right_when_committed"] == 0.5 and table.loc[
+        ("family", "fresh"), "cannot_tell"
+    ] == pytest.approx(1 / 3)
+    assert table.loc[("family", "drifting"), "right_when_committed"] == 0.0
+    assert table.loc[("all", "all"), "right_when_committed"] == pytest.approx(1 / 3)
+    assert table.loc[("pure", "all"), "committed"] == 2
+    assert table.loc[("family", "fresh"), "covered_movement"] == pytest.approx(2 / 3)
+    low, high = table.loc[("family", "fresh"), ["covered_movement_ci_low", "covered_movement_ci_high"]]
     assert 0 < low < 2 / 3 < high < 1
+    assert (
+        table.loc[("noise", "1.0 to 0.2"), "streams"] == 5
+        and (whole["covered_shared_consistency_own_views"] == 0).all()
+    )
+
+
+def test_thresholds_lie_midway_between_the_worst_that_has_to_pass_and_the_nearest_that_must_not():
+    columns = ("gain_visibility_ci_low", "shared_consistency_ci_low", "shared_consistency_ci_high")
+    rows = [
+        ("tune", "fresh", "refinement", 0.8, 0.7, 0.9), ("tune", "fresh", "refinement", 0.9, 0.8, 0.95),
+        ("tune", "drifting", "mixed", 0.5, 0.75, 0.8), ("tune", "half-rebased", "mixed", -1.0, 0.3, 0.4),
+        ("tune", "rebased", "re-representation", -2.0, -0.1, 0.1), ("tune", "rebased", "re-representation", -3.0, 0.0, 0.2),
+        ("held_out", "removed", "refinement", 0.1, 0.1, 0.1),
+    ]  # fmt: skip
+    streams = pd.DataFrame(rows, columns=("set", "family", "truth", *columns))
+    found = midpoints(streams).set_index("threshold")
+    # `drifting` reaches beyond the worst refinement's consistency: visibility is what keeps it out.
+    assert found["pure"].to_dict() == pytest.approx({"visible": 0.8, "consistent": 0.7, "inconsistent": 0.2})
+    assert found["other"].to_dict() == pytest.approx({"visible": 0.5, "consistent": 0.3, "inconsistent": 0.4})
+    assert found["midpoint"].to_dict() == pytest.approx({"visible": 0.65, "consistent": 0.5, "inconsistent": 0.3})
 
 
 def test_a_calibration_runs_is_taken_up_and_says_the_same_again(tmp_path):
@@ -132,6 +154,9 @@ def test_a_calibration_runs_is_taken_up_and_says_the_same_again(tmp_path):
     assert len(streams) == 6 and np.isfinite(streams["gain_visibility_true"]).all()
     assert set(streams.loc[streams["family"] == "disjoint", "verdict"]) == {"carry-along"}
     assert (streams.loc[streams["family"] == "rebased", "shared_consistency"].dropna() < 0.4).all()
+    # The null of new views is another sample of the same mean, that of the fit's own is what the value itself has.
+    gap = (streams["shared_consistency_true"] - streams["shared_consistency_own_views_true"]).abs().dropna()
+    assert (gap > 0).all() and (gap < 0.2).all()
     gap = (streams["shared_retention"] - streams["shared_retention_true"]).abs()
     assert (gap < 0.15).all() and (gap > 0).all()
     kept = sorted((tmp_path / "run" / "streams").iterdir())
