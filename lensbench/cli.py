@@ -267,14 +267,25 @@ def figures(
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; the first is what the others are held against.")],
     out: Annotated[Path | None, typer.Option(help="Write the tidy table here as CSV.", show_default=False)] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Draw the figures of all models together into this folder.", show_default=False)
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Compare models across run folders: one tidy table, differences paired where the same sequences were scored."""
-    from lensbench.compare import compare_runs, print_comparison
+    """Compare models across run folders: one tidy table, differences paired where the same sequences were scored.
+
+    Folders that hold different models of one suite are read as one run. Over seeds, differences are paired by seed, and
+    those that the suite declares as claims are corrected together (Holm).
+    """
+    from lensbench.compare import compare_runs, print_comparison, together
 
     comparison = compare_runs(folders)
     if out is not None:
         comparison.write(out)
+    if figures is not None:
+        from lensbench.figures import draw_figures
+
+        draw_figures(together(comparison.runs), figures)
     print_comparison(comparison, console)
 
 

@@ -1,4 +1,8 @@
-"""Models across run folders: one tidy table, differences paired where the same sequences were scored."""
+"""Models across run folders: one tidy table, differences paired where the same sequences were scored.
+
+Folders that hold different models of one suite are parts of one run: their models are compared as if they lay in one.
+Over seeds a difference is paired by seed; those that the suite declares as claims are corrected together (Holm).
+"""
 
 import itertools
 from dataclasses import dataclass
@@ -10,15 +14,18 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from lensbench import indices, results
 from lensbench.errors import LensbenchError
 from lensbench.indices import Array, Means
-from lensbench.report import SHOWN, with_interval
+from lensbench.report import COMPARED, ruler_table, with_interval
 from lensbench.results import Run
 from lensbench.tables import ClusterSums, by_document, clustered
 
-COMPARED = ("ce", "bits_per_byte", *SHOWN)
+FEWEST_SEEDS = 5
+"""Under these a claim is marked."""
 
 SAME_MEASURE = (
     ("fit", "tolerance"),
@@ -35,12 +42,15 @@ SAME_MEASURE = (
 class Comparison:
     """``table``: a row per run, model, seed and index, and per pair of them a difference.
 
-    Columns ``kind`` (value or difference), ``run, model, seed, index, value, ci_low, ci_high, against_run, against_model,
-    against_seed, paired, note``.
+    Columns ``kind`` (value, difference, or claim: a difference that the suite declared), ``run, model, seed, index, value,
+    ci_low, ci_high, against_run, against_model, against_seed, paired, seeds, p, p_holm, note``. ``seed = all``: over seeds,
+    differences paired by seed, with Student-t intervals and the p of the paired t-test; ``p_holm`` is corrected over all
+    claims of the suite. ``runs``: as they were read, parts of one run joined.
     """
 
     table: pd.DataFrame
     reproduction: list[str]
+    runs: list[Run]
 
     def write(self, path: Path) -> None:
         try:
@@ -55,6 +65,8 @@ class Cell:
     """One model and seed of one run: every compared quantity at its point estimate and at the bootstrap draws."""
 
     run: str
+    group: int
+    """Number of the run that the folder is a part of."""
     corpus: str
     model: str
     seed: int
@@ -79,15 +91,64 @@ def compare_runs(folders: list[Path]) -> Comparison:
     runs = [results.read_run(folder) for folder in folders]
     for one, other in itertools.combinations(runs, 2):
         refuse_unlike(one, other)
-    cells = [cell for run in runs for cell in cells_of(run)]
+    groups = grouped(runs)
+    cells = [cell for number, parts in enumerate(groups) for run in parts for cell in cells_of(run, number)]
     rows = [{"kind": "value", **cell.who, "index": name, **value_of(cell, name)} for cell in cells for name in COMPARED]
     for first, second in itertools.combinations(cells, 2):
         if worth_comparing(first, second):
             rows += [difference(second, first, name) for name in COMPARED]
-    columns = ["kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high",
-               "against_run", "against_model", "against_seed", "paired", "note"]  # fmt: skip
+    for number, parts in enumerate(groups):
+        rows += rows_over_seeds([cell for cell in cells if cell.group == number])
+        rows += claim_rows(
+            (parts[0].manifest or {})["suite"].get("claims", []), rows, [str(run.folder) for run in parts]
+        )
+    columns = ["kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high", "against_run", "against_model",
+               "against_seed", "paired", "seeds", "p", "p_holm", "note"]  # fmt: skip
     table = pd.DataFrame(rows, columns=columns)
-    return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]])
+    return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]], [joined(parts) for parts in groups])
+
+
+def grouped(runs: list[Run]) -> list[list[Run]]:
+    """Runs, those that are parts of one together."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        home = next((group for group in groups if all(parts_of_one(other, run) for other in group)), None)
+        if home is None:
+            groups.append([run])
+        else:
+            home.append(run)
+    return groups
+
+
+def parts_of_one(one: Run, other: Run) -> bool:
+    """Whether two folders hold different models of the same suite, run on the same text with the same seeds."""
+    a, b = (run.manifest or {} for run in (one, other))
+    same = a["suite"] == b["suite"] and a["corpus"]["checksum"] == b["corpus"]["checksum"] and a["seeds"] == b["seeds"]
+    return same and not set(a["models"]) & set(b["models"])
+
+
+def joined(parts: list[Run]) -> Run:
+    """Runs of different models as one, its models in the order of the suite; a baseline told once."""
+    if len(parts) == 1:
+        return parts[0]
+    order = [model["name"] for part in parts[:1] for model in (part.manifest or {})["suite"]["models"]]
+    tables = {}
+    for name in results.SCHEMA:
+        table = pd.concat([part.tables[name] for part in parts if len(part.tables[name])] or [parts[0].tables[name]])
+        if "model" in table:
+            table = table.sort_values("model", key=lambda names: names.map(order.index), kind="stable")
+        tables[name] = table.drop_duplicates(ignore_index=True)
+    return Run(parts[0].folder, None, tables)
+
+
+def together(runs: list[Run]) -> Run:
+    """All models of several runs in one, for figures; raises :class:`LensbenchError` where two have one name."""
+    names = [name for run in runs for name in run.tables["models.csv"]["model"].unique()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise LensbenchError(f"model {twice!r} is in two of the folders: a figure of them all would show one")
+    tables = {name: pd.concat([run.tables[name] for run in runs], ignore_index=True) for name in results.SCHEMA}
+    return Run(runs[0].folder, None, tables)
 
 
 def refuse_unlike(one: Run, other: Run) -> None:
@@ -117,7 +178,7 @@ def refuse_unlike(one: Run, other: Run) -> None:
             )
 
 
-def cells_of(run: Run) -> list[Cell]:
+def cells_of(run: Run, group: int) -> list[Cell]:
     manifest = run.manifest or {}
     sequences = run.sequences()
     draws = manifest["suite"]["evaluate"]["draws"]
@@ -142,6 +203,7 @@ def cells_of(run: Run) -> list[Cell]:
             cells.append(
                 Cell(
                     str(run.folder),
+                    group,
                     manifest["corpus"]["checksum"],
                     str(model),
                     int(seed),
@@ -166,7 +228,87 @@ def value_of(cell: Cell, name: str) -> dict[str, Any]:
 
 def worth_comparing(first: Cell, second: Cell) -> bool:
     """Models of one run at one seed, and the same model across runs."""
-    return first.seed == second.seed if first.run == second.run else first.model == second.model
+    return first.seed == second.seed if first.group == second.group else first.model == second.model
+
+
+def rows_over_seeds(cells: list[Cell]) -> list[dict[str, Any]]:
+    """Of one run: every model's mean over seeds, and every two models' difference, paired by seed."""
+    by_model: dict[str, dict[int, Cell]] = {}
+    for cell in cells:
+        by_model.setdefault(cell.model, {})[cell.seed] = cell
+    rows = []
+    for model, seeds in by_model.items():
+        if len(seeds) < 2:
+            continue
+        who = {
+            "kind": "value",
+            "run": next(iter(seeds.values())).run,
+            "model": model,
+            "seed": "all",
+            "seeds": len(seeds),
+        }
+        for name in COMPARED:
+            reason = next((cell.reasons[name] for cell in seeds.values() if name in cell.reasons), "")
+            rows.append(who | {"index": name} | mean_row([cell.point[name] for cell in seeds.values()], reason))
+    for one, other in itertools.combinations(by_model, 2):
+        common = [seed for seed in by_model[one] if seed in by_model[other]]
+        if len(common) < 2:
+            continue
+        pairs = [(by_model[other][seed], by_model[one][seed]) for seed in common]
+        here, there = pairs[0]
+        who = {"kind": "difference", "run": here.run, "model": other, "seed": "all", "against_run": there.run}
+        who |= {"against_model": one, "against_seed": "all", "paired": True, "seeds": len(common)}
+        for name in COMPARED:
+            reason = next((c.reasons[name] for pair in pairs for c in pair if name in c.reasons), "")
+            gaps = [a.point[name] - b.point[name] for a, b in pairs]
+            row = who | {"index": name} | mean_row(gaps, reason)
+            if not reason and np.std(gaps) > 0:
+                row["p"] = float(stats.ttest_1samp(gaps, 0.0).pvalue)
+            rows.append(row)
+    return rows
+
+
+def mean_row(values: list[float], reason: str) -> dict[str, Any]:
+    """Mean over seeds with its Student-t interval, or the reason why it is undefined at one of them."""
+    if reason:
+        return {"value": None, "ci_low": None, "ci_high": None, "note": f"undefined for a seed: {reason}"}
+    mean, low, high = indices.over_seeds(values)
+    return {"value": mean, "ci_low": low, "ci_high": high, "note": ""}
+
+
+def claim_rows(claims: list[dict[str, Any]], rows: list[dict[str, Any]], folders: list[str]) -> list[dict[str, Any]]:
+    """The differences that a suite declared, seed-paired, their p corrected together; absent where a model is."""
+    over = {
+        (row["model"], row["against_model"], row["index"]): row
+        for row in rows
+        if row["kind"] == "difference" and row["seed"] == "all" and row["run"] in folders
+    }
+    found = []
+    for claim in claims:
+        for index in claim["indices"]:
+            row = over.get((claim["model"], claim["against"], index))
+            reverse = over.get((claim["against"], claim["model"], index))
+            if row is None and reverse is not None:
+                row = turned_round(reverse)
+            if row is not None:
+                few = f"only {row['seeds']} seeds" if row["seeds"] < FEWEST_SEEDS else ""
+                found.append(row | {"kind": "claim", "note": row["note"] or few})
+    tested = [row for row in found if row.get("p") is not None]
+    if tested:
+        corrected = multipletests([row["p"] for row in tested], method="holm")[1]
+        for row, p in zip(tested, corrected, strict=True):
+            row["p_holm"] = float(p)
+    return found
+
+
+def turned_round(row: dict[str, Any]) -> dict[str, Any]:
+    """The difference the other way about."""
+    row = dict(row)
+    for name in ("run", "model", "seed"):
+        row[name], row[f"against_{name}"] = row[f"against_{name}"], row[name]
+    if row["value"] is not None:
+        row |= {"value": -row["value"], "ci_low": -row["ci_high"], "ci_high": -row["ci_low"]}
+    return row
 
 
 def difference(cell: Cell, against: Cell, name: str) -> dict[str, Any]:
@@ -206,6 +348,8 @@ def reproduction(reference: Run, run: Run) -> str:
         )
     if a["suite"] != b["suite"] or a["seeds"] != b["seeds"]:
         return f"{who}: same corpus, other settings"
+    if parts_of_one(reference, run):
+        return f"{who}: other models of the same suite ({', '.join(b['models'])}): read as one run"
     if a["models"] != b["models"]:
         return f"{who}: same settings, but {', '.join(a['models'])} there and {', '.join(b['models'])} here"
     csv = [name for name in results.SCHEMA if a["files"].get(name) != b["files"].get(name)]
@@ -229,21 +373,44 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """Whether the runs reproduce the first one, then values and differences; across runs, of the same model."""
     for line in comparison.reproduction:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    values = comparison.table[comparison.table["kind"] == "value"]
-    table = Table(*(Column(c, no_wrap=True) for c in ("run", "model", "seed", "index", "value [95 %]")), title="values")
+    for run in comparison.runs:
+        console.print(ruler_table(run))
+    table = comparison.table
+    claims = table[table["kind"] == "claim"]
+    if len(claims):
+        title = "differences that the suite declared, paired by seed [95 %, Student t]"
+        columns = (
+            Column(c, no_wrap=True) for c in ("difference", "index", "value [95 %]", "seeds", "p", "Holm", "note")
+        )
+        shown = Table(*columns, title=title)
+        for _, row in claims.iterrows():
+            p = [f"{row[c]:.2g}" if pd.notna(row[c]) else "" for c in ("p", "p_holm")]
+            who = f"{row['model']} - {row['against_model']}"
+            shown.add_row(who, row["index"], with_interval(row), f"{row['seeds']:.0f}", *p, row["note"])
+        console.print(shown)
+    over = table["seed"] == "all"
+    several = table["model"].isin(table.loc[over, "model"])
+    values = table[(table["kind"] == "value") & (over | ~several)]
+    shown = Table(*(Column(c, no_wrap=True) for c in ("run", "model", "seed", "index", "value [95 %]")), title="values")
     for _, row in values.iterrows():
-        table.add_row(row["run"], row["model"], str(row["seed"]), row["index"], with_interval(row))
-    console.print(table)
-    differences = comparison.table[comparison.table["kind"] == "difference"]
-    if differences["run"].nunique() > 1 or (differences["run"] != differences["against_run"]).any():
-        differences = differences[differences["run"] != differences["against_run"]]
+        shown.add_row(row["run"], row["model"], str(row["seed"]), row["index"], with_interval(row))
+    console.print(shown)
+    differences = table[table["kind"] == "difference"]
+    if len(comparison.runs) > 1:
+        # Of the same model across runs, where there are several; between models, within one.
+        differences = differences[differences["model"] == differences["against_model"]]
+    if over.any():
+        left = len(differences)
+        differences = differences[~(over | several).reindex(differences.index)]
+        if left > len(differences):
+            console.print(f"{left - len(differences)} more differences, by seed and over seeds: --out writes them")
     if len(differences):
         columns = (Column(c, no_wrap=True) for c in ("difference", "index", "value [95 %]", "paired", "note"))
-        table = Table(*columns, title="differences")
+        shown = Table(*columns, title="differences")
         for _, row in differences.iterrows():
             one_run = row["run"] == row["against_run"]
             names = [row[p + "model"] if one_run else f"{row[p + 'run']}:{row[p + 'model']}" for p in ("", "against_")]
             paired = "yes" if row["paired"] else "no"
             note = "" if pd.isna(row["value"]) else row["note"]
-            table.add_row(" - ".join(names), row["index"], with_interval(row), paired, note)
-        console.print(table)
+            shown.add_row(" - ".join(names), row["index"], with_interval(row), paired, note)
+        console.print(shown)

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 
 from lensbench.indices import tolerance_order
 from lensbench.results import Run
+from lensbench.verdict import SCOPES
 
 SHOWN = (
     "shared_retention",
@@ -27,6 +28,8 @@ SHOWN = (
     "movement",
     "distance_trend",
 )
+COMPARED = ("ce", "bits_per_byte", *SHOWN)
+"""What models are held against each other by."""
 FACTS = ("layers", "rotated_rank")
 
 
@@ -173,6 +176,23 @@ def sentence(name: str, rows: pd.DataFrame, curve: pd.DataFrame) -> str:
     else:
         meaning = f"fixed lenses see change but no net gain (gain visibility {seen}): no verdict"
     return f"{name}: {kept} ({against}); {meaning}."
+
+
+def ruler_table(run: Run) -> Table:
+    """Every model on the ruler: the three indices that a verdict rests on, what is known of it, and the verdicts."""
+    shown = shown_seeds(run.tables["indices.csv"]).set_index(["model", "index"])
+    judged = shown_seeds(run.tables["verdicts.csv"]).set_index(["model", "scope"])
+    names = ("shared_consistency", "gain_visibility", "gain_visibility_without_layer0", "movement")
+    table = Table(
+        Column("model", no_wrap=True), "known by construction", "consistency", "gain visibility", "without layer 0",
+        "movement", "verdict", "without layer 0", title="the ruler [95 % intervals]",
+    )  # fmt: skip
+    for model in dict.fromkeys(shown.index.get_level_values(0)):
+        cells = [with_interval(shown.loc[model, name]) for name in names]
+        rows = [judged.loc[(model, scope)] for scope in SCOPES if (model, scope) in judged.index]
+        known = next((row["known"] for row in rows if pd.notna(row["known"])), "")
+        table.add_row(model, known, *cells, *(row["verdict"] for row in rows))
+    return table
 
 
 def verdict_lines(run: Run) -> list[str]:

@@ -133,6 +133,7 @@ SCHEMA: dict[str, dict[str, str]] = {
     "verdicts.csv": {
         **_WHO,
         "scope": "all layers, or without layer 0",
+        "known": "what is known of the model by construction; empty where it is to be found out",
         "verdict": "refinement, carry-along, re-representation or cannot tell, by the suite's rule; seeds must agree",
         "reason": "the indices that it rests on, their intervals widened by refits",
     },
@@ -212,7 +213,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
-    "probe", "quantity", "scope", "verdict",
+    "probe", "quantity", "scope", "verdict", "known",
 }  # fmt: skip
 TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 

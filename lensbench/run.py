@@ -713,7 +713,9 @@ def run_suite(
             if not measured:
                 runner.progress.say(f"{model.name}: not run at this seed, its suite says")
             parts += [
-                tables.Part.load(model.name, seed, f.folder, s.folder, runner.origin(model, seed).facts, found)
+                tables.Part.load(
+                    model.name, seed, f.folder, s.folder, runner.origin(model, seed).facts, found, suite.known(model)
+                )
                 for seed, f, s, found in measured
             ]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]

@@ -17,6 +17,7 @@ from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.models.training import TrainingRecipe
 from lensbench.probes import PROBES
+from lensbench.report import COMPARED
 from lensbench.verdict import VerdictRule
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -150,6 +151,14 @@ class ModelRecipe(_Strict):
         return self
 
 
+class Claim(_Strict):
+    """A difference between two models that a suite is about, declared before it runs."""
+
+    model: str
+    against: str
+    indices: tuple[str, ...] = Field(("shared_consistency", "gain_visibility"), min_length=1)
+
+
 class Suite(_Strict):
     """One benchmark: which models, on which text, fitted and evaluated how."""
 
@@ -165,6 +174,7 @@ class Suite(_Strict):
     evaluate: EvaluateRecipe = EvaluateRecipe()
     probes: tuple[str, ...] = Field((), description="measurements beside the lenses, by name")
     verdict: VerdictRule = VerdictRule()
+    claims: tuple[Claim, ...] = Field((), description="differences that `compare` corrects together (Holm)")
     models: tuple[ModelRecipe, ...] = Field(min_length=1)
 
     @field_validator("probes")
@@ -201,6 +211,13 @@ class Suite(_Strict):
             raise ValueError(f"two models are named {next(n for n in names if names.count(n) > 1)!r}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is named twice")
+        for claim in self.claims:
+            for name in (claim.model, claim.against):
+                if name not in names:
+                    raise ValueError(f"a claim is about model {name!r}; {nearest(name, names)}")
+            for index in claim.indices:
+                if index not in COMPARED:
+                    raise ValueError(f"a claim is about index {index!r}; {nearest(index, list(COMPARED))}")
         for model in self.models:
             if model.view_of is not None:
                 owner = next((m for m in self.models if m.name == model.view_of), None)
@@ -256,6 +273,18 @@ class Suite(_Strict):
         if owner.source is not None:
             return self.seeds[:1]
         return tuple(seed for seed in self.seeds if owner.seeds is None or seed in owner.seeds)
+
+    def known(self, model: ModelRecipe) -> str | None:
+        """What a model's construction says of its stream; None where that is to be found out."""
+        owner = self.trained(model)
+        if owner.untrained:
+            return "nothing learned"
+        if model.rotated:
+            return "re-representation"
+        if owner.family == "gpt-partitioned":
+            return "carry-along"
+        # Its read-out is tied at every layer.
+        return "one representation" if owner.family == "predictive-coding" and model.view == "prediction" else None
 
     @property
     def length(self) -> int:

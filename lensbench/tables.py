@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
 from lensbench.probes import COLUMNS, Measured
-from lensbench.verdict import SCOPES, Span, Verdict, VerdictRule, decide_on, over_seeds
+from lensbench.verdict import SCOPES, Span, Verdict, VerdictRule, decide_on, over_seeds, spans_on
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Part:
     fit: FitSummary
     refits: dict[str, NDArray[np.float64]]
     probes: Sequence[Measured] = ()
+    known: str | None = None
 
     @classmethod
     def load(
@@ -42,8 +44,12 @@ class Part:
         scoring: Path,
         origin: dict[str, Any],
         probes: Sequence[Measured] = (),
+        known: str | None = None,
     ) -> "Part":
-        """From the stages of a model and seed; ``origin``: what is known of where the model comes from."""
+        """From the stages of a model and seed; ``origin``: what is known of where the model comes from.
+
+        ``known``: what its construction says of its stream.
+        """
         kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
         return cls(
             model,
@@ -53,6 +59,7 @@ class Part:
             FitSummary.load(fitting / "fit.json"),
             kept,
             probes,
+            known,
         )
 
 
@@ -221,6 +228,7 @@ def tables(
     found: dict[str, list[dict[str, indices.Estimate]]] = {}
     verdicts: dict[str, list[dict[str, Verdict]]] = {}
     headlines = {part.model: part.fit.records["transfer"] for part in parts}
+    of_construction = {part.model: part.known for part in parts}
     for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
         sums = ClusterSums.of(part.sequences)
         weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
@@ -252,31 +260,35 @@ def tables(
         of_indices = list(index_rows(estimates, part))
         rows["indices.csv"] += [who | row for row in of_indices]
         judged = verdicts_of(of_indices, rule or VerdictRule())
-        rows["verdicts.csv"] += [who | {"scope": s, "verdict": v.answer, "reason": v.reason} for s, v in judged.items()]
+        known = {"known": part.known}
+        rows["verdicts.csv"] += [
+            who | known | {"scope": s, "verdict": v.answer, "reason": v.reason} for s, v in judged.items()
+        ]
         verdicts.setdefault(part.model, []).append(judged)
     for model, per_seed in found.items():
         if len(per_seed) > 1:
-            rows["indices.csv"] += [
-                {"model": model, "seed": "all"} | row for row in rows_over_seeds(per_seed, headlines[model])
-            ]
+            means = list(rows_over_seeds(per_seed, headlines[model]))
+            rows["indices.csv"] += [{"model": model, "seed": "all"} | row for row in means]
             for scope in SCOPES:
-                whole = over_seeds([judged[scope] for judged in verdicts[model]])
-                row = {"model": model, "seed": "all", "scope": scope}
+                whole = over_seeds(
+                    [judged[scope] for judged in verdicts[model]], spans_on(scope, partial(span_of, means))
+                )
+                row = {"model": model, "seed": "all", "scope": scope, "known": of_construction[model]}
                 rows["verdicts.csv"].append(row | {"verdict": whole.answer, "reason": whole.reason})
     return {name: pd.DataFrame(content) for name, content in rows.items()} | {"probes.csv": probe_table(parts, draws)}
 
 
 def verdicts_of(rows: list[dict[str, Any]], rule: VerdictRule) -> dict[str, Verdict]:
     """Scope -> verdict, from rows of ``indices.csv``: intervals over documents, widened by what refits change."""
-    by_name = {row["index"]: row for row in rows}
+    return {scope: decide_on(rule, scope, partial(span_of, rows)) for scope in SCOPES}
 
-    def span(name: str) -> Span | None:
-        row = by_name[name]
-        if row["value"] is None or row["ci_low"] is None:
-            return None
-        return Span(row["value"], row["ci_low"], row["ci_high"]).wider(row["fit_low"], row["fit_high"])
 
-    return {scope: decide_on(rule, scope, span) for scope in SCOPES}
+def span_of(rows: list[dict[str, Any]], name: str) -> Span | None:
+    """An index among rows of ``indices.csv``."""
+    row = next(row for row in rows if row["index"] == name)
+    if row["value"] is None or row["ci_low"] is None:
+        return None
+    return Span(row["value"], row["ci_low"], row["ci_high"]).wider(row["fit_low"], row["fit_high"])
 
 
 def similarity_of(part: Part) -> NDArray[np.float64] | None:

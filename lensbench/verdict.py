@@ -23,10 +23,10 @@ class VerdictRule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    visible: float = Field(0.63, description="refinement: gain visibility lies above this ...")
-    consistent: float = Field(0.64, description="... and consistency above this")
+    visible: float = Field(0.61, description="refinement: gain visibility lies above this ...")
+    consistent: float = Field(0.56, description="... and consistency above this")
     still: float = Field(0.1, gt=0, description="carry-along: movement lies below this, gain visibility within +- this")
-    inconsistent: float = Field(0.19, description="re-representation: consistency lies below this ...")
+    inconsistent: float = Field(0.17, description="re-representation: consistency lies below this ...")
     unseen: float = Field(0.0, description="... and gain visibility below this")
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ NAMES = {"visibility": "gain visibility", "movement": "movement", "consistency":
 
 def decide(rule: VerdictRule, spans: Mapping[str, Span | None]) -> Verdict:
     """The verdict on ``visibility``, ``movement`` and ``consistency``; the last is not needed where nothing moves."""
-    told = ", ".join(f"{NAMES[k]} {spans.get(k) or 'undefined'}" for k in NAMES)
+    told = in_numbers(spans)
     visibility, movement, consistency = (spans.get(name) for name in NAMES)
     if visibility is None or movement is None:
         return Verdict(CANNOT_TELL, told)
@@ -87,15 +87,24 @@ def decide(rule: VerdictRule, spans: Mapping[str, Span | None]) -> Verdict:
     return Verdict(CANNOT_TELL, f"no region of the rule holds the intervals: {told}")
 
 
+def in_numbers(spans: Mapping[str, Span | None]) -> str:
+    return ", ".join(f"{NAMES[k]} {spans.get(k) or 'undefined'}" for k in NAMES)
+
+
+def spans_on(scope: str, span: Callable[[str], Span | None]) -> dict[str, Span | None]:
+    """What a verdict on one of :data:`SCOPES` looks at; ``span`` gives the interval of an index by its name."""
+    return {name: span(f"{index}{SCOPES[scope]}") for name, index in INDEX_OF.items()}
+
+
 def decide_on(rule: VerdictRule, scope: str, span: Callable[[str], Span | None]) -> Verdict:
-    """The verdict on one of :data:`SCOPES`; ``span`` gives the interval of an index by its name."""
-    return decide(rule, {name: span(f"{index}{SCOPES[scope]}") for name, index in INDEX_OF.items()})
+    """The verdict on one of :data:`SCOPES`."""
+    return decide(rule, spans_on(scope, span))
 
 
-def over_seeds(verdicts: list[Verdict]) -> Verdict:
-    """One verdict for a model: that of its seeds where they agree."""
+def over_seeds(verdicts: list[Verdict], means: Mapping[str, Span | None]) -> Verdict:
+    """One verdict for a model: that of its seeds where they agree. ``means``: over seeds, for the reason."""
     answers = [v.answer for v in verdicts]
-    if len(set(answers)) == 1:
-        return Verdict(answers[0], f"all {len(answers)} seeds" if len(answers) > 1 else verdicts[0].reason)
     counts = ", ".join(f"{answers.count(a)} {a}" for a in dict.fromkeys(answers))
-    return Verdict(CANNOT_TELL, f"seeds differ: {counts}")
+    agree = len(set(answers)) == 1
+    who = f"all {len(answers)} seeds" if agree else f"seeds differ: {counts}"
+    return Verdict(answers[0] if agree else CANNOT_TELL, f"{who}; means over seeds: {in_numbers(means)}")

@@ -60,9 +60,12 @@ def test_refits_widen_an_interval():
 
 def test_seeds_have_to_agree():
     one, other = Verdict("refinement", "a"), Verdict("carry-along", "b")
-    assert over_seeds([one, one, one]).answer == "refinement"
-    mixed = over_seeds([one, one, other])
+    means = spans(0.7, 1.4, None)
+    same = over_seeds([one, one, one], means)
+    assert same.answer == "refinement" and "all 3 seeds" in same.reason and "gain visibility 0.700" in same.reason
+    mixed = over_seeds([one, one, other], means)
     assert mixed.answer == CANNOT_TELL and "2 refinement, 1 carry-along" in mixed.reason
+    assert "consistency undefined" in mixed.reason
 
 
 def test_a_rule_that_allows_two_answers_is_refused():
