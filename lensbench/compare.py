@@ -131,12 +131,12 @@ def joined(parts: list[Run]) -> Run:
     """Runs of different models as one, its models in the order of the suite; a baseline told once."""
     if len(parts) == 1:
         return parts[0]
-    order = [model["name"] for part in parts[:1] for model in (part.manifest or {})["suite"]["models"]]
+    order = {model["name"]: k for k, model in enumerate((parts[0].manifest or {})["suite"]["models"])}
     tables = {}
     for name in results.SCHEMA:
         table = pd.concat([part.tables[name] for part in parts if len(part.tables[name])] or [parts[0].tables[name]])
         if "model" in table:
-            table = table.sort_values("model", key=lambda names: names.map(order.index), kind="stable")
+            table = table.sort_values("model", key=lambda names: names.map(order), kind="stable")
         tables[name] = table.drop_duplicates(ignore_index=True)
     return Run(parts[0].folder, None, tables)
 

@@ -74,7 +74,10 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
             "plane.png": plane(indices),
             "tolerances.png": tolerances(tolerance_frame(run)),
             "pair_penalty.png": pair_penalty(pair_frame(run)),
+            "visibility_by_distance.png": visibility_by_distance(distance_frame(run)),
         }
+        if len(run.tables["probes.csv"]):
+            figures["probes.png"] = probes(probe_frame(run))
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             write_atomically(folder / name, partial(figure.savefig, format="png", dpi=DPI, metadata={"Software": None}))
@@ -124,7 +127,34 @@ def index_frame(run: Run) -> pd.DataFrame:
     names = [*VISIBILITIES, "movement", "shared_consistency"]
     numbers = ["value", "ci_low", "ci_high", "fit_low", "fit_high"]
     every = pd.MultiIndex.from_product([names, run.tables["models.csv"]["model"].unique()], names=["index", "model"])
-    return table.set_index(["index", "model"])[numbers].reindex(every).astype(float).reset_index()
+    frame = table.set_index(["index", "model"])[numbers].reindex(every).astype(float).reset_index()
+    known = run.tables["verdicts.csv"].dropna(subset=["known"]).drop_duplicates("model").set_index("model")["known"]
+    return frame.assign(known=frame["model"].map(known).fillna(""))
+
+
+def shown_rows(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """One row per model and ``keys``: of seed ``all`` where there is one."""
+    table = table.iloc[(table["seed"] == "all").argsort(kind="stable")]
+    return table.drop_duplicates(["model", *keys], keep="last")
+
+
+def distance_frame(run: Run) -> pd.DataFrame:
+    """``model, distance, value, ci_low, ci_high`` of gain visibility; not a number where undefined."""
+    table = run.tables["indices.csv"]
+    name = "gain_visibility_distance_"
+    rows = shown_rows(table[table["index"].str.startswith(name)], ["index"])
+    rows = rows.assign(distance=rows["index"].str.removeprefix(name).astype(int))
+    order = {model: k for k, model in enumerate(run.tables["models.csv"]["model"].unique())}
+    rows = rows.sort_values(["model", "distance"], key=lambda c: c.map(order) if c.name == "model" else c)
+    numbers = ["value", "ci_low", "ci_high"]
+    return rows[["model", "distance", *numbers]].astype(dict.fromkeys(numbers, float)).reset_index(drop=True)
+
+
+def probe_frame(run: Run) -> pd.DataFrame:
+    """``model, quantity, layer, other, value, ci_low, ci_high`` of what probes measured."""
+    rows = shown_rows(run.tables["probes.csv"], ["quantity", "layer", "other"])
+    rows = rows[rows["value"].notna()]
+    return rows[["model", "quantity", "layer", "other", "value", "ci_low", "ci_high"]].reset_index(drop=True)
 
 
 def tolerance_frame(run: Run) -> pd.DataFrame:
@@ -312,6 +342,97 @@ def tolerances(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def visibility_by_distance(frame: pd.DataFrame) -> Figure:
+    """Gain visibility over pairs of layers that lie so many layers apart, one line per model."""
+    models = list(frame["model"].unique())
+    figure = Figure(figsize=(7.2, 4.0), dpi=DPI, layout="constrained")
+    panel = figure.subplots()
+    for k, (model, look) in enumerate(zip(models, looks(len(models)), strict=True)):
+        rows = frame[frame["model"] == model]
+        x = rows["distance"] + 0.3 * ((k + 0.5) / len(models) - 0.5)
+        panel.plot(x, rows["value"], lw=1.3, ms=4, label=model, **look)
+        panel.vlines(x, rows["ci_low"], rows["ci_high"], color=look["color"], lw=1.6)
+    panel.axhline(0, color=GREY, lw=0.9, zorder=1)
+    panel.axhline(1, color=GREY, lw=0.9, zorder=1, ls=":")
+    use_symlog(panel, "y", 1.0)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
+    panel.set(xlabel="distance $j - i$ (layers)", ylabel="gain visibility (linear within ±1)")
+    if models:
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    caption = "All pairs i < j of layers below L at this distance; bars: 95 % intervals."
+    write_around(figure, "How far ahead does a fixed lens see?", caption)
+    return figure
+
+
+def looks(count: int) -> list[dict[str, Any]]:
+    """Colour, marker and dash of so many lines; no two are alike up to a hundred."""
+    colours = sns.color_palette("colorblind").as_hex()
+    marks, dashes = "osX^vDP*<>", ("-", "--", ":", "-.")
+    return [
+        {
+            "color": colours[k % len(colours)],
+            "marker": marks[k % len(marks)],
+            "ls": dashes[k // len(colours) % len(dashes)],
+        }
+        for k in range(count)
+    ]
+
+
+PROBE_PANELS = (
+    ("gradient_alignment", "block (from 0)", "cosine with $-$gradient"),
+    ("ce_rise_deleted", "block deleted (from 0)", "rise of CE (nats/token)"),
+    ("ce_rise_swapped", "blocks swapped: first of two", "rise of CE (nats/token)"),
+    ("ce_rise_skipped", "blocks skipped together", "rise of CE (nats/token)"),
+    ("covariance_similarity", "distance of layers", "covariance similarity"),
+    ("carried_share", "distance of layers, $i < j$", "share of $h_i$ in $h_j$ ($R^2$)"),
+)
+"""Quantity -> what it is over, what it is called."""
+
+
+def probes(frame: pd.DataFrame) -> Figure:
+    """What probes measured beside the lenses, one panel per quantity and one line per model; means over equal distances."""
+    models = list(frame["model"].unique())
+    shown = [panel for panel in PROBE_PANELS if (frame["quantity"] == panel[0]).any()]
+    columns = max(1, min(3, len(shown)))
+    rows = max(1, math.ceil(len(shown) / columns))
+    figure = Figure(figsize=(3.0 * columns + 1.6, 2.4 * rows + 0.8), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    of_model = dict(zip(models, looks(len(models)), strict=True))
+    for panel, (quantity, over, name) in zip(panels, shown, strict=False):
+        for model, look in of_model.items():
+            of = frame[(frame["quantity"] == quantity) & (frame["model"] == model)]
+            if quantity == "gradient_alignment":
+                of = of[of["layer"].notna()]  # the mean over blocks has none
+                null = frame[(frame["quantity"] == "gradient_alignment_null") & (frame["model"] == model)]
+                panel.plot(null["layer"], null["value"], color=look["color"], lw=0.6, alpha=0.6)
+            if not len(of):
+                continue
+            at = of["other"] if quantity == "ce_rise_skipped" else of["layer"]
+            if over.startswith("distance"):
+                at = (of["layer"] - of["other"]).abs()
+            line = of.assign(at=at.astype(float)).groupby("at")[["value", "ci_low", "ci_high"]].mean()
+            panel.plot(line.index, line["value"], lw=1.2, ms=3.5, label=model, **look)
+            if not over.startswith("distance"):
+                panel.vlines(line.index, line["ci_low"], line["ci_high"], color=look["color"], lw=1.4)
+        panel.axhline(0, color=GREY, lw=0.8, zorder=1)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        panel.set(xlabel=over, ylabel=name)
+        if name.startswith("rise"):
+            use_symlog(panel, "y", 0.02)
+    for panel in panels[len(shown) :]:
+        panel.remove()
+    named = {
+        label: line
+        for panel in panels[: len(shown)]
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=8)
+    caption = "Bars: 95 % intervals. Thin lines: another token's gradient (the null)."
+    write_around(figure, "Beside the lenses: gradients, blocks, and what is carried along", caption)
+    return figure
+
+
 def pair_penalty(frame: pd.DataFrame) -> Figure:
     """One heatmap per model: cost of one lens for two layers; below the diagonal the same in random bases."""
     models = list(frame["model"].unique()) or [""]
@@ -349,20 +470,24 @@ def pair_penalty(frame: pd.DataFrame) -> Figure:
 def plane(frame: pd.DataFrame) -> Figure:
     """The main figure: gain visibility (x) against consistency of the shared lens (y), sized by movement."""
     models = list(frame["model"].unique())
-    colours = dict(zip(models, sns.color_palette("colorblind", len(models)), strict=True))
+    colours = {m: look["color"] for m, look in zip(models, looks(len(models)), strict=True)}
+    known = (
+        frame.drop_duplicates("model").set_index("model")["known"] if "known" in frame else pd.Series("", index=models)
+    )
     names = ["gain_visibility", "shared_consistency", "movement"]
     table = frame.pivot(index="model", columns="index")
     points = table["value"].loc[models, names]
     gaps = [f"{name} of {', '.join(points.index[points[name].isna()])}" for name in names if points[name].isna().any()]
     points = points[points[names[0]].notna() & points[names[1]].notna()].fillna(0.0)
-    figure = Figure(figsize=(6.6, 4.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.6, 5.2), dpi=DPI, layout="constrained")
     panel = figure.subplots()
-    scale: dict[str, Any] = {"size": "movement", "sizes": (30, 480), "size_norm": (0, max(MOVEMENTS))}
-    look: dict[str, Any] = {"hue": "model", "palette": colours, "alpha": 0.4, "linewidth": 0, "legend": False}
-    if not points.empty:
-        sns.scatterplot(points, x=names[0], y=names[1], ax=panel, **scale, **look)
+    most = max(MOVEMENTS)
     bars = []
-    for model, x, y, _ in points.itertuples(name=None):
+    for model, x, y, moved in points.itertuples(name=None):
+        # Landmarks, whose answer is known by their construction, are outlined diamonds.
+        landmark = {"marker": "D", "linewidths": 1.4, "edgecolors": "#222222"} if known[model] else {"linewidths": 0}
+        size = 30 + 450 * min(max(moved, 0.0), most) / most
+        panel.scatter(x, y, s=size, color=colours[model], alpha=0.45, **landmark)
         low, high = table["ci_low"].loc[model], table["ci_high"].loc[model]
         ends = [low[names[0]], high[names[0]]], [y, y], [x, x], [low[names[1]], high[names[1]]]
         bars += panel.plot(*ends, color=colours[model], lw=1.3)
@@ -372,7 +497,9 @@ def plane(frame: pd.DataFrame) -> Figure:
             bars += panel.plot([x, later], [y, y], color=colours[model], lw=0.7, ls=":")
             bars += panel.plot(later, y, "o", color=colours[model], mfc="white", ms=4.5)
     for value, label in MOVEMENTS.items():
-        panel.scatter([], [], s=30 + 450 * value / max(MOVEMENTS), color=GREY, alpha=0.4, lw=0, label=label)
+        panel.scatter([], [], s=30 + 450 * value / most, color=GREY, alpha=0.4, lw=0, label=label)
+    if known.any():
+        panel.scatter([], [], s=70, marker="D", color="white", edgecolors="#222222", label="known by\nconstruction")
     panel.legend(title="movement", loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.2, frameon=False)
     panel.axvline(0, color=GREY, lw=0.8, zorder=1)
     panel.axhline(1, color=GREY, lw=0.8, zorder=1, ls=":")

@@ -147,10 +147,12 @@ def gain_visibility(m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]
     return Value(seen.sum(-1) / gained.sum(-1), gained.sum(-1))
 
 
-def movement(m: Means, first: int = 0) -> Value:
-    """``sum D_ij / sum G_ij`` over ``first <= i < j <= L-1``."""
-    _, gained = _visible_and_own_gain(m, lambda i, j: i >= first)
-    i, j = (layers + first for layers in _pairs(m.transfer.shape[-1] - 1 - first))
+def movement(m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]] | None = None) -> Value:
+    """``sum D_ij / sum G_ij`` over i < j <= L-1."""
+    _, gained = _visible_and_own_gain(m, keep)
+    i, j = _pairs(m.transfer.shape[-1] - 1)
+    if keep is not None:
+        i, j = i[keep(i, j)], j[keep(i, j)]
     return Value(m.movement[..., i, j].sum(-1) / gained.sum(-1), gained.sum(-1))
 
 
@@ -227,6 +229,40 @@ def similarity_estimates(point: Means, draws: Means, similarity: Array, clusters
     return found
 
 
+def by_distance(layers: int) -> dict[str, Callable[[Means], Value]]:
+    """``gain_visibility_distance_K`` and ``movement_distance_K`` for all pairs of layers 0..L-1 that lie K apart."""
+
+    def of(k: int) -> tuple[Callable[[Means], Value], Callable[[Means], Value]]:
+        def keep(i: Layers, j: Layers) -> NDArray[np.bool_]:
+            return j - i == k
+
+        return (lambda m: gain_visibility(m, keep)), (lambda m: movement(m, keep=keep))
+
+    functions: dict[str, Callable[[Means], Value]] = {}
+    for k in range(1, layers):
+        functions[f"gain_visibility_distance_{k}"], functions[f"movement_distance_{k}"] = of(k)
+    return functions
+
+
+def distance_estimates(point: Means, draws: Means, clusters: int) -> dict[str, "Estimate"]:
+    """All of :func:`by_distance` with their intervals over documents."""
+    found = {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for name, function in by_distance(point.transfer.shape[-1] - 1).items():
+            found[name] = estimate(
+                function(point), function(draws), float(point.constant), clusters, nothing_to_gain(point)
+            )
+    return found
+
+
+def nothing_to_gain(point: Means) -> str:
+    """The reason why all indices of a model are undefined that predicts nearly the same everywhere; else nothing."""
+    constant = float(point.constant)
+    if constant >= SMALLEST_CONSTANT:
+        return ""
+    return f"undefined: the model predicts nearly the same everywhere (K_0 = {constant:.2g} nats)"
+
+
 INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     "constant_kl": ("none", lambda m: Value(m.constant)),
     "shared_retention": ("closed", lambda m: retention(m.own, m.shared, m.constant)),
@@ -253,7 +289,7 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
     ),
     "gain_visibility_without_layer0": ("closed", lambda m: gain_visibility(m, lambda i, j: i > 0)),
     "movement": ("closed", movement),
-    "movement_without_layer0": ("closed", lambda m: movement(m, first=1)),
+    "movement_without_layer0": ("closed", lambda m: movement(m, lambda i, j: i > 0)),
     "distance_trend": ("closed", distance_trend),
     "distance_trend_forward": ("closed", lambda m: distance_trend(m, "forward")),
     "distance_trend_backward": ("closed", lambda m: distance_trend(m, "backward")),
@@ -261,8 +297,13 @@ INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
 """Name -> (stage of the lenses it compares, function). ``shared_consistency``, with and without
 layer 0, is made of two of them."""
 
-OF_THE_MATRIX = {name for name in INDICES if name.startswith(("gain_visibility", "movement", "distance"))}
 
+def of_the_matrix(name: str) -> bool:
+    """Whether an index is read off the headline matrix."""
+    return name.startswith(("gain_visibility", "movement", "distance"))
+
+
+OF_THE_MATRIX = {name for name in INDICES if of_the_matrix(name)}
 
 ON_THE_CURVE = ("gain_visibility", "gain_visibility_without_layer0", "movement")
 """What is followed over the allowed loss of the matrix's lenses."""
@@ -355,10 +396,8 @@ def estimates(point: Means, draws: Means, *, seed: int | list[int], clusters: in
             null_high = float(interval(null.value)[1])
             if null_high > LARGEST_ROTATED_RETENTION:
                 reason = f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
-        if float(point.constant) < SMALLEST_CONSTANT and name != "constant_kl":
-            reason = (
-                f"undefined: the model predicts nearly the same everywhere (K_0 = {float(point.constant):.2g} nats)"
-            )
+        if name != "constant_kl":
+            reason = nothing_to_gain(point) or reason
         result[name] = estimate(here, at_draws[name], float(point.constant), clusters, reason)
     return result
 

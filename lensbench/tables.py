@@ -249,6 +249,7 @@ def tables(
         estimates = indices.estimates(
             point, drawn, seed=indices.seed_of_rotations(part.model, part.seed), clusters=len(sums.tokens)
         )
+        estimates |= indices.distance_estimates(point, drawn, len(sums.tokens))
         similarity = similarity_of(part)
         if similarity is not None:
             estimates |= indices.similarity_estimates(point, drawn, similarity, len(sums.tokens))
@@ -511,7 +512,7 @@ def index_row(name: str, estimate: indices.Estimate, headline: LensRecord) -> di
         stage, tolerance = headline.stage, headline.tolerance if headline.stage == "closed" else None
     if name.startswith("shared_consistency"):
         stage = "closed"
-    if name in indices.OF_THE_MATRIX:
+    if indices.of_the_matrix(name):
         stage, tolerance = headline.stage, headline.tolerance if headline.stage == "closed" else None
     return {
         "index": name,

@@ -14,6 +14,7 @@ from lensbench.indices import (
     INDICES,
     Means,
     bootstrap_weights,
+    by_distance,
     draw_values,
     estimates,
     interval,
@@ -422,3 +423,26 @@ def test_rotations_of_two_models_do_not_cancel_in_their_difference():
     assert abs(np.corrcoef(stats.rankdata(one), stats.rankdata(other))[0, 1]) < 0.1
     width = [np.subtract(*np.percentile(x, [75, 25])) for x in (one, other, one - other)]
     assert width[2] > 1.2 * max(width[:2])
+
+
+@given(seed=st.integers(0, 1000), layers=st.integers(2, 6))
+@settings(deadline=None, max_examples=20)
+def test_visibility_and_movement_by_distance_add_up_to_those_of_all_pairs(seed, layers):
+    m = random_means(seed, layers=layers)
+    k, d = m.transfer, m.movement
+    found = by_distance(layers)
+    assert len(found) == 2 * (layers - 1)
+    seen = moved = gained = 0.0
+    for apart in range(1, layers):
+        pairs = [(i, i + apart) for i in range(layers - apart)]
+        own = sum(k[i, i] - k[j, j] for i, j in pairs)
+        visible = found[f"gain_visibility_distance_{apart}"](m)
+        assert float(visible.value) == pytest.approx(sum(k[i, i] - k[i, j] for i, j in pairs) / own)
+        assert float(found[f"movement_distance_{apart}"](m).value) == pytest.approx(
+            sum(d[i, j] for i, j in pairs) / own
+        )
+        seen += float(visible.value) * own
+        moved += float(found[f"movement_distance_{apart}"](m).value) * own
+        gained += own
+    assert seen / gained == pytest.approx(float(INDICES["gain_visibility"][1](m).value))
+    assert moved / gained == pytest.approx(float(INDICES["movement"][1](m).value))

@@ -1,6 +1,7 @@
 """A suite of controls end to end: rotated views, probes, and what is known of each model shows in its tables."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,16 @@ sequences = 96
 positions = 8
 draws = 200
 probe_sequences = 24
+
+[[claims]]
+model = "gpt-conv"
+against = "gpt-partitioned"
+indices = ["shared_consistency", "gain_visibility", "ce"]
+
+[[claims]]
+model = "gpt-conv+rotated"
+against = "gpt-conv"
+indices = ["shared_retention"]
 
 [[models]]
 name = "gpt-conv"
@@ -219,3 +230,73 @@ def test_tables_of_a_run_hold_nothing_but_finite_numbers_and_reasons(tables):
     assert probes.loc[empty, "reason"].notna().all()
     assert np.isfinite(probes.loc[~empty, ["value", "ci_low", "ci_high"]].to_numpy(float)).all()
     assert isinstance(probes, pd.DataFrame)
+
+
+def part_of(folder, target, suite, models, others):
+    """A run folder that holds some of the models alone, from the stages of the whole."""
+    shutil.copytree(folder, target)
+    for stage in (target / "stages").iterdir():
+        if any(f"-{name}-seed" in stage.name for name in others):
+            shutil.rmtree(stage)
+    result = run("run", suite, "--out", target, "--only", ",".join(models))
+    assert result.exit_code == 0, result.output
+    return target
+
+
+def by_hand(tables, model, against, index):
+    """Seed-paired differences of one index."""
+    if index == "ce":
+        values = tables["models.csv"].set_index(["model", "seed"])["ce"]
+    else:
+        rows = tables["indices.csv"]
+        values = rows[rows["index"] == index].set_index(["model", "seed"])["value"]
+    return np.array([values[model, seed] - values[against, seed] for seed in ("0", "1")])
+
+
+def test_parts_of_a_suite_compare_as_the_whole_does_and_claims_are_corrected_together(folder, tables, tmp_path):
+    suite = folder.parent / "known.toml"
+    names = ["gpt-conv", "gpt-conv+rotated"], ["gpt-partitioned", "gpt-untrained"]
+    parts = [part_of(folder, tmp_path / f"part{k}", suite, names[k], names[1 - k]) for k in (0, 1)]
+    found = []
+    for folders in ([folder], parts):
+        result = run("compare", *folders, "--out", tmp_path / "out.csv", "--figures", tmp_path / "figures")
+        assert result.exit_code == 0, result.output
+        assert "known by" in result.output and "carry-along" in result.output
+        found.append(pd.read_csv(tmp_path / "out.csv"))
+    assert "read as one run" in result.output
+    pngs = {p.name for p in (tmp_path / "figures").glob("*.png")}
+    assert {"plane.png", "probes.png", "visibility_by_distance.png"} <= pngs
+    whole, of_parts = (t.drop(columns=["run", "against_run"]) for t in found)
+    keys = ["kind", "model", "against_model", "seed", "index"]
+    pd.testing.assert_frame_equal(
+        *(t.sort_values(keys).reset_index(drop=True)[sorted(t)] for t in (whole, of_parts)), check_dtype=False
+    )
+
+    claims = whole[whole["kind"] == "claim"].set_index(["model", "against_model", "index"])
+    assert len(claims) == 4 and set(claims["seeds"]) == {2} and set(claims["note"]) == {"only 2 seeds"}
+    p = {}
+    for key, row in claims.iterrows():
+        gaps = by_hand(tables, *key)
+        assert row["value"] == pytest.approx(gaps.mean(), abs=1e-12)
+        expected = stats.ttest_1samp(gaps, 0)
+        low, high = expected.confidence_interval(0.95)
+        assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high))
+        p[key] = expected.pvalue
+        assert row["p"] == pytest.approx(expected.pvalue)
+    # Holm, step by step: the smallest of m times m, the next times m - 1, none below the one before it.
+    largest = 0.0
+    for rank, (key, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p) - rank) * value))
+        assert claims.loc[key, "p_holm"] == pytest.approx(largest)
+
+
+def test_a_claim_about_what_is_not_there_is_refused(tmp_path):
+    path = tmp_path / "it.toml"
+    for wrong, says in (
+        ('against = "gpt-partitioned"', "model 'gpt-partitionde'; did you mean 'gpt-partitioned'"),
+        ('"ce"]', "index 'cee'; did you mean 'ce'"),
+    ):
+        text = SUITE.format(texts=tmp_path)
+        path.write_text(text.replace(wrong, {"a": 'against = "gpt-partitionde"', '"': '"cee"]'}[wrong[0]]))
+        with pytest.raises(LensbenchError, match=says):
+            load_suite(str(path))
