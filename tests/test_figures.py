@@ -17,7 +17,7 @@ from lensbench.results import SCHEMA, Run, read_run, write_table
 
 FILES = [
     "transfer_penalty.png", "kl_by_layer.png", "penalty_by_distance.png", "gain_visibility.png", "plane.png",
-    "tolerances.png", "pair_penalty.png",
+    "tolerances.png", "pair_penalty.png", "visibility_by_distance.png", "probes.png",
 ]  # fmt: skip
 
 
@@ -61,6 +61,18 @@ def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0
             width = {"ci_low": value - 0.08, "ci_high": value + 0.08, "fit_low": value - 0.15, "fit_high": value + 0.12}
             how = {"stage": "closed", "tolerance": None if index == "shared_consistency" else 0.02}
             tables["indices.csv"].append({**who, **how, "index": index, "value": value, **width})
+        for apart in range(1, layers):
+            value = 0.8 - 0.3 * apart + 0.1 * rank
+            ends = {"ci_low": value - 0.1, "ci_high": value + 0.1}
+            tables["indices.csv"].append({**who, "index": f"gain_visibility_distance_{apart}", "value": value, **ends})
+        for quantity, block in product(
+            ("gradient_alignment", "gradient_alignment_null", "ce_rise_deleted"), range(layers)
+        ):
+            value = (0.01 if quantity.endswith("null") else 0.2) * (1 + block) / (1 + rank)
+            what = {"probe": "of_blocks", "quantity": quantity, "layer": block, "value": value}
+            tables["probes.csv"].append({**who, **what, "ci_low": 0.9 * value, "ci_high": 1.1 * value})
+        known = "carry-along" if rank == 1 else None
+        tables["verdicts.csv"].append({**who, "scope": "all layers", "verdict": "cannot tell", "known": known})
         for k, tolerance in enumerate(("0", "1se", "0.02", "0.05", "0.1")):
             for index, first in (("gain_visibility", -2.0), ("gain_visibility_without_layer0", 0.1)):
                 value = first + 0.3 * k + 0.2 * rank
@@ -121,6 +133,7 @@ def test_all_figures_are_written_and_a_redraw_gives_the_same_bytes(folder: Path,
         ("lenses.csv", "kl_ci_high", {"kl_by_layer.png"}),
         ("indices.csv", "value", {"gain_visibility.png", "plane.png"}),
         ("indices.csv", "fit_high", {"gain_visibility.png"}),
+        ("probes.csv", "value", {"probes.png"}),
     ],
 )
 def test_a_changed_value_changes_the_pictures_of_its_table(folder, tmp_path, name, column, changed) -> None:
@@ -166,6 +179,40 @@ def test_seeds_are_averaged_and_indices_taken_from_their_mean(tmp_path: Path) ->
 
     frame = figures.index_frame(change(folder, "indices.csv", edit))
     assert list(frame["value"].dropna()) == [0.25] * 4
+
+
+def test_landmarks_of_the_plane_are_what_the_verdicts_know(folder: Path) -> None:
+    frame = figures.index_frame(read(folder))
+    assert frame.groupby("model")["known"].first().to_dict() == {"gpt": "", "pc": "carry-along"}
+    with figures.style():
+        panel = figures.plane(frame).axes[0]
+    gpt, pc = (m for m in panel.collections if len(m.get_offsets()))
+    assert len(gpt.get_paths()[0].vertices) > len(pc.get_paths()[0].vertices) == 5  # a circle, a square on its corner
+    for mark, model in ((gpt, "gpt"), (pc, "pc")):
+        values = frame[frame["model"] == model].set_index("index")["value"]
+        assert tuple(mark.get_offsets()[0]) == (values["gain_visibility"], values["shared_consistency"])
+
+
+def test_visibility_by_distance_and_probes_are_drawn_as_their_tables_say(folder: Path) -> None:
+    run = read(folder)
+    frame = figures.distance_frame(run)
+    assert frame[["model", "distance"]].values.tolist() == [["gpt", 1], ["gpt", 2], ["pc", 1]]
+    with figures.style():
+        panel = figures.visibility_by_distance(frame).axes[0]
+        several = figures.probes(figures.probe_frame(run))
+    lines = {line.get_label(): line for line in panel.lines}
+    assert list(lines["gpt"].get_ydata()) == pytest.approx([0.5, 0.2]) and list(
+        lines["pc"].get_ydata()
+    ) == pytest.approx([0.6])
+    names = [axes.get_ylabel() for axes in several.axes]
+    assert len(names) == 2 and names[1].startswith("rise of CE")
+    deleted = {line.get_label(): line for line in several.axes[1].lines}
+    assert list(deleted["gpt"].get_ydata()) == pytest.approx([0.2, 0.4, 0.6])
+
+
+def test_no_two_of_many_models_look_alike() -> None:
+    looks = [tuple(look.values()) for look in figures.looks(40)]
+    assert len(set(looks)) == 40
 
 
 def test_the_refined_lens_is_drawn_where_there_is_one(folder: Path) -> None:
