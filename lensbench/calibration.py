@@ -8,7 +8,7 @@ of the same fitted lenses on many times as many fresh tokens.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from scipy.stats import binomtest
 
@@ -25,12 +26,12 @@ from lensbench import indices, results
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import Fit, fit_all, score_all
 from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_rotated, pad_direction, rotated_maps
-from lensbench.indices import Means
+from lensbench.indices import Means, with_last
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, RotatedView
 from lensbench.synthetic import FAMILIES, Shape, SyntheticStream, windows_of
 from lensbench.tables import ClusterSums
-from lensbench.transfer import own_layer_sums, transfer_sums
+from lensbench.transfer import score, transfer_sums
 from lensbench.verdict import CANNOT_TELL, Span, VerdictRule, decide_on
 
 JUDGED = ("gain_visibility", "movement", "shared_consistency", "shared_retention")
@@ -172,26 +173,28 @@ def true_indices(
     """
     layers = list(range(stream.layers))
     size = fit.summary.rotations
-    groups = [range(start, min(start + size, len(views))) for start in range(0, len(views), size)]
+    groups = [list(range(start, min(start + size, len(views)))) for start in range(0, len(views), size)]
     totals: dict[str, Any] = {}
     of_views, seen = np.zeros((len(views), stream.layers)), np.zeros(len(views))
     done = number = 0
     while done < tokens or number < len(groups):
         count = min(FRESH_BLOCK, -(-tokens // len(groups)))
         block = stream.capture(count, seed=10 * seed + 1_000_000 + number, constant=constant)
-        matrix = transfer_sums(stream.readout, block, fit.maps["transfer"])
+        matrix = transfer_sums(stream.readout, block, fit.maps["transfer"], lenses=layers, layers=layers)
+        group = groups[number % len(groups)]
+        read = [fit.maps["own"], fit.maps["shared"], *(views[k] for k in group)]
+        kl = kl_of_readers(stream, block, read)
         parts = {
             "constant": float(block.constant_kl.double().sum()),
-            "transfer": matrix.kl.sum(0),
-            "transfer_ce": matrix.ce.sum(0),
-            "movement": matrix.movement.sum(0),
-            "own": own_layer_sums(stream.readout, block, fit.maps["own"], layers)[0].sum(0),
-            "shared": own_layer_sums(stream.readout, block, fit.maps["shared"], layers)[0].sum(0),
+            "transfer": with_last(matrix.kl.sum(0)),
+            "transfer_ce": with_last(matrix.ce.sum(0)),
+            "movement": with_last(matrix.movement.sum(0)),
+            "own": kl[0],
+            "shared": kl[1],
         }
         totals = {name: totals.get(name, 0) + value for name, value in parts.items()}
-        for k in groups[number % len(groups)]:
-            of_views[k] += own_layer_sums(stream.readout, block, views[k], layers)[0].sum(0)
-            seen[k] += len(block)
+        of_views[group] += kl[2:]
+        seen[group] += len(block)
         done, number = done + len(block), number + 1
     means = {name: np.asarray(value / done) for name, value in totals.items()}
     rotated = of_views / seen[:, None]
@@ -211,6 +214,16 @@ def true_indices(
         for name, m in (("shared_consistency", whole), (OWN_VIEWS, replace(whole, rotated=rotated[:size]))):
             found[name] = float(indices.consistency(kept, indices.rotated_retention(m)).value)
     return found
+
+
+def kl_of_readers(stream: SyntheticStream, block: Capture, readers: Sequence[AffineMaps]) -> NDArray[np.float64]:
+    """Summed KL of M lenses as they read every layer 0..L-1, ``[M, L]``: one map for each layer, or one for all of them."""
+    sums = []
+    for layer in range(stream.layers):
+        maps = AffineMaps.stack([m[[layer if len(m) > 1 else 0]] for m in readers])
+        scores = score(stream.readout, block.states[layer], maps, block)
+        sums.append(scores.kl.double().sum(1).numpy())
+    return np.stack(sums, -1)
 
 
 def run_calibration(

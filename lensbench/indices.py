@@ -318,14 +318,15 @@ def tolerance_order(label: str) -> tuple[float, str]:
     return (1e-9 if label == ONE_STANDARD_ERROR else float(label) if label[0].isdigit() else 1.0), label
 
 
-def of_layers(m: Means, layers: Sequence[int], transfer: Array, moved: Array) -> Means:
+def with_last(matrix: Array) -> Array:
+    """A matrix ``[..., n, n]`` of lenses of layers, with an unknown logit lens and last layer: ``[..., n+1, n+1]``."""
+    padded = np.full((*matrix.shape[:-2], matrix.shape[-2] + 1, matrix.shape[-1] + 1), np.nan)
+    padded[..., :-1, :-1] = matrix
+    return padded
+
+
+def of_layers(m: Means, transfer: Array, moved: Array) -> Means:
     """Means with the matrix ``[..., n, n]`` of some layers (and no logit lens) in place of their own."""
-
-    def with_last(matrix: Array) -> Array:
-        padded = np.full((*matrix.shape[:-2], len(layers) + 1, len(layers) + 1), np.nan)
-        padded[..., :-1, :-1] = matrix
-        return padded
-
     return replace(m, transfer=with_last(transfer), movement=with_last(moved))
 
 

@@ -425,13 +425,13 @@ def tolerance_rows(
         per = sums.tokens.sum(), (weights @ sums.tokens)[:, None, None]
         flat = [weights @ x[block].reshape(len(sums.tokens), -1) for x in (kl, moved)]
         at_draws = [x.reshape(len(weights), len(some), len(some)) / per[1] for x in flat]
-        here = indices.of_layers(point, some, *(x[block].sum(0) / per[0] for x in (kl, moved)))
-        there = indices.of_layers(drawn, some, *at_draws)
+        here = indices.of_layers(point, *(x[block].sum(0) / per[0] for x in (kl, moved)))
+        there = indices.of_layers(drawn, *at_draws)
         refitted = None
         if tolerance == label and part.refits and headline.stage == "closed":
             means = Means(**part.refits)
             of_refits = (x[np.ix_(range(len(x)), some, some)] for x in (means.transfer, means.movement))
-            refitted = indices.of_layers(means, some, *of_refits)
+            refitted = indices.of_layers(means, *of_refits)
         for name in indices.ON_THE_CURVE:
             stage, function = indices.INDICES[name]
             with np.errstate(divide="ignore", invalid="ignore"):
