@@ -5,7 +5,7 @@ draws. Layers are 0..L; per-layer arrays hold layers 0..L-1.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 

@@ -638,9 +638,8 @@ ROTATED_MODELS = 1_000_000
 
 def training_key(recipe: TrainingRecipe) -> dict[str, Any]:
     """What of a recipe a model's weights depend on; without deep supervision there is nothing to say of it."""
-    return recipe.model_dump(
-        exclude={"checkpoint_every"} | (set() if recipe.deep_supervision else {"deep_supervision"})
-    )
+    key = recipe.model_dump(exclude={"checkpoint_every"} | (set() if recipe.deep_supervision else {"deep_supervision"}))
+    return {**key, "optimizer": "Muon in float32 and AdamW"}
 
 
 def rotation_of(fitting: Stage) -> RotatedView | None:

@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from lensbench.errors import LensbenchError
 from lensbench.models import FAMILIES, build
-from lensbench.models.training import TrainingRecipe, batch_of, optimizers_of, train
+from lensbench.models.training import (
+    SinglePrecisionMuon,
+    TrainingRecipe,
+    batch_of,
+    optimizers_of,
+    orthogonalised,
+    train,
+)
 
 SHAPE = {"vocab_size": 50, "d_model": 16, "layers": 2, "heads": 2, "context": 16}
 STREAM = np.random.default_rng(0).integers(0, 50, 2000).astype(np.uint16)
@@ -301,3 +308,35 @@ def test_muon_moves_the_matrices_between_hidden_states_and_nothing_else(family):
         # Vectors, tables of tokens and positions, and depthwise convolutions map no hidden state to another.
         table = any(part in name for part in ("embed_tokens", "wte", "wpe", "lm_head", "conv_", "convolution"))
         assert (id(parameter) in moved) == (parameter.ndim == 2 and not table), name
+
+
+def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_sizes():
+    """Against the SVD, tall and wide ones, in one batch."""
+    from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C
+
+    for shape in ((3, 12, 7), (2, 5, 20)):
+        matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found = orthogonalised(matrices, (DEFAULT_A, DEFAULT_B, DEFAULT_C), 5, 1e-7)
+        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+        sizes = u.transpose(1, 2) @ found @ vh.transpose(1, 2)
+        assert (sizes - torch.diag_embed(sizes.diagonal(dim1=1, dim2=2))).abs().max() < 1e-9
+        assert sizes.diagonal(dim1=1, dim2=2).min() > 0.5 and sizes.diagonal(dim1=1, dim2=2).max() < 1.5
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_steps_are_those_of_torchs_muon_but_for_its_precision(nesterov):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((8, 8), (8, 8), (16, 8), (8, 24))
+    start = [torch.randn(*s, generator=generator) for s in shapes]
+    moved = []
+    for kind, how in ((SinglePrecisionMuon, {}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = kind(params, lr=0.05, weight_decay=0.1, nesterov=nesterov, **how)
+        steps = torch.Generator().manual_seed(2)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(*p.shape, generator=steps)
+            optimizer.step()
+        moved.append([p.detach() - q for p, q in zip(params, start, strict=True)])
+    for ours, theirs in zip(*moved, strict=True):
+        assert torch.linalg.norm(ours - theirs) < 0.05 * torch.linalg.norm(theirs)  # bfloat16 has three digits
