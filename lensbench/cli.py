@@ -270,16 +270,25 @@ def compare(
     figures: Annotated[
         Path | None, typer.Option(help="Draw the figures of all models together into this folder.", show_default=False)
     ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Judge by the rule of this suite; default: the first folder's own.", show_default=False),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compare models across run folders: one tidy table, differences paired where the same sequences were scored.
 
     Folders that hold different models of one suite are read as one run. Over seeds, differences are paired by seed, and
-    those that the suite declares as claims are corrected together (Holm).
+    those that the suite declares as claims are corrected together (Holm). All models are judged by one rule.
     """
     from lensbench.compare import compare_runs, print_comparison, together
 
-    comparison = compare_runs(folders)
+    judge = None
+    if rule is not None:
+        from lensbench.suite import load_suite
+
+        judge = load_suite(rule).verdict
+    comparison = compare_runs(folders, judge)
     if out is not None:
         comparison.write(out)
     if figures is not None:

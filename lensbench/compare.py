@@ -5,7 +5,7 @@ Over seeds a difference is paired by seed; those that the suite declares as clai
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,8 @@ from lensbench.errors import LensbenchError
 from lensbench.indices import Array, Means
 from lensbench.report import COMPARED, ruler_table, with_interval
 from lensbench.results import Run
-from lensbench.tables import ClusterSums, by_document, clustered
+from lensbench.tables import ClusterSums, by_document, clustered, verdict_table
+from lensbench.verdict import VerdictRule
 
 FEWEST_SEEDS = 5
 """Under these a claim is marked."""
@@ -81,8 +82,10 @@ class Cell:
         return {"run": self.run, "model": self.model, "seed": self.seed}
 
 
-def compare_runs(folders: list[Path]) -> Comparison:
+def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Comparison:
     """Read, check and compare runs; the first folder is the one that the others are held against.
+
+    All models are judged by one ``rule``, where left out that of the first folder's suite.
 
     Raises :class:`LensbenchError` for damaged folders, and for runs that do not measure the same thing.
     """
@@ -105,7 +108,9 @@ def compare_runs(folders: list[Path]) -> Comparison:
     columns = ["kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high", "against_run", "against_model",
                "against_seed", "paired", "seeds", "p", "p_holm", "note"]  # fmt: skip
     table = pd.DataFrame(rows, columns=columns)
-    return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]], [joined(parts) for parts in groups])
+    rule = rule or VerdictRule(**(runs[0].manifest or {})["suite"].get("verdict", {}))
+    whole = [judged(joined(parts), rule) for parts in groups]
+    return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]], whole)
 
 
 def grouped(runs: list[Run]) -> list[list[Run]]:
@@ -139,6 +144,13 @@ def joined(parts: list[Run]) -> Run:
             table = table.sort_values("model", key=lambda names: names.map(order), kind="stable")
         tables[name] = table.drop_duplicates(ignore_index=True)
     return Run(parts[0].folder, None, tables)
+
+
+def judged(run: Run, rule: VerdictRule) -> Run:
+    """The run with verdicts by this rule."""
+    told = run.tables["verdicts.csv"].dropna(subset=["known"])
+    verdicts = verdict_table(run.tables["indices.csv"], dict(zip(told["model"], told["known"], strict=True)), rule)
+    return replace(run, tables={**run.tables, "verdicts.csv": verdicts})
 
 
 def together(runs: list[Run]) -> Run:

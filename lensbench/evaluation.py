@@ -543,6 +543,8 @@ class Scored:
                 add(f"tuned@{label}", i, j, "closed", "identity", kl, np.nan, movement)
         for name, (kl, ce) in self.layers.items():
             kept = self.fit.records[name]
+            if kept.stage == "refined" and not any(kept.iterations):
+                continue  # without an update they are the closed ones
             where = some if name == "shared_loo" else range(layers)
             for k, layer in enumerate(where):
                 add(kept.lens, layer if kept.lens == "tuned" else -1, layer, kept.stage, kept.prior,

@@ -397,6 +397,8 @@ def estimates(point: Means, draws: Means, *, seed: int | list[int], clusters: in
             null_high = float(interval(null.value)[1])
             if null_high > LARGEST_ROTATED_RETENTION:
                 reason = f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
+        if name == "shared_retention_refined" and not np.isfinite(point.own_refined).any():
+            reason = "undefined: no lens was refined"
         if name != "constant_kl":
             reason = nothing_to_gain(point) or reason
         result[name] = estimate(here, at_draws[name], float(point.constant), clusters, reason)

@@ -201,6 +201,9 @@ def read_table(path: Path) -> pd.DataFrame:
         )
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    for column in ADDED_COLUMNS.get(path.name, ()):
+        if column not in table:
+            table[column] = None
     missing = [column for column in SCHEMA[path.name] if column not in table.columns]
     if missing or (table.empty and path.name not in ("pairs.csv", *ADDED)):  # a single layer is in no pair
         what = f"column {missing[0]!r} is missing" if missing else "it has no rows"
@@ -220,6 +223,8 @@ TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 
 ADDED = ("verdicts.csv", "probes.csv")
 """Tables that folders of earlier versions do not have: read as empty."""
+ADDED_COLUMNS = {"verdicts.csv": ("known",)}
+"""Columns of text that they do not have."""
 
 
 def sha256(path: Path) -> str:

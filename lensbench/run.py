@@ -487,7 +487,7 @@ class Runner:
                 {"sequences": len(windows.ids), "half_width": width, "reached": reached, "seconds": round(spent, 2)},
             )
 
-        key = {"fit": fitting.digest, "evaluate": recipe.model_dump(exclude={"draws", "probe_sequences"})}
+        key = {"fit": fitting.digest, "evaluate": recipe.scored}
         return self.stage(f"plan-{who}", key, plan)
 
     def measured(self, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
@@ -537,7 +537,7 @@ class Runner:
 
         scoring_key: dict[str, Any] = {
             "fit": fitting.digest,
-            "evaluate": self.suite.evaluate.model_dump(exclude={"draws", "probe_sequences"}),
+            "evaluate": self.suite.evaluate.scored,
         }
         if self.sequences is not None:
             scoring_key["sequences"] = self.sequences
@@ -611,7 +611,7 @@ class Runner:
             }
             results.write_json(folder / "facts.json", facts)
 
-        evaluate = self.suite.evaluate.model_dump(exclude={"draws", "refit_positions", "probe_sequences"})
+        evaluate = {k: v for k, v in self.suite.evaluate.scored.items() if k != "refit_positions"}
         key = {"texts": texts.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
         key["clusters"] = "folders"  # earlier stages hold documents
         name = "baselines" if texts.name == TRAINED_HERE else f"baselines-{texts.name}"
@@ -717,6 +717,8 @@ def run_suite(
                 )
                 for seed, f, s, found in measured
             ]
+        if suite.evaluate.sums == "cluster":
+            parts = [replace(part, sequences=tables.summed_by_cluster(part.sequences)) for part in parts]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]
         if not models:
             raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")
@@ -731,6 +733,8 @@ def run_suite(
         for name, table in written.items():
             results.write_table(folder, name, table)
         everything = pd.concat([part.sequences for part in parts], ignore_index=True)
+        if suite.evaluate.sums == "cluster":
+            everything = everything[~everything["lens"].astype(str).str.startswith("tuned@")]
         results.write_sequences(folder / results.SEQUENCES, everything)
         runner.stages.seconds["tables"] = round(time.perf_counter() - start, 2)
         tick(1, "figures")

@@ -64,6 +64,16 @@ class EvaluateRecipe(_Strict):
     probe_sequences: int = Field(128, ge=1, description="held-out sequences that probes look at")
     max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
     draws: int = Field(2000, ge=100, description="bootstrap draws")
+    sums: Literal["sequence", "cluster"] = Field(
+        "sequence",
+        description="what per_sequence.parquet has rows for: clusters are enough for every interval and every paired "
+        "difference, and a fraction of the size; the curve over tolerances is then left out",
+    )
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """What the scores of a model depend on."""
+        return self.model_dump(exclude={"draws", "probe_sequences", "sums"})
 
 
 class ModelRecipe(_Strict):

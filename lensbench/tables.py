@@ -1,7 +1,7 @@
 """The tables of a run folder, from the per-sequence sums of its models: means, penalties, indices, with intervals."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,8 @@ class ClusterSums:
         def per_layer(lens: str, stage: str = "closed", view: int = -1) -> NDArray[np.float64]:
             rows = sequences[(sequences["lens"] == lens) & (sequences["stage"] == stage) & (sequences["view"] == view)]
             rows = rows[rows["prior"] == "zero"]
+            if rows.empty:
+                return np.full((len(documents), layers), np.nan)
             table = rows.pivot_table(index="document", columns="layer", values="kl", aggfunc="sum", observed=True)
             values = np.full((len(documents), layers), np.nan)
             values[:, table.columns.to_numpy(np.int64)] = table.sort_index().to_numpy(float)
@@ -139,6 +141,20 @@ def clustered(sequences: pd.DataFrame) -> pd.DataFrame:
     """Rows of ``per_sequence.parquet`` with the cluster of each document in place of its name."""
     names = sequences["document"].astype(str)
     return sequences.assign(document=names.map(clusters_of(names.unique())).astype("category"))
+
+
+def summed_by_cluster(sequences: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``per_sequence.parquet``, one for each cluster in place of one for each sequence; sums are float32 again.
+
+    Raises :class:`LensbenchError` where a KL is not a number.
+    """
+    refuse_missing(sequences)
+    sums = ["tokens", "bytes", "kl", "ce", "movement", "top1"]
+    keys = ["model", "seed", "lens", "lens_layer", "layer", "stage", "prior", "view", "document"]
+    groups = clustered(sequences).groupby(keys, observed=True, sort=False)
+    found = groups[sums].sum(min_count=1).reset_index()  # nothing but unknown values stays unknown
+    found["sequence"] = 0
+    return found[list(sequences.columns)].astype({name: sequences[name].dtype for name in (*sums, "sequence")})
 
 
 def refuse_missing(sequences: pd.DataFrame) -> None:
@@ -222,13 +238,10 @@ def tables(
             "indices.csv",
             "tolerances.csv",
             "pairs.csv",
-            "verdicts.csv",
         )  # fmt: skip
     }
     found: dict[str, list[dict[str, indices.Estimate]]] = {}
-    verdicts: dict[str, list[dict[str, Verdict]]] = {}
     headlines = {part.model: part.fit.records["transfer"] for part in parts}
-    of_construction = {part.model: part.known for part in parts}
     for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
         sums = ClusterSums.of(part.sequences)
         weights = indices.bootstrap_weights(len(sums.tokens), draws, 0)
@@ -258,38 +271,46 @@ def tables(
         ]
         rows["pairs.csv"] += [who | row for row in pair_rows(part, point, drawn)]
         found.setdefault(part.model, []).append(estimates)
-        of_indices = list(index_rows(estimates, part))
-        rows["indices.csv"] += [who | row for row in of_indices]
-        judged = verdicts_of(of_indices, rule or VerdictRule())
-        known = {"known": part.known}
-        rows["verdicts.csv"] += [
-            who | known | {"scope": s, "verdict": v.answer, "reason": v.reason} for s, v in judged.items()
-        ]
-        verdicts.setdefault(part.model, []).append(judged)
+        rows["indices.csv"] += [who | row for row in index_rows(estimates, part)]
     for model, per_seed in found.items():
         if len(per_seed) > 1:
-            means = list(rows_over_seeds(per_seed, headlines[model]))
+            means = rows_over_seeds(per_seed, headlines[model])
             rows["indices.csv"] += [{"model": model, "seed": "all"} | row for row in means]
-            for scope in SCOPES:
-                whole = over_seeds(
-                    [judged[scope] for judged in verdicts[model]], spans_on(scope, partial(span_of, means))
-                )
-                row = {"model": model, "seed": "all", "scope": scope, "known": of_construction[model]}
-                rows["verdicts.csv"].append(row | {"verdict": whole.answer, "reason": whole.reason})
-    return {name: pd.DataFrame(content) for name, content in rows.items()} | {"probes.csv": probe_table(parts, draws)}
+    found_tables = {name: pd.DataFrame(content) for name, content in rows.items()}
+    known = {part.model: part.known for part in parts}
+    found_tables["verdicts.csv"] = verdict_table(found_tables["indices.csv"], known, rule or VerdictRule())
+    return found_tables | {"probes.csv": probe_table(parts, draws)}
 
 
-def verdicts_of(rows: list[dict[str, Any]], rule: VerdictRule) -> dict[str, Verdict]:
-    """Scope -> verdict, from rows of ``indices.csv``: intervals over documents, widened by what refits change."""
-    return {scope: decide_on(rule, scope, partial(span_of, rows)) for scope in SCOPES}
+def verdict_table(table: pd.DataFrame, known: Mapping[str, str | None], rule: VerdictRule) -> pd.DataFrame:
+    """``verdicts.csv`` from ``indices.csv``: intervals over documents, widened by what refits change; seeds must agree.
+
+    ``known``: model -> what its construction says of it.
+    """
+    rows: list[dict[str, Any]] = []
+    for key, indexed in table.groupby(["model", "seed"], sort=False):
+        model, seed = cast(tuple[str, Any], key)
+        span = partial(span_of, indexed.set_index("index"))
+        for scope in SCOPES:
+            if seed == "all":
+                each = [r for r in rows if (r["model"], r["scope"]) == (model, scope)]
+                verdicts = [Verdict(r["verdict"], r["reason"]) for r in each]
+                verdict = over_seeds(verdicts, spans_on(scope, span))
+            else:
+                verdict = decide_on(rule, scope, span)
+            who = {"model": model, "seed": seed, "scope": scope, "known": known.get(model)}
+            rows.append(who | {"verdict": verdict.answer, "reason": verdict.reason})
+    return pd.DataFrame(rows, columns=["model", "seed", "scope", "known", "verdict", "reason"])
 
 
-def span_of(rows: list[dict[str, Any]], name: str) -> Span | None:
-    """An index among rows of ``indices.csv``."""
-    row = next(row for row in rows if row["index"] == name)
-    if row["value"] is None or row["ci_low"] is None:
+def span_of(indexed: pd.DataFrame, name: str) -> Span | None:
+    """An index of one model and seed; ``indexed``: its rows of ``indices.csv`` by index."""
+    columns = ["value", "ci_low", "ci_high", "fit_low", "fit_high"]
+    numbers = indexed.loc[[name], columns].to_numpy(float)[0].tolist()
+    value, low, high, fit_low, fit_high = (None if np.isnan(x) else x for x in numbers)
+    if value is None or low is None or high is None:
         return None
-    return Span(row["value"], row["ci_low"], row["ci_high"]).wider(row["fit_low"], row["fit_high"])
+    return Span(value, low, high).wider(fit_low, fit_high)
 
 
 def similarity_of(part: Part) -> NDArray[np.float64] | None:

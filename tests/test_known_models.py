@@ -51,7 +51,7 @@ probe_sequences = 24
 [[claims]]
 model = "gpt-conv"
 against = "gpt-partitioned"
-indices = ["shared_consistency", "gain_visibility", "ce"]
+indices = ["shared_retention", "gain_visibility", "ce"]
 
 [[claims]]
 model = "gpt-conv+rotated"
@@ -288,6 +288,34 @@ def test_parts_of_a_suite_compare_as_the_whole_does_and_claims_are_corrected_tog
     for rank, (key, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, (len(p) - rank) * value))
         assert claims.loc[key, "p_holm"] == pytest.approx(largest)
+
+
+def test_sums_over_clusters_give_the_same_tables_and_comparisons_from_a_smaller_file(folder, tmp_path):
+    suite = tmp_path / "known.toml"
+    suite.write_text((folder.parent / "known.toml").read_text().replace("draws = 200", 'draws = 200\nsums = "cluster"'))
+    shutil.copytree(folder, tmp_path / "run")
+    result = run("run", suite, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    for name in results.SCHEMA:
+        assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes(), name
+    whole, small = (results.read_run(f).sequences() for f in (folder, tmp_path / "run"))
+    assert len(small) < len(whole) / 2 and not small["lens"].astype(str).str.startswith("tuned@").any()
+    found = []
+    for at in (folder, tmp_path / "run"):
+        assert run("compare", at, "--out", tmp_path / "out.csv").exit_code == 0
+        found.append(pd.read_csv(tmp_path / "out.csv").drop(columns=["run", "against_run"]))
+    pd.testing.assert_frame_equal(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_runs_are_judged_again_by_the_rule_of_another_suite(folder, tmp_path):
+    rule = tmp_path / "other.toml"
+    kind = "\n[verdict]\nvisible = -50.0\nconsistent = -50.0\ninconsistent = -51.0\nunseen = -51.0\n"
+    rule.write_text((folder.parent / "known.toml").read_text().replace("\n[[claims]]", kind + "\n[[claims]]", 1))
+    own, other = run("compare", folder), run("compare", folder, "--rule", rule)
+    assert own.exit_code == other.exit_code == 0, other.output
+    # Anything that moves is refinement by the other rule; a partitioned stream does not.
+    assert "refinement" not in own.output.split("differences that")[0].replace("re-representation", "")
+    assert other.output.split("differences that")[0].count("refinement") == 4
 
 
 def test_a_claim_about_what_is_not_there_is_refused(tmp_path):
