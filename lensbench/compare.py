@@ -20,7 +20,7 @@ from statsmodels.stats.multitest import multipletests
 from lensbench import indices, results
 from lensbench.errors import LensbenchError
 from lensbench.indices import Array, Means
-from lensbench.report import COMPARED, ruler_table, with_interval
+from lensbench.report import COMPARED, beside_table, ruler_table, with_interval
 from lensbench.results import Run
 from lensbench.tables import ClusterSums, by_document, clustered, verdict_table
 from lensbench.verdict import VerdictRule
@@ -387,6 +387,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for run in comparison.runs:
         console.print(ruler_table(run))
+        beside = beside_table(run)
+        if beside is not None:
+            console.print(beside)
     table = comparison.table
     claims = table[table["kind"] == "claim"]
     if len(claims):

@@ -6,7 +6,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
 
-from lensbench.indices import tolerance_order
+from lensbench.indices import OF_SIMILARITY, tolerance_order
 from lensbench.results import Run
 from lensbench.verdict import SCOPES
 
@@ -89,7 +89,7 @@ def index_table(run: Run) -> Table:
         *names,
         title="indices: value [95 % interval over documents; several seeds: over seeds] (range over refits)",
     )
-    for index in (*SHOWN, *FACTS):
+    for index in (*SHOWN, *(name for name in OF_SIMILARITY if (indices["index"] == name).any()), *FACTS):
         cells = []
         for name in names:
             row = indices[(indices["model"] == name) & (indices["index"] == index)]
@@ -192,6 +192,34 @@ def ruler_table(run: Run) -> Table:
         rows = [judged.loc[(model, scope)] for scope in SCOPES if (model, scope) in judged.index]
         known = next((row["known"] for row in rows if pd.notna(row["known"])), "")
         table.add_row(model, known, *cells, *(row["verdict"] for row in rows))
+    return table
+
+
+BESIDE = {
+    "similarity_correlation": "penalty with covariance similarity",
+    "similarity_correlation_given_distance": "given distance",
+    "distance_trend": "penalty with distance",
+    "distance_trend_forward": "forward",
+    "distance_trend_backward": "backward",
+}
+"""Index -> what the table beside the ruler calls it: rank correlations over pairs of layers."""
+
+
+def beside_table(run: Run) -> Table | None:
+    """What the tuned-lens paper reports of transfer penalties, and gradient alignment; None where nothing was measured."""
+    shown = shown_seeds(run.tables["indices.csv"]).set_index(["model", "index"])
+    probes = run.tables["probes.csv"]
+    aligned = probes[probes["quantity"] == "gradient_alignment_beyond_null"]
+    if aligned.empty and not any((shown.index.get_level_values(1) == name).any() for name in OF_SIMILARITY):
+        return None
+    aligned = shown_seeds(aligned).drop_duplicates("model", keep="last").set_index("model")
+    table = Table(
+        Column("model", no_wrap=True), *BESIDE.values(), "gradient alignment beyond its null",
+        title="beside the ruler: rank correlations over pairs of layers, mean cosine over blocks [95 %]",
+    )  # fmt: skip
+    for model in dict.fromkeys(shown.index.get_level_values(0)):
+        cells = [with_interval(shown.loc[model, name]) if (model, name) in shown.index else "" for name in BESIDE]
+        table.add_row(str(model), *cells, with_interval(aligned.loc[model]) if model in aligned.index else "")
     return table
 
 
