@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +25,13 @@ from lensbench import indices, results
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import Fit, fit_all, score_all
 from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_rotated, pad_direction, rotated_maps
-from lensbench.indices import Means, with_last
+from lensbench.indices import Means, Value, with_last
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, RotatedView
 from lensbench.synthetic import FAMILIES, Shape, SyntheticStream, windows_of
 from lensbench.tables import ClusterSums
 from lensbench.transfer import score, transfer_sums
-from lensbench.verdict import CANNOT_TELL, Span, VerdictRule, decide_on
+from lensbench.verdict import CANNOT_TELL, SCOPES, Span, VerdictRule, decide_on
 
 JUDGED = ("gain_visibility", "movement", "shared_consistency", "shared_retention")
 """Indices whose intervals are held against the truth."""
@@ -42,6 +41,9 @@ OWN_VIEWS = "shared_consistency_own_views"
 
 The spread over views enters its interval, so the first truth lies in it too often, most of all where all of it is spread.
 """
+
+VERSION = 2
+"""Raised when a stream's row would come out differently from the same settings, so that old rows are not taken up."""
 
 FRESH_BLOCK = 10_000
 """Fresh tokens that are looked at at once."""
@@ -67,7 +69,7 @@ class Calibration(BaseModel):
     fresh: int = Field(
         100, ge=0, description="fresh tokens per held-out token that the truth is measured on; 0: no coverage"
     )
-    new_views: int = Field(15, ge=2, description="rotated views beside the fit's own that the true null is a mean over")
+    new_views: int = Field(25, ge=2, description="rotated views beside the fit's own that the true null is a mean over")
     draws: int = Field(500, ge=100)
     fit: FitRecipe = FitRecipe()
     rule: VerdictRule = VerdictRule()
@@ -81,11 +83,13 @@ class Calibration(BaseModel):
         return names
 
     def jobs(self) -> "Iterator[Job]":
-        """Every stream to measure: sizes drawn at random, the same ones whatever the families."""
+        """Every stream to measure, its sizes drawn at random."""
         for group in ("tune", "held_out"):
             for family in getattr(self, group):
                 for number in range(self.streams):
-                    rng = np.random.default_rng([number, 0 if group == "tune" else 1])
+                    # Families differ in their streams' sizes, directions and tokens, so that they may be counted together.
+                    of_family = int.from_bytes(hashlib.sha256(f"{group}/{family}".encode()).digest()[:3])
+                    rng = np.random.default_rng([number, of_family])
                     first, last = self.noise[rng.integers(len(self.noise))]
                     shape = Shape(
                         d=int(rng.choice(self.d)),
@@ -94,9 +98,8 @@ class Calibration(BaseModel):
                         first_noise=first,
                         last_noise=last,
                     )
-                    yield Job(
-                        group=group, family=family, seed=number, tokens=int(rng.choice(self.tokens)), shape=vars(shape)
-                    )
+                    tokens, seed = int(rng.choice(self.tokens)), int(rng.integers(2**31))
+                    yield Job(group=group, family=family, number=number, seed=seed, tokens=tokens, shape=vars(shape))
 
 
 class Job(BaseModel):
@@ -106,6 +109,7 @@ class Job(BaseModel):
 
     group: Literal["tune", "held_out"]
     family: str
+    number: int
     seed: int
     tokens: int
     shape: dict[str, Any]
@@ -114,7 +118,7 @@ class Job(BaseModel):
 def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
     """Lenses, indices, verdict and truth of one stream: a row of ``streams.csv``."""
     torch.set_num_threads(1)  # many small products: streams run side by side instead
-    seed = 10_000 * (job.group == "held_out") + job.seed
+    seed = job.seed
     stream = SyntheticStream(job.family, Shape(**job.shape), seed=seed)
     captured = stream.capture(recipe.fit_tokens, seed=10 * seed + 1)
     dev = stream.capture(recipe.dev_tokens, seed=10 * seed + 2, constant=captured.mean_p)
@@ -126,8 +130,8 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
     point, drawn = (Means.of_clusters(sums.totals, sums.tokens, w) for w in (None, weights))
     found = indices.estimates(point, drawn, seed=seed, clusters=len(sums.tokens))
     row: dict[str, Any] = {
-        "set": job.group, "family": job.family, "truth": FAMILIES[job.family], "seed": job.seed, **job.shape,
-        "tokens": job.tokens,
+        "set": job.group, "family": job.family, "truth": FAMILIES[job.family], "number": job.number, "seed": job.seed,
+        **job.shape, "tokens": job.tokens,
     }  # fmt: skip
     truth = {}
     if recipe.fresh:
@@ -142,8 +146,10 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
         e = found[name]
         return None if e.value is None or e.low is None or e.high is None else Span(e.value, e.low, e.high)
 
-    verdict = decide_on(recipe.rule, "all layers", span)
-    return row | {"verdict": verdict.answer, "reason": verdict.reason}
+    for scope, suffix in SCOPES.items():
+        verdict = decide_on(recipe.rule, scope, span)
+        row |= {f"verdict{suffix}": verdict.answer, f"reason{suffix}": verdict.reason}
+    return row
 
 
 def views_of(
@@ -169,13 +175,14 @@ def true_indices(
 ) -> dict[str, float]:
     """The indices of the fitted lenses on fresh tokens: what intervals over documents are intervals for.
 
-    The fresh tokens are dealt out to groups of ``views``, as many as the fit has in each.
+    The fresh tokens are dealt out to groups of ``views``, as many as the fit has in each; a view's retention is formed on
+    the tokens that it was read on.
     """
     layers = list(range(stream.layers))
     size = fit.summary.rotations
     groups = [list(range(start, min(start + size, len(views)))) for start in range(0, len(views), size)]
     totals: dict[str, Any] = {}
-    of_views, seen = np.zeros((len(views), stream.layers)), np.zeros(len(views))
+    of_views, own_there, constant_there = (np.zeros((len(views), n)) for n in (stream.layers, stream.layers, 1))
     done = number = 0
     while done < tokens or number < len(groups):
         count = min(FRESH_BLOCK, -(-tokens // len(groups)))
@@ -194,14 +201,15 @@ def true_indices(
         }
         totals = {name: totals.get(name, 0) + value for name, value in parts.items()}
         of_views[group] += kl[2:]
-        seen[group] += len(block)
+        own_there[group] += kl[0]
+        constant_there[group] += parts["constant"]
         done, number = done + len(block), number + 1
     means = {name: np.asarray(value / done) for name, value in totals.items()}
-    rotated = of_views / seen[:, None]
+    of_view = indices.retention(own_there, of_views, constant_there[:, 0]).value
     unknown = np.full(len(layers), np.nan)
     whole = Means(
         **means,
-        rotated=rotated[size:],
+        rotated=unknown[None],
         shared_loo=unknown,
         own_refined=unknown,
         shared_refined=unknown,
@@ -211,8 +219,8 @@ def true_indices(
     with np.errstate(invalid="ignore", divide="ignore"):
         found = {name: float(indices.INDICES[name][1](whole).value) for name in JUDGED if name in indices.INDICES}
         kept = indices.retention(whole.own, whole.shared, whole.constant)
-        for name, m in (("shared_consistency", whole), (OWN_VIEWS, replace(whole, rotated=rotated[:size]))):
-            found[name] = float(indices.consistency(kept, indices.rotated_retention(m)).value)
+        for name, of_some in (("shared_consistency", of_view[size:]), (OWN_VIEWS, of_view[:size])):
+            found[name] = float(indices.consistency(kept, Value(of_some.mean())).value)
     return found
 
 
@@ -239,20 +247,20 @@ def run_calibration(
     Finished streams are kept and taken up.
 
     ``code``: what the manifest says of the versions that ran.
-    Raises :class:`LensbenchError` where the folder holds something else.
+    Raises :class:`LensbenchError` where a finished stream cannot be read.
     """
     jobs = list(recipe.jobs())
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "streams"
     kept.mkdir(exist_ok=True)
     # What a stream's row depends on: everything but how many of them there are.
-    common = recipe.model_dump(
+    common = {"version": VERSION} | recipe.model_dump(
         mode="json", include={"fit", "fit_tokens", "dev_tokens", "fresh", "new_views", "draws", "rule"}
     )
 
     def place(job: Job) -> Path:
         key = json.dumps({"job": job.model_dump(), **common}, sort_keys=True)
-        return kept / f"{job.family}-{job.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        return kept / f"{job.family}-{job.number}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     wanted = [job for job in jobs if not place(job).exists()]
     done = len(jobs) - len(wanted)
@@ -294,29 +302,30 @@ SIZES = ("layers", "d", "noise", "tokens")
 def summarise(streams: pd.DataFrame) -> pd.DataFrame:
     """How many verdicts commit, how many of those are right, what share cannot tell, how many intervals cover the truth.
 
-    Per set, over all of its streams, over the pure ones, and by family; over both sets by size of the streams. Each share
-    has its 95 % Wilson interval.
+    Per set: over all of its streams, over the pure ones, and by family; of the held-out ones also by size. Coverage, which
+    nothing was tuned for, also over both sets together. Each share has its 95 % Wilson interval. Columns with
+    ``_without_layer0``: the verdicts on that scope, whose thresholds are those of all layers.
     """
     rows = []
     noise = streams["first_noise"].astype(str) + " to " + streams["last_noise"].astype(str)
     streams = streams.assign(noise=noise)
-    pure = streams[streams["truth"] != "mixed"]
+    pure, held_out = streams[streams["truth"] != "mixed"], streams[streams["set"] == "held_out"]
     groups = [((s, "family", f), g) for (s, f), g in streams.groupby(["set", "family"], sort=False)]
     groups += [((s, "all", "all"), g) for s, g in streams.groupby("set", sort=False)]
     groups += [((s, "pure", "all"), g) for s, g in pure.groupby("set", sort=False)]
+    groups += [(("held_out", size, v), g) for size in SIZES for v, g in held_out.groupby(size)]
+    groups += [(("both", "all", "all"), streams)]
     groups += [(("both", size, v), g) for size in SIZES for v, g in streams.groupby(size)]
     for (group, by, value), rows_of in groups:
-        committed = rows_of["verdict"] != CANNOT_TELL
-        right = committed & (rows_of["verdict"] == rows_of["truth"])
-        row: dict[str, Any] = {
-            "set": group,
-            "by": by,
-            "value": value,
-            "streams": len(rows_of),
-            "committed": int(committed.sum()),
-        }
-        row |= share("right_when_committed", int(right.sum()), int(committed.sum()))
-        row |= share("cannot_tell", int((~committed).sum()), len(rows_of))
+        row: dict[str, Any] = {"set": group, "by": by, "value": value, "streams": len(rows_of)}
+        for suffix in SCOPES.values():
+            judged = rows_of if group != "both" else rows_of[:0]  # some of them were tuned on
+            committed = judged[f"verdict{suffix}"] != CANNOT_TELL
+            right = committed & (judged[f"verdict{suffix}"] == judged["truth"])
+            row[f"committed{suffix}"] = int(committed.sum()) if len(judged) else None
+            shares = share("right_when_committed", int(right.sum()), int(committed.sum()))
+            shares |= share("cannot_tell", int((~committed).sum()), len(judged))
+            row |= {f"{name}{suffix}": x for name, x in shares.items()}
         for name in (*JUDGED, OWN_VIEWS):
             index = name.removesuffix("_own_views")
             known = rows_of[rows_of[f"{name}_true"].notna() & rows_of[index].notna()]

@@ -1,5 +1,6 @@
 """A tiny suite on a generated text, run once for all tests that read a run folder."""
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -98,3 +99,15 @@ def tiny_run(tiny_suite, tmp_path_factory) -> Path:
     result = CliRunner().invoke(app, ["run", str(tiny_suite), "--out", str(folder)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return folder
+
+
+STANDARD = [Path("results") / "standard" / part for part in ("gpt", "pc", "controls")]
+
+
+@pytest.fixture(scope="session")
+def standard_comparison():
+    """The committed parts of the suite ``standard``, compared as the command does from the root of the repository."""
+    from lensbench.compare import compare_runs
+
+    with contextlib.chdir(Path(__file__).resolve().parents[1]):
+        return compare_runs(STANDARD)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from lensbench import results
-from lensbench.cli import app
+from lensbench.compare import compare_runs, print_comparison
 from lensbench.report import print_run
+from lensbench.suite import load_suite, load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
@@ -30,13 +30,13 @@ def test_the_two_commands_are_there():
     assert "python -m pip install -e '.[test]' && pytest" in README
 
 
-def test_every_number_with_an_interval_is_printed_by_a_command():
-    console = Console(file=io.StringIO(), width=250)
-    printed = ""
+def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparison):
+    console = Console(file=io.StringIO(), width=400)
     for name in COMMITTED:
         print_run(results.read_run(ROOT / "results" / name), console)
-        printed += CliRunner().invoke(app, ["compare", str(ROOT / "results" / name)]).output
-    printed += console.file.getvalue()
+        print_comparison(compare_runs([ROOT / "results" / name], load_suite("standard").verdict), console)
+    print_comparison(standard_comparison, console)
+    printed = console.file.getvalue()
     quoted = QUOTED.findall(README)
     assert len(quoted) >= 10
     assert [number for number in quoted if number not in printed] == []
@@ -92,13 +92,12 @@ def test_committed_results_are_what_a_run_wrote(name):
     assert not run.manifest["git_revision"].endswith("dirty")
 
 
-def test_quick_uses_the_winners_of_its_sweep():
-    from lensbench.suite import load_suite, load_sweep
-
-    table = pd.read_csv(ROOT / "results" / "quick-sweep" / "sweep.csv")
-    trials = load_sweep("quick-sweep").trials
-    for model in load_suite("quick").models:
-        if model.view_of is None:
+@pytest.mark.parametrize("suite", ["quick", "standard"])
+def test_a_suite_uses_the_winners_of_its_sweep(suite):
+    table = pd.read_csv(ROOT / "results" / f"{suite}-sweep" / "sweep.csv")
+    trials = load_sweep(f"{suite}-sweep").trials
+    for model in load_suite(suite).models:
+        if model.view_of is None and not model.untrained:
             best = table[(table["model"] == model.name) & table["chosen"]]
             assert len(best) == 1
             trial = trials[int(best.iloc[0]["trial"])]

@@ -85,8 +85,7 @@ def test_the_shipped_calibration_judges_on_families_that_it_was_not_tuned_on():
     jobs = list(recipe.jobs())
     assert len(jobs) == recipe.streams * len(FAMILIES)
     assert {j.shape["layers"] for j in jobs} == set(recipe.layers)
-    with_seed = {(j.group, j.family, j.seed) for j in jobs}
-    assert len(with_seed) == len(jobs)
+    assert len({j.seed for j in jobs}) == len(jobs), "no two streams share their tokens, of whatever family"
 
 
 def test_summaries_count_what_is_right_among_what_is_committed():
@@ -96,7 +95,8 @@ def test_summaries_count_what_is_right_among_what_is_committed():
         ("drifting", "mixed", CANNOT_TELL, 0.5),
     ]  # fmt: skip
     frame = pd.DataFrame(
-        {"set": "held_out", "family": f, "truth": t, "verdict": v, **dict.fromkeys(("layers", "d", "tokens"), 4)}
+        {"verdict_without_layer0": CANNOT_TELL}
+        | {"set": "held_out", "family": f, "truth": t, "verdict": v, **dict.fromkeys(("layers", "d", "tokens"), 4)}
         | {"first_noise": 1.0, "last_noise": 0.2, "shared_consistency_own_views_true": 0.7}
         | {
             k: x
@@ -111,15 +111,16 @@ def test_summaries_count_what_is_right_among_what_is_committed():
         ("family", "fresh"), "cannot_tell"
     ] == pytest.approx(1 / 3)
     assert table.loc[("family", "drifting"), "right_when_committed"] == 0.0
-    assert table.loc[("all", "all"), "right_when_committed"] == pytest.approx(1 / 3)
+    assert table.loc[("all", "all"), "right_when_committed"].iloc[0] == pytest.approx(1 / 3)
     assert table.loc[("pure", "all"), "committed"] == 2
     assert table.loc[("family", "fresh"), "covered_movement"] == pytest.approx(2 / 3)
     low, high = table.loc[("family", "fresh"), ["covered_movement_ci_low", "covered_movement_ci_high"]]
     assert 0 < low < 2 / 3 < high < 1
-    assert (
-        table.loc[("noise", "1.0 to 0.2"), "streams"] == 5
-        and (whole["covered_shared_consistency_own_views"] == 0).all()
-    )
+    assert (table.loc[("noise", "1.0 to 0.2"), "streams"] == 5).all()
+    assert (whole["covered_shared_consistency_own_views"] == 0).all()
+    assert table.loc[("family", "fresh"), "cannot_tell_without_layer0"] == 1
+    both = whole[whole["set"] == "both"]
+    assert len(both) == 5 and both["right_when_committed"].isna().all() and both["covered_movement"].notna().all()
 
 
 def test_thresholds_lie_midway_between_the_worst_that_has_to_pass_and_the_nearest_that_must_not():
@@ -160,8 +161,8 @@ def test_a_calibration_runs_is_taken_up_and_says_the_same_again(tmp_path):
     # The null of new views is another sample of the same mean, that of the fit's own is what the value itself has.
     gap = (streams["shared_consistency_true"] - streams["shared_consistency_own_views_true"]).abs().dropna()
     assert (gap > 0).all() and (gap < 0.2).all()
-    gap = (streams["shared_retention"] - streams["shared_retention_true"]).abs()
-    assert (gap < 0.15).all() and (gap > 0).all()
+    gap = (streams["shared_retention"] - streams["shared_retention_true"]).abs().dropna()
+    assert len(gap) >= 4 and (gap < 0.15).all() and (gap > 0).all()
     kept = sorted((tmp_path / "run" / "streams").iterdir())
     before = kept[1].stat().st_mtime_ns
     kept[0].unlink()
