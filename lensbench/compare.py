@@ -19,8 +19,8 @@ from statsmodels.stats.multitest import multipletests
 
 from lensbench import indices, results
 from lensbench.errors import LensbenchError
-from lensbench.indices import Array, Means
-from lensbench.report import COMPARED, beside_table, ruler_table, with_interval
+from lensbench.indices import ON_THE_CURVE, Array, Means, tolerance_order
+from lensbench.report import COMPARED, beside_table, retention_table, ruler_table, with_interval
 from lensbench.results import Run
 from lensbench.tables import ClusterSums, by_document, clustered, verdict_table
 from lensbench.verdict import VerdictRule
@@ -43,7 +43,8 @@ SAME_MEASURE = (
 class Comparison:
     """``table``: a row per run, model, seed and index, and per pair of them a difference.
 
-    Columns ``kind`` (value, difference, or claim: a difference that the suite declared), ``run, model, seed, index, value,
+    Columns ``kind`` (value, difference, claim: a difference that the suite declared, or claim at tolerance: the same at
+    another loss that a lens's ridge may cost, which the note tells), ``run, model, seed, index, value,
     ci_low, ci_high, against_run, against_model, against_seed, paired, seeds, p, p_holm, note``. ``seed = all``: over seeds,
     differences paired by seed, with Student-t intervals and the p of the paired t-test; ``p_holm`` is corrected over all
     claims of the suite. ``runs``: as they were read, parts of one run joined.
@@ -100,16 +101,16 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
     for first, second in itertools.combinations(cells, 2):
         if worth_comparing(first, second):
             rows += [difference(second, first, name) for name in COMPARED]
+    rule = rule or VerdictRule(**(runs[0].manifest or {})["suite"].get("verdict", {}))
+    whole = [judged(joined(parts), rule) for parts in groups]
     for number, parts in enumerate(groups):
         rows += rows_over_seeds([cell for cell in cells if cell.group == number])
-        rows += claim_rows(
-            (parts[0].manifest or {})["suite"].get("claims", []), rows, [str(run.folder) for run in parts]
-        )
+        claims = (parts[0].manifest or {})["suite"].get("claims", [])
+        rows += claim_rows(claims, rows, [str(run.folder) for run in parts])
+        rows += sensitivity_rows(claims, whole[number])
     columns = ["kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high", "against_run", "against_model",
                "against_seed", "paired", "seeds", "p", "p_holm", "note"]  # fmt: skip
     table = pd.DataFrame(rows, columns=columns)
-    rule = rule or VerdictRule(**(runs[0].manifest or {})["suite"].get("verdict", {}))
-    whole = [judged(joined(parts), rule) for parts in groups]
     return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]], whole)
 
 
@@ -306,10 +307,39 @@ def claim_rows(claims: list[dict[str, Any]], rows: list[dict[str, Any]], folders
                 few = f"only {row['seeds']} seeds" if row["seeds"] < FEWEST_SEEDS else ""
                 found.append(row | {"kind": "claim", "note": row["note"] or few})
     tested = [row for row in found if row.get("p") is not None]
+    declared = sum(len(claim["indices"]) for claim in claims)
     if tested:
-        corrected = multipletests([row["p"] for row in tested], method="holm")[1]
-        for row, p in zip(tested, corrected, strict=True):
+        # Corrected for all that was declared: what is undefined or not there yet counts as a test that found nothing.
+        rest = [1.0] * (declared - len(tested))
+        corrected = multipletests([*(row["p"] for row in tested), *rest], method="holm")[1]
+        for row, p in zip(tested, corrected[: len(tested)], strict=True):
             row["p_holm"] = float(p)
+    return found
+
+
+def sensitivity_rows(claims: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
+    """Claims about gain visibility at every loss that a lens's ridge may cost: seed-paired differences, uncorrected.
+
+    Two models' lenses may lie at ridges that differ by orders of magnitude, and visibility depends on them.
+    """
+    curve = run.tables["tolerances.csv"]
+    curve = curve[curve["index"].isin(ON_THE_CURVE)]
+    values = curve.set_index(["model", "index", "tolerance", "seed"])["value"].sort_index()
+    labels = sorted(curve["tolerance"].unique(), key=tolerance_order)
+    found = []
+    for claim, index in ((c, i) for c in claims for i in c["indices"]):
+        for label in labels:
+            try:
+                one, other = (values.loc[claim[side], index, label] for side in ("model", "against"))
+            except KeyError:
+                continue
+            gaps = (one - other).dropna()
+            if len(gaps) < 2:
+                continue
+            row = {"kind": "claim at tolerance", "run": str(run.folder), "model": claim["model"], "seed": "all"}
+            row |= {"index": index, "against_run": str(run.folder), "against_model": claim["against"]}
+            row |= {"against_seed": "all", "paired": True, "seeds": len(gaps)}
+            found.append(row | mean_row(list(gaps), "") | {"note": label})
     return found
 
 
@@ -387,6 +417,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for run in comparison.runs:
         console.print(ruler_table(run))
+        console.print(retention_table(run))
         beside = beside_table(run)
         if beside is not None:
             console.print(beside)
@@ -403,6 +434,15 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             who = f"{row['model']} - {row['against_model']}"
             shown.add_row(who, row["index"], with_interval(row), f"{row['seeds']:.0f}", *p, row["note"])
         console.print(shown)
+        at_others = table[table["kind"] == "claim at tolerance"]
+        if len(at_others):
+            labels = list(dict.fromkeys(at_others["note"]))
+            shown = Table("difference", "index", *labels, title="the same by the loss that a lens's ridge may cost")
+            for (model, against, index), of in at_others.groupby(["model", "against_model", "index"], sort=False):
+                cells = of.set_index("note")
+                told = [with_interval(cells.loc[label]) if label in cells.index else "" for label in labels]
+                shown.add_row(f"{model} - {against}", str(index), *told)
+            console.print(shown)
     over = table["seed"] == "all"
     several = table["model"].isin(table.loc[over, "model"])
     values = table[(table["kind"] == "value") & (over | ~several)]

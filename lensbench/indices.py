@@ -416,8 +416,12 @@ def estimate(here: Value, drawn: Value, constant: float, clusters: int, undefine
     if reason:
         return Estimate(None, None, None, reason)
     low, high = interval(drawn.value)
-    warning = f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
-    return Estimate(float(here.value), float(low), float(high), warning)
+    return Estimate(float(here.value), float(low), float(high), few_clusters(clusters))
+
+
+def few_clusters(clusters: int) -> str:
+    """The warning beside an interval over so many clusters; nothing where there are enough."""
+    return f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
 
 
 def over_seeds(values: list[float]) -> tuple[float, float, float]:

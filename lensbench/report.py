@@ -195,6 +195,23 @@ def ruler_table(run: Run) -> Table:
     return table
 
 
+def retention_table(run: Run) -> Table:
+    """What consistency is made of, and the size of the stream, without which it does not compare across models."""
+    shown = shown_seeds(run.tables["indices.csv"]).set_index(["model", "index"])
+    names = {
+        "shared_retention": "R",
+        "rotated_retention": "R in random bases",
+        "shared_consistency_without_layer0": "consistency without layer 0",
+        "pair_consistency": "pair consistency",
+        "pair_consistency_without_layer0": "without layer 0",
+    }
+    table = Table(Column("model", no_wrap=True), "L", "rank", *names.values(), title="one lens for all layers, for two")
+    for model in dict.fromkeys(shown.index.get_level_values(0)):
+        size = (f"{shown.loc[(model, fact), 'value']:.0f}" for fact in FACTS)
+        table.add_row(str(model), *size, *(with_interval(shown.loc[model, name]) for name in names))
+    return table
+
+
 BESIDE = {
     "similarity_correlation": "penalty with covariance similarity",
     "similarity_correlation_given_distance": "given distance",

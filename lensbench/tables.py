@@ -34,6 +34,8 @@ class Part:
     refits: dict[str, NDArray[np.float64]]
     probes: Sequence[Measured] = ()
     known: str | None = None
+    clusters: Mapping[str, str] | None = None
+    """Cluster of every scored document: probes look at some of them."""
 
     @classmethod
     def load(
@@ -51,15 +53,17 @@ class Part:
         ``known``: what its construction says of its stream.
         """
         kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
+        sequences = pd.read_parquet(scoring / "sequences.parquet")
         return cls(
             model,
             seed,
-            pd.read_parquet(scoring / "sequences.parquet"),
+            sequences,
             json.loads((scoring / "model.json").read_text()) | {k: v for k, v in origin.items() if v is not None},
             FitSummary.load(fitting / "fit.json"),
             kept,
             probes,
             known,
+            clusters_of(sequences["document"].astype(str).unique()),
         )
 
 
@@ -333,7 +337,7 @@ def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
     frames = []
     for part in parts:
         for found in part.probes:
-            frame = found.frame(draws)
+            frame = found.frame(draws, part.clusters)
             frame.insert(0, "model", part.model)
             frame.insert(1, "seed", part.seed)
             frames.append(frame)

@@ -328,3 +328,17 @@ def test_a_claim_about_what_is_not_there_is_refused(tmp_path):
         path.write_text(text.replace(wrong, {"a": 'against = "gpt-partitionde"', '"': '"cee"]'}[wrong[0]]))
         with pytest.raises(LensbenchError, match=says):
             load_suite(str(path))
+
+
+def test_claims_on_visibility_are_told_at_every_loss_that_a_ridge_may_cost(folder, tables, tmp_path):
+    assert run("compare", folder, "--out", tmp_path / "out.csv").exit_code == 0
+    table = pd.read_csv(tmp_path / "out.csv", dtype={"note": str})
+    rows = table[table["kind"] == "claim at tolerance"].set_index("note")
+    curve = tables["tolerances.csv"]
+    curve = curve[curve["index"] == "gain_visibility"].set_index(["tolerance", "model", "seed"])["value"]
+    for label in ("1se", "0.02", "0.1"):
+        one, other = (curve[label, model] for model in ("gpt-conv", "gpt-partitioned"))
+        assert rows.loc[label, "value"] == pytest.approx((one - other).mean())
+    # At the headline's tolerance it is the claim itself.
+    claims = table[(table["kind"] == "claim") & (table["index"] == "gain_visibility")]
+    assert claims["value"].iloc[0] == pytest.approx(rows.loc["0.02", "value"], abs=1e-6)

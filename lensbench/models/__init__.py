@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt-noskip": Family(
         partial(control, skip=0.0),
-        "gpt-conv without skip connections, or with `skip` times what they carry",
+        "gpt-conv without skip connections, or with both of every block carrying `skip` times as much",
         ("initializer_range", "skip"),
     ),
     "predictive-coding": Family(

@@ -8,7 +8,8 @@ One setting each makes the others:
   last block into the slice that norm and head see. What an earlier lens sees can then not move: carry-along by
   construction.
 - ``tied_layers``: all blocks are one block (Universal Transformer, arXiv 1807.03819).
-- ``skip``: what a block receives is handed on times this; 0 is no skip connection at all.
+- ``skip``: each of a block's two skip connections carries this much of what it receives, so that a block hands on
+  ``skip`` squared; 0 is no skip connection at all.
 """
 
 import torch

@@ -5,7 +5,7 @@ interval from the same bootstrap over documents, and a tidy frame from :meth:`Me
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import from_numpy
 
 from lensbench.corpus import Windows, clusters_of
-from lensbench.indices import SMALLEST_DENOMINATOR, bootstrap_weights, interval
+from lensbench.indices import SMALLEST_DENOMINATOR, bootstrap_weights, few_clusters, interval
 from lensbench.lenses import AffineMaps
 from lensbench.stream import Capture, ResidualStream
 
@@ -83,12 +83,15 @@ class Measured:
         arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
         return cls(**json.loads((folder / "labels.json").read_text()), **arrays)
 
-    def frame(self, draws: int = 2000) -> pd.DataFrame:
-        """A row per quantity with its 95 % interval over clusters; empty ``value`` with the reason where undefined."""
+    def frame(self, draws: int = 2000, clusters: Mapping[str, str] | None = None) -> pd.DataFrame:
+        """A row per quantity with its 95 % interval over clusters; empty ``value`` with the reason where undefined.
+
+        ``clusters``: the cluster of each document, where the windows are some of a larger set that decides it.
+        """
         if self.reason:
             row = dict.fromkeys(COLUMNS) | {"probe": self.probe, "quantity": self.probe, "reason": self.reason}
             return pd.DataFrame([row], columns=COLUMNS)
-        of = clusters_of(self.documents)
+        of = clusters_of(self.documents) if clusters is None else clusters
         names, cluster = np.unique([of[name] for name in self.documents], return_inverse=True)
 
         def by_document(values: Array) -> Array:
@@ -104,6 +107,7 @@ class Measured:
             value = top.sum(0) / bottom.sum(0)
             per_token = (weights @ bottom) / (weights @ tokens)
         low, high = interval(drawn)
+        warning = few_clusters(len(names))
         least, _ = interval(per_token)
         rows = []
         for k, quantity in enumerate(self.quantity):
@@ -111,8 +115,10 @@ class Measured:
             if least[k] < self.floor[k] or not np.isfinite(value[k]):
                 reason = f"undefined: the interval of its denominator reaches below {self.floor[k]:.3g}"
                 row |= {"value": None, "ci_low": None, "ci_high": None, "reason": reason}
+            elif np.ptp(drawn[:, k]) <= 1e-9 * abs(value[k]):
+                row |= {"value": value[k], "ci_low": None, "ci_high": None, "reason": "the same for every document"}
             else:
-                row |= {"value": value[k], "ci_low": low[k], "ci_high": high[k], "reason": ""}
+                row |= {"value": value[k], "ci_low": low[k], "ci_high": high[k], "reason": warning}
             rows.append(row)
         return pd.DataFrame(rows, columns=COLUMNS)
 
