@@ -323,9 +323,8 @@ def summarise(streams: pd.DataFrame) -> pd.DataFrame:
             committed = judged[f"verdict{suffix}"] != CANNOT_TELL
             right = committed & (judged[f"verdict{suffix}"] == judged["truth"])
             row[f"committed{suffix}"] = int(committed.sum()) if len(judged) else None
-            shares = share("right_when_committed", int(right.sum()), int(committed.sum()))
-            shares |= share("cannot_tell", int((~committed).sum()), len(judged))
-            row |= {f"{name}{suffix}": x for name, x in shares.items()}
+            row |= share(f"right_when_committed{suffix}", int(right.sum()), int(committed.sum()))
+            row |= share(f"cannot_tell{suffix}", int((~committed).sum()), len(judged))
         for name in (*JUDGED, OWN_VIEWS):
             index = name.removesuffix("_own_views")
             known = rows_of[rows_of[f"{name}_true"].notna() & rows_of[index].notna()]

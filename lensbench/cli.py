@@ -229,6 +229,7 @@ def calibrate(
 ) -> None:
     """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
     from lensbench.calibration import default_workers, run_calibration
+    from lensbench.report import calibration_table
     from lensbench.run import git_revision, versions
     from lensbench.suite import load_calibration
 
@@ -243,7 +244,7 @@ def calibrate(
             code={"git_revision": git_revision(), "versions": versions()},
             report=lambda done, _: tick(done, ""),
         )
-    console.print(summary.round(3).to_string(index=False), highlight=False)
+    console.print(calibration_table(summary))
     console.print(f"Tables: {folder}", highlight=False)
 
 

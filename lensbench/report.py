@@ -240,6 +240,31 @@ def beside_table(run: Run) -> Table | None:
     return table
 
 
+SHARES = {
+    "right_when_committed": "right when committed",
+    "cannot_tell": "cannot tell",
+    "right_when_committed_without_layer0": "right, without layer 0",
+    "cannot_tell_without_layer0": "cannot tell, without layer 0",
+    "covered_gain_visibility": "covered: visibility",
+    "covered_movement": "movement",
+    "covered_shared_consistency": "consistency",
+    "covered_shared_retention": "R",
+}
+"""Share of ``calibration.csv`` -> what its table calls it."""
+
+
+def calibration_table(summary: pd.DataFrame) -> Table:
+    """How often verdicts are right and intervals cover, with 95 % Wilson intervals."""
+    columns = (Column(name) for name in ("streams", "n", "committed", *SHARES.values()))
+    table = Table(*columns, title="verdicts and intervals on streams of known answer: share [95 %]")
+    for _, row in summary.iterrows():
+        who = row["set"] if row["by"] == "all" else f"{row['set']}, {row['by']} {row['value']}".replace(" all", "")
+        counts = (f"{row[name]:.0f}" if pd.notna(row[name]) else "" for name in ("streams", "committed"))
+        shares = [with_interval(row, k, f"{k}_ci_low", f"{k}_ci_high") if pd.notna(row[k]) else "" for k in SHARES]
+        table.add_row(who, *counts, *shares)
+    return table
+
+
 def verdict_lines(run: Run) -> list[str]:
     """One line per model: the verdict of the suite's rule, on all layers and without the first."""
     lines = []

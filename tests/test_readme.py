@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lensbench import results
 from lensbench.compare import compare_runs, print_comparison
-from lensbench.report import print_run
+from lensbench.report import calibration_table, print_run
 from lensbench.suite import load_suite, load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +36,7 @@ def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparis
         print_run(results.read_run(ROOT / "results" / name), console)
         print_comparison(compare_runs([ROOT / "results" / name], load_suite("standard").verdict), console)
     print_comparison(standard_comparison, console)
+    console.print(calibration_table(pd.read_csv(ROOT / "results" / "calibration" / "calibration.csv")))
     printed = console.file.getvalue()
     quoted = QUOTED.findall(README)
     assert len(quoted) >= 10
