@@ -195,6 +195,13 @@ def ruler_table(run: Run) -> Table:
     return table
 
 
+def span_of_fact(run: Run, model: str, fact: str) -> str:
+    """Number of layers, or rank of the rotations, which may differ from seed to seed."""
+    indices = run.tables["indices.csv"]
+    values = indices.loc[(indices["model"] == model) & (indices["index"] == fact), "value"]
+    return f"{values.min():.0f}" + (f" to {values.max():.0f}" if values.nunique() > 1 else "")
+
+
 def retention_table(run: Run) -> Table:
     """What consistency is made of, and the size of the stream, without which it does not compare across models."""
     shown = shown_seeds(run.tables["indices.csv"]).set_index(["model", "index"])
@@ -207,8 +214,11 @@ def retention_table(run: Run) -> Table:
     }
     table = Table(Column("model", no_wrap=True), "L", "rank", *names.values(), title="one lens for all layers, for two")
     for model in dict.fromkeys(shown.index.get_level_values(0)):
-        size = (f"{shown.loc[(model, fact), 'value']:.0f}" for fact in FACTS)
-        table.add_row(str(model), *size, *(with_interval(shown.loc[model, name]) for name in names))
+        table.add_row(
+            str(model),
+            *(span_of_fact(run, model, fact) for fact in FACTS),
+            *(with_interval(shown.loc[model, name]) for name in names),
+        )
     return table
 
 

@@ -262,6 +262,7 @@ def test_parts_of_a_suite_compare_as_the_whole_does_and_claims_are_corrected_tog
         result = run("compare", *folders, "--out", tmp_path / "out.csv", "--figures", tmp_path / "figures")
         assert result.exit_code == 0, result.output
         assert "known by" in result.output and "carry-along" in result.output
+        assert "one lens for all layers, for two" in result.output
         found.append(pd.read_csv(tmp_path / "out.csv"))
     assert "read as one run" in result.output
     pngs = {p.name for p in (tmp_path / "figures").glob("*.png")}
