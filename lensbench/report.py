@@ -35,7 +35,7 @@ FACTS = ("layers", "rotated_rank")
 
 def number(value: float) -> str:
     """Three decimals, or three digits where that would hide a large number's size."""
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+    return f"{round(value, 3) + 0.0:.3f}" if abs(value) < 100 else f"{value:.3g}"  # + 0.0: no minus before a zero
 
 
 def with_interval(row: Any, value: str = "value", low: str = "ci_low", high: str = "ci_high") -> str:
