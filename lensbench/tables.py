@@ -462,7 +462,7 @@ def tolerance_rows(
             with np.errstate(divide="ignore", invalid="ignore"):
                 values = function(here), function(there)
                 spread = None if refitted is None else function(refitted).value
-            found = indices.estimate(*values, float(point.constant), len(sums.tokens))
+            found = indices.estimate(*values, float(point.constant), len(sums.tokens), indices.nothing_to_gain(point))
             yield {
                 "tolerance": tolerance,
                 "index": name,
