@@ -8,33 +8,51 @@ Every position i holds a prediction latent ``z_i`` that any layer can read out w
 minus the gradient of its cross-entropy with respect to the latent (the norm's Jacobian dropped). A layer changes z
 by one update, the same for all positions: every error seen so far is carried to position n by a kernel on features,
 
-    z_n += sum_h V_h^T eta_h sum_{i<n} gamma_h^(n-1-i) exp(beta_h (<c_i, c_n> - 1)) V_h eps_i,   c = Q_h f / |Q_h f|,
+    z_n += sum_h V_h^T eta_h sum_{i<n} gamma_h^(n-1-i) k_h(c_i, c_n) V_h eps_i,   c = Q_h f / |Q_h f|.
 
-which is one preconditioned (V^T V) gradient step on a linear read-out in the kernel's feature space: the dual form of
-gradient descent (arXiv 2212.07677 and 2102.11174 for its relatives). This is the strict form: nothing else writes to z.
-The stream is the whole state ``[z; u; e]``; norm and head are blind outside z.
+With ``k = <c_i, c_n>`` that is one preconditioned (V^T V) step of gradient descent on a linear read-out, in its dual form
+(arXiv 2212.07677, 2102.11174); with ``k = exp(beta (<c_i, c_n> - 1))`` the same in that kernel's feature space.
+
+This is the strict form: nothing else writes to z. The stream is the whole state ``[z; u; e]``: predictions, features, and
+the tokens' embeddings; norm and head are blind outside z. :class:`PredictiveCodingConfig` lists the variants.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 # Half-lives of about 2, 14, 100 and 700 tokens, spread over the heads; learned from there.
 INITIAL_DECAYS = (0.73, 0.95, 0.993, 0.999)
 CONVOLUTION_WIDTH = 3
+QUERIES_AT_ONCE = 256  # of the exp kernel: what is in memory is [B, H, 256, T]
+CHUNK = 64  # tokens of the linear kernel between two visits of its state
+ENTRIES_AT_ONCE = 2**19  # of logits when an error is not differentiated: they stay in a processor's cache
 
 
 class PredictiveCodingConfig(PreTrainedConfig):
-    """Sizes and variants of :class:`PredictiveCodingForCausalLM`.
+    """Sizes and variants of :class:`PredictiveCodingForCausalLM`. Raises ``ValueError`` for what does not go together.
 
-    ``error`` is ``softmax`` (the error above) or ``none``, the control that carries ``E[x_{i+1}] / rms(E)`` without
-    subtracting the prediction, everything else equal.
+    ``error``: ``softmax`` (the error above); ``linear``, the cheap one, ``rms(E[x_{i+1}]) - A_l rms(z_i)`` with a
+    learned map of each layer; or ``none``, the control: ``E[x_{i+1}] / rms(E)``, no prediction subtracted, all else equal.
+    ``error_gradient``: whether the softmax error is differentiated in training. Without it the error is data, as in the
+    gradient step that it stands for, and a step of training saves half of what errors cost.
+    ``kernel``: ``exp``, ``linear`` (memory and time linear in the length) or ``softmax`` (normalised over i: attention).
+    ``decay``: False makes every gamma 1. ``delta_rule`` (linear kernel): a head's memory W takes in
+    ``V eps_i - W c_i`` instead of ``V eps_i``, as far as ``1 - exp(-eta)`` (arXiv 2102.11174, 2406.06484).
+    ``relaxed``: the features' MLP also writes to z. ``tied_layers``: one layer, applied ``num_hidden_layers`` times.
+    ``causal``: False sums over all i, the later ones too (decay by distance). To be measured, not to be trained: it sees
+    what it predicts.
+    ``tie_query_key``, ``tie_value_output``: False gives keys a map of their own (no longer a true kernel), and the
+    output (no longer a positive semi-definite preconditioner).
+    ``layer_loss_weight``: with ``labels``, weight of the head's mean cross-entropy at layers 1..L-1 beside the last one's.
     """
 
     model_type = "lensbench-predictive-coding"
@@ -48,8 +66,19 @@ class PredictiveCodingConfig(PreTrainedConfig):
         intermediate_size: int = 256,
         prediction_size: int = 512,
         error: str = "softmax",
+        error_gradient: bool = True,
+        kernel: str = "exp",
+        decay: bool = True,
+        delta_rule: bool = False,
+        relaxed: bool = False,
+        tied_layers: bool = False,
+        causal: bool = True,
+        tie_query_key: bool = True,
+        tie_value_output: bool = True,
+        layer_loss_weight: float = 0.0,
         initial_eta: float = math.exp(-2),
         initial_beta: float = math.exp(2),
+        initial_decays: tuple[float, ...] = INITIAL_DECAYS,
         initializer_range: float = 0.02,
         rms_norm_eps: float = 1e-6,
         tie_word_embeddings: bool = True,
@@ -59,8 +88,16 @@ class PredictiveCodingConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
             )
-        if error not in ("softmax", "none"):
-            raise ValueError(f"error must be 'softmax' or 'none', not {error!r}")
+        if error not in ("softmax", "linear", "none"):
+            raise ValueError(f"error must be 'softmax', 'linear' or 'none', not {error!r}")
+        if kernel not in ("exp", "linear", "softmax"):
+            raise ValueError(f"kernel must be 'exp', 'linear' or 'softmax', not {kernel!r}")
+        if delta_rule and (kernel != "linear" or not causal):
+            raise ValueError("delta_rule is for the causal linear kernel: no other has one memory to correct")
+        if not initial_decays or not all(0 < gamma < 1 for gamma in initial_decays):
+            raise ValueError(f"initial_decays must lie between 0 and 1, not {list(initial_decays)}")
+        if initial_eta <= 0 or initial_beta <= 0 or layer_loss_weight < 0:
+            raise ValueError("initial_eta and initial_beta must be positive, layer_loss_weight not negative")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -68,8 +105,19 @@ class PredictiveCodingConfig(PreTrainedConfig):
         self.intermediate_size = intermediate_size  # width of the feature MLPs
         self.prediction_size = prediction_size  # width of the bigram MLP that makes z^0
         self.error = error
+        self.error_gradient = error_gradient
+        self.kernel = kernel
+        self.decay = decay
+        self.delta_rule = delta_rule
+        self.relaxed = relaxed
+        self.tied_layers = tied_layers
+        self.causal = causal
+        self.tie_query_key = tie_query_key
+        self.tie_value_output = tie_value_output
+        self.layer_loss_weight = layer_loss_weight
         self.initial_eta = initial_eta
         self.initial_beta = initial_beta
+        self.initial_decays = list(initial_decays)
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.tie_word_embeddings = tie_word_embeddings
@@ -77,18 +125,49 @@ class PredictiveCodingConfig(PreTrainedConfig):
 
 
 @dataclass
+class PredictiveCodingCache:
+    """What the tokens so far leave to the next ones, of a batch of B sequences.
+
+    ``layers[l]``: the last two inputs of each convolution ``[B, 2, d]``, the last prediction ``z`` (whose error the next
+    token reveals) and its key; of the linear kernel the state ``[B, H, d/H, d/H]``, of the others all keys and values (errors
+    seen through V) ``[B, H, T, d/H]``. ``embedded``: the last two embeddings. ``mask`` ``[B, T]``: tokens that are no padding.
+    """
+
+    layers: list[dict[str, Tensor]] = field(default_factory=list)
+    embedded: Tensor | None = None
+    mask: Tensor | None = None
+    is_compileable = False  # asked by transformers
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far."""
+        del layer_idx
+        return 0 if self.mask is None else self.mask.shape[1]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these sequences of the batch, in this order (beam search)."""
+        assert self.embedded is not None and self.mask is not None
+        self.layers = [{name: x[beam_idx] for name, x in memory.items()} for memory in self.layers]
+        self.embedded, self.mask = self.embedded[beam_idx], self.mask[beam_idx]
+
+
+@dataclass
 class PredictiveCodingOutput(CausalLMOutput):
     """A :class:`CausalLMOutput` with the known places.
 
     ``hidden_states``: L+1 states ``[z; u; e]``, each ``[B, T, 3d]``, all before the final norm.
-    ``predictions``: L+1 latents z, ``[B, T, d]``. ``errors``: L errors, ``[B, T, d]``; entry s is the error, revealed
-    by token s, of the prediction made at s-1 (zero at position 0). ``updates``: L changes of z, ``[B, T, d]``.
-    All four are given when ``output_hidden_states`` is set.
+    ``predictions``: L+1 latents z, ``[B, T, d]``; :meth:`PredictiveCodingForCausalLM.read_out` makes logits of each.
+    ``errors``: L errors, ``[B, T, d]``; entry s of ``errors[l]`` is the error, revealed by token s, of the prediction
+    ``predictions[l]`` made at s-1 (zero at position 0). The control without error has there what it carries instead.
+    ``updates``: L changes of z that the errors made, ``[B, T, d]``. ``writes``: the MLP's changes of z, L of ``[B, T, d]``
+    (None in the strict form): ``predictions[l+1] = predictions[l] + updates[l] + writes[l]``.
+    All five are given when ``output_hidden_states`` is set. ``cache``: given when ``use_cache`` is set.
     """
 
+    cache: PredictiveCodingCache | None = None
     predictions: tuple[Tensor, ...] | None = None
     errors: tuple[Tensor, ...] | None = None
     updates: tuple[Tensor, ...] | None = None
+    writes: tuple[Tensor, ...] | None = None
 
 
 class PredictionNorm(nn.Module):
@@ -111,77 +190,240 @@ class CausalConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(CONVOLUTION_WIDTH, d))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, d)
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:  # (B, T, d), (B, 2, d) -> (B, T, d)
+        if before is not None:
+            return self(torch.cat([before, x], 1))[:, before.shape[1] :]
         y = x * self.weight[0]
         for lag in range(1, CONVOLUTION_WIDTH):
             y = y + F.pad(x, (0, 0, lag, 0))[:, : x.shape[1]] * self.weight[lag]
         return y
 
 
-class PredictiveCodingLayer(nn.Module):
+def last_two(x: Tensor, before: Tensor | None) -> Tensor:
+    """What a convolution needs of ``x`` (B, T, d) for the tokens behind it: (B, 2, d)."""
+    width = CONVOLUTION_WIDTH - 1
+    return (F.pad(x, (0, 0, width, 0)) if before is None else torch.cat([before, x], 1))[:, -width:]
+
+
+def shifted(x: Tensor, last: Tensor | None) -> Tensor:
+    """``x`` (..., T, d) one position later, so that entry s is what position s-1 has; ``last`` (or zero) comes first."""
+    return F.pad(x, (0, 0, 1, 0))[..., :-1, :] if last is None else torch.cat([last, x[..., :-1, :]], -2)
+
+
+def expected_embedding(latent: Tensor, embedding: Tensor) -> Tensor:
+    """``E^T softmax(E y)`` of latents ``[N, d]`` under ``[V, d]``, without keeping ``[N, V]``; not differentiated."""
+    rows = max(1, ENTRIES_AT_ONCE // len(embedding))
+    with torch.no_grad():
+        return torch.cat([(part @ embedding.T).softmax(-1) @ embedding for part in latent.split(rows)])
+
+
+class PredictiveCodingLayer(GradientCheckpointingLayer):
     """Features, then one update of every position's prediction by the errors seen so far."""
 
     def __init__(self, config: PredictiveCodingConfig):
         super().__init__()
         d, heads = config.hidden_size, config.num_attention_heads
         self.heads, self.eps = heads, config.rms_norm_eps
+        self.kernel_name, self.causal, self.delta_rule = config.kernel, config.causal, config.delta_rule
         self.conv_u, self.conv_z = CausalConvolution(d), CausalConvolution(d)
         self.up = nn.Linear(2 * d, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, d, bias=False)
         self.query_key = nn.Linear(d, d, bias=False)  # one map for both: a true kernel
         self.value_output = nn.Linear(d, d, bias=False)  # V; its transpose writes: a positive semi-definite step
         self.log_eta = nn.Parameter(torch.empty(heads))
-        self.log_beta = nn.Parameter(torch.empty(heads))
-        self.decay_logit = nn.Parameter(torch.empty(heads))
+        if config.kernel != "linear":
+            self.log_beta = nn.Parameter(torch.empty(heads))
+        self.decay_logit = nn.Parameter(torch.empty(heads)) if config.decay else None
+        self.key = None if config.tie_query_key else nn.Linear(d, d, bias=False)
+        self.output = None if config.tie_value_output else nn.Linear(d, d, bias=False)
+        self.write = nn.Linear(config.intermediate_size, d, bias=False) if config.relaxed else None
+        self.predicted = nn.Linear(d, d, bias=False) if config.error == "linear" else None  # A of the cheap error
 
-    def features(self, u: Tensor, z: Tensor) -> Tensor:
+    def forward(
+        self,
+        state: Tensor,
+        error_of: Callable[["PredictiveCodingLayer", Tensor, Tensor | None], Tensor],
+        revealed: Tensor | None = None,
+        memory: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """State ``[z; u; e]`` (B, T, 3d) -> the next one, the errors that this layer saw, its update of z, and the MLP's.
+
+        ``revealed`` (B, P+T): tokens that reveal an error; None: all but the first. ``memory`` is read and renewed.
+        """
+        z, u, e = state.chunk(3, -1)
+        u, written = self.features(u, z, memory)
+        error = error_of(self, z, (memory or {}).get("z"))
+        update = self.update(u, error, revealed, memory)
+        if memory is not None:
+            memory["z"] = z[:, -1:]
+        moved = z + update if written is None else z + update + written
+        return torch.cat([moved, u, e], -1), error, update, written
+
+    def features(self, u: Tensor, z: Tensor, memory: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """The next features, and what the MLP writes to z (None in the strict form)."""
         d = u.shape[-1]
+        normed = {"conv_u": F.rms_norm(u, (d,), eps=self.eps), "conv_z": F.rms_norm(z, (d,), eps=self.eps)}
+        kept = memory or {}
         seen = torch.cat(
-            [self.conv_u(F.rms_norm(u, (d,), eps=self.eps)), self.conv_z(F.rms_norm(z, (d,), eps=self.eps))], -1
+            [self.conv_u(normed["conv_u"], kept.get("conv_u")), self.conv_z(normed["conv_z"], kept.get("conv_z"))], -1
         )
-        return u + self.down(F.gelu(self.up(seen)))
+        if memory is not None:
+            memory.update({name: last_two(x, kept.get(name)) for name, x in normed.items()})
+        hidden = F.gelu(self.up(seen))
+        return u + self.down(hidden), None if self.write is None else self.write(hidden)
+
+    def update(
+        self,
+        u: Tensor,
+        error: Tensor,
+        revealed: Tensor | None = None,
+        memory: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Change of z at every position, given the error that each token reveals: (B, T, d)."""
+        query, key = self.queries_and_keys(u, memory)
+        value = self.split(self.value_output(error))
+        if self.kernel_name == "linear" and self.causal:
+            carried = self.carried_in_chunks(query, key, value, memory)
+        else:
+            if memory is not None:
+                # The errors of all tokens before stay as they were: nothing that came later changes them.
+                key, value = (
+                    torch.cat([memory[name], new], 2) if name in memory else new
+                    for name, new in (("keys", key), ("values", value))
+                )
+                memory.update(keys=key, values=value)
+            whole = self.kernel_name == "softmax" and self.causal
+            carried = (self.attended if whole else self.carried)(query, key, value, revealed)
+        written = value_map.weight if (value_map := self.output) is not None else self.value_output.weight
+        return carried.transpose(1, 2).flatten(2) @ written
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, H, T, d/H)."""
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def queries_and_keys(self, u: Tensor, memory: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """``c_n`` of every position n and, for every token s, the one that its error belongs to: that of s-1."""
+        f = F.rms_norm(u, (u.shape[-1],), eps=self.eps)
+        query = own = F.normalize(self.split(self.query_key(f)), dim=-1)
+        if self.key is not None:
+            own = F.normalize(self.split(self.key(f)), dim=-1)
+        last = None if memory is None else memory.get("key")
+        if memory is not None:
+            memory["key"] = own[:, :, -1:]
+        return query, shifted(own, last)
+
+    @property
+    def log_decay(self) -> Tensor:  # (H,)
+        return torch.zeros_like(self.log_eta) if self.decay_logit is None else F.logsigmoid(self.decay_logit)
 
     def kernel(self, u: Tensor) -> Tensor:
-        """``eta gamma^(n-s) exp(beta (<c_{s-1}, c_n> - 1))`` for query n and revealing token s <= n: (B, H, T, T)."""
-        batch, length, d = u.shape
-        f = F.rms_norm(u, (d,), eps=self.eps)
-        c = F.normalize(self.query_key(f).view(batch, length, self.heads, -1), dim=-1).transpose(1, 2)  # (B, H, T, dk)
-        # The error that token s reveals belongs to the features that made the prediction: those of s-1.
-        key = F.pad(c, (0, 0, 1, 0))[:, :, :-1]
-        n = torch.arange(length, device=u.device)
-        lag = n[:, None] - n[None, :]
+        """``eta gamma^(n-s) k(c_{s-1}, c_n)`` for query n and revealing token s <= n: (B, H, T, T)."""
+        return self.weights(*self.queries_and_keys(u), 0)
+
+    def weights(self, query: Tensor, key: Tensor, first: int, revealed: Tensor | None = None) -> Tensor:
+        """The same for queries at positions ``first``, ``first`` + 1, ... and keys at 0, 1, ...: (B, H, Tq, Tk)."""
+        (batch, heads, queries, _), keys = query.shape, key.shape[2]
+        s = torch.arange(keys, device=query.device)
+        lag = torch.arange(first, first + queries, device=query.device)[:, None] - s
+        unseen = lag < 0 if self.causal else torch.zeros_like(lag, dtype=torch.bool)
+        lag = lag if self.causal else lag.abs()
+        decay, eta = self.log_decay[:, None, None] * lag, self.log_eta[:, None, None]
+        if self.kernel_name == "linear":
+            return (query @ key.transpose(-1, -2)) * (decay + eta).masked_fill(unseen, -torch.inf).exp()
         beta = self.log_beta.exp()[:, None, None]
-        log_decay = F.logsigmoid(self.decay_logit)[:, None, None]
-        offset = (log_decay * lag + self.log_eta[:, None, None] - beta).masked_fill(lag < 0, -torch.inf)
-        # One fused product and one exponential: the passes over T x T entries are what this layer costs.
-        exponent = torch.baddbmm(
-            offset.repeat(batch, 1, 1), (beta * c).flatten(0, 1), key.flatten(0, 1).transpose(-1, -2)
-        )
-        return torch.exp(exponent).view(batch, self.heads, length, length)
+        if self.kernel_name == "exp":
+            offset = (decay + eta - beta).masked_fill(unseen, -torch.inf)
+            # One fused product and one exponential: the passes over Tq x Tk entries are what this layer costs.
+            exponent = torch.baddbmm(
+                offset.repeat(batch, 1, 1), (beta * query).flatten(0, 1), key.flatten(0, 1).transpose(-1, -2)
+            )
+            return torch.exp(exponent).view(batch, heads, queries, keys)
+        hidden = unseen | ~(s > 0) if revealed is None else unseen | ~revealed[:, None, None]
+        exponent = ((beta * query) @ key.transpose(-1, -2) + decay).masked_fill(hidden, -torch.inf)
+        # Where no error is known yet there is nothing to normalise over.
+        return eta.exp() * exponent.softmax(-1).masked_fill(hidden, 0.0)
 
-    def update(self, u: Tensor, error: Tensor) -> Tensor:
-        """Change of z at every position, given the error that each token reveals: (B, T, d)."""
-        batch, length, d = u.shape
-        value = self.value_output(error).view(batch, length, self.heads, -1).transpose(1, 2)
-        carried = (self.kernel(u) @ value).transpose(1, 2).reshape(batch, length, d)
-        return carried @ self.value_output.weight
+    def carried(self, query: Tensor, key: Tensor, value: Tensor, revealed: Tensor | None) -> Tensor:
+        """The weighted sum of values at every query, some queries at a time: (B, H, T, d/H)."""
+        first, parts = key.shape[2] - query.shape[2], []
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+            some = query[:, :, start : start + QUERIES_AT_ONCE]
+            seen = first + start + some.shape[2] if self.causal else key.shape[2]
+            known = None if revealed is None else revealed[:, :seen]
+            parts.append(self.weights(some, key[:, :, :seen], first + start, known) @ value[:, :, :seen])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def forward(self, state: Tensor, error_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """State ``[z; u; e]`` (B, T, 3d) -> the next one, the errors that this layer saw, and its change of z."""
-        z, u, e = state.chunk(3, -1)
-        u = self.features(u, z)
-        error = error_of(z)
-        update = self.update(u, error)
-        return torch.cat([z + update, u, e], -1), error, update
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, revealed: Tensor | None) -> Tensor:
+        """The same for the causal softmax kernel, which is an attention: nothing of size T x T for each head."""
+        queries, keys = query.shape[2], key.shape[2]
+        # gamma^(n-s) is a bias that grows with s alone, as a softmax sees it: one more entry of queries and keys.
+        bias = self.log_decay[:, None] * torch.arange(keys - 1, -1, -1, device=query.device)
+        query = F.pad(self.log_beta.exp()[:, None, None] * query, (0, 1), value=1.0)
+        key = torch.cat([key, bias.to(key.dtype)[..., None].expand(len(key), -1, -1, 1)], -1)
+        value = F.pad(value, (0, 1))
+        if revealed is None and queries == keys:
+            # Without the first token, which reveals nothing and, as a query, has seen nothing.
+            seen = F.scaled_dot_product_attention(
+                query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], is_causal=True, scale=1.0
+            )
+            carried = F.pad(seen, (0, 0, 1, 0))
+        else:
+            s = torch.arange(keys, device=query.device)
+            n = s[keys - queries :, None]
+            known = (s > 0)[None] if revealed is None else revealed
+            # A query that knows no error sees its own token, whose value is zero: no row is without a key.
+            allowed = (known[:, None] & (s <= n)) | ((s == n) & ~known[:, None])
+            carried = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None], scale=1.0)
+        return self.log_eta.exp()[:, None, None] * carried[..., :-1]
+
+    def carried_in_chunks(
+        self, query: Tensor, key: Tensor, value: Tensor, memory: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The same for the linear kernel in time linear in T: a state ``[B, H, d/H, d/H]`` from chunk to chunk.
+
+        The state is the read-out W that the steps of gradient descent have made: ``carried = W c``.
+        """
+        batch, heads, length, size = query.shape
+        state = (memory or {}).get("state")
+        if state is None:
+            state = query.new_zeros(batch, heads, size, size)
+        log_decay, eta = self.log_decay[:, None, None], self.log_eta.exp()[:, None, None]
+        steps = torch.arange(min(length, CHUNK), device=query.device)
+        lag = steps[:, None] - steps
+        within = (log_decay * lag).masked_fill(lag < 0, -torch.inf).exp()  # (H, C, C)
+        since = (log_decay * (steps[:, None] + 1)).exp()  # (H, C, 1): what is left of the incoming state
+        parts = []
+        for start in range(0, length, CHUNK):
+            q, k, v = (x[:, :, start : start + CHUNK] for x in (query, key, value))
+            n = q.shape[2]
+            reach, left = within[:, :n, :n], since[:, :n]
+            if self.delta_rule:
+                # w_t = b (v_t - W_{t-1} k_t), where W_{t-1} holds the w of this chunk so far: a triangular system.
+                b = -torch.expm1(-eta)
+                system = b * ((k @ k.transpose(-1, -2)) * reach).tril(-1)
+                v = torch.linalg.solve_triangular(system, b * (v - left * (k @ state)), upper=False, unitriangular=True)
+            else:
+                v = eta * v
+            parts.append(((q @ k.transpose(-1, -2)) * reach) @ v + left * (q @ state))
+            kept = (log_decay * (n - 1 - steps[:n, None])).exp()  # (H, n, 1)
+            state = left[:, -1:] * state + (kept * k).transpose(-1, -2) @ v
+        if memory is not None:
+            memory["state"] = state
+        return torch.cat(parts, 2)
 
 
 class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
-    """Strict predictive-coding language model (see the module's docstring for the equations)."""
+    """Predictive-coding language model (see the module's docstring for the equations, the config for its variants).
+
+    Any length works, also beyond that of training: nothing depends on an absolute position.
+    """
 
     config_class = PredictiveCodingConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
     _no_split_modules = ["PredictiveCodingLayer"]
+    _is_stateful = True  # what a token has done to a state cannot be taken back: no assisted generation
 
     def __init__(self, config: PredictiveCodingConfig):
         super().__init__(config)
@@ -190,7 +432,8 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
         self.first_up = nn.Linear(d, config.prediction_size, bias=False)
         self.first_down = nn.Linear(config.prediction_size, d, bias=False)
         self.conv_e = CausalConvolution(d)
-        self.layers = nn.ModuleList(PredictiveCodingLayer(config) for _ in range(config.num_hidden_layers))
+        count = 1 if config.tied_layers else config.num_hidden_layers
+        self.layers = nn.ModuleList(PredictiveCodingLayer(config) for _ in range(count))
         self.norm = PredictionNorm(d, config.rms_norm_eps)
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
         self.post_init()
@@ -208,22 +451,50 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.ones_(module.weight)
         elif isinstance(module, PredictiveCodingLayer):
             # Blocks start small: the sum of L feature updates then has the size of one.
-            module.down.weight.mul_(self.config.num_hidden_layers**-0.5)
-            decays = torch.tensor(INITIAL_DECAYS).repeat(math.ceil(module.heads / len(INITIAL_DECAYS)))[: module.heads]
-            module.decay_logit.copy_(torch.logit(decays))
+            for linear in (module.down, module.write):
+                if linear is not None:
+                    linear.weight.mul_(self.config.num_hidden_layers**-0.5)
             module.log_eta.fill_(math.log(self.config.initial_eta))
-            module.log_beta.fill_(math.log(self.config.initial_beta))
+            if module.kernel_name != "linear":
+                module.log_beta.fill_(math.log(self.config.initial_beta))
+            if module.decay_logit is not None:
+                decays = self.config.initial_decays
+                spread = torch.tensor(decays).repeat(math.ceil(module.heads / len(decays)))[: module.heads]
+                module.decay_logit.copy_(torch.logit(spread))
 
-    def error(self, z: Tensor, input_ids: Tensor) -> Tensor:
-        """Error, revealed by each token, of the prediction made one position earlier: (B, T, d), zero at position 0."""
+    def read_out(self, prediction: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of a prediction latent ``[..., d]`` of any layer, or of a whole state ``[..., 3d]``."""
+        return self.lm_head(self.norm(prediction))
+
+    def error(
+        self,
+        z: Tensor,
+        input_ids: Tensor,
+        layer: PredictiveCodingLayer | None = None,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Error, revealed by each token, of the prediction made one position earlier: (B, T, d), zero at position 0.
+
+        ``layer`` owns the map of the cheap error. ``last`` (B, 1, d) is the prediction before the first token, if there is one.
+        """
         # Detached: the error is a signal that the layers use, not a second path by which to train the embedding.
         embedding = self.embed_tokens.weight.detach()
-        scale = embedding.pow(2).mean().rsqrt()
-        error = F.embedding(input_ids[:, 1:], embedding)
-        if self.config.error == "softmax":
-            logits = F.linear(self.norm(z[:, :-1]), embedding)  # (B, T-1, V)
-            error = error - logits.softmax(-1) @ embedding
-        return F.pad(error * scale, (0, 0, 1, 0))
+        before = z[:, :-1] if last is None else torch.cat([last, z[:, :-1]], 1)
+        error = F.embedding(input_ids if last is not None else input_ids[:, 1:], embedding)
+        if self.config.error == "linear":
+            assert layer is not None and layer.predicted is not None, "the cheap error is a layer's own"
+            d, eps = self.config.hidden_size, self.config.rms_norm_eps
+            error = F.rms_norm(error, (d,), eps=1e-12) - layer.predicted(F.rms_norm(before, (d,), eps=eps))
+        else:
+            if self.config.error == "softmax":
+                latent = self.norm(before)
+                if self.config.error_gradient:
+                    expected = F.linear(latent, embedding).softmax(-1) @ embedding
+                else:
+                    expected = expected_embedding(latent.flatten(0, 1), embedding).view_as(latent)
+                error = error - expected
+            error = error * embedding.pow(2).mean().rsqrt()
+        return error if last is not None else F.pad(error, (0, 0, 1, 0))
 
     def forward(
         self,
@@ -232,50 +503,105 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        use_cache: bool | None = None,
+        cache: PredictiveCodingCache | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
     ) -> PredictiveCodingOutput | tuple:
         """Next-token logits ``[B, T, V]``; with ``labels`` (-100 is ignored) also their mean cross-entropy, nats/token.
 
-        ``attention_mask`` ``[B, T]`` marks padding with 0, on either side; padded positions reveal no error.
+        ``attention_mask`` ``[B, T]`` (with a cache also ``[B, P+T]``) marks padding with 0, on either side; padded positions
+        reveal no error. ``cache``: that of the P tokens before these, or an empty one; it is renewed in place and, with ``use_cache``,
+        returned. ``logits_to_keep``: logits of the last so many positions alone. Raises ``ValueError`` for labels or a cache of the
+        uniform variant, which sees the tokens that it predicts.
         """
-        d = self.config.hidden_size
-        e = F.rms_norm(self.embed_tokens(input_ids), (d,), eps=1e-12)
+        config = self.config
+        if not config.causal and (labels is not None or use_cache or cache is not None):
+            raise ValueError("causal = False sees the tokens that it predicts: it has neither a loss nor a cache")
+        if cache is None:
+            cache = PredictiveCodingCache() if use_cache else None
+        past = 0 if cache is None else cache.get_seq_length()
+        e = F.rms_norm(self.embed_tokens(input_ids), (config.hidden_size,), eps=1e-12)
+        mask = attention_mask
+        if past and (mask is None or mask.shape[1] == input_ids.shape[1]):
+            assert cache is not None and cache.mask is not None
+            mask = torch.cat([cache.mask, torch.ones_like(input_ids) if mask is None else mask], 1)
+        if mask is not None and bool(mask.all()):
+            mask = None
         revealed = None
-        if attention_mask is not None and not bool(attention_mask.all()):
+        if mask is not None:
             # No layer has a bias, so a position whose e is zero stays zero in u and z.
-            e = e * attention_mask[..., None].to(e.dtype)
-            both = attention_mask[:, 1:] * attention_mask[:, :-1]
-            revealed = F.pad(both, (1, 0))[..., None].to(e.dtype)
-        state = torch.cat([self.first_down(F.gelu(self.first_up(e))), self.conv_e(e), e], -1)
+            e = e * mask[:, past:, None].to(e.dtype)
+            revealed = F.pad(mask[:, 1:] * mask[:, :-1], (1, 0)).bool()
+        before = None if cache is None else cache.embedded
+        state = torch.cat([self.first_down(F.gelu(self.first_up(e))), self.conv_e(e, before), e], -1)
 
-        def error_of(z: Tensor) -> Tensor:
-            error = self.error(z, input_ids)
-            return error if revealed is None else error * revealed
+        def error_of(layer: PredictiveCodingLayer, z: Tensor, last: Tensor | None) -> Tensor:
+            error = self.error(z, input_ids, layer, last)
+            return error if revealed is None else error * revealed[:, past:, None].to(error.dtype)
 
-        states, errors, updates = [state], [], []
-        for layer in self.layers:
-            state, error, update = layer(state, error_of)
-            if output_hidden_states:
-                states.append(state)
-                errors.append(error)
-                updates.append(update)
-        logits = self.lm_head(self.norm(state))
+        if cache is not None:
+            if not cache.layers:
+                cache.layers = [{} for _ in range(config.num_hidden_layers)]
+            cache.embedded = last_two(e, before)
+            cache.mask = mask if mask is not None else input_ids.new_ones(len(e), past + e.shape[1])
+        states, errors, updates, writes = [state], [], [], []
+        for number in range(config.num_hidden_layers):
+            memory = None if cache is None else cache.layers[number]
+            layer = self.layers[number % len(self.layers)]
+            state, error, update, written = layer(state, error_of, revealed, memory)
+            states.append(state)
+            errors.append(error)
+            updates.append(update)
+            writes.append(written)
+        logits = self.read_out(state[:, -logits_to_keep:] if logits_to_keep else state)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+            if config.layer_loss_weight and len(states) > 2:
+                inner = [
+                    self.loss_function(
+                        logits=self.read_out(h), labels=labels, vocab_size=config.vocab_size, **kwargs
+                    )
+                    for h in states[1:-1]
+                ]
+                loss = loss + config.layer_loss_weight * torch.stack(inner).mean()
         output = PredictiveCodingOutput(loss=loss, logits=logits)
+        if use_cache:
+            output.cache = cache
         if output_hidden_states:
             output.hidden_states = tuple(states)
-            output.predictions = tuple(state[..., :d] for state in states)
+            output.predictions = tuple(state[..., : config.hidden_size] for state in states)
             output.errors = tuple(errors)
             output.updates = tuple(updates)
+            output.writes = tuple(writes) if config.relaxed else None
         return output if return_dict is not False else output.to_tuple()
 
+    # Generation: transformers' own caches know keys and values alone.
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
-    ) -> dict:
-        # Without a cache every step reads the whole prefix.
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        cache = kwargs.get("cache")
+        past = 0 if cache is None else cache.get_seq_length()
+        return {
+            "input_ids": input_ids[:, past:],
+            "attention_mask": attention_mask,
+            "cache": cache,
+            "use_cache": use_cache,
+            "logits_to_keep": 1,
+        }
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
+        # Named here: which name of a cache transformers looks for differs between its versions.
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.get("cache") is not None:
+            model_kwargs["cache"] = outputs["cache"]
+        return model_kwargs
 
 
 AutoConfig.register(PredictiveCodingConfig.model_type, PredictiveCodingConfig)
