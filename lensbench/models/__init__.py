@@ -44,7 +44,7 @@ def of_our_own(
 
 
 def predictive_coding(*, d_model: int, **rest: Any) -> PreTrainedModel:
-    """Strict predictive-coding LM; its variants are ``error``, ``initial_eta`` and ``initial_beta``."""
+    """Predictive-coding LM; its variants are :class:`PredictiveCodingConfig`'s."""
     return of_our_own(
         PredictiveCodingConfig, PredictiveCodingForCausalLM, d_model=d_model, prediction_size=4 * d_model, **rest
     )
@@ -86,8 +86,22 @@ FAMILIES: dict[str, Family] = {
     ),
     "predictive-coding": Family(
         predictive_coding,
-        "predictions and prediction errors at known places, each layer corrects the errors (strict form)",
-        ("initializer_range", "error", "initial_eta", "initial_beta"),
+        "predictions and prediction errors at known places, each layer corrects the errors",
+        (
+            "initializer_range",
+            "error",
+            "error_gradient",
+            "kernel",
+            "decay",
+            "delta_rule",
+            "relaxed",
+            "tied_layers",
+            "tie_query_key",
+            "tie_value_output",
+            "initial_eta",
+            "initial_beta",
+            "initial_decays",
+        ),
     ),
 }
 
