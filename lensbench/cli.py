@@ -248,6 +248,37 @@ def calibrate(
     console.print(f"Tables: {folder}", highlight=False)
 
 
+@app.command("in-context")
+@answerable
+def in_context(
+    name: Annotated[str, typer.Argument(help="Name of a file of tasks, or a TOML file.")] = "in-context",
+    out: Out = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Train models on documents whose exact Bayes predictor is known, and measure how far from it they stay."""
+    from lensbench.incontext import run_in_context
+    from lensbench.report import in_context_tables
+    from lensbench.run import choose_device, git_revision, versions
+    from lensbench.suite import load_in_context
+
+    chosen = load_in_context(name)
+    folder = out or Path("runs") / chosen.name
+    with Bars() as bars:
+        tick = bars.stage("trainings", 1, "")
+        written = run_in_context(
+            chosen,
+            folder,
+            device=choose_device(device),
+            say=bars.finished,
+            tick=lambda remark: tick(0, remark),
+            code={"git_revision": git_revision(), "versions": versions()},
+        )
+    for table in in_context_tables(written):
+        console.print(table)
+    console.print(f"Tables and figure: {folder}", highlight=False)
+
+
 @app.command()
 @answerable
 def figures(

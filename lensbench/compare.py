@@ -20,7 +20,8 @@ from statsmodels.stats.multitest import multipletests
 from lensbench import indices, results
 from lensbench.errors import LensbenchError
 from lensbench.indices import ON_THE_CURVE, Array, Means, tolerance_order
-from lensbench.report import COMPARED, beside_table, retention_table, ruler_table, with_interval
+from lensbench.learning import ALL, differences, shown_curves
+from lensbench.report import COMPARED, beside_table, learning_table, retention_table, ruler_table, with_interval
 from lensbench.results import Run
 from lensbench.tables import ClusterSums, by_document, clustered, verdict_table
 from lensbench.verdict import VerdictRule
@@ -43,11 +44,12 @@ SAME_MEASURE = (
 class Comparison:
     """``table``: a row per run, model, seed and index, and per pair of them a difference.
 
-    Columns ``kind`` (value, difference, claim: a difference that the suite declared, or claim at tolerance: the same at
-    another loss that a lens's ridge may cost, which the note tells), ``run, model, seed, index, value,
-    ci_low, ci_high, against_run, against_model, against_seed, paired, seeds, p, p_holm, note``. ``seed = all``: over seeds,
-    differences paired by seed, with Student-t intervals and the p of the paired t-test; ``p_holm`` is corrected over all
-    claims of the suite. ``runs``: as they were read, parts of one run joined.
+    Columns ``kind`` (value, difference, claim: a difference that the suite declared, claim at tolerance: the same at
+    another loss that a lens's ridge may cost, which the note tells, or learning curve: a difference in cross-entropy,
+    whose note tells the budget and the part of the context), ``run, model, seed, index, value, ci_low, ci_high,
+    against_run, against_model, against_seed, paired, seeds, p, p_holm, note``. ``seed = all``: over seeds, differences
+    paired by seed, with Student-t intervals and the p of the paired t-test; ``p_holm`` is corrected over all claims of
+    the suite. ``runs``: as they were read, parts of one run joined.
     """
 
     table: pd.DataFrame
@@ -108,6 +110,7 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
         claims = (parts[0].manifest or {})["suite"].get("claims", [])
         rows += claim_rows(claims, rows, [str(run.folder) for run in parts])
         rows += sensitivity_rows(claims, whole[number])
+        rows += curve_rows(whole[number])
     columns = ["kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high", "against_run", "against_model",
                "against_seed", "paired", "seeds", "p", "p_holm", "note"]  # fmt: skip
     table = pd.DataFrame(rows, columns=columns)
@@ -343,6 +346,19 @@ def sensitivity_rows(claims: list[dict[str, Any]], run: Run) -> list[dict[str, A
     return found
 
 
+def curve_rows(run: Run) -> list[dict[str, Any]]:
+    """Differences of learning curves of every two models, at every budget and part of the context, paired by seed."""
+    curves = run.tables["curves.csv"]
+    found = []
+    for against, model in itertools.combinations(dict.fromkeys(curves["model"]), 2):
+        row = {"kind": "learning curve", "run": str(run.folder), "model": model, "seed": "all", "index": "ce"}
+        row |= {"against_run": str(run.folder), "against_model": against, "against_seed": "all", "paired": True}
+        for gap in differences(curves, model, against):
+            note = f"{gap.pop('train_tokens')} tokens, positions {gap.pop('positions')}"
+            found.append(row | gap | {"note": note})
+    return found
+
+
 def turned_round(row: dict[str, Any]) -> dict[str, Any]:
     """The difference the other way about."""
     row = dict(row)
@@ -394,7 +410,8 @@ def reproduction(reference: Run, run: Run) -> str:
         return f"{who}: other models of the same suite ({', '.join(b['models'])}): read as one run"
     if a["models"] != b["models"]:
         return f"{who}: same settings, but {', '.join(a['models'])} there and {', '.join(b['models'])} here"
-    csv = [name for name in results.SCHEMA if a["files"].get(name) != b["files"].get(name)]
+    alike = [name for name in results.SCHEMA if name not in results.MEASURED_TIME]
+    csv = [name for name in alike if a["files"].get(name) != b["files"].get(name)]
     if not csv:
         return f"{who}: identical, every CSV byte for byte"
     largest, where = 0.0, ""
@@ -411,6 +428,27 @@ def reproduction(reference: Run, run: Run) -> str:
     return f"{who}: reproduced but for a largest absolute difference of {largest:.3g} ({where})"
 
 
+def gap_table(run: Run) -> Table | None:
+    """Every model's learning curve beside that of the model that is best at the largest budget."""
+    curves = shown_curves(run.tables["curves.csv"])
+    if curves.empty or not (curves["seed"] == ALL).any():
+        return None
+    whole = curves[curves["positions"] == ALL]
+    best = whole[whole["train_tokens"] == whole["train_tokens"].max()].set_index("model")["ce"].idxmin()
+    budgets = sorted(whole["train_tokens"].unique())
+    shown = Table(
+        Column("difference", no_wrap=True), *(f"{b:,}" for b in budgets),
+        title="cross-entropy against the best model's by training tokens, paired by seed [95 %, Student t]",
+    )  # fmt: skip
+    for model in dict.fromkeys(whole["model"]):
+        gaps = {
+            g["train_tokens"]: g for g in differences(run.tables["curves.csv"], model, best) if g["positions"] == ALL
+        }
+        if model != best and gaps:
+            shown.add_row(f"{model} - {best}", *(with_interval(gaps[b]) if b in gaps else "" for b in budgets))
+    return shown
+
+
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Whether the runs reproduce the first one, then values and differences; across runs, of the same model."""
     for line in comparison.reproduction:
@@ -418,9 +456,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for run in comparison.runs:
         console.print(ruler_table(run))
         console.print(retention_table(run))
-        beside = beside_table(run)
-        if beside is not None:
-            console.print(beside)
+        for found in (beside_table(run), learning_table(run), gap_table(run)):
+            if found is not None:
+                console.print(found)
     table = comparison.table
     claims = table[table["kind"] == "claim"]
     if len(claims):

@@ -24,6 +24,7 @@ from matplotlib.transforms import Bbox
 
 from lensbench.errors import LensbenchError
 from lensbench.indices import ONE_STANDARD_ERROR, tolerance_order
+from lensbench.learning import ALL, shown_curves
 from lensbench.results import Run, write_atomically
 
 DPI = 150
@@ -78,10 +79,18 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
         }
         if len(run.tables["probes.csv"]):
             figures["probes.png"] = probes(probe_frame(run))
+        if len(run.tables["curves.csv"]):
+            figures["learning_curves.png"] = learning_curves(curve_frame(run))
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            write_atomically(folder / name, partial(figure.savefig, format="png", dpi=DPI, metadata={"Software": None}))
+            write_atomically(folder / name, partial(write_figure, figure))
     return [folder / name for name in figures]
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """The same figure gives the same bytes."""
+    with style():
+        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 
 def transfer_frame(run: Run) -> pd.DataFrame:
@@ -169,6 +178,15 @@ def pair_frame(run: Run) -> pd.DataFrame:
     """``model, layer_i, layer_j, penalty, rotated_penalty``, means over seeds."""
     keys, values = ["model", "layer_i", "layer_j"], ["penalty", "rotated_penalty"]
     return run.tables["pairs.csv"].groupby(keys, sort=False)[values].mean().reset_index()
+
+
+def curve_frame(run: Run) -> pd.DataFrame:
+    """``model, train_tokens, positions, ce`` with its interval, over seeds where there are several, and mean ``seconds``."""
+    seconds = run.tables["timings.csv"].groupby(["model", "train_tokens"], as_index=False)["seconds"].mean()
+    frame = shown_curves(run.tables["curves.csv"]).merge(seconds, on=["model", "train_tokens"], how="left")
+    if frame["ce"].isna().any():
+        raise LensbenchError(f"curves.csv: {frame['ce'].isna().sum()} of {len(frame)} ce are missing")
+    return frame
 
 
 def panels_of(models: list[str], size: float, extra: float, *, sharey: bool) -> tuple[Figure, list[Axes]]:
@@ -364,6 +382,71 @@ def visibility_by_distance(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def learning_curves(frame: pd.DataFrame) -> Figure:
+    """Held-out cross-entropy against tokens and seconds of training, and by position in the context."""
+    figure = Figure(figsize=(11.5, 3.6), dpi=DPI, layout="constrained")
+    against_tokens, against_seconds, by_position = figure.subplots(1, 3, sharey=True)
+    whole = frame[frame["positions"] == ALL]
+    parts = [name for name in dict.fromkeys(frame["positions"]) if name != ALL]
+    last = frame[frame["train_tokens"] == frame["train_tokens"].max()]
+    models = list(dict.fromkeys(frame["model"]))
+    for k, (model, look) in enumerate(zip(models, looks(len(models)), strict=True)):
+        of = whole[whole["model"] == model].sort_values("train_tokens")
+        at = last[(last["model"] == model) & (last["positions"] != ALL)].set_index("positions").reindex(parts)
+        places = np.arange(len(parts)) + 0.06 * (k - (len(models) - 1) / 2)
+        for panel, x, rows in (
+            (against_tokens, of["train_tokens"], of),
+            (against_seconds, of["seconds"], of),
+            (by_position, places, at),
+        ):
+            spread = [rows["ce"] - rows["ce_ci_low"], rows["ce_ci_high"] - rows["ce"]]
+            panel.errorbar(x, rows["ce"], yerr=spread, label=model, lw=1.4, ms=4, capsize=2, **look)
+    against_tokens.set(xscale="log", xlabel="training tokens", ylabel="held-out cross-entropy (nats/token)")
+    against_seconds.set(xscale="log", xlabel="seconds of training, as measured")
+    by_position.set(xlabel="position in the context, largest budget", xticks=range(len(parts)), xticklabels=parts)
+    for panel in (against_tokens, against_seconds):
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
+        panel.xaxis.set_minor_formatter("")
+        panel.xaxis.set_major_locator(FixedLocator(tick_values(whole, panel is against_tokens)))
+    figure.legend(*by_position.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    caption = (
+        "Bars: 95 %, over seeds where there are several, else over documents. Each budget has a schedule of its own."
+    )
+    write_around(figure, "Who learns faster, by tokens and by seconds, and where in the context", caption)
+    return figure
+
+
+def in_context(table: pd.DataFrame, parts: list[str]) -> Figure:
+    """Cross-entropy above the exact Bayes predictor's by position in the document, one panel per task."""
+    with style():
+        tasks = list(dict.fromkeys(table["task"]))
+        figure, panels = panels_of(tasks, 3.2, 2.0, sharey=False)
+        models = [name for name in dict.fromkeys(table["model"]) if name != "bayes"]
+        for panel, task in zip(panels, tasks, strict=True):
+            for k, (model, look) in enumerate(zip(models, looks(len(models)), strict=True)):
+                rows = table[(table["task"] == task) & (table["model"] == model)]
+                rows = rows[(rows["seed"] == ALL) | ~(rows["seed"] == ALL).any()].drop_duplicates("positions")
+                rows = rows.set_index("positions").reindex(parts)
+                spread = [rows["excess"] - rows["excess_ci_low"], rows["excess_ci_high"] - rows["excess"]]
+                places = np.arange(len(parts)) + 0.06 * (k - (len(models) - 1) / 2)
+                panel.errorbar(places, rows["excess"], yerr=spread, label=model, lw=1.4, ms=4, capsize=2, **look)
+            panel.axhline(0, color=GREY, lw=0.8, zorder=1)
+            panel.set(title=task, xlabel="position", ylabel="CE above the Bayes predictor's (nats/token)")
+            panel.set(xticks=range(len(parts)), xticklabels=parts)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+        caption = "0: nothing more can be learned from the document. Bars: 95 %, over seeds where there are several."
+        write_around(figure, "How much of its document a model fails to use", caption)
+    return figure
+
+
+def tick_values(whole: pd.DataFrame, of_tokens: bool) -> list[float]:
+    """The budgets themselves; of seconds, powers of two that span them."""
+    if of_tokens:
+        return sorted(whole["train_tokens"].unique())
+    low, high = np.log2(whole["seconds"].min()), np.log2(whole["seconds"].max())
+    return [float(2**k) for k in range(math.ceil(low), math.floor(high) + 1)]
+
+
 def looks(count: int) -> list[dict[str, Any]]:
     """Colour, marker and dash of so many lines; no two are alike up to a hundred."""
     colours = sns.color_palette("colorblind").as_hex()
@@ -383,6 +466,9 @@ PROBE_PANELS = (
     ("ce_rise_deleted", "block deleted (from 0)", "rise of CE (nats/token)"),
     ("ce_rise_swapped", "blocks swapped: first of two", "rise of CE (nats/token)"),
     ("ce_rise_skipped", "blocks skipped together", "rise of CE (nats/token)"),
+    ("read_out_ce", "layer read out by the model's own head", "CE (nats/token)"),
+    ("true_error_rms", "layer", "rms of the error at its place"),
+    ("error_cosine", "block (from 0)", "cosine of carried and true error"),
     ("covariance_similarity", "distance of layers", "covariance similarity"),
     ("carried_share", "distance of layers, $i < j$", "share of $h_i$ in $h_j$ ($R^2$)"),
 )
@@ -414,7 +500,8 @@ def probes(frame: pd.DataFrame) -> Figure:
             panel.plot(line.index, line["value"], lw=1.2, ms=3.5, label=model, **look)
             if not over.startswith("distance"):
                 panel.vlines(line.index, line["ci_low"], line["ci_high"], color=look["color"], lw=1.4)
-        panel.axhline(0, color=GREY, lw=0.8, zorder=1)
+        if quantity != "read_out_ce":
+            panel.axhline(0, color=GREY, lw=0.8, zorder=1)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         panel.set(xlabel=over, ylabel=name)
         if name.startswith("rise"):

@@ -1,5 +1,6 @@
 """What a run says at its end: baselines, indices with intervals, one sentence per model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lensbench.indices import OF_SIMILARITY, tolerance_order
+from lensbench.learning import ALL, shown_curves
 from lensbench.results import Run
 from lensbench.verdict import SCOPES
 
@@ -250,6 +252,50 @@ def beside_table(run: Run) -> Table | None:
     return table
 
 
+def learning_table(run: Run) -> Table | None:
+    """Held-out cross-entropy by training budget, over the whole context and its parts; None where no curve was measured."""
+    curves = shown_curves(run.tables["curves.csv"])
+    if curves.empty:
+        return None
+    seconds: dict[Any, float] = run.tables["timings.csv"].groupby(["model", "train_tokens"])["seconds"].mean().to_dict()
+    parts = list(dict.fromkeys(curves["positions"]))
+    table = Table(
+        Column("model", no_wrap=True), "tokens", "seconds", *(f"positions {p}" if p != ALL else p for p in parts),
+        title="learning curves: held-out cross-entropy, nats/token [95 %]; each budget a training of its own",
+    )  # fmt: skip
+    for (model, budget), rows in curves.groupby(["model", "train_tokens"], sort=False):
+        of = rows.set_index("positions")
+        took = f"{seconds[model, budget]:.0f}" if (model, budget) in seconds else ""
+        cells = (with_interval(of.loc[part], "ce", "ce_ci_low", "ce_ci_high") for part in parts)
+        table.add_row(str(model), f"{budget:,}", took, *cells)
+    return table
+
+
+def in_context_tables(written: dict[str, pd.DataFrame]) -> Iterator[Table]:
+    """Distance from the Bayes predictor by task, model and part of the document, and the differences of models."""
+    table, gaps = written["task.csv"], written["differences.csv"]
+    parts = list(dict.fromkeys(table["positions"]))
+    named = [f"positions {p}" if p != ALL else p for p in parts]
+    title = "cross-entropy above the exact Bayes predictor's, nats/token [95 %]"
+    shown = Table("task", "model", "learning rate", *named, title=title)
+    for (task, model), rows in table.groupby(["task", "model"], sort=False):
+        over = rows["seed"] == ALL
+        of = (rows[over] if over.any() else rows).drop_duplicates("positions").set_index("positions")
+        if model == "bayes":
+            cells = [with_interval(of.loc[p], "ce", "ce_ci_low", "ce_ci_high") for p in parts]
+            shown.add_row(str(task), "bayes (its own CE)", "", *cells)
+            continue
+        cells = [with_interval(of.loc[p], "excess", "excess_ci_low", "excess_ci_high") for p in parts]
+        shown.add_row(str(task), str(model), f"{of['learning_rate'].iloc[0]:g}", *cells)
+    yield shown
+    if len(gaps):
+        shown = Table("task", "difference", *named, title="differences, paired by seed [95 %, Student t]")
+        for (task, model, against), rows in gaps.groupby(["task", "model", "against"], sort=False):
+            of = rows.set_index("positions")
+            shown.add_row(str(task), f"{model} - {against}", *(with_interval(of.loc[p]) for p in parts))
+        yield shown
+
+
 SHARES = {
     "right_when_committed": "right when committed",
     "cannot_tell": "cannot tell",
@@ -318,6 +364,9 @@ def print_run(run: Run, console: Console) -> None:
     console.print(baseline_table(run))
     console.print(index_table(run))
     console.print(tolerance_table(run))
+    curves = learning_table(run)
+    if curves is not None:
+        console.print(curves)
     for line in [*sentences(run), *doubts(run)]:
         console.print(line, highlight=False, markup=False)
     for line in verdict_lines(run):

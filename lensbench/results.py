@@ -148,6 +148,20 @@ SCHEMA: dict[str, dict[str, str]] = {
         "ci_high": "",
         "reason": "why it is undefined, or why the probe does not apply",
     },
+    "curves.csv": {
+        **_WHO,
+        "train_tokens": "budget of a training of its own, with its own schedule",
+        "positions": "part of the context that is scored: positions from and to that predictions are read at, or all",
+        "ce": "held-out cross-entropy at every position of it, nats/token",
+        "ce_ci_low": "95 % bootstrap over documents; seed = all: Student-t over seeds",
+        "ce_ci_high": "",
+        "reason": "a warning",
+    },
+    "timings.csv": {
+        **_WHO,
+        "train_tokens": "budget, as in curves.csv",
+        "seconds": "what training took then: measured, so the one table that differs from run to run",
+    },
     "indices.csv": {
         **_WHO,
         "index": "as in the README's table",
@@ -214,15 +228,22 @@ def read_table(path: Path) -> pd.DataFrame:
     return table
 
 
+def no_rows(name: str) -> pd.DataFrame:
+    """A table of a folder that has nothing to say there."""
+    return pd.DataFrame(columns=list(SCHEMA[name]))
+
+
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
-    "probe", "quantity", "scope", "verdict", "known",
+    "probe", "quantity", "scope", "verdict", "known", "positions",
 }  # fmt: skip
 TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 
 
-ADDED = ("verdicts.csv", "probes.csv")
-"""Tables that folders of earlier versions do not have: read as empty."""
+ADDED = ("verdicts.csv", "probes.csv", "curves.csv", "timings.csv")
+"""Tables that folders of earlier versions, or of suites that ask for no such thing, do not have: read as empty."""
+MEASURED_TIME = ("timings.csv",)
+"""Tables that no two runs have alike."""
 ADDED_COLUMNS = {"verdicts.csv": ("known",)}
 """Columns of text that they do not have."""
 
@@ -292,7 +313,7 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
                 raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
     known = set(SCHEMA) if manifest is None else set(manifest["files"])
     tables = {
-        name: pd.DataFrame(columns=list(SCHEMA[name]))
+        name: no_rows(name)
         if name in ADDED and not (name in known and (folder / name).exists())
         else read_table(folder / name)
         for name in SCHEMA

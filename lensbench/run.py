@@ -28,6 +28,7 @@ from lensbench.corpus import Corpus, TokenizedDocument, Windows
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary
 from lensbench.fitting import Moments
+from lensbench.learning import CurvePoint, Scored, curve_table, score_positions, timing_table
 from lensbench.lenses import (
     AffineMaps,
     SharedLens,
@@ -235,10 +236,14 @@ class Runner:
         count = sequences or self.sequences or recipe.sequences
         return self.windows(texts, "eval", count, recipe.positions, share=recipe.max_share)
 
-    def trained(self, texts: Texts, model: ModelRecipe, seed: int, name: str | None = None) -> Stage:
-        """The stage that trains ``model``: a ``save_pretrained`` folder."""
+    def trained(
+        self, texts: Texts, model: ModelRecipe, seed: int, name: str | None = None, tokens: int | None = None
+    ) -> Stage:
+        """The stage that trains ``model``, on ``tokens`` in place of the suite's if given: a ``save_pretrained`` folder."""
         recipe = self.suite.training_of(model)
         name = name or f"train-{model.name}-seed{seed}"
+        if tokens is not None and tokens != recipe.tokens:
+            recipe, name = recipe.model_copy(update={"tokens": tokens}), f"{name}-{tokens}"
 
         def compute(folder: Path) -> None:
             tick = self.progress.stage(name, recipe.steps, "steps")
@@ -253,13 +258,23 @@ class Runner:
             if model.untrained:
                 network.save_pretrained(folder)
                 return
+            stream = corpus.training_stream(texts.documents["train"])
             start = time.perf_counter()
 
             def report(at: StepReport) -> None:
                 tick(at.step, f"loss {at.loss:.3f}, {at.tokens / (time.perf_counter() - start):,.0f} tokens/s")
 
-            stream = corpus.training_stream(texts.documents["train"])
-            train(network, stream, recipe, seed=seed, checkpoints=folder, device=self.device, report=report)
+            reports: list[StepReport] = []
+
+            def timed(at: StepReport) -> None:
+                reports[:] = [at]
+                report(at)
+
+            train(network, stream, recipe, seed=seed, checkpoints=folder, device=self.device, report=timed)
+            # Of an interrupted training what its last part took for each token; reading the text is not counted.
+            rate = (time.perf_counter() - start) / reports[0].tokens if reports else 0.0
+            seconds = round(rate * recipe.steps * recipe.batch * recipe.length, 2)
+            results.write_json(folder / TRAINING, {"seconds": seconds})
             network.cpu().save_pretrained(folder)
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
@@ -549,7 +564,8 @@ class Runner:
             return []
         origin, fitting = self.fitted(model, seed)
         texts, recipe, who = self.texts(model), self.suite.fit, f"{model.name}-seed{seed}"
-        count = self.suite.evaluate.probe_sequences
+        # No more than are scored: the clusters of those are the probes' too.
+        count = min(self.suite.evaluate.probe_sequences, self.sequences or self.suite.evaluate.sequences)
         splits = {"fit": (recipe.sequences, recipe.positions), "dev": (recipe.dev_sequences, recipe.dev_positions)}
 
         @cache
@@ -571,7 +587,8 @@ class Runner:
 
         found = []
         for name in self.suite.probes:
-            evaluate = self.suite.evaluate.model_dump(include={"probe_sequences", "positions", "max_share"})
+            evaluate = self.suite.evaluate.model_dump(include={"positions", "max_share"})
+            evaluate = {"probe_sequences": count, **evaluate}
             key = {"fit": fitting.digest, "probe": name, "evaluate": evaluate}
 
             def measure(folder: Path, name: str = name) -> None:
@@ -580,6 +597,26 @@ class Runner:
             stage = self.stage(f"probe-{name}-{who}", key, measure)
             found.append(Measured.load(stage.folder))
         return found
+
+    def learned(self, model: ModelRecipe, seed: int) -> list[CurvePoint]:
+        """The learning curve of a model that is trained here; a view of another, and what is not trained, has none."""
+        recipe = self.suite.curve
+        if recipe is None or model.view_of is not None or model.source is not None or model.untrained:
+            return []
+        texts, points = self.texts(), []
+        for tokens in (*recipe.budgets, self.suite.training.tokens):
+            training = self.trained(texts, model, seed, tokens=tokens)
+
+            def measure(folder: Path, training: Stage = training) -> None:
+                score_positions(self.network(training).eval(), self.eval_windows(texts), recipe.positions).save(folder)
+
+            evaluate = self.suite.evaluate.model_dump(include={"sequences", "positions", "max_share", "first_position"})
+            key = {"trained": training.digest, "texts": texts.digest, "length": self.suite.length}
+            key |= {"evaluate": evaluate, "sequences": self.sequences, "positions": recipe.positions}
+            scored = Scored.load(self.stage(f"curve-{model.name}-seed{seed}-{tokens}", key, measure).folder)
+            seconds = json.loads((training.folder / TRAINING).read_text())["seconds"]
+            points.append(CurvePoint(model.name, seed, tokens, seconds, scored))
+        return points
 
     def baselines(self, texts: Texts) -> dict[str, Any]:
         """Unigram and Kneser-Ney bigram on the tokens that the models are scored on, and how many those are.
@@ -628,6 +665,9 @@ class Runner:
         table.insert(0, "tokenizer", texts.name)
         return {**facts, "table": table}
 
+
+TRAINING = "training.json"
+"""In the stage of a trained model: the seconds that its training took."""
 
 ROTATION = "rotation.safetensors"
 """In the fit stage of a rotated view: the maps that its states were seen through."""
@@ -686,7 +726,7 @@ def run_suite(
     torch.set_num_threads(suite.threads or before)
     try:
         runner = Runner(suite, folder, device, progress, max_hours)
-        parts, plans = [], {}
+        parts, plans, points = [], {}, []
         if suite.evaluate.precision is not None:
             for model in suite.models:
                 runner.only_finished = bool(only) and model.name not in only
@@ -702,6 +742,7 @@ def run_suite(
             # What earlier runs finished stays in the tables, also where only other models are asked for now.
             runner.only_finished = bool(only) and model.name not in only
             try:
+                learned = [point for seed in suite.seeds_of(model) for point in runner.learned(model, seed)]
                 measured = [
                     (seed, *runner.measured(model, seed), runner.probed(model, seed)) for seed in suite.seeds_of(model)
                 ]
@@ -711,6 +752,7 @@ def run_suite(
                 continue  # not there yet, or its files are not: no matter to the models that are asked for
             if not measured:
                 runner.progress.say(f"{model.name}: not run at this seed, its suite says")
+            points += learned
             parts += [
                 tables.Part.load(
                     model.name, seed, f.folder, s.folder, runner.origin(model, seed).facts, found, suite.known(model)
@@ -730,6 +772,11 @@ def run_suite(
             parts, draws=suite.evaluate.draws, largest_ridge=suite.fit.ridges[-1], rule=suite.verdict
         )
         written["baselines.csv"] = pd.concat([c["table"] for c in counted.values()], ignore_index=True)
+        if points:
+            assert suite.curve is not None
+            first = suite.curve.positions
+            written["curves.csv"] = curve_table(points, first, suite.length, suite.evaluate.draws)
+            written["timings.csv"] = timing_table(points)
         for name, table in written.items():
             results.write_table(folder, name, table)
         everything = pd.concat([part.sequences for part in parts], ignore_index=True)
@@ -739,11 +786,15 @@ def run_suite(
         runner.stages.seconds["tables"] = round(time.perf_counter() - start, 2)
         tick(1, "figures")
         start = time.perf_counter()
-        run = results.Run(folder, None, {name: results.read_table(folder / name) for name in results.SCHEMA})
+        run = results.Run(
+            folder,
+            None,
+            {n: results.read_table(folder / n) if n in written else results.no_rows(n) for n in results.SCHEMA},
+        )
         drawn = figures.draw_figures(run, folder / "figures")
         runner.stages.seconds["figures"] = round(time.perf_counter() - start, 2)
         tick(2, "")
-        files = [*results.SCHEMA, results.SEQUENCES]
+        files = [*(name for name in results.SCHEMA if name in written), results.SEQUENCES]
         manifest = describe(runner, counted, models, files, [p.name for p in drawn])
         if plans:
             manifest["precision"] = {"asked": suite.evaluate.precision, "models": plans}
@@ -767,6 +818,8 @@ def describe(
     spec = suite.corpus.spec if not suite.corpus.spec.startswith("file:") else "file:" + Path(suite.corpus.spec).name
     described = suite.model_dump(mode="json")
     described["corpus"]["spec"] = spec
+    if suite.curve is None:  # as runs before there were curves describe themselves
+        del described["curve"]
     for model in described["models"]:
         model.update({key: named(model[key]) for key in ("source", "lens") if model[key] is not None})
     return {

@@ -1,6 +1,7 @@
 """What to run: a suite, read from TOML and checked before anything starts."""
 
 import difflib
+import itertools
 import re
 import tomllib
 from importlib import resources
@@ -13,6 +14,8 @@ from lensbench.calibration import Calibration
 from lensbench.corpus import FRACTIONS
 from lensbench.errors import LensbenchError
 from lensbench.fitting import FitRecipe
+from lensbench.incontext import InContext
+from lensbench.learning import CurveRecipe
 from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.models.training import TrainingRecipe
@@ -182,6 +185,7 @@ class Suite(_Strict):
     training: TrainingRecipe = TrainingRecipe()
     fit: FitRecipe = FitRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    curve: CurveRecipe | None = Field(None, description="learning curves of the models that are trained")
     probes: tuple[str, ...] = Field((), description="measurements beside the lenses, by name")
     verdict: VerdictRule = VerdictRule()
     claims: tuple[Claim, ...] = Field((), description="differences that `compare` corrects together (Holm)")
@@ -255,6 +259,11 @@ class Suite(_Strict):
                     raise ValueError(f"model {model.name!r}: {error}") from error
         if abs(sum(self.corpus.fractions.values()) - 1) > 1e-6:
             raise ValueError("the corpus fractions train, fit, dev and eval must sum to 1")
+        if self.curve is not None:
+            if self.curve.budgets and self.curve.budgets[-1] >= self.training.tokens:
+                raise ValueError(f"curve.budgets must stay below training.tokens, {self.training.tokens}")
+            if self.curve.positions[-1] > self.length - 2:
+                raise ValueError(f"curve.positions: sequences of {self.length} tokens end at {self.length - 2}")
         longest = self.length - 1 - self.evaluate.first_position
         if max(self.evaluate.positions, self.fit.positions, self.fit.dev_positions) > longest:
             raise ValueError(f"sequences of {self.length} tokens have no more than {longest} positions to score")
@@ -388,10 +397,7 @@ def known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[s
 def load_suite(name: str) -> Suite:
     """A suite by name or path; raises :class:`LensbenchError` saying what is wrong and where."""
     file, content = read_toml(name)
-    kind = kind_of(content)
-    if kind != "suite":
-        command = "sweep" if kind == "sweep" else "calibrate"
-        raise LensbenchError(f"{file} is a {kind}, not a suite: `lensbench {command} {name}` runs it")
+    expect(file, name, content, "run")
     return validated(Suite, file, content)
 
 
@@ -432,22 +438,52 @@ def plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("._+-")
 
 
-def kind_of(content: dict[str, Any]) -> Literal["suite", "sweep", "calibration"]:
-    """What a file of ``benchmarks/`` holds."""
-    return "sweep" if "trials" in content else "calibration" if "held_out" in content else "suite"
+KINDS = {
+    "trials": ("a sweep", "sweep"),
+    "held_out": ("a calibration", "calibrate"),
+    "tasks": ("a set of tasks", "in-context"),
+}
+"""What tells a file of ``benchmarks/`` from a suite: what it is then, and the command that runs it."""
+
+
+def kind_of(content: dict[str, Any]) -> tuple[str, str]:
+    """What a file of ``benchmarks/`` holds, and the command that runs it."""
+    return next((kind for key, kind in KINDS.items() if key in content), ("a suite", "run"))
+
+
+def expect(file: str, name: str, content: dict[str, Any], command: str) -> None:
+    """Raise :class:`LensbenchError` where a file is for another command."""
+    kind, of = kind_of(content)
+    if of != command:
+        wanted = {runs: what for what, runs in [*KINDS.values(), ("a suite", "run")]}[command]
+        raise LensbenchError(f"{file} is {kind}, not {wanted}: `lensbench {of} {name}` runs it")
+
+
+def load_in_context(name: str) -> InContext:
+    """Tasks of known Bayes predictor by name or path."""
+    file, content = read_toml(name)
+    expect(file, name, content, "in-context")
+    found = validated(InContext, file, content)
+    for who, task in itertools.product(found.contestants, found.tasks):
+        shape = {key: getattr(found, key) for key in ("d_model", "layers", "heads", "parameters")}
+        try:
+            fitting_width(
+                who.family, vocab_size=task.vocab_size, context=found.training.length, **shape, **who.settings
+            )
+        except LensbenchError as error:
+            raise LensbenchError(f"{file}: {who.name}: {error}") from error
+    return found
 
 
 def load_calibration(name: str) -> Calibration:
     """A calibration by name or path."""
     file, content = read_toml(name)
-    if kind_of(content) != "calibration":
-        raise LensbenchError(f"{file} is no calibration: `lensbench run {name}` runs it")
+    expect(file, name, content, "calibrate")
     return validated(Calibration, file, content)
 
 
 def load_sweep(name: str) -> Sweep:
     """A sweep by name or path."""
     file, content = read_toml(name)
-    if "models" in content:
-        raise LensbenchError(f"{file} is a suite, not a sweep: `lensbench run {name}` runs it")
+    expect(file, name, content, "sweep")
     return validated(Sweep, file, content)

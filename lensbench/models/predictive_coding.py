@@ -129,8 +129,8 @@ class PredictiveCodingCache:
     """What the tokens so far leave to the next ones, of a batch of B sequences.
 
     ``layers[l]``: the last two inputs of each convolution ``[B, 2, d]``, the last prediction ``z`` (whose error the next
-    token reveals) and its key; of the linear kernel the state ``[B, H, d/H, d/H]``, of the others all keys and values (errors
-    seen through V) ``[B, H, T, d/H]``. ``embedded``: the last two embeddings. ``mask`` ``[B, T]``: tokens that are no padding.
+    token reveals) and its key; of the linear kernel the state ``[B, H, d/H, d/H]``, of the others all keys and values
+    (errors seen through V) ``[B, H, T, d/H]``. ``embedded``: the last two embeddings. ``mask`` ``[B, T]``: 0 is padding.
     """
 
     layers: list[dict[str, Tensor]] = field(default_factory=list)
@@ -475,7 +475,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Error, revealed by each token, of the prediction made one position earlier: (B, T, d), zero at position 0.
 
-        ``layer`` owns the map of the cheap error. ``last`` (B, 1, d) is the prediction before the first token, if there is one.
+        ``layer`` owns the map of the cheap error. ``last`` (B, 1, d) is the prediction before the first token, if any.
         """
         # Detached: the error is a signal that the layers use, not a second path by which to train the embedding.
         embedding = self.embed_tokens.weight.detach()
@@ -510,10 +510,10 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> PredictiveCodingOutput | tuple:
         """Next-token logits ``[B, T, V]``; with ``labels`` (-100 is ignored) also their mean cross-entropy, nats/token.
 
-        ``attention_mask`` ``[B, T]`` (with a cache also ``[B, P+T]``) marks padding with 0, on either side; padded positions
-        reveal no error. ``cache``: that of the P tokens before these, or an empty one; it is renewed in place and, with ``use_cache``,
-        returned. ``logits_to_keep``: logits of the last so many positions alone. Raises ``ValueError`` for labels or a cache of the
-        uniform variant, which sees the tokens that it predicts.
+        ``attention_mask`` ``[B, T]`` (with a cache also ``[B, P+T]``) marks padding with 0, on either side; padded
+        positions reveal no error. ``cache``: that of the P tokens before these, or an empty one; it is renewed in place
+        and, with ``use_cache``, returned. ``logits_to_keep``: logits of the last so many positions alone. Raises
+        ``ValueError`` for labels or a cache of the uniform variant, which sees the tokens that it predicts.
         """
         config = self.config
         if not config.causal and (labels is not None or use_cache or cache is not None):
@@ -560,9 +560,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
             if config.layer_loss_weight and len(states) > 2:
                 inner = [
-                    self.loss_function(
-                        logits=self.read_out(h), labels=labels, vocab_size=config.vocab_size, **kwargs
-                    )
+                    self.loss_function(logits=self.read_out(h), labels=labels, vocab_size=config.vocab_size, **kwargs)
                     for h in states[1:-1]
                 ]
                 loss = loss + config.layer_loss_weight * torch.stack(inner).mean()
@@ -596,7 +594,9 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             "logits_to_keep": 1,
         }
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ):
         # Named here: which name of a cache transformers looks for differs between its versions.
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if outputs.get("cache") is not None:

@@ -198,7 +198,7 @@ def loss_of(model: PreTrainedModel, ids: Tensor, readout: ReadOut | None, weight
 
 def train(
     model: PreTrainedModel,
-    stream: np.ndarray,
+    stream: np.ndarray | Callable[[int], Tensor],
     recipe: TrainingRecipe,
     *,
     seed: int,
@@ -206,12 +206,13 @@ def train(
     device: torch.device,
     report: Callable[[StepReport], None] | None = None,
 ) -> PreTrainedModel:
-    """Train ``model`` on ``stream`` (token ids [n], documents joined) and return it in evaluation mode.
+    """Train ``model`` on ``stream`` and return it in evaluation mode.
 
+    ``stream``: token ids [n], documents joined, that windows are drawn from; or a step's batch [batch, length] of ids.
     Resumes from the last checkpoint in ``checkpoints``; a resumed run ends with the same weights as an undisturbed one.
     Raises :class:`LensbenchError` where the stream is shorter than a sequence or the loss is no longer finite.
     """
-    if len(stream) < recipe.length:
+    if not callable(stream) and len(stream) < recipe.length:
         raise LensbenchError(
             f"the train split has {len(stream)} tokens, fewer than one sequence of {recipe.length}; give a longer text"
         )
@@ -224,7 +225,7 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
-        ids = batch_of(stream, recipe, seed, step).to(device)
+        ids = (stream(step) if callable(stream) else batch_of(stream, recipe, seed, step)).to(device)
         loss, last = loss_of(model, ids, readout, recipe.deep_supervision)
         model.zero_grad(set_to_none=True)
         loss.backward()

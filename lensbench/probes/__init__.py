@@ -174,4 +174,4 @@ def probe(function: Callable[[Subject], Measured]) -> Callable[[Subject], Measur
     return function
 
 
-from lensbench.probes import gradients, paths, representation  # noqa: E402,F401  (each registers what it has)
+from lensbench.probes import gradients, paths, places, representation  # noqa: E402,F401  (each registers what it has)

@@ -1,0 +1,67 @@
+"""What a predictive-coding language model holds at its known places: predictions, errors and updates, layer by layer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, from_numpy
+
+from lensbench.models.predictive_coding import PredictiveCodingForCausalLM, PredictiveCodingOutput, expected_embedding
+from lensbench.probes import Measured, Subject, Sums, probe
+
+TOKENS_AT_ONCE = 4096
+
+
+@probe
+def known_places(subject: Subject) -> Measured:
+    """Of a predictive-coding model, means over tokens at every layer l, or whose block is l.
+
+    ``read_out_ce``: cross-entropy of ``predictions[l]`` through the model's own head, nats/token. ``true_error_rms``: of
+    the error ``(E[x] - E^T p) / rms(E)`` of ``predictions[l]``; ``carried_error_rms``: of what the block was given
+    instead (the two differ in the cheap and in the no-error variants), and ``error_cosine`` of the two;
+    ``update_share``: norm of ``updates[l]`` by that of ``predictions[l]``. ``subtracted_cosine``, of the cheap error: of
+    what is subtracted, ``A rms(z)``, and ``E^T p``.
+    """
+    model, windows = subject.stream.model, subject.windows
+    if not isinstance(model, PredictiveCodingForCausalLM):
+        return Measured("known_places", reason="its predictions and errors have no known places")
+    if subject.rotated:
+        return Measured("known_places", reason="a rotated view has no places of its own")
+    sums: dict[tuple[str, int], list[Tensor]] = {}
+    per_batch = max(1, TOKENS_AT_ONCE // windows.ids.shape[1])
+    for start in range(0, len(windows.ids), per_batch):
+        ids, row, at = map(from_numpy, windows.scored(slice(start, start + per_batch)))
+        for (name, layer), values in at_places(model, ids.to(model.device)).items():
+            scored = values.double().cpu()[row, at]
+            total = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, row, scored)
+            sums.setdefault((name, layer), []).append(total)
+    found = Sums("known_places", windows, windows.valid.sum(1).astype(float))
+    for (name, layer), parts in sums.items():
+        found.add(name, torch.cat(parts).numpy(), layer=layer)
+    return found.measured()
+
+
+@torch.no_grad()
+def at_places(model: PredictiveCodingForCausalLM, ids: Tensor) -> dict[tuple[str, int], Tensor]:
+    """Quantity and layer -> its value ``[B, T-1]`` for the prediction at position n, which token n+1 judges."""
+    out: PredictiveCodingOutput = model(ids, output_hidden_states=True)
+    assert out.predictions is not None and out.errors is not None and out.updates is not None
+    table = model.embed_tokens.weight
+    scale = table.pow(2).mean().rsqrt()
+    actual = F.embedding(ids[:, 1:], table)
+    found: dict[tuple[str, int], Tensor] = {}
+    for layer, z in enumerate(out.predictions):
+        logits = model.read_out(z[:, :-1])
+        found["read_out_ce", layer] = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        latent = model.norm(z[:, :-1])
+        expected = expected_embedding(latent.flatten(0, 1), table).view_as(latent)
+        error = (actual - expected) * scale
+        found["true_error_rms", layer] = error.pow(2).mean(-1).sqrt()
+        if layer == len(out.errors):
+            continue
+        carried = out.errors[layer][:, 1:]
+        found["carried_error_rms", layer] = carried.pow(2).mean(-1).sqrt()
+        found["error_cosine", layer] = F.cosine_similarity(carried, error, dim=-1)
+        found["update_share", layer] = (out.updates[layer].norm(dim=-1) / z.norm(dim=-1))[:, :-1]
+        if model.config.error == "linear":
+            rms = F.rms_norm(actual, (actual.shape[-1],), eps=1e-12)
+            found["subtracted_cosine", layer] = F.cosine_similarity(rms - carried, expected, dim=-1)
+    return found
