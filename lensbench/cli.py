@@ -438,14 +438,18 @@ def models(debug: Debug = False) -> None:
     from lensbench.models import FAMILIES
     from lensbench.suite import kind_of, named_files, read_toml
 
-    named = Table("name", "models or trials", "question", title="suites, sweeps, calibrations (benchmarks/*.toml)")
+    named = Table(
+        "name", "models or trials", "question", title="suites, sweeps, calibrations, tasks (benchmarks/*.toml)"
+    )
     for name in named_files():
         _, content = read_toml(name)
-        kind = kind_of(content)
-        if kind == "sweep":
+        _, command = kind_of(content)
+        if command == "sweep":
             inside = f"{len(content['trials'])} trials"
-        elif kind == "calibration":
+        elif command == "calibrate":
             inside = f"{len({*content['tune'], *content['held_out']})} families of synthetic streams"
+        elif command == "in-context":
+            inside = ", ".join(c["name"] for c in content["contestants"])
         else:
             inside = ", ".join(m["name"] for m in content["models"])
         named.add_row(name, inside, content["question"])

@@ -240,8 +240,12 @@ TEXT_COLUMNS = {
 TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 
 
-ADDED = ("verdicts.csv", "probes.csv", "curves.csv", "timings.csv")
-"""Tables that folders of earlier versions, or of suites that ask for no such thing, do not have: read as empty."""
+ON_REQUEST = ("curves.csv", "timings.csv")
+"""Tables that are written where a suite asks for learning curves."""
+ADDED = ("verdicts.csv", "probes.csv", *ON_REQUEST)
+"""Tables that a folder may be without, being of an earlier version or not asked for them: read as empty."""
+WRITTEN = tuple(name for name in SCHEMA if name not in ON_REQUEST)
+"""Tables of every run."""
 MEASURED_TIME = ("timings.csv",)
 """Tables that no two runs have alike."""
 ADDED_COLUMNS = {"verdicts.csv": ("known",)}

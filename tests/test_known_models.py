@@ -301,7 +301,7 @@ def test_sums_over_clusters_give_the_same_tables_and_comparisons_from_a_smaller_
     shutil.copytree(folder, tmp_path / "run")
     result = run("run", suite, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    for name in results.SCHEMA:
+    for name in results.WRITTEN:
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes(), name
     whole, small = (results.read_run(f).sequences() for f in (folder, tmp_path / "run"))
     # Every document is a cluster of its own here, with one or two sequences of it.

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ def test_suites_work_from_an_installed_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path / "dist"), str(ROOT)], check=True)
     wheel = next((tmp_path / "dist").glob("lensbench-*.whl"))
+    # By name: an editable install beside it would find what the wheel has forgotten.
+    with zipfile.ZipFile(wheel) as inside:
+        packed = {name for name in inside.namelist() if name.startswith("lensbench/")}
+    ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "lensbench").rglob("*.py")}
+    suites = {f"lensbench/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "benchmarks").glob("*.toml")}
+    assert (ours | suites) - packed == set()
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -7,7 +7,17 @@ from conftest import SUITE
 
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
-from lensbench.suite import Suite, kind_of, load_calibration, load_suite, load_sweep, named_files, read_toml, validated
+from lensbench.suite import (
+    Suite,
+    kind_of,
+    load_calibration,
+    load_in_context,
+    load_suite,
+    load_sweep,
+    named_files,
+    read_toml,
+    validated,
+)
 
 
 def changed(old: str, new: str) -> dict:
@@ -19,8 +29,9 @@ def changed(old: str, new: str) -> dict:
 def test_every_suite_that_comes_with_lensbench_is_valid():
     assert {"quick", "quick-sweep"} <= set(named_files())
     for name in named_files():
-        kinds = {"sweep": load_sweep, "suite": load_suite, "calibration": load_calibration}
-        assert kinds[kind_of(read_toml(name)[1])](name).name == name
+        _, command = kind_of(read_toml(name)[1])
+        load = {"sweep": load_sweep, "run": load_suite, "calibrate": load_calibration, "in-context": load_in_context}
+        assert load[command](name).name == name
 
 
 def test_models_of_quick_have_equal_parameters_within_one_percent():
