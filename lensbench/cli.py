@@ -95,6 +95,10 @@ def answerable(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             say("interrupted; finished stages are kept, the same command goes on from there")
             raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Whoever read the output wants no more of it; nor is the interpreter to complain when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except Exception as error:
             line = one_line(error)
             if line is None:

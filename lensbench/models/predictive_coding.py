@@ -20,6 +20,7 @@ the tokens' embeddings; norm and head are blind outside z. :class:`PredictiveCod
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -33,8 +34,11 @@ from transformers.modeling_outputs import CausalLMOutput
 INITIAL_DECAYS = (0.73, 0.95, 0.993, 0.999)
 CONVOLUTION_WIDTH = 3
 QUERIES_AT_ONCE = 256  # of the exp kernel: what is in memory is [B, H, 256, T]
-CHUNK = 64  # tokens of the linear kernel between two visits of its state
-ENTRIES_AT_ONCE = 2**19  # of logits when an error is not differentiated: they stay in a processor's cache
+CHUNK = {"cpu": 64, "cuda": 256}  # tokens of the linear kernel between two visits of its state
+# Logits when an error is not differentiated: what stays in a processor's cache; what a GPU has memory for.
+ENTRIES_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
+# What transformers calls the cache among generate's arguments: until 5.2x it was another name.
+CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 
 
 class PredictiveCodingConfig(PreTrainedConfig):
@@ -212,7 +216,7 @@ def shifted(x: Tensor, last: Tensor | None) -> Tensor:
 
 def expected_embedding(latent: Tensor, embedding: Tensor) -> Tensor:
     """``E^T softmax(E y)`` of latents ``[N, d]`` under ``[V, d]``, without keeping ``[N, V]``; not differentiated."""
-    rows = max(1, ENTRIES_AT_ONCE // len(embedding))
+    rows = max(1, ENTRIES_AT_ONCE.get(latent.device.type, 2**19) // len(embedding))
     with torch.no_grad():
         return torch.cat([(part @ embedding.T).softmax(-1) @ embedding for part in latent.split(rows)])
 
@@ -388,13 +392,14 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
         if state is None:
             state = query.new_zeros(batch, heads, size, size)
         log_decay, eta = self.log_decay[:, None, None], self.log_eta.exp()[:, None, None]
-        steps = torch.arange(min(length, CHUNK), device=query.device)
+        chunk = CHUNK.get(query.device.type, 64)
+        steps = torch.arange(min(length, chunk), device=query.device)
         lag = steps[:, None] - steps
         within = (log_decay * lag).masked_fill(lag < 0, -torch.inf).exp()  # (H, C, C)
         since = (log_decay * (steps[:, None] + 1)).exp()  # (H, C, 1): what is left of the incoming state
         parts = []
-        for start in range(0, length, CHUNK):
-            q, k, v = (x[:, :, start : start + CHUNK] for x in (query, key, value))
+        for start in range(0, length, chunk):
+            q, k, v = (x[:, :, start : start + chunk] for x in (query, key, value))
             n = q.shape[2]
             reach, left = within[:, :n, :n], since[:, :n]
             if self.delta_rule:
@@ -584,7 +589,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        cache = kwargs.get("cache")
+        cache = kwargs.get(CACHE)
         past = 0 if cache is None else cache.get_seq_length()
         return {
             "input_ids": input_ids[:, past:],
@@ -597,10 +602,9 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ):
-        # Named here: which name of a cache transformers looks for differs between its versions.
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if outputs.get("cache") is not None:
-            model_kwargs["cache"] = outputs["cache"]
+            model_kwargs[CACHE] = outputs["cache"]
         return model_kwargs
 
 
