@@ -160,7 +160,7 @@ SCHEMA: dict[str, dict[str, str]] = {
     "timings.csv": {
         **_WHO,
         "train_tokens": "budget, as in curves.csv",
-        "seconds": "what training took then: measured, so the one table that differs from run to run",
+        "seconds": "median time of a training step then, times the steps: measured, so the one table that no two runs share",
     },
     "indices.csv": {
         **_WHO,

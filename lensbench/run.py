@@ -264,17 +264,16 @@ class Runner:
             def report(at: StepReport) -> None:
                 tick(at.step, f"loss {at.loss:.3f}, {at.tokens / (time.perf_counter() - start):,.0f} tokens/s")
 
-            reports: list[StepReport] = []
+            ends = [start]
 
             def timed(at: StepReport) -> None:
-                reports[:] = [at]
+                ends.append(time.perf_counter())
                 report(at)
 
             train(network, stream, recipe, seed=seed, checkpoints=folder, device=self.device, report=timed)
-            # Of an interrupted training what its last part took for each token; reading the text is not counted.
-            rate = (time.perf_counter() - start) / reports[0].tokens if reports else 0.0
-            seconds = round(rate * recipe.steps * recipe.batch * recipe.length, 2)
-            results.write_json(folder / TRAINING, {"seconds": seconds})
+            # The usual step, as often as there are steps: pauses, and what else the machine did for a while, do not count.
+            usual = float(np.median(np.diff(ends))) if len(ends) > 1 else 0.0
+            results.write_json(folder / TRAINING, {"seconds": round(usual * recipe.steps, 2)})
             network.cpu().save_pretrained(folder)
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
