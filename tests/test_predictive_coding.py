@@ -28,6 +28,8 @@ def tiny(error="softmax", seed=0, dtype=torch.float64, **changes):
         model.norm.weight.uniform_(0.5, 1.5)
         for layer in model.layers:
             for parameter in (layer.log_eta, layer.log_beta, layer.decay_logit):
+                if parameter is None:
+                    continue
                 parameter.add_(0.5 * torch.randn(H, dtype=dtype))
     return model
 

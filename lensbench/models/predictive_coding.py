@@ -235,8 +235,7 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
         self.query_key = nn.Linear(d, d, bias=False)  # one map for both: a true kernel
         self.value_output = nn.Linear(d, d, bias=False)  # V; its transpose writes: a positive semi-definite step
         self.log_eta = nn.Parameter(torch.empty(heads))
-        if config.kernel != "linear":
-            self.log_beta = nn.Parameter(torch.empty(heads))
+        self.log_beta = None if config.kernel == "linear" else nn.Parameter(torch.empty(heads))
         self.decay_logit = nn.Parameter(torch.empty(heads)) if config.decay else None
         self.key = None if config.tie_query_key else nn.Linear(d, d, bias=False)
         self.output = None if config.tie_value_output else nn.Linear(d, d, bias=False)
@@ -332,7 +331,7 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
         unseen = lag < 0 if self.causal else torch.zeros_like(lag, dtype=torch.bool)
         lag = lag if self.causal else lag.abs()
         decay, eta = self.log_decay[:, None, None] * lag, self.log_eta[:, None, None]
-        if self.kernel_name == "linear":
+        if self.log_beta is None:
             return (query @ key.transpose(-1, -2)) * (decay + eta).masked_fill(unseen, -torch.inf).exp()
         beta = self.log_beta.exp()[:, None, None]
         if self.kernel_name == "exp":
@@ -360,6 +359,7 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
     def attended(self, query: Tensor, key: Tensor, value: Tensor, revealed: Tensor | None) -> Tensor:
         """The same for the causal softmax kernel, which is an attention: nothing of size T x T for each head."""
         queries, keys = query.shape[2], key.shape[2]
+        assert self.log_beta is not None
         # gamma^(n-s) is a bias that grows with s alone, as a softmax sees it: one more entry of queries and keys.
         bias = self.log_decay[:, None] * torch.arange(keys - 1, -1, -1, device=query.device)
         query = F.pad(self.log_beta.exp()[:, None, None] * query, (0, 1), value=1.0)
@@ -460,7 +460,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
                 if linear is not None:
                     linear.weight.mul_(self.config.num_hidden_layers**-0.5)
             module.log_eta.fill_(math.log(self.config.initial_eta))
-            if module.kernel_name != "linear":
+            if module.log_beta is not None:
                 module.log_beta.fill_(math.log(self.config.initial_beta))
             if module.decay_logit is not None:
                 decays = self.config.initial_decays
