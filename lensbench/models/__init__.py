@@ -43,7 +43,7 @@ def of_our_own(
     )
 
 
-def our_predictive_coding(*, d_model: int, **rest: Any) -> PreTrainedModel:
+def predictive_coding_lm(*, d_model: int, **rest: Any) -> PreTrainedModel:
     """Predictive-coding LM; its variants are :class:`PredictiveCodingConfig`'s."""
     return of_our_own(
         PredictiveCodingConfig, PredictiveCodingForCausalLM, d_model=d_model, prediction_size=4 * d_model, **rest
@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
         ("initializer_range", "skip"),
     ),
     "predictive-coding": Family(
-        our_predictive_coding,
+        predictive_coding_lm,
         "predictions and prediction errors at known places, each layer corrects the errors",
         (
             "initializer_range",

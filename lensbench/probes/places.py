@@ -1,11 +1,18 @@
 """What a predictive-coding language model holds at its known places: predictions, errors and updates, layer by layer."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
-from lensbench.models.predictive_coding import PredictiveCodingForCausalLM, PredictiveCodingOutput, expected_embedding
-from lensbench.probes import Measured, Subject, Sums, probe
+from lensbench.corpus import Windows
+from lensbench.models.predictive_coding import (
+    PredictiveCodingConfig,
+    PredictiveCodingForCausalLM,
+    PredictiveCodingOutput,
+    expected_embedding,
+)
+from lensbench.probes import Array, Measured, Subject, Sums, probe
 
 TOKENS_AT_ONCE = 4096
 
@@ -19,6 +26,10 @@ def known_places(subject: Subject) -> Measured:
     instead (the two differ in the cheap and in the no-error variants), and ``error_cosine`` of the two;
     ``update_share``: norm of ``updates[l]`` by that of ``predictions[l]``. ``subtracted_cosine``, of the cheap error: of
     what is subtracted, ``A rms(z)``, and ``E^T p``.
+
+    For the whole model, at the last scored token of a window: ``uniform_kl``, from the model's own prediction to that of the
+    uniform variant with the same weights on the same prefix, in which every layer updates all predictions by all errors of
+    the prefix, as L steps of gradient descent on it would; and ``uniform_ce_rise``, of the cross-entropy by that change.
     """
     model, windows = subject.stream.model, subject.windows
     if not isinstance(model, PredictiveCodingForCausalLM):
@@ -36,7 +47,30 @@ def known_places(subject: Subject) -> Measured:
     found = Sums("known_places", windows, windows.valid.sum(1).astype(float))
     for (name, layer), parts in sums.items():
         found.add(name, torch.cat(parts).numpy(), layer=layer)
+    if model.config.causal and not model.config.delta_rule:
+        every = np.ones(len(windows.ids))
+        for name, change in against_uniform(model, windows, per_batch).items():
+            found.add(name, change, every)
     return found.measured()
+
+
+@torch.no_grad()
+def against_uniform(model: PredictiveCodingForCausalLM, windows: Windows, per_batch: int) -> dict[str, Array]:
+    """Name -> value ``[S]`` of each window, see :func:`known_places`."""
+    config = PredictiveCodingConfig(**{**model.config.to_dict(), "causal": False})
+    twin = torch.nn.Module.to(PredictiveCodingForCausalLM(config), model.device).eval()
+    twin.load_state_dict(model.state_dict())
+    last = np.where(windows.valid, windows.positions, 0).max(1)
+    found = {name: np.zeros(len(windows.ids)) for name in ("uniform_kl", "uniform_ce_rise")}
+    for n in np.unique(last):
+        (rows,) = np.nonzero(last == n)
+        for some in np.array_split(rows, -(-len(rows) // per_batch)):
+            ids = from_numpy(windows.ids[some]).to(model.device)
+            prefix, target = ids[:, : n + 1], ids[:, n + 1 : n + 2]
+            own, other = (m(prefix).logits[:, -1].double().log_softmax(-1) for m in (model, twin))
+            found["uniform_kl"][some] = (own.exp() * (own - other)).sum(-1).cpu().numpy()
+            found["uniform_ce_rise"][some] = (own - other).gather(1, target)[:, 0].cpu().numpy()
+    return found
 
 
 @torch.no_grad()
