@@ -5,6 +5,9 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)
 
 SUITE = """
 name = "tiny"
