@@ -6,10 +6,9 @@ products with the embedding for each layer and token, 4 d V FLOPs, and as many a
 linear kernel's chunked form beside its quadratic one, by length.
 """
 
-import json
 import platform
-import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +18,11 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from benchmarks.speed.task import console, matmul_rate, now, numbers_of, say, use_threads
+from benchmarks.speed.task import console, matmul_rate, now, numbers_of, say, use_threads, write_description
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
 from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingLayer
-from lensbench.results import sha256, write_atomically, write_json
+from lensbench.results import write_atomically
 from lensbench.run import git_revision, versions
 
 BASELINE = "gpt-conv"
@@ -60,9 +59,10 @@ def main(
     half: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
 ) -> None:
-    """Measure, and write training.csv, kernel.csv and speed.json into OUT."""
+    """Measure, and write step-training.csv, step-kernel.csv and step.json into OUT."""
     try:
         use_threads(threads)
+        revision = git_revision()  # before tables are written: they make the checkout differ
         chosen = numbers_of(widths)
         for width in chosen:
             if width not in PARAMETERS:
@@ -71,18 +71,16 @@ def main(
                 )
         where = torch.device(device)
         training = [row for d in chosen for row in training_rows(d, vocabulary, length, tokens, rounds, where, half)]
-        tables = {"training.csv": pd.DataFrame(training), "kernel.csv": pd.DataFrame(kernel_rows(rounds, where))}
+        tables = {"step-training.csv": training, "step-kernel.csv": kernel_rows(rounds, where)}
         out.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            write_atomically(out / name, lambda path, t=table: t.to_csv(path, index=False, lineterminator="\n"))
+        for name, rows in tables.items():
+            write = partial(pd.DataFrame(rows).to_csv, index=False, lineterminator="\n", float_format="%.6g")
+            write_atomically(out / name, write)
         described = {
-            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or device,
-            "threads": threads, "bfloat16": half, "versions": versions(), "git_revision": git_revision(),
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "files": {name: sha256(out / name) for name in tables},
+            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.machine(),
+            "threads": threads, "bfloat16": half, "versions": versions(), "git_revision": revision,
         }  # fmt: skip
-        write_json(out / "speed.json", described)
-        console.print(json.dumps(described["files"]), highlight=False)
+        write_description(out, "step", described)
     except LensbenchError as error:
         console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
