@@ -208,7 +208,7 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(self.norm(h))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
         output = CausalLMOutput(loss=loss, logits=logits)
         if output_hidden_states:
             output.hidden_states = tuple(states)
