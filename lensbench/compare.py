@@ -354,7 +354,7 @@ def curve_rows(run: Run) -> list[dict[str, Any]]:
         row = {"kind": "learning curve", "run": str(run.folder), "model": model, "seed": "all", "index": "ce"}
         row |= {"against_run": str(run.folder), "against_model": against, "against_seed": "all", "paired": True}
         for gap in differences(curves, model, against):
-            note = f"{gap.pop('train_tokens')} tokens, positions {gap.pop('positions')}"
+            note = f"{gap.pop('train_tokens')} tokens, positions {gap.pop('positions')}; p uncorrected"
             found.append(row | gap | {"note": note})
     return found
 

@@ -410,7 +410,8 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
         panel.xaxis.set_major_locator(FixedLocator(tick_values(whole, panel is against_tokens)))
     figure.legend(*by_position.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     caption = (
-        "Bars: 95 %, over seeds where there are several, else over documents. Each budget has a schedule of its own."
+        "Bars: 95 %, over seeds (all on the same documents) where there are several, else over documents. Each budget has a "
+        "schedule of its own. Seconds: median step times steps, with another process beside it; no benchmark."
     )
     write_around(figure, "Who learns faster, by tokens and by seconds, and where in the context", caption)
     return figure
@@ -443,7 +444,8 @@ def tick_values(whole: pd.DataFrame, of_tokens: bool) -> list[float]:
     """The budgets themselves; of seconds, powers of two that span them."""
     if of_tokens:
         return sorted(whole["train_tokens"].unique())
-    low, high = np.log2(whole["seconds"].min()), np.log2(whole["seconds"].max())
+    seconds = whole["seconds"].clip(lower=1e-3)
+    low, high = np.log2(seconds.min()), np.log2(seconds.max())
     return [float(2**k) for k in range(math.ceil(low), math.floor(high) + 1)]
 
 

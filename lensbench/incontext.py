@@ -1,9 +1,8 @@
 """Synthetic documents whose best predictor is known: does subtracting the prediction help where it should?
 
 Every document has a table of its own, from a token to the next one's distribution, and is a Markov chain by it; what can
-be predicted must be learned in the context. Given the tokens so far, the rows of the table are independent and the counts
-of what followed each token are all that matters, so the exact Bayes predictor is a closed form, and a model's distance from
-it is its cross-entropy minus the predictor's on the same tokens.
+be predicted must be learned in the context. The exact Bayes predictor is a closed form, and a model's distance from it is
+its cross-entropy minus the predictor's on the same tokens.
 
 ``noisy-map``: a row is one token, uniform among all, which follows with probability ``1 - noise``, else any token. Copying
 what followed last time nearly solves it.
@@ -28,13 +27,14 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lensbench import results
 from lensbench.corpus import Windows
 from lensbench.errors import LensbenchError
-from lensbench.learning import ALL, CurvePoint, Scored, curve_table, differences, names_of, score_positions
+from lensbench.learning import ALL, CurvePoint, CurveRecipe, Scored, curve_table, differences, names_of, score_positions
 from lensbench.models import build
 from lensbench.models.training import StepReport, TrainingRecipe, train
 from lensbench.stages import Stage, Stages, open_run_folder
@@ -43,8 +43,8 @@ Array = NDArray[np.float64]
 VERSION = 1
 """Raise it where the same task would give other numbers."""
 TABLE, GAPS = "task.csv", "differences.csv"
-DEV, EVAL = 1_000_001, 1_000_002
-"""Streams of random numbers of the documents that rates are chosen on, and that are reported; training has the steps'."""
+DEV, EVAL = 1, 2
+"""Streams of random numbers of the documents that rates are chosen on, and that are reported; training has others."""
 BASE_SPREAD = 0.3
 """Concentration of each row of B: a few likely tokens and many unlikely ones."""
 
@@ -88,7 +88,7 @@ class TaskRecipe(_Strict):
     @cached_property
     def base(self) -> Array:
         """The table B ``[V, V]`` that all documents of a dirichlet task share."""
-        return np.random.default_rng(0).dirichlet(np.full(self.vocab_size, BASE_SPREAD), self.vocab_size)
+        return np.random.default_rng([3, 0, 1]).dirichlet(np.full(self.vocab_size, BASE_SPREAD), self.vocab_size)
 
     def tables(self, rng: np.random.Generator, documents: int) -> Array:
         """The table of each document, ``[D, V, V]``, rows summing to one."""
@@ -165,7 +165,8 @@ class InContext(_Strict):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = Field(min_length=1)
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = Field((1, 2, 3, 4, 5), min_length=1, description="of the trainings that are reported")
+    tuning_seed: int = Field(0, ge=0, description="of those that choose a rate; none of the reported ones")
     threads: int | None = Field(None, ge=1)
     d_model: int = Field(gt=0)
     layers: int = Field(ge=1)
@@ -173,13 +174,16 @@ class InContext(_Strict):
     parameters: int = Field(gt=0, description="met within 1 % by the width of the MLPs")
     training: TrainingRecipe = TrainingRecipe()
     learning_rates: tuple[float, ...] = Field(
-        (0.024, 0.048, 0.096), min_length=1, description="tried by every model on every task, with the first seed"
+        (0.024, 0.048, 0.096), min_length=1, description="tried by every model on every task"
     )
     documents: int = Field(512, ge=2, description="held-out documents; as many again choose the rate")
     positions: tuple[int, ...] = (1, 16, 64)
     draws: int = Field(2000, ge=100)
     tasks: tuple[TaskRecipe, ...] = Field(min_length=1)
     contestants: tuple[Contestant, ...] = Field(min_length=1)
+    claim: tuple[str, str] | None = Field(
+        None, description="two models whose difference over whole documents is tested on every task (Holm)"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> "InContext":
@@ -187,6 +191,14 @@ class InContext(_Strict):
             names = [x.name for x in getattr(self, what)]
             if len(set(names)) < len(names):
                 raise ValueError(f"two of {what} have one name")
+        if self.tuning_seed in self.seeds:
+            raise ValueError(
+                f"tuning_seed {self.tuning_seed} is one of seeds: what was selected on is not to be reported"
+            )
+        CurveRecipe(positions=self.positions)  # they rise
+        unknown = set(self.claim or ()) - {c.name for c in self.contestants}
+        if unknown:
+            raise ValueError(f"claim is about {sorted(unknown)[0]!r}, which is no contestant")
         if self.positions[-1] > self.training.length - 2:
             raise ValueError(f"positions: documents of {self.training.length} tokens end at {self.training.length - 2}")
         return self
@@ -235,7 +247,7 @@ class TaskRunner:
             )
 
             def batch(step: int) -> Tensor:
-                return torch.from_numpy(task.documents([seed, step], recipe.batch, recipe.length))
+                return torch.from_numpy(task.documents([0, seed, step], recipe.batch, recipe.length))
 
             def report(at: StepReport) -> None:
                 self.tick(f"{task.name}, {who.name}: step {at.step} of {at.steps}, loss {at.loss:.3f}")
@@ -253,7 +265,7 @@ class TaskRunner:
 
         def compute(folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(training.folder, dtype=torch.float32).eval()
-            ids = task.documents([split], self.recipe.documents, self.recipe.training.length)
+            ids = task.documents([split, 0, 1], self.recipe.documents, self.recipe.training.length)
             score_positions(torch.nn.Module.to(model, self.device), windows_of(ids), self.recipe.positions).save(folder)
 
         key = {"trained": training.digest, "split": split, "documents": self.recipe.documents}
@@ -265,7 +277,7 @@ class TaskRunner:
 
     def bound(self, task: TaskRecipe) -> Scored:
         """The same sums of the Bayes predictor, on the documents that are reported."""
-        ids = task.documents([EVAL], self.recipe.documents, self.recipe.training.length)
+        ids = task.documents([EVAL, 0, 1], self.recipe.documents, self.recipe.training.length)
         nats = task.bayes_nats(ids)
         first, length = self.recipe.positions, ids.shape[1]
         edges = [*first, length - 1]
@@ -285,7 +297,8 @@ def run_in_context(
 ) -> dict[str, pd.DataFrame]:
     """Train and score every model on every task; ``task.csv``, ``differences.csv`` and a manifest in ``folder``.
 
-    Each model tries the same learning rates on each task with the first seed, the best on the dev documents trains them all.
+    Each model tries the same learning rates on each task with a seed of their own, the best on the dev documents trains the
+    reported ones; ``at_edge``: it is the largest or smallest tried. ``p`` is uncorrected, ``p_holm`` of the claim alone.
     Finished trainings are reused. Raises :class:`LensbenchError` for a folder that holds something else.
     """
     lock = open_run_folder(folder, recipe.name)
@@ -302,7 +315,7 @@ def run_in_context(
             for who in recipe.contestants:
                 tried = {}
                 for rate in recipe.learning_rates:
-                    dev = runner.scored(task, runner.trained(task, who, recipe.seeds[0], rate), DEV)
+                    dev = runner.scored(task, runner.trained(task, who, recipe.tuning_seed, rate), DEV)
                     tried[rate] = float(dev.nats.sum() / dev.tokens.sum())
                 chosen[who.name] = best = min(tried, key=lambda rate: tried[rate])
                 for seed in recipe.seeds:
@@ -318,11 +331,14 @@ def run_in_context(
             table = table.merge(beyond.rename(columns=renamed).drop(columns="reason"), on=where, how="left")
             table.insert(0, "task", task.name)
             table["learning_rate"] = table["model"].map(chosen)
+            ends = min(recipe.learning_rates), max(recipe.learning_rates)
+            table["at_edge"] = table["learning_rate"].isin(ends) & table["learning_rate"].notna()
             tables.append(table.drop(columns="train_tokens"))
             for against, model in itertools.combinations((c.name for c in recipe.contestants), 2):
                 for gap in differences(beyond, model, against):
                     del gap["train_tokens"]
                     gaps.append({"task": task.name, "model": model, "against": against, **gap})
+        correct(gaps, recipe)
         written = {TABLE: pd.concat(tables, ignore_index=True), GAPS: pd.DataFrame(gaps)}
         for name, table in written.items():
             write = partial(table.to_csv, index=False, lineterminator="\n")
@@ -337,6 +353,18 @@ def run_in_context(
     finally:
         torch.set_num_threads(before)
         lock.release()
+
+
+def correct(gaps: list[dict[str, Any]], recipe: InContext) -> None:
+    """``p_holm`` of the claim on every task; None of all other differences."""
+    tested = []
+    for gap in gaps:
+        gap["p_holm"] = None
+        if gap["positions"] == ALL and {gap["model"], gap["against"]} == set(recipe.claim or ()):
+            tested.append(gap)
+    if tested:
+        for gap, p in zip(tested, multipletests([gap["p"] for gap in tested], method="holm")[1], strict=True):
+            gap["p_holm"] = float(p)
 
 
 def draw(table: pd.DataFrame, parts: list[str]) -> Callable[[Path], None]:

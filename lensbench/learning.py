@@ -109,7 +109,10 @@ def names_of(first: tuple[int, ...], length: int) -> list[str]:
 
 
 def curve_table(points: list[CurvePoint], first: tuple[int, ...], length: int, draws: int) -> pd.DataFrame:
-    """``curves.csv``: each seed with its interval over clusters of documents, and their mean with a Student-t interval."""
+    """``curves.csv``: each seed with its interval over clusters of documents, and their mean with a Student-t interval.
+
+    All seeds are scored on the same documents: the mean's interval is for other seeds, not for other documents.
+    """
     rows: list[dict[str, Any]] = []
     names = [ALL, *names_of(first, length)]
     for point in points:

@@ -286,13 +286,17 @@ def in_context_tables(written: dict[str, pd.DataFrame]) -> Iterator[Table]:
             shown.add_row(str(task), "bayes (its own CE)", "", *cells)
             continue
         cells = [with_interval(of.loc[p], "excess", "excess_ci_low", "excess_ci_high") for p in parts]
-        shown.add_row(str(task), str(model), f"{of['learning_rate'].iloc[0]:g}", *cells)
+        at = f"{of['learning_rate'].iloc[0]:g}" + (" (at the edge)" if of["at_edge"].iloc[0] else "")
+        shown.add_row(str(task), str(model), at, *cells)
     yield shown
     if len(gaps):
-        shown = Table("task", "difference", *named, title="differences, paired by seed [95 %, Student t]")
+        title = "differences, paired by seed [95 %, Student t; but for the claim uncorrected]"
+        shown = Table("task", "difference", *named, "p of the claim, Holm", title=title)
         for (task, model, against), rows in gaps.groupby(["task", "model", "against"], sort=False):
             of = rows.set_index("positions")
-            shown.add_row(str(task), f"{model} - {against}", *(with_interval(of.loc[p]) for p in parts))
+            holm = of["p_holm"].dropna()
+            corrected = f"{holm.iloc[0]:.2g}" if len(holm) else ""
+            shown.add_row(str(task), f"{model} - {against}", *(with_interval(of.loc[p]) for p in parts), corrected)
         yield shown
 
 

@@ -613,7 +613,11 @@ class Runner:
             key = {"trained": training.digest, "texts": texts.digest, "length": self.suite.length}
             key |= {"evaluate": evaluate, "sequences": self.sequences, "positions": recipe.positions}
             scored = Scored.load(self.stage(f"curve-{model.name}-seed{seed}-{tokens}", key, measure).folder)
-            seconds = json.loads((training.folder / TRAINING).read_text())["seconds"]
+            timed = training.folder / TRAINING
+            # A stage of an earlier version knows only what it took as a whole.
+            seconds = (
+                json.loads(timed.read_text())["seconds"] if timed.exists() else self.stages.seconds[timed.parent.name]
+            )
             points.append(CurvePoint(model.name, seed, tokens, seconds, scored))
         return points
 

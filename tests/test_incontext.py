@@ -98,7 +98,9 @@ def test_no_other_predictor_loses_less_than_bayes(kind):
 TINY = """
 name = "tiny"
 question = "q"
-seeds = [0, 1]
+seeds = [1, 2]
+tuning_seed = 0
+claim = ["gpt", "pc"]
 threads = 1
 d_model = 16
 layers = 2
@@ -133,27 +135,29 @@ def test_a_run_scores_every_model_against_the_bound_pairs_seeds_and_is_taken_up(
     gaps = pd.read_csv(tmp_path / "run" / "differences.csv")
     cells = table.set_index(["model", "seed", "positions"])
     for model in ("pc", "gpt"):
-        for seed in "01":
+        for seed in "12":
             row = cells.loc[model, seed, "all"]
-            bound = cells.loc["bayes", "0", "all"]["ce"]
+            bound = cells.loc["bayes", "1", "all"]["ce"]
             assert row["excess"] == pytest.approx(row["ce"] - bound, abs=1e-6)
             assert row["excess_ci_low"] < row["excess"] < row["excess_ci_high"]
         assert cells.loc[model, "all", "all"]["ce"] == pytest.approx(
-            np.mean([cells.loc[model, seed, "all"]["ce"] for seed in "01"])
+            np.mean([cells.loc[model, seed, "all"]["ce"] for seed in "12"])
         )
-    each = [cells.loc["gpt", seed, "all"]["ce"] - cells.loc["pc", seed, "all"]["ce"] for seed in "01"]
+    each = [cells.loc["gpt", seed, "all"]["ce"] - cells.loc["pc", seed, "all"]["ce"] for seed in "12"]
     whole = gaps[gaps["positions"] == "all"].iloc[0]
     assert (whole["model"], whole["against"], whole["seeds"]) == ("gpt", "pc", 2)
+    assert whole["p_holm"] == whole["p"], "one task, one claim"
+    assert gaps.loc[gaps["positions"] != "all", "p_holm"].isna().all()
     assert whole["value"] == pytest.approx(np.mean(each), abs=1e-9)
     recipe = load_in_context(str(tmp_path / "tiny.toml"))
-    ids = recipe.tasks[0].documents([1_000_002], 40, 24)
-    assert cells.loc["bayes", "0", "all"]["ce"] == pytest.approx(recipe.tasks[0].bayes_nats(ids)[:, 1:].mean())
+    ids = recipe.tasks[0].documents([2, 0, 1], 40, 24)
+    assert cells.loc["bayes", "1", "all"]["ce"] == pytest.approx(recipe.tasks[0].bayes_nats(ids)[:, 1:].mean())
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.csv")}
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0 and "reused" in again.output + (again.stderr or "")
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.csv")} == before
     assert (tmp_path / "run" / "in_context.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["in_context"]["seeds"] == [0, 1]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["in_context"]["seeds"] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,9 @@ def test_a_run_scores_every_model_against_the_bound_pairs_seeds_and_is_taken_up(
         (('kind = "noisy-map"', 'kind = "thresholds"'), "power of two"),
         (("parameters = 7_000", "parameters = 70"), "parameters"),
         (('name = "gpt"', 'name = "pc"'), "one name"),
+        (("tuning_seed = 0", "tuning_seed = 2"), "tuning_seed"),
+        (('claim = ["gpt", "pc"]', 'claim = ["gpt", "nobody"]'), "nobody"),
+        (("positions = [1, 8]", "positions = [8, 1]"), "positions must rise"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_one_line(tmp_path, change, said):

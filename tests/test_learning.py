@@ -171,7 +171,7 @@ def test_compare_pairs_curves_by_seed_and_timings_do_not_hinder_a_reproduction(c
         results.read_run(folder).tables["curves.csv"].set_index(["model", "train_tokens", "positions", "seed"])["ce"]
     )
     assert len(rows) == 3 * 3
-    row = rows[rows["note"] == "4096 tokens, positions 20-62"].iloc[0]
+    row = rows[rows["note"] == "4096 tokens, positions 20-62; p uncorrected"].iloc[0]
     gaps = [curves["pc", 4096, "20-62", s] - curves["gpt", 4096, "20-62", s] for s in "01"]
     assert (row["model"], row["against_model"], row["paired"]) == ("pc", "gpt", True)
     assert row["value"] == pytest.approx(np.mean(gaps))

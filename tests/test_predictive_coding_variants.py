@@ -533,3 +533,60 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients(variant):
 def test_a_variant_that_cannot_be_is_refused_with_its_name(wrong, said):
     with pytest.raises(ValueError, match=said):
         PredictiveCodingConfig(**wrong)
+
+
+@pytest.mark.parametrize("kernel", ["exp", "linear", "softmax"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_invisible_to_the_uniform_variant_too(kernel, side):
+    model, ids = tiny(kernel=kernel, causal=False), tokens(batch=1)
+    pad = torch.full((1, 5), 3)
+    padded = torch.cat([pad, ids] if side == "left" else [ids, pad], 1)
+    mask = torch.ones_like(padded)
+    mask[:, slice(0, 5) if side == "left" else slice(T, None)] = 0
+    with torch.no_grad():
+        found = model(padded, attention_mask=mask).logits[mask.bool()]
+        torch.testing.assert_close(found, model(ids).logits[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", ["strict", "linear kernel", "softmax kernel", "delta rule"])
+def test_half_precision_stays_finite_with_padding_and_near_single_precision(variant):
+    model, ids = model_of(variant, dtype=torch.float32, rms_norm_eps=1e-6, initializer_range=0.2), tokens(length=40)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        for dtype, tolerance in ((torch.float16, 0.02), (torch.bfloat16, 0.2)):
+            half = model_of(variant, dtype=torch.float32, rms_norm_eps=1e-6, initializer_range=0.2)
+            half.load_state_dict(model.state_dict())
+            logits = half.to(dtype)(ids, attention_mask=mask).logits.float()
+            assert torch.isfinite(logits).all()
+            real = mask.bool()
+            assert (logits - whole)[real].abs().max() < tolerance * whole.abs().max()
+
+
+def test_the_decay_of_the_softmax_kernel_survives_half_precision_early_in_a_long_context():
+    layer = model_of("softmax kernel", dtype=torch.float32, rms_norm_eps=1e-6).layers[0]
+    u, error = (x.float() for x in random_inputs(1024))
+    with torch.no_grad():
+        exact = layer.update(u, error)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = layer.update(u, error).float()
+    early = slice(2, 64)
+    assert (half - exact)[:, early].norm() < 0.05 * exact[:, early].norm()
+
+
+def test_training_with_checkpointed_layers_keeps_no_cache():
+    model, ids = tiny(), tokens()
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert model(ids, labels=ids, use_cache=True).cache is None
+    with torch.no_grad():
+        assert model(ids, use_cache=True).cache is not None
+
+
+@pytest.mark.parametrize("name", ["position_ids", "past_key_values", "inputs_embeds"])
+def test_what_the_model_cannot_honour_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        tiny()(tokens(), **{name: tokens()})
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        PredictiveCodingConfig(tie_word_embeddings=False)

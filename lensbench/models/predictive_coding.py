@@ -33,7 +33,7 @@ from transformers.modeling_outputs import CausalLMOutput
 # Half-lives of about 2, 14, 100 and 700 tokens, spread over the heads; learned from there.
 INITIAL_DECAYS = (0.73, 0.95, 0.993, 0.999)
 CONVOLUTION_WIDTH = 3
-QUERIES_AT_ONCE = 256  # of the exp kernel: what is in memory is [B, H, 256, T]
+QUERIES_AT_ONCE = 256  # of the exp kernel: without gradients [B, H, 256, T] is in memory, with them all that is causal
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of the linear kernel between two visits of its state
 # Logits when an error is not differentiated: what stays in a processor's cache; what a GPU has memory for.
 ENTRIES_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
@@ -98,6 +98,8 @@ class PredictiveCodingConfig(PreTrainedConfig):
             raise ValueError(f"kernel must be 'exp', 'linear' or 'softmax', not {kernel!r}")
         if delta_rule and (kernel != "linear" or not causal):
             raise ValueError("delta_rule is for the causal linear kernel: no other has one memory to correct")
+        if not tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be true: errors are those of the read-out by the embedding")
         if not initial_decays or not all(0 < gamma < 1 for gamma in initial_decays):
             raise ValueError(f"initial_decays must lie between 0 and 1, not {list(initial_decays)}")
         if initial_eta <= 0 or initial_beta <= 0 or layer_loss_weight < 0:
@@ -247,16 +249,20 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
         state: Tensor,
         error_of: Callable[["PredictiveCodingLayer", Tensor, Tensor | None], Tensor],
         revealed: Tensor | None = None,
+        present: Tensor | None = None,
         memory: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """State ``[z; u; e]`` (B, T, 3d) -> the next one, the errors that this layer saw, its update of z, and the MLP's.
 
-        ``revealed`` (B, P+T): tokens that reveal an error; None: all but the first. ``memory`` is read and renewed.
+        ``revealed`` (B, P+T): tokens that reveal an error; None: all but the first. ``present`` (B, T, 1): 0 is padding,
+        whose state stays zero; None: none is. ``memory`` is read and renewed.
         """
         z, u, e = state.chunk(3, -1)
         u, written = self.features(u, z, memory)
         error = error_of(self, z, (memory or {}).get("z"))
         update = self.update(u, error, revealed, memory)
+        if present is not None:
+            update = update * present
         if memory is not None:
             memory["z"] = z[:, -1:]
         moved = z + update if written is None else z + update + written
@@ -307,9 +313,10 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
     def queries_and_keys(self, u: Tensor, memory: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """``c_n`` of every position n and, for every token s, the one that its error belongs to: that of s-1."""
         f = F.rms_norm(u, (u.shape[-1],), eps=self.eps)
-        query = own = F.normalize(self.split(self.query_key(f)), dim=-1)
+        eps = max(1e-12, torch.finfo(f.dtype).tiny)  # in half precision 1e-12 is zero, and padding 0 / 0
+        query = own = F.normalize(self.split(self.query_key(f)), dim=-1, eps=eps)
         if self.key is not None:
-            own = F.normalize(self.split(self.key(f)), dim=-1)
+            own = F.normalize(self.split(self.key(f)), dim=-1, eps=eps)
         last = None if memory is None else memory.get("key")
         if memory is not None:
             memory["key"] = own[:, :, -1:]
@@ -360,11 +367,15 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
         """The same for the causal softmax kernel, which is an attention: nothing of size T x T for each head."""
         queries, keys = query.shape[2], key.shape[2]
         assert self.log_beta is not None
-        # gamma^(n-s) is a bias that grows with s alone, as a softmax sees it: one more entry of queries and keys.
-        bias = self.log_decay[:, None] * torch.arange(keys - 1, -1, -1, device=query.device)
-        query = F.pad(self.log_beta.exp()[:, None, None] * query, (0, 1), value=1.0)
-        key = torch.cat([key, bias.to(key.dtype)[..., None].expand(len(key), -1, -1, 1)], -1)
-        value = F.pad(value, (0, 1))
+        # gamma^(n-s) is a bias that grows with s alone, as a softmax sees it: two more entries of queries and keys, what
+        # the precision holds of it and the rest.
+        wide = torch.promote_types(key.dtype, torch.float32)
+        bias = self.log_decay.to(wide)[:, None] * torch.arange(keys - 1, -1, -1, device=query.device)
+        coarse = bias.to(key.dtype)
+        fine = (bias - coarse).to(key.dtype)
+        query = F.pad((self.log_beta.exp()[:, None, None] * query).to(key.dtype), (0, 2), value=1.0)
+        key = torch.cat([key, torch.stack([coarse, fine], -1).expand(len(key), -1, -1, 2)], -1)
+        value = F.pad(value, (0, 2)).to(key.dtype)
         if revealed is None and queries == keys:
             # Without the first token, which reveals nothing and, as a query, has seen nothing.
             seen = F.scaled_dot_product_attention(
@@ -378,7 +389,7 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
             # A query that knows no error sees its own token, whose value is zero: no row is without a key.
             allowed = (known[:, None] & (s <= n)) | ((s == n) & ~known[:, None])
             carried = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None], scale=1.0)
-        return self.log_eta.exp()[:, None, None] * carried[..., :-1]
+        return self.log_eta.exp()[:, None, None] * carried[..., :-2]
 
     def carried_in_chunks(
         self, query: Tensor, key: Tensor, value: Tensor, memory: dict[str, Tensor] | None = None
@@ -406,7 +417,11 @@ class PredictiveCodingLayer(GradientCheckpointingLayer):
                 # w_t = b (v_t - W_{t-1} k_t), where W_{t-1} holds the w of this chunk so far: a triangular system.
                 b = -torch.expm1(-eta)
                 system = b * ((k @ k.transpose(-1, -2)) * reach).tril(-1)
-                v = torch.linalg.solve_triangular(system, b * (v - left * (k @ state)), upper=False, unitriangular=True)
+                right = b * (v - left * (k @ state))
+                if right.dtype.itemsize < 4:  # which the solver does not take
+                    system, right = system.float(), right.float()
+                solved = torch.linalg.solve_triangular(system, right.to(system.dtype), upper=False, unitriangular=True)
+                v = solved.to(v.dtype)
             else:
                 v = eta * v
             parts.append(((q @ k.transpose(-1, -2)) * reach) @ v + left * (q @ state))
@@ -517,10 +532,17 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
 
         ``attention_mask`` ``[B, T]`` (with a cache also ``[B, P+T]``) marks padding with 0, on either side; padded
         positions reveal no error. ``cache``: that of the P tokens before these, or an empty one; it is renewed in place
-        and, with ``use_cache``, returned. ``logits_to_keep``: logits of the last so many positions alone. Raises
-        ``ValueError`` for labels or a cache of the uniform variant, which sees the tokens that it predicts.
+        and, with ``use_cache``, returned; training with gradient checkpointing has none. ``logits_to_keep``: logits of the
+        last so many positions alone. Raises ``ValueError`` for labels or a cache of the uniform variant, which sees the
+        tokens that it predicts, and for ``position_ids`` (packed sequences), ``inputs_embeds`` and ``past_key_values``.
         """
         config = self.config
+        for name in ("position_ids", "inputs_embeds", "past_key_values"):
+            if kwargs.pop(name, None) is not None:
+                what = "errors need token ids, one sequence a row, and a cache of their own"
+                raise ValueError(f"this model takes no {name}: {what}")
+        if self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in self.layers):
+            use_cache, cache = False, None  # the layers run twice: the second time they would find it renewed
         if not config.causal and (labels is not None or use_cache or cache is not None):
             raise ValueError("causal = False sees the tokens that it predicts: it has neither a loss nor a cache")
         if cache is None:
@@ -533,10 +555,11 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             mask = torch.cat([cache.mask, torch.ones_like(input_ids) if mask is None else mask], 1)
         if mask is not None and bool(mask.all()):
             mask = None
-        revealed = None
+        revealed = present = None
         if mask is not None:
-            # No layer has a bias, so a position whose e is zero stays zero in u and z.
-            e = e * mask[:, past:, None].to(e.dtype)
+            # No layer has a bias, so a position whose e is zero and that is not updated stays zero in u and z.
+            present = mask[:, past:, None].to(e.dtype)
+            e = e * present
             revealed = F.pad(mask[:, 1:] * mask[:, :-1], (1, 0)).bool()
         before = None if cache is None else cache.embedded
         state = torch.cat([self.first_down(F.gelu(self.first_up(e))), self.conv_e(e, before), e], -1)
@@ -554,7 +577,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
         for number in range(config.num_hidden_layers):
             memory = None if cache is None else cache.layers[number]
             layer = self.layers[number % len(self.layers)]
-            state, error, update, written = layer(state, error_of, revealed, memory)
+            state, error, update, written = layer(state, error_of, revealed, present, memory)
             states.append(state)
             errors.append(error)
             updates.append(update)

@@ -27,9 +27,12 @@ def known_places(subject: Subject) -> Measured:
     ``update_share``: norm of ``updates[l]`` by that of ``predictions[l]``. ``subtracted_cosine``, of the cheap error: of
     what is subtracted, ``A rms(z)``, and ``E^T p``.
 
+    ``subtracted_share``: norm of ``E^T p`` by that of ``E[x]``: how much there is to subtract. Where it is small, as before
+    training, every error has a cosine near 1 with the true one.
+
     For the whole model, at the last scored token of a window: ``uniform_kl``, from the model's own prediction to that of the
     uniform variant with the same weights on the same prefix, in which every layer updates all predictions by all errors of
-    the prefix, as L steps of gradient descent on it would; and ``uniform_ce_rise``, of the cross-entropy by that change.
+    the prefix, and ``uniform_ce_rise``, of the cross-entropy by that change. The weights are not trained for it.
     """
     model, windows = subject.stream.model, subject.windows
     if not isinstance(model, PredictiveCodingForCausalLM):
@@ -89,6 +92,7 @@ def at_places(model: PredictiveCodingForCausalLM, ids: Tensor) -> dict[tuple[str
         expected = expected_embedding(latent.flatten(0, 1), table).view_as(latent)
         error = (actual - expected) * scale
         found["true_error_rms", layer] = error.pow(2).mean(-1).sqrt()
+        found["subtracted_share", layer] = expected.norm(dim=-1) / actual.norm(dim=-1)
         if layer == len(out.errors):
             continue
         carried = out.errors[layer][:, 1:]
