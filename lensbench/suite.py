@@ -302,8 +302,9 @@ class Suite(_Strict):
             return "re-representation"
         if owner.family == "gpt-partitioned":
             return "carry-along"
-        # Its read-out is tied at every layer.
-        return "one representation" if owner.family == "predictive-coding" and model.view == "prediction" else None
+        # Every layer reads it out with the one head, to see its errors; without them the inner layers are free.
+        tied = owner.family == "predictive-coding" and owner.settings.get("error", "softmax") == "softmax"
+        return "one representation" if tied and model.view == "prediction" else None
 
     @property
     def length(self) -> int:

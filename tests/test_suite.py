@@ -121,3 +121,10 @@ def test_a_sweep_gives_every_model_equally_many_trials(tmp_path):
     )
     with pytest.raises(LensbenchError, match="equally many trials"):
         load_sweep(str(path))
+
+
+def test_predictions_are_known_to_be_in_one_representation_only_where_every_layer_reads_them_out():
+    suite = load_suite("predictive-coding")
+    known = {model.name: suite.known(model) for model in suite.models}
+    assert {name for name, what in known.items() if what == "one representation"} == {"pc", "pc-relaxed"}
+    assert all(known[name] is None for name in ("pc-none", "pc-relaxed-none", "pc+state", "gpt-conv"))
