@@ -428,24 +428,22 @@ def reproduction(reference: Run, run: Run) -> str:
     return f"{who}: reproduced but for a largest absolute difference of {largest:.3g} ({where})"
 
 
-def gap_table(run: Run) -> Table | None:
-    """Every model's learning curve beside that of the model that is best at the largest budget."""
+def gap_table(run: Run, declared: list[tuple[str, str]]) -> Table | None:
+    """Learning curves of declared pairs, and of every model against the one that is best at the largest budget."""
     curves = shown_curves(run.tables["curves.csv"])
     if curves.empty or not (curves["seed"] == ALL).any():
         return None
     whole = curves[curves["positions"] == ALL]
     best = whole[whole["train_tokens"] == whole["train_tokens"].max()].set_index("model")["ce"].idxmin()
     budgets = sorted(whole["train_tokens"].unique())
-    shown = Table(
-        Column("difference", no_wrap=True), *(f"{b:,}" for b in budgets),
-        title="cross-entropy against the best model's by training tokens, paired by seed [95 %, Student t]",
-    )  # fmt: skip
-    for model in dict.fromkeys(whole["model"]):
-        gaps = {
-            g["train_tokens"]: g for g in differences(run.tables["curves.csv"], model, best) if g["positions"] == ALL
-        }
-        if model != best and gaps:
-            shown.add_row(f"{model} - {best}", *(with_interval(gaps[b]) if b in gaps else "" for b in budgets))
+    title = "cross-entropy by training tokens, paired by seed [95 %, Student t]"
+    shown = Table(Column("difference", no_wrap=True), *(f"{b:,}" for b in budgets), title=title)
+    against_best = [(str(model), str(best)) for model in dict.fromkeys(whole["model"]) if model != best]
+    for model, against in dict.fromkeys([*declared, *against_best]):
+        found = differences(run.tables["curves.csv"], model, against)
+        gaps = {gap["train_tokens"]: gap for gap in found if gap["positions"] == ALL}
+        if gaps:
+            shown.add_row(f"{model} - {against}", *(with_interval(gaps[b]) if b in gaps else "" for b in budgets))
     return shown
 
 
@@ -453,10 +451,12 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """Whether the runs reproduce the first one, then values and differences; across runs, of the same model."""
     for line in comparison.reproduction:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    on_curves = comparison.table[(comparison.table["kind"] == "claim") & (comparison.table["index"] == "ce")]
+    declared = list(zip(on_curves["model"], on_curves["against_model"], strict=True))
     for run in comparison.runs:
         console.print(ruler_table(run))
         console.print(retention_table(run))
-        for found in (beside_table(run), learning_table(run), gap_table(run)):
+        for found in (beside_table(run), learning_table(run), gap_table(run, declared)):
             if found is not None:
                 console.print(found)
     table = comparison.table
