@@ -21,7 +21,15 @@ from lensbench import indices, results
 from lensbench.errors import LensbenchError
 from lensbench.indices import ON_THE_CURVE, Array, Means, tolerance_order
 from lensbench.learning import ALL, differences, shown_curves
-from lensbench.report import COMPARED, beside_table, learning_table, retention_table, ruler_table, with_interval
+from lensbench.report import (
+    COMPARED,
+    beside_table,
+    learning_table,
+    places_table,
+    retention_table,
+    ruler_table,
+    with_interval,
+)
 from lensbench.results import Run
 from lensbench.tables import ClusterSums, by_document, clustered, verdict_table
 from lensbench.verdict import VerdictRule
@@ -456,7 +464,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for run in comparison.runs:
         console.print(ruler_table(run))
         console.print(retention_table(run))
-        for found in (beside_table(run), learning_table(run), gap_table(run, declared)):
+        for found in (beside_table(run), learning_table(run), gap_table(run, declared), places_table(run)):
             if found is not None:
                 console.print(found)
     table = comparison.table

@@ -271,6 +271,42 @@ def learning_table(run: Run) -> Table | None:
     return table
 
 
+PLACES = {
+    "read_out_ce": "CE read out, nats/token",
+    "true_error_rms": "rms of the error",
+    "error_cosine": "cosine of carried and true error",
+    "subtracted_cosine": "cosine of what is subtracted",
+    "subtracted_share": "share that is subtracted",
+}
+OF_WHOLE_MODELS = {"uniform_kl": "KL to the uniform variant, nats", "uniform_ce_rise": "its CE above the model's, nats"}
+"""Quantities of the probe ``known_places``, and what its table calls them."""
+
+
+def places_table(run: Run) -> Table | None:
+    """What lies at the known places of predictive-coding models, layer by layer; None where nothing was measured."""
+    probes = run.tables["probes.csv"]
+    found = shown_seeds(probes[(probes["probe"] == "known_places") & probes["value"].notna()])
+    if found.empty:
+        return None
+    layers = sorted(found["layer"].dropna().astype(int).unique())
+    title = "at the known places: means over held-out tokens, by layer [95 %]"
+    table = Table(Column("model", no_wrap=True), Column("quantity", no_wrap=True), *map(str, layers), title=title)
+    told: set[tuple[float, ...]] = set()
+    for model, rows in found.groupby("model", sort=False):
+        if (values := tuple(rows["value"])) in told:
+            continue  # two views of a model have the same places
+        told.add(values)
+        for quantity, name in PLACES.items():
+            cells = rows[rows["quantity"] == quantity].set_index("layer")
+            if len(cells):
+                shown = (with_interval(cells.loc[k]) if k in cells.index else "" for k in layers)
+                table.add_row(str(model), name, *shown)
+        for quantity, name in OF_WHOLE_MODELS.items():
+            for _, row in rows[rows["quantity"] == quantity].iterrows():
+                table.add_row(str(model), name, with_interval(row))
+    return table
+
+
 def in_context_tables(written: dict[str, pd.DataFrame]) -> Iterator[Table]:
     """Distance from the Bayes predictor by task, model and part of the document, and the differences of models."""
     table, gaps = written["task.csv"], written["differences.csv"]
@@ -368,9 +404,9 @@ def print_run(run: Run, console: Console) -> None:
     console.print(baseline_table(run))
     console.print(index_table(run))
     console.print(tolerance_table(run))
-    curves = learning_table(run)
-    if curves is not None:
-        console.print(curves)
+    for table in (learning_table(run), places_table(run)):
+        if table is not None:
+            console.print(table)
     for line in [*sentences(run), *doubts(run)]:
         console.print(line, highlight=False, markup=False)
     for line in verdict_lines(run):
