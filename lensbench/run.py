@@ -819,10 +819,8 @@ def describe(
     first = next(iter(counted.values()))
     # The same text is the same corpus wherever it lies, and nobody's folders belong into a result.
     spec = suite.corpus.spec if not suite.corpus.spec.startswith("file:") else "file:" + Path(suite.corpus.spec).name
-    described = suite.model_dump(mode="json")
+    described = suite.described()
     described["corpus"]["spec"] = spec
-    if suite.curve is None:  # as runs before there were curves describe themselves
-        del described["curve"]
     for model in described["models"]:
         model.update({key: named(model[key]) for key in ("source", "lens") if model[key] is not None})
     return {

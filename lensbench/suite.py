@@ -306,6 +306,10 @@ class Suite(_Strict):
         tied = owner.family == "predictive-coding" and owner.settings.get("error", "softmax") == "softmax"
         return "one representation" if tied and model.view == "prediction" else None
 
+    def described(self) -> dict[str, Any]:
+        """What a manifest says of it; as runs before there were curves said it, where it has none."""
+        return self.model_dump(mode="json", exclude={"curve"} if self.curve is None else None)
+
     @property
     def length(self) -> int:
         """Tokens of the sequences that lenses are fitted, chosen and scored on."""

@@ -108,6 +108,15 @@ STANDARD = [Path("results") / "standard" / part for part in ("gpt", "pc", "contr
 
 
 @pytest.fixture(scope="session")
+def predictive_comparison():
+    """The committed parts of the suite ``predictive-coding``, compared as the command does from the repository's root."""
+    from lensbench.compare import compare_runs
+
+    with contextlib.chdir(Path(__file__).resolve().parents[1]):
+        return compare_runs([Path("results/predictive-coding") / name for name in ("gpt", "pc")])
+
+
+@pytest.fixture(scope="session")
 def standard_comparison():
     """The committed parts of the suite ``standard``, compared as the command does from the root of the repository."""
     from lensbench.compare import compare_runs

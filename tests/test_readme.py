@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lensbench import results
 from lensbench.compare import compare_runs, print_comparison
-from lensbench.report import calibration_table, print_run
+from lensbench.report import calibration_table, in_context_tables, print_run
 from lensbench.suite import load_suite, load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,8 +30,13 @@ def test_the_two_commands_are_there():
     assert "python -m pip install -e '.[test]' && pytest" in README
 
 
-def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparison):
+def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparison, predictive_comparison):
     console = Console(file=io.StringIO(), width=400)
+    print_comparison(predictive_comparison, console)
+    folder = ROOT / "results" / "predictive-coding" / "in-context"
+    if folder.is_dir():
+        for table in in_context_tables({name: pd.read_csv(folder / name) for name in ("task.csv", "differences.csv")}):
+            console.print(table)
     for name in COMMITTED:
         print_run(results.read_run(ROOT / "results" / name), console)
         print_comparison(compare_runs([ROOT / "results" / name], load_suite("standard").verdict), console)

@@ -37,7 +37,7 @@ def test_the_parts_are_the_suite_and_its_rule_is_the_one_that_was_calibrated(par
     models = [name for run in parts for name in run.manifest["models"]]
     assert sorted(models) == sorted(m.name for m in suite.models)
     for run in parts:
-        assert run.manifest["suite"] == suite.model_dump(mode="json")
+        assert run.manifest["suite"] == suite.described()
         assert not run.manifest["git_revision"].endswith("dirty")
         assert sum(run.manifest["seconds"].values()) < 75 * 60 * 2, "75 minutes on two cores, of one thread each"
     assert load_calibration("calibration").rule == suite.verdict
