@@ -1,5 +1,6 @@
 """What the README promises and quotes is what the project has and prints."""
 
+import contextlib
 import io
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
 from lensbench import results
@@ -49,7 +51,7 @@ def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparis
 
 
 def test_speeds_that_are_told_are_those_that_the_benchmark_prints():
-    text = (ROOT / "benchmarks" / "README.md").read_text()
+    text = (ROOT / "benchmarks" / "README.md").read_text().split("# Speed")[1]
     console = Console(file=io.StringIO(), width=200)
     for name in ("smollm2", "smollm2-prose", "quick"):
         print_ratios(pd.read_csv(ROOT / "results" / "speed" / name / "fitting.csv"), console)
@@ -57,6 +59,39 @@ def test_speeds_that_are_told_are_those_that_the_benchmark_prints():
     factor, difference = r"\b\d+\.\dx", r"[-+]\d\.\d+ \[[-+]\d\.\d+, [-+]\d\.\d+\]"
     told = re.findall(factor, README + text) + re.findall(difference, text)
     assert len(told) >= 12 and [number for number in told if number not in printed] == []
+
+
+def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured():
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    section = text.split("## The predictive-coding model")[1].split("## Probes")[0]
+    console = Console(file=io.StringIO(), width=400)
+    with contextlib.chdir(ROOT):
+        print_comparison(compare_runs([Path("results/predictive-coding/ablation")]), console)
+    quoted, printed = QUOTED.findall(section), console.file.getvalue()
+    assert len(quoted) >= 15
+    assert [n for n in quoted if n not in printed] == []
+    rows = re.findall(r"\| (2 cores, float32|the same, [a-z ]+|one H200, [a-z0-9]+) \|([^a-z]+)(?=\|)", text)
+    assert len(rows) == 5
+    models = {"the same, error differentiated": "pc, error differentiated", "the same, no error": "pc, no error"}
+    for name, cells in rows:
+        folder = {"one H200, float32": "h200-float32", "one H200, bfloat16": "h200-bfloat16"}.get(name, "cpu")
+        table = pd.read_csv(ROOT / "results" / "speed" / "predictive-coding" / folder / "step-training.csv")
+        of = table[table["model"] == models.get(name, "pc")].set_index("d_model")
+        told = [cell.strip() for cell in cells.split("|")][:3]
+        for width, cell in zip((128, 256, 512), told, strict=True):
+            row = of.loc[width] if width in of.index else None
+            expected = "" if row is None else f"{row['of_baseline']:.2f} ({row['of_baseline_by_flops']:.2f})"
+            assert cell == expected, (name, width)
+
+
+def test_the_python_examples_of_the_benchmarks_run(tiny_run):
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    names = {}
+    exec(example.replace("runs/quick", str(tiny_run)), names)
+    out = names["out"]
+    assert out.predictions[2].shape == out.errors[2].shape == out.updates[2].shape
+    torch.testing.assert_close(out.predictions[3], out.predictions[2] + out.updates[2])
 
 
 def test_the_python_example_runs(tiny_run):
