@@ -43,6 +43,7 @@ Array = NDArray[np.float64]
 VERSION = 1
 """Raise it where the same task would give other numbers."""
 TABLE, GAPS = "task.csv", "differences.csv"
+BOUND = "bayes"
 DEV, EVAL = 1, 2
 """Streams of random numbers of the documents that rates are chosen on, and that are reported; training has others."""
 BASE_SPREAD = 0.3
@@ -191,6 +192,8 @@ class InContext(_Strict):
             names = [x.name for x in getattr(self, what)]
             if len(set(names)) < len(names):
                 raise ValueError(f"two of {what} have one name")
+        if any(c.name == BOUND for c in self.contestants):
+            raise ValueError(f"no contestant can be named {BOUND!r}: so are the rows of the Bayes predictor")
         if self.tuning_seed in self.seeds:
             raise ValueError(
                 f"tuning_seed {self.tuning_seed} is one of seeds: what was selected on is not to be reported"
@@ -309,7 +312,7 @@ def run_in_context(
         tables, gaps = [], []
         for task in recipe.tasks:
             bound = runner.bound(task)
-            losses: list[CurvePoint] = [CurvePoint("bayes", recipe.seeds[0], 0, 0.0, bound)]
+            losses: list[CurvePoint] = [CurvePoint(BOUND, recipe.seeds[0], 0, 0.0, bound)]
             excess: list[CurvePoint] = []
             chosen: dict[str, float] = {}
             for who in recipe.contestants:
@@ -331,7 +334,7 @@ def run_in_context(
             table = table.merge(beyond.rename(columns=renamed).drop(columns="reason"), on=where, how="left")
             table.insert(0, "task", task.name)
             table["learning_rate"] = table["model"].map(chosen)
-            ends = min(recipe.learning_rates), max(recipe.learning_rates)
+            ends = {min(recipe.learning_rates), max(recipe.learning_rates)} if len(recipe.learning_rates) > 1 else set()
             table["at_edge"] = table["learning_rate"].isin(ends) & table["learning_rate"].notna()
             tables.append(table.drop(columns="train_tokens"))
             for against, model in itertools.combinations((c.name for c in recipe.contestants), 2):

@@ -108,7 +108,7 @@ def tolerance_table(run: Run) -> Table:
     labels = sorted(rows["tolerance"].unique(), key=tolerance_order)
     several = rows["seed"].nunique() > 1
     table = Table(
-        "model (layers)", Column("pairs", no_wrap=True), *(Column(label, no_wrap=True) for label in labels),
+        *(Column(name, no_wrap=True) for name in ("model (layers)", "pairs", *labels)),
         title="gain visibility by the dev loss allowed on the own layer (share of K_0 - best; 1se: one standard error)",
     )  # fmt: skip
     for (model, seed, layers, index), group in rows.groupby(["model", "seed", "layers", "index"], sort=False):

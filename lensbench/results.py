@@ -274,6 +274,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if missing:
             raise KeyError(missing[0])
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, KeyError) and "in_context" in manifest:
+            raise LensbenchError(f"{folder} holds tasks (`lensbench in-context`), not a run of a suite") from error
         raise LensbenchError(f"{path} is damaged: {error}") from error
     if version != SCHEMA_VERSION:
         raise LensbenchError(

@@ -262,6 +262,9 @@ class Suite(_Strict):
         if self.curve is not None:
             if self.curve.budgets and self.curve.budgets[-1] >= self.training.tokens:
                 raise ValueError(f"curve.budgets must stay below training.tokens, {self.training.tokens}")
+            step = self.training.batch * self.training.length
+            if self.curve.budgets and self.curve.budgets[0] < step:
+                raise ValueError(f"curve.budgets: {self.curve.budgets[0]} tokens are less than one step of {step}")
             if self.curve.positions[-1] > self.length - 2:
                 raise ValueError(f"curve.positions: sequences of {self.length} tokens end at {self.length - 2}")
         longest = self.length - 1 - self.evaluate.first_position

@@ -170,6 +170,7 @@ def test_a_run_scores_every_model_against_the_bound_pairs_seeds_and_is_taken_up(
         (("parameters = 7_000", "parameters = 70"), "parameters"),
         (('name = "gpt"', 'name = "pc"'), "one name"),
         (("tuning_seed = 0", "tuning_seed = 2"), "tuning_seed"),
+        (('name = "gpt"\nfamily', 'name = "bayes"\nfamily'), "bayes"),
         (('claim = ["gpt", "pc"]', 'claim = ["gpt", "nobody"]'), "nobody"),
         (("positions = [1, 8]", "positions = [8, 1]"), "positions must rise"),
     ],

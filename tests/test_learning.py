@@ -177,8 +177,9 @@ def test_compare_pairs_curves_by_seed_and_timings_do_not_hinder_a_reproduction(c
     assert row["value"] == pytest.approx(np.mean(gaps))
 
 
-def test_budgets_beyond_the_training_are_refused(tmp_path):
-    suite = write_suite(tmp_path, **{"[fit]": "[curve]\nbudgets = [9_000]\n\n[fit]"})
+@pytest.mark.parametrize("budget", [9_000, 100])
+def test_budgets_beyond_the_training_or_below_a_step_are_refused(tmp_path, budget):
+    suite = write_suite(tmp_path, **{"[fit]": f"[curve]\nbudgets = [{budget}]\n\n[fit]"})
     result = CliRunner().invoke(app, ["run", str(suite), "--out", str(tmp_path / "run")])
     assert result.exit_code == 2 and "curve.budgets" in result.output + (result.stderr or "")
     assert not (tmp_path / "run").exists()

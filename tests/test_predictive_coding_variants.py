@@ -527,6 +527,10 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients(variant):
         ({"delta_rule": True, "kernel": "linear", "causal": False}, "delta_rule"),
         ({"initial_decays": [0.5, 1.0]}, "initial_decays"),
         ({"initial_eta": 0.0}, "initial_eta"),
+        ({"initial_beta": "big"}, "initial_beta"),
+        ({"relaxed": "false"}, "relaxed must be true or false"),
+        ({"decay": "no"}, "decay must be true or false"),
+        ({"tied_layers": 3}, "tied_layers"),
         ({"layer_loss_weight": -1.0}, "layer_loss_weight"),
     ],
 )

@@ -96,14 +96,23 @@ class PredictiveCodingConfig(PreTrainedConfig):
             raise ValueError(f"error must be 'softmax', 'linear' or 'none', not {error!r}")
         if kernel not in ("exp", "linear", "softmax"):
             raise ValueError(f"kernel must be 'exp', 'linear' or 'softmax', not {kernel!r}")
+        switches = {"error_gradient": error_gradient, "decay": decay, "delta_rule": delta_rule, "relaxed": relaxed}
+        switches |= {"tied_layers": tied_layers, "causal": causal}
+        switches |= {"tie_query_key": tie_query_key, "tie_value_output": tie_value_output}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, not {value!r}")
+        for name, number in {"initial_eta": initial_eta, "initial_beta": initial_beta}.items():
+            if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
+                raise ValueError(f"{name} must be a positive number, not {number!r}")
         if delta_rule and (kernel != "linear" or not causal):
             raise ValueError("delta_rule is for the causal linear kernel: no other has one memory to correct")
         if not tie_word_embeddings:
             raise ValueError("tie_word_embeddings must be true: errors are those of the read-out by the embedding")
         if not initial_decays or not all(0 < gamma < 1 for gamma in initial_decays):
             raise ValueError(f"initial_decays must lie between 0 and 1, not {list(initial_decays)}")
-        if initial_eta <= 0 or initial_beta <= 0 or layer_loss_weight < 0:
-            raise ValueError("initial_eta and initial_beta must be positive, layer_loss_weight not negative")
+        if layer_loss_weight < 0:
+            raise ValueError(f"layer_loss_weight must not be negative: {layer_loss_weight}")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -143,6 +152,9 @@ class PredictiveCodingCache:
     embedded: Tensor | None = None
     mask: Tensor | None = None
     is_compileable = False  # asked by transformers
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.layers)} layers, {self.get_seq_length()} tokens)"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far."""
