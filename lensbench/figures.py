@@ -475,6 +475,8 @@ PROBE_PANELS = (
     ("carried_share", "distance of layers, $i < j$", "share of $h_i$ in $h_j$ ($R^2$)"),
 )
 """Quantity -> what it is over, what it is called."""
+OF_THE_MODEL = ("read_out_ce", "true_error_rms", "error_cosine")
+"""Quantities that two views of a model have in common."""
 
 
 def probes(frame: pd.DataFrame) -> Figure:
@@ -487,6 +489,7 @@ def probes(frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     of_model = dict(zip(models, looks(len(models)), strict=True))
     for panel, (quantity, over, name) in zip(panels, shown, strict=False):
+        drawn: set[tuple[float, ...]] = set()
         for model, look in of_model.items():
             of = frame[(frame["quantity"] == quantity) & (frame["model"] == model)]
             if quantity == "gradient_alignment":
@@ -499,6 +502,9 @@ def probes(frame: pd.DataFrame) -> Figure:
             if over.startswith("distance"):
                 at = (of["layer"] - of["other"]).abs()
             line = of.assign(at=at.astype(float)).groupby("at")[["value", "ci_low", "ci_high"]].mean()
+            if quantity in OF_THE_MODEL and tuple(line["value"]) in drawn:
+                continue  # another view of a model that is there
+            drawn.add(tuple(line["value"]))
             panel.plot(line.index, line["value"], lw=1.2, ms=3.5, label=model, **look)
             if not over.startswith("distance"):
                 panel.vlines(line.index, line["ci_low"], line["ci_high"], color=look["color"], lw=1.4)
@@ -518,7 +524,10 @@ def probes(frame: pd.DataFrame) -> Figure:
     if named:
         figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=8)
     caption = "Bars: 95 % intervals. Thin lines: another token's gradient (the null)."
-    write_around(figure, "Beside the lenses: gradients, blocks, and what is carried along", caption)
+    titles = {"gradient_alignment": "gradients", "ce_rise_deleted": "blocks", "read_out_ce": "predictions and errors"}
+    titles |= {"carried_share": "what is carried along"}
+    told = [title for quantity, title in titles.items() if quantity in {panel[0] for panel in shown}]
+    write_around(figure, "Beside the lenses" + (": " + ", ".join(told) if told else ""), caption)
     return figure
 
 

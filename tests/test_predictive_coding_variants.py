@@ -594,3 +594,17 @@ def test_what_the_model_cannot_honour_is_refused(name):
         tiny()(tokens(), **{name: tokens()})
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         PredictiveCodingConfig(tie_word_embeddings=False)
+
+
+def test_the_config_can_ask_for_states_and_the_vocabulary_can_grow():
+    model, ids = any_model("softmax"), tokens()
+    model.config.output_hidden_states = True
+    assert len(model(ids).predictions) == L + 1
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(V + 3, mean_resizing=False)
+        assert model.lm_head.weight is model.embed_tokens.weight
+        after = model(ids, labels=ids)
+    # Errors and their scale belong to the whole table: more entries change what later layers see, not the first read-out.
+    assert after.logits.shape[-1] == V + 3 and torch.isfinite(after.loss)
+    assert before.shape[-1] == V

@@ -553,6 +553,10 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             if kwargs.pop(name, None) is not None:
                 what = "errors need token ids, one sequence a row, and a cache of their own"
                 raise ValueError(f"this model takes no {name}: {what}")
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if return_dict is None:
+            return_dict = config.return_dict
         if self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in self.layers):
             use_cache, cache = False, None  # the layers run twice: the second time they would find it renewed
         if not config.causal and (labels is not None or use_cache or cache is not None):
@@ -613,7 +617,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
             output.errors = tuple(errors)
             output.updates = tuple(updates)
             output.writes = tuple(writes) if config.relaxed else None
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
     # Generation: transformers' own caches know keys and values alone.
 
