@@ -422,14 +422,18 @@ def reproduction(reference: Run, run: Run) -> str:
     csv = [name for name in alike if a["files"].get(name) != b["files"].get(name)]
     if not csv:
         return f"{who}: identical, every CSV byte for byte"
-    largest, where = 0.0, ""
+    largest, where = 0.0, f"the text of {', '.join(csv)}"
     for name in csv:
+        if name == "verdicts.csv" and list(reference.tables[name]["verdict"]) != list(run.tables[name]["verdict"]):
+            return f"{who}: not reproduced, {name} has other verdicts"
         one, other = (r.tables[name].select_dtypes("number") for r in (reference, run))
         if one.shape != other.shape:
             return f"{who}: not reproduced, {name} has {len(other)} rows instead of {len(one)}"
         gap = (one - other).abs()
         if (one.isna() != other.isna()).any(axis=None):
             return f"{who}: not reproduced, other cells of {name} are empty"
+        if gap.empty:
+            continue  # of words alone
         column = gap.max().idxmax()
         if gap[column].max() >= largest:
             largest, where = float(gap[column].max()), f"{name}, column {column}"

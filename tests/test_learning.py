@@ -154,6 +154,21 @@ def test_the_last_point_of_a_curve_is_the_model_that_the_lenses_read(curve_run):
         assert last[last["model"] == model]["ce"].iloc[0] == pytest.approx(of_table, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("column", "said"), [("reason", "reproduced but for a largest absolute difference"), ("verdict", "other verdicts")]
+)
+def test_tables_of_words_that_differ_are_compared_too(curve_run, tmp_path, column, said):
+    folder, _, _ = curve_run
+    again = shutil.copytree(folder, tmp_path / "again", ignore=shutil.ignore_patterns("stages"))
+    verdicts = pd.read_csv(again / "verdicts.csv", keep_default_na=False)
+    verdicts.assign(**{column: "something else"}).to_csv(again / "verdicts.csv", index=False)
+    manifest = json.loads((again / "manifest.json").read_text())
+    manifest["files"]["verdicts.csv"] = results.sha256(again / "verdicts.csv")
+    (again / "manifest.json").write_text(json.dumps(manifest))
+    result = CliRunner().invoke(app, ["compare", str(folder), str(again)])
+    assert result.exit_code == 0 and said in result.output
+
+
 def test_compare_pairs_curves_by_seed_and_timings_do_not_hinder_a_reproduction(curve_run, tmp_path):
     folder, _, _ = curve_run
     again = shutil.copytree(folder, tmp_path / "again", ignore=shutil.ignore_patterns("stages"))
