@@ -269,13 +269,13 @@ def in_context(
     chosen = load_in_context(name)
     folder = out or Path("runs") / chosen.name
     with Bars() as bars:
-        tick = bars.stage("trainings", 1, "")
+        tick = bars.stage("trainings", chosen.trainings, "trainings")
         written = run_in_context(
             chosen,
             folder,
             device=choose_device(device),
             say=bars.finished,
-            tick=lambda remark: tick(0, remark),
+            tick=tick,
             code={"git_revision": git_revision(), "versions": versions()},
         )
     for table in in_context_tables(written):

@@ -16,6 +16,7 @@ correlated inputs, which steps along the errors approach.
 """
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -186,6 +187,11 @@ class InContext(_Strict):
         None, description="two models whose difference over whole documents is tested on every task (Holm)"
     )
 
+    @property
+    def trainings(self) -> int:
+        """How many there are in all."""
+        return len(self.tasks) * len(self.contestants) * (len(self.learning_rates) + len(self.seeds))
+
     @model_validator(mode="after")
     def _distinct(self) -> "InContext":
         for what in ("tasks", "contestants"):
@@ -233,7 +239,9 @@ class TaskRunner:
     stages: Stages
     device: torch.device
     say: Callable[[str, float, bool], None]
-    tick: Callable[[str], None]
+    tick: Callable[[int, str], None]
+    finished: int = 0
+    """Trainings that are done, those of earlier runs among them."""
 
     def stage(self, name: str, key: dict[str, Any], compute: Callable[[Path], None]) -> Stage:
         found = self.stages.run(name, {**key, "code": VERSION, "device": self.device.type}, compute)
@@ -252,8 +260,14 @@ class TaskRunner:
             def batch(step: int) -> Tensor:
                 return torch.from_numpy(task.documents([0, seed, step], recipe.batch, recipe.length))
 
+            start = time.perf_counter()
+
             def report(at: StepReport) -> None:
-                self.tick(f"{task.name}, {who.name}: step {at.step} of {at.steps}, loss {at.loss:.3f}")
+                rate = at.tokens / (time.perf_counter() - start)
+                self.tick(
+                    self.finished,
+                    f"{task.name}, {who.name}: step {at.step} of {at.steps}, loss {at.loss:.3f}, {rate:,.0f} tokens/s",
+                )
 
             train(network, batch, recipe, seed=seed, checkpoints=folder, device=self.device, report=report)
             network.cpu().save_pretrained(folder)
@@ -261,7 +275,10 @@ class TaskRunner:
 
         key = {"task": task.model_dump(), "model": {"family": who.family, **shape, **who.settings}, "seed": seed}
         key["training"] = recipe.model_dump(exclude={"checkpoint_every"})
-        return self.stage(f"train-{task.name}-{who.name}-seed{seed}-{rate:g}", key, compute)
+        found = self.stage(f"train-{task.name}-{who.name}-seed{seed}-{rate:g}", key, compute)
+        self.finished += 1
+        self.tick(self.finished, "")
+        return found
 
     def scored(self, task: TaskRecipe, training: Stage, split: int) -> Scored:
         """Summed nats above the Bayes predictor's, of whole documents that training has not seen."""
@@ -295,14 +312,15 @@ def run_in_context(
     *,
     device: torch.device,
     say: Callable[[str, float, bool], None],
-    tick: Callable[[str], None],
+    tick: Callable[[int, str], None],
     code: dict[str, Any],
 ) -> dict[str, pd.DataFrame]:
     """Train and score every model on every task; ``task.csv``, ``differences.csv`` and a manifest in ``folder``.
 
     Each model tries the same learning rates on each task with a seed of their own, the best on the dev documents trains the
     reported ones; ``at_edge``: it is the largest or smallest tried. ``p`` is uncorrected, ``p_holm`` of the claim alone.
-    Finished trainings are reused. Raises :class:`LensbenchError` for a folder that holds something else.
+    ``tick`` gets the number of trainings that are done and a remark. Finished trainings are reused.
+    Raises :class:`LensbenchError` for a folder that holds something else.
     """
     lock = open_run_folder(folder, recipe.name)
     before = torch.get_num_threads()
