@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 
 from lensbench.errors import LensbenchError
 from lensbench.indices import ONE_STANDARD_ERROR, tolerance_order
-from lensbench.learning import ALL, shown_curves
+from lensbench.learning import ALL, BOUND, shown_curves
 from lensbench.results import Run, write_atomically
 
 DPI = 150
@@ -422,11 +422,11 @@ def in_context(table: pd.DataFrame, parts: list[str]) -> Figure:
     with style():
         tasks = list(dict.fromkeys(table["task"]))
         figure, panels = panels_of(tasks, 3.2, 2.0, sharey=False)
-        models = [name for name in dict.fromkeys(table["model"]) if name != "bayes"]
+        table = shown_curves(table, "task").drop_duplicates(["task", "model", "positions"])
+        models = [name for name in dict.fromkeys(table["model"]) if name != BOUND]
         for panel, task in zip(panels, tasks, strict=True):
             for k, (model, look) in enumerate(zip(models, looks(len(models)), strict=True)):
                 rows = table[(table["task"] == task) & (table["model"] == model)]
-                rows = rows[(rows["seed"] == ALL) | ~(rows["seed"] == ALL).any()].drop_duplicates("positions")
                 rows = rows.set_index("positions").reindex(parts)
                 spread = [rows["excess"] - rows["excess_ci_low"], rows["excess_ci_high"] - rows["excess"]]
                 places = np.arange(len(parts)) + 0.06 * (k - (len(models) - 1) / 2)

@@ -34,8 +34,17 @@ from transformers import AutoModelForCausalLM
 
 from lensbench import results
 from lensbench.corpus import Windows
-from lensbench.errors import LensbenchError
-from lensbench.learning import ALL, CurvePoint, CurveRecipe, Scored, curve_table, differences, names_of, score_positions
+from lensbench.learning import (
+    ALL,
+    BOUND,
+    CurvePoint,
+    CurveRecipe,
+    Scored,
+    curve_table,
+    differences,
+    names_of,
+    score_positions,
+)
 from lensbench.models import build
 from lensbench.models.training import StepReport, TrainingRecipe, train
 from lensbench.stages import Stage, Stages, open_run_folder
@@ -44,7 +53,6 @@ Array = NDArray[np.float64]
 VERSION = 1
 """Raise it where the same task would give other numbers."""
 TABLE, GAPS = "task.csv", "differences.csv"
-BOUND = "bayes"
 DEV, EVAL = 1, 2
 """Streams of random numbers of the documents that rates are chosen on, and that are reported; training has others."""
 BASE_SPREAD = 0.3
@@ -281,7 +289,7 @@ class TaskRunner:
         return found
 
     def scored(self, task: TaskRecipe, training: Stage, split: int) -> Scored:
-        """Summed nats above the Bayes predictor's, of whole documents that training has not seen."""
+        """Summed nats of whole documents that training has not seen."""
 
         def compute(folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(training.folder, dtype=torch.float32).eval()
@@ -322,6 +330,8 @@ def run_in_context(
     ``tick`` gets the number of trainings that are done and a remark. Finished trainings are reused.
     Raises :class:`LensbenchError` for a folder that holds something else.
     """
+    from lensbench import figures  # not for whoever only reads the recipe
+
     lock = open_run_folder(folder, recipe.name)
     before = torch.get_num_threads()
     torch.set_num_threads(recipe.threads or before)
@@ -364,8 +374,9 @@ def run_in_context(
         for name, table in written.items():
             write = partial(table.to_csv, index=False, lineterminator="\n")
             results.write_atomically(folder / name, write)
-        figure = draw(written[TABLE], names_of(recipe.positions, recipe.training.length))
-        results.write_atomically(folder / "in_context.png", figure)
+        told = written[TABLE][written[TABLE]["positions"] != ALL]
+        figure = figures.in_context(told, names_of(recipe.positions, recipe.training.length))
+        results.write_atomically(folder / "in_context.png", partial(figures.write_figure, figure))
         manifest = {"in_context": recipe.model_dump(mode="json"), "suite_name": recipe.name, **code}
         manifest["files"] = {name: results.sha256(folder / name) for name in written}
         manifest["seconds"] = dict(sorted(runner.stages.seconds.items()))
@@ -386,12 +397,3 @@ def correct(gaps: list[dict[str, Any]], recipe: InContext) -> None:
     if tested:
         for gap, p in zip(tested, multipletests([gap["p"] for gap in tested], method="holm")[1], strict=True):
             gap["p_holm"] = float(p)
-
-
-def draw(table: pd.DataFrame, parts: list[str]) -> Callable[[Path], None]:
-    """Writes the figure of ``task.csv``."""
-    from lensbench.figures import in_context, write_figure
-
-    if table.empty:
-        raise LensbenchError("no task was scored: there is nothing to draw")
-    return partial(write_figure, in_context(table[table["positions"] != ALL], parts))

@@ -26,6 +26,8 @@ Array = NDArray[np.float64]
 TOKENS_AT_ONCE = 8192
 ALL = "all"
 """What ``positions`` says of a mean over the whole context, and ``seed`` of one over seeds."""
+BOUND = "bayes"
+"""What ``model`` says of the exact Bayes predictor, where it is known."""
 
 
 class CurveRecipe(BaseModel):
@@ -165,7 +167,7 @@ def differences(curves: pd.DataFrame, model: str, against: str) -> Iterator[dict
         yield found | {"seeds": len(gaps), "p": float(stats.ttest_1samp(gaps, 0.0).pvalue)}
 
 
-def shown_curves(curves: pd.DataFrame) -> pd.DataFrame:
-    """The rows over seeds where a model has several at a budget, else the one seed's."""
-    groups = curves.groupby(["model", "train_tokens"])["seed"]
+def shown_curves(curves: pd.DataFrame, by: str = "train_tokens") -> pd.DataFrame:
+    """The rows over seeds where a model has several at a budget (or whatever ``by`` names), else the one seed's."""
+    groups = curves.groupby(["model", by])["seed"]
     return curves[(curves["seed"] == ALL) | ~groups.transform(lambda seeds: (seeds == ALL).any())]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lensbench.indices import OF_SIMILARITY, tolerance_order
-from lensbench.learning import ALL, shown_curves
+from lensbench.learning import ALL, BOUND, shown_curves
 from lensbench.results import Run
 from lensbench.verdict import SCOPES
 
@@ -314,12 +314,11 @@ def in_context_tables(written: dict[str, pd.DataFrame]) -> Iterator[Table]:
     named = [f"positions {p}" if p != ALL else p for p in parts]
     title = "cross-entropy above the exact Bayes predictor's, nats/token [95 %]"
     shown = Table("task", "model", "learning rate", *named, title=title)
-    for (task, model), rows in table.groupby(["task", "model"], sort=False):
-        over = rows["seed"] == ALL
-        of = (rows[over] if over.any() else rows).drop_duplicates("positions").set_index("positions")
-        if model == "bayes":
+    for (task, model), rows in shown_curves(table, "task").groupby(["task", "model"], sort=False):
+        of = rows.drop_duplicates("positions").set_index("positions")
+        if model == BOUND:
             cells = [with_interval(of.loc[p], "ce", "ce_ci_low", "ce_ci_high") for p in parts]
-            shown.add_row(str(task), "bayes (its own CE)", "", *cells)
+            shown.add_row(str(task), f"{BOUND} (its own CE)", "", *cells)
             continue
         cells = [with_interval(of.loc[p], "excess", "excess_ci_low", "excess_ci_high") for p in parts]
         at = f"{of['learning_rate'].iloc[0]:g}" + (" (at the edge)" if of["at_edge"].iloc[0] else "")
