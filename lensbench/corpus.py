@@ -107,6 +107,29 @@ class Windows:
         return self.ids[rows], row, self.positions[rows][row, column]
 
     @property
+    def inside(self) -> NDArray[np.bool_]:
+        """bool [S, T]: False where there is padding"""
+        return np.arange(self.ids.shape[1]) < self.lengths[:, None]
+
+    def take(self, rows: NDArray[np.int64]) -> Windows:
+        """Some of the windows."""
+        kept, documents = np.unique(self.documents[rows], return_inverse=True)
+        return Windows(
+            ids=self.ids[rows],
+            lengths=self.lengths[rows],
+            positions=self.positions[rows],
+            valid=self.valid[rows],
+            documents=documents,
+            document_names=tuple(self.document_names[k] for k in kept),
+            sequence=self.sequence[rows],
+            next_bytes=self.next_bytes[rows],
+        )
+
+    def spread(self, count: int) -> Windows:
+        """So many of them, or all, evenly spread over their order."""
+        return self.take(np.unique(np.linspace(0, len(self.ids) - 1, min(count, len(self.ids))).astype(np.int64)))
+
+    @property
     def clusters(self) -> NDArray[np.int64]:
         """int64 [S]: number of the cluster that a window's document belongs to, see :func:`clusters_of`"""
         of = clusters_of(self.document_names)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -51,7 +52,7 @@ from lensbench.models.pretrained import (
     locate,
 )
 from lensbench.models.training import StepReport, TrainingRecipe, train
-from lensbench.probes import PROBES, Measured, Subject
+from lensbench.probes import PROBES, Found, Subject, load_found
 from lensbench.stages import NotFinished, Pieces, Stage, Stages, open_run_folder
 from lensbench.stream import Capture, ResidualStream, RotatedView, capture
 from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
@@ -97,6 +98,11 @@ class Texts:
     @cached_property
     def documents(self) -> dict[str, list[TokenizedDocument]]:
         return {split: corpus.tokenize(self.tokenizer, self.corpus.splits[split]) for split in corpus.SPLITS}
+
+    @property
+    def counted(self) -> NDArray[np.int64]:
+        """The tokens that n-grams are counted on: the train split, where there is none the fit split."""
+        return corpus.training_stream(self.documents["train"] or self.documents["fit"]).astype(np.int64)
 
     @property
     def vocab_size(self) -> int:
@@ -557,7 +563,7 @@ class Runner:
             scoring_key["sequences"] = self.sequences
         return fitting, self.stage(f"score-{who}", scoring_key, score)
 
-    def probed(self, model: ModelRecipe, seed: int) -> list[Measured]:
+    def probed(self, model: ModelRecipe, seed: int) -> list[Found]:
         """What the suite's probes measure of a model, each in a stage of its own."""
         if not self.suite.probes:
             return []
@@ -581,8 +587,31 @@ class Runner:
                 )
 
             scored = self.eval_windows(texts, count)
-            lenses = load_maps(fitting.folder / "maps.safetensors")["transfer"]
-            return Subject(stream, scored, kept.layers, lenses, model.rotated, read)
+            maps = load_maps(fitting.folder / "maps.safetensors")
+
+            def bigram() -> ngram.KneserNeyBigram:
+                return ngram.KneserNeyBigram.fit(texts.counted, texts.vocab_size)
+
+            ticks: dict[str, Callable[[int, str], None]] = {}
+
+            def report(what: str, done: int, total: int) -> None:
+                if what not in ticks:
+                    ticks[what] = self.progress.stage(f"{what}-{who}", total, "sequences")
+                ticks[what](done, "")
+
+            return Subject(
+                stream,
+                scored,
+                kept.layers,
+                maps["transfer"],
+                model.rotated,
+                read,
+                self.windows(texts, "fit", *splits["fit"]),
+                bigram,
+                maps["shared"],
+                texts.tokenizer,
+                report,
+            )
 
         found = []
         for name in self.suite.probes:
@@ -594,7 +623,7 @@ class Runner:
                 PROBES[name](subject()).save(folder)
 
             stage = self.stage(f"probe-{name}-{who}", key, measure)
-            found.append(Measured.load(stage.folder))
+            found.append(load_found(stage.folder))
         return found
 
     def learned(self, model: ModelRecipe, seed: int) -> list[CurvePoint]:
@@ -628,8 +657,7 @@ class Runner:
         """
 
         def compute(folder: Path) -> None:
-            counted = texts.documents["train"] or texts.documents["fit"]
-            stream, size = corpus.training_stream(counted), texts.vocab_size
+            stream, size = texts.counted, texts.vocab_size
             windows = self.eval_windows(texts)
             rows = np.nonzero(windows.valid)[0]
             at = windows.positions[windows.valid]

@@ -18,7 +18,7 @@ from lensbench.corpus import clusters_of
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary, LensRecord, pairs_of
 from lensbench.indices import Means
-from lensbench.probes import COLUMNS, Measured
+from lensbench.probes import COLUMNS, Found, Measured
 from lensbench.verdict import SCOPES, Span, Verdict, VerdictRule, decide_on, over_seeds, spans_on
 
 
@@ -32,7 +32,7 @@ class Part:
     facts: dict[str, Any]
     fit: FitSummary
     refits: dict[str, NDArray[np.float64]]
-    probes: Sequence[Measured] = ()
+    probes: Sequence[Found] = ()
     known: str | None = None
     clusters: Mapping[str, str] | None = None
     """Cluster of every scored document: probes look at some of them."""
@@ -45,7 +45,7 @@ class Part:
         fitting: Path,
         scoring: Path,
         origin: dict[str, Any],
-        probes: Sequence[Measured] = (),
+        probes: Sequence[Found] = (),
         known: str | None = None,
     ) -> "Part":
         """From the stages of a model and seed; ``origin``: what is known of where the model comes from.
@@ -319,7 +319,7 @@ def span_of(indexed: pd.DataFrame, name: str) -> Span | None:
 
 def similarity_of(part: Part) -> NDArray[np.float64] | None:
     """Covariance similarity of every two layers 0..L-1, ``[L, L]``, where the suite's probes measure it."""
-    found = next((m for m in part.probes if "covariance_similarity" in m.quantity), None)
+    found = next((m for m in part.probes if isinstance(m, Measured) and "covariance_similarity" in m.quantity), None)
     if found is None:
         return None
     layers = len(part.fit.records["own"].ridge)

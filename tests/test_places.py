@@ -1,6 +1,7 @@
 """The known places of a predictive-coding model: what the probe says of them against the model's own outputs."""
 
 import numpy as np
+import planted
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,6 @@ from test_predictive_coding import D, L, T, V, tiny, tokens
 from lensbench.incontext import windows_of
 from lensbench.models import build
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
-from lensbench.probes import Subject
 from lensbench.probes.places import at_places, known_places
 from lensbench.stream import ResidualStream
 
@@ -21,7 +21,7 @@ def subject_of(model, ids):
     object.__setattr__(windows, "positions", positions)
     object.__setattr__(windows, "valid", np.ones(positions.shape, dtype=bool))
     stream = ResidualStream(model, "state")
-    return Subject(stream, windows, list(range(stream.layers)), None, False, lambda split: None)
+    return planted.subject_of(model, stream=stream, windows=windows, fit_windows=windows)
 
 
 def measured(model, ids):

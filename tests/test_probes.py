@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from planted import subject_of
 from synthetic import SyntheticStream, capture_of, orthogonal, random_maps, true_token_kl, windows_of
 
 from lensbench.corpus import Windows
@@ -48,9 +49,9 @@ def windows(seed: int = 0, count: int = 12) -> Windows:
 
 
 def subject(model, view="state", rotated=False) -> Subject:
-    return Subject(
-        ResidualStream(model, view), windows(), [0, 1, 2, 3], random_maps(4, 24), rotated, lambda split: None
-    )
+    stream = ResidualStream(model, view)
+    changes = {"windows": windows(), "lenses": random_maps(4, 24), "rotated": rotated, "read": lambda split: None}
+    return subject_of(model, stream=stream, **changes)
 
 
 def by_hand(model, h, blocks):
@@ -195,9 +196,10 @@ def synthetic_subject(states_of, stream) -> Subject:
     layers = captures["fit"].layers
     lenses = RidgePath(Moments.of(captures["fit"]), "identity").solve(0.01)
     lenses = AffineMaps(lenses.matrix.float(), lenses.offset.float())
+    scored = windows_of(captures["eval"])
     return Subject(
-        SimpleNamespace(readout=stream.readout), windows_of(captures["eval"]), list(range(layers)),
-        lenses, False, captures.__getitem__,
+        SimpleNamespace(readout=stream.readout), scored, list(range(layers)), lenses, False, captures.__getitem__,
+        scored, lambda: None, lenses, None,
     )  # fmt: skip
 
 

@@ -9,21 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import from_numpy
+from transformers import PreTrainedTokenizerBase
 
 from lensbench.corpus import Windows, clusters_of
 from lensbench.indices import SMALLEST_DENOMINATOR, bootstrap_weights, few_clusters, interval
 from lensbench.lenses import AffineMaps
+from lensbench.models.ngram import KneserNeyBigram
+from lensbench.probes.crossfit import COLUMNS, Jackknifed
 from lensbench.stream import Capture, ResidualStream
 
 Array = NDArray[np.float64]
-COLUMNS = ["probe", "quantity", "layer", "other", "value", "ci_low", "ci_high", "reason"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,15 @@ class Subject:
     """Per-layer lenses 0..L-1 of the headline matrix"""
     rotated: bool
     read: Callable[[str], Capture]
+    fit_windows: Windows
+    """Other text of the same kind, that lenses were fitted on"""
+    bigram: Callable[[], KneserNeyBigram]
+    """Counted on the train split"""
+    shared: AffineMaps
+    """The one lens for all layers"""
+    tokenizer: Tokenizer | PreTrainedTokenizerBase
+    report: Callable[[str, int, int], None] = lambda what, done, total: None
+    """Called with what passes by, how many have, and of how many"""
 
     @cached_property
     def fit(self) -> Capture:
@@ -164,14 +176,32 @@ def smallest_gain(captured: Capture) -> float:
     return SMALLEST_DENOMINATOR * float(captured.constant_kl.mean())
 
 
-PROBES: dict[str, Callable[[Subject], Measured]] = {}
+Found = Measured | Jackknifed
+Probe = TypeVar("Probe", bound=Callable[[Subject], Found])
+PROBES: dict[str, Callable[[Subject], Found]] = {}
 """Name, as a suite's ``probes`` gives it -> function."""
 
 
-def probe(function: Callable[[Subject], Measured]) -> Callable[[Subject], Measured]:
+def probe(function: Probe) -> Probe:
     """Registers a probe under its function's name."""
-    PROBES[function.__name__] = function
+    PROBES[function.__name__] = function  # type: ignore[attr-defined]
     return function
 
 
-from lensbench.probes import gradients, paths, places, representation  # noqa: E402,F401  (each registers what it has)
+def load_found(folder: Path) -> Found:
+    """What a probe's stage holds."""
+    return (Measured if (folder / "sums.safetensors").exists() else Jackknifed).load(folder)
+
+
+from lensbench.probes import (  # noqa: E402,F401  (each registers what it has)
+    causal_fidelity,
+    error_transport,
+    few_shot,
+    gradient_steps,
+    gradients,
+    head_weights,
+    paths,
+    places,
+    prediction_visibility,
+    representation,
+)

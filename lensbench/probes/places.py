@@ -57,12 +57,58 @@ def known_places(subject: Subject) -> Measured:
     return found.measured()
 
 
+@probe
+def prefix_read_out(subject: Subject) -> Measured:
+    """Of the non-causal update (every layer moves all predictions by *all* errors): its read-outs with and without a future.
+
+    The uniform variant with the model's own weights reads a window's prefix, and the whole window, both at the prefix's
+    last token, one scored position of each window. ``full_kl``: KL from the read-out of the prefix to that of the whole;
+    ``full_ce_change``: of the cross-entropy of the token behind the prefix, which the whole has seen, nats;
+    ``future_tokens``: how many more it has. The weights are not trained for it. Causal against uniform on the same prefix:
+    ``known_places``.
+    """
+    name, model, windows = "prefix_read_out", subject.stream.model, subject.windows
+    if not isinstance(model, PredictiveCodingForCausalLM):
+        return Measured(name, reason="it has no update that could run over all positions")
+    if subject.rotated:
+        return Measured(name, reason="a rotated view has no read-out of its own")
+    if model.config.delta_rule:
+        return Measured(name, reason="the delta rule has no form without an order of tokens")
+    at = windows.positions[np.arange(len(windows.ids)), windows.valid.sum(1) // 2]
+    one = np.ones(len(windows.ids))
+    sums = Sums(name, windows, one)
+    for quantity, values in prefix_against_full(model, windows, at).items():
+        sums.add(quantity, values, one)
+    return sums.measured()
+
+
 @torch.no_grad()
-def against_uniform(model: PredictiveCodingForCausalLM, windows: Windows, per_batch: int) -> dict[str, Array]:
-    """Name -> value ``[S]`` of each window, see :func:`known_places`."""
+def prefix_against_full(model: PredictiveCodingForCausalLM, windows: Windows, at: Array) -> dict[str, Array]:
+    """Name -> value ``[S]`` at position ``at`` ``[S]`` of each window, see :func:`prefix_read_out`."""
+    twin = uniform_twin(model)
+    found = {name: np.zeros(len(windows.ids)) for name in ("full_kl", "full_ce_change", "future_tokens")}
+    for row, (n, length) in enumerate(zip(at, windows.lengths, strict=True)):
+        ids = from_numpy(windows.ids[row : row + 1, :length]).to(model.device)
+        prefix, full = (twin(x).logits[0, n].double().log_softmax(-1) for x in (ids[:, : n + 1], ids))
+        target = ids[0, n + 1]
+        found["full_kl"][row] = float((prefix.exp() * (prefix - full)).sum())
+        found["full_ce_change"][row] = float(prefix[target] - full[target])
+        found["future_tokens"][row] = length - n - 1
+    return found
+
+
+def uniform_twin(model: PredictiveCodingForCausalLM) -> PredictiveCodingForCausalLM:
+    """The non-causal variant with the same weights."""
     config = PredictiveCodingConfig(**{**model.config.to_dict(), "causal": False})
     twin = torch.nn.Module.to(PredictiveCodingForCausalLM(config), model.device).eval()
     twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@torch.no_grad()
+def against_uniform(model: PredictiveCodingForCausalLM, windows: Windows, per_batch: int) -> dict[str, Array]:
+    """Name -> value ``[S]`` of each window, see :func:`known_places`."""
+    twin = uniform_twin(model)
     last = np.where(windows.valid, windows.positions, 0).max(1)
     found = {name: np.zeros(len(windows.ids)) for name in ("uniform_kl", "uniform_ce_rise")}
     for n in np.unique(last):
