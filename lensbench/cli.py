@@ -285,6 +285,35 @@ def in_context(
 
 @app.command()
 @answerable
+def regression(
+    name: Annotated[
+        str, typer.Argument(help="Name of a regression in context, or a TOML file.")
+    ] = "in-context-regression",
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Train self-attention on in-context linear regression, and hold it against the best-tuned gradient steps."""
+    from lensbench.regression import run_regression
+    from lensbench.report import regression_table
+    from lensbench.run import git_revision, versions
+    from lensbench.suite import load_regression
+
+    chosen = load_regression(name)
+    folder = out or Path("runs") / chosen.name
+    with Bars() as bars:
+        table = run_regression(
+            chosen,
+            folder,
+            code={"git_revision": git_revision(), "versions": versions()},
+            stage=bars.stage,
+            finished=bars.finished,
+        )
+    console.print(regression_table(table))
+    console.print(f"Table and figure: {folder}", highlight=False)
+
+
+@app.command()
+@answerable
 def figures(
     folder: Annotated[Path, typer.Argument(help="A run folder; its CSV tables are all that is read.")],
     unverified: Annotated[bool, typer.Option("--unverified", help="Draw tables that changed since the run.")] = False,
@@ -452,6 +481,10 @@ def models(debug: Debug = False) -> None:
             inside = f"{len(content['trials'])} trials"
         elif command == "calibrate":
             inside = f"{len({*content['tune'], *content['held_out']})} families of synthetic streams"
+        elif command == "regression":
+            inside = (
+                f"{' and '.join(content['attention'])} attention, {' and '.join(map(str, content['layers']))} layers"
+            )
         elif command == "in-context":
             inside = ", ".join(c["name"] for c in content["contestants"])
         else:

@@ -25,6 +25,7 @@ from matplotlib.transforms import Bbox
 from lensbench.errors import LensbenchError
 from lensbench.indices import ONE_STANDARD_ERROR, tolerance_order
 from lensbench.learning import ALL, BOUND, shown_curves
+from lensbench.regression import shown
 from lensbench.results import Run, write_atomically
 
 DPI = 150
@@ -79,6 +80,9 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
         }
         if len(run.tables["probes.csv"]):
             figures["probes.png"] = probes(probe_frame(run))
+            heads = head_frame(run)
+            if len(heads):
+                figures["error_transport.png"] = error_transport(heads)
         if len(run.tables["curves.csv"]):
             figures["learning_curves.png"] = learning_curves(curve_frame(run))
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,6 +168,23 @@ def probe_frame(run: Run) -> pd.DataFrame:
     rows = shown_rows(run.tables["probes.csv"], ["quantity", "layer", "other"])
     rows = rows[rows["value"].notna()]
     return rows[["model", "quantity", "layer", "other", "value", "ci_low", "ci_high"]].reset_index(drop=True)
+
+
+def head_frame(run: Run) -> pd.DataFrame:
+    """``model, layer, head, score, ratio, found``: error transport of every head, means over seeds if there are several."""
+    table = run.tables["probes.csv"]
+    names = {"error_score": "score", "error_ratio": "ratio", "error_transport_found": "found"}
+    rows = shown_rows(table[table["quantity"].isin(names)], ["quantity", "layer", "other"])
+    if not len(rows):
+        return pd.DataFrame(columns=["model", "layer", "head", *names.values()])
+    wide = rows.pivot(index=["model", "layer", "other"], columns="quantity", values="value").reindex(
+        columns=list(names)
+    )
+    frame = (
+        wide.rename(columns=names).reset_index().rename(columns={"other": "head"}).astype({"layer": int, "head": int})
+    )
+    order = {model: k for k, model in enumerate(run.tables["models.csv"]["model"].unique())}
+    return frame.sort_values(["model", "layer", "head"], key=lambda c: c.map(order) if c.name == "model" else c)
 
 
 def tolerance_frame(run: Run) -> pd.DataFrame:
@@ -440,6 +461,36 @@ def in_context(table: pd.DataFrame, parts: list[str]) -> Figure:
     return figure
 
 
+def regression(table: pd.DataFrame) -> Figure:
+    """Squared error of trained attention and its rivals, and the cosine of their sensitivities."""
+    with style():
+        rows = shown(table)
+        shapes = dict.fromkeys(zip(rows["layers"], rows["attention"], strict=True))
+        of_model = {key: f"{key[1]}, {key[0]} layer{'s' * (key[0] > 1)}" for key in shapes}
+        figure = Figure(figsize=(9.0, 0.55 * len(of_model) + 1.9), dpi=DPI, layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        kinds = {"": "trained", "gd": "gradient steps, best rates", "gd++": "gd++, best rates", "bayes": "Bayes"}
+        kinds |= {"gd, another task": "steps of another task", "gd++, another task": "gd++ of another task"}
+        for panel, quantity in ((left, "squared_error"), (right, "sensitivity_cosine")):
+            of = rows[rows["quantity"] == quantity]
+            for (kind, label), look in zip(kinds.items(), looks(len(kinds)), strict=True):
+                each = of[of["against"] == kind]
+                place = [list(of_model).index(key) for key in zip(each["layers"], each["attention"], strict=True)]
+                y = np.array(place) + 0.1 * (list(kinds).index(kind) - 2.5)
+                spread = [each["value"] - each["ci_low"], each["ci_high"] - each["value"]]
+                panel.errorbar(
+                    each["value"], y, xerr=spread, label=label, ms=5, lw=1.4, capsize=2, **{**look, "ls": ""}
+                )
+            panel.grid(False, axis="y")
+        left.set(yticks=range(len(of_model)), yticklabels=list(of_model.values()), ylim=(len(of_model) - 0.5, -0.5))
+        left.set(xlabel="squared error on new tasks")
+        right.set(xlabel="cosine of sensitivities with the trained model")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+        caption = "Bars: 95 %, over seeds where there are several. Sensitivity: the answer's gradient by the question."
+        write_around(figure, "Is trained in-context regression a gradient step?", caption)
+    return figure
+
+
 def tick_values(whole: pd.DataFrame, of_tokens: bool) -> list[float]:
     """The budgets themselves; of seconds, powers of two that span them."""
     if of_tokens:
@@ -473,6 +524,10 @@ PROBE_PANELS = (
     ("error_cosine", "block (from 0)", "cosine of carried and true error"),
     ("covariance_similarity", "distance of layers", "covariance similarity"),
     ("carried_share", "distance of layers, $i < j$", "share of $h_i$ in $h_j$ ($R^2$)"),
+    ("prediction_gain", "layer", "gain of $R^2$: last prediction"),
+    ("surprise_gain", "layer", "gain of $R^2$: surprise"),
+    ("fidelity", "layer moved", "cosine of read and real change"),
+    ("response_slope", "layer moved", "real by read change"),
 )
 """Quantity -> what it is over, what it is called."""
 OF_THE_MODEL = ("read_out_ce", "true_error_rms", "error_cosine")
@@ -495,6 +550,9 @@ def probes(frame: pd.DataFrame) -> Figure:
             if quantity == "gradient_alignment":
                 of = of[of["layer"].notna()]  # the mean over blocks has none
                 null = frame[(frame["quantity"] == "gradient_alignment_null") & (frame["model"] == model)]
+                panel.plot(null["layer"], null["value"], color=look["color"], lw=0.6, alpha=0.6)
+            if quantity == "fidelity":
+                null = frame[(frame["quantity"] == "fidelity_null") & (frame["model"] == model)]
                 panel.plot(null["layer"], null["value"], color=look["color"], lw=0.6, alpha=0.6)
             if not len(of):
                 continue
@@ -523,11 +581,60 @@ def probes(frame: pd.DataFrame) -> Figure:
     }
     if named:
         figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=8)
-    caption = "Bars: 95 % intervals. Thin lines: another token's gradient (the null)."
+    caption = "Bars: 95 % intervals. Thin lines, the null: another token's gradient, another direction's response."
     titles = {"gradient_alignment": "gradients", "ce_rise_deleted": "blocks", "read_out_ce": "predictions and errors"}
-    titles |= {"carried_share": "what is carried along"}
+    titles |= {
+        "carried_share": "what is carried along",
+        "prediction_gain": "what stays visible",
+        "fidelity": "what is used",
+    }
     told = [title for quantity, title in titles.items() if quantity in {panel[0] for panel in shown}]
     write_around(figure, "Beside the lenses" + (": " + ", ".join(told) if told else ""), caption)
+    return figure
+
+
+TOP_HEADS = 3
+"""Heads that are named in a heatmap."""
+
+
+def error_transport(frame: pd.DataFrame) -> Figure:
+    """One heatmap per model, layers by heads: the score of error transport; the top heads named, the found ones marked."""
+    models = list(frame["model"].unique())
+    deepest, widest = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1
+    columns = min(len(models), 3)
+    rows = math.ceil(len(models) / columns)
+    size = max(2.6, 0.3 * widest), max(1.9, 0.17 * deepest)
+    figure = Figure(figsize=(columns * size[0] + 1.3, rows * size[1] + 1.0), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    # One colour scale for all would show the strongest model alone: each model has its own, told beside it.
+    for panel, model in zip(panels, models, strict=False):
+        of = frame[frame["model"] == model]
+        grid = of.pivot(index="layer", columns="head", values="score")
+        most = max(float(grid.abs().max(axis=None)), 1e-6)
+        look: dict[str, Any] = {"vmin": -most, "vmax": most, "cmap": "vlag", "cbar_kws": {"shrink": 0.8}}
+        sns.heatmap(grid, ax=panel, **look)
+        panel.collections[0].colorbar.ax.tick_params(labelsize=6.5)
+        found = of[of["found"] > 0]
+        places = {layer: k for k, layer in enumerate(grid.index)}, {head: k for k, head in enumerate(grid.columns)}
+        for _, row in found.iterrows():
+            panel.plot(
+                places[1][row["head"]] + 0.5, places[0][row["layer"]] + 0.5, "o", mfc="none", color="#222222", ms=5
+            )
+        top = of[of["score"] > 0].nlargest(TOP_HEADS, "score")
+        named = ", ".join(
+            f"L{row.layer}.H{row.head}" + (f" ({row.ratio:.2f})" if pd.notna(row.ratio) else "")
+            for row in top.itertuples()
+        )
+        panel.set(xlabel="head", ylabel="layer")
+        panel.set_title(f"{model}: {len(found)} of {len(of)} found\n{named or 'none above 0'}", fontsize=8)
+        panel.tick_params(rotation=0, length=0, labelsize=6.5)
+    for panel in panels[len(models) :]:
+        panel.remove()
+    caption = (
+        "Share of what a head mixes that expectations explain as tokens do, signs turned, beyond coins for the signs. "
+        "Named: highest scores (beta / alpha). Circles: found at the 5 % level over all heads. Each panel has its scale."
+    )
+    write_around(figure, "Which heads carry prediction errors?", caption)
     return figure
 
 

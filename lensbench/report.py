@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from lensbench.indices import OF_SIMILARITY, tolerance_order
 from lensbench.learning import ALL, BOUND, shown_curves
+from lensbench.regression import shown
 from lensbench.results import Run
 from lensbench.verdict import SCOPES
 
@@ -333,6 +334,22 @@ def in_context_tables(written: dict[str, pd.DataFrame]) -> Iterator[Table]:
             corrected = f"{holm.iloc[0]:.2g}" if len(holm) else ""
             shown.add_row(str(task), f"{model} - {against}", *(with_interval(of.loc[p]) for p in parts), corrected)
         yield shown
+
+
+def regression_table(table: pd.DataFrame) -> Table:
+    """Losses of trained attention and of its rivals, and how far apart their predictions are."""
+    title = "in-context linear regression: trained self-attention beside the best-tuned gradient steps [95 %]"
+    written = Table(
+        "attention", "layers", "beside", "squared error", "prediction distance", "cosine of sensitivities", title=title
+    )
+    for (attention, layers, against), of in shown(table).groupby(["attention", "layers", "against"], sort=False):
+        by = of.set_index("quantity")
+        cells = [
+            with_interval(by.loc[q], "value", "ci_low", "ci_high") if q in by.index else ""
+            for q in ("squared_error", "prediction_distance", "sensitivity_cosine")
+        ]
+        written.add_row(str(attention), str(layers), str(against) or "(itself)", *cells)
+    return written
 
 
 SHARES = {

@@ -20,6 +20,7 @@ from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.models.training import TrainingRecipe
 from lensbench.probes import PROBES
+from lensbench.regression import RegressionRecipe
 from lensbench.report import COMPARED
 from lensbench.verdict import VerdictRule
 
@@ -449,6 +450,7 @@ def plain(name: str) -> str:
 KINDS = {
     "trials": ("a sweep", "sweep"),
     "held_out": ("a calibration", "calibrate"),
+    "dimensions": ("a regression in context", "regression"),
     "tasks": ("a set of tasks", "in-context"),
 }
 """What tells a file of ``benchmarks/`` from a suite: what it is then, and the command that runs it."""
@@ -481,6 +483,13 @@ def load_in_context(name: str) -> InContext:
         except LensbenchError as error:
             raise LensbenchError(f"{file}: {who.name}: {error}") from error
     return found
+
+
+def load_regression(name: str) -> RegressionRecipe:
+    """A regression in context by name or path."""
+    file, content = read_toml(name)
+    expect(file, name, content, "regression")
+    return validated(RegressionRecipe, file, content)
 
 
 def load_calibration(name: str) -> Calibration:

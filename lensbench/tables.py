@@ -332,6 +332,10 @@ def similarity_of(part: Part) -> NDArray[np.float64] | None:
     return matrix
 
 
+NOT_AVERAGED = ("error_transport_p",)
+"""Quantities whose mean over seeds says nothing."""
+
+
 def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
     """``probes.csv``; for a model with several seeds also the mean over them, with its Student-t interval."""
     frames = []
@@ -349,7 +353,7 @@ def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
     what = ["model", "probe", "quantity", "layer", "other"]
     for key, rows in table.groupby(what, dropna=False, sort=False):
         known = rows["value"].dropna().astype(float)
-        if len(rows) < 2:
+        if len(rows) < 2 or cast(tuple[Any, ...], key)[2] in NOT_AVERAGED:
             continue
         row = dict(zip(what, cast(tuple[Any, ...], key), strict=True)) | {"seed": "all", "reason": ""}
         if len(known) < len(rows):
