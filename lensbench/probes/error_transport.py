@@ -46,8 +46,9 @@ def error_transport(subject: Subject) -> Jackknifed:
     ``error_alignment`` is the cosine of N and -M over what tokens leave of expectations, and ``error_score`` the share of
     the variance that expectations explain in M's shape, signs turned, beyond what coins in place of the signs along each
     principal direction give; it is below 0 where they have the tokens' own sign. ``error_transport_p``: of as large a sum
-    under such coins, one-sided, corrected over all heads (Holm). ``error_transport_found``: 1 where p is below 0.05, the
-    interval of beta / alpha above 0, and the gain above its null; ``heads_found`` their share over all heads.
+    under such coins, or of a cosine above 0 (jackknife), the larger of the two, one-sided and corrected over all heads
+    (Holm). ``error_transport_found``: 1 where p is below 0.05, the interval of beta / alpha above 0, the gain above its
+    null, and the model predicts anything at all; ``heads_found`` their share over all heads.
     ``layer`` is the block, ``other`` the head.
 
     A predictive-coding model is read at its own places: expectations are those of its layer's own prediction.
@@ -63,7 +64,8 @@ def error_transport(subject: Subject) -> Jackknifed:
     if fold.max() < 2:
         return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
     layers, warning = gather(subject, fold)
-    return estimate(layers, subject, warning or few_clusters(len(np.unique(subject.windows.clusters))))
+    clusters = few_clusters(len(np.unique(subject.windows.clusters)))
+    return estimate(layers, subject, warning or clusters, nothing=bool(warning))
 
 
 @dataclass
@@ -311,7 +313,8 @@ class Alignment:
         """Of as large a sum, were the sign along each direction a coin's (one-sided)."""
         coins = torch.randint(0, 2, (FLIPS, self.parts.shape[1]), generator=torch.Generator().manual_seed(0))
         flipped = (2 * coins - 1).to(self.parts) @ self.parts.T  # [FLIPS, H]
-        reached = (flipped >= self.parts.sum(1) * (1 - 1e-12)).sum(0)
+        signed = self.parts.sum(1)
+        reached = (flipped >= signed - 1e-9 * signed.abs()).sum(0)
         found: Array = ((reached + 1) / (FLIPS + 1)).numpy()
         return found
 
@@ -384,8 +387,8 @@ STEEPEST = np.deg2rad(85)
 """Beyond this angle, beta / alpha above 11, the token hardly counts and the ratio says nothing."""
 
 
-def estimate(layers: dict[int, Layer], subject: Subject, warning: str) -> Jackknifed:
-    """From the sums of all heads to rows."""
+def estimate(layers: dict[int, Layer], subject: Subject, warning: str, *, nothing: bool) -> Jackknifed:
+    """From the sums of all heads to rows; where ``nothing`` is predicted, no error is found."""
     readout, d = subject.stream.readout, subject.stream.d_model
     gain = readout.gain(d)
     folds = next(iter(layers.values())).sums.folds
@@ -419,7 +422,7 @@ def estimate(layers: dict[int, Layer], subject: Subject, warning: str) -> Jackkn
             ahead.append(bool(low[0] > 0) and bool((null - free).sum() > 0))
             heads.append(where)
     corrected = multipletests(flips, method="holm")[1]
-    hits = (corrected < LEVEL) & np.array(ahead)
+    hits = (corrected < LEVEL) & np.array(ahead) & (not nothing)
     for where, p, hit in zip(heads, corrected, hits, strict=True):
         found.add("error_transport_p", float(p), **where)
         found.add("error_transport_found", float(hit), **where)

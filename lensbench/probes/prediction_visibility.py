@@ -16,6 +16,7 @@ FIRST = 2
 
 
 @probe
+@torch.no_grad()
 def prediction_visibility(subject: Subject) -> Jackknifed:
     """Per layer l: share of the variance of ``ebar_{s-1}``, and of the surprise at s, that ``h_l[s]`` tells linearly.
 
