@@ -595,6 +595,8 @@ def probes(frame: pd.DataFrame) -> Figure:
 
 TOP_HEADS = 3
 """Heads that are named in a heatmap."""
+SMALLEST_SCORE = 1e-4
+"""Of a head that is named."""
 
 
 def error_transport(frame: pd.DataFrame) -> Figure:
@@ -610,7 +612,7 @@ def error_transport(frame: pd.DataFrame) -> Figure:
     for panel, model in zip(panels, models, strict=False):
         of = frame[frame["model"] == model]
         grid = of.pivot(index="layer", columns="head", values="score")
-        most = max(float(grid.abs().max(axis=None)), 1e-6)
+        most = max(float(grid.abs().max(axis=None)), SMALLEST_SCORE)
         look: dict[str, Any] = {"vmin": -most, "vmax": most, "cmap": "vlag", "cbar_kws": {"shrink": 0.8}}
         sns.heatmap(grid, ax=panel, **look)
         panel.collections[0].colorbar.ax.tick_params(labelsize=6.5)
@@ -620,13 +622,13 @@ def error_transport(frame: pd.DataFrame) -> Figure:
             panel.plot(
                 places[1][row["head"]] + 0.5, places[0][row["layer"]] + 0.5, "o", mfc="none", color="#222222", ms=5
             )
-        top = of[of["score"] > 0].nlargest(TOP_HEADS, "score")
+        top = of[of["score"] > SMALLEST_SCORE].nlargest(TOP_HEADS, "score")
         named = ", ".join(
             f"L{row.layer}.H{row.head}" + (f" ({row.ratio:.2f})" if pd.notna(row.ratio) else "")
             for row in top.itertuples()
         )
         panel.set(xlabel="head", ylabel="layer")
-        panel.set_title(f"{model}: {len(found)} of {len(of)} found\n{named or 'none above 0'}", fontsize=8)
+        panel.set_title(f"{model}: {len(found)} of {len(of)} found\n{named or 'no score above 0'}", fontsize=8)
         panel.tick_params(rotation=0, length=0, labelsize=6.5)
     for panel in panels[len(models) :]:
         panel.remove()
