@@ -1,6 +1,7 @@
 """A small Llama into one head of which something is planted by hand, and what probes are given to look at it."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lensbench.corpus import Windows
-from lensbench.lenses import AffineMaps
-from lensbench.models.ngram import KneserNeyBigram
 from lensbench.probes import Subject
-from lensbench.stream import ResidualStream, capture
+from lensbench.stream import ResidualStream
 
 V, D, L, H = 97, 32, 3, 4
 LENGTH = 40
@@ -129,24 +128,6 @@ def words() -> Tokenizer:
 
 
 def subject_of(model: Any, seed: int = 0, count: int = 128, **changes: Any) -> Subject:
-    """Identity lenses; captures are made by the stream."""
+    """As outside a suite: the logit lens."""
     stream = changes.get("stream") or ResidualStream(model)
-    scored, fit = text(seed, count), text(seed + 1000, count)
-
-    def read(split: str) -> Any:
-        return capture(stream, fit if split == "fit" else scored)
-
-    d = stream.d_model
-    given: dict[str, Any] = {
-        "stream": stream,
-        "windows": scored,
-        "layers": list(range(stream.layers)),
-        "lenses": AffineMaps(torch.eye(d).repeat(stream.layers, 1, 1), torch.zeros(stream.layers, d)),
-        "rotated": False,
-        "read": read,
-        "fit_windows": fit,
-        "bigram": lambda: KneserNeyBigram.fit(fit.ids.ravel(), stream.vocab_size),
-        "shared": AffineMaps.identity(d),
-        "tokenizer": words(),
-    }
-    return Subject(**{**given, **changes})
+    return replace(Subject.plain(stream, text(seed, count), text(seed + 1000, count), words()), **changes)

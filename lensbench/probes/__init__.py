@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -24,7 +25,7 @@ from lensbench.indices import SMALLEST_DENOMINATOR, bootstrap_weights, few_clust
 from lensbench.lenses import AffineMaps
 from lensbench.models.ngram import KneserNeyBigram
 from lensbench.probes.crossfit import COLUMNS, Jackknifed
-from lensbench.stream import Capture, ResidualStream
+from lensbench.stream import Capture, ResidualStream, capture
 
 Array = NDArray[np.float64]
 
@@ -50,6 +51,35 @@ class Subject:
     tokenizer: Tokenizer | PreTrainedTokenizerBase
     report: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with what passes by, how many have, and of how many"""
+
+    @classmethod
+    def plain(
+        cls,
+        stream: ResidualStream,
+        windows: Windows,
+        fit_windows: Windows,
+        tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    ) -> "Subject":
+        """Outside a suite: with the logit lens at every layer, and a bigram counted on ``fit_windows``.
+
+        Other lenses, or a bigram of more text, with ``dataclasses.replace``. Nothing is measured on ``fit_windows`` alone;
+        they must be other documents than ``windows``.
+        """
+        d = stream.d_model
+
+        def read(split: str) -> Capture:
+            if split == "fit":
+                return capture(stream, fit_windows)
+            constant = capture(stream, fit_windows.spread(16)).mean_p
+            return capture(stream, windows, constant=constant)
+
+        def bigram() -> KneserNeyBigram:
+            return KneserNeyBigram.fit(fit_windows.ids[fit_windows.inside], stream.vocab_size)
+
+        lenses = AffineMaps(torch.eye(d).repeat(stream.layers, 1, 1), torch.zeros(stream.layers, d))
+        layers = list(range(stream.layers))
+        shared = AffineMaps.identity(d)
+        return cls(stream, windows, layers, lenses, False, read, fit_windows, bigram, shared, tokenizer)
 
     @cached_property
     def fit(self) -> Capture:
