@@ -26,6 +26,7 @@ from lensbench.report import (
     beside_table,
     learning_table,
     places_table,
+    probe_tables,
     retention_table,
     ruler_table,
     with_interval,
@@ -468,7 +469,13 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for run in comparison.runs:
         console.print(ruler_table(run))
         console.print(retention_table(run))
-        for found in (beside_table(run), learning_table(run), gap_table(run, declared), places_table(run)):
+        for found in (
+            beside_table(run),
+            learning_table(run),
+            gap_table(run, declared),
+            places_table(run),
+            *probe_tables(run),
+        ):
             if found is not None:
                 console.print(found)
     table = comparison.table

@@ -171,10 +171,10 @@ def probe_frame(run: Run) -> pd.DataFrame:
 
 
 def head_frame(run: Run) -> pd.DataFrame:
-    """``model, layer, head, score, ratio, found``: error transport of every head, means over seeds if there are several."""
+    """``model, layer, head, score, ratio, found``: error transport of every head, of each model's first seed."""
     table = run.tables["probes.csv"]
     names = {"error_score": "score", "error_ratio": "ratio", "error_transport_found": "found"}
-    rows = shown_rows(table[table["quantity"].isin(names)], ["quantity", "layer", "other"])
+    rows = table[table["quantity"].isin(names)].drop_duplicates(["model", "quantity", "layer", "other"])
     if not len(rows):
         return pd.DataFrame(columns=["model", "layer", "head", *names.values()])
     wide = rows.pivot(index=["model", "layer", "other"], columns="quantity", values="value").reindex(
@@ -634,7 +634,7 @@ def error_transport(frame: pd.DataFrame) -> Figure:
         panel.remove()
     caption = (
         "Share of what a head mixes that expectations explain as tokens do, signs turned, beyond coins for the signs. "
-        "Named: highest scores (beta / alpha). Circles: found at the 5 % level over all heads. Each panel has its scale."
+        "Named: highest scores (beta / alpha). Circles: found at the 5 % level over all heads. Each panel has its scale, and its model's first seed."
     )
     write_around(figure, "Which heads carry prediction errors?", caption)
     return figure

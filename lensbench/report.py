@@ -308,6 +308,100 @@ def places_table(run: Run) -> Table | None:
     return table
 
 
+BY_LAYER = {
+    "prediction_gain": "last prediction, gain of R^2",
+    "prediction_gain_of_rest": "the same, share of the rest",
+    "surprise_gain": "surprise, gain of R^2",
+    "expectation_r2": "next prediction, R^2",
+    "fidelity": "fidelity, shared lens",
+    "fidelity_null": "its null",
+    "fidelity_own": "fidelity, own lens",
+    "response_slope": "real by read change",
+    "stimulus_ratio": "read change, by random",
+    "response_ratio": "real change, by random",
+    "gradient_step_error": "distance from a gradient step",
+}
+"""Quantities of probes that have one value a layer, and what their table calls them."""
+OF_MODELS = {
+    "prediction_baseline_r2": "last prediction, R^2 of the baseline",
+    "surprise_baseline_r2": "surprise, R^2 of the baseline",
+    "prediction_directions": "variance in the directions looked at",
+    "heads_found": "share of heads found to carry errors",
+    "error_score_top": "highest error score",
+    "error_score_median": "median error score",
+    "few_shot_learned": "few-shot: p of the mapped label",
+    "few_shot_alpha_same": "few-shot, same query: alpha (logits)",
+    "few_shot_ratio_same": "few-shot, same query: beta / alpha",
+    "few_shot_error_gain_same": "few-shot, same query: gain over copying",
+    "few_shot_error_gain_null_same": "few-shot, same query: its null",
+    "few_shot_alpha_other": "few-shot, other query: alpha (logits)",
+    "few_shot_ratio_other": "few-shot, other query: beta / alpha",
+    "few_shot_error_gain_other": "few-shot, other query: gain over copying",
+    "full_kl": "non-causal update: KL of the whole from the prefix",
+    "full_ce_change": "non-causal update: change of CE by a future",
+}
+"""Quantities of probes that have one value a model."""
+OF_HEADS = {
+    "error_score": "error score",
+    "error_ratio": "beta / alpha",
+    "error_alignment": "alignment",
+    "copying_gain": "copying, gain of R^2",
+    "error_gain_beyond_null": "gain of a free beta beyond its null",
+    "error_transport_p": "p, Holm",
+    "weights_identity": "weights: identity",
+    "weights_bigram": "weights: bigram",
+    "weights_previous_bigram": "weights behind previous token: bigram",
+}
+"""Quantities of probes that have one value a head."""
+SHOWN_LAYERS, SHOWN_HEADS = 8, 5
+
+
+def probe_tables(run: Run) -> Iterator[Table]:
+    """Probes of predictions and errors: by layer (of many, some), of whole models, and the heads that score highest."""
+    probes = run.tables["probes.csv"]
+    told = {*BY_LAYER, *OF_MODELS}
+    found = shown_seeds(probes[probes["quantity"].isin(told)])
+    by_layer = found[found["quantity"].isin(BY_LAYER) & found["value"].notna()]
+    if len(by_layer):
+        every = sorted(by_layer["layer"].astype(int).unique())
+        spread = {every[round(k * (len(every) - 1) / (SHOWN_LAYERS - 1))] for k in range(SHOWN_LAYERS)}
+        layers = every if len(every) <= SHOWN_LAYERS else sorted(spread)
+        title = "probes by layer [95 %]"
+        table = Table(Column("model", no_wrap=True), Column("quantity", no_wrap=True), *map(str, layers), title=title)
+        for model, rows in by_layer.groupby("model", sort=False):
+            for quantity, name in BY_LAYER.items():
+                cells = rows[rows["quantity"] == quantity].set_index("layer")
+                if len(cells):
+                    table.add_row(
+                        str(model), name, *(with_interval(cells.loc[k]) if k in cells.index else "" for k in layers)
+                    )
+        yield table
+    whole = found[found["quantity"].isin(OF_MODELS)]
+    if len(whole):
+        models = list(dict.fromkeys(whole["model"]))
+        table = Table(Column("quantity", no_wrap=True), *models, title="probes of whole models [95 %]")
+        for quantity, name in OF_MODELS.items():
+            cells = whole[whole["quantity"] == quantity].drop_duplicates("model").set_index("model")
+            if len(cells):
+                table.add_row(name, *(with_interval(cells.loc[m]) if m in cells.index else "" for m in models))
+        yield table
+    heads = probes[probes["quantity"].isin(OF_HEADS) & probes["layer"].notna()]
+    heads = heads.drop_duplicates(["model", "quantity", "layer", "other"])
+    if len(heads):
+        title = f"heads with the {SHOWN_HEADS} highest error scores, first seed [95 %]"
+        table = Table(Column("model", no_wrap=True), "head", "found", *OF_HEADS.values(), title=title)
+        hits = probes[probes["quantity"] == "error_transport_found"].drop_duplicates(["model", "layer", "other"])
+        for model, rows in heads.groupby("model", sort=False):
+            score = rows[rows["quantity"] == "error_score"].astype({"value": float}).nlargest(SHOWN_HEADS, "value")
+            hit = hits[hits["model"] == model].set_index(["layer", "other"])["value"]
+            for layer, head in zip(score["layer"].astype(int), score["other"].astype(int), strict=True):
+                of = rows[(rows["layer"] == layer) & (rows["other"] == head)].drop_duplicates("quantity")
+                cells = of.set_index("quantity")
+                shown = (with_interval(cells.loc[q]) if q in cells.index else "" for q in OF_HEADS)
+                table.add_row(str(model), f"L{layer}.H{head}", f"{hit[layer, head]:.2g}", *shown)
+        yield table
+
+
 def in_context_tables(written: dict[str, pd.DataFrame]) -> Iterator[Table]:
     """Distance from the Bayes predictor by task, model and part of the document, and the differences of models."""
     table, gaps = written["task.csv"], written["differences.csv"]
@@ -420,7 +514,7 @@ def print_run(run: Run, console: Console) -> None:
     console.print(baseline_table(run))
     console.print(index_table(run))
     console.print(tolerance_table(run))
-    for table in (learning_table(run), places_table(run)):
+    for table in (learning_table(run), places_table(run), *probe_tables(run)):
         if table is not None:
             console.print(table)
     for line in [*sentences(run), *doubts(run)]:

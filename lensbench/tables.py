@@ -332,8 +332,8 @@ def similarity_of(part: Part) -> NDArray[np.float64] | None:
     return matrix
 
 
-NOT_AVERAGED = ("error_transport_p",)
-"""Quantities whose mean over seeds says nothing."""
+OF_HEADS = ("error_transport", "head_weights")
+"""Probes whose rows of single heads have no mean over seeds: head 2 of another training is another head."""
 
 
 def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
@@ -353,7 +353,7 @@ def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
     what = ["model", "probe", "quantity", "layer", "other"]
     for key, rows in table.groupby(what, dropna=False, sort=False):
         known = rows["value"].dropna().astype(float)
-        if len(rows) < 2 or cast(tuple[Any, ...], key)[2] in NOT_AVERAGED:
+        if len(rows) < 2 or (rows["probe"].iloc[0] in OF_HEADS and rows["layer"].notna().any()):
             continue
         row = dict(zip(what, cast(tuple[Any, ...], key), strict=True)) | {"seed": "all", "reason": ""}
         if len(known) < len(rows):

@@ -33,14 +33,16 @@ def test_every_probe_has_rows_or_a_reason_for_every_model_and_seed(run):
         for seed in ("0", "1", "all"):
             rows = table[(table["model"] == model) & (table["seed"] == seed)]
             assert set(NAMES) <= set(rows["probe"]) or seed == "all"
+    assert (
+        table[(table["seed"] == "all") & table["probe"].isin(["error_transport", "head_weights"])]["layer"].isna().all()
+    )
     told = table[table["value"].isna()]
     assert told["reason"].notna().all(), "what is empty says why"
     heads = table[(table["quantity"] == "error_score") & (table["seed"] == "0")]
     assert len(heads) == 2 * 3 * 2, "layers and heads of two models"
     assert set(heads["layer"]) == {0, 1, 2} and set(heads["other"]) == {0, 1}
-    ratio = table[(table["quantity"] == "error_ratio") & (table["model"] == "pc") & (table["seed"] == "all")]
+    ratio = table[(table["quantity"] == "error_ratio") & (table["model"] == "pc") & (table["seed"] == "1")]
     assert ratio["value"].to_numpy() == pytest.approx(1, abs=1e-3)
-    assert not len(table[(table["quantity"] == "error_transport_p") & (table["seed"] == "all")])
     gpt = table[(table["model"] == "gpt") & (table["probe"] == "gradient_steps") & (table["seed"] == "0")]
     assert "no errors at known places" in gpt["reason"].iloc[0]
 

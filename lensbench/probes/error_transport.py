@@ -48,7 +48,8 @@ def error_transport(subject: Subject) -> Jackknifed:
     principal direction give; it is below 0 where they have the tokens' own sign. ``error_transport_p``: of as large a sum
     under such coins, or of a cosine above 0 (jackknife), the larger of the two, one-sided and corrected over all heads
     (Holm). ``error_transport_found``: 1 where p is below 0.05, the interval of beta / alpha above 0, the gain above its
-    null, and the model predicts anything at all; ``heads_found`` their share over all heads.
+    null, and the model predicts anything at all; ``heads_found`` their share over all heads;
+    ``error_score_top`` and ``error_score_median`` are those of all scores.
     ``layer`` is the block, ``other`` the head.
 
     A predictive-coding model is read at its own places: expectations are those of its layer's own prediction.
@@ -393,7 +394,7 @@ def estimate(layers: dict[int, Layer], subject: Subject, warning: str, *, nothin
     gain = readout.gain(d)
     folds = next(iter(layers.values())).sums.folds
     found = Estimates("error_transport", folds, warning)
-    flips, ahead, heads = [], [], []
+    flips, ahead, heads, every = [], [], [], []
     for layer, of in sorted(layers.items()):
         size = of.written.shape[1]
         rank = (of.sums.sums.shape[-1] - 3 - size) // 4
@@ -411,7 +412,8 @@ def estimate(layers: dict[int, Layer], subject: Subject, warning: str, *, nothin
             found.share("error_gain_null", copying - null, total, **where)
             found.share("error_gain_beyond_null", null - free, total, **where)
             flips.append(max(float(scores.p[head]), above_zero(scores.cosine[head], scores.cosine_without[:, head])))
-            found.add("error_score", float(scores.score[head]), scores.score_without[:, head], **where)
+            every.append(float(scores.score[head]))
+            found.add("error_score", every[-1], scores.score_without[:, head], **where)
             found.add("error_alignment", float(scores.cosine[head]), scores.cosine_without[:, head], **where)
             angle, without = scores.angle[head], scores.angle_without[:, head]
             steep = np.abs(np.append(without, angle)).max() > STEEPEST
@@ -427,6 +429,8 @@ def estimate(layers: dict[int, Layer], subject: Subject, warning: str, *, nothin
         found.add("error_transport_p", float(p), **where)
         found.add("error_transport_found", float(hit), **where)
     found.add("heads_found", float(hits.mean()))
+    found.add("error_score_top", max(every))
+    found.add("error_score_median", float(np.median(every)))
     return found.done()
 
 
