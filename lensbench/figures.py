@@ -634,7 +634,8 @@ def error_transport(frame: pd.DataFrame) -> Figure:
         panel.remove()
     caption = (
         "Share of what a head mixes that expectations explain as tokens do, signs turned, beyond coins for the signs. "
-        "Named: highest scores (beta / alpha). Circles: found at the 5 % level over all heads. First seeds; each panel has its own scale."
+        "Named: highest scores (beta / alpha). Circles: found at the 5 % level over all heads. "
+        "First seeds; each panel has its own scale."
     )
     write_around(figure, "Which heads carry prediction errors?", caption)
     return figure
