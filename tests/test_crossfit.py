@@ -122,5 +122,5 @@ def test_estimates_come_back_from_their_folder_and_say_what_is_undefined(tmp_pat
     assert frame.equals(done.frame())
     by = frame.set_index("quantity")
     assert by.loc["x", "value"] == 1.5 and by.loc["x", "ci_low"] < 1.5 < by.loc["x", "ci_high"]
-    assert by.loc["y", "value"] is None and by.loc["y", "reason"] == "undefined: because"
-    assert by.loc["z", "ci_low"] is None and (by.loc["x", "layer"], by.loc["x", "other"]) == (1, 2)
+    assert np.isnan(by.loc["y", "value"]) and by.loc["y", "reason"] == "undefined: because"
+    assert np.isnan(by.loc["z", "ci_low"]) and (by.loc["x", "layer"], by.loc["x", "other"]) == (1, 2)

@@ -81,7 +81,7 @@ def test_a_model_that_learns_nothing_from_its_prompt_says_so():
     assert learned["ci_low"] < 0.25 < learned["ci_high"] or abs(learned["value"] - 0.25) < 0.08
     for kind in ("same", "other"):
         alpha = frame.loc[f"few_shot_alpha_{kind}"]
-        undefined = frame.loc[f"few_shot_ratio_{kind}", "value"] is None
+        undefined = np.isnan(frame.loc[f"few_shot_ratio_{kind}", "value"])
         assert undefined == (alpha["ci_low"] <= 0 <= alpha["ci_high"])
         assert float(frame.loc[f"few_shot_error_gain_{kind}", "value"]) < 0.05
 

