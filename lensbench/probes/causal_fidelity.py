@@ -6,18 +6,18 @@ log-ratios weighted by the model's probabilities (Aitchison geometry).
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lensbench.lenses import AffineMaps
 from lensbench.probes import Measured, Subject, Sums, probe
 from lensbench.probes.crossfit import FoldSums, centred
+from lensbench.probes.interventions import entering
 from lensbench.probes.predictions import Directions, batches
 from lensbench.readout import ReadOut
 from lensbench.stream import ResidualStream
@@ -186,7 +186,7 @@ def responses(stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor
     for start in range(0, len(layers), MOVES_AT_ONCE):
         of, move = (x[start : start + MOVES_AT_ONCE] for x in (layers, moves))
         count = len(of)
-        with moved(stream, of, move):
+        with entering(stream, partial(moved, layers=of, moves=move)):
             if cached is not None:
                 logits = behind(stream, ids, cached, count)
             else:
@@ -217,26 +217,11 @@ def behind(stream: ResidualStream, ids: Tensor, cached: tuple[str, Any], count: 
     return out.logits[:, -1].to(stream.device)
 
 
-@contextmanager
-def moved(stream: ResidualStream, layers: Tensor, moves: Tensor) -> Iterator[None]:
-    """While this lasts, sequence i of a batch enters block ``layers[i]`` with its last state moved by ``moves[i]``."""
-
-    def enter(layer: int) -> Any:
-        here = (layers == layer).nonzero()[:, 0]
-
-        def move(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if not len(here):
-                return None
-            h = args[0] if args else kwargs["hidden_states"]
-            change = torch.zeros_like(h)
-            change[here.to(h.device), -1, : moves.shape[1]] = moves[here].to(h)
-            return ((h + change, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h + change})
-
-        return move
-
-    hooks = [b.register_forward_pre_hook(enter(k), with_kwargs=True) for k, b in enumerate(stream.blocks)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def moved(layer: int, h: Tensor, layers: Tensor, moves: Tensor) -> Tensor | None:
+    """States ``[n, T, d]`` in which the last one of sequence i moved by ``moves[i]``, where ``layers[i]`` is this one."""
+    here = (layers == layer).nonzero()[:, 0]
+    if not len(here):
+        return None
+    change = torch.zeros_like(h)
+    change[here.to(h.device), -1, : moves.shape[1]] = moves[here].to(h)
+    return h + change

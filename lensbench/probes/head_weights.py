@@ -5,18 +5,18 @@
 its sequence, so that every head must look at it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
 from lensbench.probes import Subject, probe
 from lensbench.probes.crossfit import FOLDS, Estimates, Jackknifed, by_group
 from lensbench.probes.heads import check_heads, reading_heads
+from lensbench.probes.interventions import entering
 from lensbench.probes.predictions import Directions, batches
 from lensbench.stream import ResidualStream
 
@@ -135,7 +135,8 @@ def written_by(stream: ResidualStream, given: Tensor | dict[int, Tensor], tokens
     with reading_heads(stream) as heads:
         for start in range(0, len(tokens), AT_ONCE):
             some = slice(start, start + AT_ONCE)
-            with handing(stream, {layer: x[some] for layer, x in states.items()}):
+            given_now = {layer: x[some] for layer, x in states.items()}
+            with entering(stream, partial(handed_over, states=given_now)):
                 stream.model(input_ids=tokens[some, None].to(stream.input_device))
             for of in heads:
                 if of.layer in states:
@@ -161,23 +162,6 @@ def _written_by_predictive_coding(stream: ResidualStream, given: Tensor | dict[i
     return found
 
 
-@contextmanager
-def handing(stream: ResidualStream, states: dict[int, Tensor]) -> Iterator[None]:
-    """While this lasts, blocks are given these states ``[N, d]`` of N sequences of one token, whatever came before."""
-
-    def enter(layer: int) -> Any:
-        def replace(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if layer not in states:
-                return None
-            h = args[0] if args else kwargs["hidden_states"]
-            given = states[layer][:, None].to(h)
-            return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
-
-        return replace
-
-    hooks = [b.register_forward_pre_hook(enter(k), with_kwargs=True) for k, b in enumerate(stream.blocks)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def handed_over(layer: int, h: Tensor, states: dict[int, Tensor]) -> Tensor | None:
+    """States ``[N, d]`` of N sequences of one token in place of what came before."""
+    return states[layer][:, None].to(h) if layer in states else None
