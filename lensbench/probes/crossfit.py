@@ -42,6 +42,13 @@ def folds_of(windows: Windows, folds: int = FOLDS) -> NDArray[np.int64]:
     return fold[cluster]
 
 
+def in_folds(windows: Windows, folds: int = FOLDS) -> tuple[Windows, NDArray[np.int64]]:
+    """The windows in the order of their folds, and the fold of each: a batch then adds to the sums of few folds."""
+    fold = folds_of(windows, folds)
+    order = np.argsort(fold, kind="stable")
+    return windows.take(order), fold[order]
+
+
 class FoldSums:
     """``sum x x^T`` over the tokens of each fold, ``[K, ..., F, F]`` float64, of columns x ``[..., n, F]`` that stream by.
 

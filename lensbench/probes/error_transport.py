@@ -14,9 +14,10 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
+from lensbench.corpus import Windows
 from lensbench.indices import few_clusters
 from lensbench.probes import Subject, probe
-from lensbench.probes.crossfit import Array, Estimates, FoldSums, Jackknifed, centred, folds_of, jackknife
+from lensbench.probes.crossfit import Array, Estimates, FoldSums, Jackknifed, centred, in_folds, jackknife
 from lensbench.probes.heads import Heads, check_heads
 from lensbench.probes.predictions import RANK, Batch, Constant, Directions, after, batches
 
@@ -61,11 +62,11 @@ def error_transport(subject: Subject) -> Jackknifed:
     reason = check_heads(stream)
     if reason:
         return Jackknifed(name, reason=reason)
-    fold = folds_of(subject.windows)
+    windows, fold = in_folds(subject.windows)
     if fold.max() < 2:
         return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
-    layers, warning = gather(subject, fold)
-    clusters = few_clusters(len(np.unique(subject.windows.clusters)))
+    layers, warning = gather(subject, windows, fold)
+    clusters = few_clusters(len(np.unique(windows.clusters)))
     return estimate(layers, subject, warning or clusters, nothing=bool(warning))
 
 
@@ -93,7 +94,7 @@ def head_shape(subject: Subject) -> tuple[int, int]:
     return sum(h.weights.shape[1] for h in batch.heads), max(h.mixed.shape[-1] for h in batch.heads)
 
 
-def gather(subject: Subject, fold: np.ndarray) -> tuple[dict[int, Layer], str]:
+def gather(subject: Subject, windows: Windows, fold: np.ndarray) -> tuple[dict[int, Layer], str]:
     """One pass over the windows: layer -> the sums of its heads; and a warning where there is hardly a prediction."""
     stream = subject.stream
     directions = directions_for(subject)
@@ -101,7 +102,7 @@ def gather(subject: Subject, fold: np.ndarray) -> tuple[dict[int, Layer], str]:
     layers: dict[int, Layer] = {}
     constant = Constant()
     report = partial(subject.report, "error_transport")
-    for batch in batches(stream, subject.windows, directions, heads=True, report=report):
+    for batch in batches(stream, windows, directions, heads=True, report=report):
         constant.add(batch)
         carried = carried_vectors(batch, directions, generator)
         looked = batch.inside.clone()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lensbench.indices import few_clusters
 from lensbench.probes import Subject, probe
-from lensbench.probes.crossfit import RIDGES, Array, Estimates, Jackknifed, cross_fitted, folds_of
+from lensbench.probes.crossfit import RIDGES, Array, Estimates, Jackknifed, cross_fitted, in_folds
 from lensbench.probes.predictions import BigramPredictions, Constant, Directions, MeansByToken, after, batches
 
 FIRST = 2
@@ -39,13 +39,13 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
     directions = Directions.of(stream, subject.fit_windows)
     means = _means(subject, directions)
     bigram = BigramPredictions(subject.bigram(), directions)
-    fold = folds_of(subject.windows)
+    windows, fold = in_folds(subject.windows)
     if fold.max() < 2:
         return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
     embedding = stream.model.get_input_embeddings()
     sums: VisibilitySums | None = None
     constant = Constant()
-    for batch in batches(stream, subject.windows, directions, report=partial(subject.report, name)):
+    for batch in batches(stream, windows, directions, report=partial(subject.report, name)):
         constant.add(batch)
         ids, previous = batch.ids, after(batch.ids)
         targets = torch.cat([after(batch.expected), batch.surprise[..., None], batch.expected], -1)
@@ -60,7 +60,7 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
             chosen = looked & torch.from_numpy(fold[batch.rows] == k).to(looked.device)[:, None]
             sums.add(int(k), known[chosen], targets[chosen], batch.states[:, chosen])
     assert sums is not None
-    warning = constant.warning() or few_clusters(len(np.unique(subject.windows.clusters)))
+    warning = constant.warning() or few_clusters(len(np.unique(windows.clusters)))
     found = Estimates(name, sums.folds, warning)
     found.add("prediction_directions", directions.share)
     rank = directions.rows.shape[1]

@@ -20,7 +20,7 @@ from lensbench.models.ngram import KneserNeyBigram
 from lensbench.probes.heads import Heads, reading_heads
 from lensbench.stream import ResidualStream
 
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
+LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
 """Entries of ``[B, T, V]`` that a batch may have, by device."""
 RANK = 128
 """Principal directions of the tokens' unembedding rows that expectations and errors are seen in."""
