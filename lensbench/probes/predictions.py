@@ -105,19 +105,21 @@ def batches(
             rows = slice(start, min(start + size, len(windows.ids)))
             ids = torch.from_numpy(windows.ids[rows]).to(stream.device)
             states, logits = stream.forward(ids)
-            log_p = logits.float().log_softmax(-1)
-            surprise = -log_p[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-            p = log_p.exp()
+            logits = logits.float()
+            log_z = logits.logsumexp(-1, keepdim=True)
+            surprise = (log_z[:, :-1] - logits[:, :-1].gather(-1, ids[:, 1:, None]))[..., 0]
+            p = logits.sub_(log_z).exp_()  # in place: fresh memory of this size costs as much as filling it
+            inside = torch.from_numpy(windows.inside[rows]).to(stream.device)
             yield Batch(
                 rows,
                 ids,
-                torch.from_numpy(windows.inside[rows]).to(stream.device),
+                inside,
                 states.float(),
                 p @ directions.rows,
                 torch.nn.functional.pad(surprise, (1, 0)),
                 list(found),
-                p[torch.from_numpy(windows.inside[rows]).to(p.device)].sum(0).double(),
-                -(p * log_p).sum(-1),
+                (inside.flatten().to(p) @ p.flatten(0, 1)).double(),
+                torch.special.entr(p).sum(-1),
             )
             found.clear()
             if report is not None:
