@@ -156,7 +156,9 @@ def _watch_transformers(stream: ResidualStream, found: list[Heads], stack: ExitS
         written = last(basis) - last(torch.zeros_like(basis[:1]))
         layer = of_block.get(module, len(found))
         split = mixed.view(*mixed.shape[:2], heads, -1).transpose(1, 2)
-        of = Heads(layer, weights.float(), split.float(), written.detach().float().view(heads, -1, written.shape[-1]))
+        on = stream.device
+        written = written.detach().float().to(on).view(heads, -1, written.shape[-1])
+        of = Heads(layer, weights.float().to(on), split.float().to(on), written)
         again = [k for k, kept in enumerate(found) if kept.layer == layer]
         if again:  # a model that runs its blocks more than once has its logits from the last time
             found[again[0]] = of
