@@ -327,6 +327,7 @@ OF_MODELS = {
     "surprise_baseline_r2": "surprise, R^2 of the baseline",
     "prediction_directions": "variance in the directions looked at",
     "heads_found": "share of heads found to carry errors",
+    "heads_beyond_permutation": "share of heads beyond the permutation alone",
     "error_score_top": "highest error score",
     "error_score_median": "median error score",
     "few_shot_learned": "few-shot: p of the mapped label",

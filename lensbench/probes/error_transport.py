@@ -17,7 +17,16 @@ from torch import Tensor
 from lensbench.corpus import Windows
 from lensbench.indices import few_clusters
 from lensbench.probes import Subject, probe
-from lensbench.probes.crossfit import Array, Estimates, FoldSums, Jackknifed, centred, in_folds, jackknife
+from lensbench.probes.crossfit import (
+    Array,
+    Estimates,
+    FoldSums,
+    Jackknifed,
+    centred,
+    in_folds,
+    jackknife,
+    leaving_one_out,
+)
 from lensbench.probes.heads import Heads, check_heads
 from lensbench.probes.predictions import RANK, Batch, Constant, Directions, after, batches
 
@@ -50,6 +59,7 @@ def error_transport(subject: Subject) -> Jackknifed:
     under such coins, or of a cosine above 0 (jackknife), the larger of the two, one-sided and corrected over all heads
     (Holm). ``error_transport_found``: 1 where p is below 0.05, the interval of beta / alpha above 0, the gain above its
     null, and the model predicts anything at all; ``heads_found`` their share over all heads;
+    ``heads_beyond_permutation`` the share whose gain beyond its null has an interval above 0;
     ``error_score_top`` and ``error_score_median`` are those of all scores.
     ``layer`` is the block, ``other`` the head.
 
@@ -395,7 +405,7 @@ def estimate(layers: dict[int, Layer], subject: Subject, warning: str, *, nothin
     gain = readout.gain(d)
     folds = next(iter(layers.values())).sums.folds
     found = Estimates("error_transport", folds, warning)
-    flips, ahead, heads, every = [], [], [], []
+    flips, ahead, heads, every, permuted = [], [], [], [], []
     for layer, of in sorted(layers.items()):
         size = of.written.shape[1]
         rank = (of.sums.sums.shape[-1] - 3 - size) // 4
@@ -412,6 +422,8 @@ def estimate(layers: dict[int, Layer], subject: Subject, warning: str, *, nothin
             found.share("error_gain", copying - free, total, **where)
             found.share("error_gain_null", copying - null, total, **where)
             found.share("error_gain_beyond_null", null - free, total, **where)
+            gain, gain_without = leaving_one_out(null - free, total)
+            permuted.append(jackknife(np.array([gain]), gain_without[:, None])[0][0] > 0)
             flips.append(max(float(scores.p[head]), above_zero(scores.cosine[head], scores.cosine_without[:, head])))
             every.append(float(scores.score[head]))
             found.add("error_score", every[-1], scores.score_without[:, head], **where)
@@ -430,6 +442,7 @@ def estimate(layers: dict[int, Layer], subject: Subject, warning: str, *, nothin
         found.add("error_transport_p", float(p), **where)
         found.add("error_transport_found", float(hit), **where)
     found.add("heads_found", float(hits.mean()))
+    found.add("heads_beyond_permutation", float(np.mean(permuted)))
     found.add("error_score_top", max(every))
     found.add("error_score_median", float(np.median(every)))
     return found.done()
