@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lensbench import results
 from lensbench.compare import compare_runs, print_comparison
-from lensbench.report import calibration_table, in_context_tables, print_run
+from lensbench.report import calibration_table, in_context_tables, print_run, regression_table
 from lensbench.suite import load_suite, load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +43,9 @@ def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparis
         print_run(results.read_run(ROOT / "results" / name), console)
         print_comparison(compare_runs([ROOT / "results" / name], load_suite("standard").verdict), console)
     print_comparison(standard_comparison, console)
+    for name in ("small", "smollm2"):
+        print_run(results.read_run(ROOT / "results" / "probes" / name), console)
+    console.print(regression_table(pd.read_csv(ROOT / "results/probes/in-context-regression/regression.csv")))
     console.print(calibration_table(pd.read_csv(ROOT / "results" / "calibration" / "calibration.csv")))
     printed = console.file.getvalue()
     quoted = QUOTED.findall(" ".join(README.split()))
