@@ -12,6 +12,7 @@ from lensbench.suite import (
     kind_of,
     load_calibration,
     load_in_context,
+    load_regression,
     load_suite,
     load_sweep,
     named_files,
@@ -30,7 +31,8 @@ def test_every_suite_that_comes_with_lensbench_is_valid():
     assert {"quick", "quick-sweep"} <= set(named_files())
     for name in named_files():
         _, command = kind_of(read_toml(name)[1])
-        load = {"sweep": load_sweep, "run": load_suite, "calibrate": load_calibration, "in-context": load_in_context}
+        load = {"sweep": load_sweep, "run": load_suite, "calibrate": load_calibration}
+        load |= {"in-context": load_in_context, "regression": load_regression}
         assert load[command](name).name == name
 
 
