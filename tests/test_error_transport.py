@@ -1,5 +1,7 @@
 """Error transport: found where it is planted or built in, and nowhere else; its regressions against brute force."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,22 @@ def test_models_without_attention_weights_are_skipped_with_the_reason():
     rotated = frame_of(planted("none"), rotated=True)
     assert "rotated view" in rotated["reason"].iloc[0]
     few = PROBES["error_transport"](subject_of(planted("none"), count=4)).frame()
-    assert "fewer than three documents" in few["reason"].iloc[0]
+    assert "fewer than four documents" in few["reason"].iloc[0]
+
+
+def test_short_windows_and_padding_count_for_nothing():
+    """Windows of two tokens among the others, and any ids behind the end of a window: the same numbers."""
+    model, whole = planted("error", 10.0), subject_of(planted("error", 10.0))
+    lengths = whole.windows.lengths.copy()
+    lengths[::8], lengths[1::8] = 2, 25
+    frames = []
+    for filling in (0, 5):
+        ids = whole.windows.ids.copy()
+        ids[np.arange(ids.shape[1]) >= lengths[:, None]] = filling
+        windows = replace(whole.windows, ids=ids, lengths=lengths)
+        frames.append(frame_of(model, windows=windows)["value"].astype(float).to_numpy())
+    np.testing.assert_allclose(*frames, rtol=1e-4, atol=1e-6)
+    assert np.isfinite(frames[0]).mean() > 0.9
 
 
 # The regressions, from the data themselves

@@ -63,6 +63,8 @@ class FoldSums:
 
     def add(self, fold: int, x: Tensor) -> None:
         """Tokens ``[..., n, F]`` of one fold."""
+        if not x.shape[-2]:
+            return  # windows of one or two tokens
         x = x.double().cpu()
         if not len(self.sums):
             self._shift = x.mean(-2, keepdim=True)

@@ -73,8 +73,8 @@ def error_transport(subject: Subject) -> Jackknifed:
     if reason:
         return Jackknifed(name, reason=reason)
     windows, fold = in_folds(subject.windows)
-    if fold.max() < 2:
-        return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
+    if fold.max() < 3:
+        return Jackknifed(name, reason="its windows come from fewer than four documents: nothing to cross-fit on")
     layers, warning = gather(subject, windows, fold)
     clusters = few_clusters(len(np.unique(windows.clusters)))
     return estimate(layers, subject, warning or clusters, nothing=bool(warning))

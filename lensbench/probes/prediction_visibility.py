@@ -112,6 +112,8 @@ class VisibilitySums:
 
     def add(self, fold: int, known: Tensor, targets: Tensor, states: Tensor) -> None:
         """n tokens: ``[n, B]``, ``[n, O]`` and ``[L+1, n, d]``."""
+        if not len(known):
+            return  # windows of one or two tokens
         known, targets = known.double().cpu(), targets.double().cpu()
         if self._common is None:
             spread = torch.cat([known.std(0), torch.ones(self.targets, dtype=torch.float64)])
