@@ -176,6 +176,14 @@ def run(
         list[str] | None,
         typer.Option(help="Run these models alone; repeat it, or separate names by commas.", show_default=False),
     ] = None,
+    probes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of the suite's probes compute these alone, in parts: the others are told where they are finished; "
+            "repeat it, or separate names by commas.",
+            show_default=False,
+        ),
+    ] = None,
     max_hours: Annotated[
         float, typer.Option(min=0, help="Refuse a run to a stated precision that is predicted to score for longer.")
     ] = 1.0,
@@ -189,12 +197,12 @@ def run(
     default = "-".join([chosen.name, *map(name_of, model or []), *([text_name(corpus)] if corpus else [])])
     if seed is not None:
         chosen = chosen.model_copy(update={"seeds": (seed,)})
-    names = [name for given in only or [] for name in given.split(",") if name]
+    names, wanted = ([n for given in several or [] for n in given.split(",") if n] for several in (only, probes))
     folder = out or Path("runs") / default
     start = time.perf_counter()
     with Bars() as bars:
         finished = run_suite(
-            chosen, folder, device=choose_device(device), only=names, progress=bars, max_hours=max_hours
+            chosen, folder, device=choose_device(device), only=names, progress=bars, max_hours=max_hours, probes=wanted
         )
     from lensbench.report import print_run
 

@@ -6,7 +6,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from importlib import metadata
@@ -161,6 +161,8 @@ class Runner:
     """A run to a stated precision that is predicted to score for longer is refused."""
     only_finished: bool = False
     """Compute nothing: a stage that is not there raises :class:`lensbench.stages.NotFinished`."""
+    probes: tuple[str, ...] = ()
+    """Probes of the suite that are computed now, all of them where it is empty; of others what is finished is told."""
 
     def __post_init__(self) -> None:
         self.stages = Stages(self.folder / "stages")
@@ -622,7 +624,16 @@ class Runner:
             def measure(folder: Path, name: str = name) -> None:
                 PROBES[name](subject()).save(folder)
 
-            stage = self.stage(f"probe-{name}-{who}", key, measure)
+            before, aside = self.only_finished, bool(self.probes) and name not in self.probes
+            self.only_finished = before or aside
+            try:
+                stage = self.stage(f"probe-{name}-{who}", key, measure)
+            except NotFinished:
+                if before or not aside:
+                    raise
+                continue
+            finally:
+                self.only_finished = before
             found.append(load_found(stage.folder))
         return found
 
@@ -736,19 +747,30 @@ def lens_identity(source: str) -> dict[str, str]:
 
 
 def run_suite(
-    suite: Suite, folder: Path, *, device: torch.device, only: list[str], progress: Progress, max_hours: float = 1.0
+    suite: Suite,
+    folder: Path,
+    *,
+    device: torch.device,
+    only: list[str],
+    progress: Progress,
+    max_hours: float = 1.0,
+    probes: Sequence[str] = (),
 ) -> results.Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
 
     With ``precision`` in the suite, first finds the number of sequences that it needs for every model, and scores all
     models on the largest, so that they stay paired; raises where that is predicted to take over ``max_hours``.
 
-    ``only`` names the models to run, all of them where it is empty. Raises :class:`LensbenchError` for what a user can mend.
+    ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Raises
+    :class:`LensbenchError` for what a user can mend.
     """
     unknown = [name for name in only if name not in {m.name for m in suite.models}]
     if unknown:
         known = ", ".join(m.name for m in suite.models)
         raise LensbenchError(f"suite {suite.name} has no model {unknown[0]!r}; it has {known}")
+    if strange := [name for name in probes if name not in suite.probes]:
+        known = ", ".join(suite.probes) or "none"
+        raise LensbenchError(f"suite {suite.name} has no probe {strange[0]!r}; it has {known}")
     for model in suite.models:  # before a folder is made for what cannot be run
         if model.source is not None and (not only or model.name in only):
             locate(model.source)
@@ -756,7 +778,7 @@ def run_suite(
     before = torch.get_num_threads()
     torch.set_num_threads(suite.threads or before)
     try:
-        runner = Runner(suite, folder, device, progress, max_hours)
+        runner = Runner(suite, folder, device, progress, max_hours, probes=tuple(probes))
         parts, plans, points = [], {}, []
         if suite.evaluate.precision is not None:
             for model in suite.models:

@@ -75,6 +75,23 @@ def test_heads_are_drawn_and_the_top_ones_named(run):
     assert (run[1] / "figures" / "error_transport.png").stat().st_size > 10_000
 
 
+def test_probes_can_be_run_in_parts(tmp_path):
+    asked = 'name = "tiny"\nthreads = 1\nprobes = ["few_shot", "gradient_steps"]'
+    suite, out = write_suite(tmp_path, **{'name = "tiny"': asked}), tmp_path / "out"
+
+    def part(*options: str) -> tuple[set[str], str]:
+        result = CliRunner().invoke(app, ["run", str(suite), "--only", "gpt", "--out", str(out), *options])
+        assert result.exit_code == 0, result.output
+        return set(read_run(out).tables["probes.csv"]["probe"]), result.output
+
+    assert part("--probes", "gradient_steps")[0] == {"gradient_steps"}
+    both, told = part("--probes", "few_shot")
+    assert both == {"few_shot", "gradient_steps"} and "probe-gradient_steps-gpt-seed0: reused" in told
+    assert part()[0] == both
+    wrong = CliRunner().invoke(app, ["run", str(suite), "--probes", "paths", "--out", str(out)])
+    assert wrong.exit_code != 0 and "has no probe 'paths'" in wrong.output
+
+
 def test_unknown_probes_are_refused_in_one_line(tmp_path):
     suite = write_suite(tmp_path, **{'name = "tiny"': 'name = "tiny"\nprobes = ["error_transprot"]'})
     result = CliRunner().invoke(app, ["run", str(suite), "--out", str(tmp_path / "out")])
