@@ -613,6 +613,7 @@ class Runner:
                 maps["shared"],
                 texts.tokenizer,
                 report,
+                lambda line: self.progress.say(f"{model.name}: {line}"),
             )
 
         found = []

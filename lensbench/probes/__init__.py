@@ -51,6 +51,8 @@ class Subject:
     tokenizer: Tokenizer | PreTrainedTokenizerBase
     report: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with what passes by, how many have, and of how many"""
+    say: Callable[[str], None] = lambda line: None
+    """Called with what a user should know of how something is measured"""
 
     @classmethod
     def plain(

@@ -63,13 +63,14 @@ def error_transport(subject: Subject) -> Jackknifed:
     ``error_score_top`` and ``error_score_median`` are those of all scores.
     ``layer`` is the block, ``other`` the head.
 
+    Attention weights are read with ``attn_implementation="eager"``, which is set back, and the probe says so.
     A predictive-coding model is read at its own places: expectations are those of its layer's own prediction.
     """
     name = "error_transport"
     stream = subject.stream
     if subject.rotated:
         return Jackknifed(name, reason="a rotated view has no heads of its own")
-    reason = check_heads(stream)
+    reason = check_heads(stream, subject.say)
     if reason:
         return Jackknifed(name, reason=reason)
     windows, fold = in_folds(subject.windows)

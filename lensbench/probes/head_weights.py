@@ -43,7 +43,7 @@ def head_weights(subject: Subject) -> Jackknifed:
     stream = subject.stream
     if subject.rotated:
         return Jackknifed(name, reason="a rotated view has no heads of its own")
-    reason = check_heads(stream)
+    reason = check_heads(stream, subject.say)
     if not reason and not stream.blocks:
         reason = "its layers are not blocks of their own, which could be handed a token's embedding"
     if reason:

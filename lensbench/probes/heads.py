@@ -5,7 +5,7 @@ weights; no list of classes: a module that returns weights ``[B, H, T, T]`` is a
 calls last writes. The models that are defined here are read at their known places.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,8 @@ from lensbench.models.predictive_coding import (
 )
 from lensbench.stream import ResidualStream
 
-EAGER = 'attention weights are read with attn_implementation="eager"'
+EAGER = 'attention weights are read with attn_implementation="eager", set back behind it'
+"""What a probe says of a model whose attention it sets."""
 
 
 class NoHeads(Exception):
@@ -181,9 +182,15 @@ def _is_attention(x: Tensor, length: int | None) -> bool:
     return bool(above) and bool((x >= 0).all()) and bool((x.sum(-1) < 1 + 1e-2).all())
 
 
+def sets_attention(stream: ResidualStream) -> bool:
+    """Whether the model's own eager attention is needed: not by those that are defined here."""
+    own = PredictiveCodingForCausalLM, ControlGPTBlock
+    return not any(isinstance(m, own) for m in stream.model.modules())
+
+
 @torch.no_grad()
-def check_heads(stream: ResidualStream) -> str:
-    """Why the heads of a model cannot be read; empty where they can."""
+def check_heads(stream: ResidualStream, say: Callable[[str], None]) -> str:
+    """Why the heads of a model cannot be read; empty where they can, and ``say`` is told how."""
     ids = torch.randint(0, stream.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
     try:
         with reading_heads(stream) as heads:
@@ -192,4 +199,6 @@ def check_heads(stream: ResidualStream) -> str:
                 return "it has no attention weights (no module returns any)"
     except NoHeads as error:
         return str(error)
+    if sets_attention(stream):
+        say(EAGER)
     return ""
