@@ -596,7 +596,7 @@ def probes(frame: pd.DataFrame) -> Figure:
 TOP_HEADS = 3
 """Heads that are named in a heatmap."""
 SMALLEST_SCORE = 1e-4
-"""Of a head that is named."""
+"""That a colour scale reaches at least."""
 
 
 def error_transport(frame: pd.DataFrame) -> Figure:
@@ -622,21 +622,22 @@ def error_transport(frame: pd.DataFrame) -> Figure:
             panel.plot(
                 places[1][row["head"]] + 0.5, places[0][row["layer"]] + 0.5, "o", mfc="none", color="#222222", ms=5
             )
-        top = of[of["score"] > SMALLEST_SCORE].nlargest(TOP_HEADS, "score")
+        top = found.nlargest(TOP_HEADS, "score")
         named = ", ".join(
             f"L{row.layer}.H{row.head}" + (f" ({row.ratio:.2f})" if pd.notna(row.ratio) else "")
             for row in top.itertuples()
         )
         panel.set(xlabel="head", ylabel="layer")
-        panel.set_title(f"{model}: {len(found)} of {len(of)} found\n{named or 'no score above 0'}", fontsize=8)
+        panel.set_title(f"{model}: {len(found)} of {len(of)} found\n{named or 'none to name'}", fontsize=8)
         panel.tick_params(rotation=0, length=0, labelsize=6.5)
     for panel in panels[len(models) :]:
         panel.remove()
     caption = (
         "Share of what a head mixes that expectations explain as tokens do, signs turned, beyond coins for the signs. "
-        "Named: highest scores (beta / alpha). Circles: found at the 5 % level over all heads. "
-        "First seeds; each panel has its own scale."
+        "Named: of those found, the highest scores (beta / alpha). Circles: found at the 5 % level over all heads."
     )
+    if len(models) > 1:
+        caption += " First seeds; each panel has its own scale."
     write_around(figure, "Which heads carry prediction errors?", caption)
     return figure
 
