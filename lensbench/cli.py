@@ -168,7 +168,9 @@ def run(
     corpus: Annotated[
         str | None,
         typer.Option(
-            help="A text instead of the suite's: stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT].", show_default=False
+            help="A text instead of the suite's: stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT]; of a suite of images, "
+            "images: digits, folder:PATH or hf:NAME.",
+            show_default=False,
         ),
     ] = None,
     device: Device = "auto",
@@ -371,6 +373,39 @@ def compare(
     print_comparison(comparison, console)
 
 
+@app.command()
+@answerable
+def ruler(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, of texts and of images.")],
+    out: Annotated[Path | None, typer.Option(help="Draw the plane here, as PNG.", show_default=False)] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Judge by the rule of this suite; default: the first folder's own.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """All models of several runs on one ruler, whatever they read: side by side, not compared.
+
+    Models of other data and sizes differ in more than one thing; `compare` tells differences of those that share theirs.
+    """
+    from lensbench.compare import side_by_side
+    from lensbench.report import ruler_table
+
+    judge = None
+    if rule is not None:
+        from lensbench.suite import load_suite
+
+        judge = load_suite(rule).verdict
+    beside = side_by_side(folders, judge)
+    if out is not None:
+        from lensbench.figures import draw_plane
+
+        draw_plane(beside, out)
+    console.print(ruler_table(beside))
+    if out is not None:
+        console.print(str(out), highlight=False, markup=False)
+
+
 Source = Annotated[str, typer.Argument(help="hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE or package:NAME.")]
 Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")]
 
@@ -476,6 +511,7 @@ def trace(
 @answerable
 def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
+    from lensbench.images import SPECS
     from lensbench.models import FAMILIES
     from lensbench.suite import kind_of, named_files, read_toml
 
@@ -505,6 +541,7 @@ def models(debug: Debug = False) -> None:
     console.print(families)
     corpora = "corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]"
     console.print(corpora, highlight=False, markup=False)
+    console.print(f"images: {SPECS}", highlight=False, markup=False)
 
 
 def main() -> None:

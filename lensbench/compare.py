@@ -126,6 +126,23 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
     return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]], whole)
 
 
+def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
+    """All models of runs that need not measure the same thing, judged by one rule: to be seen together, not compared.
+
+    Raises :class:`LensbenchError` for damaged folders, for a sweep, and where two runs have a model of one name.
+    """
+    if len(set(folders)) < len(folders):
+        raise LensbenchError("a run folder is named twice")
+    runs = [results.read_run(folder) for folder in folders]
+    for run in runs:
+        if "sweep" in (run.manifest or {}):
+            raise LensbenchError(
+                f"{run.folder} holds a sweep, which has no lenses: give folders that `lensbench run` wrote"
+            )
+    rule = rule or VerdictRule(**(runs[0].manifest or {})["suite"].get("verdict", {}))
+    return together([judged(run, rule) for run in runs])
+
+
 def grouped(runs: list[Run]) -> list[list[Run]]:
     """Runs, those that are parts of one together."""
     groups: list[list[Run]] = []
@@ -221,10 +238,14 @@ def cells_of(run: Run, group: int) -> list[Cell]:
             ce = by_document(rows, lens="model")["ce"].to_numpy(float)
             point = {name: float(value.value) for name, value in at_point.items()}
             values = {name: value.value for name, value in at_draws.items()}
+            reasons = {name: e.reason for name, e in estimates.items() if e.value is None}
             for name, per in (("ce", sums.tokens), ("bits_per_byte", sums.bytes * np.log(2))):
+                if not per.any():
+                    reasons[name] = "undefined: images have no bytes of text"
+                    point[name], values[name] = np.nan, np.full(len(weights), np.nan)
+                    continue
                 point[name] = float(ce.sum() / per.sum())
                 values[name] = (weights @ ce) / (weights @ per)
-            reasons = {name: e.reason for name, e in estimates.items() if e.value is None}
             cells.append(
                 Cell(
                     str(run.folder),

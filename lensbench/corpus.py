@@ -106,6 +106,18 @@ class Windows:
         row, column = np.nonzero(self.valid[rows])
         return self.ids[rows], row, self.positions[rows][row, column]
 
+    def targets(self, rows: slice) -> NDArray[np.int64]:
+        """Token id behind each scored position of some windows, ``[n]``."""
+        row, column = np.nonzero(self.valid[rows])
+        return self.ids[rows][row, self.positions[rows][row, column] + 1]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def positions_read(self) -> int:
+        return self.ids.shape[1]
+
     @property
     def inside(self) -> NDArray[np.bool_]:
         """bool [S, T]: False where there is padding"""

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from lensbench.corpus import Windows
 from lensbench.errors import LensbenchError
 from lensbench.fitting import (
     Choice,
@@ -39,6 +38,7 @@ from lensbench.fitting import (
 )
 from lensbench.indices import ONE_STANDARD_ERROR, Means
 from lensbench.lenses import AffineMaps
+from lensbench.samples import Samples
 from lensbench.stages import NOTHING_KEPT, Pieces
 from lensbench.stream import Capture, ReadOut, RotatedView
 from lensbench.transfer import TransferSums, own_layer_sums, sum_by_window, transfer_sums
@@ -501,9 +501,9 @@ class Scored:
     refits: dict[str, NDArray[np.float64]]
     fit: FitSummary
 
-    def frame(self, windows: Windows, *, model: str, seed: int) -> pd.DataFrame:
+    def frame(self, samples: Samples, *, model: str, seed: int) -> pd.DataFrame:
         """``per_sequence.parquet``'s rows of one model and seed."""
-        names = np.array(windows.document_names, dtype=object)[windows.documents]
+        names = np.array(samples.document_names, dtype=object)[samples.documents]
         count = len(names)
         layers = self.matrix["kl"].shape[-1] - 1
         blocks: list[pd.DataFrame] = []
@@ -523,7 +523,7 @@ class Scored:
             values = {"tokens": self.tokens, "bytes": self.bytes, "kl": kl, "ce": ce, "movement": movement}
             values["top1"] = top1
             blocks.append(
-                pd.DataFrame({"document": names, "sequence": windows.sequence, **columns, **values}, range(count))
+                pd.DataFrame({"document": names, "sequence": samples.sequence, **columns, **values}, range(count))
             )
 
         add("constant", -1, -1, "none", "none", self.constant, np.nan)

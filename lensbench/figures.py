@@ -26,7 +26,7 @@ from lensbench.errors import LensbenchError
 from lensbench.indices import ONE_STANDARD_ERROR, tolerance_order
 from lensbench.learning import ALL, BOUND, shown_curves
 from lensbench.regression import shown
-from lensbench.results import Run, write_atomically
+from lensbench.results import Run, unit, write_atomically
 
 DPI = 150
 ANNOTATED_LAYERS = 10  # the numbers of a larger heatmap could not be read
@@ -67,19 +67,23 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
     All are drawn before the first is written: a table that cannot be drawn leaves the folder as it was.
     """
     transfer, lenses, indices = transfer_frame(run), lens_frame(run), index_frame(run)
+    of = unit(run.tables["models.csv"])
     with style():
         figures = {
-            "transfer_penalty.png": transfer_penalty(transfer),
-            "kl_by_layer.png": kl_by_layer(lenses),
-            "penalty_by_distance.png": penalty_by_distance(transfer),
+            "transfer_penalty.png": transfer_penalty(transfer, of),
+            "kl_by_layer.png": kl_by_layer(lenses, of),
+            "penalty_by_distance.png": penalty_by_distance(transfer, of),
             "gain_visibility.png": gain_visibility(indices),
             "plane.png": plane(indices),
             "tolerances.png": tolerances(tolerance_frame(run)),
-            "pair_penalty.png": pair_penalty(pair_frame(run)),
+            "pair_penalty.png": pair_penalty(pair_frame(run), of),
             "visibility_by_distance.png": visibility_by_distance(distance_frame(run)),
         }
         if len(run.tables["probes.csv"]):
-            figures["probes.png"] = probes(probe_frame(run))
+            figures["probes.png"] = probes(probe_frame(run), of)
+            accuracies = accuracy_frame(run)
+            if len(accuracies):
+                figures["accuracy_by_layer.png"] = accuracy_by_layer(accuracies)
             heads = head_frame(run)
             if len(heads):
                 figures["error_transport.png"] = error_transport(heads)
@@ -89,6 +93,14 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
         for name, figure in figures.items():
             write_atomically(folder / name, partial(write_figure, figure))
     return [folder / name for name in figures]
+
+
+def draw_plane(run: Run, path: Path) -> None:
+    """Write the plane alone as a PNG."""
+    with style():
+        figure = plane(index_frame(run))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, partial(write_figure, figure))
 
 
 def write_figure(figure: Figure, path: Path) -> None:
@@ -142,7 +154,9 @@ def index_frame(run: Run) -> pd.DataFrame:
     every = pd.MultiIndex.from_product([names, run.tables["models.csv"]["model"].unique()], names=["index", "model"])
     frame = table.set_index(["index", "model"])[numbers].reindex(every).astype(float).reset_index()
     known = run.tables["verdicts.csv"].dropna(subset=["known"]).drop_duplicates("model").set_index("model")["known"]
-    return frame.assign(known=frame["model"].map(known).fillna(""))
+    models = run.tables["models.csv"].drop_duplicates("model").set_index("model")
+    images = models["bits_per_byte"].isna()  # an image has no bytes of text
+    return frame.assign(known=frame["model"].map(known).fillna(""), images=frame["model"].map(images))
 
 
 def shown_rows(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -185,6 +199,14 @@ def head_frame(run: Run) -> pd.DataFrame:
     )
     order = {model: k for k, model in enumerate(run.tables["models.csv"]["model"].unique())}
     return frame.sort_values(["model", "layer", "head"], key=lambda c: c.map(order) if c.name == "model" else c)
+
+
+def accuracy_frame(run: Run) -> pd.DataFrame:
+    """``model, lens, layer, value, ci_low, ci_high`` of accuracies; lens ``model``, without a layer, is the model itself."""
+    table = run.tables["probes.csv"]
+    rows = shown_rows(table[table["probe"] == "accuracy"], ["quantity", "layer"])
+    lens = rows["quantity"].str.removesuffix("_accuracy").replace("accuracy", "model")
+    return rows.assign(lens=lens)[["model", "lens", "layer", "value", "ci_low", "ci_high"]].reset_index(drop=True)
 
 
 def tolerance_frame(run: Run) -> pd.DataFrame:
@@ -235,7 +257,7 @@ def use_symlog(panel: Axes, axis: str, linear: float) -> None:
     panel.autoscale_view()
 
 
-def transfer_penalty(cells: pd.DataFrame) -> Figure:
+def transfer_penalty(cells: pd.DataFrame, of: str = "token") -> Figure:
     """One heatmap per model, all on one colour scale: lens of layer i (rows) read at layer j (columns)."""
     models = list(cells["model"].unique())
     penalties = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
@@ -260,7 +282,9 @@ def transfer_penalty(cells: pd.DataFrame) -> Figure:
         panel.set(title=model, xlabel="read at stream layer $j$", ylabel="lens of layer $i$")
     extend = ["neither", "max", "min", "both"][clipped + 2 * (lowest < -0.02 * top)]
     bar = figure.colorbar(panels[0].collections[0], ax=panels, extend=extend, aspect=12 * len(panels), pad=0.02)
-    bar.set_label("$C_{ij} - C_{jj}$ (nats/token)" + (f"\nclipped, maximum {highest:.3g}" if clipped else ""), size=8)
+    bar.set_label(
+        f"$C_{{ij}} - C_{{jj}}$ (nats/{of})" + (f"\nclipped, maximum {highest:.3g}" if clipped else ""), size=8
+    )
     write_around(figure, "Transfer penalty: layer $j$ through the lens of layer $i$", "Last row: the logit lens.")
     return figure
 
@@ -276,7 +300,7 @@ def cell_text(value: float, largest: float) -> str:
     return "0" if abs(value) < 0.005 else text.replace("0.", ".").replace("-", "−")
 
 
-def kl_by_layer(frame: pd.DataFrame) -> Figure:
+def kl_by_layer(frame: pd.DataFrame, of: str = "token") -> Figure:
     """Per model the KL to its own output at every layer, one line per lens."""
     models = list(frame["model"].unique())
     lenses = frame.drop_duplicates("name").set_index("name")
@@ -291,7 +315,7 @@ def kl_by_layer(frame: pd.DataFrame) -> Figure:
             panel.fill_between(*band, color=LENS_COLOURS[str(lens)], alpha=0.18, lw=0)
         lines, labels = panel.get_legend_handles_labels()
         panel.legend().remove()
-        panel.set(title=model, yscale="log", xlabel="layer", ylabel="KL to the output (nats/token)")
+        panel.set(title=model, yscale="log", xlabel="layer", ylabel=f"KL to the output (nats/{of})")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     figure.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8, handlelength=3)
@@ -299,7 +323,32 @@ def kl_by_layer(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def penalty_by_distance(cells: pd.DataFrame) -> Figure:
+def accuracy_by_layer(frame: pd.DataFrame) -> Figure:
+    """Per model the share of targets that each lens's most probable word is, at every layer, and the model's own share."""
+    models = list(frame["model"].unique())
+    figure, panels = panels_of(models, 2.6, 1.8, sharey=True)
+    for panel, model in zip(panels, models, strict=True):
+        rows = frame[frame["model"] == model]
+        own = rows[rows["lens"] == "model"].iloc[0]
+        panel.axhline(own["value"], color=GREY, lw=1.2, ls=":", label="the model")
+        panel.axhspan(own["ci_low"], own["ci_high"], color=GREY, alpha=0.15, lw=0)
+        for lens in ("logit", "tuned", "shared"):
+            line = rows[rows["lens"] == lens].sort_values("layer")
+            panel.plot(line["layer"], line["value"], "o-", color=LENS_COLOURS[lens], lw=1.5, ms=2.8, label=LENSES[lens])
+            panel.fill_between(
+                line["layer"].astype(float), line["ci_low"], line["ci_high"], color=LENS_COLOURS[lens], alpha=0.18, lw=0
+            )
+        panel.set(title=model, xlabel="layer", ylabel="held-out accuracy")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
+    write_around(
+        figure, "How often each layer's read-out is right", "Bands: 95 % intervals. Lenses: closed form, prior zero."
+    )
+    return figure
+
+
+def penalty_by_distance(cells: pd.DataFrame, of: str = "token") -> Figure:
     """Penalty against the distance |i - j| between fitted lenses, forward (lens of the earlier layer) and backward."""
     models = list(cells["model"].unique())
     i, j = cells["lens_layer"], cells["stream_layer"]
@@ -318,7 +367,7 @@ def penalty_by_distance(cells: pd.DataFrame) -> Figure:
     panel.axhline(0, color=GREY, lw=0.8, zorder=1)
     use_symlog(panel, "y", 0.1)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
-    panel.set(xlabel="distance $|i - j|$ (layers)", ylabel="$C_{ij} - C_{jj}$ (nats/token, linear below 0.1)")
+    panel.set(xlabel="distance $|i - j|$ (layers)", ylabel=f"$C_{{ij}} - C_{{jj}}$ (nats/{of}, linear below 0.1)")
     write_around(figure, "Transfer penalty by distance of layers", "Points: pairs of layers below L; lines: means.")
     return figure
 
@@ -534,7 +583,7 @@ OF_THE_MODEL = ("read_out_ce", "true_error_rms", "error_cosine")
 """Quantities that two views of a model have in common."""
 
 
-def probes(frame: pd.DataFrame) -> Figure:
+def probes(frame: pd.DataFrame, of: str = "token") -> Figure:
     """What probes measured beside the lenses, one panel per quantity and one line per model; means over equal distances."""
     models = list(frame["model"].unique())
     shown = [panel for panel in PROBE_PANELS if (frame["quantity"] == panel[0]).any()]
@@ -546,20 +595,20 @@ def probes(frame: pd.DataFrame) -> Figure:
     for panel, (quantity, over, name) in zip(panels, shown, strict=False):
         drawn: set[tuple[float, ...]] = set()
         for model, look in of_model.items():
-            of = frame[(frame["quantity"] == quantity) & (frame["model"] == model)]
+            rows_of = frame[(frame["quantity"] == quantity) & (frame["model"] == model)]
             if quantity == "gradient_alignment":
-                of = of[of["layer"].notna()]  # the mean over blocks has none
+                rows_of = rows_of[rows_of["layer"].notna()]  # the mean over blocks has none
                 null = frame[(frame["quantity"] == "gradient_alignment_null") & (frame["model"] == model)]
                 panel.plot(null["layer"], null["value"], color=look["color"], lw=0.6, alpha=0.6)
             if quantity == "fidelity":
                 null = frame[(frame["quantity"] == "fidelity_null") & (frame["model"] == model)]
                 panel.plot(null["layer"], null["value"], color=look["color"], lw=0.6, alpha=0.6)
-            if not len(of):
+            if not len(rows_of):
                 continue
-            at = of["other"] if quantity == "ce_rise_skipped" else of["layer"]
+            at = rows_of["other"] if quantity == "ce_rise_skipped" else rows_of["layer"]
             if over.startswith("distance"):
-                at = (of["layer"] - of["other"]).abs()
-            line = of.assign(at=at.astype(float)).groupby("at")[["value", "ci_low", "ci_high"]].mean()
+                at = (rows_of["layer"] - rows_of["other"]).abs()
+            line = rows_of.assign(at=at.astype(float)).groupby("at")[["value", "ci_low", "ci_high"]].mean()
             if quantity in OF_THE_MODEL and tuple(line["value"]) in drawn:
                 continue  # another view of a model that is there
             drawn.add(tuple(line["value"]))
@@ -569,7 +618,7 @@ def probes(frame: pd.DataFrame) -> Figure:
         if quantity != "read_out_ce":
             panel.axhline(0, color=GREY, lw=0.8, zorder=1)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-        panel.set(xlabel=over, ylabel=name)
+        panel.set(xlabel=over, ylabel=name.replace("nats/token", f"nats/{of}"))
         if name.startswith("rise"):
             use_symlog(panel, "y", 0.02)
     for panel in panels[len(shown) :]:
@@ -581,7 +630,7 @@ def probes(frame: pd.DataFrame) -> Figure:
     }
     if named:
         figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=8)
-    caption = "Bars: 95 % intervals. Thin lines, the null: another token's gradient, another direction's response."
+    caption = f"Bars: 95 % intervals. Thin lines, the null: another {of}'s gradient, another direction's response."
     titles = {"gradient_alignment": "gradients", "ce_rise_deleted": "blocks", "read_out_ce": "predictions and errors"}
     titles |= {
         "carried_share": "what is carried along",
@@ -642,7 +691,7 @@ def error_transport(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def pair_penalty(frame: pd.DataFrame) -> Figure:
+def pair_penalty(frame: pd.DataFrame, of: str = "token") -> Figure:
     """One heatmap per model: cost of one lens for two layers; below the diagonal the same in random bases."""
     models = list(frame["model"].unique()) or [""]
     figure, panels = panels_of(models, 2.9, 0.9, sharey=False)
@@ -671,7 +720,7 @@ def pair_penalty(frame: pd.DataFrame) -> Figure:
         panel.grid(False)
         panel.set(title=model, xlabel="layer", ylabel="layer")
     bar = figure.colorbar(panels[0].collections[0], ax=panels, aspect=12 * len(panels), pad=0.02)
-    bar.set_label("$M_{ij}$ (nats/token)", size=8)
+    bar.set_label(f"$M_{{ij}}$ (nats/{of})", size=8)
     write_around(figure, title, caption)
     return figure
 
@@ -684,7 +733,8 @@ def plane(frame: pd.DataFrame) -> Figure:
         frame.drop_duplicates("model").set_index("model")["known"] if "known" in frame else pd.Series("", index=models)
     )
     names = ["gain_visibility", "shared_consistency", "movement"]
-    table = frame.pivot(index="model", columns="index")
+    table = frame.pivot(index="model", columns="index", values=["value", "ci_low", "ci_high"])
+    sees = frame.drop_duplicates("model").set_index("model").get("images", pd.Series(False, index=models))
     points = table["value"].loc[models, names]
     gaps = [f"{name} of {', '.join(points.index[points[name].isna()])}" for name in names if points[name].isna().any()]
     points = points[points[names[0]].notna() & points[names[1]].notna()].fillna(0.0)
@@ -694,7 +744,9 @@ def plane(frame: pd.DataFrame) -> Figure:
     bars = []
     for model, x, y, moved in points.itertuples(name=None):
         # Landmarks, whose answer is known by their construction, are outlined diamonds.
-        landmark = {"marker": "D", "linewidths": 1.4, "edgecolors": "#222222"} if known[model] else {"linewidths": 0}
+        landmark: dict[str, Any] = {"linewidths": 0, "marker": "s" if sees[model] and not sees.all() else "o"}
+        if known[model]:
+            landmark = {"marker": "D", "linewidths": 1.4, "edgecolors": "#222222"}
         size = 30 + 450 * min(max(moved, 0.0), most) / most
         panel.scatter(x, y, s=size, color=colours[model], alpha=0.45, **landmark)
         low, high = table["ci_low"].loc[model], table["ci_high"].loc[model]
@@ -707,6 +759,8 @@ def plane(frame: pd.DataFrame) -> Figure:
             bars += panel.plot(later, y, "o", color=colours[model], mfc="white", ms=4.5)
     for value, label in MOVEMENTS.items():
         panel.scatter([], [], s=30 + 450 * value / most, color=GREY, alpha=0.4, lw=0, label=label)
+    if sees.any() and not sees.all():
+        panel.scatter([], [], s=70, marker="s", color=GREY, alpha=0.4, lw=0, label="sees images")
     if known.any():
         panel.scatter([], [], s=70, marker="D", color="white", edgecolors="#222222", label="known by\nconstruction")
     panel.legend(title="movement", loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.2, frameon=False)

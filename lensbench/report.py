@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from lensbench.indices import OF_SIMILARITY, tolerance_order
 from lensbench.learning import ALL, BOUND, shown_curves
 from lensbench.regression import shown
-from lensbench.results import Run
+from lensbench.results import Run, unit
 from lensbench.verdict import SCOPES
 
 SHOWN = (
@@ -63,18 +63,29 @@ def shown_seeds(indices: pd.DataFrame) -> pd.DataFrame:
 
 
 def baseline_table(run: Run) -> Table:
-    table = Table(
-        "model", "seed", "parameters", "nats/token", "bits/byte", title="held-out cross-entropy, 95 % intervals"
-    )
+    of, hits = unit(run.tables["models.csv"]), accuracies(run)
+    more = ["bits/byte"] * (of != "image") + ["accuracy"] * bool(hits)
+    title = "held-out cross-entropy, 95 % intervals"
+    table = Table("model", "seed", "parameters", f"nats/{of}", *more, title=title)
     rows = [
         *run.tables["baselines.csv"].assign(model=baseline_names, seed="", parameters="").iterrows(),
         *run.tables["models.csv"].iterrows(),
     ]
     for _, row in rows:
         ce = with_interval(row, "ce", "ce_ci_low", "ce_ci_high")
-        bits = with_interval(row, "bits_per_byte", "bits_per_byte_ci_low", "bits_per_byte_ci_high")
-        table.add_row(row["model"], str(row["seed"]), str(row["parameters"]), ce, bits)
+        cells = [with_interval(row, "bits_per_byte", "bits_per_byte_ci_low", "bits_per_byte_ci_high")] * (of != "image")
+        cells += [hits.get((row["model"], str(row["seed"])), "")] * bool(hits)
+        table.add_row(row["model"], str(row["seed"]), str(row["parameters"]), ce, *cells)
+    for model in dict.fromkeys(model for model, seed in hits if seed == "all"):
+        table.add_row(model, "all", "", "", *([""] * (of != "image")), hits[model, "all"])
     return table
+
+
+def accuracies(run: Run) -> dict[tuple[str, str], str]:
+    """Held-out accuracy of each model and seed (or all), with its interval; nothing where it was not measured."""
+    rows = run.tables["probes.csv"]
+    rows = rows[rows["quantity"] == "accuracy"]
+    return {(row["model"], str(row["seed"])): with_interval(row) for _, row in rows.iterrows()}
 
 
 def baseline_names(table: pd.DataFrame) -> pd.Series:
@@ -309,12 +320,17 @@ def places_table(run: Run) -> Table | None:
 
 
 BY_LAYER = {
+    "logit_accuracy": "accuracy, logit lens",
+    "tuned_accuracy": "accuracy, own lens",
+    "shared_accuracy": "accuracy, shared lens",
+    "gradient_alignment": "gradient alignment of block",
+    "gradient_alignment_null": "its null",
     "prediction_gain": "last prediction, gain of R^2",
     "prediction_gain_of_rest": "the same, share of the rest",
     "surprise_gain": "surprise, gain of R^2",
     "expectation_r2": "next prediction, R^2",
     "fidelity": "fidelity, shared lens",
-    "fidelity_null": "its null",
+    "fidelity_null": "fidelity, null",
     "fidelity_own": "fidelity, own lens",
     "fidelity_random": "fidelity, random directions",
     "response_slope": "real by read change",
@@ -324,6 +340,7 @@ BY_LAYER = {
 }
 """Quantities of probes that have one value a layer, and what their table calls them."""
 OF_MODELS = {
+    "accuracy": "held-out accuracy",
     "prediction_baseline_r2": "last prediction, R^2 of the baseline",
     "surprise_baseline_r2": "surprise, R^2 of the baseline",
     "prediction_directions": "variance in the directions looked at",
@@ -487,21 +504,25 @@ def doubts(run: Run) -> list[str]:
     """What a reader should know before believing: models worse than word counts, and refits beside their interval."""
     lines = []
     baselines = run.tables["baselines.csv"]
-    unigram = baselines[baselines["baseline"] == "unigram"].set_index("tokenizer")["ce"]
+    least = baselines["baseline"].isin(["unigram", "class frequencies"])
+    unigram = baselines[least].set_index("tokenizer")["ce"]
+    of = unit(run.tables["models.csv"])
     for _, row in run.tables["models.csv"].drop_duplicates("model").iterrows():
         of_its_own = row["model"] in unigram.index
-        counted = unigram.get(row["model"] if of_its_own else "trained here")
+        counted = unigram.get(row["model"] if of_its_own else "images" if of == "image" else "trained here")
         if counted is not None and row["ce"] > counted:
+            what, other = ("class", "are the classes") if of == "image" else ("word", "the tokenizer")
             lines.append(
-                f"note: {row['model']} predicts worse ({number(row['ce'])} nats/token) than word frequencies do "
-                f"({number(counted)}): is it untrained, or the tokenizer another model's?"
+                f"note: {row['model']} predicts worse ({number(row['ce'])} nats/{of}) than {what} frequencies do "
+                f"({number(counted)}): is it untrained, or {other} another model's?"
             )
     indices = run.tables["indices.csv"]
+    amount = "many images" if of == "image" else "much text"
     beside = indices[(indices["fit_low"] > indices["ci_high"]) | (indices["fit_high"] < indices["ci_low"])]
     for model, rows in beside.groupby("model", sort=False):
         lines.append(
             f"note: {model} {', '.join(rows['index'])}: all refits on resampled documents, of which fewer are distinct, "
-            "lie on one side of the interval: the value depends on how much text the lenses were fitted to"
+            f"lie on one side of the interval: the value depends on how {amount} the lenses were fitted to"
         )
     return lines
 
@@ -509,7 +530,12 @@ def doubts(run: Run) -> list[str]:
 def print_run(run: Run, console: Console) -> None:
     """The tables, then the sentences, then every warning once."""
     scored = (run.manifest or {}).get("scored", {})
-    if scored and scored["sequences"] < scored["sequences_asked"]:
+    if scored and scored["sequences"] < scored["sequences_asked"] and unit(run.tables["models.csv"]) == "image":
+        held = (
+            f"{scored['sequences']} images were scored, not the {scored['sequences_asked']} asked for: the eval split"
+        )
+        console.print(f"note: {held} has no more", highlight=False, markup=False)
+    elif scored and scored["sequences"] < scored["sequences_asked"]:
         held = f"{scored['sequences']} of the {scored['sequences_asked']} sequences asked for were scored"
         why = f"the eval split has {scored['documents']} documents, and none may give more than its share (max_share); "
         why += "give a longer text, or raise evaluate.positions or evaluate.max_share"

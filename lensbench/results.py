@@ -228,6 +228,12 @@ def read_table(path: Path) -> pd.DataFrame:
     return table
 
 
+def unit(models: pd.DataFrame) -> str:
+    """What the models of ``models.csv`` predict once for each of: a token, an image (it has no bytes of text), or either."""
+    images = models["bits_per_byte"].isna()
+    return "image" if images.all() else "prediction" if images.any() else "token"
+
+
 def no_rows(name: str) -> pd.DataFrame:
     """A table of a folder that has nothing to say there."""
     return pd.DataFrame(columns=list(SCHEMA[name]))

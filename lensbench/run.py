@@ -21,14 +21,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from lensbench import __version__, corpus, evaluation, figures, results, tables
-from lensbench.corpus import Corpus, TokenizedDocument, Windows
+from lensbench.corpus import Corpus, Windows
+from lensbench.data import IMAGES, TRAINED_HERE, Data, Pictures, Texts, documents_of
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import FitSummary
 from lensbench.fitting import Moments
+from lensbench.images import ImageSet, Prepare, labels_for, load_images, plainly, processed_pixels
 from lensbench.learning import CurvePoint, Scored, curve_table, score_positions, timing_table
 from lensbench.lenses import (
     AffineMaps,
@@ -41,21 +48,24 @@ from lensbench.lenses import (
     save_tuned_lens,
     tuned_lens,
 )
-from lensbench.models import build, count_parameters, ngram
+from lensbench.models import build, count_parameters
 from lensbench.models.pretrained import (
     check_context,
-    check_ids,
     check_vocabulary,
     identity,
+    load_config,
+    load_image_processor,
     load_model,
     load_tokenizer,
     locate,
 )
 from lensbench.models.training import StepReport, TrainingRecipe, train
-from lensbench.probes import PROBES, Found, Subject, load_found
+from lensbench.probes import PROBES, Found, ReadText, Subject, load_found
+from lensbench.readout import image_shape
+from lensbench.samples import Samples
 from lensbench.stages import NotFinished, Pieces, Stage, Stages, open_run_folder
 from lensbench.stream import Capture, ResidualStream, RotatedView, capture
-from lensbench.suite import ModelRecipe, Suite, Sweep, load_suite
+from lensbench.suite import ImageRecipe, ModelRecipe, Suite, Sweep, load_suite
 from lensbench.transfer import choose_product_dtype, half_width, penalties, transfer_sums
 
 transformers_logging.disable_progress_bar()  # lensbench draws its own
@@ -77,42 +87,6 @@ class Progress(Protocol):
 
 
 REMEDY = "set evaluate.length to {} or less, in a copy of the suite's file"
-TRAINED_HERE = "trained here"
-"""What the tokenizer trained on the train split is called; no model can be called that."""
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """The corpus of a run in the tokens of one tokenizer; it is tokenised when its documents are first needed."""
-
-    corpus: Corpus
-    name: str
-    """``trained here`` for the tokenizer trained on the train split, else the model that brings it."""
-    digest: str
-    load: Callable[[], Tokenizer | PreTrainedTokenizerBase]
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | PreTrainedTokenizerBase:
-        return self.load()
-
-    @cached_property
-    def documents(self) -> dict[str, list[TokenizedDocument]]:
-        return {split: corpus.tokenize(self.tokenizer, self.corpus.splits[split]) for split in corpus.SPLITS}
-
-    @property
-    def counted(self) -> NDArray[np.int64]:
-        """The tokens that n-grams are counted on: the train split, where there is none the fit split."""
-        return corpus.training_stream(self.documents["train"] or self.documents["fit"]).astype(np.int64)
-
-    @property
-    def vocab_size(self) -> int:
-        return max(self.tokenizer.get_vocab().values()) + 1
-
-    def within(self, vocab_size: int) -> None:
-        """Raise :class:`LensbenchError` where the text holds a token that a model has no embedding for."""
-        for documents in self.documents.values():
-            for document in documents:
-                check_ids(f"model {self.name}", document.ids, vocab_size)
 
 
 @dataclass(frozen=True)
@@ -169,7 +143,7 @@ class Runner:
         self.known: dict[str, Stage] = {}
         self.streams: dict[tuple[str, str], ResidualStream] = {}
         self.sources: dict[str, dict[str, str]] = {}
-        self.own_texts: dict[str, Texts] = {}
+        self.own_data: dict[str, Data] = {}
         self.sequences: int | None = None
         self.revision = git_revision()  # of the code that runs, whatever is committed meanwhile
 
@@ -193,6 +167,28 @@ class Runner:
         return read
 
     @cached_property
+    def images(self) -> ImageSet:
+        """The images, found and split."""
+        recipe = self.suite.images
+        assert recipe is not None
+        tick = self.progress.stage("images", 1, "steps")
+        trains = any(m.source is None and m.view_of is None and not m.untrained for m in self.suite.models)
+        needed = corpus.SPLITS if trains else corpus.SPLITS[1:]
+        read = load_images(
+            recipe.spec, parts=recipe.parts, seed=recipe.seed, max_images=recipe.max_images, needed=needed
+        )
+        tick(1, "")
+        return read
+
+    @property
+    def source(self) -> Corpus | ImageSet:
+        """What everything is read from."""
+        return self.corpus if self.suite.images is None else self.images
+
+    @cached_property
+    def _suite_data(self) -> Data:
+        return self._suite_texts() if self.suite.images is None else self._suite_pictures(self.suite.images)
+
     def _suite_texts(self) -> Texts:
         recipe = self.suite.corpus
 
@@ -201,22 +197,53 @@ class Runner:
 
         key = {"checksum": self.corpus.checksum, "recipe": recipe.model_dump(exclude={"spec", "max_bytes"})}
         stage = self.stage("tokenizer", key, compute)
-        return Texts(
-            self.corpus, TRAINED_HERE, stage.digest, lambda: Tokenizer.from_file(str(stage.folder / "tokenizer.json"))
+        return self._texts(
+            TRAINED_HERE, stage.digest, lambda: Tokenizer.from_file(str(stage.folder / "tokenizer.json"))
         )
 
-    def texts(self, model: ModelRecipe | None = None) -> Texts:
-        """The corpus in the tokens that a model reads: those of the tokenizer trained here, once, or its own."""
+    def _texts(self, name: str, digest: str, load: Callable[[], Tokenizer | PreTrainedTokenizerBase]) -> Texts:
+        return Texts(self.corpus, name, digest, load, self.suite.length, self.suite.evaluate.first_position)
+
+    def _suite_pictures(self, recipe: ImageRecipe) -> Pictures:
+        channels, size = recipe.shape
+        prepare = plainly(channels=channels, height=size, width=size)
+        key = {"checksum": self.images.checksum, "recipe": recipe.model_dump(exclude={"spec", "max_images"})}
+        numbers = np.arange(len(self.images.classes))
+        return Pictures(self.images, IMAGES, digest_of(key), lambda: (prepare, numbers), recipe.shape, recipe.shift)
+
+    def data(self, model: ModelRecipe | None = None) -> Data:
+        """What a model reads: the corpus in tokens of the tokenizer trained here, once, or its own; images likewise."""
         owner = None if model is None else self.suite.trained(model)
         if owner is None or owner.source is None:
-            return self._suite_texts
-        if owner.name not in self.own_texts:
-            split = self.suite.corpus.model_dump(exclude={"spec", "max_bytes", "vocab_size"})
-            key = {"checksum": self.corpus.checksum, "recipe": split, "source": self.identity(owner)}
-            self.own_texts[owner.name] = Texts(
-                self.corpus, owner.name, digest_of(key), partial(load_tokenizer, owner.source)
-            )
-        return self.own_texts[owner.name]
+            return self._suite_data
+        if owner.name not in self.own_data:
+            if self.suite.images is None:
+                split = self.suite.corpus.model_dump(exclude={"spec", "max_bytes", "vocab_size"})
+                key = {"checksum": self.corpus.checksum, "recipe": split, "source": self.identity(owner)}
+                found: Data = self._texts(owner.name, digest_of(key), partial(load_tokenizer, owner.source))
+            else:
+                found = self._own_pictures(owner.name, owner.source, self.identity(owner), self.suite.images)
+            self.own_data[owner.name] = found
+        return self.own_data[owner.name]
+
+    def _own_pictures(self, name: str, source: str, identified: dict[str, str], recipe: ImageRecipe) -> Pictures:
+        split = recipe.model_dump(exclude={"spec", "max_images", "size", "channels", "shift"})
+        key = {"checksum": self.images.checksum, "recipe": split, "source": identified}
+
+        def load() -> tuple[Prepare, NDArray[np.int64]]:
+            config = load_config(source)
+            channels, height, width = image_shape(config)
+            processor = load_image_processor(source)
+            if processor is None:
+                self.progress.say(
+                    f"model {name} has no image processor beside it: it gets images of {height} x {width}, from -1 to 1"
+                )
+                prepare = plainly(channels=channels, height=height, width=width)
+            else:
+                prepare = partial(processed_pixels, processor=processor, channels=channels)
+            return prepare, labels_for(f"model {name}", config, self.images.classes)
+
+        return Pictures(self.images, name, digest_of(key), load, recipe.shape, recipe.shift)
 
     def identity(self, model: ModelRecipe) -> dict[str, str]:
         """What a pretrained model's source holds now."""
@@ -225,27 +252,14 @@ class Runner:
             self.sources[model.source] = identity(model.source)
         return self.sources[model.source]
 
-    def windows(
-        self, texts: Texts, split: str, sequences: int, positions: int, *, share: float | None = None
-    ) -> Windows:
-        return corpus.sample_windows(
-            texts.documents[split],
-            n_sequences=sequences,
-            length=self.suite.length,
-            positions=positions,
-            seed=corpus.SPLITS.index(split),
-            max_share=share,
-            first_position=self.suite.evaluate.first_position,
-        )
-
-    def eval_windows(self, texts: Texts, sequences: int | None = None) -> Windows:
-        """The held-out windows: as many as the suite says, or as its precision turned out to need."""
+    def eval_samples(self, data: Data, count: int | None = None) -> Samples:
+        """The held-out windows or images: as many as the suite says, or as its precision turned out to need."""
         recipe = self.suite.evaluate
-        count = sequences or self.sequences or recipe.sequences
-        return self.windows(texts, "eval", count, recipe.positions, share=recipe.max_share)
+        count = count or self.sequences or recipe.sequences
+        return data.samples("eval", count, recipe.positions, share=recipe.max_share)
 
     def trained(
-        self, texts: Texts, model: ModelRecipe, seed: int, name: str | None = None, tokens: int | None = None
+        self, data: Data, model: ModelRecipe, seed: int, name: str | None = None, tokens: int | None = None
     ) -> Stage:
         """The stage that trains ``model``, on ``tokens`` in place of the suite's if given: a ``save_pretrained`` folder."""
         recipe = self.suite.training_of(model)
@@ -257,20 +271,19 @@ class Runner:
             tick = self.progress.stage(name, recipe.steps, "steps")
             network = build(
                 str(model.family),
-                vocab_size=self.suite.corpus.vocab_size,
-                context=recipe.length,
                 seed=seed,
+                **data.shape(recipe),
                 **model.shape,
                 **model.settings,
             )
             if model.untrained:
                 network.save_pretrained(folder)
                 return
-            stream = corpus.training_stream(texts.documents["train"])
+            stream = data.batches(recipe, seed)
             start = time.perf_counter()
 
             def report(at: StepReport) -> None:
-                tick(at.step, f"loss {at.loss:.3f}, {at.tokens / (time.perf_counter() - start):,.0f} tokens/s")
+                tick(at.step, f"loss {at.loss:.3f}, {at.tokens / (time.perf_counter() - start):,.0f} {self.unit}s/s")
 
             ends = [start]
 
@@ -286,7 +299,7 @@ class Runner:
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
         key = {
-            "texts": texts.digest,
+            "texts": data.digest,
             "model": {"family": model.family, **model.shape, **model.settings},
             "training": training_key(recipe),
             "seed": seed,
@@ -295,9 +308,19 @@ class Runner:
             key["training"] = None
         return self.stage(name, key, compute)
 
+    @property
+    def loader(self) -> Any:
+        """The class of transformers that loads this suite's models."""
+        return AutoModelForCausalLM if self.suite.images is None else AutoModelForImageClassification
+
+    @property
+    def unit(self) -> str:
+        """What models predict once for each of."""
+        return "token" if self.suite.images is None else "image"
+
     def network(self, stage: Stage) -> PreTrainedModel:
         try:
-            model = AutoModelForCausalLM.from_pretrained(stage.folder, dtype=torch.float32)
+            model = self.loader.from_pretrained(stage.folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise LensbenchError(
@@ -309,7 +332,7 @@ class Runner:
         """The model itself, trained here first where it is to be."""
         owner = self.suite.trained(model)
         if owner.source is None:
-            training = self.trained(self.texts(), owner, seed)
+            training = self.trained(self.data(), owner, seed)
             recipe = self.suite.training
             facts = {
                 "family": owner.family,
@@ -319,7 +342,7 @@ class Runner:
             }
             return Origin(owner.name, training.digest, partial(self.network, training), facts)
         source, device = owner.source, self.device if owner.device is None else choose_device(owner.device)
-        if source not in self.sources and self.trained_on_this(source):
+        if self.suite.images is None and source not in self.sources and self.trained_on_this(source):
             self.progress.say(
                 f"model {owner.name} was trained by a run of lensbench on this text, split another way: some of what it "
                 "is scored on here it was trained on; give --corpus another text, or the suite that run's corpus settings"
@@ -331,10 +354,18 @@ class Runner:
         def load() -> PreTrainedModel:
             start = time.perf_counter()
             self.progress.stage(f"load-{owner.name}", 1, "models")
-            network = load_model(source, dtype=dtype_named(owner.dtype), device=device, device_map=owner.device_map)
-            check_context(f"model {owner.name}", network.config, self.suite.length, REMEDY)
-            check_vocabulary(source, self.texts(owner).tokenizer, network.config.get_text_config().vocab_size)
-            self.texts(owner).within(network.config.get_text_config().vocab_size)
+            network = load_model(
+                source,
+                dtype=dtype_named(owner.dtype),
+                device=device,
+                device_map=owner.device_map,
+                loader=self.loader,
+            )
+            data = self.data(owner)
+            if isinstance(data, Texts):
+                check_context(f"model {owner.name}", network.config, self.suite.length, REMEDY)
+                check_vocabulary(source, data.tokenizer, network.config.get_text_config().vocab_size)
+                data.within(network)
             self.progress.finished(f"load-{owner.name}", time.perf_counter() - start, False)
             return network
 
@@ -372,19 +403,19 @@ class Runner:
     def capture(
         self,
         stream: ResidualStream,
-        windows: Windows,
+        samples: Samples,
         *,
         name: str,
         constant: Tensor | None = None,
         rotation: RotatedView | None = None,
     ) -> Capture:
-        """One pass over the windows. On a GPU it decides, too, whether log-partitions are made in bfloat16 from here on."""
-        tick, start = self.progress.stage(name, len(windows.ids), "sequences"), time.perf_counter()
+        """One pass over the samples. On a GPU it decides, too, whether log-partitions are made in bfloat16 from here on."""
+        tick, start = self.progress.stage(name, len(samples), "inputs"), time.perf_counter()
 
         def report(done: int, _: int) -> None:
-            tick(done, f"{done * windows.ids.shape[1] / (time.perf_counter() - start):,.0f} tokens/s")
+            tick(done, f"{done * samples.positions_read / (time.perf_counter() - start):,.0f} {self.unit}s/s")
 
-        captured = capture(stream, windows, constant=constant, memory_gib=self.suite.fit.memory_gib, report=report)
+        captured = capture(stream, samples, constant=constant, memory_gib=self.suite.fit.memory_gib, report=report)
         self.progress.finished(name, time.perf_counter() - start, False)
         # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
         sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
@@ -395,7 +426,7 @@ class Runner:
 
     def fitted(self, model: ModelRecipe, seed: int) -> tuple[Origin, Stage]:
         """A model, trained where it is to be, and the stage that fits its lenses, for one view and seed."""
-        origin, texts = self.origin(model, seed), self.texts(model)
+        origin, data = self.origin(model, seed), self.data(model)
         recipe = self.suite.fit
         who = f"{model.name}-seed{seed}"
 
@@ -405,10 +436,10 @@ class Runner:
             if stream.layers < 2:
                 raise LensbenchError(f"model {model.name} has one layer: there is nothing to transfer a lens to")
             loaded = None if model.lens is None else self.loaded_lens(model.lens, stream)
-            windows = self.windows(texts, "fit", recipe.sequences, recipe.positions)
-            captured = self.capture(stream, windows, name=f"capture-fit-{who}")
-            dev_windows = self.windows(texts, "dev", recipe.dev_sequences, recipe.dev_positions)
-            dev = self.capture(stream, dev_windows, name=f"capture-dev-{who}", constant=captured.mean_p)
+            samples = data.samples("fit", recipe.sequences, recipe.positions)
+            captured = self.capture(stream, samples, name=f"capture-fit-{who}")
+            dev_samples = data.samples("dev", recipe.dev_sequences, recipe.dev_positions)
+            dev = self.capture(stream, dev_samples, name=f"capture-dev-{who}", constant=captured.mean_p)
             if model.rotated:
                 view = RotatedView.random(
                     Moments.of(captured).covariance, seed=ROTATED_MODELS + seed, variance=recipe.variance
@@ -434,7 +465,7 @@ class Runner:
 
         key: dict[str, Any] = {
             "trained": origin.digest,
-            "texts": texts.digest,
+            "texts": data.digest,
             "length": self.suite.length,
             "view": model.view,
             "fit": recipe.model_dump(exclude={"memory_gib"}),
@@ -464,7 +495,7 @@ class Runner:
         until the interval of every penalty is narrow enough or the text is used up.
         """
         origin, fitting = self.fitted(model, seed)
-        texts, recipe, who = self.texts(model), self.suite.evaluate, f"{model.name}-seed{seed}"
+        data, recipe, who = self.data(model), self.suite.evaluate, f"{model.name}-seed{seed}"
 
         def plan(folder: Path) -> None:
             target = recipe.precision
@@ -475,15 +506,15 @@ class Runner:
             count, asked, spent = recipe.sequences, 0, 0.0
             while True:
                 start = time.perf_counter()
-                windows = self.eval_windows(texts, count)
-                captured = self.capture(stream, windows, name=f"capture-plan-{who}", rotation=rotation_of(fitting))
+                samples = self.eval_samples(data, count)
+                captured = self.capture(stream, samples, name=f"capture-plan-{who}", rotation=rotation_of(fitting))
                 sums = transfer_sums(stream.readout, captured, maps, movement=False)
                 seconds = time.perf_counter() - start
                 spent += seconds
-                clusters, tokens = windows.clusters, windows.valid.sum(1)
+                clusters, tokens = samples.clusters, samples.valid.sum(1)
                 width = max(float(half_width(penalties(x), tokens, clusters).max()) for x in (sums.kl, sums.ce))
                 tick(min(100, round(100 * (target / width) ** 2)) if width > 0 else 100, f"half-width {width:.4f} nats")
-                exhausted = len(windows.ids) < count
+                exhausted = len(samples) < count
                 if width <= target or exhausted:
                     break
                 asked = count
@@ -501,12 +532,12 @@ class Runner:
                     )
             reached = width <= target
             self.progress.say(
-                f"{model.name}: half-width {width:.4f} nats with {len(windows.ids)} sequences, {spent:.0f} s"
+                f"{model.name}: half-width {width:.4f} nats with {len(samples)} sequences, {spent:.0f} s"
                 + ("" if reached else f"; the text has no more, so precision {target:g} is not reached")
             )
             results.write_json(
                 folder / "plan.json",
-                {"sequences": len(windows.ids), "half_width": width, "reached": reached, "seconds": round(spent, 2)},
+                {"sequences": len(samples), "half_width": width, "reached": reached, "seconds": round(spent, 2)},
             )
 
         key = {"fit": fitting.digest, "evaluate": recipe.scored}
@@ -515,17 +546,17 @@ class Runner:
     def measured(self, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
         """The stages that fit a model's lenses and score them, for one view and seed."""
         origin, fitting = self.fitted(model, seed)
-        texts, recipe, who = self.texts(model), self.suite.fit, f"{model.name}-seed{seed}"
+        data, recipe, who = self.data(model), self.suite.fit, f"{model.name}-seed{seed}"
 
         def score(folder: Path) -> None:
             fitted = evaluation.Fit(
                 load_maps(fitting.folder / "maps.safetensors"), FitSummary.load(fitting.folder / "fit.json")
             )
             stream = self.stream(origin, model.view)
-            windows = self.eval_windows(texts)
+            samples = self.eval_samples(data)
             captured = self.capture(
                 stream,
-                windows,
+                samples,
                 name=f"capture-eval-{who}",
                 constant=fitted.constant,
                 rotation=rotation_of(fitting),
@@ -541,7 +572,7 @@ class Runner:
                 pieces=pieces,
                 report=tick,
             )
-            frame = scored.frame(windows, model=model.name, seed=seed)
+            frame = scored.frame(samples, model=model.name, seed=seed)
             results.write_sequences(folder / "sequences.parquet", frame)
             save_file({k: torch.from_numpy(v) for k, v in scored.refits.items()}, folder / "refits.safetensors")
             results.write_json(
@@ -570,7 +601,7 @@ class Runner:
         if not self.suite.probes:
             return []
         origin, fitting = self.fitted(model, seed)
-        texts, recipe, who = self.texts(model), self.suite.fit, f"{model.name}-seed{seed}"
+        data, recipe, who = self.data(model), self.suite.fit, f"{model.name}-seed{seed}"
         # No more than are scored: the clusters of those are the probes' too.
         count = min(self.suite.evaluate.probe_sequences, self.sequences or self.suite.evaluate.sequences)
         splits = {"fit": (recipe.sequences, recipe.positions), "dev": (recipe.dev_sequences, recipe.dev_positions)}
@@ -582,23 +613,19 @@ class Runner:
             rotation = rotation_of(fitting)
 
             def read(split: str) -> Capture:
-                windows = scored if split == "eval" else self.windows(texts, split, *splits[split])
+                samples = scored if split == "eval" else data.samples(split, *splits[split])
                 constant = None if split == "fit" else torch.tensor(kept.constant)
                 return self.capture(
-                    stream, windows, name=f"capture-probe-{split}-{who}", constant=constant, rotation=rotation
+                    stream, samples, name=f"capture-probe-{split}-{who}", constant=constant, rotation=rotation
                 )
 
-            scored = self.eval_windows(texts, count)
+            scored = self.eval_samples(data, count)
             maps = load_maps(fitting.folder / "maps.safetensors")
-
-            def bigram() -> ngram.KneserNeyBigram:
-                return ngram.KneserNeyBigram.fit(texts.counted, texts.vocab_size)
-
             ticks: dict[str, Callable[[int, str], None]] = {}
 
             def report(what: str, done: int, total: int) -> None:
                 if what not in ticks:
-                    ticks[what] = self.progress.stage(f"{what}-{who}", total, "sequences")
+                    ticks[what] = self.progress.stage(f"{what}-{who}", total, "inputs")
                 ticks[what](done, "")
 
             return Subject(
@@ -608,10 +635,11 @@ class Runner:
                 maps["transfer"],
                 model.rotated,
                 read,
-                self.windows(texts, "fit", *splits["fit"]),
-                bigram,
+                maps["own"],
                 maps["shared"],
-                texts.tokenizer,
+                ReadText(data.samples("fit", *splits["fit"]), data.bigram, data.tokenizer)
+                if isinstance(data, Texts)
+                else None,
                 report,
                 lambda line: self.progress.say(f"{model.name}: {line}"),
             )
@@ -643,15 +671,17 @@ class Runner:
         recipe = self.suite.curve
         if recipe is None or model.view_of is not None or model.source is not None or model.untrained:
             return []
-        texts, points = self.texts(), []
+        data, points = self.data(), []
         for tokens in (*recipe.budgets, self.suite.training.tokens):
-            training = self.trained(texts, model, seed, tokens=tokens)
+            training = self.trained(data, model, seed, tokens=tokens)
 
             def measure(folder: Path, training: Stage = training) -> None:
-                score_positions(self.network(training).eval(), self.eval_windows(texts), recipe.positions).save(folder)
+                windows = self.eval_samples(data)
+                assert isinstance(windows, Windows)
+                score_positions(self.network(training).eval(), windows, recipe.positions).save(folder)
 
             evaluate = self.suite.evaluate.model_dump(include={"sequences", "positions", "max_share", "first_position"})
-            key = {"trained": training.digest, "texts": texts.digest, "length": self.suite.length}
+            key = {"trained": training.digest, "texts": data.digest, "length": self.suite.length}
             key |= {"evaluate": evaluate, "sequences": self.sequences, "positions": recipe.positions}
             scored = Scored.load(self.stage(f"curve-{model.name}-seed{seed}-{tokens}", key, measure).folder)
             timed = training.folder / TRAINING
@@ -662,50 +692,40 @@ class Runner:
             points.append(CurvePoint(model.name, seed, tokens, seconds, scored))
         return points
 
-    def baselines(self, texts: Texts) -> dict[str, Any]:
-        """Unigram and Kneser-Ney bigram on the tokens that the models are scored on, and how many those are.
+    def baselines(self, data: Data) -> dict[str, Any]:
+        """What counting alone predicts of the tokens (or classes) that the models are scored on, and how many those are.
 
         Counted on the train split, where there is none on the fit split.
         """
 
         def compute(folder: Path) -> None:
-            stream, size = texts.counted, texts.vocab_size
-            windows = self.eval_windows(texts)
-            rows = np.nonzero(windows.valid)[0]
-            at = windows.positions[windows.valid]
-            contexts, targets = windows.ids[rows, at], windows.ids[rows, at + 1]
-            ce = {
-                "unigram": ngram.unigram_cross_entropy(stream, contexts, targets, size),
-                "bigram": ngram.KneserNeyBigram.fit(stream, size).cross_entropy(contexts, targets),
-            }
-            per_token = {**ce, "document": windows.clusters[rows], "bytes": windows.next_bytes[windows.valid]}
+            samples = self.eval_samples(data)
+            rows = np.nonzero(samples.valid)[0]
+            ce = data.baselines(samples)
+            per_token = {**ce, "document": samples.clusters[rows], "bytes": samples.next_bytes[samples.valid]}
             save_file({k: torch.from_numpy(v) for k, v in per_token.items()}, folder / "tokens.safetensors")
-            facts = {
-                "train_tokens": len(stream),
-                "scored": {
-                    "sequences": len(windows.ids),
-                    "documents": len(windows.document_names),
-                    "tokens": int(windows.valid.sum()),
-                },
-                "tokens": {s: int(sum(len(d.ids) for d in documents)) for s, documents in texts.documents.items()},
+            scored = {
+                "sequences": len(samples),
+                "documents": len(samples.document_names),
+                "tokens": int(samples.valid.sum()),
             }
-            results.write_json(folder / "facts.json", facts)
+            results.write_json(folder / "facts.json", {**data.counts(), "scored": scored, "baselines": list(ce)})
 
         evaluate = {k: v for k, v in self.suite.evaluate.scored.items() if k != "refit_positions"}
-        key = {"texts": texts.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
+        key = {"texts": data.digest, "evaluate": evaluate, "length": self.suite.length, "sequences": self.sequences}
         key["clusters"] = "folders"  # earlier stages hold documents
-        name = "baselines" if texts.name == TRAINED_HERE else f"baselines-{texts.name}"
+        name = "baselines" if data.name in (TRAINED_HERE, IMAGES) else f"baselines-{data.name}"
         folder = self.stage(name, key, compute).folder
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
         known = {k: v.numpy() for k, v in load_file(folder / "tokens.safetensors").items()}
         table = tables.baseline_table(
-            {name: known[name] for name in ("unigram", "bigram")},
+            {name: known[name] for name in facts.pop("baselines", ("unigram", "bigram"))},
             known["document"],
             known["bytes"],
             facts["train_tokens"],
             self.suite.evaluate.draws,
         )
-        table.insert(0, "tokenizer", texts.name)
+        table.insert(0, "tokenizer", data.name)
         return {**facts, "table": table}
 
 
@@ -819,7 +839,7 @@ def run_suite(
         if not models:
             raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")
         runner.only_finished = False
-        counted = {t.name: runner.baselines(t) for t in dict.fromkeys(map(runner.texts, models))}
+        counted = {d.name: runner.baselines(d) for d in dict.fromkeys(map(runner.data, models))}
         tick = progress.stage("tables", 2, "steps")
         start = time.perf_counter()
         written = tables.tables(
@@ -869,9 +889,11 @@ def describe(
     suite = runner.suite
     first = next(iter(counted.values()))
     # The same text is the same corpus wherever it lies, and nobody's folders belong into a result.
-    spec = suite.corpus.spec if not suite.corpus.spec.startswith("file:") else "file:" + Path(suite.corpus.spec).name
+    given = suite.corpus.spec if suite.images is None else suite.images.spec
+    kind, _, rest = given.partition(":")
+    spec = f"{kind}:{Path(rest).name}" if kind in ("file", "folder") else given
     described = suite.described()
-    described["corpus"]["spec"] = spec
+    described["corpus" if suite.images is None else "images"]["spec"] = spec
     for model in described["models"]:
         model.update({key: named(model[key]) for key in ("source", "lens") if model[key] is not None})
     return {
@@ -883,8 +905,8 @@ def describe(
         "seeds": list(suite.seeds),
         "corpus": {
             "spec": spec,
-            "checksum": runner.corpus.checksum,
-            "documents": {s: len(d) for s, d in runner.corpus.splits.items()},
+            "checksum": runner.source.checksum,
+            "documents": documents_of(runner.source),
             "tokens": first["tokens"],
         },
         "scored": {
@@ -950,15 +972,15 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
     torch.set_num_threads(suite.threads or before)
     try:
         runner = Runner(suite, folder, device, progress)
-        texts = runner.texts()
-        windows = runner.windows(texts, "dev", suite.fit.dev_sequences, suite.fit.dev_positions)
+        data = runner.data()
+        samples = data.samples("dev", suite.fit.dev_sequences, suite.fit.dev_positions)
         rows = []
         for number, trial in enumerate(sweep.trials):
             owner = models[trial.model]
             # The trial's own settings alone: what the suite has chosen already must not leak into the choice.
             tried = owner.model_copy(update={"training": trial.training, "settings": trial.settings, "view": "state"})
-            stage = runner.trained(texts, tried, suite.seeds[0], f"trial-{number:02d}-{trial.model}")
-            scored = capture(ResidualStream(runner.network(stage)), windows)
+            stage = runner.trained(data, tried, suite.seeds[0], f"trial-{number:02d}-{trial.model}")
+            scored = capture(ResidualStream(runner.network(stage)), samples)
             low, mean, high = tables.mean_with_interval(scored.model_ce, scored.document, suite.evaluate.draws)
             settings = {**{f"training.{k}": v for k, v in trial.training.items()}, **trial.settings}
             described = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
@@ -969,7 +991,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
         results.write_atomically(folder / "sweep.csv", partial(table.to_csv, index=False, lineterminator="\n"))
         manifest = describe(
             runner,
-            {texts.name: runner.baselines(texts)},
+            {data.name: runner.baselines(data)},
             [models[n] for n in dict.fromkeys(table["model"])],
             ["sweep.csv"],
             [],

@@ -1,4 +1,4 @@
-"""The residual stream of any causal LM: h_0..h_L before the final norm, what lenses need of it, and the rotated view.
+"""The stream of any causal LM or image classifier: h_0..h_L before the final norm, what lenses need of it, the rotated view.
 
 Everything downstream sees a model only through :class:`ResidualStream` and what :func:`capture` reads off it.
 """
@@ -18,9 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lensbench.corpus import Windows
 from lensbench.errors import LensbenchError
-from lensbench.readout import ReadOut, behind_the_head, block_input, find_parts, find_readout, input_device
+from lensbench.readout import (
+    ReadOut,
+    behind_the_head,
+    block_input,
+    example_inputs,
+    find_parts,
+    find_readout,
+    first_tensor,
+    input_device,
+)
+from lensbench.samples import Samples
 
 __all__ = ["Capture", "ReadOut", "ResidualStream", "RotatedView", "capture", "find_readout", "room_for"]
 
@@ -29,41 +38,50 @@ IDENTITY_TOLERANCE = 1e-4
 
 
 class ResidualStream:
-    """h_0..h_L of a causal LM, verified on load to read out to the model's own logits.
+    """h_0..h_L of a causal LM or an image classifier, verified on load to read out to the model's own logits.
 
     ``view="state"`` is everything that the blocks hand on; ``view="prediction"`` keeps the leading ``d_read`` entries,
-    those that norm and head see (for the predictive-coding LM: z alone).
+    those that norm and head see (for the predictive-coding LM: z alone). What a model predicts from is one state: of a LM
+    that of a token, of an image classifier that of an image, pooled as the model pools its last one.
     """
 
     def __init__(self, model: PreTrainedModel, view: str = "state"):
         if view not in ("state", "prediction"):
             raise LensbenchError(f"unknown view {view!r}; there are 'state' and 'prediction'")
+        fed = getattr(model, "main_input_name", "input_ids")
+        if fed not in ("input_ids", "pixel_values"):
+            raise LensbenchError(f"{type(model).__name__} is fed with {fed}: lensbench reads token ids and images")
         refuse_non_finite(model)
         self.model = model.eval()
         self.input_device = input_device(model)
+        self._argument = fed
         found = find_parts(model)
-        self.readout, self._entry = found.readout, found.entry
+        self.readout, self.pooling, self._entry = found.readout, found.pooling, found.entry
         self._head, self._blocks, self._block_list = found.readout.unembedding, found.members, found.blocks
         self.device = self._head.weight.device
         self.view = view
         name = type(model).__name__
         accepted = inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if {"use_cache", "kwargs"} & set(accepted) else {}
-        ids = torch.randint(0, self.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-        ids = ids.to(self.input_device)
-        self.readout.scale, self.readout.softcap = behind_the_head(model, self._head, ids)
-        reported, last, logits = self._reported(ids)
+        # Image classifiers take any keyword too, and some hand it on to where it is not known.
+        self._options = {"use_cache": False} if {"use_cache", "kwargs"} & set(accepted) and not self.pooling else {}
+        inputs = example_inputs(model, 2)
+        self.readout.scale, self.readout.softcap = behind_the_head(model, self._head, {self._argument: inputs})
+        reported, last, logits = self._reported(inputs)
         # bfloat16 has three digits: what is compared are the same operations, in another order where logits are scaled.
         allowed = max(IDENTITY_TOLERANCE, 4 * torch.finfo(self._head.weight.dtype).eps)
-        if not any(state.shape == reported[-1].shape and torch.allclose(state, reported[-1], rtol=10 * allowed, atol=allowed)
-                   for state in (last, self.readout.final_norm(last))):  # fmt: skip
-            raise LensbenchError(
-                f"what {name} hands its final norm is not its last hidden state: it does more to the "
-                "stream behind its blocks than norm and head, and lensbench would read the wrong states"
-            )
-        if not self._blocks and torch.equal(reported[-2], last):
-            raise LensbenchError(f"{name} reports its last state twice and not its first; lensbench cannot read it")
-        read = self.readout(last)
+        if self.pooling is None:
+            if not any(
+                state.shape == reported[-1].shape
+                and torch.allclose(state, reported[-1], rtol=10 * allowed, atol=allowed)
+                for state in (last, self.readout.final_norm(last))
+            ):
+                raise LensbenchError(
+                    f"what {name} hands its final norm is not its last hidden state: it does more to the "
+                    "stream behind its blocks than norm and head, and lensbench would read the wrong states"
+                )
+            if not self._blocks and torch.equal(reported[-2], last):
+                raise LensbenchError(f"{name} reports its last state twice and not its first; lensbench cannot read it")
+        read = self.readout(last if self.pooling is None else self.pooling(last))
         error = math.inf
         if read.shape == logits.shape:
             error = ((read - logits).abs().max() / logits.abs().max()).item()
@@ -72,52 +90,69 @@ class ResidualStream:
                 f"reading out h_L of {name} does not give its own logits (relative error {error:.1e}, "
                 f"allowed {allowed:.0e}): something stands behind its norm and head that lensbench does not see"
             )
-        changed = ids.clone()
-        changed[:, -1] = (ids[:, -1] + 1) % self.vocab_size
-        difference = (self._reported(changed)[2] - logits)[:, :-1].abs().max() / logits.abs().max()
-        if not difference.item() < allowed:
-            raise LensbenchError(f"{name} is not causal: its logits depend on tokens that come later")
+        if self.pooling is None:
+            changed = inputs.clone()
+            changed[:, -1] = (inputs[:, -1] + 1) % self.vocab_size
+            difference = (self._reported(changed)[2] - logits)[:, :-1].abs().max() / logits.abs().max()
+            if not difference.item() < allowed:
+                raise LensbenchError(f"{name} is not causal: its logits depend on tokens that come later")
         # Lenses compute in float32 whatever the model computes in.
         self.readout = self.readout.in_float32()
         self.float32 = self.readout.unembedding is self._head
-        self.layers, self.d_model = len(self._blocks or reported[1:]), self.seen(last).shape[-1]
+        rows = torch.arange(len(inputs))
+        self.layers = len(self._blocks or reported[1:])
+        self.d_model = self.seen(self.places(last, rows, torch.zeros_like(rows))).shape[-1]
 
     @property
     def vocab_size(self) -> int:
         return self.readout.weight.shape[0]
 
     @torch.no_grad()
-    def at(self, ids: Tensor, rows: Tensor, columns: Tensor, *, read_out: bool = True) -> tuple[Tensor, Tensor]:
+    def at(self, inputs: Tensor, rows: Tensor, columns: Tensor, *, read_out: bool = True) -> tuple[Tensor, Tensor]:
         """States ``[L+1, n, d]`` and logits ``[n, V]`` at n positions of token ids ``[B, T]``; the head reads no others.
 
-        With ``read_out=False`` the head reads none at all, and the logits are ``[0, V]``.
+        Of images ``[B, C, H, W]`` the n are the images ``rows``. With ``read_out=False`` the head reads none at all, and
+        the logits are ``[0, V]``.
         """
 
         def chosen(h: Tensor) -> Tensor:
-            return h[rows.to(h.device), columns.to(h.device)]
+            return self.places(h, rows, columns)
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-            return chosen(args[0])[None] if read_out else args[0][:1, :0]
+            if not read_out:
+                return args[0][:1, :0] if self.pooling is None else args[0][:0]
+            return chosen(args[0])[None] if self.pooling is None else args[0][rows.to(args[0].device)]
 
         hook = self._head.register_forward_pre_hook(keep)
         try:
-            states, logits = self._states(ids, chosen)
+            states, logits = self._states(inputs, chosen)
         finally:
             hook.remove()
-        return states, logits[0].to(self.device)
+        return states, logits.flatten(0, -2).to(self.device)
+
+    def places(self, h: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """What a layer's whole states hold for n predictions, ``[n, d]``: the tokens at those places, or pooled images."""
+        if self.pooling is not None:
+            h = self.pooling(h)
+            return h[rows.to(h.device)]
+        return h[rows.to(h.device), columns.to(h.device)]
 
     @torch.no_grad()
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """States ``[L+1, B, T, d]`` and the model's logits ``[B, T, V]`` for token ids ``[B, T]``, in one forward pass."""
-        states, logits = self._states(ids, torch.clone)
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """States ``[L+1, B, T, d]`` and the model's logits ``[B, T, V]`` for token ids ``[B, T]``, in one forward pass.
+
+        For images ``[B, C, H, W]`` both without T.
+        """
+        states, logits = self._states(inputs, torch.clone if self.pooling is None else self.pooling)
         return states, logits.to(self.device)
 
-    def graph(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+    def graph(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
         """States h_0..h_L, each ``[B, T, d]``, and logits ``[B, T, V]``, as one graph of gradients where these are enabled.
 
-        Whole states, whatever the view: what a view leaves out is on the path of the gradients too.
+        Whole states, whatever the view: what a view leaves out is on the path of the gradients too. Of images they are
+        not pooled: ``[B, N, d]`` or ``[B, d, H, W]``, with logits ``[B, V]``.
         """
-        return self._collected(ids, lambda h: h, self._run)
+        return self._collected(inputs, lambda h: h, self._run)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -131,14 +166,14 @@ class ResidualStream:
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
-    def _states(self, ids: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _states(self, inputs: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """What ``keep`` keeps (a copy) of h_0..h_L, stacked, and the logits."""
-        states, logits = self._collected(ids, lambda h: self.seen(keep(h)), self._reported)
+        states, logits = self._collected(inputs, lambda h: self.seen(keep(h)), self._reported)
         return torch.stack(states), logits
 
     def _collected(
         self,
-        ids: Tensor,
+        inputs: Tensor,
         keep: Callable[[Tensor], Tensor],
         run: Callable[..., tuple[tuple[Tensor, ...], Tensor, Tensor]],
     ) -> tuple[list[Tensor], Tensor]:
@@ -147,7 +182,7 @@ class ResidualStream:
         Taken from the blocks' own inputs: some models report their states behind each block and leave out the first.
         """
         if not self._blocks:
-            reported, last, logits = run(ids)
+            reported, last, logits = run(inputs)
             return [keep(h) for h in (*reported[:-1], last)], logits
         states: list[Tensor] = []
 
@@ -158,7 +193,7 @@ class ResidualStream:
 
         hooks = [block.register_forward_pre_hook(take, with_kwargs=True) for block in self._blocks]
         try:
-            _, last, logits = run(ids, wanted=False)
+            _, last, logits = run(inputs, wanted=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -169,21 +204,35 @@ class ResidualStream:
         return h.to(self.device)[..., : self.readout.weight.shape[1] if self.view == "prediction" else None]
 
     @torch.no_grad()
-    def _reported(self, ids: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        return self._run(ids, wanted=wanted)
+    def _reported(self, inputs: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        return self._run(inputs, wanted=wanted)
 
-    def _run(self, ids: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """The hidden states that the model reports, h_L (its final norm's input, else its head's), and its logits."""
+    def _run(self, inputs: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The hidden states that the model reports, h_L, and its logits.
+
+        h_L of a LM is its final norm's input, else its head's; of an image classifier what its last block returns.
+        """
         last: list[Tensor] = []
-        # In front of other hooks: `at` hands the head a few positions only.
-        hook = (self._entry or self._head).register_forward_pre_hook(lambda _, args: last.append(args[0]), prepend=True)
+        if self.pooling is None:
+            # In front of other hooks: `at` hands the head a few positions only.
+            entry = self._entry or self._head
+            hooks = [entry.register_forward_pre_hook(lambda _, args: last.append(args[0]), prepend=True)]
+        else:
+            hooks = [b.register_forward_hook(lambda *call: last.append(_returned(call[-1]))) for b in self._blocks[-1:]]
+        asked = {self._argument: inputs.to(self.input_device), "output_hidden_states": wanted, "return_dict": True}
         try:
-            output = self.model(
-                input_ids=ids.to(self.input_device), output_hidden_states=wanted, return_dict=True, **self._options
-            )
+            output = self.model(**asked, **self._options)
         finally:
-            hook.remove()
-        return output.hidden_states or (), last[-1], output.logits
+            for hook in hooks:
+                hook.remove()
+        return output.hidden_states or (), last[-1] if last else output.hidden_states[-1], output.logits
+
+
+def _returned(output: Any) -> Tensor:
+    """The states that a block returns."""
+    h = first_tensor(output)
+    assert h is not None
+    return h
 
 
 def refuse_non_finite(model: nn.Module) -> None:
@@ -205,7 +254,7 @@ def refuse_overflow(h: Tensor, log_z: Tensor, window: int) -> None:
     else:
         return
     raise LensbenchError(
-        f"{what} overflowed to NaN or infinity in or behind window {window} of the text; "
+        f"{what} overflowed to NaN or infinity in or behind window (or image) {window}; "
         "give the model a dtype of larger range (bfloat16 or float32)"
     )
 
@@ -214,7 +263,8 @@ def refuse_overflow(h: Tensor, log_z: Tensor, window: int) -> None:
 class Capture:
     """What the lenses need to know of N tokens of a stream; float32, on one device.
 
-    Every array's token axis is the same N positions, in the order of the windows they came from.
+    Every array's token axis is the same N positions, in the order of the windows they came from. Of images there is one
+    position each: what is called a token, its window and its document here is then an image, and words are classes.
     """
 
     states: Tensor  # [L+1, N, d]
@@ -250,34 +300,34 @@ class Capture:
 @torch.no_grad()
 def capture(
     stream: ResidualStream,
-    windows: Windows,
+    samples: Samples,
     *,
     constant: Tensor | None = None,
     batch: int = 16,
     memory_gib: float = float("inf"),
     report: Callable[[int, int], None] | None = None,
 ) -> Capture:
-    """One forward pass per batch of windows, kept at the chosen positions only.
+    """One forward pass per batch of windows of text, or of images, kept at the chosen positions only.
 
     States that would take more than ``memory_gib`` GiB lie in a memory-mapped file of just their size, in the folder for
     temporary files (``TMPDIR``), which is gone when they are.
 
     ``constant`` ``[V]`` is the distribution that ``constant_kl`` is measured from: ``mean_p`` of the fitting tokens. Left
-    out, it is that of the captured tokens themselves. ``report(done, total)`` is called with numbers of windows.
+    out, it is that of the captured tokens themselves. ``report(done, total)`` is called with numbers of windows or images.
     """
     weight, bias = stream.readout.weight, stream.readout.bias
     expected, entropy, targets, top, ce, constant_kl = [], [], [], [], [], []
     states, done = torch.empty(0), 0
     log_constant = None if constant is None else constant.double().clamp(min=1e-300).log().float().to(stream.device)
     mean_p = torch.zeros(stream.vocab_size, dtype=torch.float64, device=stream.device)
-    total = len(windows.ids)
+    total = len(samples)
     for start in range(0, total, batch):
         rows = slice(start, min(start + batch, total))
-        ids, row_at, at = (torch.from_numpy(x).to(stream.device) for x in windows.scored(rows))
-        h, logits = stream.at(ids, row_at, at, read_out=stream.float32)
+        inputs, row_at, at = (torch.from_numpy(x).to(stream.device) for x in samples.scored(rows))
+        h, logits = stream.at(inputs, row_at, at, read_out=stream.float32)
         if not stream.float32:  # the model's own logits have two or three digits, its states give more
             logits = stream.readout(h[-1].float())
-        target = ids[row_at, at + 1]
+        target = torch.from_numpy(samples.targets(rows)).to(stream.device)
         log_z = logits.logsumexp(-1, keepdim=True)
         top.append(logits.argmax(-1))
         ce.append((log_z - logits.gather(-1, target[:, None]))[:, 0])
@@ -286,7 +336,7 @@ def capture(
         p.div_(p.sum(-1, keepdim=True))
         negative_entropy = -torch.special.entr(p).sum(-1)
         if done == 0:
-            shape = (stream.layers + 1, int(windows.valid.sum()), stream.d_model)
+            shape = (stream.layers + 1, int(samples.valid.sum()), stream.d_model)
             states = room_for(shape, stream.device, memory_gib)
         refuse_overflow(h, log_z, start)
         states[:, done : done + len(at)] = h
@@ -299,7 +349,7 @@ def capture(
         constant_kl.append(negative_entropy - (p @ log_constant if log_constant is not None else 0.0))
         if report is not None:
             report(rows.stop, total)
-    window = np.nonzero(windows.valid)[0]
+    window = np.nonzero(samples.valid)[0]
     mean_p /= len(window)
     from_constant = torch.cat(constant_kl)
     if constant is None:
@@ -314,8 +364,8 @@ def capture(
         mean_p=mean_p.float(),
         constant_kl=from_constant,
         window=window,
-        document=windows.documents[window],
-        target_bytes=windows.next_bytes[windows.valid],
+        document=samples.documents[window],
+        target_bytes=samples.next_bytes[samples.valid],
     )
 
 

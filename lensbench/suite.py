@@ -14,12 +14,13 @@ from lensbench.calibration import Calibration
 from lensbench.corpus import FRACTIONS
 from lensbench.errors import LensbenchError
 from lensbench.fitting import FitRecipe
+from lensbench.images import SPECS
 from lensbench.incontext import InContext
 from lensbench.learning import CurveRecipe
 from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.models.training import TrainingRecipe
-from lensbench.probes import PROBES
+from lensbench.probes import OF_IMAGES_TOO, PROBES
 from lensbench.regression import RegressionRecipe
 from lensbench.report import COMPARED
 from lensbench.verdict import VerdictRule
@@ -46,6 +47,41 @@ class CorpusRecipe(_Strict):
     @property
     def fractions(self) -> dict[str, float]:
         return {"train": self.train, "fit": self.fit, "dev": self.dev, "eval": self.eval}
+
+
+class ImageRecipe(_Strict):
+    """Labelled images in place of a text, and how they are split and shown to models trained here."""
+
+    spec: str = Field("digits", description=SPECS)
+    parts: tuple[int, int, int, int] = Field(
+        (900, 350, 150, 397),
+        description="images to train on, to fit lenses on, to choose on, to measure on; their proportion where there are "
+        "more or fewer",
+    )
+    seed: int = Field(0, ge=0, description="seed of the split")
+    max_images: int | None = Field(None, gt=0, description="take no more than this, at random")
+    size: int | None = Field(None, ge=2, description="pixels of a side; 8 for digits, else 32")
+    channels: Literal[1, 3] | None = Field(None, description="1: grey, 3: colours; 1 for digits, else 3")
+    shift: int = Field(1, ge=0, description="augmentation: pixels that a training image is moved by at most, each way")
+
+    @field_validator("parts")
+    @classmethod
+    def _positive(cls, parts: tuple[int, ...]) -> tuple[int, ...]:
+        if parts[0] < 0 or min(parts[1:]) < 1:
+            raise ValueError(f"parts are {list(parts)}: fit, dev and eval must have at least 1, train at least 0")
+        return parts
+
+    @model_validator(mode="after")
+    def _shift_within(self) -> "ImageRecipe":
+        if self.shift >= self.shape[1]:
+            raise ValueError(f"shift is {self.shift}: images of {self.shape[1]} pixels would be moved out of sight")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Channels, and pixels of a side, of what is trained here."""
+        digits = self.spec == "digits"
+        return self.channels or (1 if digits else 3), self.size or (8 if digits else 32)
 
 
 class EvaluateRecipe(_Strict):
@@ -151,11 +187,14 @@ class ModelRecipe(_Strict):
         if self.untrained and self.training:
             raise ValueError(f"model {self.name!r} is untrained and cannot set training")
         if self.view_of is None:
-            missing = [k for k, v in shape.items() if v is None]
+            attends = self.family not in FAMILIES or FAMILIES[self.family].attention
+            missing = [k for k, v in shape.items() if v is None and (k != "heads" or attends)]
             if missing:
                 raise ValueError(f"model {self.name!r} needs {', '.join(missing)}")
             if self.family not in FAMILIES:
                 raise ValueError(f"unknown model family {self.family!r}; {nearest(str(self.family), list(FAMILIES))}")
+            if not attends and self.heads is not None:
+                raise ValueError(f"model {self.name!r} sets heads: {self.family} has no attention")
         else:
             given = [k for k, v in {**shape, "seeds": self.seeds}.items() if v is not None] + [
                 k for k in ("settings", "training", "untrained") if getattr(self, k)
@@ -173,8 +212,16 @@ class Claim(_Strict):
     indices: tuple[str, ...] = Field(("shared_consistency", "gain_visibility"), min_length=1)
 
 
+IMAGES_FIX: dict[str, dict[str, int]] = {
+    "training": {"length": 1},
+    "fit": {"positions": 1, "dev_positions": 1},
+    "evaluate": {"positions": 1, "first_position": 0},
+}
+"""What the settings of sequences are where inputs are images."""
+
+
 class Suite(_Strict):
-    """One benchmark: which models, on which text, fitted and evaluated how."""
+    """One benchmark: which models, on which text or images, fitted and evaluated how."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = Field(min_length=1, description="what it answers, in one sentence")
@@ -183,6 +230,7 @@ class Suite(_Strict):
         None, ge=1, description="CPU threads of torch: very small models gain little from a second one"
     )
     corpus: CorpusRecipe = CorpusRecipe()
+    images: ImageRecipe | None = Field(None, description="labelled images in place of a text")
     training: TrainingRecipe = TrainingRecipe()
     fit: FitRecipe = FitRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
@@ -219,6 +267,26 @@ class Suite(_Strict):
             whole.append(model)
         return {**content, "models": whole}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_position_an_image(cls, content: Any) -> Any:
+        """Of images each is one position, and a model sees one at a time: what is asked per sequence has one answer."""
+        if not isinstance(content, dict) or content.get("images") is None:
+            return content
+        whole = dict(content)
+        for section, fixed in IMAGES_FIX.items():
+            given = whole.get(section, {})
+            if not isinstance(given, dict):
+                continue
+            for key, value in fixed.items():
+                if given.get(key, value) != value:
+                    raise ValueError(f"{section}.{key} is {given[key]}: of images there is nothing to choose there")
+            whole[section] = {**given, **fixed}
+        for section in ("corpus", "curve"):
+            if section in whole:
+                raise ValueError(f"a suite with [images] cannot have [{section}]")
+        return whole
+
     @model_validator(mode="after")
     def _consistent(self) -> "Suite":
         names = [m.name for m in self.models]
@@ -251,13 +319,17 @@ class Suite(_Strict):
                     raise ValueError(
                         f"evaluate.length is {self.length}: model {model.name!r} is trained on sequences of {recipe.length}"
                     )
+                self._fits_what_it_reads(model)
                 try:
-                    vocabulary, context = self.corpus.vocab_size, recipe.length
-                    fitting_width(
-                        str(model.family), vocab_size=vocabulary, context=context, **model.shape, **model.settings
-                    )
+                    if (shape := self._read_shape(recipe)) is not None:
+                        fitting_width(str(model.family), **shape, **model.shape, **model.settings)
                 except LensbenchError as error:
                     raise ValueError(f"model {model.name!r}: {error}") from error
+        if self.images is not None:
+            textual = [name for name in self.probes if name not in OF_IMAGES_TOO]
+            if textual:
+                raise ValueError(f"probe {textual[0]!r} reads text; of images there are {', '.join(OF_IMAGES_TOO)}")
+            return self
         if abs(sum(self.corpus.fractions.values()) - 1) > 1e-6:
             raise ValueError("the corpus fractions train, fit, dev and eval must sum to 1")
         if self.curve is not None:
@@ -272,6 +344,25 @@ class Suite(_Strict):
         if max(self.evaluate.positions, self.fit.positions, self.fit.dev_positions) > longest:
             raise ValueError(f"sequences of {self.length} tokens have no more than {longest} positions to score")
         return self
+
+    def _fits_what_it_reads(self, model: ModelRecipe) -> None:
+        """Raise ValueError for a model of images in a suite of text, and the other way about."""
+        sees = FAMILIES[str(model.family)].images
+        if sees != (self.images is not None):
+            there = [name for name, family in FAMILIES.items() if family.images != sees]
+            what = "sees images, and the suite has no [images]" if sees else "reads text, and the suite has [images]"
+            raise ValueError(f"model {model.name!r}: family {model.family} {what}; there are {', '.join(there)}")
+        if sees and model.training.get("deep_supervision"):
+            raise ValueError(f"model {model.name!r}: deep_supervision is for language models")
+
+    def _read_shape(self, recipe: TrainingRecipe) -> dict[str, int] | None:
+        """What of a model's shape follows from what it reads; None where only the images themselves tell."""
+        if self.images is None:
+            return {"vocab_size": self.corpus.vocab_size, "context": recipe.length}
+        if self.images.spec != "digits":
+            return None
+        channels, size = self.images.shape
+        return {"vocab_size": 10, "context": size, "channels": channels}
 
     def training_of(self, model: ModelRecipe) -> TrainingRecipe:
         """The suite's training with what the model changes; ``tokens``, ``length`` and ``batch`` are common to all."""
@@ -311,8 +402,9 @@ class Suite(_Strict):
         return "one representation" if tied and model.view == "prediction" else None
 
     def described(self) -> dict[str, Any]:
-        """What a manifest says of it; as runs before there were curves said it, where it has none."""
-        return self.model_dump(mode="json", exclude={"curve"} if self.curve is None else None)
+        """What a manifest says of it; as runs before there were curves and images said it, where it has none."""
+        absent = {name for name in ("curve", "images") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
 
     @property
     def length(self) -> int:
@@ -417,7 +509,8 @@ def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
     """
     content = suite.model_dump(exclude_unset=True)
     if text is not None:
-        content["corpus"] = {**content.get("corpus", {}), "spec": text}
+        section = "corpus" if suite.images is None else "images"
+        content[section] = {**content.get(section, {}), "spec": text}
     if models:
         names = [name_of(source) for source in models]
         if len(set(names)) < len(names):

@@ -216,9 +216,11 @@ def baseline_table(
 
 
 def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
-    """Cross-entropy in nats/token and bits/byte, with intervals."""
+    """Cross-entropy in nats/token and bits/byte, with intervals; images have no bytes of text, and no bits of them."""
     low, mean, high = ratio_with_interval(sums, tokens, weights)
-    byte_low, byte_mean, byte_high = ratio_with_interval(sums / np.log(2), sizes, weights)
+    unknown = np.full((), np.nan)
+    of_bytes = ratio_with_interval(sums / np.log(2), sizes, weights) if sizes.any() else (unknown,) * 3
+    byte_low, byte_mean, byte_high = of_bytes
     return {
         "ce": float(mean), "ce_ci_low": float(low), "ce_ci_high": float(high),
         "bits_per_byte": float(byte_mean), "bits_per_byte_ci_low": float(byte_low),

@@ -1,4 +1,4 @@
-"""Models trained here: name of a family -> a randomly initialised causal LM of a stated number of parameters."""
+"""Models trained here: name of a family -> a randomly initialised model of a stated number of parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lensbench.errors import LensbenchError
-from lensbench.models import gpt
+from lensbench.models import gpt, vision
 from lensbench.models.controls import ControlGPTConfig, ControlGPTForCausalLM
 from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingForCausalLM
 
@@ -56,11 +56,14 @@ control = partial(of_our_own, ControlGPTConfig, ControlGPTForCausalLM)
 
 @dataclass(frozen=True)
 class Family:
-    """One way to build a causal LM, and the settings of it that a suite may change."""
+    """One way to build a model, and the settings of it that a suite may change."""
 
     build: Callable[..., PreTrainedModel]
     description: str
     settings: tuple[str, ...]
+    images: bool = False
+    """Classifies images, and is no causal LM"""
+    attention: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -103,6 +106,26 @@ FAMILIES: dict[str, Family] = {
             "initial_decays",
         ),
     ),
+    "vit": Family(
+        vision.vit,
+        "images: ViT class of transformers: patches of one width, class token, LayerNorm",
+        ("initializer_range", "patch_size"),
+        images=True,
+    ),
+    "cnn-residual": Family(
+        partial(vision.cnn, skip=True),
+        "images: CNN of one width, every block adds to its input",
+        ("stride",),
+        images=True,
+        attention=False,
+    ),
+    "cnn-plain": Family(
+        partial(vision.cnn, skip=False),
+        "images: cnn-residual without its skip connections",
+        ("stride",),
+        images=True,
+        attention=False,
+    ),
 }
 
 
@@ -111,27 +134,16 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def build(
-    family: str,
-    *,
-    parameters: int,
-    vocab_size: int,
-    d_model: int,
-    layers: int,
-    heads: int,
-    context: int,
-    seed: int = 0,
-    **settings,
-) -> PreTrainedModel:
+def build(family: str, *, parameters: int, seed: int = 0, **shape: Any) -> PreTrainedModel:
     """A randomly initialised model of ``family`` with ``parameters`` parameters, within 1 %.
 
-    Raises :class:`LensbenchError` as :func:`fitting_width` does.
+    ``shape``: ``d_model, layers, heads, vocab_size`` (or classes), ``context`` (or pixels of a side), ``channels`` of
+    images, and settings of the family. Raises :class:`LensbenchError` as :func:`fitting_width` does.
     """
-    shape = {"vocab_size": vocab_size, "d_model": d_model, "layers": layers, "heads": heads, "context": context}
-    width = fitting_width(family, parameters=parameters, **shape, **settings)
+    width = fitting_width(family, parameters=parameters, **shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FAMILIES[family].build(width=width, **shape, **settings)
+        return FAMILIES[family].build(width=width, **shape)
 
 
 def fitting_width(
@@ -141,26 +153,36 @@ def fitting_width(
     vocab_size: int,
     d_model: int,
     layers: int,
-    heads: int,
+    heads: int | None,
     context: int,
-    **settings,
+    channels: int | None = None,
+    **settings: Any,
 ) -> int:
-    """The width of the MLPs that gives a model of ``family`` its number of parameters, within 1 %.
+    """The width of the MLPs (or of the blocks of a CNN) that gives a model of ``family`` its number of parameters.
 
-    The count is linear in the width, so two empty models tell. Raises :class:`LensbenchError` for an unknown family or
-    setting, for a wrong value, and where no width comes within 1 %.
+    Within 1 %; the count is linear in the width, so two empty models tell. Raises :class:`LensbenchError` for an unknown
+    family or setting, for a wrong value, and where no width comes within 1 %.
     """
     if family not in FAMILIES:
         raise LensbenchError(f"unknown model family {family!r}; there are {', '.join(FAMILIES)}")
-    unknown = sorted(set(settings) - set(FAMILIES[family].settings))
+    known = FAMILIES[family]
+    unknown = sorted(set(settings) - set(known.settings))
     if unknown:
-        raise LensbenchError(f"{family} has no setting {unknown[0]!r}; it has {', '.join(FAMILIES[family].settings)}")
+        raise LensbenchError(f"{family} has no setting {unknown[0]!r}; it has {', '.join(known.settings)}")
     # Rotary positions turn pairs of entries, so a head's size must be even too.
     # Families whose attention has a size of its own say so themselves.
-    if heads < 1 or ("attention_size" not in FAMILIES[family].settings and (d_model % heads or d_model // heads % 2)):
+    own_size = "attention_size" in known.settings or not known.attention
+    if not own_size and (heads is None or heads < 1 or d_model % heads or d_model // heads % 2):
         raise LensbenchError(f"heads is {heads}: it must divide d_model {d_model} into parts of even size")
-    shape = {"vocab_size": vocab_size, "d_model": d_model, "layers": layers, "heads": heads, "context": context}
-    make = FAMILIES[family].build
+    if heads is not None and heads < 1:
+        raise LensbenchError(f"heads is {heads}: it must be at least 1")
+    shape: dict[str, Any] = {"vocab_size": vocab_size, "d_model": d_model, "layers": layers, "heads": heads}
+    shape |= {"context": context} | ({"channels": channels} if known.images else {})
+    if known.images:
+        size = settings.get("patch_size") or settings.get("stride") or 1
+        if size < 1 or context % size:
+            raise LensbenchError(f"{family}: patches (or steps) of {size} pixels do not divide images of {context}")
+    make = known.build
 
     def count(width: int) -> int:
         with torch.device("meta"):

@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -71,9 +73,9 @@ class Located:
         elif "Unrecognized configuration class" in str(error):
             kind = re.search(r"(\w+)Config'>", str(error))
             name = "this architecture" if kind is None else kind[1]
-            reason = (
-                f"{name} is no causal language model (an encoder-decoder, say), or none that transformers knows as one"
-            )
+            wanted = "image classifier" if "ForImageClassification" in str(error) else "causal language model"
+            example = " (an encoder-decoder, say)" if wanted.startswith("causal") else ""
+            reason = f"{name} is no {wanted}{example}, or none that transformers knows as one"
         else:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return LensbenchError(f"{self.source}: its {part} cannot be loaded: {reason}")
@@ -149,21 +151,44 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     device_map: str | dict[str, Any] | None = None,
+    loader: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """The causal LM of ``source``; with ``device_map`` (accelerate's) spread over devices instead of put on ``device``."""
+    """The causal LM of ``source``; with ``device_map`` (accelerate's) spread over devices instead of put on ``device``.
+
+    ``loader``: another of transformers' Auto classes, for other models.
+    """
     where = locate(source)
     options = {} if device_map is None else {"device_map": device_map}
-    loaded: Any = where.load("model", AutoModelForCausalLM, dtype=dtype, output_loading_info=True, **options)
+    loaded: Any = where.load("model", loader, dtype=dtype, output_loading_info=True, **options)
     model, report = loaded
     if report["missing_keys"]:
         # transformers draws them at random and goes on.
         missing = sorted(report["missing_keys"])
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise LensbenchError(
-            f"{source} lacks the weight {missing[0]}{more}: it is damaged, or no causal language model"
-        )
+        raise LensbenchError(f"{source} lacks the weight {missing[0]}{more}: it is damaged, or no {KIND[loader]}")
     model.eval()
     return model if device_map is not None else torch.nn.Module.to(model, device)
+
+
+KIND = {AutoModelForCausalLM: "causal language model", AutoModelForImageClassification: "image classifier"}
+"""What a class of transformers loads."""
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """The config of a model; raises :class:`LensbenchError` where it cannot be loaded."""
+    config: PreTrainedConfig = locate(source).load("config", AutoConfig)
+    return config
+
+
+def load_image_processor(source: str) -> Any | None:
+    """What a model's images are prepared by; None where nothing lies beside the model.
+
+    Raises :class:`LensbenchError` where it cannot be loaded.
+    """
+    where = locate(source)
+    if Path(where.name).is_dir() and not (Path(where.name) / "preprocessor_config.json").is_file():
+        return None
+    return where.load("image processor", AutoImageProcessor, backend="pil")
 
 
 def load_pretrained(

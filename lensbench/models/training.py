@@ -1,8 +1,8 @@
 """One plain training loop for every model trained here: Muon and AdamW, warm-up and cosine decay, clipping, checkpoints.
 
 Matrices between hidden states are moved by Muon (orthogonalised momentum, scaled to AdamW's step size), embeddings,
-gains and other vectors by AdamW, both at one learning rate. At the few million tokens that fit on a laptop Muon is worth
-a factor in tokens; it is the same for every family.
+convolutions, gains and other vectors by AdamW, both at one learning rate. At the few million tokens that fit on a laptop
+Muon is worth a factor in tokens; it is the same for every family.
 """
 
 import os
@@ -30,7 +30,7 @@ class TrainingRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: int = Field(1_000_000, gt=0, description="training tokens, counted once per visit")
-    length: int = Field(128, ge=2, description="tokens per sequence")
+    length: int = Field(128, ge=1, description="tokens per sequence")
     batch: int = Field(8, ge=1, description="sequences per step")
     learning_rate: float = Field(1.5e-2, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the matrices that Muon moves")
@@ -124,9 +124,13 @@ def optimizers_of(model: torch.nn.Module, recipe: TrainingRecipe) -> list[torch.
     # GPT-2 keeps its matrices in a class of its own.
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)} - embeddings
     hidden = [p for p in model.parameters() if id(p) in linear]
-    others = [p for p in model.parameters() if id(p) not in linear]
+    # Not matrices, but as many numbers: kernels of images' convolutions decay as matrices do.
+    kernels = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    taken = linear | {id(p) for p in kernels}
+    others = [p for p in model.parameters() if id(p) not in taken]
     rate = recipe.learning_rate
-    adamw = torch.optim.AdamW(others, lr=rate, betas=(0.9, recipe.beta2), weight_decay=0.0)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": kernels, "weight_decay": recipe.weight_decay}]
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=(0.9, recipe.beta2))
     if not hidden:
         return [adamw]
     return [SinglePrecisionMuon(hidden, lr=rate, weight_decay=recipe.weight_decay), adamw]
@@ -178,12 +182,21 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch
     return step
 
 
-def loss_of(model: PreTrainedModel, ids: Tensor, readout: ReadOut | None, weight: float) -> tuple[Tensor, Tensor]:
-    """What is minimised on token ids ``[B, T]``, and the last layer's part of it: next-token cross-entropy, nats/token.
+Batch = Tensor | tuple[Tensor, Tensor]
+"""Token ids [B, T], or images [B, C, H, W] with their classes [B]"""
 
-    With a ``weight`` the first adds ``weight`` times the mean cross-entropy of the model's own norm and head at
-    h_1..h_{L-1}; h_0 is left out: a tied embedding cannot be its own bigram table.
+
+def loss_of(model: PreTrainedModel, batch: Batch, readout: ReadOut | None, weight: float) -> tuple[Tensor, Tensor]:
+    """What is minimised, and the last layer's part of it: next-token cross-entropy, or that of the class, nats.
+
+    With a ``weight`` (of language models alone) the first adds ``weight`` times the mean cross-entropy of the model's own
+    norm and head at h_1..h_{L-1}; h_0 is left out: a tied embedding cannot be its own bigram table.
     """
+    if isinstance(batch, tuple):
+        images, classes = batch
+        loss = F.cross_entropy(model(pixel_values=images).logits.float(), classes)
+        return loss, loss
+    ids = batch
     output = model(ids, output_hidden_states=readout is not None)
 
     def cross_entropy(logits: Tensor) -> Tensor:
@@ -198,7 +211,7 @@ def loss_of(model: PreTrainedModel, ids: Tensor, readout: ReadOut | None, weight
 
 def train(
     model: PreTrainedModel,
-    stream: np.ndarray | Callable[[int], Tensor],
+    stream: np.ndarray | Callable[[int], Batch],
     recipe: TrainingRecipe,
     *,
     seed: int,
@@ -208,7 +221,7 @@ def train(
 ) -> PreTrainedModel:
     """Train ``model`` on ``stream`` and return it in evaluation mode.
 
-    ``stream``: token ids [n], documents joined, that windows are drawn from; or a step's batch [batch, length] of ids.
+    ``stream``: token ids [n], documents joined, that windows are drawn from; or what gives a step's batch.
     Resumes from the last checkpoint in ``checkpoints``; a resumed run ends with the same weights as an undisturbed one.
     Raises :class:`LensbenchError` where the stream is shorter than a sequence or the loss is no longer finite.
     """
@@ -225,8 +238,9 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
-        ids = (stream(step) if callable(stream) else batch_of(stream, recipe, seed, step)).to(device)
-        loss, last = loss_of(model, ids, readout, recipe.deep_supervision)
+        batch = stream(step) if callable(stream) else batch_of(stream, recipe, seed, step)
+        batch = (batch[0].to(device), batch[1].to(device)) if isinstance(batch, tuple) else batch.to(device)
+        loss, last = loss_of(model, batch, readout, recipe.deep_supervision)
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)

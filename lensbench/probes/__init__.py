@@ -21,34 +21,46 @@ from torch import from_numpy
 from transformers import PreTrainedTokenizerBase
 
 from lensbench.corpus import Windows, clusters_of
+from lensbench.errors import LensbenchError
 from lensbench.indices import SMALLEST_DENOMINATOR, bootstrap_weights, few_clusters, interval
 from lensbench.lenses import AffineMaps
 from lensbench.models.ngram import KneserNeyBigram
 from lensbench.probes.crossfit import COLUMNS, Jackknifed
+from lensbench.samples import Samples
 from lensbench.stream import Capture, ResidualStream, capture
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class ReadText:
+    """What probes of language need beside a stream."""
+
+    fit_windows: Windows
+    """Other text of the same kind, that lenses were fitted on"""
+    bigram: Callable[[], KneserNeyBigram]
+    """Counted on the train split"""
+    tokenizer: Tokenizer | PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What probes look at: a model's stream, the windows that are scored, and tokens of the three splits when asked for."""
+    """What probes look at: a model's stream, the inputs that are scored, and tokens of the three splits when asked for."""
 
     stream: ResidualStream
-    windows: Windows
+    samples: Samples
     layers: list[int]
     """The layers of what is made for pairs of them"""
     lenses: AffineMaps
     """Per-layer lenses 0..L-1 of the headline matrix"""
     rotated: bool
     read: Callable[[str], Capture]
-    fit_windows: Windows
-    """Other text of the same kind, that lenses were fitted on"""
-    bigram: Callable[[], KneserNeyBigram]
-    """Counted on the train split"""
+    own: AffineMaps
+    """Per-layer lenses 0..L-1 as the shared one was made: closed form, prior zero, best ridge"""
     shared: AffineMaps
     """The one lens for all layers"""
-    tokenizer: Tokenizer | PreTrainedTokenizerBase
+    text: ReadText | None = None
+    """Where the samples are windows of text"""
     report: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with what passes by, how many have, and of how many"""
     say: Callable[[str], None] = lambda line: None
@@ -79,9 +91,22 @@ class Subject:
             return KneserNeyBigram.fit(fit_windows.ids[fit_windows.inside], stream.vocab_size)
 
         lenses = AffineMaps(torch.eye(d).repeat(stream.layers, 1, 1), torch.zeros(stream.layers, d))
-        layers = list(range(stream.layers))
-        shared = AffineMaps.identity(d)
-        return cls(stream, windows, layers, lenses, False, read, fit_windows, bigram, shared, tokenizer)
+        layers, text = list(range(stream.layers)), ReadText(fit_windows, bigram, tokenizer)
+        return cls(stream, windows, layers, lenses, False, read, lenses, AffineMaps.identity(d), text)
+
+    @property
+    def windows(self) -> Windows:
+        """The samples, where they are windows of text; probes that ask for them are not in :data:`OF_IMAGES_TOO`."""
+        if not isinstance(self.samples, Windows):
+            raise LensbenchError("this probe reads text, and the samples are images")
+        return self.samples
+
+    @property
+    def words(self) -> ReadText:
+        """As :attr:`windows`, what goes with them."""
+        if self.text is None:
+            raise LensbenchError("this probe reads text, and the samples are images")
+        return self.text
 
     @cached_property
     def fit(self) -> Capture:
@@ -170,9 +195,10 @@ class Measured:
 class Sums:
     """Collects the columns of a :class:`Measured`."""
 
-    def __init__(self, probe: str, windows: Windows, tokens: Array):
+    def __init__(self, probe: str, samples: Samples, tokens: Array):
         self.probe, self.tokens = probe, tokens
-        self.documents = [str(windows.document_names[k]) for k in windows.documents]
+        names = samples.document_names
+        self.documents = [str(names[k]) for k in samples.documents]
         self.columns: list[tuple[str, int | None, int | None, float, Array, Array]] = []
 
     def add(
@@ -214,6 +240,10 @@ PROBES: dict[str, Callable[[Subject], Found]] = {}
 """Name, as a suite's ``probes`` gives it -> function."""
 
 
+OF_IMAGES_TOO = ("accuracy", "representation", "matched_transfer", "gradient_alignment", "block_paths")
+"""Probes that need no text."""
+
+
 def probe(function: Probe) -> Probe:
     """Registers a probe under its function's name."""
     PROBES[function.__name__] = function  # type: ignore[attr-defined]
@@ -226,6 +256,7 @@ def load_found(folder: Path) -> Found:
 
 
 from lensbench.probes import (  # noqa: E402,F401  (each registers what it has)
+    accuracy,
     causal_fidelity,
     error_transport,
     few_shot,

@@ -125,7 +125,7 @@ def directions(subject: Subject) -> Tensor:
     if gain is not None:
         read = gain.double().cpu() @ read
     weight = readout.weight.double().cpu()
-    counts = np.bincount(subject.fit_windows.ids[subject.fit_windows.inside], minlength=len(weight)) + 1.0
+    counts = np.bincount(subject.words.fit_windows.ids[subject.words.fit_windows.inside], minlength=len(weight)) + 1.0
     p = torch.from_numpy(counts / counts.sum())
     mean = p @ weight
     metric = weight.T @ (p[:, None] * weight) - mean[:, None] * mean

@@ -96,7 +96,7 @@ def directions_for(subject: Subject) -> Directions:
     rank = RANK
     while rank > 16 and heads * (3 + 4 * rank + size) ** 2 * 8 * 8 > MEMORY_GIB * 2**30:
         rank -= 16
-    return Directions.of(stream, subject.fit_windows, rank)
+    return Directions.of(stream, subject.words.fit_windows, rank)
 
 
 def head_shape(subject: Subject) -> tuple[int, int]:

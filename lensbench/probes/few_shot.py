@@ -47,7 +47,7 @@ def few_shot(subject: Subject) -> Jackknifed:
     words = frequent_words(subject)
     if len(words) < QUERIES + LABELS:
         return Jackknifed(name, reason=f"its tokenizer has {len(words)} words of one token in this text: too few")
-    colon, newline = (encode(subject.tokenizer, text) for text in (":", "\n"))
+    colon, newline = (encode(subject.words.tokenizer, text) for text in (":", "\n"))
     form = Form(colon, newline)
     room = subject.windows.ids.shape[1] // form.tokens
     if room < 4:
@@ -220,9 +220,11 @@ def encode(tokenizer: Tokenizer | PreTrainedTokenizerBase, text: str) -> list[in
 
 def frequent_words(subject: Subject) -> Ids:
     """Ids of the fitting text's most frequent tokens that are words: two letters or more, a space before them or not."""
-    ids = subject.fit_windows.ids[subject.fit_windows.inside]
+    ids = subject.words.fit_windows.ids[subject.words.fit_windows.inside]
     tokens, counts = np.unique(ids, return_counts=True)
-    words = [t for t in tokens[np.argsort(-counts, kind="stable")] if is_word(str(subject.tokenizer.decode([int(t)])))]
+    words = [
+        t for t in tokens[np.argsort(-counts, kind="stable")] if is_word(str(subject.words.tokenizer.decode([int(t)])))
+    ]
     return np.array(words[:POOL], dtype=np.int64)
 
 

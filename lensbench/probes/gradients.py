@@ -2,61 +2,89 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, from_numpy, nn
 
 from lensbench.probes import Measured, Subject, Sums, probe
 from lensbench.stream import ResidualStream
 
 TOKENS_AT_ONCE = 2048
+IMAGES_AT_ONCE = 64
 
 
-def states_and_gradients(stream: ResidualStream, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """h_0..h_L and minus the gradient of the summed next-token cross-entropy with respect to h_0..h_{L-1}.
+def states_and_gradients(
+    stream: ResidualStream, inputs: Tensor, classes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h_0..h_L and minus the gradient of the summed cross-entropy with respect to h_0..h_{L-1}, from one backward pass.
 
-    ``[L+1, B, T, d]`` and ``[L, B, T, d]``, from one backward pass. The sum runs over all positions: what a block writes at
-    a token is judged by all predictions that it enters, later ones too.
+    Of token ids ``[B, T]``: ``[L+1, B, T, d]`` and ``[L, B, T, d]``; the sum runs over all positions: what a block writes at
+    a token is judged by all predictions that it enters, later ones too. Of images ``[B, C, H, W]``, of ``classes``
+    ``[B]``: ``[L+1, B, 1, D]``, the whole state of an image as one vector, as arXiv 1710.04773 has it.
     """
-    model, trainable = stream.model, [p for p in stream.model.parameters() if p.requires_grad]
+    trainable = [p for p in stream.model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
-
-    def leaf(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
-
-    hook = model.get_input_embeddings().register_forward_hook(leaf)
     try:
         with torch.enable_grad():
-            states, logits = stream.graph(ids)
-            for h in states[:-1]:
-                h.retain_grad()
-            targets = ids[:, 1:].to(logits.device)
-            F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum").backward()
-            gradients = [torch.zeros_like(h) if h.grad is None else h.grad for h in states[:-1]]
+            if stream.pooling is None:
+                states, gradients = _text_gradients(stream, inputs)
+            else:
+                assert classes is not None
+                states, gradients = _image_gradients(stream, inputs, classes)
     finally:
-        hook.remove()
         for p in trainable:
             p.requires_grad_(True)
     seen = [stream.seen(h.detach()) for h in states], [-stream.seen(g) for g in gradients]
     return torch.stack(seen[0]), torch.stack(seen[1])
 
 
+def _text_gradients(stream: ResidualStream, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def leaf(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    hook = stream.model.get_input_embeddings().register_forward_hook(leaf)
+    try:
+        states, logits = stream.graph(ids)
+        for h in states[:-1]:
+            h.retain_grad()
+        targets = ids[:, 1:].to(logits.device)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum").backward()
+    finally:
+        hook.remove()
+    return states, [torch.zeros_like(h) if h.grad is None else h.grad for h in states[:-1]]
+
+
+def _image_gradients(stream: ResidualStream, images: Tensor, classes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    states, logits = stream.graph(images.to(stream.input_device).requires_grad_())
+    loss = F.cross_entropy(logits.float(), classes.to(logits.device), reduction="sum")
+    gradients = torch.autograd.grad(loss, states[:-1])
+    return [h.flatten(1)[:, None] for h in states], [g.flatten(1)[:, None] for g in gradients]
+
+
 @probe
 def gradient_alignment(subject: Subject) -> Measured:
     """Per block the mean over tokens of ``cos(h_{l+1} - h_l, -dCE/dh_l)``; its null takes another token's gradient.
 
+    Of an image classifier: the mean over images, of all positions' states together.
+
     Positive beyond its null: the block's change lowers the loss to first order, as a step of iterative inference would.
     """
-    stream, windows = subject.stream, subject.windows
+    stream, windows = subject.stream, subject.samples
     if subject.rotated:
         return Measured("gradient_alignment", reason="a rotated view has no blocks of its own")
-    per_batch = max(1, TOKENS_AT_ONCE // windows.ids.shape[1])
+    if stream.pooling is not None:
+        with torch.no_grad():
+            shapes = {h.shape for h in stream.graph(from_numpy(windows.scored(slice(0, 1))[0]))[0]}
+        if len(shapes) > 1:
+            told = ", ".join(str(tuple(shape[1:])) for shape in sorted(shapes))
+            return Measured("gradient_alignment", reason=f"its blocks change the shape of what they are given ({told})")
+    per_batch = max(1, TOKENS_AT_ONCE // windows.positions_read) if stream.pooling is None else IMAGES_AT_ONCE
     generator = torch.Generator().manual_seed(0)
     aligned: list[Tensor] = []
     null: list[Tensor] = []
-    for start in range(0, len(windows.ids), per_batch):
+    for start in range(0, len(windows), per_batch):
         rows = slice(start, start + per_batch)
-        ids, row, at = map(torch.from_numpy, windows.scored(rows))
-        states, descent = states_and_gradients(stream, ids)
+        ids, row, at = map(from_numpy, windows.scored(rows))
+        states, descent = states_and_gradients(stream, ids, from_numpy(windows.targets(rows)))
         change, descent = (states[1:] - states[:-1])[:, row, at].float(), descent[:, row, at].float()
         # Another token of the batch: a shift by a random amount has no token keep its own.
         shift = int(torch.randint(1, max(2, len(row)), (1,), generator=generator))

@@ -48,10 +48,10 @@ def head_weights(subject: Subject) -> Jackknifed:
         reason = "its layers are not blocks of their own, which could be handed a token's embedding"
     if reason:
         return Jackknifed(name, reason=reason)
-    ids = subject.fit_windows.ids[subject.fit_windows.inside]
+    ids = subject.words.fit_windows.ids[subject.words.fit_windows.inside]
     found, counts = np.unique(ids, return_counts=True)
     tokens = torch.from_numpy(np.sort(found[np.argsort(-counts, kind="stable")][:TOKENS]))
-    bigram = subject.bigram()
+    bigram = subject.words.bigram()
     rows = np.stack([bigram.distribution(int(v))[tokens.numpy()] for v in tokens])
     association = about_means(torch.from_numpy(np.log(rows) - np.log(bigram.continuation[tokens.numpy()])))
     group = np.random.default_rng(0).permutation(len(tokens)) % FOLDS

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lensbench.corpus import Windows
 from lensbench.probes import Array, Measured, Subject, Sums, probe
+from lensbench.probes.gradients import IMAGES_AT_ONCE
 from lensbench.readout import block_input
+from lensbench.samples import Samples
 from lensbench.stream import ResidualStream
 
 TOKENS_AT_ONCE = 8192
@@ -53,7 +54,7 @@ def block_paths(subject: Subject) -> Measured:
     deleted block hands on all that it receives, also one whose skip connections carry less. Of n blocks skipped together
     four sets are drawn, and held fixed in the interval.
     """
-    stream, windows = subject.stream, subject.windows
+    stream, windows = subject.stream, subject.samples
     blocks = list(stream.blocks)
     if subject.rotated or not blocks:
         what = (
@@ -79,15 +80,15 @@ def block_paths(subject: Subject) -> Measured:
 
 
 @torch.no_grad()
-def cross_entropy(stream: ResidualStream, windows: Windows) -> Array:
-    """Sum of the model's own cross-entropy over the scored positions of each window, nats: ``[S]``."""
-    per_batch = max(1, TOKENS_AT_ONCE // windows.ids.shape[1])
+def cross_entropy(stream: ResidualStream, windows: Samples) -> Array:
+    """Sum of the model's own cross-entropy over the scored positions of each window (or image), nats: ``[S]``."""
+    per_batch = max(1, TOKENS_AT_ONCE // windows.positions_read) if stream.pooling is None else IMAGES_AT_ONCE
     sums = []
-    for start in range(0, len(windows.ids), per_batch):
+    for start in range(0, len(windows), per_batch):
         rows = slice(start, start + per_batch)
-        ids, row, at = map(torch.from_numpy, windows.scored(rows))
-        _, logits = stream.at(ids, row, at)
-        targets = ids[row, at + 1].to(logits.device)
+        inputs, row, at = map(torch.from_numpy, windows.scored(rows))
+        _, logits = stream.at(inputs, row, at)
+        targets = torch.from_numpy(windows.targets(rows)).to(logits.device)
         nats = -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0].cpu()
-        sums.append(torch.zeros(len(ids), dtype=torch.float64).index_add_(0, row, nats))
+        sums.append(torch.zeros(len(inputs), dtype=torch.float64).index_add_(0, row, nats))
     return torch.cat(sums).numpy()

@@ -36,9 +36,9 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
         # An own rotation changes no regression from the state.
         return Jackknifed(name, reason="the same as in the view that is not rotated, whose states it turns")
     stream = subject.stream
-    directions = Directions.of(stream, subject.fit_windows)
+    directions = Directions.of(stream, subject.words.fit_windows)
     means = _means(subject, directions)
-    bigram = BigramPredictions(subject.bigram(), directions)
+    bigram = BigramPredictions(subject.words.bigram(), directions)
     windows, fold = in_folds(subject.windows)
     if fold.max() < 2:
         return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
@@ -85,7 +85,10 @@ def _means(subject: Subject, directions: Directions) -> MeansByToken:
     """Of the fit split's tokens: what the model had predicted of them."""
     ids, previous, values = [], [], []
     for batch in batches(
-        subject.stream, subject.fit_windows, directions, report=partial(subject.report, "prediction_visibility-means")
+        subject.stream,
+        subject.words.fit_windows,
+        directions,
+        report=partial(subject.report, "prediction_visibility-means"),
     ):
         looked = batch.inside.clone()
         looked[:, :FIRST] = False

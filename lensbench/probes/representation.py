@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lensbench.fitting import MOMENT_BLOCK, Moments, median_eigenvalue
@@ -15,9 +16,12 @@ RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 
 
 def covariance_similarity(covariances: Tensor) -> Tensor:
-    """Frobenius cosine of centred covariances ``[K, d, d]``, every pair: ``[K, K]`` (arXiv 2303.08112, section 4.2)."""
+    """Frobenius cosine of centred covariances ``[K, d, d]``, every pair: ``[K, K]`` (arXiv 2303.08112, section 4.2).
+
+    A layer that is the same for all inputs (a class token before the first block) has 0 in common with any.
+    """
     flat = covariances.flatten(1)
-    flat = flat / flat.norm(dim=1, keepdim=True)
+    flat = F.normalize(flat, dim=1, eps=1e-300)
     return flat @ flat.T
 
 
@@ -30,7 +34,7 @@ def representation(subject: Subject) -> Measured:
     """
     fit, dev, scored = subject.fit, subject.dev, subject.eval
     moments = Moments.of(fit)
-    sums = Sums("representation", subject.windows, sum_by_window(torch.ones(len(scored)), scored))
+    sums = Sums("representation", subject.samples, sum_by_window(torch.ones(len(scored)), scored))
     similarity = covariance_similarity(moments.covariance)
     one = np.ones_like(sums.tokens)
     for i in range(len(similarity)):
@@ -83,7 +87,7 @@ def matched_transfer(subject: Subject) -> Measured:
     for at, j in enumerate(layers):
         scores = score(readout, scored.states[j], matched_maps(lenses, mean[layers], rms[layers], at), scored)
         matched[:, :, at] = sum_by_window(scores.kl, scored).T
-    sums = Sums("matched_transfer", subject.windows, sum_by_window(torch.ones(len(scored)), scored))
+    sums = Sums("matched_transfer", subject.samples, sum_by_window(torch.ones(len(scored)), scored))
     own = np.diagonal(raw.kl, axis1=1, axis2=2)
     for a, i in enumerate(layers):
         for b, j in enumerate(layers):
