@@ -282,6 +282,9 @@ class Suite(_Strict):
                 if given.get(key, value) != value:
                     raise ValueError(f"{section}.{key} is {given[key]}: of images there is nothing to choose there")
             whole[section] = {**given, **fixed}
+        if isinstance(evaluate := whole["evaluate"], dict):  # images are read in no time: probes look at all of them
+            every = evaluate.get("sequences", EvaluateRecipe.model_fields["sequences"].default)
+            whole["evaluate"] = {"probe_sequences": every, **evaluate}
         for section in ("corpus", "curve"):
             if section in whole:
                 raise ValueError(f"a suite with [images] cannot have [{section}]")
@@ -517,6 +520,7 @@ def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
             twice = next(name for name in names if names.count(name) > 1)
             raise LensbenchError(f"command line: two models are named {twice!r}: give them names in a suite's file")
         content["models"] = [{"name": name, "source": source} for name, source in zip(names, models, strict=True)]
+        content.pop("claims", None)  # they are about the models of the suite
     return validated(Suite, "command line", content)
 
 

@@ -130,4 +130,9 @@ def words() -> Tokenizer:
 def subject_of(model: Any, seed: int = 0, count: int = 128, **changes: Any) -> Subject:
     """As outside a suite: the logit lens."""
     stream = changes.get("stream") or ResidualStream(model)
-    return replace(Subject.plain(stream, text(seed, count), text(seed + 1000, count), words()), **changes)
+    subject = Subject.plain(stream, text(seed, count), text(seed + 1000, count), words())
+    assert subject.text is not None
+    beside = {name: changes.pop(name) for name in ("fit_windows", "bigram", "tokenizer") if name in changes}
+    if "windows" in changes:
+        changes["samples"] = changes.pop("windows")
+    return replace(subject, text=replace(subject.text, **beside), **changes)

@@ -90,7 +90,7 @@ def test_words_are_letters_and_the_most_frequent_come_first():
     assert is_word(" the") and is_word("def") and not is_word("x") and not is_word("a_b") and not is_word("\n\n")
     subject = subject_of(planted("none"))
     words = frequent_words(subject)
-    counts = np.bincount(subject.fit_windows.ids.ravel(), minlength=V)
+    counts = np.bincount(subject.words.fit_windows.ids.ravel(), minlength=V)
     assert (np.diff(counts[words]) <= 0).all() and len(words) == 64 and not ({V - 1, V - 2} & set(words.tolist()))
 
 

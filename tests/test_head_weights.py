@@ -47,7 +47,7 @@ def test_scores_are_those_of_the_matrix_by_hand():
     model = model_with(1.0)
     subject = subject_of(model)
     frame = PROBES["head_weights"](subject).frame()
-    tokens = np.unique(subject.fit_windows.ids)
+    tokens = np.unique(subject.words.fit_windows.ids)
     embedded = model.model.embed_tokens.weight[tokens]
     attention, norm = model.model.layers[2].self_attn, model.model.layers[2].input_layernorm
     rows = slice(2 * HEAD, 3 * HEAD)
@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_matrix_by_hand():
     matrix = about_means(matrix)
     expected = (matrix.diagonal() / matrix.std(1)).mean()
     assert at(frame, "weights_identity")[2, 2] == pytest.approx(float(expected), rel=1e-3)
-    bigram = subject.bigram()
+    bigram = subject.words.bigram()
     p = np.stack([bigram.distribution(int(t))[tokens] for t in tokens])
     association = about_means(torch.from_numpy(np.log(p) - np.log(bigram.continuation[tokens])))
     by_hand = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(matrix.numpy(), association.numpy(), strict=True)])
@@ -70,7 +70,7 @@ def test_the_previous_token_comes_through_the_earlier_head_that_looks_at_it_most
     assert at(frame, "previous_attention")[1, 2] == pytest.approx(looks[1][2])
     composed = at(frame, "weights_previous_identity")
     assert {layer for layer, _ in composed.index} == {1, 2}
-    tokens = torch.from_numpy(np.unique(subject.fit_windows.ids))
+    tokens = torch.from_numpy(np.unique(subject.words.fit_windows.ids))
     embedded = subject.stream.model.get_input_embeddings()(tokens).detach()
     first = written_by(subject.stream, embedded, tokens)[0][int(np.argmax(looks[0]))]
     second = written_by(subject.stream, {1: first}, tokens)

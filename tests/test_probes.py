@@ -199,7 +199,7 @@ def synthetic_subject(states_of, stream) -> Subject:
     scored = windows_of(captures["eval"])
     return Subject(
         SimpleNamespace(readout=stream.readout), scored, list(range(layers)), lenses, False, captures.__getitem__,
-        scored, lambda: None, lenses, None,
+        lenses, lenses,
     )  # fmt: skip
 
 

@@ -522,7 +522,7 @@ def test_intervals_resample_clusters_and_values_do_not_change():
 
 
 def test_a_reader_is_told_what_to_doubt():
-    models = pd.DataFrame({"model": ["fine", "worse", "own"], "ce": [3.0, 6.2, 5.0]})
+    models = pd.DataFrame({"model": ["fine", "worse", "own"], "ce": [3.0, 6.2, 5.0], "bits_per_byte": 1.0})
     tokenizers = ["trained here", "trained here", "own"]
     baselines = pd.DataFrame(
         {"tokenizer": tokenizers, "baseline": ["unigram", "bigram", "unigram"], "ce": [6.0, 4.0, 4.5]}
