@@ -326,7 +326,8 @@ def similarity_of(part: Part) -> NDArray[np.float64] | None:
         return None
     layers = len(part.fit.records["own"].ridge)
     matrix = np.eye(layers)
-    value = found.top.sum(0) / found.bottom.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):  # other quantities of the probe may have nothing to be a share of
+        value = found.top.sum(0) / found.bottom.sum(0)
     for k, name in enumerate(found.quantity):
         if name == "covariance_similarity":
             i, j = cast(tuple[int, int], (found.layer[k], found.other[k]))

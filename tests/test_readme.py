@@ -148,7 +148,7 @@ def test_committed_results_are_what_a_run_wrote(name):
     assert not run.manifest["git_revision"].endswith("dirty")
 
 
-@pytest.mark.parametrize("suite", ["quick", "standard"])
+@pytest.mark.parametrize("suite", ["quick", "standard", "vision"])
 def test_a_suite_uses_the_winners_of_its_sweep(suite):
     table = pd.read_csv(ROOT / "results" / f"{suite}-sweep" / "sweep.csv")
     trials = load_sweep(f"{suite}-sweep").trials
