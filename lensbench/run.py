@@ -834,7 +834,15 @@ def run_suite(
                 for seed, f, s, found in measured
             ]
         if suite.evaluate.sums == "cluster":
-            parts = [replace(part, sequences=tables.summed_by_cluster(part.sequences)) for part in parts]
+            groups = suite.evaluate.groups
+            parts = [
+                replace(
+                    part,
+                    sequences=tables.summed_by_cluster(part.sequences, groups),
+                    clusters=tables.joined_clusters(part.sequences["document"].astype(str).unique(), groups),
+                )
+                for part in parts
+            ]
         models = [m for m in suite.models if m.name in {part.model for part in parts}]
         if not models:
             raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")

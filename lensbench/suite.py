@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lensbench.calibration import Calibration
-from lensbench.corpus import FRACTIONS
+from lensbench.corpus import FEWEST_CLUSTERS, FRACTIONS
 from lensbench.errors import LensbenchError
 from lensbench.fitting import FitRecipe
 from lensbench.images import SPECS
@@ -110,10 +110,23 @@ class EvaluateRecipe(_Strict):
         "difference, and a fraction of the size; the curve over tolerances is then left out",
     )
 
+    groups: int | None = Field(
+        None,
+        ge=FEWEST_CLUSTERS,
+        description="with sums = cluster: more clusters than this are joined at random into so many, which keeps "
+        "per_sequence.parquet small and leaves intervals as they are but for what a bootstrap of fewer can tell",
+    )
+
+    @model_validator(mode="after")
+    def _of_clusters(self) -> "EvaluateRecipe":
+        if self.groups is not None and self.sums != "cluster":
+            raise ValueError("groups are of clusters: it needs sums = 'cluster'")
+        return self
+
     @property
     def scored(self) -> dict[str, Any]:
         """What the scores of a model depend on."""
-        return self.model_dump(exclude={"draws", "probe_sequences", "sums"})
+        return self.model_dump(exclude={"draws", "probe_sequences", "sums", "groups"})
 
 
 class ModelRecipe(_Strict):
@@ -407,7 +420,10 @@ class Suite(_Strict):
     def described(self) -> dict[str, Any]:
         """What a manifest says of it; as runs before there were curves and images said it, where it has none."""
         absent = {name for name in ("curve", "images") if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
+        told = self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
+        if self.evaluate.groups is None:
+            del told["evaluate"]["groups"]
+        return told
 
     @property
     def length(self) -> int:

@@ -1,7 +1,7 @@
 """The tables of a run folder, from the per-sequence sums of its models: means, penalties, indices, with intervals."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -147,16 +147,30 @@ def clustered(sequences: pd.DataFrame) -> pd.DataFrame:
     return sequences.assign(document=names.map(clusters_of(names.unique())).astype("category"))
 
 
-def summed_by_cluster(sequences: pd.DataFrame) -> pd.DataFrame:
+def joined_clusters(names: Iterable[str], groups: int | None) -> dict[str, str]:
+    """The cluster of each document; more than ``groups`` of them are joined at random (always the same way)."""
+    of = clusters_of(names)
+    known = sorted(set(of.values()))
+    if groups is None or len(known) <= groups:
+        return of
+    drawn = np.random.default_rng(0).permutation(len(known)) % groups
+    into = {name: f"group {k:04d}" for name, k in zip(known, drawn, strict=True)}
+    return {name: into[cluster] for name, cluster in of.items()}
+
+
+def summed_by_cluster(sequences: pd.DataFrame, groups: int | None = None) -> pd.DataFrame:
     """Rows of ``per_sequence.parquet``, one for each cluster in place of one for each sequence; sums are float32 again.
 
-    Raises :class:`LensbenchError` where a KL is not a number.
+    ``groups``: as :func:`joined_clusters` takes it. Raises :class:`LensbenchError` where a KL is not a number.
     """
     refuse_missing(sequences)
     sums = ["tokens", "bytes", "kl", "ce", "movement", "top1"]
     keys = ["model", "seed", "lens", "lens_layer", "layer", "stage", "prior", "view", "document"]
-    groups = clustered(sequences).groupby(keys, observed=True, sort=False)
-    found = groups[sums].sum(min_count=1).reset_index()  # nothing but unknown values stays unknown
+    names = sequences["document"].astype(str)
+    of = sequences.assign(document=names.map(joined_clusters(names.unique(), groups)).astype("category"))
+    found = (
+        of.groupby(keys, observed=True, sort=False)[sums].sum(min_count=1).reset_index()
+    )  # nothing but unknown values stays unknown
     found["sequence"] = 0
     return found[list(sequences.columns)].astype({name: sequences[name].dtype for name in (*sums, "sequence")})
 
@@ -326,7 +340,9 @@ def similarity_of(part: Part) -> NDArray[np.float64] | None:
         return None
     layers = len(part.fit.records["own"].ridge)
     matrix = np.eye(layers)
-    with np.errstate(invalid="ignore", divide="ignore"):  # other quantities of the probe may have nothing to be a share of
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # other quantities of the probe may have nothing to be a share of
         value = found.top.sum(0) / found.bottom.sum(0)
     for k, name in enumerate(found.quantity):
         if name == "covariance_similarity":

@@ -536,3 +536,20 @@ def test_a_reader_is_told_what_to_doubt():
     assert "worse predicts worse (6.200 nats/token) than word frequencies do (6.000)" in told[0]
     assert "own predicts worse (5.000 nats/token) than word frequencies do (4.500)" in told[1]
     assert "fine shared_retention: all refits" in told[2] and "worse gain_visibility: all refits" in told[3]
+
+
+def test_clusters_beyond_the_groups_asked_for_are_joined_and_sums_stay():
+    from lensbench.tables import joined_clusters, summed_by_cluster
+
+    names = [f"image-{k:03d}" for k in range(300)]
+    of = joined_clusters(names, 100)
+    sizes = pd.Series(of).value_counts()
+    assert len(sizes) == 100 and (sizes == 3).all()
+    assert joined_clusters(reversed(names), 100) == of and joined_clusters(names, 300) == joined_clusters(names, None)
+    row = {"model": "m", "seed": 0, "lens": "tuned", "lens_layer": 0, "layer": 0, "stage": "closed", "prior": "zero"}
+    rows = pd.DataFrame({"document": names, **row, "view": -1, "sequence": 0, "tokens": 1, "bytes": 0})
+    kl = np.random.default_rng(0).gamma(1.0, size=300)
+    rows = rows.assign(kl=kl, ce=kl, movement=np.nan, top1=1.0)
+    summed = summed_by_cluster(rows, 100)
+    assert len(summed) == 100 and summed["kl"].sum() == pytest.approx(kl.sum())
+    assert summed["movement"].isna().all() and (summed["tokens"] == 3).all()
