@@ -45,6 +45,9 @@ def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparis
     print_comparison(standard_comparison, console)
     for name in ("small", "smollm2"):
         print_run(results.read_run(ROOT / "results" / "probes" / name), console)
+    vision = ROOT / "results" / "vision"
+    print_run(results.read_run(vision), console)
+    print_comparison(compare_runs([vision]), console)
     console.print(regression_table(pd.read_csv(ROOT / "results/probes/in-context-regression/regression.csv")))
     console.print(calibration_table(pd.read_csv(ROOT / "results" / "calibration" / "calibration.csv")))
     printed = console.file.getvalue()
