@@ -106,3 +106,25 @@ def test_training_batches_depend_on_seed_and_step_alone_and_hold_no_other_split(
     for pixels, label in zip(*still, strict=True):
         at = np.flatnonzero((whole == pixels.numpy()).all((1, 2, 3)))
         assert len(at) and label in images.labels[at]
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_image_and_label_columns(monkeypatch):
+    import datasets
+
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)) for _ in range(24)]
+    labels = [k % 2 for k in range(24)]
+    features = datasets.Features(
+        {"img": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"]), "tag": datasets.Value("string")}
+    )
+    table = datasets.Dataset.from_dict({"img": pictures, "kind": labels, "tag": ["a", "b", "c"] * 8}, features=features)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or table)
+    found = load_images("hf:org/pets/small@test", parts=(6, 6, 6, 6), seed=0)
+    assert asked == [(("org/pets", "small"), {"split": "test"})]
+    assert found.classes == ("cat", "dog") and found.labels.tolist() == labels
+    np.testing.assert_array_equal(np.asarray(found.read(7)), np.asarray(pictures[7]))
+    tagged = load_images("hf:org/pets#img,tag", parts=(6, 6, 6, 6), seed=0)
+    assert tagged.classes == ("a", "b", "c") and tagged.labels[4] == 1
+    with pytest.raises(LensbenchError, match="no column of labels 'name'; it has img, kind, tag"):
+        load_images("hf:org/pets#img,name", parts=(6, 6, 6, 6), seed=0)
