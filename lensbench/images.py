@@ -2,6 +2,7 @@
 
 An image data set is named by a spec: ``digits`` (1797 images of 8 x 8, embedded in scikit-learn), ``folder:PATH`` (a folder
 for each class) or ``hf:NAME[/CONFIG][@SPLIT][#IMAGE,LABEL]``. Every image is a document of its own: what intervals resample.
+Classes without numbers of their own are numbered in the order of their names, as numbers where all names are whole numbers.
 """
 
 import hashlib
@@ -102,8 +103,9 @@ def load_images(
 ) -> ImageSet:
     """Read and split an image data set: at random into ``parts`` images each, or in that proportion where there are others.
 
-    Of images with the same content the first alone is kept. Raises :class:`LensbenchError` for a spec that cannot be read
-    and for too few images; the splits ``needed`` must not be empty.
+    Of files with the same content the first alone is kept (an image saved anew in another format is another file); raises
+    :class:`LensbenchError` where such files have different labels, for a spec that cannot be read and for too few images;
+    the splits ``needed`` must not be empty.
     """
     kind, _, rest = spec.partition(":")
     if spec == "digits":
@@ -116,7 +118,12 @@ def load_images(
         raise LensbenchError(f"unknown images {spec!r}: they are {SPECS}")
     first: dict[str, int] = {}
     for k, content in enumerate(contents):
-        first.setdefault(content, k)
+        if labels[first.setdefault(content, k)] != labels[k]:
+            one = first[content]
+            raise LensbenchError(
+                f"{spec} has the same image twice, once as {classes[labels[one]]!r} ({names[one]}) and once as "
+                f"{classes[labels[k]]!r} ({names[k]}): take out one of them"
+            )
     kept = np.array(sorted(first.values()), dtype=np.int64)
     if max_images is not None:
         kept = np.sort(np.random.default_rng([seed, 1]).permutation(kept)[:max_images])
@@ -156,7 +163,8 @@ def _digits() -> _Read:
 def _folder(folder: Path, max_images: int | None) -> _Read:
     if not folder.is_dir():
         raise LensbenchError(f"there is no folder of images {folder}")
-    inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = {p.name: p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    inside = [folders[name] for name in in_order(folders)]
     found = [(p, k) for k, of in enumerate(inside) for p in sorted(of.rglob("*")) if p.suffix.lower() in SUFFIXES]
     if len({k for _, k in found}) < 2:
         raise LensbenchError(
@@ -206,7 +214,7 @@ def _hub(spec: str, max_images: int | None) -> _Read:
     raw = table.cast_column(pictured, ImageFeature(decode=False))
     values = raw[labelled]
     feature = features[labelled]
-    classes = tuple(feature.names) if isinstance(feature, ClassLabel) else tuple(sorted({str(v) for v in values}))
+    classes = tuple(feature.names) if isinstance(feature, ClassLabel) else tuple(in_order({str(v) for v in values}))
     labels = np.array(
         [int(v) if isinstance(feature, ClassLabel) else classes.index(str(v)) for v in values], dtype=np.int64
     )
@@ -229,6 +237,11 @@ def _opened(file: Any, name: object) -> Image.Image:
             return picture
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise LensbenchError(f"{name} is not an image that can be read: {error}") from error
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Names of classes sorted; as numbers where all are whole numbers, so that 10 does not come before 2."""
+    return sorted(classes, key=int if all(c.isdecimal() for c in classes) else None)
 
 
 def _digest(content: bytes) -> str:
@@ -259,26 +272,52 @@ def processed_pixels(pictures: Iterable[Image.Image], *, processor: Any, channel
 
 
 def labels_for(who: str, config: PreTrainedConfig, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Number that a model has for each class of a data set: by name, or by order where it has no names for as many.
+    """Number that a model has for each class of a data set.
 
-    Raises :class:`LensbenchError` where a class is none of the model's.
+    By order where both have the same names in the same order or the model has no names for as many, else by the model's
+    whole name of it, else by a synonym (ImageNet's names are lists of them). Classes named by numbers are a nameless
+    model's numbers where all of them are.
+
+    Raises :class:`LensbenchError` where a class is none of the model's, a name is that of several (two of ImageNet's are
+    ``crane``), or two classes would be one.
     """
     names = {int(k): str(v) for k, v in (config.id2label or {}).items()}
-    known: dict[str, int] = {}
-    for number, name in names.items():
-        for word in (name, *name.split(",")):  # ImageNet's names are lists of synonyms
-            known.setdefault(word.strip().lower(), number)
+    of_model = [names[k].strip().lower() for k in sorted(names)]
     wanted = [c.strip().lower() for c in classes]
-    if all(c in known for c in wanted):
-        return np.array([known[c] for c in wanted], dtype=np.int64)
-    unnamed = all(name == f"LABEL_{number}" for number, name in names.items())
-    if unnamed and len(names) == len(classes):
-        return np.arange(len(classes), dtype=np.int64)
-    missing = next(c for c in classes if c.strip().lower() not in known)
-    raise LensbenchError(
-        f"{who} knows no class {missing!r}: it has {len(names)} ({', '.join(list(names.values())[:3])}, ...), the images "
-        f"{len(classes)}; give images whose classes are named as the model's are"
-    )
+    in_its_order = np.arange(len(classes), dtype=np.int64)
+    if wanted == of_model:
+        return in_its_order
+    if all(name == f"LABEL_{number}" for number, name in names.items()) and not set(wanted) <= set(of_model):
+        numbers = [int(c) for c in wanted if c.isdecimal() and int(c) in names]
+        if len(set(numbers)) == len(wanted):
+            return np.array(numbers, dtype=np.int64)
+        if len(names) == len(classes):
+            return in_its_order
+    known: dict[str, set[int]] = {}
+    synonyms: dict[str, set[int]] = {}
+    for number, name in zip(sorted(names), of_model, strict=True):
+        known.setdefault(name, set()).add(number)
+        for word in name.split(","):
+            synonyms.setdefault(word.strip(), set()).add(number)
+    found = []
+    for name, word in zip(classes, wanted, strict=True):
+        meant = known.get(word) or synonyms.get(word) or set()
+        if not meant:
+            raise LensbenchError(
+                f"{who} knows no class {name!r}: it has {len(names)} ({', '.join(list(names.values())[:3])}, ...), the "
+                f"images {len(classes)}; give images whose classes are named as the model's are"
+            )
+        if len(meant) > 1:
+            raise LensbenchError(
+                f"{name!r} is the name of {len(meant)} of the classes of {who} ({', '.join(map(str, sorted(meant)))}): "
+                "name that class of the images with the model's whole name, or give all classes in the model's order"
+            )
+        found.append(meant.pop())
+    for number in found:
+        if found.count(number) > 1:
+            both = " and ".join(repr(c) for c, n in zip(classes, found, strict=True) if n == number)
+            raise LensbenchError(f"{both} are one class of {who} ({names[number]!r}): give them one name")
+    return np.array(found, dtype=np.int64)
 
 
 # Training

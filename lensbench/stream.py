@@ -219,7 +219,10 @@ class ResidualStream:
             hooks = [entry.register_forward_pre_hook(lambda _, args: last.append(args[0]), prepend=True)]
         else:
             hooks = [b.register_forward_hook(lambda *call: last.append(_returned(call[-1]))) for b in self._blocks[-1:]]
-        asked = {self._argument: inputs.to(self.input_device), "output_hidden_states": wanted, "return_dict": True}
+        given = inputs.to(self.input_device)
+        if inputs.is_floating_point():
+            given = given.to(self.model.dtype)  # pixels; not every model casts them itself
+        asked = {self._argument: given, "output_hidden_states": wanted, "return_dict": True}
         try:
             output = self.model(**asked, **self._options)
         finally:

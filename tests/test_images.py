@@ -83,6 +83,37 @@ def test_classes_are_matched_by_name_and_by_order_where_a_model_has_no_names():
         labels_for("m", ViTConfig(num_labels=4), ("a", "b", "c"))
 
 
+def test_classes_named_by_numbers_are_in_the_order_of_numbers_and_are_a_nameless_models_numbers(tmp_path):
+    folder = write_folder(tmp_path / "numbered", classes=tuple(str(k) for k in range(12)), each=2)
+    found = load_images(f"folder:{folder}", parts=(6, 6, 6, 6), seed=0)
+    assert found.classes == tuple(str(k) for k in range(12))
+    assert all(int(name.split(":")[0]) == label for name, label in zip(found.names, found.labels, strict=True))
+    nameless = ViTConfig(num_labels=12)
+    assert labels_for("m", nameless, found.classes).tolist() == list(range(12))
+    assert labels_for("m", nameless, ("11", "2", "7")).tolist() == [11, 2, 7]
+    assert labels_for("m", nameless, ("LABEL_3", "LABEL_10")).tolist() == [3, 10]
+    # From 1 on they are none of the model's numbers: by order, which is theirs as numbers.
+    assert labels_for("m", nameless, [str(k) for k in range(1, 13)]).tolist() == list(range(12))
+
+
+def test_an_ambiguous_name_of_a_class_is_refused_and_equal_lists_of_names_are_not():
+    imagenet = {0: "crane", 1: "crane", 2: "sunglass", 3: "sunglasses, dark glasses, sunglass", 4: "maillot, tank suit"}
+    model = ViTConfig(id2label=imagenet)
+    assert labels_for("m", model, tuple(imagenet.values())).tolist() == [0, 1, 2, 3, 4]
+    assert labels_for("m", model, ("sunglasses, dark glasses, sunglass", "sunglass", "tank suit")).tolist() == [3, 2, 4]
+    with pytest.raises(LensbenchError, match=r"'Crane' is the name of 2 of the classes of m \(0, 1\)"):
+        labels_for("m", model, ("Crane", "maillot"))
+    with pytest.raises(LensbenchError, match="'maillot' and 'tank suit' are one class of m"):
+        labels_for("m", model, ("maillot", "sunglass", "tank suit"))
+
+
+def test_the_same_image_under_two_labels_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "pets")
+    (folder / "cat" / "copy.png").write_bytes((folder / "dog" / "3.png").read_bytes())
+    with pytest.raises(LensbenchError, match=r"twice, once as 'cat' \(cat:copy.png\) and once as 'dog' \(dog:3.png\)"):
+        load_images(f"folder:{folder}", parts=(6, 6, 6, 6), seed=0)
+
+
 @settings(max_examples=50)
 @given(st.integers(-3, 3), st.integers(-3, 3))
 def test_a_moved_image_is_the_image_at_another_place_and_black_elsewhere(down, right):

@@ -29,8 +29,11 @@ from transformers import (
 
 from lensbench import results
 from lensbench.errors import LensbenchError
+from lensbench.images import Images, load_images, plainly
+from lensbench.lenses import AffineMaps
 from lensbench.models import FAMILIES, build, count_parameters
 from lensbench.models.vision import IsotropicCNNForImageClassification
+from lensbench.probes import PROBES, Subject, gradients
 from lensbench.probes.gradients import states_and_gradients
 from lensbench.stream import ResidualStream
 
@@ -164,6 +167,33 @@ def test_gradients_are_autograds_of_the_whole_state_of_each_image():
     F.cross_entropy(model.classifier(model.norm(after.mean((2, 3)))), classes, reduction="sum").backward()
     torch.testing.assert_close(states[1], h[1].flatten(1)[:, None])
     torch.testing.assert_close(descent[1], -at.grad.flatten(1)[:, None], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_a_model_in_half_precision_is_read_at_the_states_it_computes(family):
+    model = build(family, parameters=20_400, **SHAPE).eval()
+    x = images(model)
+    whole = ResidualStream(model).forward(x)[0]
+    half = ResidualStream(model.bfloat16()).forward(x)[0]
+    torch.testing.assert_close(half.float(), whole, rtol=0.05, atol=0.05)
+
+
+def test_an_image_that_would_be_alone_in_the_last_batch_is_not_its_own_null(monkeypatch):
+    monkeypatch.setattr(gradients, "IMAGES_AT_ONCE", 4)
+    stream = ResidualStream(build("cnn-residual", parameters=20_400, **SHAPE).eval())
+    pictures = load_images("digits", parts=(900, 350, 150, 397), seed=0)
+    rows = pictures.splits["eval"][:5]
+    some = Images(pictures, rows, plainly(channels=1, height=8, width=8), pictures.labels[rows] % 5)
+
+    def measured(samples):
+        maps = AffineMaps.identity(stream.d_model)
+        return PROBES["gradient_alignment"](Subject(stream, samples, [0], maps, False, lambda split: None, maps, maps))
+
+    found = measured(some)
+    aligned, null = (found.top[:, [q == f"gradient_alignment{end}" for q in found.quantity]] for end in ("", "_null"))
+    assert aligned.shape == null.shape == (5, stream.layers) and (np.abs(aligned - null) > 1e-6).all()
+    alone = measured(some.take(np.array([0])))
+    assert "no second prediction" in alone.reason
 
 
 SUITE = """

@@ -64,7 +64,8 @@ def _image_gradients(stream: ResidualStream, images: Tensor, classes: Tensor) ->
 def gradient_alignment(subject: Subject) -> Measured:
     """Per block the mean over tokens of ``cos(h_{l+1} - h_l, -dCE/dh_l)``; its null takes another token's gradient.
 
-    Of an image classifier: the mean over images, of all positions' states together.
+    Of an image classifier: the mean over images, of all positions' states together; the other image is of the same class as
+    often as chance has it, which makes the null larger where classes share a gradient.
 
     Positive beyond its null: the block's change lowers the loss to first order, as a step of iterative inference would.
     """
@@ -81,8 +82,12 @@ def gradient_alignment(subject: Subject) -> Measured:
     generator = torch.Generator().manual_seed(0)
     aligned: list[Tensor] = []
     null: list[Tensor] = []
-    for start in range(0, len(windows), per_batch):
-        rows = slice(start, start + per_batch)
+    counts = windows.valid.sum(1)
+    starts = [k for k in range(0, len(windows), per_batch) if k == 0 or counts[k:].sum() > 1]
+    if counts.sum() < 2:
+        return Measured("gradient_alignment", reason="there is no second prediction whose gradient could be the null")
+    for start, end in zip(starts, [*starts[1:], len(windows)], strict=True):
+        rows = slice(start, end)  # the last batch takes in a prediction that would be alone, its own null
         ids, row, at = map(from_numpy, windows.scored(rows))
         states, descent = states_and_gradients(stream, ids, from_numpy(windows.targets(rows)))
         change, descent = (states[1:] - states[:-1])[:, row, at].float(), descent[:, row, at].float()
