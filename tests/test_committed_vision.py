@@ -23,7 +23,8 @@ def run():
 def test_five_seeds_of_three_models_were_measured_on_images_that_none_was_trained_or_fitted_on(run):
     assert run.manifest["corpus"]["documents"] == {"train": 900, "fit": 350, "dev": 150, "eval": 397}
     models = run.tables["models.csv"]
-    assert models.groupby("model").size().to_dict() == dict.fromkeys(("vit", "cnn-residual", "cnn-residual-slow", "cnn-plain"), 5)
+    names = ("vit", "cnn-residual", "cnn-residual-slow", "cnn-plain")
+    assert models.groupby("model").size().to_dict() == dict.fromkeys(names, 5)
     assert (models["scored_tokens"] == 397).all() and models["parameters"].between(267_300, 272_700).all()
     accuracy = run.tables["probes.csv"].query("quantity == 'accuracy' and seed == 'all'")
     assert (accuracy["value"] > 0.965).all() and accuracy["ci_low"].notna().all()
