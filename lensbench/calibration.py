@@ -287,7 +287,7 @@ def run_calibration(
         "files": {name: results.sha256(folder / name) for name in tables},
         "code": code,
     }
-    results.write_json(folder / results.MANIFEST, manifest)
+    results.write_manifest(folder, manifest)
     return streams, summary
 
 

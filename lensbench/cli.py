@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints."""
 
+import contextlib
 import errno
 import functools
 import math
@@ -40,6 +41,17 @@ app = typer.Typer(
 # Tables that go to a file or a pipe are not to be folded at 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 160)
 messages = Console(stderr=True)
+
+
+class Silent:
+    """What a process tells that is not the first of several: nothing."""
+
+    def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
+        return lambda done, remark: None
+
+    def finished(self, name: str, seconds: float, reused: bool) -> None: ...
+
+    def say(self, line: str) -> None: ...
 
 
 class Bars:
@@ -105,6 +117,10 @@ def answerable(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             if kwargs.get("debug"):
                 traceback.print_exc()
+            rank = int(os.environ.get("RANK", 0))
+            if rank:  # what all processes find wrong the first one says, and takes the others with it
+                time.sleep(5)
+                line = f"process {rank}: {line}"
             say(line)
             raise typer.Exit(2) from error
 
@@ -118,6 +134,14 @@ def one_line(error: Exception) -> str | None:
         return "the disk is full; free some space and run the same command again: finished stages are kept"
     if isinstance(error, LensbenchError):
         return " ".join(str(error).split())
+    if "torch" in sys.modules:
+        from lensbench.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            return (
+                f"out of memory: {reason}; finished stages are kept; take a device with more memory or a smaller model"
+            )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {os.strerror(error.errno) if error.errno else error}"
     return None
@@ -192,6 +216,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
+    from lensbench.ranks import join_ranks, leave_ranks
     from lensbench.run import choose_device, run_suite
     from lensbench.suite import load_suite, name_of, on_request, text_name
 
@@ -202,10 +227,21 @@ def run(
     names, wanted = ([n for given in several or [] for n in given.split(",") if n] for several in (only, probes))
     folder = out or Path("runs") / default
     start = time.perf_counter()
-    with Bars() as bars:
+    ranks = join_ranks()
+    with Bars() if ranks.first else contextlib.nullcontext(Silent()) as progress:
         finished = run_suite(
-            chosen, folder, device=choose_device(device), only=names, progress=bars, max_hours=max_hours, probes=wanted
+            chosen,
+            folder,
+            device=choose_device(device),
+            only=names,
+            progress=progress,
+            max_hours=max_hours,
+            probes=wanted,
+            ranks=ranks,
         )
+    leave_ranks(ranks)
+    if not ranks.first:
+        return
     from lensbench.report import print_run
 
     print_run(finished, console)

@@ -41,7 +41,7 @@ from lensbench.lenses import AffineMaps
 from lensbench.samples import Samples
 from lensbench.stages import NOTHING_KEPT, Pieces
 from lensbench.stream import Capture, ReadOut, RotatedView
-from lensbench.transfer import TransferSums, own_layer_sums, sum_by_window, transfer_sums
+from lensbench.transfer import TransferSums, own_layer_sums, sums_of_all, transfer_sums
 
 Report = Callable[[int, str], None]
 
@@ -163,7 +163,7 @@ def fit_all(
     some = spread_layers(captured.layers, recipe.layers)
     pairs = pairs_of(some)
     moments = Moments.of(captured)
-    search = DevSearch(readout, dev, recipe, pad_direction(readout, captured.states[-1]))
+    search = DevSearch(readout, dev, recipe, pad_direction(readout, captured.states[-1], captured.ranks))
     fitted: dict[str, Fitted] = {}
 
     def keep(name: str, fit: Callable[[], Fitted]) -> Fitted:
@@ -255,8 +255,8 @@ def fit_all(
         records[name].ended = [e[1] for e in ended]
     summary = FitSummary(
         records=records,
-        fit_tokens=len(captured),
-        dev_tokens=len(dev),
+        fit_tokens=captured.tokens,
+        dev_tokens=dev.tokens,
         rotated_rank=views[0].rank,
         rotations=recipe.rotations,
         pair_rotations=pair_rotations,
@@ -274,8 +274,8 @@ RECORD_TOKENS = 512
 
 def thinned(captured: Capture, tokens: int) -> Capture:
     """At most so many tokens, drawn at random: every n-th one would be the same place of every sequence."""
-    drawn = torch.randperm(len(captured), generator=torch.Generator().manual_seed(0))[:tokens]
-    return captured.take(drawn.sort().values)
+    drawn = torch.randperm(captured.tokens, generator=torch.Generator().manual_seed(0))[:tokens]
+    return captured.chosen(drawn.sort().values)
 
 
 def _kept(pieces: Pieces, name: str, fit: Callable[[], Fitted]) -> Fitted:
@@ -411,7 +411,7 @@ def resampled(
 
     The lenses of the matrix for the layers ``some`` alone; loaded ones stay as they are.
     """
-    documents = int(captured.document.max()) + 1
+    documents = captured.ranks.most(int(captured.document.max())) + 1
     counts = np.random.default_rng([seed, refit]).multinomial(documents, np.full(documents, 1 / documents))
     moments = Moments.of(captured, torch.from_numpy(counts[captured.document]))
     layers = list(range(captured.layers))
@@ -443,7 +443,7 @@ def _mean_kls(
     readout: ReadOut, tokens: Capture, maps: AffineMaps, layers: list[int], pieces: Pieces, name: str
 ) -> list[float]:
     def content() -> dict[str, Tensor]:
-        return {"kl": torch.from_numpy(own_layer_sums(readout, tokens, maps, layers)[0].sum(0) / len(tokens))}
+        return {"kl": torch.from_numpy(own_layer_sums(readout, tokens, maps, layers)[0].sum(0) / tokens.tokens)}
 
     return [float(v) for v in pieces.get(name, content)["kl"]]
 
@@ -642,10 +642,9 @@ def score_all(
         if name.startswith("transfer@")
     }
     tick("curve over tolerances")
-    tokens = sum_by_window(torch.ones(len(captured)), captured)
-    starts = np.flatnonzero(np.diff(captured.window, prepend=-1))
+    tokens = sums_of_all(torch.ones(len(captured)), captured)
     sample = captured if refit_positions is None else thinned_windows(captured, refit_positions)
-    sample_tokens = sum_by_window(torch.ones(len(sample)), sample)
+    sample_tokens = sums_of_all(torch.ones(len(sample)), sample)
 
     def means(prefix: str) -> Means:
         """Of the fit itself (no prefix) or of a refit, on the refits' tokens."""
@@ -669,7 +668,7 @@ def score_all(
         loo = unknown[:, :-1, 0].copy()
         loo[:, some] = left_out
         total = Means(
-            constant=sum_by_window(sample.constant_kl, sample),
+            constant=sums_of_all(sample.constant_kl, sample),
             transfer=whole["kl"],
             transfer_ce=whole["ce"],
             movement=whole["movement"],
@@ -695,10 +694,10 @@ def score_all(
         curve=curve,
         layers=by_layer,
         pairs=pairs,
-        constant=sum_by_window(captured.constant_kl, captured),
-        model_ce=sum_by_window(captured.model_ce, captured),
+        constant=sums_of_all(captured.constant_kl, captured),
+        model_ce=sums_of_all(captured.model_ce, captured),
         tokens=tokens,
-        bytes=np.add.reduceat(captured.target_bytes.astype(float), starts),
+        bytes=sums_of_all(torch.from_numpy(captured.target_bytes), captured),
         refits={name: np.stack([getattr(m, name) for m in refits]) for name, _ in refits[0].items()} if refits else {},
         fit=fit.summary,
     )

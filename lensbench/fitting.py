@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from lensbench.lenses import AffineMaps
+from lensbench.memory import in_pieces
+from lensbench.ranks import ALONE, Ranks
 from lensbench.stream import Capture, ReadOut, RotatedView
 from lensbench.transfer import (
     ROW_BLOCK,
@@ -27,7 +29,7 @@ from lensbench.transfer import (
     Tokens,
     Vocabulary,
     half_width,
-    sum_by_window,
+    sums_of_all,
     token_kl,
 )
 
@@ -125,8 +127,8 @@ class Moments:
 
     @classmethod
     def of(cls, captured: Capture, token_weights: Tensor | None = None) -> "Moments":
-        """One regression per layer 0..L-1, to h_L; ``token_weights`` ``[N]`` resample the tokens."""
-        sums = MomentSums()
+        """One regression per layer 0..L-1, to h_L; ``token_weights`` ``[N]`` resample the tokens. Of all processes."""
+        sums = MomentSums(captured.ranks)
         for start in range(0, len(captured), MOMENT_BLOCK):
             rows = slice(start, start + MOMENT_BLOCK)
             sums.add(captured.states[:, rows], None if token_weights is None else token_weights[rows])
@@ -179,10 +181,12 @@ class Moments:
 class MomentSums:
     """Sums from which :class:`Moments` follow, filled block by block: the stream is passed once and no state is kept.
 
-    float64, around the first block's means, so that a large mean costs no digits. Sums of several processes add up.
+    float64, around the first block's means, so that a large mean costs no digits. Those of several processes are taken
+    around the first one's and added up at the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.shift: Tensor | None = None  # [L+1, d]
         self.weight = 0.0
         self.first: Tensor  # [L+1, d]
@@ -194,7 +198,7 @@ class MomentSums:
         layers, _, d = states.shape[0] - 1, *states.shape[1:]
         weights = None if token_weights is None else token_weights.to(states.device).double()
         if self.shift is None:
-            self.shift = states.mean(1, dtype=torch.float64)
+            self.shift = self.ranks.told(states.mean(1, dtype=torch.float64).cpu()).to(states.device)
             self.first = torch.zeros_like(self.shift)
             self.second = self.shift.new_zeros(layers, d, d)
             self.cross = self.shift.new_zeros(layers, d, d)
@@ -215,12 +219,15 @@ class MomentSums:
 
     def moments(self) -> Moments:
         """The centred moments; on the CPU from here on, d x d algebra in float64 being no work for a GPU."""
-        if self.shift is None or not self.weight > 0:
+        if self.shift is None:
             raise ValueError("no token was added")
-        mean = self.first / self.weight
+        weight = float(self.ranks.sum(torch.tensor(self.weight, dtype=torch.float64)))
+        if not weight > 0:
+            raise ValueError("no token was added")
+        mean = self.ranks.sum(self.first) / weight
         inputs, target = mean[:-1], mean[-1]
-        covariance = self.second / self.weight - inputs[:, :, None] * inputs[:, None, :]
-        cross = self.cross / self.weight - target[None, :, None] * inputs[:, None, :]
+        covariance = self.ranks.sum(self.second) / weight - inputs[:, :, None] * inputs[:, None, :]
+        cross = self.ranks.sum(self.cross) / weight - target[None, :, None] * inputs[:, None, :]
         mean = mean + self.shift
         return Moments(mean[:-1].cpu(), covariance.cpu(), cross.cpu(), mean[-1].cpu())
 
@@ -255,7 +262,7 @@ class RidgePath:
         return AffineMaps(matrix, offset)
 
 
-def pad_direction(readout: ReadOut, final_states: Tensor) -> Tensor:
+def pad_direction(readout: ReadOut, final_states: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Pad of length 1: the direction that the unembedding sees least, ``[d]``, times the rms of the final states.
 
     Among the directions that the norm's scale depends on, the bottom eigenvector of ``G^T W^T W G`` (W centred over the
@@ -272,8 +279,9 @@ def pad_direction(readout: ReadOut, final_states: Tensor) -> Tensor:
     seen = vectors[:, values > 1e-6 * values[-1]]
     visible = gain @ seen  # [d_read, k]
     direction = seen @ torch.linalg.eigh(visible.T @ centred_gram(readout.weight) @ visible)[1][:, 0]
-    rms = (h @ seen).pow(2).mean().sqrt()
-    sign = torch.where((h.mean(0) @ direction) < 0, -1.0, 1.0)
+    count = ranks.span(len(h))[1]
+    rms = (ranks.sum((h @ seen).pow(2).sum()) / (count * seen.shape[1])).sqrt()
+    sign = torch.where((ranks.sum(h.sum(0)) / count @ direction) < 0, -1.0, 1.0)
     return sign * direction * rms * seen.shape[1] ** 0.5
 
 
@@ -349,8 +357,10 @@ class DevSearch:
 
     def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
         self.readout, self.dev, self.recipe, self.pad = readout, dev, recipe, pad
-        self.constant_kl = float(dev.constant_kl.double().mean())
-        self.shuffled = torch.randperm(len(dev), generator=torch.Generator().manual_seed(0)).to(dev.states.device)
+        self.ranks = dev.ranks
+        self.before, self.tokens = self.ranks.span(len(dev))
+        self.constant_kl = float(self.ranks.sum(dev.constant_kl.double().sum())) / self.tokens
+        self.shuffled = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(0)).to(dev.states.device)
         self.rows_read_out = 0
         """Products of a state with the whole unembedding so far: what a search costs."""
 
@@ -366,13 +376,14 @@ class DevSearch:
         """
         share = 1
         if len(layers) > 1:
-            share = min(len(self.dev), max(1, -(-len(layers) * len(self.dev) // self.recipe.pooled_dev_tokens)))
+            share = min(self.tokens, max(1, -(-len(layers) * self.tokens // self.recipe.pooled_dev_tokens)))
         maps, dev = maps.to(self.dev.states), self.dev
-        total, parts, sizes = torch.zeros(len(pads), dtype=torch.float64), [], []
+        sums, parts, sizes = [], [], []
+        counts = [self.tokens if share == 1 else len(self.shuffled[k % share :: share]) for k in range(len(layers))]
         for k, layer in enumerate(layers):
             m = k if len(maps) > 1 else 0
             # Dealt from a shuffled pack: in their order, a layer would get the same places of every sequence.
-            at = slice(None) if share == 1 else self.shuffled[k % share :: share]
+            at = slice(None) if share == 1 else self.here(self.shuffled[k % share :: share])
             x = dev.states[layer][at] @ maps.matrix[m].T + maps.offset[m]
             parts.append((x, Tokens(dev.expected[at], dev.entropy_term[at], dev.states[-1][at])))
             sizes.append(len(x))
@@ -381,11 +392,30 @@ class DevSearch:
                 tokens = Tokens(
                     *(torch.cat(columns) for columns in zip(*(vars(t).values() for _, t in parts), strict=True))
                 )
-                kl = padded_kl(self.readout, torch.cat([x for x, _ in parts]), tokens, self.pad, pads)
-                total += torch.stack([one.mean(1) for one in kl.split(sizes, 1)]).sum(0)
+                kl = self.padded_kl(torch.cat([x for x, _ in parts]), tokens, pads)
+                sums += [one.sum(1) for one in kl.split(sizes, 1)]
                 self.rows_read_out += sum(sizes)
                 parts, sizes = [], []
-        return total / len(layers)
+        # Of all processes' tokens: what is chosen by it is the same on all of them.
+        means = self.ranks.sum(torch.stack(sums)) / torch.tensor(counts, dtype=torch.float64)[:, None]
+        return means.sum(0) / len(layers)
+
+    def here(self, tokens: Tensor) -> Tensor:
+        """Those of some tokens, given by their numbers among all, that this process has, by their numbers in it."""
+        if self.ranks.size == 1:
+            return tokens
+        return tokens[(tokens >= self.before) & (tokens < self.before + len(self.dev))] - self.before
+
+    def padded_kl(self, x: Tensor, tokens: Tokens, pads: Sequence[float]) -> Tensor:
+        """:func:`padded_kl`, in halves where it does not fit into memory."""
+        if not len(x):
+            return torch.zeros(len(pads), 0, dtype=torch.float64)
+
+        def one(rows: slice) -> Tensor:
+            own = Tokens(*(column[rows] for column in vars(tokens).values()))
+            return padded_kl(self.readout, x[rows], own, self.pad, pads)
+
+        return torch.cat(in_pieces(slice(0, len(x)), len(x), one, what="a token of the search on dev"), 1)
 
     def padded(self, maps: AffineMaps, pad: float) -> AffineMaps:
         return AffineMaps(maps.matrix, maps.offset + pad * self.pad)
@@ -448,8 +478,9 @@ class DevSearch:
         The standard error is clustered by document.
         """
         dev = self.dev
-        tokens, sizes = Tokens(dev.expected, dev.entropy_term, dev.states[-1]), np.bincount(dev.window)
-        documents = dev.document[np.flatnonzero(np.diff(dev.window, prepend=-1))]
+        tokens = Tokens(dev.expected, dev.entropy_term, dev.states[-1])
+        sizes = sums_of_all(torch.ones(len(dev)), dev)
+        documents = self.ranks.joined(dev.document[np.flatnonzero(np.diff(dev.window, prepend=-1))])
 
         def kl(choice: Choice) -> Tensor:
             maps = self.padded(solve(choice.ridge), choice.pad).to(dev.states)
@@ -461,8 +492,9 @@ class DevSearch:
         for choice in path:
             if choice.ridge > chosen.ridge:
                 excess = kl(choice) - of_best
-                sums = sum_by_window(excess, dev)[:, None, None]
-                if float(excess.double().mean()) <= float(half_width(sums, sizes[sizes > 0], documents)[0, 0]) / 1.96:
+                sums = sums_of_all(excess, dev)[:, None, None]
+                mean = float(self.ranks.sum(excess.double().sum().cpu())) / self.tokens
+                if mean <= float(half_width(sums, sizes, documents)[0, 0]) / 1.96:
                     chosen = choice
         return chosen
 
@@ -633,6 +665,18 @@ def kl_gradient(readout: ReadOut, n: Tensor, tokens: Tokens, weight: Tensor, off
     return torch.cat(gradients)
 
 
+def own_rows(rows: Tensor, layers: Tensor, before: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each lens's batch ``[M, B]`` the tokens that this process has, which are ``count`` behind ``before``.
+
+    Their numbers here and their layers ``[M, b]``, and weights ``[M, b, 1]``: 0 for what fills up the shorter rows.
+    """
+    here = (rows >= before) & (rows < before + count)
+    most = max(1, int(here.sum(1).max()))
+    kept = here.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    weights = here.gather(1, kept)
+    return (rows.gather(1, kept) - before).clamp(0, count - 1), layers.gather(1, kept), weights[..., None]
+
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration of Muon (Jordan et al. 2024), which torch.optim.Muon uses too."""
 
@@ -701,21 +745,26 @@ def refine(
     d = fit.states.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     vocabulary = Vocabulary(readout, fit.mean_p, recipe.refine_vocabulary, generator)
-    tokens = min(recipe.refine_tokens, len(fit))
+    ranks = fit.ranks
+    earlier, count = ranks.span(len(fit))
+    tokens = min(recipe.refine_tokens, count)
     batch = min(recipe.refine_batch, tokens)
     steps = tokens // batch
-    target_rms = float(fit.states[-1][:MOMENT_BLOCK].pow(2).mean().sqrt())
+    target_rms = float(ranks.rows(fit.states[-1], torch.arange(min(MOMENT_BLOCK, count))).pow(2).mean().sqrt())
 
     mean = moments.mean.to(device, dtype)  # [M, d]
     scale, penalties, lenses = [], [], []
     values = moments.eigen[0]
     for m, own in enumerate(layers):
-        sample = torch.cat([fit.states[layer][m % 8 :: len(own) * 8][:512] for layer in own]) - mean[m]
+        some = torch.arange(m % 8, count, len(own) * 8)[:512]
+        sample = torch.cat([ranks.rows(fit.states[layer], some) for layer in own]) - mean[m]
         scale.append(float(sample.pow(2).mean(-1).sqrt().median()) or 1.0)  # a layer may never vary
         matrix, offset = start.matrix[m].to(device, dtype), start.offset[m].to(device, dtype)
         dev_kl = search.kl(start[[m]], own)
         error = torch.stack([(search.dev.states[-1] - search.dev.states[k] @ matrix.T - offset)[:, : readout.weight.shape[1]]
                              .pow(2).sum(-1).mean() for k in own]).mean()  # fmt: skip
+        if ranks.size > 1:
+            error = ranks.sum(error * len(search.dev)) / search.tokens
         lam = ridges[m] * median_eigenvalue(values[m : m + 1])[0]
         penalties.append(float(2 * dev_kl / error.double().cpu() * lam))
         theta = torch.cat([matrix, ((matrix @ mean[m] + offset) / scale[m])[:, None]], 1)
@@ -735,7 +784,7 @@ def refine(
         theta, momentum = begin.clone(), torch.zeros_like(begin)
         rates = torch.tensor([lenses[m].rate for m in active]).to(mean)[:, None, None]
         # Every lens its own random order and, where it has several layers, a random layer for each token.
-        order = torch.stack([torch.randperm(len(fit), generator=generator)[: steps * batch] for _ in active])
+        order = torch.stack([torch.randperm(count, generator=generator)[: steps * batch] for _ in active])
         at_layer = torch.stack([
             torch.tensor(lenses[m].layers)[torch.randint(len(lenses[m].layers), (steps * batch,), generator=generator)]
             for m in active
@@ -746,17 +795,21 @@ def refine(
             if step % 4 == 0:
                 weight, word_offset = vocabulary.draw()
             here = slice(step * batch, (step + 1) * batch)
-            rows = order[:, here]
-            h = fit.states[at_layer[:, here], rows].to(device) - own_mean[:, None]  # [M, B, d]
-            inputs = torch.cat([h, own_scale[:, None, None].expand(-1, batch, 1)], -1)
+            rows, from_layer, weights = order[:, here], at_layer[:, here], None
+            if ranks.size > 1:
+                rows, from_layer, weights = own_rows(rows, from_layer, earlier, len(fit))
+            h = fit.states[from_layer, rows].to(device) - own_mean[:, None]  # [M, B, d]
+            inputs = torch.cat([h, own_scale[:, None, None].expand(-1, h.shape[1], 1)], -1)
             x = (inputs @ theta.transpose(1, 2)).requires_grad_()
             n = readout.final_norm(x)
             flat = rows.flatten()
             known = Tokens(fit.expected[flat], fit.entropy_term[flat], fit.states[-1][flat])
             with torch.no_grad():
                 gradient_n = kl_gradient(readout, n.flatten(0, 1), known, weight, word_offset).view_as(n) / batch
+                if weights is not None:
+                    gradient_n *= weights
             (gradient_x,) = torch.autograd.grad(n, x, gradient_n)
-            gradient = gradient_x.transpose(1, 2) @ inputs
+            gradient = ranks.sum(gradient_x.transpose(1, 2) @ inputs)
             gradient[:, :, :d] += own_penalty[:, None, None] * theta[:, :, :d]
             momentum.mul_(0.9).add_(gradient)
             change = orthogonalised(gradient.add_(momentum, alpha=0.9))

@@ -380,7 +380,7 @@ def run_in_context(
         manifest = {"in_context": recipe.model_dump(mode="json"), "suite_name": recipe.name, **code}
         manifest["files"] = {name: results.sha256(folder / name) for name in written}
         manifest["seconds"] = dict(sorted(runner.stages.seconds.items()))
-        results.write_json(folder / results.MANIFEST, manifest)
+        results.write_manifest(folder, manifest)
         return written
     finally:
         torch.set_num_threads(before)

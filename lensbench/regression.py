@@ -258,7 +258,7 @@ def run_regression(
         manifest = {"regression": recipe.model_dump(mode="json"), "suite_name": recipe.name, **code}
         manifest["files"] = {TABLE: results.sha256(folder / TABLE)}
         manifest["seconds"] = dict(sorted(stages.seconds.items()))
-        results.write_json(folder / results.MANIFEST, manifest)
+        results.write_manifest(folder, manifest)
         return table
     finally:
         torch.set_num_threads(before)

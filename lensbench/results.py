@@ -268,6 +268,21 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda partial: partial.write_text(text))
 
 
+CHECKSUM = "checksum"
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """SHA-256 (hex) of what a manifest says beside it."""
+    told = {k: v for k, v in manifest.items() if k != CHECKSUM}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """The manifest with its own checksum, so that a changed one is not believed."""
+    plain = json.loads(json.dumps(manifest))  # as it will be read
+    write_json(folder / MANIFEST, {**plain, CHECKSUM: seal(plain)})
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises :class:`LensbenchError` for a folder that no run of this version finished, or a damaged manifest."""
     path = folder / MANIFEST
@@ -279,6 +294,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         missing = [key for key in NEEDED if version == SCHEMA_VERSION and key not in manifest]
         if missing:
             raise KeyError(missing[0])
+        if manifest.get(CHECKSUM, whole := seal(manifest)) != whole:
+            raise ValueError("its checksum differs")
+        if outside := [name for name in manifest.get("files", ()) if Path(name).name != name]:
+            raise ValueError(f"it names {outside[0]!r}, which is no file of this folder")
     except (ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, KeyError) and "in_context" in manifest:
             raise LensbenchError(f"{folder} holds tasks (`lensbench in-context`), not a run of a suite") from error

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -61,9 +62,10 @@ from lensbench.models.pretrained import (
 )
 from lensbench.models.training import StepReport, TrainingRecipe, train
 from lensbench.probes import PROBES, Found, ReadText, Subject, load_found
+from lensbench.ranks import ALONE, Ranks
 from lensbench.readout import image_shape
 from lensbench.samples import Samples
-from lensbench.stages import NotFinished, Pieces, Stage, Stages, open_run_folder
+from lensbench.stages import OWNER, NotFinished, Pieces, Stage, Stages, open_run_folder
 from lensbench.stream import Capture, ResidualStream, RotatedView, capture
 from lensbench.suite import ImageRecipe, ModelRecipe, Suite, Sweep, load_suite
 from lensbench.transfer import choose_product_dtype, half_width, penalties, transfer_sums
@@ -103,7 +105,8 @@ class Origin:
 def choose_device(name: str) -> torch.device:
     """``cpu``, ``cuda``, ``cuda:N``, or ``auto``: the first GPU if there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Of several processes each has its own current one.
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -137,9 +140,11 @@ class Runner:
     """Compute nothing: a stage that is not there raises :class:`lensbench.stages.NotFinished`."""
     probes: tuple[str, ...] = ()
     """Probes of the suite that are computed now, all of them where it is empty; of others what is finished is told."""
+    ranks: Ranks = ALONE
+    """The processes that train, fit and score together; what else there is to do the first one does."""
 
     def __post_init__(self) -> None:
-        self.stages = Stages(self.folder / "stages")
+        self.stages = Stages(self.folder / "stages", self.ranks)
         self.known: dict[str, Stage] = {}
         self.streams: dict[tuple[str, str], ResidualStream] = {}
         self.sources: dict[str, dict[str, str]] = {}
@@ -147,12 +152,14 @@ class Runner:
         self.sequences: int | None = None
         self.revision = git_revision()  # of the code that runs, whatever is committed meanwhile
 
-    def stage(self, name: str, key: dict[str, Any], compute: Callable[[Path], None]) -> Stage:
+    def stage(
+        self, name: str, key: dict[str, Any], compute: Callable[[Path], None], *, together: bool = False
+    ) -> Stage:
         """A stage of this run, reported when it is there; two views of a model share its training."""
         if name in self.known:
             return self.known[name]
         full = {**key, "code": CODE_VERSION, "device": self.device.type}
-        stage = self.stages.run(name, full, None if self.only_finished else compute)
+        stage = self.stages.run(name, full, None if self.only_finished else compute, together=together)
         self.progress.finished(name, self.stages.seconds[name], stage.reused)
         self.known[name] = stage
         return stage
@@ -291,7 +298,16 @@ class Runner:
                 ends.append(time.perf_counter())
                 report(at)
 
-            train(network, stream, recipe, seed=seed, checkpoints=folder, device=self.device, report=timed)
+            train(
+                network,
+                stream,
+                recipe,
+                seed=seed,
+                checkpoints=folder,
+                device=self.device,
+                report=timed,
+                ranks=self.ranks,
+            )
             # The usual step, as often as there are steps: pauses, and what else the machine did for a while, do not count.
             usual = float(np.median(np.diff(ends))) if len(ends) > 1 else 0.0
             results.write_json(folder / TRAINING, {"seconds": round(usual * recipe.steps, 2)})
@@ -306,7 +322,7 @@ class Runner:
         }
         if model.untrained:
             key["training"] = None
-        return self.stage(name, key, compute)
+        return self.stage(name, key, compute, together=not model.untrained)
 
     @property
     def loader(self) -> Any:
@@ -408,18 +424,25 @@ class Runner:
         name: str,
         constant: Tensor | None = None,
         rotation: RotatedView | None = None,
+        ranks: Ranks = ALONE,
     ) -> Capture:
-        """One pass over the samples. On a GPU it decides, too, whether log-partitions are made in bfloat16 from here on."""
+        """One pass over the samples, or over this process's among ``ranks``.
+
+        On a GPU it decides, too, whether log-partitions are made in bfloat16 from here on.
+        """
         tick, start = self.progress.stage(name, len(samples), "inputs"), time.perf_counter()
 
         def report(done: int, _: int) -> None:
             tick(done, f"{done * samples.positions_read / (time.perf_counter() - start):,.0f} {self.unit}s/s")
 
-        captured = capture(stream, samples, constant=constant, memory_gib=self.suite.fit.memory_gib, report=report)
+        captured = capture(
+            stream, samples, constant=constant, memory_gib=self.suite.fit.memory_gib, report=report, ranks=ranks
+        )
         self.progress.finished(name, time.perf_counter() - start, False)
         # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
         sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
-        dtype = choose_product_dtype(stream.readout, stream.readout.final_norm(sample))
+        dtype = ranks.told(choose_product_dtype(stream.readout, stream.readout.final_norm(sample)))
+        stream.readout.product_dtype = dtype
         if dtype is not None:
             self.progress.say(f"log-partitions in {str(dtype).removeprefix('torch.')}, which agrees with float32 here")
         return captured if rotation is None else rotation.apply(captured)
@@ -437,9 +460,10 @@ class Runner:
                 raise LensbenchError(f"model {model.name} has one layer: there is nothing to transfer a lens to")
             loaded = None if model.lens is None else self.loaded_lens(model.lens, stream)
             samples = data.samples("fit", recipe.sequences, recipe.positions)
-            captured = self.capture(stream, samples, name=f"capture-fit-{who}")
+            captured = self.capture(stream, samples, name=f"capture-fit-{who}", ranks=self.ranks)
             dev_samples = data.samples("dev", recipe.dev_sequences, recipe.dev_positions)
-            dev = self.capture(stream, dev_samples, name=f"capture-dev-{who}", constant=captured.mean_p)
+            constant, name = captured.mean_p, f"capture-dev-{who}"
+            dev = self.capture(stream, dev_samples, name=name, constant=constant, ranks=self.ranks)
             if model.rotated:
                 view = RotatedView.random(
                     Moments.of(captured).covariance, seed=ROTATED_MODELS + seed, variance=recipe.variance
@@ -448,7 +472,7 @@ class Runner:
                 captured, dev = view.apply(captured), view.apply(dev)
             steps = evaluation.fit_steps(recipe, stream.layers, loaded=loaded is not None)
             tick = self.progress.stage(f"fit-{who}", steps, "lenses")
-            pieces = Pieces(folder / "pieces")
+            pieces = Pieces(folder / "pieces", self.ranks)
             fitted = evaluation.fit_all(
                 readout, captured, dev, recipe, seed=seed, loaded=loaded, pieces=pieces, report=tick
             )
@@ -476,7 +500,7 @@ class Runner:
             key["rotated"] = True
         if model.lens is not None:
             key["lens"] = lens_identity(model.lens)
-        return origin, self.stage(f"fit-{who}", key, fit)
+        return origin, self.stage(f"fit-{who}", key, fit, together=True)
 
     def loaded_lens(self, source: str, stream: ResidualStream) -> AffineMaps:
         """Per-layer lenses of others, checked against the model."""
@@ -507,9 +531,11 @@ class Runner:
             while True:
                 start = time.perf_counter()
                 samples = self.eval_samples(data, count)
-                captured = self.capture(stream, samples, name=f"capture-plan-{who}", rotation=rotation_of(fitting))
+                captured = self.capture(
+                    stream, samples, name=f"capture-plan-{who}", rotation=rotation_of(fitting), ranks=self.ranks
+                )
                 sums = transfer_sums(stream.readout, captured, maps, movement=False)
-                seconds = time.perf_counter() - start
+                seconds = self.ranks.told(time.perf_counter() - start)
                 spent += seconds
                 clusters, tokens = samples.clusters, samples.valid.sum(1)
                 width = max(float(half_width(penalties(x), tokens, clusters).max()) for x in (sums.kl, sums.ce))
@@ -541,7 +567,7 @@ class Runner:
             )
 
         key = {"fit": fitting.digest, "evaluate": recipe.scored}
-        return self.stage(f"plan-{who}", key, plan)
+        return self.stage(f"plan-{who}", key, plan, together=True)
 
     def measured(self, model: ModelRecipe, seed: int) -> tuple[Stage, Stage]:
         """The stages that fit a model's lenses and score them, for one view and seed."""
@@ -560,9 +586,10 @@ class Runner:
                 name=f"capture-eval-{who}",
                 constant=fitted.constant,
                 rotation=rotation_of(fitting),
+                ranks=self.ranks,
             )
             tick = self.progress.stage(f"score-{who}", evaluation.score_steps(recipe, stream.layers), "matrices")
-            pieces = Pieces(folder / "pieces")
+            pieces = Pieces(folder / "pieces", self.ranks)
             scored = evaluation.score_all(
                 stream.readout,
                 captured,
@@ -594,7 +621,7 @@ class Runner:
         }
         if self.sequences is not None:
             scoring_key["sequences"] = self.sequences
-        return fitting, self.stage(f"score-{who}", scoring_key, score)
+        return fitting, self.stage(f"score-{who}", scoring_key, score, together=True)
 
     def probed(self, model: ModelRecipe, seed: int) -> list[Found]:
         """What the suite's probes measure of a model, each in a stage of its own."""
@@ -776,14 +803,15 @@ def run_suite(
     progress: Progress,
     max_hours: float = 1.0,
     probes: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> results.Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
 
     With ``precision`` in the suite, first finds the number of sequences that it needs for every model, and scores all
     models on the largest, so that they stay paired; raises where that is predicted to take over ``max_hours``.
 
-    ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Raises
-    :class:`LensbenchError` for what a user can mend.
+    ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Of several ``ranks`` the
+    first one writes; all must see ``folder``. Raises :class:`LensbenchError` for what a user can mend.
     """
     unknown = [name for name in only if name not in {m.name for m in suite.models}]
     if unknown:
@@ -795,11 +823,11 @@ def run_suite(
     for model in suite.models:  # before a folder is made for what cannot be run
         if model.source is not None and (not only or model.name in only):
             locate(model.source)
-    lock = open_run_folder(folder, suite.name)
+    lock = claim(folder, suite.name, ranks)
     before = torch.get_num_threads()
     torch.set_num_threads(suite.threads or before)
     try:
-        runner = Runner(suite, folder, device, progress, max_hours, probes=tuple(probes))
+        runner = Runner(suite, folder, device, progress, max_hours, probes=tuple(probes), ranks=ranks)
         parts, plans, points = [], {}, []
         if suite.evaluate.precision is not None:
             for model in suite.models:
@@ -848,6 +876,9 @@ def run_suite(
             raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")
         runner.only_finished = False
         counted = {d.name: runner.baselines(d) for d in dict.fromkeys(map(runner.data, models))}
+        if not ranks.first:
+            ranks.wait()
+            return results.read_run(folder)
         tick = progress.stage("tables", 2, "steps")
         start = time.perf_counter()
         written = tables.tables(
@@ -880,11 +911,22 @@ def run_suite(
         manifest = describe(runner, counted, models, files, [p.name for p in drawn])
         if plans:
             manifest["precision"] = {"asked": suite.evaluate.precision, "models": plans}
-        results.write_json(folder / results.MANIFEST, manifest)
+        results.write_manifest(folder, manifest)
+        ranks.wait()
         return replace(run, manifest=manifest)
     finally:
         torch.set_num_threads(before)
-        lock.release()
+        if lock is not None:
+            lock.release()
+
+
+def claim(folder: Path, suite: str, ranks: Ranks) -> FileLock | None:
+    """The run folder for this suite, locked by the first process; raises where the others do not see it."""
+    lock: list[FileLock] = []
+    ranks.agreed(lambda: lock.append(open_run_folder(folder, suite)))
+    if not (folder / OWNER).is_file():
+        raise LensbenchError(f"process {ranks.rank} does not see {folder}: give --out a folder that all machines share")
+    return lock[0] if lock else None
 
 
 def describe(
@@ -929,7 +971,7 @@ def describe(
         "seconds": dict(sorted(runner.stages.seconds.items())),
         "peak_gib": max(runner.stages.peak_gib.values()),
         "versions": versions(),
-        "hardware": hardware(runner.device),
+        "hardware": {**hardware(runner.device), "processes": runner.ranks.size},
         "git_revision": runner.revision,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -1005,7 +1047,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
             [],
         )
         manifest |= {"sweep": sweep.model_dump(mode="json"), "suite_name": sweep.name}
-        results.write_json(folder / results.MANIFEST, manifest)
+        results.write_manifest(folder, manifest)
         return table
     finally:
         torch.set_num_threads(before)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lensbench.errors import LensbenchError
+from lensbench.memory import in_pieces
+from lensbench.ranks import ALONE, Ranks
 from lensbench.readout import (
     ReadOut,
     behind_the_head,
@@ -282,6 +284,8 @@ class Capture:
     window: np.ndarray  # [N]: row of the windows
     document: np.ndarray  # [N]: index of the document, the cluster of every interval
     target_bytes: np.ndarray  # [N]: bytes of text that the next token stands for
+    # The processes that the tokens are shared out among, each with whole windows of its own; means are over all of them.
+    ranks: Ranks = ALONE
 
     @property
     def layers(self) -> int:
@@ -296,8 +300,18 @@ class Capture:
         return Capture(
             self.states[:, tokens], self.expected[tokens], self.entropy_term[tokens], self.targets[tokens],
             self.top[tokens], self.model_ce[tokens], self.mean_p, self.constant_kl[tokens], self.window[at],
-            self.document[at], self.target_bytes[at],
+            self.document[at], self.target_bytes[at], self.ranks,
         )  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all processes."""
+        return self.ranks.span(len(self))[1]
+
+    def chosen(self, tokens: Tensor) -> "Capture":
+        """As :meth:`take`, by sorted numbers among the tokens of all processes."""
+        before, _ = self.ranks.span(len(self))
+        return self.take(tokens[(tokens >= before) & (tokens < before + len(self))] - before)
 
 
 @torch.no_grad()
@@ -309,8 +323,11 @@ def capture(
     batch: int = 16,
     memory_gib: float = float("inf"),
     report: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Capture:
     """One forward pass per batch of windows of text, or of images, kept at the chosen positions only.
+
+    Out of memory, batches are halved. Of several ``ranks`` each captures its own windows; ``mean_p`` is that of all.
 
     States that would take more than ``memory_gib`` GiB lie in a memory-mapped file of just their size, in the folder for
     temporary files (``TMPDIR``), which is gone when they are.
@@ -319,41 +336,54 @@ def capture(
     out, it is that of the captured tokens themselves. ``report(done, total)`` is called with numbers of windows or images.
     """
     weight, bias = stream.readout.weight, stream.readout.bias
-    expected, entropy, targets, top, ce, constant_kl = [], [], [], [], [], []
+    expected: list[Tensor] = []
+    entropy: list[Tensor] = []
+    targets: list[Tensor] = []
+    top: list[Tensor] = []
+    ce: list[Tensor] = []
+    constant_kl: list[Tensor] = []
     states, done = torch.empty(0), 0
     log_constant = None if constant is None else constant.double().clamp(min=1e-300).log().float().to(stream.device)
     mean_p = torch.zeros(stream.vocab_size, dtype=torch.float64, device=stream.device)
-    total = len(samples)
-    for start in range(0, total, batch):
-        rows = slice(start, min(start + batch, total))
+    own = ranks.share(len(samples))
+    total, valid = own.stop - own.start, samples.valid[own]
+
+    def one(rows: slice) -> None:
+        nonlocal states, done, mean_p
         inputs, row_at, at = (torch.from_numpy(x).to(stream.device) for x in samples.scored(rows))
         h, logits = stream.at(inputs, row_at, at, read_out=stream.float32)
         if not stream.float32:  # the model's own logits have two or three digits, its states give more
             logits = stream.readout(h[-1].float())
         target = torch.from_numpy(samples.targets(rows)).to(stream.device)
         log_z = logits.logsumexp(-1, keepdim=True)
-        top.append(logits.argmax(-1))
-        ce.append((log_z - logits.gather(-1, target[:, None]))[:, 0])
+        best, losses = logits.argmax(-1), (log_z - logits.gather(-1, target[:, None]))[:, 0]
         p = logits.sub_(log_z).exp_()  # in place: fresh memory for [n, V] costs as much as filling it
         # logsumexp over many words is off by 1e-5; a p that sums to 1 + 1e-5 would move every KL by 1e-5 log Z.
         p.div_(p.sum(-1, keepdim=True))
         negative_entropy = -torch.special.entr(p).sum(-1)
         if done == 0:
-            shape = (stream.layers + 1, int(samples.valid.sum()), stream.d_model)
+            shape = (stream.layers + 1, int(valid.sum()), stream.d_model)
             states = room_for(shape, stream.device, memory_gib)
-        refuse_overflow(h, log_z, start)
+        refuse_overflow(h, log_z, rows.start)
+        aim, total_p = p @ weight, p.sum(0).double()
+        entropy_term = negative_entropy - (p @ bias if bias is not None and stream.readout.linear else 0.0)
+        # Without a constant given, its cross term has the same mean: sum p log mean_p, added below.
+        from_constant = negative_entropy - (p @ log_constant if log_constant is not None else 0.0)
+        # From here on nothing can run out of memory and leave half of a batch behind.
         states[:, done : done + len(at)] = h
         done += len(at)
-        expected.append(p @ weight)
-        entropy.append(negative_entropy - (p @ bias if bias is not None and stream.readout.linear else 0.0))
-        targets.append(target)
-        mean_p += p.sum(0).double()
-        # Without a constant given, its cross term has the same mean: sum p log mean_p, added below.
-        constant_kl.append(negative_entropy - (p @ log_constant if log_constant is not None else 0.0))
+        mean_p += total_p
+        kept = (expected, aim), (entropy, entropy_term), (targets, target), (top, best), (ce, losses)
+        for parts, part in (*kept, (constant_kl, from_constant)):
+            parts.append(part)
         if report is not None:
-            report(rows.stop, total)
-    window = np.nonzero(samples.valid)[0]
-    mean_p /= len(window)
+            report(rows.stop - own.start, total)
+
+    in_pieces(own, batch, one, what="a sequence of the capture")
+    window = np.nonzero(valid)[0]
+    mean_p = ranks.sum(mean_p)
+    mean_p /= ranks.span(len(window))[1]
+    window += own.start
     from_constant = torch.cat(constant_kl)
     if constant is None:
         from_constant = from_constant - (mean_p * mean_p.clamp(min=1e-300).log()).sum().float()
@@ -368,7 +398,8 @@ def capture(
         constant_kl=from_constant,
         window=window,
         document=samples.documents[window],
-        target_bytes=samples.next_bytes[samples.valid],
+        target_bytes=samples.next_bytes[own][valid],
+        ranks=ranks,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses import AffineMaps
+from lensbench.memory import in_pieces
 from lensbench.stages import NOTHING_KEPT, Pieces
 from lensbench.stream import Capture, ReadOut, room_for
 
@@ -190,13 +191,15 @@ def token_kl(readout: ReadOut, n: Tensor, tokens: Tokens, log_z: Tensor | None =
 def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
     """``W^T q`` ``[R, d_read]`` and ``sum q log q - sum q bias`` ``[R]`` of ``q = softmax(W n + bias)``."""
     weight, bias = readout.weight, readout.bias
-    moments, entropies = [], []
-    for rows in n.split(ROW_BLOCK):
+
+    def one(at: slice) -> tuple[Tensor, Tensor]:
+        rows = n[at]
         logits = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         log_z = logits.logsumexp(-1)
         moment = logits.sub_(log_z[:, None]).exp_() @ weight
-        moments.append(moment)
-        entropies.append((moment * rows).sum(-1) - log_z)
+        return moment, (moment * rows).sum(-1) - log_z
+
+    moments, entropies = zip(*in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a softmax"), strict=True)
     return torch.cat(moments), torch.cat(entropies)
 
 
@@ -225,9 +228,8 @@ def score(
     maps = maps.to(h)
     m, d = len(maps), h.shape[-1]
     weight, bias = readout.weight, readout.bias
-    kl, ce, movement, top1 = [], [], [], []
-    for start in range(0, len(h), TOKEN_BLOCK):
-        rows = slice(start, start + TOKEN_BLOCK)
+
+    def one(rows: slice) -> tuple[Tensor, ...]:
         block = h[rows]
         # All lenses in one product: [n, d] x [d, M d].
         x = (block @ maps.matrix.reshape(m * d, d).T).view(-1, m, d) + maps.offset
@@ -246,15 +248,21 @@ def score(
         else:
             of = readout.final_norm(tokens.final)
             seen = torch.stack([expected_logit(readout, n[:, k], of) for k in range(m)], 1)
-        kl.append((tokens.entropy_term[:, None] - seen + log_z).T)
-        ce.append((log_z - aim).T)
         assert largest is not None
         largest = largest.view(-1, m)
         # The same logit from two products differs in its last digits.
-        top1.append((best >= largest - 1e-5 * largest.abs().clamp(min=1)).float().T)
-        if reference is not None:
-            movement.append(reference.kl_to(readout, rows, n) + log_z.T)
-    return Scores(torch.cat(kl, 1), torch.cat(ce, 1), torch.cat(movement, 1) if movement else None, torch.cat(top1, 1))
+        hit = (best >= largest - 1e-5 * largest.abs().clamp(min=1)).float().T
+        moved = () if reference is None else (reference.kl_to(readout, rows, n) + log_z.T,)
+        return (tokens.entropy_term[:, None] - seen + log_z).T, (log_z - aim).T, hit, *moved
+
+    if not len(h):
+        none = h.new_zeros(m, 0)
+        return Scores(none, none, None if reference is None else none, none)
+    kl, ce, top1, *movement = (
+        torch.cat(parts, 1)
+        for parts in zip(*in_pieces(slice(0, len(h)), TOKEN_BLOCK, one, what="a token of a matrix"), strict=True)
+    )
+    return Scores(kl, ce, movement[0] if movement else None, top1)
 
 
 @dataclass(frozen=True)
@@ -296,7 +304,14 @@ class Reference:
 def sum_by_window(values: Tensor, captured: Capture) -> np.ndarray:
     """Sums over the tokens of each window, float64: ``[..., N] -> [..., S]``, windows in the order of their rows."""
     starts = np.flatnonzero(np.diff(captured.window, prepend=-1))
+    if not len(starts):  # a process that has none of a few tokens
+        return np.zeros((*values.shape[:-1], 0))
     return np.add.reduceat(values.double().cpu().numpy(), starts, axis=-1)
+
+
+def sums_of_all(values: Tensor, captured: Capture) -> np.ndarray:
+    """:func:`sum_by_window` over the windows of all processes, ``[..., S]``."""
+    return captured.ranks.joined(sum_by_window(values, captured), axis=-1)
 
 
 @dataclass(frozen=True)
@@ -353,7 +368,7 @@ def transfer_sums(
 
     def column(layer: int) -> dict[str, Tensor]:
         scores = score(readout, captured.states[layer], maps, captured, reference())
-        return {name: torch.from_numpy(sum_by_window(getattr(scores, name), captured)) for name in names}
+        return {name: torch.from_numpy(sums_of_all(getattr(scores, name), captured)) for name in names}
 
     columns = []
     for layer in layers:
@@ -485,6 +500,6 @@ def own_layer_sums(
     kl, ce = [], []
     for k, layer in enumerate(layers):
         scores = score(readout, captured.states[layer], maps[[k if len(maps) > 1 else 0]], captured)
-        kl.append(sum_by_window(scores.kl[0], captured))
-        ce.append(sum_by_window(scores.ce[0], captured))
+        kl.append(sums_of_all(scores.kl[0], captured))
+        ce.append(sums_of_all(scores.ce[0], captured))
     return np.stack(kl, -1), np.stack(ce, -1)

@@ -199,7 +199,7 @@ def test_another_python_is_another_corpus_and_its_differences_are_unpaired(tiny_
         shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("stages"))
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["corpus"] |= {"spec": "stdlib", "checksum": folder.name}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        results.write_manifest(folder, manifest)
     result = run("compare", *folders, "--out", tmp_path / "out.csv")
     assert result.exit_code == 0 and "another corpus" in result.output
     table = pd.read_csv(tmp_path / "out.csv")

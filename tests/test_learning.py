@@ -164,7 +164,7 @@ def test_tables_of_words_that_differ_are_compared_too(curve_run, tmp_path, colum
     verdicts.assign(**{column: "something else"}).to_csv(again / "verdicts.csv", index=False)
     manifest = json.loads((again / "manifest.json").read_text())
     manifest["files"]["verdicts.csv"] = results.sha256(again / "verdicts.csv")
-    (again / "manifest.json").write_text(json.dumps(manifest))
+    results.write_manifest(again, manifest)
     result = CliRunner().invoke(app, ["compare", str(folder), str(again)])
     assert result.exit_code == 0 and said in result.output
 
@@ -176,7 +176,7 @@ def test_compare_pairs_curves_by_seed_and_timings_do_not_hinder_a_reproduction(c
     timings.assign(seconds=timings["seconds"] * 3).to_csv(again / "timings.csv", index=False)
     manifest = json.loads((again / "manifest.json").read_text())
     manifest["files"]["timings.csv"] = results.sha256(again / "timings.csv")
-    (again / "manifest.json").write_text(json.dumps(manifest))
+    results.write_manifest(again, manifest)
     result = CliRunner().invoke(app, ["compare", str(folder), str(again), "--out", str(tmp_path / "table.csv")])
     assert result.exit_code == 0, result.output
     assert "identical, every CSV byte for byte" in result.output

@@ -139,11 +139,11 @@ def test_an_interrupted_piece_leaves_nothing(tmp_path, monkeypatch):
         pieces.get("a", interrupted)
     with monkeypatch.context() as patch:
 
-        def half(content, path):
+        def half(content, path, metadata):
             path.write_bytes(b"half")
             raise KeyboardInterrupt
 
-        patch.setattr("lensbench.stages.save_file", half)
+        patch.setattr("lensbench.sealed.save_file", half)
         with pytest.raises(KeyboardInterrupt):
             pieces.get("a", awkward)
     assert list(tmp_path.iterdir()) == []

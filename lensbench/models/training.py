@@ -5,7 +5,6 @@ convolutions, gains and other vectors by AdamW, both at one learning rate. At th
 Muon is worth a factor in tokens; it is the same for every family.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lensbench.errors import LensbenchError
+from lensbench.memory import is_out_of_memory, release_memory, too_large
+from lensbench.ranks import ALONE, Ranks
 from lensbench.readout import ReadOut, find_readout
+from lensbench.sealed import Damaged, load_sealed, save_sealed
 
 
 class TrainingRecipe(BaseModel):
@@ -144,23 +144,33 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch
             for key, value in optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "checkpoint.safetensors.partial"
-    save_file(tensors, partial, metadata={"step": str(step)})
-    os.replace(partial, folder / "checkpoint.safetensors")
+    save_sealed(tensors, folder / "checkpoint.safetensors", {"step": str(step)})
 
 
-def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> int:
+def load_checkpoint(
+    folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], ranks: Ranks = ALONE
+) -> int:
     """Restore parameters and moments; the number of finished steps (0 where there is no checkpoint).
 
-    Raises :class:`LensbenchError` for a file that is damaged or belongs to another model.
+    Of several processes the first one reads and tells the others. Raises :class:`LensbenchError` for a file that is
+    damaged (its checksum tells) or belongs to another model.
     """
     path = folder / "checkpoint.safetensors"
-    if not path.exists():
+
+    def read() -> tuple[dict[str, Tensor], int] | None:
+        if not path.exists():
+            return None
+        try:
+            tensors, facts = load_sealed(path)
+            return tensors, int(facts["step"])
+        except (Damaged, KeyError, ValueError) as error:
+            raise unusable(path, error) from error
+
+    found = ranks.agreed(read)
+    if found is None:
         return 0
+    tensors, step = found
     try:
-        with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-        tensors = load_file(path)
         shapes = {name.removeprefix("model."): t.shape for name, t in tensors.items() if name.startswith("model.")}
         if shapes != {name: p.shape for name, p in model.named_parameters()}:
             raise ValueError("it holds parameters of other names or shapes")
@@ -175,11 +185,13 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch
                     raise ValueError(f"the moments of {name} are not complete")
                 # AdamW counts its steps on the CPU wherever the parameters are.
                 owner[id(p)].state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise LensbenchError(
-            f"checkpoint {path} is damaged or of another model ({error}); delete it to train anew"
-        ) from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise unusable(path, error) from error
     return step
+
+
+def unusable(path: Path, error: Exception) -> LensbenchError:
+    return LensbenchError(f"checkpoint {path} is damaged or of another model ({error}); delete it to train anew")
 
 
 Batch = Tensor | tuple[Tensor, Tensor]
@@ -209,6 +221,84 @@ def loss_of(model: PreTrainedModel, batch: Batch, readout: ReadOut | None, weigh
     return last + weight * torch.stack(inner).mean(), last
 
 
+def rows_of(batch: Batch, rows: slice, device: torch.device) -> Batch:
+    """Some sequences, or images, of a batch."""
+    if isinstance(batch, tuple):
+        return batch[0][rows].to(device), batch[1][rows].to(device)
+    return batch[rows].to(device)
+
+
+def backward(
+    model: PreTrainedModel, batch: Batch, readout: ReadOut | None, recipe: TrainingRecipe, of: int, micro: int
+) -> tuple[Tensor, Tensor, int]:
+    """Gradients of a batch that is part of one of ``of`` sequences, in pieces of ``micro`` sequences.
+
+    The part's share of what is minimised and of the last layer's loss (:func:`loss_of`), and the largest piece that fits.
+    """
+    count = len(batch[0] if isinstance(batch, tuple) else batch)
+    while True:
+        model.zero_grad(set_to_none=True)
+        shortage: BaseException | None = None
+        try:
+            total: Tensor | None = None
+            for start in range(0, count, micro):
+                piece = rows_of(batch, slice(start, start + micro), model.device)
+                share = len(piece[0] if isinstance(piece, tuple) else piece) / of
+                both = loss_of(model, piece, readout, recipe.deep_supervision)
+                (both[0] * share).backward()
+                shares = torch.stack([loss.detach() * share for loss in both])
+                total = shares if total is None else total + shares
+            assert total is not None
+            return total[0], total[1], micro
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # The next try is outside: the traceback holds the tensors of this one.
+            shortage = error.with_traceback(None)
+        if micro == 1:
+            raise too_large("a training step", shortage)
+        micro = (min(micro, count) + 1) // 2
+        release_memory()
+
+
+def share_gradients(model: PreTrainedModel, ranks: Ranks) -> None:
+    """Each parameter's gradient becomes the sum over processes, all in one exchange."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    for p, part in zip(parameters, ranks.sum(flat).split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+
+
+@torch.no_grad()
+def what_is_not_finite(model: PreTrainedModel, batch: Batch, recipe: TrainingRecipe) -> tuple[str, str]:
+    """Where a step's numbers stopped being finite, and the likely cause, for whoever trains."""
+    lower = f"a lower learning_rate than {recipe.learning_rate:g} would be the first thing to try"
+    if isinstance(batch, tuple) and not bool(torch.isfinite(batch[0]).all()):
+        return "the images hold NaN or infinity", "look at the data"
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            return f"the weights {name} are not finite", f"the step before was too large: {lower}"
+    given = {"pixel_values": batch[0]} if isinstance(batch, tuple) else {"input_ids": batch}
+    output = model(**given, output_hidden_states=True)
+    largest = 0.0
+    for layer, h in enumerate(output.hidden_states):
+        if not bool(torch.isfinite(h).all()):
+            grown = f"states grew to {largest:.2g} in front of it" if layer else "the embedding's own values did"
+            return f"the state behind layer {layer} overflowed", f"{grown}: training diverges, {lower}"
+        largest = float(h.abs().max())
+    if not bool(torch.isfinite(output.logits).all()):
+        return "the logits overflowed", f"the last state's values go up to {largest:.2g}: training diverges, {lower}"
+    broken = [
+        name for name, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+    ]
+    if broken:  # gradients come from the last layer down: the last of them in the model's order was first
+        return f"the gradient of {broken[-1]} is not finite", f"states go up to {largest:.2g}: {lower}"
+    return (
+        "states and logits are finite, their loss or its gradient is not",
+        f"losses this large mean divergence: {lower}",
+    )
+
+
 def train(
     model: PreTrainedModel,
     stream: np.ndarray | Callable[[int], Batch],
@@ -218,12 +308,16 @@ def train(
     checkpoints: Path,
     device: torch.device,
     report: Callable[[StepReport], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> PreTrainedModel:
     """Train ``model`` on ``stream`` and return it in evaluation mode.
 
     ``stream``: token ids [n], documents joined, that windows are drawn from; or what gives a step's batch.
     Resumes from the last checkpoint in ``checkpoints``; a resumed run ends with the same weights as an undisturbed one.
-    Raises :class:`LensbenchError` where the stream is shorter than a sequence or the loss is no longer finite.
+    A batch that does not fit into memory is gone through in halves (and halves of these), its gradient being their mean;
+    of several processes each takes its own sequences of every batch, and gradients are added up.
+    Raises :class:`LensbenchError` where the stream is shorter than a sequence, where one sequence does not fit into memory,
+    and where the loss is no longer finite, with the step, the layer and the likely cause.
     """
     if not callable(stream) and len(stream) < recipe.length:
         raise LensbenchError(
@@ -233,24 +327,27 @@ def train(
     readout = find_readout(model) if recipe.deep_supervision else None
     model.requires_grad_(True)  # finding the read-out froze norm and head, which is what lenses need
     optimizers = optimizers_of(model, recipe)
-    start = load_checkpoint(checkpoints, model, optimizers)
+    start = load_checkpoint(checkpoints, model, optimizers, ranks)
+    own = ranks.share(recipe.batch)
+    micro = own.stop - own.start
     for step in range(start, recipe.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
         batch = stream(step) if callable(stream) else batch_of(stream, recipe, seed, step)
-        batch = (batch[0].to(device), batch[1].to(device)) if isinstance(batch, tuple) else batch.to(device)
-        loss, last = loss_of(model, batch, readout, recipe.deep_supervision)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
+        mine = rows_of(batch, own, device)
+        loss, last, micro = backward(model, mine, readout, recipe, recipe.batch, micro)
+        if ranks.size > 1:
+            loss, last = ranks.sum(torch.stack([loss, last]))
+            share_gradients(model, ranks)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         if not torch.isfinite(loss) or not torch.isfinite(norm):
+            where, cause = what_is_not_finite(model, mine, recipe)
             raise LensbenchError(
                 f"the training loss is {loss.item():g} at step {step + 1} of {recipe.steps}, the norm of its gradient "
-                f"{norm.item():g}; a lower learning_rate than {recipe.learning_rate:g} would be the first thing to try "
-                "(last good checkpoint kept)"
+                f"{norm.item():g}: {where}; {cause} (last good checkpoint kept)"
             )
-        if step > start and step % recipe.checkpoint_every == 0:
+        if ranks.first and step > start and step % recipe.checkpoint_every == 0:
             # Only now is it known that the last step's weights give a finite loss and gradient.
             save_checkpoint(checkpoints, model, optimizers, step)
         for optimizer in optimizers:

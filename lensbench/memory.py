@@ -1,0 +1,60 @@
+"""Out of memory is no end: work on many rows is done again in halves."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from lensbench.errors import LensbenchError
+
+T = TypeVar("T")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the CPU (which torch tells by a plain RuntimeError)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in told or "out of memory" in told or "CUBLAS_STATUS_ALLOC_FAILED" in told
+    )
+
+
+def release_memory() -> None:
+    """Give what is cached back to the GPU, so that a smaller piece finds room."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def too_large(what: str, error: BaseException) -> LensbenchError:
+    return LensbenchError(
+        f"out of memory at {what}, one at a time: {str(error).splitlines()[0] or type(error).__name__}; "
+        'take a device with more memory, device_map = "auto", shorter sequences or a smaller model'
+    )
+
+
+def in_pieces(rows: slice, size: int, work: Callable[[slice], T], *, what: str = "a row") -> list[T]:
+    """``work`` on consecutive pieces of ``rows``, ``size`` at a time, or half as many (again and again) out of memory.
+
+    Raises :class:`LensbenchError` where one alone does not fit. Results are in the order of rows.
+    """
+    found: list[T] = []
+    start = rows.start
+    while start < rows.stop:
+        piece = slice(start, min(start + size, rows.stop))
+        shortage: BaseException | None = None
+        try:
+            found.append(work(piece))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Out of the handler before the next try: the traceback holds the tensors of this one.
+            shortage = error.with_traceback(None)
+        if shortage is None:
+            start = piece.stop
+            continue
+        if piece.stop - piece.start == 1:
+            raise too_large(what, shortage)
+        size = (piece.stop - piece.start + 1) // 2
+        release_memory()
+    return found
