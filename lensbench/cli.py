@@ -5,6 +5,7 @@ import errno
 import functools
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -24,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from typer.core import TyperCommand
 
 from lensbench import __version__
 from lensbench.errors import LensbenchError
@@ -170,7 +172,22 @@ def about(
     """What every command has in common."""
 
 
-@app.command()
+class MayNameACluster(TyperCommand):
+    """A command whose ``--ray`` may stand alone: then it is a cluster on this machine."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = []
+        for k, word in enumerate(args):
+            given.append(word)
+            following = args[k + 1] if k + 1 < len(args) else ""
+            if word == "--ray" and not (
+                following in ("local", "auto") or re.fullmatch(r"(ray://)?[\w.-]+:\d+", following)
+            ):
+                given.append("local")
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=MayNameACluster)
 @answerable
 def run(
     suite: Annotated[str, typer.Argument(help="Name of a suite (see `lensbench models`) or a TOML file.")],
@@ -213,9 +230,19 @@ def run(
     max_hours: Annotated[
         float, typer.Option(min=0, help="Refuse a run to a stated precision that is predicted to score for longer.")
     ] = 1.0,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Compute on a Ray cluster (pip install 'lensbench[ray]'): HOST:PORT, auto, or, without an address, one on "
+            "this machine. The run folder must be one that all its machines share.",
+            show_default=False,
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
+    from lensbench.cluster import Cluster
     from lensbench.ranks import join_ranks, leave_ranks
     from lensbench.run import choose_device, run_suite
     from lensbench.suite import load_suite, name_of, on_request, text_name
@@ -228,6 +255,8 @@ def run(
     folder = out or Path("runs") / default
     start = time.perf_counter()
     ranks = join_ranks()
+    if ray is not None and ranks.size > 1:
+        raise LensbenchError("give either --ray or torchrun's processes: a Ray cluster starts its own")
     with Bars() if ranks.first else contextlib.nullcontext(Silent()) as progress:
         finished = run_suite(
             chosen,
@@ -238,6 +267,7 @@ def run(
             max_hours=max_hours,
             probes=wanted,
             ranks=ranks,
+            cluster=None if ray is None else Cluster(ray),
         )
     leave_ranks(ranks)
     if not ranks.first:

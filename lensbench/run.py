@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lensbench import __version__, corpus, evaluation, figures, results, tables
+from lensbench.cluster import Cluster, cells_of
 from lensbench.corpus import Corpus, Windows
 from lensbench.data import IMAGES, TRAINED_HERE, Data, Pictures, Texts, documents_of
 from lensbench.errors import LensbenchError
@@ -804,6 +805,7 @@ def run_suite(
     max_hours: float = 1.0,
     probes: Sequence[str] = (),
     ranks: Ranks = ALONE,
+    cluster: Cluster | None = None,
 ) -> results.Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
 
@@ -811,7 +813,9 @@ def run_suite(
     models on the largest, so that they stay paired; raises where that is predicted to take over ``max_hours``.
 
     ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Of several ``ranks`` the
-    first one writes; all must see ``folder``. Raises :class:`LensbenchError` for what a user can mend.
+    first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages.
+
+    Raises :class:`LensbenchError` for what a user can mend.
     """
     unknown = [name for name in only if name not in {m.name for m in suite.models}]
     if unknown:
@@ -829,6 +833,10 @@ def run_suite(
     try:
         runner = Runner(suite, folder, device, progress, max_hours, probes=tuple(probes), ranks=ranks)
         parts, plans, points = [], {}, []
+        if cluster is not None:
+            runner.data()  # the tokenizer, which all cells share
+            if suite.evaluate.precision is not None:
+                cluster.compute(runner, cells_of(runner, only, planning=True))
         if suite.evaluate.precision is not None:
             for model in suite.models:
                 runner.only_finished = bool(only) and model.name not in only
@@ -840,6 +848,8 @@ def run_suite(
                     if not runner.only_finished:
                         raise
             runner.sequences = max(plan["sequences"] for plan in plans.values())
+        if cluster is not None:
+            cluster.compute(runner, cells_of(runner, only))
         for model in suite.models:
             # What earlier runs finished stays in the tables, also where only other models are asked for now.
             runner.only_finished = bool(only) and model.name not in only
