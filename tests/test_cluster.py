@@ -28,7 +28,7 @@ def workers() -> list[int]:
             ours = f"LENSBENCH_TEST={os.getpid()}".encode() in (entry / "environ").read_bytes()
         except (OSError, ValueError):
             continue
-        if words.startswith(b"ray::") and not words.startswith(b"ray::IDLE") and ours:
+        if words.startswith(b"ray::cell-") and ours:
             found.append(int(entry.name))
     return found
 
