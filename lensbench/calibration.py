@@ -52,7 +52,7 @@ FRESH_BLOCK = 10_000
 class Calibration(BaseModel):
     """What to try: families, sizes, and the rule that is judged."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = Field(min_length=1)
@@ -105,7 +105,7 @@ class Calibration(BaseModel):
 class Job(BaseModel):
     """One stream."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     group: Literal["tune", "held_out"]
     family: str

@@ -112,7 +112,7 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
     for first, second in itertools.combinations(cells, 2):
         if worth_comparing(first, second):
             rows += [difference(second, first, name) for name in COMPARED]
-    rule = rule or VerdictRule(**(runs[0].manifest or {})["suite"].get("verdict", {}))
+    rule = rule or rule_of(runs[0])
     whole = [judged(joined(parts), rule) for parts in groups]
     for number, parts in enumerate(groups):
         rows += rows_over_seeds([cell for cell in cells if cell.group == number])
@@ -124,6 +124,14 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
                "against_seed", "paired", "seeds", "p", "p_holm", "note"]  # fmt: skip
     table = pd.DataFrame(rows, columns=columns)
     return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]], whole)
+
+
+def rule_of(run: Run) -> VerdictRule:
+    """The rule that a run was judged by; raises :class:`LensbenchError` for one that is none."""
+    try:
+        return VerdictRule(**(run.manifest or {})["suite"].get("verdict", {}))
+    except (TypeError, ValueError) as error:
+        raise LensbenchError(f"{run.folder}: its manifest's verdict is no rule: {error}") from error
 
 
 def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
@@ -139,7 +147,7 @@ def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
             raise LensbenchError(
                 f"{run.folder} holds a sweep, which has no lenses: give folders that `lensbench run` wrote"
             )
-    rule = rule or VerdictRule(**(runs[0].manifest or {})["suite"].get("verdict", {}))
+    rule = rule or rule_of(runs[0])
     return together([judged(run, rule) for run in runs])
 
 
@@ -213,7 +221,7 @@ def refuse_unlike(one: Run, other: Run) -> None:
             f"{one.folder} and {other.folder} do not measure the same thing: {a['corpus']['spec']} held other texts"
         )
     for section, key in SAME_MEASURE:
-        first, second = (manifest["suite"][section][key] for manifest in (a, b))
+        first, second = (manifest["suite"].get(section, {}).get(key) for manifest in (a, b))
         if first != second:
             raise LensbenchError(
                 f"{one.folder} and {other.folder} do not measure the same thing: {section}.{key} is {first} and {second}"

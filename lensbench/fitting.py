@@ -42,7 +42,7 @@ MOMENT_BLOCK = 4096
 class FitRecipe(BaseModel):
     """How lenses are fitted and chosen; every choice is made on the dev split."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     sequences: int = Field(512, ge=1, description="sequences of the fit split")
     positions: int = Field(32, ge=1, description="random positions of each of them")

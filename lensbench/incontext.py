@@ -60,7 +60,7 @@ BASE_SPREAD = 0.3
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskRecipe(_Strict):

@@ -33,7 +33,7 @@ BOUND = "bayes"
 class CurveRecipe(BaseModel):
     """What learning curves are made of."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     budgets: tuple[int, ...] = Field((), description="training tokens of shorter runs; training.tokens is the last")
     positions: tuple[int, ...] = Field(

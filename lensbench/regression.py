@@ -38,7 +38,7 @@ TRAIN, TUNE, EVAL = 0, 1, 2
 class RegressionRecipe(BaseModel):
     """What is trained, and against what."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = Field(min_length=1)

@@ -13,14 +13,64 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lensbench.errors import LensbenchError
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 SEQUENCES = "per_sequence.parquet"
-NEEDED = ("code_version", "corpus", "files", "models", "seeds", "suite", "suite_name")
-"""What every manifest says."""
+
+
+class _Loose(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Named(_Loose):
+    name: str
+
+
+class _Claim(_Loose):
+    model: str
+    against: str
+    indices: list[str]
+
+
+class _Evaluated(_Loose):
+    draws: int = Field(ge=1, le=10**6)
+
+
+class _SuiteTold(_Loose):
+    evaluate: _Evaluated
+    fit: dict[str, Any]
+    models: list[_Named]
+    verdict: dict[str, float] = {}
+    claims: list[_Claim] = []
+
+
+class _CorpusTold(_Loose):
+    checksum: str
+    spec: str
+
+
+class _Scored(_Loose):
+    sequences: int = 0
+    sequences_asked: int = 0
+    documents: int = 0
+
+
+class Told(_Loose):
+    """What every manifest says, of what comparisons and reports read; there is more in it."""
+
+    code_version: int
+    corpus: _CorpusTold
+    files: dict[str, str]
+    models: list[str]
+    seeds: list[int]
+    suite: _SuiteTold
+    suite_name: str
+    scored: _Scored = _Scored()
+
 
 _WHO = {
     "model": "name in the suite; MODEL+rotated is its first rotated view, whose tuned rows check the algebra alone",
@@ -291,14 +341,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version = manifest["schema_version"]
-        missing = [key for key in NEEDED if version == SCHEMA_VERSION and key not in manifest]
-        if missing:
-            raise KeyError(missing[0])
+        if version == SCHEMA_VERSION:
+            Told.model_validate(manifest)
         if manifest.get(CHECKSUM, whole := seal(manifest)) != whole:
             raise ValueError("its checksum differs")
         if outside := [name for name in manifest.get("files", ()) if Path(name).name != name]:
             raise ValueError(f"it names {outside[0]!r}, which is no file of this folder")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise LensbenchError(f"{path} is damaged: {place}: {first['msg']}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         if isinstance(error, KeyError) and "in_context" in manifest:
             raise LensbenchError(f"{folder} holds tasks (`lensbench in-context`), not a run of a suite") from error
         raise LensbenchError(f"{path} is damaged: {error}") from error

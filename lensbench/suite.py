@@ -29,7 +29,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CorpusRecipe(_Strict):
@@ -134,10 +134,11 @@ class ModelRecipe(_Strict):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     family: str | None = None
-    d_model: int | None = Field(None, gt=0)
-    layers: int | None = Field(None, ge=2)
-    heads: int | None = Field(None, ge=1)
-    parameters: int | None = Field(None, gt=0, description="met within 1 % by the width of the MLPs")
+    # Bounds far beyond what is trained on one machine: a slip of the keyboard is told before anything is built.
+    d_model: int | None = Field(None, gt=0, le=2**16)
+    layers: int | None = Field(None, ge=2, le=512)
+    heads: int | None = Field(None, ge=1, le=2**12)
+    parameters: int | None = Field(None, gt=0, le=10**12, description="met within 1 % by the width of the MLPs")
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="some of the suite's seeds; all if left out")
     untrained: bool = Field(False, description="leave it at its initial weights")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the family")
@@ -270,7 +271,7 @@ class Suite(_Strict):
         models = content.get("models") if isinstance(content, dict) else None
         if not isinstance(models, list | tuple) or not all(isinstance(m, dict) for m in models):
             return content
-        by_name = {m.get("name"): m for m in models}
+        by_name = {m["name"]: m for m in models if isinstance(m.get("name"), str)}
         whole = []
         for model in models:
             of = by_name.get(str(model.get("name")).removesuffix("+rotated"))

@@ -21,7 +21,7 @@ SCOPES = {"all layers": "", "without layer 0": "_without_layer0"}
 class VerdictRule(BaseModel):
     """Thresholds on whole intervals: an interval that reaches across one does not tell."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     visible: float = Field(0.61, description="refinement: gain visibility lies above this ...")
     consistent: float = Field(0.56, description="... and consistency above this")

@@ -146,6 +146,10 @@ def build(family: str, *, parameters: int, seed: int = 0, **shape: Any) -> PreTr
         return FAMILIES[family].build(width=width, **shape)
 
 
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What building a model of impossible settings raises."""
+
+
 def fitting_width(
     family: str,
     *,
@@ -190,7 +194,16 @@ def fitting_width(
 
     try:
         at_one, at_two = count(1), count(2)
-    except (ValueError, TypeError, StrictDataclassError) as error:  # the config's own check of its settings
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        StrictDataclassError,
+    ) as error:
+        # The config's own check of its settings, or what torch makes of them.
         raise LensbenchError(f"{family}: {' '.join(str(error).split())}") from error
     width = round((parameters - at_one) / (at_two - at_one)) + 1
     if width < 1 or abs(count(width) - parameters) > 0.01 * parameters:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def check_source(source: str) -> None:
     kind, _, rest = source.partition(":")
     if not rest or kind not in ("hub", "path", "gguf", "package"):
         meant = "gguf" if source.endswith(".gguf") else "path"
-        hint = f"; did you mean {meant}:{source}?" if source and Path(source).exists() else ""
+        hint = f"; did you mean {meant}:{source}?" if source and os.path.exists(source) else ""
         raise LensbenchError(f"unknown model {source!r}: a model is {SOURCES}{hint}")
 
 

@@ -27,7 +27,7 @@ from lensbench.sealed import Damaged, load_sealed, save_sealed
 class TrainingRecipe(BaseModel):
     """How a model is trained. ``tokens`` is what the models of a suite have in common."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tokens: int = Field(1_000_000, gt=0, description="training tokens, counted once per visit")
     length: int = Field(128, ge=1, description="tokens per sequence")
