@@ -1,0 +1,152 @@
+"""Is a result the same wherever it was computed? ``python -m benchmarks.speed.agreement --processes 2,4 --ray --cuda``
+
+The small suite's models are trained once, here; their lenses are then fitted, scored and probed by one process on the CPU
+(the reference), by several processes, over a Ray cluster, and on a GPU. ``agreement.csv`` has for each way and kind of
+number the largest difference from the reference; exit code 1 where one is beyond its tolerance.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from rich.table import Table
+
+from benchmarks.speed.task import console, numbers_of, say, write_description
+from lensbench import results
+from lensbench.errors import LensbenchError
+from lensbench.lenses import load_maps
+from lensbench.run import git_revision, hardware, versions
+
+SUITE = Path("benchmarks/speed/small.toml")
+TOLERANCES = {
+    # Largest difference relative to the number, or to a thousandth of a nat where it is smaller.
+    "processes": {"closed-form maps": 1e-6, "matrices": 1e-6, "closed-form lenses": 1e-6, "refined lenses": 0.05},
+    "ray": dict.fromkeys(
+        ("closed-form maps", "matrices", "closed-form lenses", "refined lenses", "indices", "probes"), 0.0
+    ),
+    # float32 products of another order, or log-partitions in bfloat16 where these agree within 1e-3 nats.
+    "cuda": {"closed-form maps": 1e-3, "matrices": 0.02, "closed-form lenses": 0.02, "refined lenses": 0.05},
+}
+CLOSED = ("transfer", "own", "shared", "shared_bias", "shared_loo", "pair")
+
+
+def launched(arguments: list[str], processes: int = 1) -> None:
+    """A run of the command line in processes of its own; raises :class:`LensbenchError` with what it said where it fails."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *start, "-m", "lensbench", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if line.startswith("lensbench: ")] or done.stderr.splitlines()
+        raise LensbenchError(f"{' '.join(arguments)}: {told[-1] if told else done.returncode}")
+
+
+def numbers(folder: Path) -> dict[str, np.ndarray]:
+    """What a run measured, by kind, each as one array of numbers in the order of its rows."""
+    run = results.read_run(folder)
+
+    def flat(table: pd.DataFrame) -> np.ndarray:
+        columns = [c for c in table if pd.api.types.is_numeric_dtype(table[c])]
+        return table[columns].to_numpy(float).ravel()
+
+    lenses = run.tables["lenses.csv"]
+    kinds = {
+        "matrices": np.concatenate([flat(run.tables[n]) for n in ("transfer.csv", "tolerances.csv", "pairs.csv")]),
+        "closed-form lenses": flat(lenses[lenses["stage"] != "refined"]),
+        "refined lenses": flat(lenses[lenses["stage"] == "refined"]),
+        "indices": flat(run.tables["indices.csv"]),
+        "probes": flat(run.tables["probes.csv"]),
+    }
+    norms = []
+    for stage in sorted((folder / "stages").glob("fit-*")):
+        maps = load_maps(stage / "maps.safetensors")
+        for name in CLOSED:
+            norms += [maps[name].matrix.double().numpy().ravel(), maps[name].offset.double().numpy().ravel()]
+    kinds["closed-form maps"] = np.concatenate(norms)
+    return kinds
+
+
+def differences(way: str, reference: Path, folder: Path, kind: str) -> list[dict[str, object]]:
+    """A row per kind of number."""
+    rows = []
+    ours, theirs = numbers(folder), numbers(reference)
+    for name, x in theirs.items():
+        y = ours[name]
+        row: dict[str, object] = {"way": way, "numbers": name, "count": len(x)}
+        if len(x) != len(y) or (np.isnan(x) != np.isnan(y)).any():
+            rows.append({**row, "agrees": False, "note": "other rows"})
+            continue
+        apart = np.abs(x - y)
+        if name == "closed-form maps":  # a map as a whole: its small entries are sums of large ones
+            relative = float(np.linalg.norm(x - y) / np.linalg.norm(x))
+        else:
+            relative = float(np.nanmax(apart / np.maximum(np.abs(x), 1e-3), initial=0))
+        allowed = TOLERANCES[kind].get(name)
+        row |= {"largest_difference": float(np.nanmax(apart, initial=0)), "largest_relative": relative}
+        row |= {"tolerance": allowed, "agrees": allowed is None or relative <= allowed, "note": ""}
+        rows.append(row)
+    return rows
+
+
+def main(
+    processes: Annotated[str, typer.Option(help="Numbers of processes, separated by commas.")] = "2,4",
+    ray: Annotated[bool, typer.Option("--ray", help="Also over a Ray cluster on this machine.")] = False,
+    cuda: Annotated[bool, typer.Option("--cuda", help="Also on a GPU, where there is one.")] = False,
+    out: Path = Path("runs/agreement"),
+) -> None:
+    """Measure, print and write agreement.csv and agreement.json into OUT."""
+    revision = git_revision()
+    try:
+        trained = out / "trained"
+        say("training the models")
+        launched(["run", str(SUITE), "--out", str(trained), "--device", "cpu"])
+        models = sorted((trained / "stages").glob("train-*"))
+        asked = ["run", str(SUITE), *(w for m in models for w in ("--model", f"path:{m}"))]
+
+        def measured(name: str, *more: str, count: int = 1) -> Path:
+            say(name)
+            folder = out / name.replace(" ", "-")
+            shutil.rmtree(folder, ignore_errors=True)
+            launched([*asked, "--out", str(folder), *(more or ("--device", "cpu"))], count)
+            return folder
+
+        reference = measured("one process")
+        rows: list[dict[str, object]] = []
+        for count in numbers_of(processes):
+            name = f"{count} processes"
+            rows += differences(name, reference, measured(name, count=count), "processes")
+        if ray:
+            rows += differences("ray", reference, measured("ray", "--device", "cpu", "--ray"), "ray")
+        if cuda and torch.cuda.is_available():
+            rows += differences("cuda", reference, measured("cuda", "--device", "cuda"), "cuda")
+        elif cuda:
+            say("no GPU here: CUDA was not compared")
+            rows.append({"way": "cuda", "note": "skipped: no GPU here"})
+        table = pd.DataFrame(rows)
+        write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.3g")
+        results.write_atomically(out / "agreement.csv", write)
+        device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+        write_description(
+            out, "agreement", {"hardware": hardware(device), "versions": versions(), "git_revision": revision}
+        )
+    except LensbenchError as error:
+        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    shown = Table(*(c.replace("_", " ") for c in table), title="largest difference from one process on the CPU")
+    for row in table.itertuples(index=False):
+        shown.add_row(*("" if pd.isna(v) else f"{v:.2g}" if isinstance(v, float) else str(v) for v in row))
+    console.print(shown)
+    if (table.get("agrees") == False).any():  # noqa: E712  (a column of True, False and missing)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
