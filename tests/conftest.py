@@ -86,6 +86,19 @@ def write_suite(folder: Path, **replacements: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_for_all():
+    """Before fixtures of a session too: their runs are compared to the byte with runs of one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Commands that a test calls set threads of their own, and the same process runs other tests behind it."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_suite(tmp_path_factory) -> Path:
     return write_suite(tmp_path_factory.mktemp("suite"))
