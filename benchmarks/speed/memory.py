@@ -6,10 +6,13 @@ ratio. The formula counts what has to be held at once, in bytes:
 
     states       4 (L + 1) d (N_fit + N_dev)      of fitting and dev tokens; beyond memory_gib on disk
     read-outs    4 (d + 7) (N_fit + N_dev)        e = W^T p and what else is kept of a token
-    moments      8 L d^2 (2 + 2 + 1)              sums, moments, eigenvectors, float64
+    moments      8 L d^2 (8 + 2 R)                covariance and cross moments, eigenvectors, the five arrays of a solution
+                                                  for all layers at once; R rotated views kept for pairs; float64
     lenses       8 d^2 F                          F maps that are kept until they are written
     matrix       4 (L + 2) d N_dev                what movement is measured from, and one layer's states read by all lenses
     logits       4 V (2 P B)                      of a batch of B windows with P positions, twice: logits and p
+    blocks       4 (8 S b + 6 (M + 1) m d)        what a refinement step works on: S rows of the unembedding for b = 1024
+                                                  states at a time, M lenses with m = 256 tokens each
 """
 
 import json
@@ -24,16 +27,21 @@ import pandas as pd
 import torch
 import typer
 
-from benchmarks.speed.scaling import RECIPE, random_windows
+from benchmarks.speed.scaling import random_windows
 from benchmarks.speed.task import console, peak_memory, say, write_description
 from lensbench import results
 from lensbench.errors import LensbenchError
 from lensbench.evaluation import fit_all
+from lensbench.fitting import FitRecipe
 from lensbench.models import build, count_parameters
 from lensbench.run import git_revision, hardware, versions
 from lensbench.stream import ResidualStream, capture
-from lensbench.transfer import transfer_sums
+from lensbench.transfer import ROW_BLOCK, transfer_sums
 
+RECIPE = FitRecipe(
+    ridges=(1e-3, 1e-2, 0.1), pads=(0.0, 0.2, 0.4), refine_tokens=1024, refine_passes=1, pooled_dev_tokens=1024,
+    layers=4, rotations=2, pair_rotations=1, refits=1, tolerances=(0.0,),
+)  # fmt: skip
 BASE = {"layers": 8, "width": 256, "vocabulary": 8192, "tokens": 16_384}
 BATCH, POSITIONS = 16, 32
 
@@ -54,10 +62,11 @@ def formula(layers: int, width: int, vocabulary: int, tokens: int) -> dict[str, 
     parts = {
         "states": 4 * (layers + 1) * width * (tokens + dev),
         "read_outs": 4 * (width + 7) * (tokens + dev),
-        "moments": 8 * layers * width**2 * 5,
+        "moments": 8 * layers * width**2 * (8 + 2 * RECIPE.pair_rotations),
         "lenses": 8 * width**2 * kept_maps(layers),
         "matrix": 4 * (layers + 2) * width * dev,
         "logits": 4 * vocabulary * 2 * BATCH * POSITIONS,
+        "blocks": 4 * (8 * min(vocabulary, RECIPE.refine_vocabulary) * ROW_BLOCK + 6 * (layers + 1) * 256 * width),
     }
     return {name: size / 2**30 for name, size in parts.items()}
 
