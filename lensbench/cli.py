@@ -441,6 +441,23 @@ def compare(
 
 @app.command()
 @answerable
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders; what is shown is read from them alone.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write the page here; default report.html in the first folder.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """One self-contained HTML page: ruler, verdicts, heatmaps, curves, sortable tables, settings, how to run it again."""
+    from lensbench.page import PAGE, write_page
+
+    path = out or folders[0] / PAGE
+    write_page(folders, path)
+    console.print(str(path), highlight=False, markup=False)
+
+
+@app.command()
+@answerable
 def ruler(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, of texts and of images.")],
     out: Annotated[Path | None, typer.Option(help="Draw the plane here, as PNG.", show_default=False)] = None,

@@ -62,6 +62,7 @@ from lensbench.models.pretrained import (
     locate,
 )
 from lensbench.models.training import StepReport, TrainingRecipe, train
+from lensbench.page import PAGE, write_page
 from lensbench.probes import PROBES, Found, ReadText, Subject, load_found
 from lensbench.ranks import ALONE, Ranks
 from lensbench.readout import image_shape
@@ -922,6 +923,7 @@ def run_suite(
         if plans:
             manifest["precision"] = {"asked": suite.evaluate.precision, "models": plans}
         results.write_manifest(folder, manifest)
+        write_page([folder], folder / PAGE)
         ranks.wait()
         return replace(run, manifest=manifest)
     finally:
