@@ -444,7 +444,8 @@ def compare(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; what is shown is read from them alone.")],
     out: Annotated[
-        Path | None, typer.Option(help="Write the page here; default report.html in the first folder.", show_default=False)
+        Path | None,
+        typer.Option(help="Write the page here; default report.html in the first folder.", show_default=False),
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -269,19 +269,22 @@ def pad_direction(readout: ReadOut, final_states: Tensor, ranks: Ranks = ALONE) 
     vocabulary, which softmax cannot tell), with the sign of the mean final state along it. Zero where the norm is not a
     gain over a scale.
     """
-    h = final_states.double()
-    gain = readout.gain(h.shape[-1])
+    gain = readout.gain(final_states.shape[-1])
     if gain is None:
-        return torch.zeros_like(h[0]).cpu()
-    gain, h = gain.double().cpu(), h.cpu()
+        return torch.zeros(final_states.shape[-1], dtype=torch.float64)
+    gain = gain.double().cpu()
     # What norm(x) does not depend on (LayerNorm: the mean; parts of the state that it is blind to) cannot hold length.
     values, vectors = torch.linalg.eigh(gain.T @ gain)
     seen = vectors[:, values > 1e-6 * values[-1]]
     visible = gain @ seen  # [d_read, k]
     direction = seen @ torch.linalg.eigh(visible.T @ centred_gram(readout.weight) @ visible)[1][:, 0]
-    count = ranks.span(len(h))[1]
-    rms = (ranks.sum((h @ seen).pow(2).sum()) / (count * seen.shape[1])).sqrt()
-    sign = torch.where((ranks.sum(h.sum(0)) / count @ direction) < 0, -1.0, 1.0)
+    count, squares, along = ranks.span(len(final_states))[1], torch.zeros(()).double(), torch.zeros(()).double()
+    for rows in final_states.split(MOMENT_BLOCK):  # in float64, which all of them at once may have no room for
+        h = rows.double().cpu()
+        squares += (h @ seen).pow(2).sum()
+        along += h.sum(0) @ direction
+    rms = (ranks.sum(squares) / (count * seen.shape[1])).sqrt()
+    sign = torch.where(ranks.sum(along) < 0, -1.0, 1.0)
     return sign * direction * rms * seen.shape[1] ** 0.5
 
 
