@@ -393,13 +393,34 @@ def regression(
 def figures(
     folder: Annotated[Path, typer.Argument(help="A run folder; its CSV tables are all that is read.")],
     unverified: Annotated[bool, typer.Option("--unverified", help="Draw tables that changed since the run.")] = False,
+    format: Annotated[
+        list[str] | None, typer.Option(help="png (default), pdf or svg; repeat it for several.", show_default=False)
+    ] = None,
+    dpi: Annotated[int, typer.Option(min=50, max=1200, help="Of PNG.")] = 150,
+    columns: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2,
+            help="As wide as one or two columns of a paper (3.35 and 6.9 inches), letters of 5 to 8 points; figures of "
+            "several panels side by side take two. Default: for a screen.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for them; default FOLDER/figures.", show_default=False)
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Redraw a run's figures from its CSV tables alone."""
+    """Redraw a run's figures from its CSV tables alone; the same tables give the same bytes."""
     from lensbench import results
-    from lensbench.figures import draw_figures
+    from lensbench.figures import FORMATS, draw_figures
 
-    for path in draw_figures(results.read_run(folder, need_manifest=False, verify=not unverified), folder / "figures"):
+    formats = list(dict.fromkeys(format or ["png"]))
+    if strange := [kind for kind in formats if kind not in FORMATS]:
+        raise LensbenchError(f"unknown format {strange[0]!r}; figures are {', '.join(FORMATS)}")
+    tables = results.read_run(folder, need_manifest=False, verify=not unverified)
+    for path in draw_figures(tables, out or folder / "figures", formats=formats, dpi=dpi, columns=columns):
         console.print(str(path), highlight=False)
 
 
@@ -558,36 +579,68 @@ def bits(
 @app.command()
 @answerable
 def trace(
-    model: Source,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE or package:NAME; with --run a model's name in that run."
+        ),
+    ],
     text: Annotated[str, typer.Argument(help="The text itself.")],
     lens: Annotated[
         str | None,
         typer.Option(
-            help="path:FOLDER of a tuned or shared lens, or hub:RESOURCE of a tuned one; left out, the logit lens.",
+            help="logit; tuned, shared, shared_bias or tuned_headline (of a run); path:FOLDER of a tuned or shared lens, "
+            "hub:RESOURCE of a tuned one. Left out: the run's shared lens, without a run the logit lens.",
             show_default=False,
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Show the last so many tokens.")] = 8,
-    out: Annotated[
-        Path | None, typer.Option(help="Write tuned-lens's figure here, as HTML.", show_default=False)
+    run: Annotated[
+        Path | None,
+        typer.Option(help="A run folder: its models by name, and the lenses it fitted.", show_default=False),
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the run's seeds; default: the first.", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Show the last so many tokens.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write a page here, as HTML.", show_default=False)] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """What each layer predicts next in a text, through a lens of your choice."""
+    """What each layer predicts next in a text, through a lens of your choice; prediction errors where a model has them."""
+    from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
     from lensbench.models.pretrained import load_pretrained
+    from lensbench.results import write_atomically
     from lensbench.run import choose_device, dtype_named
-    from lensbench.trace import trace_table, traced
+    from lensbench.trace import (
+        error_tables,
+        errors_of,
+        subject_of,
+        token_ids,
+        trace_page,
+        trace_table,
+        traced,
+        words_of,
+    )
 
-    loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
-    trajectory = traced(loaded, text, lens, tokens)
+    subject = subject_of(model, lens, run, seed)
+    loaded = load_pretrained(subject.model, dtype=dtype_named(dtype), device=choose_device(device))
+    trajectory = traced(loaded, text, subject.lens, tokens, subject.view)
     console.print(trace_table(trajectory, tokens))
+    ids, errors = token_ids(loaded, text), None
+    if isinstance(loaded.model, PredictiveCodingForCausalLM):
+        try:
+            errors = errors_of(loaded.model, ids)
+        except LensbenchError as error:
+            console.print(f"note: {error}", highlight=False, markup=False)
+        else:
+            for table in error_tables(errors, words_of(trajectory, ids.tolist()), tokens):
+                console.print(table)
     if out is not None:
-        from lensbench.results import write_atomically
-
-        figure = trajectory.entropy().figure()
-        write_atomically(out, lambda partial: figure.write_html(str(partial)))
+        read = "the logit lens" if subject.lens is None else f"lens {subject.lens.rpartition('/')[2]}"
+        page = trace_page(trajectory, title=f"{model}, {read}: {text}", errors=errors, ids=ids.tolist())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, lambda partial: partial.write_text(page, encoding="utf-8"))
         console.print(str(out), highlight=False, markup=False)
 
 

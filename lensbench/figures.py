@@ -7,9 +7,12 @@ Nothing here leaves a setting of matplotlib changed, and the same tables give th
 import itertools
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +56,85 @@ VISIBILITIES = {
 }
 
 
+STYLE = resources.files("lensbench").joinpath("lensbench.mplstyle")
+FORMATS = {
+    # What tells when and by what a file was made would make two of the same figure differ.
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "svg": {"Date": None, "Creator": None},
+}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What figures are drawn for: ``width`` inches of a page, or (None) a screen, each figure as wide as it wants."""
+
+    width: float | None = None
+    scale: float = 1.0
+    """Of all sizes of letters"""
+
+
+SHEETS = {None: Sheet(), 1: Sheet(3.35, 0.8), 2: Sheet(6.9, 0.9)}
+"""Columns of a paper -> its sheet."""
+_sheet: ContextVar[Sheet] = ContextVar("sheet", default=SHEETS[None])
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """The look of every figure, whatever the user's matplotlibrc says; all settings are restored afterwards."""
-    own = {"font.sans-serif": ["DejaVu Sans"], "grid.color": "#E6E6E6", "axes.edgecolor": "#888888"}
-    with matplotlib.style.context("default"), sns.axes_style("whitegrid", own), sns.plotting_context("paper"):
+    with matplotlib.style.context("default"), resources.as_file(STYLE) as file:
+        own = matplotlib.rc_params_from_file(file, use_default_template=False)
+        with sns.axes_style("whitegrid"), sns.plotting_context("paper", _sheet.get().scale), matplotlib.rc_context(own):
+            yield
+
+
+@contextmanager
+def on(sheet: Sheet) -> Iterator[None]:
+    """Figures are made for this sheet while it lasts."""
+    before = _sheet.set(sheet)
+    try:
         yield
+    finally:
+        _sheet.reset(before)
 
 
-def draw_figures(run: Run, folder: Path) -> list[Path]:
-    """Write every figure of ``run`` as a PNG into ``folder`` and return their paths.
+def pt(size: float) -> float:
+    """A size of letters on the sheet, in points."""
+    return size * _sheet.get().scale
 
+
+def new_figure(width: float, height: float, *, narrow: bool = True) -> Figure:
+    """A figure of so many inches on a screen; on a sheet as wide as that, lower in between.
+
+    One that cannot be ``narrow`` is two columns wide on a sheet of one.
+    """
+    wide = _sheet.get().width
+    if wide is not None:
+        wide = wide if narrow else max(wide, SHEETS[2].width or wide)
+        height, width = height * max(0.75, min(1.0, wide / width)), wide
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def beside(figure: Figure, handles: Any, labels: Any, **look: Any) -> None:
+    """The legend of a whole figure: to its right on a screen, above it on a sheet, which has no width to spare."""
+    if _sheet.get().width is None:
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=pt(8), **look)
+    else:
+        columns = 2 if figure.get_figwidth() > 4 or max(map(len, labels), default=0) < 20 else 1
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=pt(8), **look)
+
+
+def draw_figures(
+    run: Run, folder: Path, *, formats: Sequence[str] = ("png",), dpi: int = DPI, columns: int | None = None
+) -> list[Path]:
+    """Write every figure of ``run`` into ``folder`` and return their paths.
+
+    ``formats``: of :data:`FORMATS`; ``dpi`` is that of PNG; ``columns``: 1 or 2, of a paper that they are to fit into.
     All are drawn before the first is written: a table that cannot be drawn leaves the folder as it was.
     """
     transfer, lenses, indices = transfer_frame(run), lens_frame(run), index_frame(run)
     of = unit(run.tables["models.csv"])
-    with style():
+    with on(SHEETS[columns]), style():
         figures = {
             "transfer_penalty.png": transfer_penalty(transfer, of),
             "kl_by_layer.png": kl_by_layer(lenses, of),
@@ -90,9 +156,12 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
         if len(run.tables["curves.csv"]):
             figures["learning_curves.png"] = learning_curves(curve_frame(run))
         folder.mkdir(parents=True, exist_ok=True)
+        paths = []
         for name, figure in figures.items():
-            write_atomically(folder / name, partial(write_figure, figure))
-    return [folder / name for name in figures]
+            for kind in formats:
+                paths.append((folder / name).with_suffix(f".{kind}"))
+                write_atomically(paths[-1], partial(write_figure, figure, kind=kind, dpi=dpi))
+    return paths
 
 
 def draw_plane(run: Run, path: Path) -> None:
@@ -103,10 +172,10 @@ def draw_plane(run: Run, path: Path) -> None:
         write_atomically(path, partial(write_figure, figure))
 
 
-def write_figure(figure: Figure, path: Path) -> None:
-    """The same figure gives the same bytes."""
+def write_figure(figure: Figure, path: Path, *, kind: str = "png", dpi: int = DPI) -> None:
+    """The same figure gives the same bytes; letters are in the file itself (PDF: TrueType, SVG: outlines)."""
     with style():
-        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(path, format=kind, dpi=dpi, metadata=FORMATS[kind])
 
 
 def transfer_frame(run: Run) -> pd.DataFrame:
@@ -234,9 +303,14 @@ def curve_frame(run: Run) -> pd.DataFrame:
 
 def panels_of(models: list[str], size: float, extra: float, *, sharey: bool) -> tuple[Figure, list[Axes]]:
     """A figure with one panel per model, each ``size`` inches wide and high, and ``extra`` inches beside them."""
-    columns = min(len(models), 3)
+    sheet = _sheet.get()
+    columns = min(len(models), 3 if sheet.width is None else max(1, round(sheet.width / 3)))
+    if sheet.width is not None:
+        size, extra = min(size, 0.95 * sheet.width / columns), 0
     rows = math.ceil(len(models) / columns)
-    figure = Figure(figsize=(max(columns * size + extra, 5), rows * size + 0.4), dpi=DPI, layout="constrained")
+    wide = max(columns * size + extra, 5) if sheet.width is None else sheet.width
+    high = rows * size + 0.4 + (0.0 if sheet.width is None else 0.5)
+    figure = Figure(figsize=(wide, high), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
     for panel in panels[len(models) :]:
         panel.remove()
@@ -244,8 +318,11 @@ def panels_of(models: list[str], size: float, extra: float, *, sharey: bool) -> 
 
 
 def write_around(figure: Figure, title: str, caption: str) -> None:
-    figure.suptitle(title, x=0.01, ha="left", size=10.5, weight="bold")
-    figure.supxlabel(textwrap.fill(caption, int(17 * figure.get_figwidth())), x=0.01, ha="left", size=7, color=GREY)
+    # Letters of 7 points are an inch's seventeenth wide.
+    fits = int(17 * figure.get_figwidth() / _sheet.get().scale)
+    if _sheet.get().width is None:  # in a paper what a figure shows is said below it
+        figure.suptitle(title, x=0.01, ha="left", size=10.5, weight="bold")
+    figure.supxlabel(textwrap.fill(caption, fits), x=0.01, ha="left", size=pt(7), color=GREY)
 
 
 def use_symlog(panel: Axes, axis: str, linear: float) -> None:
@@ -276,7 +353,7 @@ def transfer_penalty(cells: pd.DataFrame, of: str = "token") -> Figure:
         look |= {"xticklabels": [*ticks, str(layers)], "yticklabels": [*ticks, "logit"]}
         if layers <= ANNOTATED_LAYERS:
             texts = grid.map(partial(cell_text, largest=grid.abs().max(axis=None)))
-            look |= {"annot": texts, "fmt": "", "annot_kws": {"size": 6.5}, "linewidths": 0.4}
+            look |= {"annot": texts, "fmt": "", "annot_kws": {"size": pt(6.5)}, "linewidths": 0.4}
         sns.heatmap(grid, ax=panel, **look)
         panel.tick_params(rotation=0, length=0)
         panel.set(title=model, xlabel="read at stream layer $j$", ylabel="lens of layer $i$")
@@ -318,7 +395,7 @@ def kl_by_layer(frame: pd.DataFrame, of: str = "token") -> Figure:
         panel.set(title=model, yscale="log", xlabel="layer", ylabel=f"KL to the output (nats/{of})")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    figure.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8, handlelength=3)
+    beside(figure, lines, labels, handlelength=3)
     write_around(figure, "How far each layer's read-out is from the model's output", "Bands: 95 % intervals.")
     return figure
 
@@ -341,7 +418,7 @@ def accuracy_by_layer(frame: pd.DataFrame) -> Figure:
         panel.set(title=model, xlabel="layer", ylabel="held-out accuracy")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
+    beside(figure, *handles)
     write_around(
         figure, "How often each layer's read-out is right", "Bands: 95 % intervals. Lenses: closed form, prior zero."
     )
@@ -356,14 +433,19 @@ def penalty_by_distance(cells: pd.DataFrame, of: str = "token") -> Figure:
     directions: dict[str, Any] = {"forward ($i < j$)": "", "backward ($i > j$)": (4, 1.5)}
     rows = cells.assign(distance=(i - j).abs() + aside, direction=np.where(i < j, *directions))
     rows = rows[(i != j) & (np.maximum(i, j) < cells["layers"])]
-    figure = Figure(figsize=(7.2, 4.0), dpi=DPI, layout="constrained")
+    figure = new_figure(7.2, 4.0)
     panel = figure.subplots()
     look: dict[str, Any] = {"x": "distance", "y": "penalty_ce", "hue": "model", "style": "direction", "ax": panel}
     look |= {"palette": "colorblind", "hue_order": models, "style_order": [*directions], "markers": ["o", "X"]}
     if not rows.empty:
         sns.scatterplot(rows, s=14, alpha=0.35, linewidth=0, legend=False, **look)
         sns.lineplot(rows, errorbar=None, lw=1.6, markersize=6, dashes=directions, **look)
-        sns.move_legend(panel, "upper left", bbox_to_anchor=(1, 1), frameon=False)
+        if _sheet.get().width is None:
+            sns.move_legend(panel, "upper left", bbox_to_anchor=(1, 1), frameon=False)
+        else:
+            handles, labels = panel.get_legend_handles_labels()
+            panel.legend().remove()
+            beside(figure, handles, labels)
     panel.axhline(0, color=GREY, lw=0.8, zorder=1)
     use_symlog(panel, "y", 0.1)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
@@ -375,7 +457,7 @@ def penalty_by_distance(cells: pd.DataFrame, of: str = "token") -> Figure:
 def gain_visibility(frame: pd.DataFrame) -> Figure:
     """Per model how much of the later layers' gain a fixed lens sees, and beside it how much moves under that lens."""
     models = list(frame["model"].unique())
-    figure = Figure(figsize=(8.2, 0.55 * len(models) + 1.7), dpi=DPI, layout="constrained")
+    figure = new_figure(8.2, 0.55 * len(models) + 1.7, narrow=False)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     kinds = dict(zip(VISIBILITIES, (BLUE, ORANGE, GREEN), strict=True))
     for panel, name, colours in ((left, "gain visibility", kinds), (right, "movement", {"movement": PURPLE})):
@@ -424,7 +506,7 @@ def tolerances(frame: pd.DataFrame) -> Figure:
         use_symlog(panel, "y", 1.0)
     if models:
         # In a panel: above the panels of a single model it would lie on the title.
-        panels[0].legend(loc="best", fontsize=7, handlelength=1.6)
+        panels[0].legend(loc="best", fontsize=pt(7), handlelength=1.6)
     caption = "Share of K_0 - best, on dev; s.e.: of the paired difference. Bands: 95 % intervals, lenses held fixed."
     write_around(figure, "What a fixed lens sees depends on its ridge", caption)
     return figure
@@ -433,7 +515,7 @@ def tolerances(frame: pd.DataFrame) -> Figure:
 def visibility_by_distance(frame: pd.DataFrame) -> Figure:
     """Gain visibility over pairs of layers that lie so many layers apart, one line per model."""
     models = list(frame["model"].unique())
-    figure = Figure(figsize=(7.2, 4.0), dpi=DPI, layout="constrained")
+    figure = new_figure(7.2, 4.0)
     panel = figure.subplots()
     for k, (model, look) in enumerate(zip(models, looks(len(models)), strict=True)):
         rows = frame[frame["model"] == model]
@@ -446,7 +528,10 @@ def visibility_by_distance(frame: pd.DataFrame) -> Figure:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
     panel.set(xlabel="distance $j - i$ (layers)", ylabel="gain visibility (linear within ±1)")
     if models:
-        panel.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+        if _sheet.get().width is None:
+            panel.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+        else:
+            beside(figure, *panel.get_legend_handles_labels())
     caption = "All pairs i < j of layers below L at this distance; bars: 95 % intervals."
     write_around(figure, "How far ahead does a fixed lens see?", caption)
     return figure
@@ -454,7 +539,7 @@ def visibility_by_distance(frame: pd.DataFrame) -> Figure:
 
 def learning_curves(frame: pd.DataFrame) -> Figure:
     """Held-out cross-entropy against tokens and seconds of training, and by position in the context."""
-    figure = Figure(figsize=(11.5, 3.6), dpi=DPI, layout="constrained")
+    figure = new_figure(11.5, 3.6, narrow=False)
     against_tokens, against_seconds, by_position = figure.subplots(1, 3, sharey=True)
     whole = frame[frame["positions"] == ALL]
     parts = [name for name in dict.fromkeys(frame["positions"]) if name != ALL]
@@ -478,7 +563,7 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
         panel.xaxis.set_minor_formatter("")
         panel.xaxis.set_major_locator(FixedLocator(tick_values(whole, panel is against_tokens)))
-    figure.legend(*by_position.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    beside(figure, *by_position.get_legend_handles_labels())
     caption = (
         "Bars: 95 %, over seeds (all on the same documents) where there are several, else over documents. Each budget has a "
         "schedule of its own. Seconds: median step times steps, with another process beside it; no benchmark."
@@ -504,7 +589,7 @@ def in_context(table: pd.DataFrame, parts: list[str]) -> Figure:
             panel.axhline(0, color=GREY, lw=0.8, zorder=1)
             panel.set(title=task, xlabel="position", ylabel="CE above the Bayes predictor's (nats/token)")
             panel.set(xticks=range(len(parts)), xticklabels=parts)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+        beside(figure, *panels[0].get_legend_handles_labels())
         caption = "0: nothing more can be learned from the document. Bars: 95 %, over seeds where there are several."
         write_around(figure, "How much of its document a model fails to use", caption)
     return figure
@@ -516,7 +601,7 @@ def regression(table: pd.DataFrame) -> Figure:
         rows = shown(table)
         shapes = dict.fromkeys(zip(rows["layers"], rows["attention"], strict=True))
         of_model = {key: f"{key[1]}, {key[0]} layer{'s' * (key[0] > 1)}" for key in shapes}
-        figure = Figure(figsize=(9.0, 0.55 * len(of_model) + 1.9), dpi=DPI, layout="constrained")
+        figure = new_figure(9.0, 0.55 * len(of_model) + 1.9, narrow=False)
         left, right = figure.subplots(1, 2, sharey=True)
         kinds = {"": "trained", "gd": "gradient steps, best rates", "gd++": "gd++, best rates", "bayes": "Bayes"}
         kinds |= {"gd, another task": "steps of another task", "gd++, another task": "gd++ of another task"}
@@ -534,7 +619,7 @@ def regression(table: pd.DataFrame) -> Figure:
         left.set(yticks=range(len(of_model)), yticklabels=list(of_model.values()), ylim=(len(of_model) - 0.5, -0.5))
         left.set(xlabel="squared error on new tasks")
         right.set(xlabel="cosine of sensitivities with the trained model")
-        figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+        beside(figure, *left.get_legend_handles_labels())
         caption = "Bars: 95 %, over seeds where there are several. Sensitivity: the answer's gradient by the question."
         write_around(figure, "Is trained in-context regression a gradient step?", caption)
     return figure
@@ -589,7 +674,7 @@ def probes(frame: pd.DataFrame, of: str = "token") -> Figure:
     shown = [panel for panel in PROBE_PANELS if (frame["quantity"] == panel[0]).any()]
     columns = max(1, min(3, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
-    figure = Figure(figsize=(3.0 * columns + 1.6, 2.4 * rows + 0.8), dpi=DPI, layout="constrained")
+    figure = new_figure(3.0 * columns + 1.6, 2.4 * rows + 0.8, narrow=False)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     of_model = dict(zip(models, looks(len(models)), strict=True))
     for panel, (quantity, over, name) in zip(panels, shown, strict=False):
@@ -629,7 +714,7 @@ def probes(frame: pd.DataFrame, of: str = "token") -> Figure:
         for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     if named:
-        figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False, fontsize=8)
+        beside(figure, named.values(), named.keys())
     caption = f"Bars: 95 % intervals. Thin lines, the null: another {of}'s gradient, another direction's response."
     titles = {"gradient_alignment": "gradients", "ce_rise_deleted": "blocks", "read_out_ce": "predictions and errors"}
     titles |= {
@@ -655,7 +740,7 @@ def error_transport(frame: pd.DataFrame) -> Figure:
     columns = min(len(models), 3)
     rows = math.ceil(len(models) / columns)
     size = max(2.6, 0.3 * widest), max(1.9, 0.17 * deepest)
-    figure = Figure(figsize=(columns * size[0] + 1.3, rows * size[1] + 1.0), dpi=DPI, layout="constrained")
+    figure = new_figure(columns * size[0] + 1.3, rows * size[1] + 1.0, narrow=False)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     # One colour scale for all would show the strongest model alone: each model has its own, told beside it.
     for panel, model in zip(panels, models, strict=False):
@@ -664,7 +749,7 @@ def error_transport(frame: pd.DataFrame) -> Figure:
         most = max(float(grid.abs().max(axis=None)), SMALLEST_SCORE)
         look: dict[str, Any] = {"vmin": -most, "vmax": most, "cmap": "vlag", "cbar_kws": {"shrink": 0.8}}
         sns.heatmap(grid, ax=panel, **look)
-        panel.collections[0].colorbar.ax.tick_params(labelsize=6.5)
+        panel.collections[0].colorbar.ax.tick_params(labelsize=pt(6.5))
         found = of[of["found"] > 0]
         places = {layer: k for k, layer in enumerate(grid.index)}, {head: k for k, head in enumerate(grid.columns)}
         for _, row in found.iterrows():
@@ -677,8 +762,8 @@ def error_transport(frame: pd.DataFrame) -> Figure:
             for row in top.itertuples()
         )
         panel.set(xlabel="head", ylabel="layer")
-        panel.set_title(f"{model}: {len(found)} of {len(of)} found\n{named or 'none to name'}", fontsize=8)
-        panel.tick_params(rotation=0, length=0, labelsize=6.5)
+        panel.set_title(f"{model}: {len(found)} of {len(of)} found\n{named or 'none to name'}", fontsize=pt(8))
+        panel.tick_params(rotation=0, length=0, labelsize=pt(6.5))
     for panel in panels[len(models) :]:
         panel.remove()
     caption = (
@@ -713,14 +798,14 @@ def pair_penalty(frame: pd.DataFrame, of: str = "token") -> Figure:
         look |= {
             "annot": grid.map(lambda v: "" if np.isnan(v) else cell_text(v, top)),
             "fmt": "",
-            "annot_kws": {"size": 6.5},
+            "annot_kws": {"size": pt(6.5)},
         }
         sns.heatmap(grid, ax=panel, linewidths=0.4, **look)
         panel.tick_params(rotation=0, length=0)
         panel.grid(False)
         panel.set(title=model, xlabel="layer", ylabel="layer")
     bar = figure.colorbar(panels[0].collections[0], ax=panels, aspect=12 * len(panels), pad=0.02)
-    bar.set_label(f"$M_{{ij}}$ (nats/{of})", size=8)
+    bar.set_label(f"$M_{{ij}}$ (nats/{of})", size=pt(8))
     write_around(figure, title, caption)
     return figure
 
@@ -738,7 +823,7 @@ def plane(frame: pd.DataFrame) -> Figure:
     points = table["value"].loc[models, names]
     gaps = [f"{name} of {', '.join(points.index[points[name].isna()])}" for name in names if points[name].isna().any()]
     points = points[points[names[0]].notna() & points[names[1]].notna()].fillna(0.0)
-    figure = Figure(figsize=(7.6, 5.2), dpi=DPI, layout="constrained")
+    figure = new_figure(7.6, 5.2)
     panel = figure.subplots()
     most = max(MOVEMENTS)
     bars = []
@@ -763,7 +848,12 @@ def plane(frame: pd.DataFrame) -> Figure:
         panel.scatter([], [], s=70, marker="s", color=GREY, alpha=0.4, lw=0, label="sees images")
     if known.any():
         panel.scatter([], [], s=70, marker="D", color="white", edgecolors="#222222", label="known by\nconstruction")
-    panel.legend(title="movement", loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.2, frameon=False)
+    if _sheet.get().width is None:
+        panel.legend(title="movement", loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.2, frameon=False)
+    else:
+        handles, labels = panel.get_legend_handles_labels()
+        look: dict[str, Any] = {"title": "movement", "frameon": False, "fontsize": pt(8), "columnspacing": 1.5}
+        figure.legend(handles, labels, loc="outside upper center", ncols=5 if figure.get_figwidth() > 4 else 3, **look)
     panel.axvline(0, color=GREY, lw=0.8, zorder=1)
     panel.axhline(1, color=GREY, lw=0.8, zorder=1, ls=":")
     panel.update_datalim([(-1, 0), (1, 1)])
@@ -775,7 +865,7 @@ def plane(frame: pd.DataFrame) -> Figure:
         + f" Undefined: {'; '.join(gaps).replace('_', ' ')}." * bool(gaps)
     )
     write_around(figure, "Is one prediction refined in one representation?", caption)
-    faint: dict[str, Any] = {"color": GREY, "style": "italic", "size": 8.5}
+    faint: dict[str, Any] = {"color": GREY, "style": "italic", "size": pt(8.5)}
     corners = [
         panel.text(0.98, 0.98, "refinement", ha="right", va="top", transform=panel.transAxes, **faint),
         panel.text(0.02, 0.02, "re-representation", transform=panel.transAxes, **faint),
@@ -791,7 +881,9 @@ def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[
     boxes = [artist.get_window_extent() for artist in taken]
     boxes += [Bbox([centre - 15, centre + 15]) for centre in panel.transData.transform(points.iloc[:, :2])]
     for model, x, y, _ in points.itertuples(name=None):
-        text = panel.annotate(model, (x, y), (0, 0), textcoords="offset points", size=8.5, weight="bold", va="center")
+        text = panel.annotate(
+            model, (x, y), (0, 0), textcoords="offset points", size=pt(8.5), weight="bold", va="center"
+        )
         for far, up, right in itertools.product((1, 2, 3.5, 5), (1, -1), (1, -1)):
             text.set(position=(9 * far * right, 12 * far * up), ha="left" if right > 0 else "right")
             box = text.get_window_extent()

@@ -1,5 +1,8 @@
 """The pictures are a function of the tables: the same bytes for the same tables, an error for what cannot be drawn."""
 
+import io
+import re
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -10,10 +13,13 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
 
 from lensbench import figures
 from lensbench.errors import LensbenchError
 from lensbench.results import SCHEMA, Run, read_run, write_table
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 FILES = [
     "transfer_penalty.png", "kl_by_layer.png", "penalty_by_distance.png", "gain_visibility.png", "plane.png",
@@ -327,3 +333,60 @@ def test_small_numbers_are_told_where_all_are_small_and_nowhere_else():
         "−13",
     ]
     assert [figures.cell_text(v, 0.02) for v in (0.0, 0.003, -0.004, 0.0182)] == ["0", "3e−3", "−4e−3", "2e−2"]
+
+
+# For papers
+
+
+def drawn(folder: Path, out: Path, *options: str) -> dict[str, bytes]:
+    from typer.testing import CliRunner
+
+    from lensbench.cli import app
+
+    found = CliRunner().invoke(app, ["figures", str(folder), "--out", str(out), *options])
+    assert found.exit_code == 0, found.output
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_the_committed_pictures_are_drawn_again_byte_for_byte(tmp_path: Path) -> None:
+    committed = RESULTS / "quick"
+    for name, content in drawn(committed, tmp_path / "out").items():
+        assert content == (committed / "figures" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("columns, inches", [(1, 3.35), pytest.param(2, 6.9, marks=pytest.mark.slow)])
+def test_figures_for_a_paper_are_as_wide_as_its_columns_hold_their_letters_and_are_the_same_twice(
+    tmp_path: Path, columns: int, inches: float
+) -> None:
+    options = ("--columns", str(columns), "--format", "pdf", "--format", "svg")
+    first = drawn(RESULTS / "quick", tmp_path / "a", *options)
+    assert first == drawn(RESULTS / "quick", tmp_path / "b", *options)
+    assert {Path(n).suffix for n in first} == {".pdf", ".svg"} and len(first) >= 16
+    wide = {"probes", "gain_visibility"}  # panels side by side: two columns at least
+    for name, content in first.items():
+        if name.endswith("svg"):
+            assert b"<text" not in content and b"<dc:date>" not in content, name
+            continue
+        box = re.search(rb"/MediaBox \[ *0 0 ([0-9.]+) ([0-9.]+) *\]", content)
+        assert box is not None
+        expected = 6.9 if Path(name).stem in wide else inches
+        assert float(box[1]) / 72 == pytest.approx(expected, rel=0.01), name
+        unpacked = content + b"".join(
+            zlib.decompress(part) for part in re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)endstream", content, re.S)
+        )
+        assert b"/FontFile2" in unpacked and b"CreationDate" not in content, name
+
+
+def test_dots_per_inch_and_formats_are_chosen_and_no_setting_is_left_changed(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    fine = drawn(RESULTS / "quick", tmp_path / "a", "--dpi", "300")
+    assert dict(matplotlib.rcParams) == before
+    with Image.open(io.BytesIO(fine["plane.png"])) as large, Image.open(RESULTS / "quick/figures/plane.png") as small:
+        assert large.width == pytest.approx(2 * small.width, abs=2)
+    for options in (["--format", "jpg"], ["--dpi", "7"], ["--columns", "3"]):
+        from typer.testing import CliRunner
+
+        from lensbench.cli import app
+
+        found = CliRunner().invoke(app, ["figures", str(RESULTS / "quick"), "--out", str(tmp_path / "b"), *options])
+        assert found.exit_code == 2 and not (tmp_path / "b").exists()
