@@ -5,6 +5,7 @@ Layers, width, vocabulary and tokens are doubled in turn, each size in a process
 ratio. The formula counts what has to be held at once, in bytes:
 
     states       4 (L + 1) d (N_fit + N_dev)      of fitting and dev tokens; beyond memory_gib on disk
+    turned       4 3 (L + 1) d N_dev              the dev tokens seen through a rotation, while they are made
     read-outs    4 (d + 7) (N_fit + N_dev)        e = W^T p and what else is kept of a token
     moments      8 L d^2 (8 + 2 R)                covariance and cross moments, eigenvectors, the five arrays of a solution
                                                   for all layers at once; R rotated views kept for pairs; float64
@@ -61,6 +62,7 @@ def formula(layers: int, width: int, vocabulary: int, tokens: int) -> dict[str, 
     dev = max(4 * POSITIONS, tokens // 8)
     parts = {
         "states": 4 * (layers + 1) * width * (tokens + dev),
+        "turned": 4 * 3 * (layers + 1) * width * dev,
         "read_outs": 4 * (width + 7) * (tokens + dev),
         "moments": 8 * layers * width**2 * (8 + 2 * RECIPE.pair_rotations),
         "lenses": 8 * width**2 * kept_maps(layers),
