@@ -1,3 +1,30 @@
-"""lensbench: does a language model refine one prediction, kept in one representation, layer by layer?"""
+"""lensbench: does a language model refine one prediction, kept in one representation, layer by layer?
+
+``load``, ``fit``, ``measure``, ``transfer_matrix`` and ``plot`` are the way in; torch and transformers are imported when
+one of them is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lensbench.api import Lenses, fit, load, measure, plot, transfer_matrix
+    from lensbench.errors import LensbenchError
 
 __version__ = "0.1.0"
+__all__ = ["LensbenchError", "Lenses", "fit", "load", "measure", "plot", "transfer_matrix"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LensbenchError":
+        from lensbench.errors import LensbenchError
+
+        return LensbenchError
+    if name in __all__:
+        from lensbench import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'lensbench' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -646,6 +646,15 @@ def trace(
 
 @app.command()
 @answerable
+def schema(debug: Debug = False) -> None:
+    """What every column of every table means, as Markdown."""
+    from lensbench.results import schema_text
+
+    sys.stdout.write(schema_text())
+
+
+@app.command()
+@answerable
 def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
     from lensbench.images import SPECS

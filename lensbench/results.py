@@ -227,6 +227,29 @@ SCHEMA: dict[str, dict[str, str]] = {
 }
 
 
+OPENING = """# What a run's tables hold
+
+Written from `lensbench/results.py` (`lensbench schema > results/README.md`); a test holds the two together. Tables are CSV,
+UTF-8, one header line; an empty cell is what is unknown, and `reason` says why. Losses are in nats/token (of image models
+nats/image) unless a column says otherwise. A mean has its 95 % interval in `_ci_low` and `_ci_high`: bootstrap over
+documents (or clusters of them) with the fitted lens held fixed; rows with `seed` = `all` are means over seeds with
+Student's t. `manifest.json` has the suite, seeds, versions, hardware, corpus checksum, code revision, and the SHA-256 of every table and of itself.
+
+Folders here are what `lensbench run SUITE`, `lensbench sweep`, `lensbench calibrate`, `lensbench in-context` and
+`lensbench regression` wrote, unedited; `speed/` is described in `benchmarks/README.md`.
+"""
+
+
+def schema_text() -> str:
+    """The schema of all tables as Markdown."""
+    parts = [OPENING]
+    for name, columns in SCHEMA.items():
+        parts.append(f"## `{name}`\n\n| column | meaning |\n|---|---|\n")
+        parts += [f"| `{column}` | {meaning.replace('|', chr(92) + '|')} |\n" for column, meaning in columns.items()]
+        parts.append("\n")
+    return "".join(part if part != OPENING else part + "\n" for part in parts).rstrip() + "\n"
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """``write(partial)``, then move the finished file into place."""
     partial = path.with_name(path.name + ".partial")
