@@ -233,7 +233,8 @@ Written from `lensbench/results.py` (`lensbench schema > results/README.md`); a 
 UTF-8, one header line; an empty cell is what is unknown, and `reason` says why. Losses are in nats/token (of image models
 nats/image) unless a column says otherwise. A mean has its 95 % interval in `_ci_low` and `_ci_high`: bootstrap over
 documents (or clusters of them) with the fitted lens held fixed; rows with `seed` = `all` are means over seeds with
-Student's t. `manifest.json` has the suite, seeds, versions, hardware, corpus checksum, code revision, and the SHA-256 of every table and of itself.
+Student's t. `manifest.json` has the suite, seeds, versions, hardware, corpus checksum,
+code revision, and the SHA-256 of every table and of itself.
 
 Folders here are what `lensbench run SUITE`, `lensbench sweep`, `lensbench calibrate`, `lensbench in-context` and
 `lensbench regression` wrote, unedited; `speed/` is described in `benchmarks/README.md`.

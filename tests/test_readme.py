@@ -92,7 +92,7 @@ def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured
 
 def test_the_python_examples_of_the_benchmarks_run(tiny_run):
     text = (ROOT / "benchmarks" / "README.md").read_text()
-    example, of_probes = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    *_, example, of_probes = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     names = {}
     exec(example.replace("runs/quick", str(tiny_run)), names)
     out = names["out"]
@@ -113,7 +113,7 @@ def test_the_python_examples_of_the_benchmarks_run(tiny_run):
 
 
 def test_the_python_example_runs(tiny_run):
-    example = README.split("```python\n")[1].split("```")[0]
+    example = README.split("```python\n")[2].split("```")[0]
     for quick, tiny in (("runs/quick", str(tiny_run)), ("states[3], idx=3", "states[2], idx=2")):
         assert quick in example
         example = example.replace(quick, tiny)
