@@ -67,7 +67,7 @@ def fit(
         fractions = {**FRACTIONS, "train": 0.0, "fit": FRACTIONS["train"] + FRACTIONS["fit"]}
         if model.trained_here:
             fractions = FRACTIONS
-    recipe = recipe or FitRecipe(sequences=256, positions=16)
+    recipe = recipe or FitRecipe(sequences=256, positions=16, dev_sequences=128, refits=2, refine_passes=6)
     check_context(model.source, model.model.config, length, "set length to {} or less")
     read = corpus.load_corpus(text, fractions=fractions, max_bytes=max_bytes)
     texts = Texts(read, model.source, "", lambda: model.tokenizer, length, 1)

@@ -34,10 +34,13 @@ def few_shot(subject: Subject) -> Jackknifed:
     The change is that of the labels' logits (about their mean) at the answer of example k+1 when example k is taken out of
     the prompt, everything else kept; the error is ``1[y] - p`` over the labels, p being the model's at the answer of
     example k. ``change ~ alpha 1[y] - beta p``: ``few_shot_alpha``, logits per label shown; ``few_shot_ratio`` is beta /
-    alpha, 1 for an update by the error, 0 for one by the label whatever was predicted; ``few_shot_copying_r2`` that of
+    alpha, 1 for an update by the error, 0 for adding the label whatever was predicted; ``few_shot_copying_r2`` that of
     beta = 0, ``few_shot_error_gain`` what a free beta adds to it, cross-fitted over groups of prompts, and
     ``few_shot_error_gain_null`` the same with p of another prompt. Names end in ``_same`` where example k+1 asks the same
-    query as k, in ``_other`` where another. ``few_shot_learned`` is p of the mapped label at the last example, among the
+    query as k, in ``_other`` where another. At the same query what is left of the prompt up to the answer is the context
+    that p was predicted from, so that logits minus log p regress on p whatever moves them: attention that averages the
+    labels shown, and holds no prediction, has a ratio well above 0 and a gain above this null. Neither tells errors from
+    that. ``few_shot_learned`` is p of the mapped label at the last example, among the
     labels: a quarter if nothing is learned from the prompt.
     """
     name = "few_shot"

@@ -78,7 +78,8 @@ def gradient_alignment(subject: Subject) -> Measured:
         if len(shapes) > 1:
             told = ", ".join(str(tuple(shape[1:])) for shape in sorted(shapes))
             return Measured("gradient_alignment", reason=f"its blocks change the shape of what they are given ({told})")
-    per_batch = max(1, TOKENS_AT_ONCE // windows.positions_read) if stream.pooling is None else IMAGES_AT_ONCE
+    # Two windows at least: the other token, whose gradient is the null, is then not always of the same text.
+    per_batch = max(2, TOKENS_AT_ONCE // windows.positions_read) if stream.pooling is None else IMAGES_AT_ONCE
     generator = torch.Generator().manual_seed(0)
     aligned: list[Tensor] = []
     null: list[Tensor] = []

@@ -27,7 +27,7 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
 
     ``prediction_baseline_r2``, and per layer ``prediction_r2`` with the state beside the baseline, ``prediction_gain`` the
     difference and ``prediction_gain_of_rest`` the share of what the baseline leaves; the same four of ``surprise``.
-    ``expectation_r2`` is that of what the state predicts *next*, ``ebar_s``: how much of an expectation can be seen at
+    ``expectation_r2`` is that of what is predicted *next*, ``ebar_s``, from baseline and state together: how much can be seen at
     all. ``prediction_directions`` is the share of the unembedding's variance in the directions that expectations are
     seen in.
     """
