@@ -27,8 +27,8 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
 
     ``prediction_baseline_r2``, and per layer ``prediction_r2`` with the state beside the baseline, ``prediction_gain`` the
     difference and ``prediction_gain_of_rest`` the share of what the baseline leaves; the same four of ``surprise``.
-    ``expectation_r2`` is that of what is predicted *next*, ``ebar_s``, from baseline and state together: how much can be seen at
-    all. ``prediction_directions`` is the share of the unembedding's variance in the directions that expectations are
+    ``expectation_r2`` is that of what is predicted *next*, ``ebar_s``, from baseline and state together: how much can be
+    seen at all. ``prediction_directions`` is the share of the unembedding's variance in the directions that expectations are
     seen in.
     """
     name = "prediction_visibility"
