@@ -142,7 +142,7 @@ def test_a_run_writes_its_page_and_the_command_does_it_again(tiny_run, tmp_path)
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install 'lensbench[browser]'")
     chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
     if chromium is None:
         pytest.skip("no chromium here")
