@@ -396,14 +396,11 @@ def figures(
     format: Annotated[
         list[str] | None, typer.Option(help="png (default), pdf or svg; repeat it for several.", show_default=False)
     ] = None,
-    dpi: Annotated[int, typer.Option(min=50, max=1200, help="Of PNG.")] = 150,
+    dpi: Annotated[int, typer.Option(help="Dots per inch of PNG, 50 to 1200.")] = 150,
     columns: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=2,
-            help="As wide as one or two columns of a paper (3.35 and 6.9 inches), letters of 5 to 8 points; figures of "
-            "several panels side by side take two. Default: for a screen.",
+            help="As wide as 1 or 2 columns of a paper (3.35, 6.9 inches), letters of 6 to 8 points. Default: for a screen.",
             show_default=False,
         ),
     ] = None,
@@ -414,12 +411,10 @@ def figures(
 ) -> None:
     """Redraw a run's figures from its CSV tables alone; the same tables give the same bytes."""
     from lensbench import results
-    from lensbench.figures import FORMATS, draw_figures
+    from lensbench.figures import draw_figures
 
-    formats = list(dict.fromkeys(format or ["png"]))
-    if strange := [kind for kind in formats if kind not in FORMATS]:
-        raise LensbenchError(f"unknown format {strange[0]!r}; figures are {', '.join(FORMATS)}")
     tables = results.read_run(folder, need_manifest=False, verify=not unverified)
+    formats = list(dict.fromkeys(format or ["png"]))
     for path in draw_figures(tables, out or folder / "figures", formats=formats, dpi=dpi, columns=columns):
         console.print(str(path), highlight=False)
 
@@ -618,27 +613,32 @@ def trace(
         subject_of,
         token_ids,
         trace_page,
-        trace_table,
+        trace_tables,
         traced,
         words_of,
     )
 
+    if out is not None and out.is_dir():
+        raise LensbenchError(f"--out {out} is a folder: name a file, {out / 'trace.html'} say")
     subject = subject_of(model, lens, run, seed)
     loaded = load_pretrained(subject.model, dtype=dtype_named(dtype), device=choose_device(device))
     trajectory = traced(loaded, text, subject.lens, tokens, subject.view)
-    console.print(trace_table(trajectory, tokens))
-    ids, errors = token_ids(loaded, text), None
+    for table in trace_tables(trajectory, tokens, console.width):
+        console.print(table)
+    ids, errors, note = token_ids(loaded, text), None, None
     if isinstance(loaded.model, PredictiveCodingForCausalLM):
         try:
             errors = errors_of(loaded.model, ids)
         except LensbenchError as error:
-            console.print(f"note: {error}", highlight=False, markup=False)
+            note = str(error)
+            console.print(f"note: {note}", highlight=False, markup=False)
         else:
-            for table in error_tables(errors, words_of(trajectory, ids.tolist()), tokens):
-                console.print(table)
+            words, word = words_of(trajectory, ids.tolist()), words_of(trajectory, [errors.word])[0]
+            for part in error_tables(errors, words, word, tokens, console.width):
+                console.print(part, highlight=False)
     if out is not None:
         read = "the logit lens" if subject.lens is None else f"lens {subject.lens.rpartition('/')[2]}"
-        page = trace_page(trajectory, title=f"{model}, {read}: {text}", errors=errors, ids=ids.tolist())
+        page = trace_page(trajectory, title=f"{model}, {read}: {text}", errors=errors, ids=ids.tolist(), note=note)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda partial: partial.write_text(page, encoding="utf-8"))
         console.print(str(out), highlight=False, markup=False)

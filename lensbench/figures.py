@@ -6,6 +6,7 @@ Nothing here leaves a setting of matplotlib changed, and the same tables give th
 
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, Locator, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from lensbench.errors import LensbenchError
@@ -31,7 +35,7 @@ from lensbench.learning import ALL, BOUND, shown_curves
 from lensbench.regression import shown
 from lensbench.results import Run, unit, write_atomically
 
-DPI = 150
+DPI, LOWEST_DPI, HIGHEST_DPI = 150, 50, 1200
 ANNOTATED_LAYERS = 10  # the numbers of a larger heatmap could not be read
 CLIP_PERCENTILE = 95
 SMALLEST_KL = 1e-6  # nats/token; a log axis has no zero
@@ -70,12 +74,16 @@ class Sheet:
     """What figures are drawn for: ``width`` inches of a page, or (None) a screen, each figure as wide as it wants."""
 
     width: float | None = None
+    abreast: int = 3
+    """Panels side by side, at most"""
     scale: float = 1.0
     """Of all sizes of letters"""
 
 
-SHEETS = {None: Sheet(), 1: Sheet(3.35, 0.8), 2: Sheet(6.9, 0.9)}
+SHEETS = {None: Sheet(), 1: Sheet(3.35, 2, 0.8), 2: Sheet(6.9, 3, 0.8)}
 """Columns of a paper -> its sheet."""
+SMALLEST, LARGEST = 6.0, 8.0
+"""Points of letters in a paper."""
 _sheet: ContextVar[Sheet] = ContextVar("sheet", default=SHEETS[None])
 
 
@@ -100,28 +108,46 @@ def on(sheet: Sheet) -> Iterator[None]:
 
 def pt(size: float) -> float:
     """A size of letters on the sheet, in points."""
-    return size * _sheet.get().scale
+    sheet = _sheet.get()
+    return size if sheet.width is None else min(max(size * sheet.scale, SMALLEST), LARGEST)
 
 
-def new_figure(width: float, height: float, *, narrow: bool = True) -> Figure:
-    """A figure of so many inches on a screen; on a sheet as wide as that, lower in between.
+def new_figure(width: float, height: float, paper: float | None = None) -> Figure:
+    """A figure of so many inches on a screen; on a sheet as wide as that, and ``paper`` inches high.
 
-    One that cannot be ``narrow`` is two columns wide on a sheet of one.
+    What is written above and below a figure on a sheet makes it higher: see :func:`beside` and :func:`write_around`.
     """
     wide = _sheet.get().width
     if wide is not None:
-        wide = wide if narrow else max(wide, SHEETS[2].width or wide)
-        height, width = height * max(0.75, min(1.0, wide / width)), wide
+        width, height = wide, min(0.62 * wide, 3.0) if paper is None else paper
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def abreast(count: int, most: int | None = None) -> int:
+    """How many of ``count`` panels stand side by side; on a sheet no row is much shorter than another."""
+    sheet = _sheet.get()
+    most = most or sheet.abreast
+    return min(count, most) if sheet.width is None else math.ceil(count / math.ceil(count / most))
 
 
 def beside(figure: Figure, handles: Any, labels: Any, **look: Any) -> None:
     """The legend of a whole figure: to its right on a screen, above it on a sheet, which has no width to spare."""
+    look = {"frameon": False, "fontsize": pt(8), **look}
     if _sheet.get().width is None:
-        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=pt(8), **look)
-    else:
-        columns = 2 if figure.get_figwidth() > 4 or max(map(len, labels), default=0) < 20 else 1
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=pt(8), **look)
+        figure.legend(handles, labels, loc="outside right center", **look)
+        return
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+    # A letter is 0.56 of its size wide; beside its label an entry has a handle and gaps.
+    fits = figure.get_figwidth() * 72 / (pt(8) * (0.56 * longest + look.get("handlelength", 2) + 2))
+    columns = abreast(len(labels), max(1, int(fits))) if len(labels) else 1
+    rows = math.ceil(len(labels) / columns)
+    look = {"labelspacing": 0.3, "columnspacing": 1.2, "borderpad": 0.2, **look}
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, **look)
+    grow(figure, pt(8) * (1.5 * rows + 1))
+
+
+def grow(figure: Figure, points: float) -> None:
+    figure.set_figheight(figure.get_figheight() + points / 72)
 
 
 def draw_figures(
@@ -132,6 +158,12 @@ def draw_figures(
     ``formats``: of :data:`FORMATS`; ``dpi`` is that of PNG; ``columns``: 1 or 2, of a paper that they are to fit into.
     All are drawn before the first is written: a table that cannot be drawn leaves the folder as it was.
     """
+    if strange := [kind for kind in formats if kind not in FORMATS]:
+        raise LensbenchError(f"unknown format {strange[0]!r}; figures are {', '.join(FORMATS)}")
+    if not LOWEST_DPI <= dpi <= HIGHEST_DPI:
+        raise LensbenchError(f"{dpi} dots per inch: {LOWEST_DPI} to {HIGHEST_DPI} can be drawn")
+    if columns not in SHEETS:
+        raise LensbenchError(f"{columns} columns: figures are as wide as 1 or 2")
     transfer, lenses, indices = transfer_frame(run), lens_frame(run), index_frame(run)
     of = unit(run.tables["models.csv"])
     with on(SHEETS[columns]), style():
@@ -301,15 +333,20 @@ def curve_frame(run: Run) -> pd.DataFrame:
     return frame
 
 
-def panels_of(models: list[str], size: float, extra: float, *, sharey: bool) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel per model, each ``size`` inches wide and high, and ``extra`` inches beside them."""
-    sheet = _sheet.get()
-    columns = min(len(models), 3 if sheet.width is None else max(1, round(sheet.width / 3)))
-    if sheet.width is not None:
-        size, extra = min(size, 0.95 * sheet.width / columns), 0
+def panels_of(
+    models: list[str], size: float, extra: float, *, sharey: bool, square: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per model, each ``size`` inches wide and high, and ``extra`` inches beside them.
+
+    On a sheet the panels fill its width, and are lower than wide unless ``square``.
+    """
+    columns = abreast(len(models))
     rows = math.ceil(len(models) / columns)
-    wide = max(columns * size + extra, 5) if sheet.width is None else sheet.width
-    high = rows * size + 0.4 + (0.0 if sheet.width is None else 0.5)
+    wide, high = max(columns * size + extra, 5), rows * size + 0.4
+    sheet = _sheet.get()
+    if sheet.width is not None:
+        each = sheet.width / columns
+        wide, high = sheet.width, rows * (min(each, 3.2) if square else min(0.8 * each, 1.9)) + 0.2
     figure = Figure(figsize=(wide, high), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
     for panel in panels[len(models) :]:
@@ -318,11 +355,95 @@ def panels_of(models: list[str], size: float, extra: float, *, sharey: bool) -> 
 
 
 def write_around(figure: Figure, title: str, caption: str) -> None:
-    # Letters of 7 points are an inch's seventeenth wide.
-    fits = int(17 * figure.get_figwidth() / _sheet.get().scale)
+    """The title and the caption. The last that is done to a figure on a sheet but for the names in the plane."""
     if _sheet.get().width is None:  # in a paper what a figure shows is said below it
         figure.suptitle(title, x=0.01, ha="left", size=10.5, weight="bold")
-    figure.supxlabel(textwrap.fill(caption, fits), x=0.01, ha="left", size=pt(7), color=GREY)
+    # Letters of 7 points are an inch's seventeenth wide.
+    text = textwrap.fill(caption, int(17 * figure.get_figwidth() * 7 / pt(7)))
+    figure.supxlabel(text, x=0.01, ha="left", size=pt(7), color=GREY)
+    if _sheet.get().width is not None:
+        grow(figure, pt(7) * (1.3 * (text.count("\n") + 1) + 0.5))
+        fit(figure)
+
+
+def fit(figure: Figure) -> None:
+    """On a narrow sheet: what is said twice is said once, long labels are broken, what would touch is left out."""
+    places = {panel: place for panel in figure.axes if (place := panel.get_subplotspec()) is not None}
+    for panel, place in places.items():
+        left = [p for p, at in places.items() if at.rowspan == place.rowspan and at.colspan.stop <= place.colspan.start]
+        below = [
+            p for p, at in places.items() if at.colspan == place.colspan and at.rowspan.start >= place.rowspan.stop
+        ]
+        if any(p.get_ylabel() == panel.get_ylabel() for p in left):
+            panel.set_ylabel("")
+        if any(p.get_xlabel() == panel.get_xlabel() for p in below):
+            panel.set_xlabel("")
+    labels = [(panel, axis.label, k) for panel in places for k, axis in enumerate((panel.xaxis, panel.yaxis))]
+    for _, label, _ in labels:
+        label.set_in_layout(False)  # one that is too long would shrink the panels that it is measured by
+    figure.draw_without_rendering()
+    for panel, label, side in labels:
+        label.set_in_layout(True)
+        break_label(label, panel.bbox.size[side], side)
+    figure.draw_without_rendering()
+    # All are measured before the first changes: panels share axes.
+    for axis, ticks in [(axis, ticks_apart(axis)) for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]:
+        if ticks is not None:
+            axis.set_major_locator(ticks)
+    maps = [panel for panel in places if any(isinstance(c, QuadMesh) for c in panel.collections) and panel.texts]
+    cells = {panel: panel.bbox.width / abs(np.subtract(*panel.get_xlim())) for panel in maps}
+    # All or none: a heatmap with numbers beside one without would look like another kind.
+    if any(text.get_window_extent().width > cells[panel] for panel in maps for text in panel.texts):
+        for text in [text for panel in maps for text in panel.texts]:
+            text.remove()
+
+
+def break_label(label: Text, room: float, side: int) -> None:
+    """Into as many lines as leave none longer than ``room`` pixels, along x (``side`` 0) or y (1); never in a formula."""
+    whole = re.sub(r"\$[^$]*\$", lambda formula: formula[0].replace(" ", "\u00a0"), label.get_text())
+    for lines in range(2, 5):
+        if label.get_window_extent().size[side] <= room:
+            return
+        each = (textwrap.wrap(whole, width, break_long_words=False) for width in range(1, len(whole) + 1))
+        label.set_text("\n".join(next(parts for parts in each if len(parts) <= lines)).replace("\u00a0", " "))
+
+
+def ticks_apart(axis: Axis) -> Locator | None:
+    """Fewer ticks for an axis whose labels would touch, else None; on a logarithmic one the roundest numbers stay."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [(tick.get_loc(), tick.label1) for tick in axis.get_major_ticks()]
+    boxes = {
+        at: label.get_window_extent().padded(2)
+        for at, label in ticks
+        if low <= at <= high and label.get_visible() and label.get_text()
+    }
+    if not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2)):
+        return None
+    if axis.get_scale() == "linear":
+        whole = all(float(at).is_integer() for at in boxes)
+        of_text = not isinstance(axis.get_major_locator(), MaxNLocator)
+        return None if of_text else MaxNLocator(nbins=max(2, len(boxes) // 2), integer=whole)
+
+    def roundness(at: float) -> tuple[int, float]:
+        if at == 0:
+            return 0, 0.0
+        first = round(abs(at) / 10 ** math.floor(math.log10(abs(at)) + 1e-9))
+        return {1: 1, 5: 2, 2: 3}.get(first, 4), -abs(at)
+
+    stay: list[float] = []
+    for at in sorted(boxes, key=roundness):
+        if not any(boxes[at].overlaps(boxes[other]) for other in stay):
+            stay.append(at)
+    return FixedLocator(sorted(stay))
+
+
+def colour_bar(figure: Figure, panels: list[Axes], label: str, **look: Any) -> None:
+    """Of all heatmaps: beside them on a screen, below them on a sheet."""
+    look |= {"ax": panels, "aspect": 12 * len(panels), "pad": 0.02}
+    if _sheet.get().width is not None:
+        look |= {"location": "bottom", "aspect": 40, "shrink": 0.8}
+        grow(figure, 40)
+    figure.colorbar(panels[0].collections[0], **look).set_label(label, size=pt(8))
 
 
 def use_symlog(panel: Axes, axis: str, linear: float) -> None:
@@ -342,7 +463,7 @@ def transfer_penalty(cells: pd.DataFrame, of: str = "token") -> Figure:
     lowest, highest = float(penalties.min()), float(penalties.max())
     clipped = highest > 1.5 * ceiling > 0
     top = max(ceiling if clipped else highest, 1e-3)
-    figure, panels = panels_of(models, 2.9, 0.9, sharey=False)
+    figure, panels = panels_of(models, 2.9, 0.9, sharey=False, square=True)
     figure.set_layout_engine("compressed", h_pad=0.07)
     for panel, model in zip(panels, models, strict=True):
         grid = cells[cells["model"] == model].pivot(index="lens_layer", columns="stream_layer", values="penalty_ce")
@@ -358,10 +479,8 @@ def transfer_penalty(cells: pd.DataFrame, of: str = "token") -> Figure:
         panel.tick_params(rotation=0, length=0)
         panel.set(title=model, xlabel="read at stream layer $j$", ylabel="lens of layer $i$")
     extend = ["neither", "max", "min", "both"][clipped + 2 * (lowest < -0.02 * top)]
-    bar = figure.colorbar(panels[0].collections[0], ax=panels, extend=extend, aspect=12 * len(panels), pad=0.02)
-    bar.set_label(
-        f"$C_{{ij}} - C_{{jj}}$ (nats/{of})" + (f"\nclipped, maximum {highest:.3g}" if clipped else ""), size=8
-    )
+    label = f"$C_{{ij}} - C_{{jj}}$ (nats/{of})" + (f"\nclipped, maximum {highest:.3g}" if clipped else "")
+    colour_bar(figure, panels, label, extend=extend)
     write_around(figure, "Transfer penalty: layer $j$ through the lens of layer $i$", "Last row: the logit lens.")
     return figure
 
@@ -438,14 +557,16 @@ def penalty_by_distance(cells: pd.DataFrame, of: str = "token") -> Figure:
     look: dict[str, Any] = {"x": "distance", "y": "penalty_ce", "hue": "model", "style": "direction", "ax": panel}
     look |= {"palette": "colorblind", "hue_order": models, "style_order": [*directions], "markers": ["o", "X"]}
     if not rows.empty:
-        sns.scatterplot(rows, s=14, alpha=0.35, linewidth=0, legend=False, **look)
-        sns.lineplot(rows, errorbar=None, lw=1.6, markersize=6, dashes=directions, **look)
+        dot, mark = (14, 6) if _sheet.get().width is None else (6, 4)
+        sns.scatterplot(rows, s=dot, alpha=0.35, linewidth=0, legend=False, **look)
+        sns.lineplot(rows, errorbar=None, lw=1.6, markersize=mark, dashes=directions, **look)
         if _sheet.get().width is None:
             sns.move_legend(panel, "upper left", bbox_to_anchor=(1, 1), frameon=False)
         else:
             handles, labels = panel.get_legend_handles_labels()
             panel.legend().remove()
-            beside(figure, handles, labels)
+            named = [k for k, label in enumerate(labels) if label not in ("model", "direction")]
+            beside(figure, [handles[k] for k in named], [labels[k] for k in named])
     panel.axhline(0, color=GREY, lw=0.8, zorder=1)
     use_symlog(panel, "y", 0.1)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
@@ -457,8 +578,9 @@ def penalty_by_distance(cells: pd.DataFrame, of: str = "token") -> Figure:
 def gain_visibility(frame: pd.DataFrame) -> Figure:
     """Per model how much of the later layers' gain a fixed lens sees, and beside it how much moves under that lens."""
     models = list(frame["model"].unique())
-    figure = new_figure(8.2, 0.55 * len(models) + 1.7, narrow=False)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    stacked = abreast(2, 3 * _sheet.get().abreast // 4) == 1
+    figure = new_figure(8.2, 0.55 * len(models) + 1.7, (0.32 * len(models) + 0.6) * (1 + stacked))
+    left, right = figure.subplots(2, 1) if stacked else figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     kinds = dict(zip(VISIBILITIES, (BLUE, ORANGE, GREEN), strict=True))
     for panel, name, colours in ((left, "gain visibility", kinds), (right, "movement", {"movement": PURPLE})):
         for k, (index, colour) in enumerate(colours.items()):
@@ -469,15 +591,18 @@ def gain_visibility(frame: pd.DataFrame) -> Figure:
             look: dict[str, Any] = {"color": colour, "marker": "osX"[k], "label": VISIBILITIES.get(index)}
             sns.scatterplot(x=rows["value"], y=y, s=30, linewidth=0, zorder=3, legend=False, ax=panel, **look)
             for at in y[rows["value"].isna()]:
-                place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "size": 7}
+                place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "size": pt(7)}
                 panel.annotate("undefined", (0.015, at), color=colour, bbox={"fc": "w", "lw": 0, "pad": 0.5}, **place)
         panel.axvline(0, color=GREY, lw=0.9, zorder=1)
         panel.axvline(1, color=GREY, lw=0.9, zorder=1, ls=":")
         panel.grid(False, axis="y")
         use_symlog(panel, "x", 1.0)
         panel.set_xlabel(f"{name} (share of the own gain)")
-    left.set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.5), ylabel="")
-    if left.get_legend_handles_labels()[0]:
+    for panel in (left, right) if stacked else (left,):
+        panel.set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.5), ylabel="")
+    if left.get_legend_handles_labels()[0] and _sheet.get().width is not None:
+        beside(figure, *left.get_legend_handles_labels(), handletextpad=0)
+    elif left.get_legend_handles_labels()[0]:
         left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handletextpad=0, columnspacing=1)
     caption = "Thick: 95 % interval with the lenses held fixed; thin: range over refits. Linear within ±1, log beyond."
     write_around(figure, "Does a fixed lens see the later layers' gain, and does anything move?", caption)
@@ -504,7 +629,9 @@ def tolerances(frame: pd.DataFrame) -> Figure:
         panel.set_xticks(range(len(labels)), [names[t] for t in labels])
         panel.margins(x=0.1)
         use_symlog(panel, "y", 1.0)
-    if models:
+    if models and _sheet.get().width is not None:
+        beside(figure, *panels[0].get_legend_handles_labels())
+    elif models:
         # In a panel: above the panels of a single model it would lie on the title.
         panels[0].legend(loc="best", fontsize=pt(7), handlelength=1.6)
     caption = "Share of K_0 - best, on dev; s.e.: of the paired difference. Bands: 95 % intervals, lenses held fixed."
@@ -539,8 +666,9 @@ def visibility_by_distance(frame: pd.DataFrame) -> Figure:
 
 def learning_curves(frame: pd.DataFrame) -> Figure:
     """Held-out cross-entropy against tokens and seconds of training, and by position in the context."""
-    figure = new_figure(11.5, 3.6, narrow=False)
-    against_tokens, against_seconds, by_position = figure.subplots(1, 3, sharey=True)
+    rows = 3 if _sheet.get().abreast < 3 else 1
+    figure = new_figure(11.5, 3.6, 1.7 * rows + 0.3)
+    against_tokens, against_seconds, by_position = figure.subplots(rows, 3 // rows, sharey=True)
     whole = frame[frame["positions"] == ALL]
     parts = [name for name in dict.fromkeys(frame["positions"]) if name != ALL]
     last = frame[frame["train_tokens"] == frame["train_tokens"].max()]
@@ -601,7 +729,7 @@ def regression(table: pd.DataFrame) -> Figure:
         rows = shown(table)
         shapes = dict.fromkeys(zip(rows["layers"], rows["attention"], strict=True))
         of_model = {key: f"{key[1]}, {key[0]} layer{'s' * (key[0] > 1)}" for key in shapes}
-        figure = new_figure(9.0, 0.55 * len(of_model) + 1.9, narrow=False)
+        figure = new_figure(9.0, 0.55 * len(of_model) + 1.9)
         left, right = figure.subplots(1, 2, sharey=True)
         kinds = {"": "trained", "gd": "gradient steps, best rates", "gd++": "gd++, best rates", "bayes": "Bayes"}
         kinds |= {"gd, another task": "steps of another task", "gd++, another task": "gd++ of another task"}
@@ -672,9 +800,9 @@ def probes(frame: pd.DataFrame, of: str = "token") -> Figure:
     """What probes measured beside the lenses, one panel per quantity and one line per model; means over equal distances."""
     models = list(frame["model"].unique())
     shown = [panel for panel in PROBE_PANELS if (frame["quantity"] == panel[0]).any()]
-    columns = max(1, min(3, len(shown)))
+    columns = abreast(max(1, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
-    figure = new_figure(3.0 * columns + 1.6, 2.4 * rows + 0.8, narrow=False)
+    figure = new_figure(3.0 * columns + 1.6, 2.4 * rows + 0.8, (1.3 if _sheet.get().abreast < 3 else 1.6) * rows)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     of_model = dict(zip(models, looks(len(models)), strict=True))
     for panel, (quantity, over, name) in zip(panels, shown, strict=False):
@@ -737,10 +865,11 @@ def error_transport(frame: pd.DataFrame) -> Figure:
     """One heatmap per model, layers by heads: the score of error transport; the top heads named, the found ones marked."""
     models = list(frame["model"].unique())
     deepest, widest = int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1
-    columns = min(len(models), 3)
+    sheet = _sheet.get()
+    columns = abreast(len(models), sheet.abreast - (sheet.width is not None))  # their titles are long
     rows = math.ceil(len(models) / columns)
     size = max(2.6, 0.3 * widest), max(1.9, 0.17 * deepest)
-    figure = new_figure(columns * size[0] + 1.3, rows * size[1] + 1.0, narrow=False)
+    figure = new_figure(columns * size[0] + 1.3, rows * size[1] + 1.0, rows * max(1.3, 0.09 * deepest + 0.6))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     # One colour scale for all would show the strongest model alone: each model has its own, told beside it.
     for panel, model in zip(panels, models, strict=False):
@@ -779,7 +908,7 @@ def error_transport(frame: pd.DataFrame) -> Figure:
 def pair_penalty(frame: pd.DataFrame, of: str = "token") -> Figure:
     """One heatmap per model: cost of one lens for two layers; below the diagonal the same in random bases."""
     models = list(frame["model"].unique()) or [""]
-    figure, panels = panels_of(models, 2.9, 0.9, sharey=False)
+    figure, panels = panels_of(models, 2.9, 0.9, sharey=False, square=True)
     figure.set_layout_engine("compressed", h_pad=0.07)
     title = "One lens for two layers: what it costs over two lenses"
     caption = "Above the diagonal: the model. Below: the null, each layer in a random basis of its own."
@@ -804,8 +933,7 @@ def pair_penalty(frame: pd.DataFrame, of: str = "token") -> Figure:
         panel.tick_params(rotation=0, length=0)
         panel.grid(False)
         panel.set(title=model, xlabel="layer", ylabel="layer")
-    bar = figure.colorbar(panels[0].collections[0], ax=panels, aspect=12 * len(panels), pad=0.02)
-    bar.set_label(f"$M_{{ij}}$ (nats/{of})", size=pt(8))
+    colour_bar(figure, panels, f"$M_{{ij}}$ (nats/{of})")
     write_around(figure, title, caption)
     return figure
 
@@ -823,7 +951,9 @@ def plane(frame: pd.DataFrame) -> Figure:
     points = table["value"].loc[models, names]
     gaps = [f"{name} of {', '.join(points.index[points[name].isna()])}" for name in names if points[name].isna().any()]
     points = points[points[names[0]].notna() & points[names[1]].notna()].fillna(0.0)
-    figure = new_figure(7.6, 5.2)
+    paper = _sheet.get().width
+    figure = new_figure(7.6, 5.2, paper and min(0.85 * paper, 4.2))
+    area = 1.0 if paper is None else 0.5
     panel = figure.subplots()
     most = max(MOVEMENTS)
     bars = []
@@ -832,7 +962,7 @@ def plane(frame: pd.DataFrame) -> Figure:
         landmark: dict[str, Any] = {"linewidths": 0, "marker": "s" if sees[model] and not sees.all() else "o"}
         if known[model]:
             landmark = {"marker": "D", "linewidths": 1.4, "edgecolors": "#222222"}
-        size = 30 + 450 * min(max(moved, 0.0), most) / most
+        size = area * (30 + 450 * min(max(moved, 0.0), most) / most)
         panel.scatter(x, y, s=size, color=colours[model], alpha=0.45, **landmark)
         low, high = table["ci_low"].loc[model], table["ci_high"].loc[model]
         ends = [low[names[0]], high[names[0]]], [y, y], [x, x], [low[names[1]], high[names[1]]]
@@ -843,17 +973,20 @@ def plane(frame: pd.DataFrame) -> Figure:
             bars += panel.plot([x, later], [y, y], color=colours[model], lw=0.7, ls=":")
             bars += panel.plot(later, y, "o", color=colours[model], mfc="white", ms=4.5)
     for value, label in MOVEMENTS.items():
-        panel.scatter([], [], s=30 + 450 * value / most, color=GREY, alpha=0.4, lw=0, label=label)
+        panel.scatter([], [], s=area * (30 + 450 * value / most), color=GREY, alpha=0.4, lw=0, label=label)
     if sees.any() and not sees.all():
-        panel.scatter([], [], s=70, marker="s", color=GREY, alpha=0.4, lw=0, label="sees images")
+        panel.scatter([], [], s=70 * area, marker="s", color=GREY, alpha=0.4, lw=0, label="sees images")
     if known.any():
-        panel.scatter([], [], s=70, marker="D", color="white", edgecolors="#222222", label="known by\nconstruction")
+        panel.scatter(
+            [], [], s=70 * area, marker="D", color="white", edgecolors="#222222", label="known by\nconstruction"
+        )
     if _sheet.get().width is None:
         panel.legend(title="movement", loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.2, frameon=False)
     else:
         handles, labels = panel.get_legend_handles_labels()
-        look: dict[str, Any] = {"title": "movement", "frameon": False, "fontsize": pt(8), "columnspacing": 1.5}
-        figure.legend(handles, labels, loc="outside upper center", ncols=5 if figure.get_figwidth() > 4 else 3, **look)
+        labels = [f"movement {label}" if label in MOVEMENTS.values() else label.replace("\n", " ") for label in labels]
+        beside(figure, handles, labels, handleheight=1.8, borderpad=0.6)
+        grow(figure, pt(8) * len(labels) / 2)
     panel.axvline(0, color=GREY, lw=0.8, zorder=1)
     panel.axhline(1, color=GREY, lw=0.8, zorder=1, ls=":")
     panel.update_datalim([(-1, 0), (1, 1)])

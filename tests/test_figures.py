@@ -1,9 +1,12 @@
 """The pictures are a function of the tables: the same bytes for the same tables, an error for what cannot be drawn."""
 
 import io
+import os
 import re
+import subprocess
+import sys
 import zlib
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import matplotlib
@@ -14,8 +17,10 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from typer.testing import CliRunner
 
 from lensbench import figures
+from lensbench.cli import app
 from lensbench.errors import LensbenchError
 from lensbench.results import SCHEMA, Run, read_run, write_table
 
@@ -337,56 +342,130 @@ def test_small_numbers_are_told_where_all_are_small_and_nowhere_else():
 
 # For papers
 
+QUICK = RESULTS / "quick"
+WIDTHS = {1: 3.35, 2: 6.9}
+
+
+def invoked(folder: Path, out: Path, *options: str):
+    return CliRunner().invoke(app, ["figures", str(folder), "--out", str(out), *options])
+
 
 def drawn(folder: Path, out: Path, *options: str) -> dict[str, bytes]:
-    from typer.testing import CliRunner
-
-    from lensbench.cli import app
-
-    found = CliRunner().invoke(app, ["figures", str(folder), "--out", str(out), *options])
+    found = invoked(folder, out, *options)
     assert found.exit_code == 0, found.output
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def drawn_elsewhere(folder: Path, out: Path, *options: str) -> dict[str, bytes]:
+    """In another process, where sets and hashes are in another order."""
+    command = [sys.executable, "-m", "lensbench.cli", "figures", str(folder), "--out", str(out), *options]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def for_papers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, bytes]]:
+    """Columns -> all figures as PDF and SVG; drawn where a user's own settings are others."""
+    vector = ("--format", "pdf", "--format", "svg")
+    with matplotlib.rc_context({"font.size": 20, "pdf.fonttype": 3, "svg.fonttype": "none", "svg.hashsalt": None}):
+        before = dict(matplotlib.rcParams)
+        found = {n: drawn(QUICK, tmp_path_factory.mktemp("out") / "x", "--columns", str(n), *vector) for n in WIDTHS}
+        assert dict(matplotlib.rcParams) == before and not pyplot.get_fignums()
+    return found
+
+
 def test_the_committed_pictures_are_drawn_again_byte_for_byte(tmp_path: Path) -> None:
-    committed = RESULTS / "quick"
-    for name, content in drawn(committed, tmp_path / "out").items():
-        assert content == (committed / "figures" / name).read_bytes(), name
+    again = drawn(QUICK, tmp_path / "out")
+    assert set(again) == {path.name for path in (QUICK / "figures").iterdir()}
+    for name, content in again.items():
+        assert content == (QUICK / "figures" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("columns, inches", [(1, 3.35), pytest.param(2, 6.9, marks=pytest.mark.slow)])
-def test_figures_for_a_paper_are_as_wide_as_its_columns_hold_their_letters_and_are_the_same_twice(
-    tmp_path: Path, columns: int, inches: float
-) -> None:
-    options = ("--columns", str(columns), "--format", "pdf", "--format", "svg")
-    first = drawn(RESULTS / "quick", tmp_path / "a", *options)
-    assert first == drawn(RESULTS / "quick", tmp_path / "b", *options)
-    assert {Path(n).suffix for n in first} == {".pdf", ".svg"} and len(first) >= 16
-    wide = {"probes", "gain_visibility"}  # panels side by side: two columns at least
-    for name, content in first.items():
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_figures_for_a_paper_are_as_wide_as_its_columns_and_hold_their_letters(for_papers, columns: int) -> None:
+    figures_of = for_papers[columns]
+    assert len(figures_of) == 2 * len(list((QUICK / "figures").iterdir()))
+    for name, content in figures_of.items():
         if name.endswith("svg"):
-            assert b"<text" not in content and b"<dc:date>" not in content, name
+            assert not re.search(rb"<text|font-family|<dc:date>|Matplotlib", content), name
             continue
         box = re.search(rb"/MediaBox \[ *0 0 ([0-9.]+) ([0-9.]+) *\]", content)
         assert box is not None
-        expected = 6.9 if Path(name).stem in wide else inches
-        assert float(box[1]) / 72 == pytest.approx(expected, rel=0.01), name
-        unpacked = content + b"".join(
-            zlib.decompress(part) for part in re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)endstream", content, re.S)
-        )
-        assert b"/FontFile2" in unpacked and b"CreationDate" not in content, name
+        assert float(box[1]) / 72 == pytest.approx(WIDTHS[columns], rel=0.01), name
+        assert float(box[2]) / 72 < 9.5, name  # a page
+        packed = re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)endstream", content, re.S)
+        unpacked = content + b"".join(zlib.decompress(part) for part in packed)
+        assert b"/FontFile2" in unpacked and b"/Type3" not in unpacked, name
+        assert b"CreationDate" not in unpacked and b"Matplotlib" not in unpacked, name
 
 
-def test_dots_per_inch_and_formats_are_chosen_and_no_setting_is_left_changed(tmp_path: Path) -> None:
-    before = dict(matplotlib.rcParams)
-    fine = drawn(RESULTS / "quick", tmp_path / "a", "--dpi", "300")
-    assert dict(matplotlib.rcParams) == before
-    with Image.open(io.BytesIO(fine["plane.png"])) as large, Image.open(RESULTS / "quick/figures/plane.png") as small:
+def test_another_process_gives_the_same_bytes(for_papers, tmp_path: Path) -> None:
+    again = drawn_elsewhere(QUICK, tmp_path / "a", "--columns", "1", "--format", "pdf", "--format", "svg")
+    assert again == for_papers[1]
+
+
+def letters(figure: Figure) -> list[Text]:
+    """All that is written and seen, of ticks those within the axis."""
+    found = []
+    for artist in [figure, *figure.axes, *figure.legends]:
+        found += [text for text in artist.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    ticks = {}
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        seen = {id(tick) for tick in axis._update_ticks()}
+        for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+            ticks |= {id(label): id(tick) in seen for label in (tick.label1, tick.label2)}
+    return [text for text in dict.fromkeys(found) if ticks.get(id(text), True)]
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_letters_in_a_paper_are_legible_whole_and_apart(tmp_path: Path, monkeypatch, columns: int) -> None:
+    models = {"gpt": 3, "gpt-untrained": 6, "gpt-conv+rotated": 12, "pc": 2, "predictive-coding": 6}
+    run = read(write_run(tmp_path / "run", models))
+    kept: dict[str, Figure] = {}
+    monkeypatch.setattr(figures, "write_figure", lambda figure, path, **_: kept.update({path.name: figure}))
+    monkeypatch.setattr(figures, "write_atomically", lambda path, write: write(path))
+    figures.draw_figures(run, tmp_path / "out", columns=columns)
+    assert sorted(kept) == sorted(FILES)
+    for name, figure in kept.items():
+        with figures.style():
+            figure.draw_without_rendering()
+        written = letters(figure)
+        assert {6 <= text.get_fontsize() <= 8 for text in written} == {True}, name
+        boxes = [(text.get_text(), Text.get_window_extent(text)) for text in written]
+        for text, box in boxes:
+            assert box.x0 >= -1 and box.y0 >= -1, (name, text)
+            assert box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, (name, text)
+        for (a, one), (b, other) in combinations(boxes, 2):
+            wide = min(one.x1, other.x1) - max(one.x0, other.x0)
+            high = min(one.y1, other.y1) - max(one.y0, other.y0)
+            assert wide <= 1 or high <= 2, (name, a, b)
+
+
+def test_a_label_is_broken_between_words_and_never_in_a_formula() -> None:
+    with figures.style():
+        label = Figure(figsize=(3, 3)).supxlabel("$C_{ij} - C_{jj}$ (nats/token, linear below 0.1)", size=8)
+        figures.break_label(label, 120.0, 0)
+        lines = label.get_text().split("\n")
+        assert lines[0].startswith("$C_{ij} - C_{jj}$") and len(lines) > 1
+        assert label.get_window_extent().width <= 120
+
+
+def test_dots_per_inch_are_chosen(tmp_path: Path) -> None:
+    fine = drawn(QUICK, tmp_path / "a", "--dpi", "300")
+    with Image.open(io.BytesIO(fine["plane.png"])) as large, Image.open(QUICK / "figures/plane.png") as small:
         assert large.width == pytest.approx(2 * small.width, abs=2)
-    for options in (["--format", "jpg"], ["--dpi", "7"], ["--columns", "3"]):
-        from typer.testing import CliRunner
 
-        from lensbench.cli import app
 
-        found = CliRunner().invoke(app, ["figures", str(RESULTS / "quick"), "--out", str(tmp_path / "b"), *options])
-        assert found.exit_code == 2 and not (tmp_path / "b").exists()
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--format", "jpg"], "png, pdf, svg"),
+        (["--dpi", "49"], "50 to 1200"),
+        (["--dpi", "1201"], "50 to 1200"),
+        (["--columns", "3"], "1 or 2"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path: Path, options: list[str], told: str) -> None:
+    found = invoked(QUICK, tmp_path / "b", *options)
+    assert found.exit_code == 2 and not (tmp_path / "b").exists()
+    assert told in found.output and found.output.count("\n") == 1

@@ -132,7 +132,9 @@ def damage_and_run(suite: Path, reference: Path, path: Path, folder: Path, chanc
     except LensbenchError as error:
         assert path.suffix in (".csv", ".parquet", ".json"), error
     else:
-        assert path.parts[0] in ("stages", "figures") or path.name in (".lock", "run.json"), f"{path} was believed"
+        assert path.parts[0] in ("stages", "figures") or path.name in (".lock", "run.json", "report.html"), (
+            f"{path} was believed"
+        )
     result = run("run", suite, "--out", folder)
     if result.exit_code == 0:
         assert same_tables(folder, reference), path

@@ -165,7 +165,7 @@ class Task:
         path = None if cache is None else cache / f"{split}-{sequences}x{positions}.npz"
         windows = self.windows(split, sequences, positions)
         stored = np.load(path) if path is not None and path.exists() else None
-        if stored is not None and set(stored.files) == {f.name for f in fields(Capture)}:
+        if stored is not None and set(stored.files) == {f.name for f in fields(Capture)} - {"ranks"}:
             tensors = {
                 k: torch.from_numpy(stored[k]) if k not in ("window", "document", "target_bytes") else stored[k]
                 for k in stored.files
@@ -174,7 +174,8 @@ class Task:
         captured = capture(self.stream, windows, batch=4)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in vars(captured).items()}
+            known = {k: v for k, v in vars(captured).items() if k != "ranks"}
+            arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in known.items()}
 
             def save(partial: Path) -> None:
                 with open(partial, "wb") as file:  # a path would be given the suffix .npz
