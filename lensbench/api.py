@@ -12,16 +12,21 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from lensbench import corpus, evaluation, figures, tables
-from lensbench.corpus import FRACTIONS, Windows
-from lensbench.data import Texts
+from lensbench.data.corpus import FRACTIONS, clusters_of, load_corpus
+from lensbench.data.inputs import Texts
+from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
-from lensbench.evaluation import Fit
-from lensbench.fitting import FitRecipe
+from lensbench.lenses.fit import Fit, fit_all
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.measures.evaluate import score_all
 from lensbench.models import count_parameters
 from lensbench.models.pretrained import Pretrained, check_context, load_pretrained
-from lensbench.run import choose_device, dtype_named
-from lensbench.stream import ResidualStream, capture
+from lensbench.report.figures import style, transfer_penalty
+from lensbench.results import tables
+from lensbench.results.tables import Part
+from lensbench.runtime.environment import choose_device, dtype_named
+from lensbench.streams.capture import capture
+from lensbench.streams.stream import ResidualStream
 
 __all__ = ["Lenses", "fit", "load", "measure", "plot", "transfer_matrix"]
 
@@ -41,7 +46,7 @@ class Lenses:
     name: str
     stream: ResidualStream
     fitted: Fit
-    """Maps by name (see :class:`lensbench.evaluation.Fit`) and what dev chose"""
+    """Maps by name (see :class:`lensbench.lenses.fit.Fit`) and what dev chose"""
     texts: Texts
     seed: int
 
@@ -69,7 +74,7 @@ def fit(
             fractions = FRACTIONS
     recipe = recipe or FitRecipe(sequences=256, positions=16, dev_sequences=128, refits=2, refine_passes=6)
     check_context(model.source, model.model.config, length, "set length to {} or less")
-    read = corpus.load_corpus(text, fractions=fractions, max_bytes=max_bytes)
+    read = load_corpus(text, fractions=fractions, max_bytes=max_bytes)
     texts = Texts(read, model.source, "", lambda: model.tokenizer, length, 1)
     texts.within(model.model)
     stream = ResidualStream(model.model, view)
@@ -78,19 +83,19 @@ def fit(
     found = capture(stream, texts.samples("fit", recipe.sequences, recipe.positions), memory_gib=recipe.memory_gib)
     dev = capture(stream, texts.samples("dev", recipe.dev_sequences, recipe.dev_positions), constant=found.mean_p)
     name = model.source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    return Lenses(name, stream, evaluation.fit_all(stream.readout, found, dev, recipe, seed=seed), texts, seed)
+    return Lenses(name, stream, fit_all(stream.readout, found, dev, recipe, seed=seed), texts, seed)
 
 
 def measure(lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws: int = 1000) -> dict[str, pd.DataFrame]:
     """Every lens on every layer of held-out text: the tables of a run (``transfer.csv``, ``indices.csv``, ...) by name.
 
-    Columns are described in :data:`lensbench.results.SCHEMA`; losses in nats/token, intervals over documents.
+    Columns are described in :data:`lensbench.results.schema.SCHEMA`; losses in nats/token, intervals over documents.
     """
     stream = lenses.stream
     samples = lenses.texts.samples("eval", sequences, positions, share=0.02)
     assert isinstance(samples, Windows)
     captured = capture(stream, samples, constant=lenses.fitted.constant)
-    scored = evaluation.score_all(stream.readout, captured, lenses.fitted)
+    scored = score_all(stream.readout, captured, lenses.fitted)
     frame = scored.frame(samples, model=lenses.name, seed=lenses.seed)
     facts: dict[str, Any] = {
         "family": stream.model.config.model_type,
@@ -102,9 +107,9 @@ def measure(lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws:
         "d_model": stream.d_model,
         "vocab_size": stream.vocab_size,
     }
-    clusters = corpus.clusters_of(frame["document"].astype(str).unique())
+    clusters = clusters_of(frame["document"].astype(str).unique())
     fitted = lenses.fitted.summary
-    part = tables.Part(lenses.name, lenses.seed, frame, facts, fitted, scored.refits, (), None, clusters)
+    part = Part(lenses.name, lenses.seed, frame, facts, fitted, scored.refits, (), None, clusters)
     return tables.tables([part], draws=draws)
 
 
@@ -116,5 +121,5 @@ def transfer_matrix(lenses: Lenses, *, sequences: int = 256, positions: int = 16
 
 def plot(cells: pd.DataFrame) -> Figure:
     """Heatmaps of transfer penalties, one for each model of :func:`transfer_matrix`'s frame (of several, put together)."""
-    with figures.style():
-        return figures.transfer_penalty(cells[cells["penalty_ce"].notna()])
+    with style():
+        return transfer_penalty(cells[cells["penalty_ce"].notna()])

@@ -29,6 +29,7 @@ from typer.core import TyperCommand
 
 from lensbench import __version__
 from lensbench.errors import LensbenchError
+from lensbench.runtime.progress import Silent
 
 app = typer.Typer(
     name="lensbench",
@@ -40,20 +41,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
 # Tables that go to a file or a pipe are not to be folded at 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 160)
+
+
 messages = Console(stderr=True)
-
-
-class Silent:
-    """What a process tells that is not the first of several: nothing."""
-
-    def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
-        return lambda done, remark: None
-
-    def finished(self, name: str, seconds: float, reused: bool) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 class Bars:
@@ -137,7 +131,7 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, LensbenchError):
         return " ".join(str(error).split())
     if "torch" in sys.modules:
-        from lensbench.memory import is_out_of_memory
+        from lensbench.runtime.memory import is_out_of_memory
 
         if is_out_of_memory(error):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -153,7 +147,11 @@ Out = Annotated[
     Path | None,
     typer.Option(help="Run folder; default runs/SUITE, with the names of --model and --corpus.", show_default=False),
 ]
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")]
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -242,9 +240,10 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
-    from lensbench.cluster import Cluster
-    from lensbench.ranks import join_ranks, leave_ranks
-    from lensbench.run import choose_device, run_suite
+    from lensbench.run.cluster import Cluster
+    from lensbench.run.suite import run_suite
+    from lensbench.runtime.environment import choose_device
+    from lensbench.runtime.ranks import join_ranks, leave_ranks
     from lensbench.suite import load_suite, name_of, on_request, text_name
 
     chosen = on_request(load_suite(suite), model or [], corpus)
@@ -272,7 +271,7 @@ def run(
     leave_ranks(ranks)
     if not ranks.first:
         return
-    from lensbench.report import print_run
+    from lensbench.report.terminal import print_run
 
     print_run(finished, console)
     console.print(f"\n{time.perf_counter() - start:.0f} s. Tables and figures: {folder}", highlight=False)
@@ -287,7 +286,8 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Try the declared settings of a suite's models, equally many for each, and mark the best on the dev split."""
-    from lensbench.run import choose_device, run_sweep
+    from lensbench.run.sweep import run_sweep
+    from lensbench.runtime.environment import choose_device
     from lensbench.suite import load_sweep
 
     chosen = load_sweep(name)
@@ -308,9 +308,9 @@ def calibrate(
     debug: Debug = False,
 ) -> None:
     """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
-    from lensbench.calibration import default_workers, run_calibration
-    from lensbench.report import calibration_table
-    from lensbench.run import git_revision, versions
+    from lensbench.report.terminal import calibration_table
+    from lensbench.runtime.environment import git_revision, versions
+    from lensbench.studies.calibration import default_workers, run_calibration
     from lensbench.suite import load_calibration
 
     chosen = load_calibration(name)
@@ -337,9 +337,9 @@ def in_context(
     debug: Debug = False,
 ) -> None:
     """Train models on documents whose exact Bayes predictor is known, and measure how far from it they stay."""
-    from lensbench.incontext import run_in_context
-    from lensbench.report import in_context_tables
-    from lensbench.run import choose_device, git_revision, versions
+    from lensbench.report.terminal import in_context_tables
+    from lensbench.runtime.environment import choose_device, git_revision, versions
+    from lensbench.studies.in_context import run_in_context
     from lensbench.suite import load_in_context
 
     chosen = load_in_context(name)
@@ -369,9 +369,9 @@ def regression(
     debug: Debug = False,
 ) -> None:
     """Train self-attention on in-context linear regression, and hold it against the best-tuned gradient steps."""
-    from lensbench.regression import run_regression
-    from lensbench.report import regression_table
-    from lensbench.run import git_revision, versions
+    from lensbench.report.terminal import regression_table
+    from lensbench.runtime.environment import git_revision, versions
+    from lensbench.studies.regression import run_regression
     from lensbench.suite import load_regression
 
     chosen = load_regression(name)
@@ -410,10 +410,10 @@ def figures(
     debug: Debug = False,
 ) -> None:
     """Redraw a run's figures from its CSV tables alone; the same tables give the same bytes."""
-    from lensbench import results
-    from lensbench.figures import draw_figures
+    from lensbench.report.figures import draw_figures
+    from lensbench.results.folder import read_run
 
-    tables = results.read_run(folder, need_manifest=False, verify=not unverified)
+    tables = read_run(folder, need_manifest=False, verify=not unverified)
     formats = list(dict.fromkeys(format or ["png"]))
     for path in draw_figures(tables, out or folder / "figures", formats=formats, dpi=dpi, columns=columns):
         console.print(str(path), highlight=False)
@@ -438,7 +438,7 @@ def compare(
     Folders that hold different models of one suite are read as one run. Over seeds, differences are paired by seed, and
     those that the suite declares as claims are corrected together (Holm). All models are judged by one rule.
     """
-    from lensbench.compare import compare_runs, print_comparison, together
+    from lensbench.report.compare import compare_runs, print_comparison, together
 
     judge = None
     if rule is not None:
@@ -449,7 +449,7 @@ def compare(
     if out is not None:
         comparison.write(out)
     if figures is not None:
-        from lensbench.figures import draw_figures
+        from lensbench.report.figures import draw_figures
 
         draw_figures(together(comparison.runs), figures)
     print_comparison(comparison, console)
@@ -466,7 +466,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """One self-contained HTML page: ruler, verdicts, heatmaps, curves, sortable tables, settings, how to run it again."""
-    from lensbench.page import PAGE, write_page
+    from lensbench.report.page import PAGE, write_page
 
     path = out or folders[0] / PAGE
     write_page(folders, path)
@@ -488,8 +488,8 @@ def ruler(
 
     Models of other data and sizes differ in more than one thing; `compare` tells differences of those that share theirs.
     """
-    from lensbench.compare import side_by_side
-    from lensbench.report import ruler_table
+    from lensbench.report.compare import side_by_side
+    from lensbench.report.terminal import ruler_table
 
     judge = None
     if rule is not None:
@@ -498,7 +498,7 @@ def ruler(
         judge = load_suite(rule).verdict
     beside = side_by_side(folders, judge)
     if out is not None:
-        from lensbench.figures import draw_plane
+        from lensbench.report.figures import draw_plane
 
         draw_plane(beside, out)
     console.print(ruler_table(beside))
@@ -507,6 +507,8 @@ def ruler(
 
 
 Source = Annotated[str, typer.Argument(help="hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE or package:NAME.")]
+
+
 Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")]
 
 
@@ -531,11 +533,12 @@ def bits(
     debug: Debug = False,
 ) -> None:
     """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
-    from lensbench.corpus import beginning, read_documents
-    from lensbench.indices import bootstrap_weights, interval
+    from lensbench.data.reading import read_documents
+    from lensbench.data.windows import beginning
     from lensbench.models.likelihood import text_likelihood
     from lensbench.models.pretrained import check_context, context_length, load_pretrained
-    from lensbench.run import choose_device, dtype_named
+    from lensbench.runtime.environment import choose_device, dtype_named
+    from lensbench.statistics import bootstrap_weights, interval
 
     documents = read_documents(f"file:{text}", max_bytes)
     if len(documents) != 1:
@@ -605,9 +608,7 @@ def trace(
     """What each layer predicts next in a text, through a lens of your choice; prediction errors where a model has them."""
     from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
     from lensbench.models.pretrained import load_pretrained
-    from lensbench.results import write_atomically
-    from lensbench.run import choose_device, dtype_named
-    from lensbench.trace import (
+    from lensbench.report.trace import (
         error_tables,
         errors_of,
         subject_of,
@@ -617,6 +618,8 @@ def trace(
         traced,
         words_of,
     )
+    from lensbench.runtime.environment import choose_device, dtype_named
+    from lensbench.runtime.files import write_atomically
 
     if out is not None and out.is_dir():
         raise LensbenchError(f"--out {out} is a folder: name a file, {out / 'trace.html'} say")
@@ -648,7 +651,7 @@ def trace(
 @answerable
 def schema(debug: Debug = False) -> None:
     """What every column of every table means, as Markdown."""
-    from lensbench.results import schema_text
+    from lensbench.results.schema import schema_text
 
     sys.stdout.write(schema_text())
 
@@ -657,7 +660,7 @@ def schema(debug: Debug = False) -> None:
 @answerable
 def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
-    from lensbench.images import SPECS
+    from lensbench.data.images import SPECS
     from lensbench.models import FAMILIES
     from lensbench.suite import kind_of, named_files, read_toml
 

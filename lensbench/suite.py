@@ -10,20 +10,21 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lensbench.calibration import Calibration
-from lensbench.corpus import FEWEST_CLUSTERS, FRACTIONS
+from lensbench.data.corpus import FRACTIONS
+from lensbench.data.images import SPECS
+from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
-from lensbench.fitting import FitRecipe
-from lensbench.images import SPECS
-from lensbench.incontext import InContext
-from lensbench.learning import CurveRecipe
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.measures.indices import COMPARED
+from lensbench.measures.verdict import VerdictRule
 from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
-from lensbench.models.training import TrainingRecipe
-from lensbench.probes import OF_IMAGES_TOO, PROBES
-from lensbench.regression import RegressionRecipe
-from lensbench.report import COMPARED
-from lensbench.verdict import VerdictRule
+from lensbench.probes.registry import OF_IMAGES_TOO, PROBES
+from lensbench.statistics import FEWEST_CLUSTERS
+from lensbench.studies.calibration import Calibration
+from lensbench.studies.curves import CurveRecipe
+from lensbench.studies.in_context import InContext
+from lensbench.studies.regression import RegressionRecipe
 
 Kind = TypeVar("Kind", bound=BaseModel)
 

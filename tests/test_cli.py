@@ -14,12 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_suite, write_texts
+from helpers.suites import write_suite, write_texts
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lensbench import results
 from lensbench.cli import app
+from lensbench.results import schema as results
+from lensbench.results.folder import read_run
+from lensbench.results.manifest import write_manifest
+from lensbench.runtime import files
 
 
 def run(*arguments):
@@ -44,7 +47,7 @@ def csv_bytes(folder):
 
 
 def test_a_run_folder_holds_every_table_with_its_schema(tiny_run):
-    finished = results.read_run(tiny_run)
+    finished = read_run(tiny_run)
     assert {"gpt", "pc", "pc+state"} == set(finished.tables["models.csv"]["model"])
     for name in results.WRITTEN:
         columns = results.SCHEMA[name]
@@ -64,7 +67,7 @@ def test_a_run_folder_holds_every_table_with_its_schema(tiny_run):
 
 
 def test_the_tables_are_sums_of_the_sequences(tiny_run):
-    finished = results.read_run(tiny_run)
+    finished = read_run(tiny_run)
     sequences = finished.sequences()
     transfer = finished.tables["transfer.csv"]
     tuned = sequences[sequences["lens"].isin(["tuned", "logit"]) & (sequences["prior"] != "zero")]
@@ -76,7 +79,7 @@ def test_the_tables_are_sums_of_the_sequences(tiny_run):
 
 
 def test_the_two_views_are_of_one_model(tiny_run):
-    models = results.read_run(tiny_run).tables["models.csv"].set_index("model")
+    models = read_run(tiny_run).tables["models.csv"].set_index("model")
     assert models.loc["pc", "ce"] == models.loc["pc+state", "ce"]
     assert models.loc["pc+state", "d_model"] == 3 * models.loc["pc", "d_model"]
 
@@ -90,9 +93,9 @@ def test_the_same_seed_twice_gives_the_same_bytes(tiny_suite, tiny_run, tmp_path
 
 def test_another_seed_gives_another_model(tiny_suite, tiny_run, tmp_path):
     assert run("run", tiny_suite, "--out", tmp_path / "other", "--seed", 1, "--only", "gpt").exit_code == 0
-    other = results.read_run(tmp_path / "other").tables["models.csv"]
+    other = read_run(tmp_path / "other").tables["models.csv"]
     assert set(other["seed"]) == {"1"} and list(other["model"]) == ["gpt"]
-    first = results.read_run(tiny_run).tables["models.csv"].set_index("model")
+    first = read_run(tiny_run).tables["models.csv"].set_index("model")
     assert other.iloc[0]["ce"] != first.loc["gpt", "ce"]
 
 
@@ -129,7 +132,7 @@ def test_several_seeds_are_summed_up_with_a_t_interval(tmp_path):
     suite = write_suite(tmp_path, **{'question = "Does': 'seeds = [0, 1]\nquestion = "Does'})
     result = run("run", suite, "--out", tmp_path / "run", "--only", "gpt")
     assert result.exit_code == 0, result.output
-    indices = results.read_run(tmp_path / "run").tables["indices.csv"]
+    indices = read_run(tmp_path / "run").tables["indices.csv"]
     assert set(indices["seed"]) == {"0", "1", "all"}
     rows = indices[indices["index"] == "constant_kl"].set_index("seed")["value"]
     assert rows["all"] == pytest.approx((rows["0"] + rows["1"]) / 2)
@@ -139,7 +142,7 @@ def test_lenses_are_left_in_tuned_lens_format(tiny_run):
     from transformers import AutoModelForCausalLM
     from tuned_lens.nn.lenses import TunedLens
 
-    from lensbench.stream import ResidualStream
+    from lensbench.streams.stream import ResidualStream
 
     model = AutoModelForCausalLM.from_pretrained(tiny_run / "stages" / "train-gpt-seed0")
     stream = ResidualStream(model)
@@ -199,7 +202,7 @@ def test_another_python_is_another_corpus_and_its_differences_are_unpaired(tiny_
         shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("stages"))
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["corpus"] |= {"spec": "stdlib", "checksum": folder.name}
-        results.write_manifest(folder, manifest)
+        write_manifest(folder, manifest)
     result = run("compare", *folders, "--out", tmp_path / "out.csv")
     assert result.exit_code == 0 and "another corpus" in result.output
     table = pd.read_csv(tmp_path / "out.csv")
@@ -306,7 +309,7 @@ def test_a_damaged_model_is_named_and_not_overwritten(tiny_suite, tiny_run, tmp_
 
 
 def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
-    from lensbench import run as run_module
+    from lensbench.run import stages as run_module
 
     folder = tmp_path / "run"
 
@@ -332,8 +335,8 @@ def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(tiny_suite, tiny_run, tmp_path, monkeypatch):
-    from lensbench import run as run_module
     from lensbench.models.training import train
+    from lensbench.run import stages as run_module
 
     def interrupted(model, stream, recipe, *, report=None, **rest):
         def stop(at):
@@ -358,7 +361,7 @@ def test_nan_in_the_weights_is_told_by_name(tiny_suite, tiny_run, tmp_path):
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, stage / "model.safetensors", metadata={"format": "pt"})
     record = json.loads((stage / "stage.json").read_text())
-    record["files"]["model.safetensors"] = results.sha256(stage / "model.safetensors")
+    record["files"]["model.safetensors"] = files.sha256(stage / "model.safetensors")
     (stage / "stage.json").write_text(json.dumps(record))
     shutil.rmtree(folder / "stages" / "fit-gpt-seed0")
     refused(run("run", tiny_suite, "--out", folder), "model.norm.weight", "NaN")
@@ -368,7 +371,7 @@ def test_a_full_disk_is_told_in_one_line(tiny_suite, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "stage.json")
 
-    monkeypatch.setattr("lensbench.stages.write_json", full)
+    monkeypatch.setattr("lensbench.runtime.stages.write_json", full)
     refused(run("run", tiny_suite, "--out", tmp_path / "run"), "the disk is full")
 
 

@@ -5,12 +5,16 @@ import pytest
 import torch
 from test_probes import windows
 
-from lensbench.evaluation import fit_all, score_all
-from lensbench.fitting import FitRecipe, Moments
+from lensbench.data.recipe import TrainingRecipe
+from lensbench.lenses.fit import fit_all
+from lensbench.lenses.moments import Moments
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.measures.evaluate import score_all
 from lensbench.models import build
-from lensbench.models.training import TrainingRecipe, train
-from lensbench.stream import ResidualStream, capture
-from lensbench.transfer import choose_product_dtype
+from lensbench.models.training import train
+from lensbench.streams.capture import capture
+from lensbench.streams.kl import choose_product_dtype
+from lensbench.streams.stream import ResidualStream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: CUDA is not compared with the CPU")
 RECIPE = FitRecipe(

@@ -3,7 +3,7 @@
 import tomllib
 
 import pytest
-from conftest import SUITE
+from helpers.suites import SUITE
 
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters

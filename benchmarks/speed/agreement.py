@@ -20,10 +20,11 @@ import typer
 from rich.table import Table
 
 from benchmarks.speed.task import console, numbers_of, say, write_description
-from lensbench import results
 from lensbench.errors import LensbenchError
-from lensbench.lenses import load_maps
-from lensbench.run import git_revision, hardware, versions
+from lensbench.lenses.maps import load_maps
+from lensbench.results.folder import read_run
+from lensbench.runtime import files
+from lensbench.runtime.environment import git_revision, hardware, versions
 
 SUITE = Path("benchmarks/speed/small.toml")
 TOLERANCES = {
@@ -51,7 +52,7 @@ def launched(arguments: list[str], processes: int = 1) -> None:
 
 def numbers(folder: Path) -> dict[str, np.ndarray]:
     """What a run measured, by kind, each as one array of numbers in the order of its rows."""
-    run = results.read_run(folder)
+    run = read_run(folder)
 
     def flat(table: pd.DataFrame) -> np.ndarray:
         columns = [c for c in table if pd.api.types.is_numeric_dtype(table[c])]
@@ -132,7 +133,7 @@ def main(
             rows.append({"way": "cuda", "note": "skipped: no GPU here"})
         table = pd.DataFrame(rows)
         write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.3g")
-        results.write_atomically(out / "agreement.csv", write)
+        files.write_atomically(out / "agreement.csv", write)
         device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
         write_description(
             out, "agreement", {"hardware": hardware(device), "versions": versions(), "git_revision": revision}

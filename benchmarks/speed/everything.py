@@ -8,10 +8,15 @@ import torch
 from tuned_lens.nn.lenses import TunedLens
 
 from benchmarks.speed.task import Ledger, Task, now, peak_memory
-from lensbench.evaluation import joined
-from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_each, fit_shared, pad_direction, refine
-from lensbench.lenses import AffineMaps, save_tuned_lens, tuned_lens
-from lensbench.stream import Capture, capture
+from lensbench.lenses.closed import fit_each, fit_shared
+from lensbench.lenses.fit import joined
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import Moments
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.lenses.refine import refine
+from lensbench.lenses.search import DevSearch, pad_direction
+from lensbench.lenses.tuned import save_tuned_lens, tuned_lens
+from lensbench.streams.capture import Capture, capture
 
 FIT_TOKENS = 32_768
 DEV_TOKENS = 512

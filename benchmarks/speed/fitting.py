@@ -29,7 +29,7 @@ from benchmarks.speed.task import (
     write_description,
 )
 from lensbench.errors import LensbenchError
-from lensbench.stream import Capture
+from lensbench.streams.capture import Capture
 
 PARTS = ("sweep", "recipe", "ours", "everything", "table")
 MORE_PARTS = ("converged", "package")

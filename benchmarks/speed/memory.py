@@ -30,14 +30,16 @@ import typer
 
 from benchmarks.speed.scaling import random_windows
 from benchmarks.speed.task import console, peak_memory, say, write_description
-from lensbench import results
 from lensbench.errors import LensbenchError
-from lensbench.evaluation import fit_all
-from lensbench.fitting import FitRecipe
+from lensbench.lenses.fit import fit_all
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.measures.transfer import transfer_sums
 from lensbench.models import build, count_parameters
-from lensbench.run import git_revision, hardware, versions
-from lensbench.stream import ResidualStream, capture
-from lensbench.transfer import ROW_BLOCK, transfer_sums
+from lensbench.runtime import files
+from lensbench.runtime.environment import git_revision, hardware, versions
+from lensbench.streams.capture import capture
+from lensbench.streams.kl import ROW_BLOCK
+from lensbench.streams.stream import ResidualStream
 
 RECIPE = FitRecipe(
     ridges=(1e-3, 1e-2, 0.1), pads=(0.0, 0.2, 0.4), refine_tokens=1024, refine_passes=1, pooled_dev_tokens=1024,
@@ -48,7 +50,7 @@ BATCH, POSITIONS = 16, 32
 
 
 def kept_maps(layers: int) -> int:
-    """Maps that :func:`lensbench.evaluation.fit_all` holds at its end with the recipe of this measurement."""
+    """Maps that :func:`lensbench.lenses.fit.fit_all` holds at its end with the recipe of this measurement."""
     some = min(layers, RECIPE.layers)
     pairs, curve = some * (some - 1) // 2, len(RECIPE.tolerances) + 1
     per_layer = 4 * layers + curve * some + some  # transfer, own, own refined, rotated own; the curve; leave-one-out
@@ -122,7 +124,7 @@ def main(
         table = pd.DataFrame(rows)
         out.mkdir(parents=True, exist_ok=True)
         write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.4g")
-        results.write_atomically(out / "memory.csv", write)
+        files.write_atomically(out / "memory.csv", write)
         described = {"hardware": hardware(torch.device("cpu")), "versions": versions(), "git_revision": revision}
         write_description(out, "memory", described)
     except LensbenchError as error:

@@ -8,10 +8,14 @@ import numpy as np
 import torch
 
 from benchmarks.speed.task import Ledger, Task, Where, now, peak_memory, rows_of
-from lensbench.corpus import Windows
-from lensbench.fitting import DevSearch, FitRecipe, Fitted, Moments, MomentSums, fit_shared, pad_direction, refine
-from lensbench.lenses import AffineMaps
-from lensbench.stream import Capture, capture
+from lensbench.data.windows import Windows
+from lensbench.lenses.closed import Fitted, fit_shared
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import Moments, MomentSums
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.lenses.refine import refine
+from lensbench.lenses.search import DevSearch, pad_direction
+from lensbench.streams.capture import Capture, capture
 
 CLOSED_BUDGETS = (1024, 2048, 4096, 8192, 16384, 32768)
 REFINED_BUDGETS = (2048, 4096, 5120, 6144, 8192, 12288, 16384, 20480, 32768, 65536)

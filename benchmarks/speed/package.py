@@ -19,8 +19,8 @@ from benchmarks.speed.published import STEPS, WINDOWS_PER_STEP, chosen
 from benchmarks.speed.recipe import Setting
 from benchmarks.speed.task import Ledger, Task
 from lensbench.errors import LensbenchError
-from lensbench.lenses import AffineMaps
-from lensbench.stream import Capture
+from lensbench.lenses.maps import AffineMaps
+from lensbench.streams.capture import Capture
 
 
 def run(

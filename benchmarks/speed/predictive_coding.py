@@ -23,8 +23,8 @@ from benchmarks.speed.task import console, matmul_rate, now, numbers_of, say, us
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
 from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingLayer
-from lensbench.results import write_atomically
-from lensbench.run import git_revision, versions
+from lensbench.runtime.environment import git_revision, versions
+from lensbench.runtime.files import write_atomically
 
 BASELINE = "gpt-conv"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

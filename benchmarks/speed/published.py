@@ -12,10 +12,14 @@ from torch import Tensor
 
 from benchmarks.speed.recipe import STEPS, TOKENS_PER_STEP, OptimizerName, RecipeLens, Setting, visits
 from benchmarks.speed.task import Ledger, Task, Where, now, rows_of, steps_of
-from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_shared, pad_direction, refine
-from lensbench.lenses import AffineMaps
-from lensbench.results import write_atomically
-from lensbench.stream import Capture, capture
+from lensbench.lenses.closed import fit_shared
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import Moments
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.lenses.refine import refine
+from lensbench.lenses.search import DevSearch, pad_direction
+from lensbench.runtime.files import write_atomically
+from lensbench.streams.capture import Capture, capture
 
 SWEEP_TOKENS = 32_000
 """Tokens of a trial of the sweep, 128 for each of its 250 steps: the schedule of the run it chooses for, in small."""

@@ -19,9 +19,9 @@ from transformers import get_linear_schedule_with_warmup
 from tuned_lens.nn.lenses import TunedLens, TunedLensConfig
 
 from lensbench.errors import LensbenchError
-from lensbench.fitting import LogPartition
-from lensbench.lenses import AffineMaps
-from lensbench.stream import ReadOut
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.refine import LogPartition
+from lensbench.streams.readout import ReadOut
 
 OptimizerName = Literal["sgd", "adam"]
 STEPS = 250

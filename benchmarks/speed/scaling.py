@@ -21,16 +21,21 @@ import torch
 import typer
 
 from benchmarks.speed.task import console, matmul_rate, now, numbers_of, say, write_description
-from lensbench import results
-from lensbench.corpus import Windows
+from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
-from lensbench.fitting import DevSearch, FitRecipe, Moments, fit_each, fit_shared, pad_direction, refine
-from lensbench.lenses import AffineMaps
+from lensbench.lenses.closed import fit_each, fit_shared
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import Moments
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.lenses.refine import refine
+from lensbench.lenses.search import DevSearch, pad_direction
+from lensbench.measures.transfer import transfer_sums
 from lensbench.models import build
-from lensbench.ranks import join_ranks, leave_ranks
-from lensbench.run import git_revision, hardware, versions
-from lensbench.stream import ResidualStream, capture
-from lensbench.transfer import transfer_sums
+from lensbench.runtime import files
+from lensbench.runtime.environment import git_revision, hardware, versions
+from lensbench.runtime.ranks import join_ranks, leave_ranks
+from lensbench.streams.capture import capture
+from lensbench.streams.stream import ResidualStream
 
 RECIPE = FitRecipe(
     ridges=(1e-3, 1e-2, 0.1), pads=(0.0, 0.2, 0.4), refine_tokens=4096, refine_passes=1, pooled_dev_tokens=2048
@@ -105,7 +110,7 @@ def main(
     if worker is not None:
         seconds = work(width, layers, vocabulary, tokens)
         if seconds:
-            results.write_json(worker, seconds)
+            files.write_json(worker, seconds)
         return
     revision = git_revision()
     try:
@@ -139,7 +144,7 @@ def main(
         ]  # fmt: skip
         table = pd.DataFrame(rows)
         write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.3g")
-        results.write_atomically(out / "scaling.csv", write)
+        files.write_atomically(out / "scaling.csv", write)
         described = {
             "shape": shape, "matmul_gflops_of_one_thread": matmul_rate() / 1e9, "cores": os.cpu_count(),
             "hardware": hardware(torch.device("cpu")), "versions": versions(), "git_revision": revision,

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.speed.task import Ledger, console, paired_difference, write_description
 from lensbench.errors import LensbenchError
-from lensbench.results import write_atomically
+from lensbench.runtime.files import write_atomically
 
 LARGEST_SHARE = {"closed": 1 / 200, "refined": 1 / 100}
 """The shares of the recipe's seconds that each stage is held against."""

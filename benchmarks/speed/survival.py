@@ -19,10 +19,13 @@ import pandas as pd
 import typer
 
 from benchmarks.speed.task import say
-from lensbench import results
-from lensbench.cli import Silent
 from lensbench.errors import LensbenchError
-from lensbench.run import choose_device, run_suite
+from lensbench.results import schema as results
+from lensbench.results.folder import read_run
+from lensbench.run.suite import run_suite
+from lensbench.runtime import files
+from lensbench.runtime.environment import choose_device
+from lensbench.runtime.progress import Silent
 from lensbench.suite import load_suite
 
 CHANGES = ((os, "replace"), (os, "unlink"), (os, "rename"), (shutil, "rmtree"), (Path, "mkdir"), (Path, "unlink"))
@@ -136,7 +139,7 @@ def refuse_difference(reference: Path, attempt: Path) -> None:
             continue
         if not (attempt / name).is_file() or (attempt / name).read_bytes() != (reference / name).read_bytes():
             raise LensbenchError(f"{attempt / name} is not what the undisturbed run wrote")
-    results.read_run(attempt)
+    read_run(attempt)
     left = [p.name for p in attempt.rglob("*") if p.name.endswith((".partial", ".old"))]
     if left:
         raise LensbenchError(f"{attempt} keeps {left[0]}, which an interrupted run left")
@@ -157,7 +160,7 @@ def main(
     except LensbenchError as error:
         say(str(error))
         raise SystemExit(1) from error
-    results.write_atomically(out / "kills.csv", lambda path: table.to_csv(path, index=False, lineterminator="\n"))
+    files.write_atomically(out / "kills.csv", lambda path: table.to_csv(path, index=False, lineterminator="\n"))
     say(f"{len(table)} kills, {(table['then'] != 'killed again').sum()} finished runs, all as undisturbed")
 
 

@@ -17,16 +17,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lensbench import corpus
-from lensbench.corpus import TokenizedDocument, Windows
+from lensbench.data import corpus
+from lensbench.data.windows import TokenizedDocument, Windows, sample_windows, tokenize
 from lensbench.errors import LensbenchError
-from lensbench.indices import bootstrap_weights, interval
-from lensbench.lenses import AffineMaps
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.read import score
 from lensbench.models.pretrained import load_pretrained
-from lensbench.results import sha256, write_atomically, write_json
-from lensbench.run import git_revision
-from lensbench.stream import Capture, ResidualStream, capture
-from lensbench.transfer import score
+from lensbench.runtime.environment import git_revision
+from lensbench.runtime.files import sha256, write_atomically, write_json
+from lensbench.statistics import bootstrap_weights, interval
+from lensbench.streams.capture import Capture, capture
+from lensbench.streams.stream import ResidualStream
 
 LENGTH = 258
 """Tokens of a window: positions 1..256 are used (0 is left out, the last has no next token), so four make 1024."""
@@ -117,7 +118,7 @@ class Task:
         if not loaded.trained_here:
             fractions = {**fractions, "train": 0.0, "fit": fractions["train"] + fractions["fit"]}
         read = corpus.load_corpus(text, fractions=fractions)
-        documents = {split: corpus.tokenize(loaded.tokenizer, read.splits[split]) for split in corpus.SPLITS[1:]}
+        documents = {split: tokenize(loaded.tokenizer, read.splits[split]) for split in corpus.SPLITS[1:]}
         return cls(source, text, ResidualStream(loaded.model), documents, read.checksum, length, revision)
 
     @property
@@ -145,7 +146,7 @@ class Task:
             )
 
     def windows(self, split: str, sequences: int, positions: int, seed: int = 0) -> Windows:
-        return corpus.sample_windows(
+        return sample_windows(
             self.documents[split], n_sequences=sequences, length=self.length, positions=positions, seed=seed
         )
 

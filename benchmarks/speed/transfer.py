@@ -26,11 +26,16 @@ from benchmarks.speed.task import (
     write_description,
 )
 from lensbench.errors import LensbenchError
-from lensbench.fitting import Moments, RidgePath
-from lensbench.lenses import AffineMaps, tuned_lens
-from lensbench.results import write_atomically
-from lensbench.stream import Capture, ReadOut, capture
-from lensbench.transfer import choose_product_dtype, estimated_transfer, half_width, penalties, transfer_sums
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import Moments
+from lensbench.lenses.ridge import RidgePath
+from lensbench.lenses.tuned import tuned_lens
+from lensbench.measures.transfer import estimated_transfer, penalties, transfer_sums
+from lensbench.runtime.files import write_atomically
+from lensbench.statistics import half_width
+from lensbench.streams.capture import Capture, capture
+from lensbench.streams.kl import choose_product_dtype
+from lensbench.streams.readout import ReadOut
 
 SHARES = (0.05, 0.1, 0.15, 0.2)
 ROWS = (256, 512, 2048, 4096, 8192)

@@ -10,9 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lensbench.errors import LensbenchError
-from lensbench.models import gpt, vision
 from lensbench.models.controls import ControlGPTConfig, ControlGPTForCausalLM
+from lensbench.models.gpt import gpt2, llama
 from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingForCausalLM
+from lensbench.models.vision import cnn, vit
 
 
 def of_our_own(
@@ -67,10 +68,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt": Family(
-        gpt.llama, "Llama class of transformers: RMSNorm, rotary positions, gated MLP", ("initializer_range",)
-    ),
-    "gpt2": Family(gpt.gpt2, "GPT-2 class of transformers: LayerNorm, learned positions", ("initializer_range",)),
+    "gpt": Family(llama, "Llama class of transformers: RMSNorm, rotary positions, gated MLP", ("initializer_range",)),
+    "gpt2": Family(gpt2, "GPT-2 class of transformers: LayerNorm, learned positions", ("initializer_range",)),
     "gpt-conv": Family(
         control, "the stronger GPT: rotary positions, width-3 convolution, normalised embedding", ("initializer_range",)
     ),
@@ -107,20 +106,20 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "vit": Family(
-        vision.vit,
+        vit,
         "images: ViT class of transformers: patches of one width, class token, LayerNorm",
         ("initializer_range", "patch_size"),
         images=True,
     ),
     "cnn-residual": Family(
-        partial(vision.cnn, skip=True),
+        partial(cnn, skip=True),
         "images: CNN of one width, every block adds to its input",
         ("stride",),
         images=True,
         attention=False,
     ),
     "cnn-plain": Family(
-        partial(vision.cnn, skip=False),
+        partial(cnn, skip=False),
         "images: cnn-residual without its skip connections",
         ("stride",),
         images=True,

@@ -222,4 +222,6 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 AutoConfig.register(ControlGPTConfig.model_type, ControlGPTConfig)
+
+
 AutoModelForCausalLM.register(ControlGPTConfig, ControlGPTForCausalLM)

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lensbench.corpus import Document, beginning, tokenize
+from lensbench.data.reading import Document
+from lensbench.data.windows import beginning, check_ids, tokenize
 from lensbench.errors import LensbenchError
-from lensbench.models.pretrained import check_ids
-from lensbench.stream import refuse_non_finite
+from lensbench.streams.stream import refuse_non_finite
 
 
 @dataclass(frozen=True)

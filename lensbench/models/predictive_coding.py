@@ -32,11 +32,21 @@ from transformers.modeling_outputs import CausalLMOutput
 
 # Half-lives of about 2, 14, 100 and 700 tokens, spread over the heads; learned from there.
 INITIAL_DECAYS = (0.73, 0.95, 0.993, 0.999)
+
+
 CONVOLUTION_WIDTH = 3
+
+
 QUERIES_AT_ONCE = 256  # of the exp kernel: without gradients [B, H, 256, T] is in memory, with them all that is causal
+
+
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of the linear kernel between two visits of its state
+
+
 # Logits when an error is not differentiated: what stays in a processor's cache; what a GPU has memory for.
 ENTRIES_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
+
+
 # What transformers calls the cache among generate's arguments: until 5.2x it was another name.
 CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 
@@ -648,4 +658,6 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 AutoConfig.register(PredictiveCodingConfig.model_type, PredictiveCodingConfig)
+
+
 AutoModelForCausalLM.register(PredictiveCodingConfig, PredictiveCodingForCausalLM)

@@ -26,7 +26,7 @@ from transformers.utils import hub as transformers_hub
 from transformers.utils import logging as transformers_logging
 
 from lensbench.errors import LensbenchError
-from lensbench.results import sha256
+from lensbench.runtime.files import sha256
 
 SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
 
@@ -227,16 +227,6 @@ def check_vocabulary(source: str, tokenizer: Tokenizer | PreTrainedTokenizerBase
         )
 
 
-def check_ids(who: str, ids: Any, vocab_size: int) -> None:
-    """Raise :class:`LensbenchError` where a text's token ids name a token that the model has no embedding for."""
-    largest = int(ids.max()) if len(ids) else 0
-    if largest >= vocab_size:
-        raise LensbenchError(
-            f"{who}: its tokenizer gives the text a token {largest}, but the model has {vocab_size} "
-            "entries: the tokenizer belongs to another model"
-        )
-
-
 def check_context(who: str, config: PreTrainedConfig, length: int, remedy: str) -> None:
     """Raise :class:`LensbenchError` where sequences of ``length`` tokens are longer than a model was made for.
 
@@ -279,3 +269,11 @@ def _gguf_file(path: Path) -> Path:
     if not path.is_file():
         raise LensbenchError(f"gguf:{path}: there is no such file")
     return path
+
+
+def named(source: str) -> str:
+    """A source as results tell it: nobody's folders belong into them, but the file that a package ships does."""
+    kind, _, rest = source.partition(":")
+    if kind == "package":
+        return f"{source}/{locate(source).options['gguf_file']}"
+    return f"{kind}:{Path(rest).resolve().name}" if kind in ("path", "gguf") else source

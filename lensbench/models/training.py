@@ -12,48 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
-from lensbench.memory import is_out_of_memory, release_memory, too_large
-from lensbench.ranks import ALONE, Ranks
-from lensbench.readout import ReadOut, find_readout
-from lensbench.sealed import Damaged, load_sealed, save_sealed
-
-
-class TrainingRecipe(BaseModel):
-    """How a model is trained. ``tokens`` is what the models of a suite have in common."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    tokens: int = Field(1_000_000, gt=0, description="training tokens, counted once per visit")
-    length: int = Field(128, ge=1, description="tokens per sequence")
-    batch: int = Field(8, ge=1, description="sequences per step")
-    learning_rate: float = Field(1.5e-2, gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the matrices that Muon moves")
-    beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's second-moment decay")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
-    final_rate: float = Field(0.05, ge=0, le=1, description="share of the peak rate that the cosine ends at")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    deep_supervision: float = Field(
-        0.0, ge=0, description="weight of the head's mean cross-entropy at layers 1..L-1, beside the last one's"
-    )
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-
-    @property
-    def steps(self) -> int:
-        return max(1, round(self.tokens / (self.batch * self.length)))
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step (0-based)."""
-        warm = self.warmup * self.steps
-        if step < warm:
-            return self.learning_rate * min(1.0, (step + 1) / warm)
-        progress = (step - warm) / max(1.0, self.steps - warm)
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + np.cos(np.pi * progress)))
+from lensbench.runtime.memory import is_out_of_memory, release_memory, too_large
+from lensbench.runtime.ranks import ALONE, Ranks
+from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
+from lensbench.streams.parts import find_readout
+from lensbench.streams.readout import ReadOut
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,8 @@ class IsotropicCNNForImageClassification(PreTrainedModel):
 
 
 AutoConfig.register("lensbench-cnn", IsotropicCNNConfig)
+
+
 AutoModelForImageClassification.register(IsotropicCNNConfig, IsotropicCNNForImageClassification)
 
 

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
-from lensbench.lenses import AffineMaps
-from lensbench.probes import Measured, Subject, Sums, probe
-from lensbench.stream import Capture, ReadOut
-from lensbench.transfer import sum_by_window
+from lensbench.lenses.maps import AffineMaps
+from lensbench.probes.measured import Measured, Sums
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.streams.capture import Capture
+from lensbench.streams.kl import sum_by_window
+from lensbench.streams.readout import ReadOut
 
 TOKENS_AT_ONCE = 1024
 

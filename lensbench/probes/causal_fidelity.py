@@ -14,21 +14,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lensbench.lenses import AffineMaps
-from lensbench.probes import Measured, Subject, Sums, probe
-from lensbench.probes.crossfit import FoldSums, centred
-from lensbench.probes.interventions import entering
-from lensbench.probes.predictions import Directions, batches
-from lensbench.readout import ReadOut
-from lensbench.stream import ResidualStream
+from lensbench.lenses.maps import AffineMaps
+from lensbench.probes.measured import Measured, Sums
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.probes.tools.crossfit import FoldSums, centred
+from lensbench.probes.tools.interventions import entering
+from lensbench.probes.tools.predictions import Directions, batches
+from lensbench.streams.readout import ReadOut
+from lensbench.streams.stream import ResidualStream
 
 FIRST = 2
+
+
 COVARIANCE_WINDOWS = 64
+
+
 WINDOWS = 96
 """Windows at most; each gives the state behind one prefix."""
+
+
 DIRECTIONS = 4
 """Directions of each kind at a layer."""
+
+
 MOVES_AT_ONCE = 32
+
+
 CACHED_TOLERANCE = 1e-3
 """Largest relative difference between logits of one token behind a cache and of the whole prefix."""
 

@@ -14,27 +14,25 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
-from lensbench.corpus import Windows
-from lensbench.indices import few_clusters
-from lensbench.probes import Subject, probe
-from lensbench.probes.crossfit import (
-    Array,
-    Estimates,
-    FoldSums,
-    Jackknifed,
-    centred,
-    in_folds,
-    jackknife,
-    leaving_one_out,
-)
-from lensbench.probes.heads import Heads, check_heads
-from lensbench.probes.predictions import RANK, Batch, Constant, Directions, after, batches
+from lensbench.data.windows import Windows
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.probes.tools.crossfit import Estimates, FoldSums, Jackknifed, centred, in_folds
+from lensbench.probes.tools.heads import Heads, check_heads
+from lensbench.probes.tools.predictions import RANK, Batch, Constant, Directions, after, batches
+from lensbench.statistics import Array, few_clusters, jackknife, leaving_one_out
 
 FIRST = 2
+
+
 MEMORY_GIB = 4.0
 """Most that the sums of all heads may take: with very many heads fewer directions are looked at."""
+
+
 ANGLES = 36
 """Values of atan(beta / alpha) that are tried before the best one is refined."""
+
+
 LEVEL = 0.05
 
 

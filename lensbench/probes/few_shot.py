@@ -9,21 +9,34 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lensbench.probes import Subject, probe
-from lensbench.probes.crossfit import FOLDS, Array, Estimates, FoldSums, Jackknifed, by_group, cross_fitted, jackknife
-from lensbench.stream import ResidualStream
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, by_group, cross_fitted
+from lensbench.statistics import Array, jackknife
+from lensbench.streams.stream import ResidualStream
 
 Ids = NDArray[np.int64]
 
+
 PROMPTS = 512
+
+
 EXAMPLES = 16
 """Of a prompt at most."""
+
+
 QUERIES, LABELS = 4, 4
 """Different ones in a prompt, drawn anew for each, with an own map from query to label."""
+
+
 POOL = 64
 """The text's most frequent words that queries and labels are drawn from."""
+
+
 NOISE = 0.2
 """Share of the examples whose label is any: errors go on when the map is known."""
+
+
 TOKENS_AT_ONCE = 4096
 
 

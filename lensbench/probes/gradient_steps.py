@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM, PredictiveCodingLayer
-from lensbench.probes import Measured, Subject, Sums, probe
+from lensbench.probes.measured import Measured, Sums
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
 
 WINDOWS = 16
 

@@ -4,10 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, from_numpy, nn
 
-from lensbench.probes import Measured, Subject, Sums, probe
-from lensbench.stream import ResidualStream
+from lensbench.probes.measured import Measured, Sums
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.streams.stream import ResidualStream
 
 TOKENS_AT_ONCE = 2048
+
+
 IMAGES_AT_ONCE = 64
 
 

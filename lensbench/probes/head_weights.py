@@ -13,17 +13,22 @@ import torch
 from torch import Tensor
 
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
-from lensbench.probes import Subject, probe
-from lensbench.probes.crossfit import FOLDS, Estimates, Jackknifed, by_group
-from lensbench.probes.heads import check_heads, reading_heads
-from lensbench.probes.interventions import entering
-from lensbench.probes.predictions import Directions, batches
-from lensbench.stream import ResidualStream
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.probes.tools.crossfit import FOLDS, Estimates, Jackknifed, by_group
+from lensbench.probes.tools.heads import check_heads, reading_heads
+from lensbench.probes.tools.interventions import entering
+from lensbench.probes.tools.predictions import Directions, batches
+from lensbench.streams.stream import ResidualStream
 
 TOKENS = 1000
 """The text's most frequent tokens, as inputs and as outputs."""
+
+
 WINDOWS = 16
 """Windows that attention to the previous token is measured on."""
+
+
 AT_ONCE = 256
 
 

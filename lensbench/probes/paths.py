@@ -8,13 +8,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lensbench.probes import Array, Measured, Subject, Sums, probe
+from lensbench.data.samples import Samples
 from lensbench.probes.gradients import IMAGES_AT_ONCE
-from lensbench.readout import block_input
-from lensbench.samples import Samples
-from lensbench.stream import ResidualStream
+from lensbench.probes.measured import Measured, Sums
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.statistics import Array
+from lensbench.streams.parts import block_input
+from lensbench.streams.stream import ResidualStream
 
 TOKENS_AT_ONCE = 8192
+
+
 RANDOM_SETS = 4
 """Random sets of n blocks that are skipped together, for each n."""
 

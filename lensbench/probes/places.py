@@ -5,14 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
-from lensbench.corpus import Windows
+from lensbench.data.windows import Windows
 from lensbench.models.predictive_coding import (
     PredictiveCodingConfig,
     PredictiveCodingForCausalLM,
     PredictiveCodingOutput,
     expected_embedding,
 )
-from lensbench.probes import Array, Measured, Subject, Sums, probe
+from lensbench.probes.measured import Measured, Sums
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.statistics import Array
 
 TOKENS_AT_ONCE = 4096
 

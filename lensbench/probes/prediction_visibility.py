@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lensbench.indices import few_clusters
-from lensbench.probes import Subject, probe
-from lensbench.probes.crossfit import RIDGES, Array, Estimates, Jackknifed, cross_fitted, in_folds
-from lensbench.probes.predictions import BigramPredictions, Constant, Directions, MeansByToken, after, batches
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.probes.tools.crossfit import RIDGES, Estimates, Jackknifed, cross_fitted, in_folds
+from lensbench.probes.tools.predictions import BigramPredictions, Constant, Directions, MeansByToken, after, batches
+from lensbench.statistics import Array, few_clusters
 
 FIRST = 2
 """First position looked at: it needs a prediction, made at a position that has a token before it."""

@@ -5,11 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lensbench.fitting import MOMENT_BLOCK, Moments, median_eigenvalue
-from lensbench.lenses import AffineMaps
-from lensbench.probes import Measured, Subject, Sums, probe, smallest_gain
-from lensbench.stream import Capture
-from lensbench.transfer import score, sum_by_window, transfer_sums
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import MOMENT_BLOCK, Moments
+from lensbench.lenses.read import score
+from lensbench.lenses.ridge import median_eigenvalue
+from lensbench.measures.transfer import transfer_sums
+from lensbench.probes.measured import Measured, Sums, smallest_gain
+from lensbench.probes.registry import probe
+from lensbench.probes.subject import Subject
+from lensbench.streams.capture import Capture
+from lensbench.streams.kl import sum_by_window
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 """Tried for the regressions between layers, in units of the median eigenvalue; chosen on dev."""

@@ -1,0 +1,1 @@
+"""Texts and images: read, split, tokenised, sampled."""

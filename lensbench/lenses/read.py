@@ -1,0 +1,136 @@
+"""Losses of lenses at the layers they are read at, summed by window."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lensbench.lenses.maps import AffineMaps
+from lensbench.runtime.memory import in_pieces
+from lensbench.streams.capture import Capture, room_for
+from lensbench.streams.kl import (
+    TOKEN_BLOCK,
+    Tokens,
+    expected_logit,
+    log_partition,
+    partition_and_largest,
+    softmax_moment,
+    sums_of_all,
+)
+from lensbench.streams.readout import ReadOut
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-token results of M lenses on one layer, nats; float32 ``[M, N]``."""
+
+    kl: Tensor
+    ce: Tensor
+    movement: Tensor | None
+    top1: Tensor  # 1 where the lens's most probable word is the model's, else 0
+
+
+@torch.no_grad()
+def score(
+    readout: ReadOut,
+    h: Tensor,
+    maps: AffineMaps,
+    captured: Capture,
+    reference: "Reference | None" = None,
+) -> Scores:
+    """M lenses on one layer's states ``[N, d]``, against the model's own distribution and the next token.
+
+    ``reference``: the M distributions that movement ``KL(reference || lens)`` is measured from.
+    """
+    maps = maps.to(h)
+    m, d = len(maps), h.shape[-1]
+    weight, bias = readout.weight, readout.bias
+
+    def one(rows: slice) -> tuple[Tensor, ...]:
+        block = h[rows]
+        # All lenses in one product: [n, d] x [d, M d].
+        x = (block @ maps.matrix.reshape(m * d, d).T).view(-1, m, d) + maps.offset
+        n = readout.final_norm(x)  # [n, M, d_read]
+        flat_log_z, largest = partition_and_largest(readout, n.flatten(0, 1))
+        log_z = flat_log_z.view(-1, m)
+
+        def logit_of(words: Tensor, n: Tensor = n) -> Tensor:
+            logit = (weight[words][:, None] * n).sum(-1)
+            return readout.cap_(logit if bias is None else logit + bias[words][:, None])
+
+        aim, best = logit_of(captured.targets[rows]), logit_of(captured.top[rows])
+        tokens = Tokens(captured.expected[rows], captured.entropy_term[rows], captured.states[-1][rows])
+        if readout.linear:
+            seen = (tokens.expected[:, None] * n).sum(-1)
+        else:
+            of = readout.final_norm(tokens.final)
+            seen = torch.stack([expected_logit(readout, n[:, k], of) for k in range(m)], 1)
+        assert largest is not None
+        largest = largest.view(-1, m)
+        # The same logit from two products differs in its last digits.
+        hit = (best >= largest - 1e-5 * largest.abs().clamp(min=1)).float().T
+        moved = () if reference is None else (reference.kl_to(readout, rows, n) + log_z.T,)
+        return (tokens.entropy_term[:, None] - seen + log_z).T, (log_z - aim).T, hit, *moved
+
+    if not len(h):
+        none = h.new_zeros(m, 0)
+        return Scores(none, none, None if reference is None else none, none)
+    kl, ce, top1, *movement = (
+        torch.cat(parts, 1)
+        for parts in zip(*in_pieces(slice(0, len(h)), TOKEN_BLOCK, one, what="a token of a matrix"), strict=True)
+    )
+    return Scores(kl, ce, movement[0] if movement else None, top1)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """M distributions at each of N tokens, in the form that gives the KL from them to any other read-out."""
+
+    moment: Tensor  # [M, N, d_read]: W^T q; where logits are capped the normalised states of q themselves
+    negative_entropy: Tensor  # [M, N]: sum q log q, less sum q bias where logits are affine
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, readout: ReadOut, n: Iterable[Tensor], count: int, memory_gib: float = float("inf")) -> "Reference":
+        """The read-outs of normalised states, ``count`` of ``[N, d_read]``, one at a time.
+
+        Beyond ``memory_gib`` the moments lie in a memory-mapped file, as :func:`lensbench.streams.capture.room_for` says.
+        """
+        moment, entropies = torch.empty(0), []
+        for k, rows in enumerate(n):
+            if k == 0:
+                moment = room_for((count, *rows.shape), rows.device, memory_gib)
+            if readout.linear:
+                moment[k], entropy = softmax_moment(readout, rows)
+            else:
+                moment[k] = rows
+                entropy = expected_logit(readout, rows, rows) - log_partition(readout, rows)
+            entropies.append(entropy)
+        return cls(moment, torch.stack(entropies))
+
+    def kl_to(self, readout: ReadOut, rows: slice, n: Tensor) -> Tensor:
+        """``KL(q_m || R_m)`` less the log-partition of R, for normalised states ``[n, M, d_read]``: ``[M, n]``."""
+        moment = self.moment[:, rows]
+        if readout.linear:
+            seen = (moment * n.transpose(0, 1)).sum(-1)
+        else:
+            seen = torch.stack([expected_logit(readout, n[:, k], moment[k]) for k in range(len(moment))])
+        return self.negative_entropy[:, rows] - seen
+
+
+@torch.no_grad()
+def own_layer_sums(
+    readout: ReadOut, captured: Capture, maps: AffineMaps, layers: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per-window sums of KL and cross-entropy of map k on ``layers[k]``: two arrays ``[S, len(layers)]``.
+
+    One map for all layers (a shared lens) is given as a stack of one.
+    """
+    kl, ce = [], []
+    for k, layer in enumerate(layers):
+        scores = score(readout, captured.states[layer], maps[[k if len(maps) > 1 else 0]], captured)
+        kl.append(sums_of_all(scores.kl[0], captured))
+        ce.append(sums_of_all(scores.ce[0], captured))
+    return np.stack(kl, -1), np.stack(ce, -1)

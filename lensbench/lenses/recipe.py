@@ -1,0 +1,93 @@
+"""How lenses are fitted and chosen."""
+
+import itertools
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Prior = Literal["zero", "identity"]
+
+
+Stage = Literal["closed", "refined", "loaded"]
+
+
+class FitRecipe(BaseModel):
+    """How lenses are fitted and chosen; every choice is made on the dev split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    sequences: int = Field(512, ge=1, description="sequences of the fit split")
+    positions: int = Field(32, ge=1, description="random positions of each of them")
+    dev_sequences: int = Field(256, ge=1, description="sequences of the dev split")
+    dev_positions: int = Field(16, ge=1, description="random positions of each of them")
+    ridges: tuple[float, ...] = Field(
+        (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3),
+        min_length=1,
+        description="ridge path, rising, in median eigenvalues",
+    )
+    pads: tuple[float, ...] = Field(
+        tuple(i / 10 for i in range(11)), min_length=1, description="lengths of the pad, in rms of the final state"
+    )
+    tolerance: float = Field(0.02, ge=0, description="allowed dev loss of the headline matrix, share of K_0 - best")
+    tolerances: tuple[float, ...] = Field(
+        (0.0, 0.05, 0.1), description="allowed dev losses of the curve beside the headline's, and one standard error"
+    )
+    layers: int = Field(
+        8,
+        ge=2,
+        description="layers at most, evenly spread, of the curve over tolerances, leave-one-out, pairs and refits",
+    )
+    pair_rotations: int = Field(2, ge=1, description="rotated views of which pairs of layers get lenses")
+    rotations: int = Field(5, ge=1, description="rotated views, each with a shared lens of its own")
+    variance: float = Field(0.99, gt=0, le=1, description="share of pooled variance that rotations act on")
+    refits: int = Field(5, ge=0, description="refits on document-resampled fit data")
+    pooled_dev_tokens: int = Field(
+        16384, ge=1, description="dev states at most that a lens of several layers is chosen on, equally many per layer"
+    )
+    refine_tokens: int = Field(16384, ge=1, description="fitting tokens of a pass of refinement")
+    refine_passes: int = Field(24, ge=0, description="most passes of a refinement")
+    refine_batch: int = Field(256, ge=1, description="tokens of an update of a lens")
+    refine_rate: float = Field(
+        0.01, gt=0, description="first rate: spectral size of an update, relative to rms(h_L) / rms(h_l)"
+    )
+    refine_tolerance: float = Field(1e-3, gt=0, description="relative fall of dev KL in a pass that ends a refinement")
+    refine_vocabulary: int = Field(
+        4096, ge=2, description="rows of the unembedding that refinement sees: half exactly, half drawn from the rest"
+    )
+    memory_gib: float = Field(
+        4.0,
+        gt=0,
+        description="states beyond this are kept in a memory-mapped temporary file (TMPDIR) instead of in memory",
+    )
+
+    @field_validator("ridges", "pads")
+    @classmethod
+    def _rising(cls, path: tuple[float, ...]) -> tuple[float, ...]:
+        if any(b <= a for a, b in itertools.pairwise(path)):
+            raise ValueError("must rise from one entry to the next")
+        return path
+
+    @field_validator("tolerances")
+    @classmethod
+    def _shares(cls, tolerances: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 <= t < 1 for t in tolerances):
+            raise ValueError("must be shares of K_0 - best: at least 0 and below 1")
+        if len({f"{t:g}" for t in tolerances}) < len(tolerances):
+            raise ValueError("must differ in their first six digits")
+        return tolerances
+
+    @field_validator("ridges")
+    @classmethod
+    def _positive(cls, ridges: tuple[float, ...]) -> tuple[float, ...]:
+        if ridges[0] <= 0:
+            raise ValueError("must be above 0: without a ridge a stream that does not fill its space has no solution")
+        return ridges
+
+
+def spread_layers(layers: int, count: int) -> list[int]:
+    """At most ``count`` of layers 0..layers-1, evenly spread, the first and the last among them."""
+    return sorted({round(k * (layers - 1) / (count - 1)) for k in range(count)})
+
+
+ONE_STANDARD_ERROR: Literal["1se"] = "1se"
+"""Of the allowed losses, the one that is no share of what there is to gain."""

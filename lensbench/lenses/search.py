@@ -1,0 +1,264 @@
+"""The ridge and the pad of a lens, chosen by KL on the dev split."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import MOMENT_BLOCK
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.runtime.memory import in_pieces
+from lensbench.runtime.ranks import ALONE, Ranks
+from lensbench.statistics import half_width
+from lensbench.streams.capture import Capture
+from lensbench.streams.kl import TOKEN_BLOCK, VOCABULARY_BLOCK, Tokens, sums_of_all, token_kl
+from lensbench.streams.readout import ReadOut
+
+
+def pad_direction(readout: ReadOut, final_states: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """Pad of length 1: the direction that the unembedding sees least, ``[d]``, times the rms of the final states.
+
+    Among the directions that the norm's scale depends on, the bottom eigenvector of ``G^T W^T W G`` (W centred over the
+    vocabulary, which softmax cannot tell), with the sign of the mean final state along it. Zero where the norm is not a
+    gain over a scale.
+    """
+    gain = readout.gain(final_states.shape[-1])
+    if gain is None:
+        return torch.zeros(final_states.shape[-1], dtype=torch.float64)
+    gain = gain.double().cpu()
+    # What norm(x) does not depend on (LayerNorm: the mean; parts of the state that it is blind to) cannot hold length.
+    values, vectors = torch.linalg.eigh(gain.T @ gain)
+    seen = vectors[:, values > 1e-6 * values[-1]]
+    visible = gain @ seen  # [d_read, k]
+    direction = seen @ torch.linalg.eigh(visible.T @ centred_gram(readout.weight) @ visible)[1][:, 0]
+    count, squares, along = ranks.span(len(final_states))[1], torch.zeros(()).double(), torch.zeros(()).double()
+    for rows in final_states.split(MOMENT_BLOCK):  # in float64, which all of them at once may have no room for
+        h = rows.double().cpu()
+        squares += (h @ seen).pow(2).sum()
+        along += h.sum(0) @ direction
+    rms = (ranks.sum(squares) / (count * seen.shape[1])).sqrt()
+    sign = torch.where(ranks.sum(along) < 0, -1.0, 1.0)
+    return sign * direction * rms * seen.shape[1] ** 0.5
+
+
+def centred_gram(weight: Tensor) -> Tensor:
+    """``W^T W`` of W ``[V, d_read]`` centred over the vocabulary, float64 on the CPU, in blocks of W's own precision."""
+    centred = [rows - weight.mean(0) for rows in weight.split(4096)]
+    return torch.stack([(rows.T @ rows).double() for rows in centred]).sum(0).cpu()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What dev chose for one lens; ``dev_kl`` is its mean KL over the layers it was chosen for, nats/token."""
+
+    ridge: float
+    pad: float
+    dev_kl: float
+
+
+@torch.no_grad()
+def padded_kl(readout: ReadOut, x: Tensor, tokens: Tokens, pad: Tensor, pads: Sequence[float]) -> Tensor:
+    """KL ``[P, R]`` of what R states ``[R, d]``, moved by each of P lengths of the pad, read out to; nats, float64.
+
+    ``norm(x + a v) = G (x + a v) / s(x + a v) + o``, so the logits of every pad are those of the first, scaled row by
+    row, plus a multiple of ``W G v``: one product with the unembedding serves them all. Where the norm has no such gain
+    there is no pad direction and all pads are the same; where logits are soft-capped each pad is read out on its own.
+    """
+    gain = readout.gain(x.shape[-1])
+    if not readout.linear or gain is None or len(pads) == 1:
+        found = [token_kl(readout, readout.final_norm(x + a * pad.to(x)), tokens) for a in pads]
+        return torch.stack(found).double().cpu()
+    offset = readout.final_norm(torch.zeros_like(x[0]))
+    direction = pad.to(x) @ gain.T  # G v
+    u = x @ gain.T
+    n = [readout.final_norm(x + a * pad.to(x)) for a in pads]
+    # 1 / s of each row, by least squares over its entries.
+    inverse = []
+    for a, rows in zip(pads, n, strict=True):
+        unscaled = u + a * direction
+        inverse.append(((rows - offset) * unscaled).sum(-1) / unscaled.pow(2).sum(-1))
+    log_z = log_partition_of_pads(readout, u, direction, offset, torch.stack(inverse), torch.tensor(pads).to(x))
+    kl = [token_kl(readout, rows, tokens, z) for rows, z in zip(n, log_z, strict=True)]
+    return torch.stack(kl).double().cpu()
+
+
+def log_partition_of_pads(
+    readout: ReadOut, u: Tensor, direction: Tensor, offset: Tensor, inverse: Tensor, pads: Tensor
+) -> Tensor:
+    """``logsumexp(W ((u + a_p direction) inverse_p + offset) + bias)`` for P pads: ``[P, R]`` from u ``[R, d_read]``."""
+    weight, bias = readout.weight, readout.bias
+    constant = weight @ offset if bias is None else torch.addmv(bias, weight, offset)
+    along = weight @ direction
+    out = []
+    for first in range(0, len(u), TOKEN_BLOCK // 2):
+        rows = slice(first, first + TOKEN_BLOCK // 2)
+        largest = u.new_full((len(pads), len(u[rows])), -torch.inf)
+        total = torch.zeros_like(largest)
+        for start in range(0, len(weight), VOCABULARY_BLOCK):
+            words = slice(start, start + VOCABULARY_BLOCK)
+            unscaled = u[rows] @ weight[words].T
+            for p, a in enumerate(pads):
+                logits = torch.addcmul(
+                    constant[words], unscaled + a * along[words] if a else unscaled, inverse[p, rows, None]
+                )
+                new = torch.maximum(largest[p], logits.amax(-1))
+                total[p] = total[p] * torch.exp(largest[p] - new) + logits.sub_(new[:, None]).exp_().sum(-1)
+                largest[p] = new
+        out.append(largest + total.log())
+    return torch.cat(out, 1)
+
+
+class DevSearch:
+    """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once."""
+
+    def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
+        self.readout, self.dev, self.recipe, self.pad = readout, dev, recipe, pad
+        self.ranks = dev.ranks
+        self.before, self.tokens = self.ranks.span(len(dev))
+        self.constant_kl = float(self.ranks.sum(dev.constant_kl.double().sum())) / self.tokens
+        self.shuffled = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(0)).to(dev.states.device)
+        self.rows_read_out = 0
+        """Products of a state with the whole unembedding so far: what a search costs."""
+
+    def kl(self, maps: AffineMaps, layers: Sequence[int]) -> float:
+        """Mean dev KL of map k on ``layers[k]`` (or of one map on all of them)."""
+        return float(self.kl_of_pads(maps, layers, [0.0])[0])
+
+    def kl_of_pads(self, maps: AffineMaps, layers: Sequence[int], pads: Sequence[float]) -> Tensor:
+        """Mean dev KL ``[P]`` of maps with each of P pads added, for one matrix product with the unembedding.
+
+        A lens of several layers is chosen on at most ``pooled_dev_tokens`` states: the dev tokens are dealt out, each
+        layer getting equally many.
+        """
+        share = 1
+        if len(layers) > 1:
+            share = min(self.tokens, max(1, -(-len(layers) * self.tokens // self.recipe.pooled_dev_tokens)))
+        maps, dev = maps.to(self.dev.states), self.dev
+        sums, parts, sizes = [], [], []
+        counts = [self.tokens if share == 1 else len(self.shuffled[k % share :: share]) for k in range(len(layers))]
+        for k, layer in enumerate(layers):
+            m = k if len(maps) > 1 else 0
+            # Dealt from a shuffled pack: in their order, a layer would get the same places of every sequence.
+            at = slice(None) if share == 1 else self.here(self.shuffled[k % share :: share])
+            x = dev.states[layer][at] @ maps.matrix[m].T + maps.offset[m]
+            parts.append((x, Tokens(dev.expected[at], dev.entropy_term[at], dev.states[-1][at])))
+            sizes.append(len(x))
+            # Several layers' rows in one product: a few rows would not be worth reading the unembedding for.
+            if k == len(layers) - 1 or sum(sizes) >= 2 * TOKEN_BLOCK:
+                tokens = Tokens(
+                    *(torch.cat(columns) for columns in zip(*(vars(t).values() for _, t in parts), strict=True))
+                )
+                kl = self.padded_kl(torch.cat([x for x, _ in parts]), tokens, pads)
+                sums += [one.sum(1) for one in kl.split(sizes, 1)]
+                self.rows_read_out += sum(sizes)
+                parts, sizes = [], []
+        # Of all processes' tokens: what is chosen by it is the same on all of them.
+        means = self.ranks.sum(torch.stack(sums)) / torch.tensor(counts, dtype=torch.float64)[:, None]
+        return means.sum(0) / len(layers)
+
+    def here(self, tokens: Tensor) -> Tensor:
+        """Those of some tokens, given by their numbers among all, that this process has, by their numbers in it."""
+        if self.ranks.size == 1:
+            return tokens
+        return tokens[(tokens >= self.before) & (tokens < self.before + len(self.dev))] - self.before
+
+    def padded_kl(self, x: Tensor, tokens: Tokens, pads: Sequence[float]) -> Tensor:
+        """:func:`padded_kl`, in halves where it does not fit into memory."""
+        if not len(x):
+            return torch.zeros(len(pads), 0, dtype=torch.float64)
+
+        def one(rows: slice) -> Tensor:
+            own = Tokens(*(column[rows] for column in vars(tokens).values()))
+            return padded_kl(self.readout, x[rows], own, self.pad, pads)
+
+        return torch.cat(in_pieces(slice(0, len(x)), len(x), one, what="a token of the search on dev"), 1)
+
+    def padded(self, maps: AffineMaps, pad: float) -> AffineMaps:
+        return AffineMaps(maps.matrix, maps.offset + pad * self.pad)
+
+    def best_pad(self, maps: AffineMaps, layers: Sequence[int], start: int) -> tuple[int, float]:
+        """Index of the best pad and its KL, by descent from ``start``: KL has one valley along the pad."""
+        pads = self.recipe.pads
+        known: dict[int, float] = {}
+        here = start
+        while True:
+            around = [i for i in (here - 1, here, here + 1) if 0 <= i < len(pads)]
+            new = [i for i in around if i not in known]
+            if known:  # having moved once, look two further on in the same product
+                ahead = 2 * new[0] - here if new else here
+                new += [i for i in (ahead,) if 0 <= i < len(pads) and i not in known and i not in new]
+            if new:
+                found = self.kl_of_pads(maps, layers, [pads[i] for i in new])
+                known |= dict(zip(new, found.tolist(), strict=True))
+            best = min(around, key=known.__getitem__)
+            if best == here:
+                return here, known[here]
+            here = best
+
+    def path(self, solve: Callable[[float], AffineMaps], layers: Sequence[int]) -> list[Choice]:
+        """The best pad at every ridge of the path."""
+        choices, start = [], len(self.recipe.pads) // 3
+        for ridge in self.recipe.ridges:
+            start, kl = self.best_pad(solve(ridge), layers, start)
+            choices.append(Choice(ridge, self.recipe.pads[start], kl))
+        return choices
+
+    def best(self, solve: Callable[[float], AffineMaps], layers: Sequence[int], near: Choice | None = None) -> Choice:
+        """The best ridge and pad, by descent along the path: KL has one valley along the ridge too.
+
+        From the middle, or from where a like lens ended (``near``), which saves most of the way.
+        """
+        ridges = self.recipe.ridges
+        known: dict[int, Choice] = {}
+        pad = len(self.recipe.pads) // 3 if near is None else self.recipe.pads.index(near.pad)
+
+        def at(index: int) -> float:
+            nonlocal pad
+            if index not in known:
+                pad, kl = self.best_pad(solve(ridges[index]), layers, pad)
+                known[index] = Choice(ridges[index], self.recipe.pads[pad], kl)
+            return known[index].dev_kl
+
+        here = len(ridges) // 2 if near is None else ridges.index(near.ridge)
+        at(here)  # first, so that its pad is where the neighbours' search begins
+        while True:
+            around = [i for i in (here - 1, here, here + 1) if 0 <= i < len(ridges)]
+            best = min(around, key=at)
+            if best == here:
+                return known[here]
+            here = best
+
+    def within_one_error(self, path: Sequence[Choice], solve: Callable[[float], AffineMaps], layer: int) -> Choice:
+        """The strongest ridge whose dev KL exceeds the best's by at most one standard error of the paired difference.
+
+        The standard error is clustered by document.
+        """
+        dev = self.dev
+        tokens = Tokens(dev.expected, dev.entropy_term, dev.states[-1])
+        sizes = sums_of_all(torch.ones(len(dev)), dev)
+        documents = self.ranks.joined(dev.document[np.flatnonzero(np.diff(dev.window, prepend=-1))])
+
+        def kl(choice: Choice) -> Tensor:
+            maps = self.padded(solve(choice.ridge), choice.pad).to(dev.states)
+            x = dev.states[layer] @ maps.matrix[0].T + maps.offset[0]
+            return token_kl(self.readout, self.readout.final_norm(x), tokens)
+
+        best = min(path, key=lambda c: c.dev_kl)
+        of_best, chosen = kl(best), best
+        for choice in path:
+            if choice.ridge > chosen.ridge:
+                excess = kl(choice) - of_best
+                sums = sums_of_all(excess, dev)[:, None, None]
+                mean = float(self.ranks.sum(excess.double().sum().cpu())) / self.tokens
+                if mean <= float(half_width(sums, sizes, documents)[0, 0]) / 1.96:
+                    chosen = choice
+        return chosen
+
+    def within(self, path: Sequence[Choice], tolerance: float) -> Choice:
+        """The strongest ridge whose dev KL exceeds the path's best by at most ``tolerance`` of ``K_0 - best``."""
+        best = min(choice.dev_kl for choice in path)
+        allowed = best + tolerance * max(0.0, self.constant_kl - best)
+        return max((c for c in path if c.dev_kl <= allowed), key=lambda c: c.ridge)

@@ -1,0 +1,54 @@
+"""tuned-lens's prediction trajectories under any lens, for any model."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from tuned_lens.nn.lenses import Lens
+from tuned_lens.plotting import PredictionTrajectory
+
+from lensbench.streams.stream import ResidualStream
+
+
+class _Words:
+    """A tokenizer trained here, with the two methods that tuned-lens's trajectories call."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.tokenizer.id_to_token(int(i)) or "" for i in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode([int(i) for i in np.atleast_1d(ids)]))
+
+
+def prediction_trajectory(
+    lens: Lens,
+    stream: "ResidualStream",
+    ids: Tensor,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    targets: Tensor | None = None,
+    last: int | None = None,
+) -> PredictionTrajectory:
+    """tuned-lens's trajectory of one text ``[T]`` under any lens, the shared one included, for any model.
+
+    Unlike ``PredictionTrajectory.from_lens_and_model`` it reads the states that :class:`ResidualStream` verified, which
+    are not what every model reports. ``targets`` ``[T]`` left out are the next tokens, the last one's being the model's own.
+    With ``last`` the trajectory is that of so many tokens at the end: what it takes is (L+1) V floats for each.
+    """
+    first = 0 if last is None else max(0, len(ids) - last)
+    at = torch.arange(first, len(ids))
+    with torch.no_grad():
+        states, logits = stream.at(ids[None], torch.zeros_like(at), at)
+        own = logits.float().log_softmax(-1)
+        log_probs = np.empty((len(states), *own.shape), dtype=np.float32)
+        for layer, h in enumerate(states[:-1]):
+            log_probs[layer] = lens(h.float(), idx=layer).log_softmax(-1).cpu().numpy()
+        log_probs[-1] = own.cpu().numpy()
+    targets = torch.cat([ids[1:].cpu(), own[-1:].argmax(-1).cpu()]) if targets is None else targets.cpu()
+    words: Any = _Words(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
+    return PredictionTrajectory(log_probs, ids[first:].cpu().numpy(), targets=targets[first:].numpy(), tokenizer=words)

@@ -1,0 +1,1 @@
+"""What lenses read at every layer, and what follows: transfer, indices, verdicts."""

@@ -1,0 +1,136 @@
+"""Measurements beside the lenses, each usable alone: a function of a model's stream that gives sums per window.
+
+A probe returns :class:`Measured`: quantities that are ratios of sums over the scored windows, so that all of them get their
+interval from the same bootstrap over documents, and a tidy frame from :meth:`Measured.frame`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.torch import load_file, save_file
+from torch import from_numpy
+
+from lensbench.data.corpus import clusters_of
+from lensbench.data.samples import Samples
+from lensbench.measures.indices import SMALLEST_DENOMINATOR
+from lensbench.probes.tools.crossfit import COLUMNS
+from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval
+from lensbench.streams.capture import Capture
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Per-window sums: quantity k is ``sum(top[:, k]) / sum(bottom[:, k])``, both ``[S, K]``.
+
+    ``layer`` and ``other`` say what it belongs to (None: the whole model). ``floor`` is the mean denominator per token, in
+    nats, below which the ratio is not defined; 0 where the denominator is no loss. ``tokens`` ``[S]``; ``documents`` ``[S]``
+    names the cluster of each window. With a ``reason`` there is nothing else: the probe does not apply.
+    """
+
+    probe: str
+    quantity: Sequence[str] = ()
+    layer: Sequence[int | None] = ()
+    other: Sequence[int | None] = ()
+    floor: Sequence[float] = ()
+    top: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    bottom: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    tokens: Array = field(default_factory=lambda: np.zeros(0))
+    documents: Sequence[str] = ()
+    reason: str = ""
+
+    def save(self, folder: Path) -> None:
+        arrays = {"top": self.top, "bottom": self.bottom, "tokens": self.tokens}
+        save_file({k: from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}, folder / "sums.safetensors")
+        labels = {k: list(getattr(self, k)) for k in ("quantity", "layer", "other", "floor", "documents")}
+        (folder / "labels.json").write_text(json.dumps({"probe": self.probe, "reason": self.reason, **labels}))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Measured":
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
+        return cls(**json.loads((folder / "labels.json").read_text()), **arrays)
+
+    def frame(self, draws: int = 2000, clusters: Mapping[str, str] | None = None) -> pd.DataFrame:
+        """A row per quantity with its 95 % interval over clusters; empty ``value`` with the reason where undefined.
+
+        ``clusters``: the cluster of each document, where the windows are some of a larger set that decides it.
+        """
+        if self.reason:
+            row = dict.fromkeys(COLUMNS) | {"probe": self.probe, "quantity": self.probe, "reason": self.reason}
+            return pd.DataFrame([row], columns=COLUMNS)
+        of = clusters_of(self.documents) if clusters is None else clusters
+        names, cluster = np.unique([of[name] for name in self.documents], return_inverse=True)
+
+        def by_document(values: Array) -> Array:
+            sums = np.zeros((len(names), values.shape[-1]))
+            np.add.at(sums, cluster, values)
+            return sums
+
+        top, bottom = by_document(self.top), by_document(self.bottom)
+        tokens = by_document(self.tokens[:, None])
+        weights = bootstrap_weights(len(names), draws, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = (weights @ top) / (weights @ bottom)
+            value = top.sum(0) / bottom.sum(0)
+            per_token = (weights @ bottom) / (weights @ tokens)
+        low, high = interval(drawn)
+        warning = few_clusters(len(names))
+        least, _ = interval(per_token)
+        rows = []
+        for k, quantity in enumerate(self.quantity):
+            row = {"probe": self.probe, "quantity": quantity, "layer": self.layer[k], "other": self.other[k]}
+            if least[k] < self.floor[k] or not np.isfinite(value[k]):
+                reason = f"undefined: the interval of its denominator reaches below {self.floor[k]:.3g}"
+                row |= {"value": None, "ci_low": None, "ci_high": None, "reason": reason}
+            elif np.ptp(drawn[:, k]) <= 1e-9 * abs(value[k]):
+                row |= {"value": value[k], "ci_low": None, "ci_high": None, "reason": "the same for every document"}
+            else:
+                row |= {"value": value[k], "ci_low": low[k], "ci_high": high[k], "reason": warning}
+            rows.append(row)
+        return pd.DataFrame(rows, columns=COLUMNS)
+
+
+class Sums:
+    """Collects the columns of a :class:`Measured`."""
+
+    def __init__(self, probe: str, samples: Samples, tokens: Array):
+        self.probe, self.tokens = probe, tokens
+        names = samples.document_names
+        self.documents = [str(names[k]) for k in samples.documents]
+        self.columns: list[tuple[str, int | None, int | None, float, Array, Array]] = []
+
+    def add(
+        self,
+        quantity: str,
+        top: Array,
+        bottom: Array | None = None,
+        *,
+        layer: int | None = None,
+        other: int | None = None,
+        floor: float = 0.0,
+    ) -> None:
+        """One quantity; without ``bottom`` a mean over tokens."""
+        self.columns.append((quantity, layer, other, floor, top, self.tokens if bottom is None else bottom))
+
+    def measured(self) -> Measured:
+        quantity, layer, other, floor, top, bottom = zip(*self.columns, strict=True)
+        return Measured(
+            self.probe,
+            quantity,
+            layer,
+            other,
+            floor,
+            np.stack(top, 1),
+            np.stack(bottom, 1),
+            self.tokens,
+            self.documents,
+        )
+
+
+def smallest_gain(captured: Capture) -> float:
+    """2 % of K_0: the smallest denominator, nats/token, that a share of a loss is taken of."""
+    return SMALLEST_DENOMINATOR * float(captured.constant_kl.mean())

@@ -1,0 +1,1 @@
+"""Run folders: schema, tables, sums, manifest."""

@@ -1,0 +1,138 @@
+"""The run folder: tables in and out, checked, and the lock that one run holds on it."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from lensbench.errors import LensbenchError
+from lensbench.results.manifest import MANIFEST, read_manifest
+from lensbench.results.schema import ADDED, ADDED_COLUMNS, SCHEMA, TEXT_COLUMNS, TEXT_COLUMNS_OF, no_rows
+from lensbench.runtime.files import sha256, write_atomically, write_json
+
+OWNER = "run.json"
+
+
+def open_run_folder(folder: Path, suite: str) -> FileLock:
+    """Claim ``folder`` for a suite, creating it; the lock is held until it is released.
+
+    Raises :class:`LensbenchError` for a folder of another suite, one that holds something else, or one in use.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise LensbenchError(f"{folder} is a file; give --out a folder")
+    # A run that was killed before it could say whose folder this is left no more than its lock.
+    if folder.is_dir() and any(p.name not in (".lock", f"{OWNER}.partial") for p in folder.iterdir()):
+        owner = owner_of(folder)
+        if owner is None:
+            raise LensbenchError(f"{folder} is not empty and not a run folder; give --out a new folder")
+        if owner != suite:
+            raise LensbenchError(f"{folder} holds a run of suite {owner!r}, not {suite!r}; give --out another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise LensbenchError(f"another run is writing to {folder}; wait for it or give --out another folder") from error
+    write_json(folder / OWNER, {"suite": suite})
+    return lock
+
+
+def owner_of(folder: Path) -> str | None:
+    """The suite whose run a folder holds, finished or not; None where it holds none."""
+    for name, key in ((OWNER, "suite"), (MANIFEST, "suite_name")):
+        try:
+            return str(json.loads((folder / name).read_text())[key])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not there or not ours: the other file may tell
+    return None
+
+
+SEQUENCES = "per_sequence.parquet"
+
+
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """One CSV with exactly the columns of its schema, in their order."""
+    columns = list(SCHEMA[name])
+    unknown = set(table.columns) ^ set(columns)
+    if unknown:
+        raise ValueError(f"{name}: columns differ from the schema: {sorted(unknown)}")
+    write_atomically(folder / name, lambda path: table[columns].to_csv(path, index=False, lineterminator="\n"))
+
+
+def write_sequences(path: Path, sequences: pd.DataFrame) -> None:
+    """``per_sequence.parquet``, small enough to be committed: sums are floats, everything else repeats itself."""
+    sums = ["kl", "ce", "movement", "top1"]
+    layout = {"use_byte_stream_split": sums, "use_dictionary": [c for c in sequences.columns if c not in sums]}
+    write = partial(sequences.to_parquet, index=False, compression="zstd", compression_level=15, **layout)
+    write_atomically(path, write)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV of a run folder; raises :class:`LensbenchError` where it is missing, unreadable or not what its name says."""
+    if not path.is_file():
+        raise LensbenchError(f"{path.parent} has no {path.name}: not a finished run of lensbench")
+    text = TEXT_COLUMNS | TEXT_COLUMNS_OF.get(path.name, set())
+    try:
+        table = pd.read_csv(
+            path, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype=dict.fromkeys(text, str)
+        )
+    except (ValueError, OSError, pd.errors.ParserError) as error:
+        raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    for column in ADDED_COLUMNS.get(path.name, ()):
+        if column not in table:
+            table[column] = None
+    missing = [column for column in SCHEMA[path.name] if column not in table.columns]
+    if missing or (table.empty and path.name not in ("pairs.csv", *ADDED)):  # a single layer is in no pair
+        what = f"column {missing[0]!r} is missing" if missing else "it has no rows"
+        raise LensbenchError(f"{path} is damaged or of another version of lensbench: {what}")
+    numeric = [c for c in table.columns if c not in text and not pd.api.types.is_numeric_dtype(table[c])]
+    if numeric and len(table):
+        raise LensbenchError(f"{path} is damaged: column {numeric[0]!r} holds something that is not a number")
+    return table
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder, read and checked."""
+
+    folder: Path
+    manifest: dict[str, Any] | None
+    tables: dict[str, pd.DataFrame]
+
+    def sequences(self) -> pd.DataFrame:
+        """``per_sequence.parquet``: the sums that every number of the run is made of."""
+        path = self.folder / SEQUENCES
+        if not path.is_file():
+            raise LensbenchError(f"{self.folder} has no {SEQUENCES}: its runs cannot be compared sequence by sequence")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -> Run:
+    """All tables of a run folder, each checked against its schema and against the manifest's checksum.
+
+    Without ``need_manifest`` a folder that holds nothing but the CSV will do.
+    """
+    if not folder.is_dir():
+        raise LensbenchError(f"there is no folder {folder}")
+    manifest = read_manifest(folder) if need_manifest or (folder / MANIFEST).exists() else None
+    if manifest is not None and verify:
+        for name, checksum in manifest["files"].items():
+            if not (folder / name).is_file():
+                raise LensbenchError(f"{folder} is not complete: {name} is missing")
+            if sha256(folder / name) != checksum:
+                raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
+    known = set(SCHEMA) if manifest is None else set(manifest["files"])
+    tables = {
+        name: no_rows(name)
+        if name in ADDED and not (name in known and (folder / name).exists())
+        else read_table(folder / name)
+        for name in SCHEMA
+    }
+    return Run(folder, manifest, tables)

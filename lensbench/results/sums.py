@@ -1,0 +1,137 @@
+"""Sums over clusters of documents: what every interval resamples."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lensbench.data.corpus import clusters_of
+from lensbench.errors import LensbenchError
+from lensbench.measures.indices import Means
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """Sums over the clusters (documents, or folders of them) of one model and seed: what every interval resamples.
+
+    ``tokens``, ``bytes`` ``[clusters]``; ``totals`` holds the fields of :class:`Means` as ``[clusters, ...]`` sums.
+    """
+
+    documents: tuple[str, ...]
+    tokens: NDArray[np.float64]
+    bytes: NDArray[np.float64]
+    totals: Means
+    top1: NDArray[np.float64]
+    """``[clusters, L+1, L+1]``: tokens at which the lens's most probable word is the model's"""
+    curve: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    """Tolerance -> sums of KL and movement, ``[clusters, L+1, L+1]``, NaN beside the chosen layers"""
+
+    @classmethod
+    def of(cls, sequences: pd.DataFrame) -> "ClusterSums":
+        """From the rows of ``per_sequence.parquet`` that belong to one model and seed."""
+        refuse_missing(sequences)
+        documents = tuple(sorted(sequences["document"].astype(str).unique()))
+        model = by_document(sequences, lens="model")
+        constant = by_document(sequences, lens="constant")["kl"].to_numpy(float)
+        layers = int(sequences["layer"].max())
+        tuned = sequences[(sequences["lens"] == "tuned") & (sequences["prior"] == "identity")]
+        logit = sequences[sequences["lens"] == "logit"]
+        matrix = pd.concat([tuned, logit])
+
+        def grid(column: str, rows: pd.DataFrame = matrix, size: int = layers + 1) -> NDArray[np.float64]:
+            """``[clusters, size, size]``, NaN where there is no such row."""
+            table = rows.pivot_table(
+                index="document", columns=["lens_layer", "layer"], values=column, aggfunc="sum", observed=True
+            ).sort_index()
+            values = np.full((len(documents), size, size), np.nan)
+            at = np.array(table.columns.to_list(), dtype=np.int64).reshape(-1, 2)
+            values[:, at[:, 0], at[:, 1]] = table.to_numpy(float)
+            return values
+
+        def per_layer(lens: str, stage: str = "closed", view: int = -1) -> NDArray[np.float64]:
+            rows = sequences[(sequences["lens"] == lens) & (sequences["stage"] == stage) & (sequences["view"] == view)]
+            rows = rows[rows["prior"] == "zero"]
+            if rows.empty:
+                return np.full((len(documents), layers), np.nan)
+            table = rows.pivot_table(index="document", columns="layer", values="kl", aggfunc="sum", observed=True)
+            values = np.full((len(documents), layers), np.nan)
+            values[:, table.columns.to_numpy(np.int64)] = table.sort_index().to_numpy(float)
+            return values
+
+        pairs = sequences[sequences["lens"] == "pair"]
+        pair_views = range(int(pairs["view"].max()) + 1)
+        curve = {}
+        for lens in sorted(label for label in sequences["lens"].unique() if str(label).startswith("tuned@")):
+            rows = sequences[sequences["lens"] == lens]
+            curve[lens.removeprefix("tuned@")] = grid("kl", rows), grid("movement", rows)
+
+        views = range(int(sequences["view"].max()) + 1)
+        totals = Means(
+            constant=constant,
+            transfer=grid("kl"),
+            transfer_ce=grid("ce"),
+            movement=grid("movement"),
+            own=per_layer("tuned"),
+            shared=per_layer("shared"),
+            shared_loo=per_layer("shared_loo"),
+            rotated=np.stack([per_layer("shared", view=k) for k in views], axis=1),
+            own_refined=per_layer("tuned", "refined"),
+            shared_refined=per_layer("shared", "refined"),
+            pair=grid("kl", pairs[pairs["view"] == -1], layers),
+            pair_rotated=np.stack([grid("kl", pairs[pairs["view"] == k], layers) for k in pair_views], axis=1),
+        )
+        tokens, sizes = model["tokens"].to_numpy(float), model["bytes"].to_numpy(float)
+        return cls(documents, tokens, sizes, totals, grid("top1"), curve)
+
+
+def clustered(sequences: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``per_sequence.parquet`` with the cluster of each document in place of its name."""
+    names = sequences["document"].astype(str)
+    return sequences.assign(document=names.map(clusters_of(names.unique())).astype("category"))
+
+
+def joined_clusters(names: Iterable[str], groups: int | None) -> dict[str, str]:
+    """The cluster of each document; more than ``groups`` of them are joined at random (always the same way)."""
+    of = clusters_of(names)
+    known = sorted(set(of.values()))
+    if groups is None or len(known) <= groups:
+        return of
+    drawn = np.random.default_rng(0).permutation(len(known)) % groups
+    into = {name: f"group {k:04d}" for name, k in zip(known, drawn, strict=True)}
+    return {name: into[cluster] for name, cluster in of.items()}
+
+
+def summed_by_cluster(sequences: pd.DataFrame, groups: int | None = None) -> pd.DataFrame:
+    """Rows of ``per_sequence.parquet``, one for each cluster in place of one for each sequence; sums are float32 again.
+
+    ``groups``: as :func:`joined_clusters` takes it. Raises :class:`LensbenchError` where a KL is not a number.
+    """
+    refuse_missing(sequences)
+    sums = ["tokens", "bytes", "kl", "ce", "movement", "top1"]
+    keys = ["model", "seed", "lens", "lens_layer", "layer", "stage", "prior", "view", "document"]
+    names = sequences["document"].astype(str)
+    of = sequences.assign(document=names.map(joined_clusters(names.unique(), groups)).astype("category"))
+    found = (
+        of.groupby(keys, observed=True, sort=False)[sums].sum(min_count=1).reset_index()
+    )  # nothing but unknown values stays unknown
+    found["sequence"] = 0
+    return found[list(sequences.columns)].astype({name: sequences[name].dtype for name in (*sums, "sequence")})
+
+
+def refuse_missing(sequences: pd.DataFrame) -> None:
+    """Raise :class:`LensbenchError` where a KL is not a number: a sum would pass over it as if the lens were perfect."""
+    missing = ~np.isfinite(sequences["kl"].to_numpy())
+    if missing.any():
+        row = sequences[missing].iloc[0]
+        raise LensbenchError(
+            f"{row['model']}: the KL of lens {row['lens']} at layer {row['layer']} is not a number in {row['document']} "
+            f"(and {int(missing.sum()) - 1} more): the scores are damaged, or a lens overflowed"
+        )
+
+
+def by_document(sequences: pd.DataFrame, *, lens: str) -> pd.DataFrame:
+    rows = sequences[sequences["lens"] == lens]
+    columns = ["tokens", "bytes", "kl", "ce"]
+    return rows.groupby("document", observed=True)[columns].sum().sort_index()

@@ -1,0 +1,1 @@
+"""A suite on its way through the stages of one run folder."""

@@ -1,0 +1,1 @@
+"""What a run stands on: files, stages, processes, memory, progress, environment."""

@@ -1,0 +1,56 @@
+"""Tensors in safetensors files that know what they hold: a damaged one is never read as if it were whole.
+
+For files that a run may be interrupted over, before the checksums of a finished stage are there.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lensbench.runtime.files import write_atomically
+
+SEAL = "sha256"
+
+
+class Damaged(Exception):
+    """A file that does not hold what was written; the reason."""
+
+
+def seal_of(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """SHA-256 (hex) of names, types, shapes and bytes of tensors, and of the facts beside them."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().flatten()
+        content = hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}\n".encode())
+    for name, fact in sorted(facts.items()):
+        whole.update(f"{name}={fact}\n".encode())
+    return whole.hexdigest()
+
+
+def save_sealed(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
+    """Write tensors and facts with their seal, moved into place whole."""
+    facts = dict(facts or {})
+    # Copies: safetensors refuses tensors that share memory.
+    content = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    metadata = {**facts, SEAL: seal_of(content, facts)}
+    write_atomically(path, lambda partial: save_file(content, partial, metadata=metadata))
+
+
+def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Inverse of :func:`save_sealed`; raises :class:`Damaged` for a file that is truncated, changed or has no seal."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = dict(file.metadata() or {})
+        # Copies: what load_file returns lies in the file, which may be gone before they are.
+        tensors = {k: v.clone() for k, v in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(str(error).splitlines()[0]) from error
+    if facts.pop(SEAL, None) != seal_of(tensors, facts):
+        raise Damaged("its checksum differs")
+    return tensors, facts

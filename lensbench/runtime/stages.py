@@ -1,0 +1,213 @@
+"""Finished work that a later run can reuse: each stage's files in a folder of their own, keyed by what they depend on."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lensbench.errors import LensbenchError
+from lensbench.runtime.files import sha256, write_json
+from lensbench.runtime.ranks import ALONE, Ranks
+from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
+
+RECORD = "stage.json"
+
+
+RECORDED = {"key", "seconds", "peak_gib", "files"}
+
+
+OLD = ".old"
+
+
+BEGUN = "key.json"
+
+
+def peak_gib() -> float:
+    """Most memory that this process has held so far, GiB."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+
+
+class NotFinished(Exception):
+    """A stage that is not there, asked for without a way to compute it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: where its files are, and the digest that what depends on it takes into its own key."""
+
+    folder: Path
+    digest: str
+    reused: bool
+
+
+@dataclass
+class Stages:
+    """The stages of one run folder.
+
+    A stage runs again exactly when its key changed: its own settings and the digests of the stages it reads. It is
+    computed in a folder beside its place, so that an interrupted one leaves what it had (checkpoints) for the next run.
+    Of several processes the first one writes; the others must see the same folders.
+    """
+
+    root: Path
+    ranks: Ranks = ALONE
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_gib: dict[str, float] = field(default_factory=dict)
+    """Most memory that the process had held when a stage was finished, GiB."""
+
+    def run(
+        self, name: str, key: Mapping[str, Any], compute: Callable[[Path], None] | None, *, together: bool = False
+    ) -> Stage:
+        """The stage's files, computed by ``compute(folder)`` unless they are there already.
+
+        Of several processes the first one computes alone, or all do ``together``, the others into folders that are
+        thrown away. Raises :class:`LensbenchError` where a finished file is no longer what was written, and
+        :class:`NotFinished` where there is nothing and ``compute`` is None.
+        """
+        text = json.dumps(key, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        folder = self.root / name
+        record = self.ranks.agreed(lambda: self._finished(folder, digest))
+        if record is not None:
+            self.seconds[name], self.peak_gib[name] = record["seconds"], record["peak_gib"]
+            return Stage(folder, digest, reused=True)
+        if compute is None:
+            raise NotFinished(name)
+        if self.ranks.first:
+            self._compute(name, folder, digest, compute)
+        elif together:
+            with tempfile.TemporaryDirectory(prefix="lensbench-") as aside:
+                compute(Path(aside))
+        # Until it is there, and what it took.
+        self.seconds[name], self.peak_gib[name] = self.ranks.told(
+            (self.seconds.get(name, 0.0), self.peak_gib.get(name, 0.0))
+        )
+        return Stage(folder, digest, reused=False)
+
+    def _finished(self, folder: Path, digest: str) -> dict[str, Any] | None:
+        """The record of a stage that is there, whole, and of this key."""
+        partial, old = (folder.with_name(folder.name + end) for end in (".partial", OLD))
+        shutil.rmtree(old, ignore_errors=True)
+        for place in (folder, partial):
+            record = self._record(place)
+            if record is not None and record.get("key") == digest:
+                self._verify(place, record)
+                if place is partial:  # killed between its last file and its move
+                    _move_into_place(partial, folder)
+                return record
+        return None
+
+    def _compute(self, name: str, folder: Path, digest: str, compute: Callable[[Path], None]) -> None:
+        partial = folder.with_name(f"{name}.partial")
+        try:
+            begun = self._record(partial, BEGUN)
+        except LensbenchError:
+            begun = None  # nothing that is not computed anew
+        if partial.exists() and (begun is None or begun.get("key") != digest):
+            shutil.rmtree(partial)
+            begun = None
+        partial.mkdir(parents=True, exist_ok=True)
+        spent, start = float((begun or {}).get("seconds", 0.0)), time.perf_counter()
+        write_json(partial / BEGUN, {"key": digest, "seconds": spent})
+        try:
+            compute(partial)
+        except BaseException:
+            # What an interrupted attempt took counts too.
+            write_json(partial / BEGUN, {"key": digest, "seconds": spent + time.perf_counter() - start})
+            raise
+        self.seconds[name] = round(spent + time.perf_counter() - start, 2)
+        self.peak_gib[name] = peak_gib()
+        for left in partial.rglob("*.partial"):  # of a write that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != BEGUN)
+        checksums = {p.relative_to(partial).as_posix(): sha256(p) for p in files}
+        record = {"key": digest, "seconds": self.seconds[name], "peak_gib": self.peak_gib[name], "files": checksums}
+        write_json(partial / RECORD, record)
+        _move_into_place(partial, folder)
+
+    def _record(self, folder: Path, name: str = RECORD) -> dict[str, Any] | None:
+        path = folder / name
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise LensbenchError(f"{path} is damaged ({error}); delete {folder} to compute it anew") from error
+        if name == RECORD and not (isinstance(content, dict) and set(content) == RECORDED):
+            raise LensbenchError(
+                f"{path} is damaged (it does not say what a stage's record says); delete {folder} to compute it anew"
+            )
+        return content if isinstance(content, dict) else None
+
+    def _verify(self, folder: Path, record: dict[str, Any]) -> None:
+        for name, checksum in record["files"].items():
+            path = folder / name
+            if not path.is_file() or sha256(path) != checksum:
+                what = "is missing" if not path.is_file() else "is damaged (its checksum differs)"
+                raise LensbenchError(f"{path} {what}; delete {folder} to compute it anew")
+
+
+def _move_into_place(partial: Path, folder: Path) -> None:
+    """What was there before is whole until the new is: killed anywhere in here, one of the two is found."""
+    old = folder.with_name(folder.name + OLD)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Finished pieces of one long computation: interrupted, it goes on behind the last of them.
+
+    Each is a dictionary of tensors in a sealed safetensors file of its own, moved into place whole. Without a folder
+    nothing is kept and every piece is computed. Of several processes the first one keeps them, and all go on with its own.
+    """
+
+    folder: Path | None = None
+    ranks: Ranks = ALONE
+
+    def get(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The piece ``name``, computed unless it is there; a damaged file is computed anew."""
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{name}.safetensors"
+        kept = self.ranks.told(_kept(path) if self.ranks.first else None)
+        if kept is not None:
+            return kept
+        content = {k: v.detach().cpu() for k, v in compute().items()}
+        if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_sealed(content, path)
+        # What the first one solved, not what each did: processors differ in the last digits.
+        return self.ranks.told(content)
+
+    def clear(self) -> None:
+        """Forget all of them, the whole being finished."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _kept(path: Path) -> dict[str, Tensor] | None:
+    """A piece that is there and whole."""
+    if not path.is_file():
+        return None
+    try:
+        return load_sealed(path)[0]
+    except Damaged:
+        path.unlink()  # computed anew
+        return None
+
+
+NOTHING_KEPT = Pieces()

@@ -1,0 +1,214 @@
+"""KL divergence from the model's own distribution, cross-entropy and log-partitions, block by block."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lensbench.runtime.memory import in_pieces
+from lensbench.streams.capture import Capture
+from lensbench.streams.readout import ReadOut
+
+TOKEN_BLOCK = 1024
+
+
+ROW_BLOCK = 1024
+"""Rows of a block of logits on the CPU."""
+
+
+VOCABULARY_BLOCK = 1024
+
+
+CUDA_LOGITS = 2**28
+"""Logits held at once on a GPU."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of the model's own distribution at N tokens."""
+
+    expected: Tensor  # [N, d_read]: e = W^T p
+    entropy_term: Tensor  # [N]: sum p log p - sum p bias; where logits are capped, sum p log p
+    final: Tensor  # [N, d]: h_L, from which p is formed again where e does not tell
+
+
+def log_partition(readout: ReadOut, n: Tensor) -> Tensor:
+    """``log sum_v exp(logit_v)`` of normalised states ``[R, d_read]``, in blocks that stay in the cache: ``[R]``.
+
+    Rows are shifted by their largest logit of the first block, within the product (``addmm``): exact unless
+    a later logit is more than 80 above it, in which case the row is done again with an online maximum.
+    """
+    return partition_and_largest(readout, n, want_largest=False)[0]
+
+
+def partition_and_largest(readout: ReadOut, n: Tensor, *, want_largest: bool = True) -> tuple[Tensor, Tensor | None]:
+    """:func:`log_partition` and, where wanted, the largest logit of every row: ``[R]``, ``[R]``.
+
+    From the same pass; where products are made in bfloat16 that finds the largest logit's word, and its logit is made again.
+    """
+    if not len(n):
+        return n[:, 0], n[:, 0] if want_largest else None
+    parts = [_log_partition(readout, rows, want_largest) for rows in n.split(ROW_BLOCK if not n.is_cuda else len(n))]
+    largest = [p[1] for p in parts if p[1] is not None]
+    return torch.cat([p[0] for p in parts]), torch.cat(largest) if want_largest else None
+
+
+def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Tensor, Tensor | None]:
+    weight, bias = readout.weight, readout.bias
+    if n.is_cuda:  # one large product is what a GPU wants
+        log_z, top = _online_log_partition(readout, n)
+        return log_z, top if want_largest else None
+    logits = n @ weight[:VOCABULARY_BLOCK].T
+    if bias is not None:
+        logits += bias[:VOCABULARY_BLOCK]
+    shift = readout.cap_(logits).amax(-1, keepdim=True)
+    total = logits.sub_(shift).exp_().sum(-1)
+    above = torch.zeros_like(total)  # the largest logit, above the shift
+    room = torch.empty(len(n), VOCABULARY_BLOCK, dtype=n.dtype)
+    for start in range(VOCABULARY_BLOCK, len(weight), VOCABULARY_BLOCK):
+        rows = weight[start : start + VOCABULARY_BLOCK]
+        logits = room if len(rows) == VOCABULARY_BLOCK else room.new_empty(len(n), len(rows))
+        if readout.linear:
+            base = -shift if bias is None else bias[start : start + VOCABULARY_BLOCK] - shift
+            torch.addmm(base.expand_as(logits), n, rows.T, out=logits)
+        else:
+            torch.mm(n, rows.T, out=logits)
+            if bias is not None:
+                logits += bias[start : start + VOCABULARY_BLOCK]
+            readout.cap_(logits).sub_(shift)
+        if want_largest:
+            above = torch.maximum(above, logits.amax(-1))
+        total += logits.exp_().sum(-1)
+    log_z, largest = shift[:, 0] + total.log(), shift[:, 0] + above
+    bad = ~torch.isfinite(log_z)
+    if bool(bad.any()):
+        log_z[bad], largest[bad] = _online_log_partition(readout, n[bad])
+    return log_z, largest if want_largest else None
+
+
+def _online_log_partition(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
+    """The two of them with an online maximum over the blocks."""
+    weight, bias = readout.weight, readout.bias
+    exact = n, weight, bias
+    size = VOCABULARY_BLOCK if not n.is_cuda else max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(n)))
+    dtype = readout.product_dtype or n.dtype
+    n, weight = n.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    # Sums and maxima in float32 at least, whatever the products are made in.
+    largest = torch.full((len(n),), -torch.inf, dtype=torch.promote_types(n.dtype, torch.float32), device=n.device)
+    total = torch.zeros_like(largest)
+    word = torch.zeros(len(n), dtype=torch.long, device=n.device)
+    for start in range(0, len(weight), size):
+        rows = slice(start, start + size)
+        logits = n @ weight[rows].T if bias is None else torch.addmm(bias[rows], n, weight[rows].T)
+        logits = readout.cap_(logits.to(largest.dtype))
+        here, at = logits.max(-1)
+        word = torch.where(here > largest, at + start, word)
+        new = torch.maximum(largest, here)
+        total = total * torch.exp(largest - new) + logits.sub_(new[:, None]).exp_().sum(-1)
+        largest = new
+    log_z = largest + total.log()
+    if dtype != exact[0].dtype:  # a logit with three digits cannot be held against one with seven
+        n, weight, bias = exact
+        logit = (n * weight[word]).sum(-1)
+        largest = readout.cap_(logit if bias is None else logit + bias[word])
+    return log_z, largest
+
+
+def choose_product_dtype(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3) -> torch.dtype | None:
+    """bfloat16 for the products of log-partitions on a GPU, where it agrees with float32; None (no change) elsewhere.
+
+    Agrees: the mean absolute difference of the log-partition over the normalised states ``[R, d_read]`` is below
+    ``tolerance`` nats. Sets ``readout.product_dtype`` to the answer.
+    """
+    readout.product_dtype = None
+    if n.is_cuda:
+        exact = log_partition(readout, n)
+        readout.product_dtype = torch.bfloat16
+        if float((log_partition(readout, n) - exact).abs().mean()) > tolerance:
+            readout.product_dtype = None
+    return readout.product_dtype
+
+
+class Vocabulary:
+    """Rows of the unembedding that stand for all of them in a cheap log-partition.
+
+    Half of them are the words most probable on average, exactly; half are drawn from the rest with probability ``pi``
+    proportional to ``sqrt(mean p)``, each with offset ``-log(m pi)``, so that their sum of exponentials is unbiased for
+    that of the rest. All words, exactly, where there are no more than that. For gradients and as a control variate: the
+    logarithm of an unbiased sum is biased, so that a KL from it alone is never reported.
+    """
+
+    def __init__(self, readout: ReadOut, mean_p: Tensor, rows: int, generator: torch.Generator):
+        self.weight, self.bias, self.generator = readout.weight, readout.bias, generator
+        self.exact = not readout.linear or len(self.weight) <= rows
+        order = mean_p.argsort(descending=True).to(self.weight.device)
+        self.top, self.rest = order[: rows // 2], order[rows // 2 :]
+        root = mean_p.to(self.weight.device)[self.rest].double().clamp(min=1e-12).sqrt()
+        self.pi = (root / root.sum()).cpu()
+        self.drawn = rows - rows // 2
+
+    def draw(self) -> tuple[Tensor, Tensor | None]:
+        """Rows ``[S, d_read]`` and their offsets ``[S]``, a new sample each time."""
+        if self.exact:
+            return self.weight, self.bias
+        chosen = torch.multinomial(self.pi, self.drawn, replacement=True, generator=self.generator)
+        at = torch.cat([self.top, self.rest[chosen.to(self.rest.device)]])
+        offset = torch.zeros(len(at), dtype=torch.float64)
+        offset[len(self.top) :] = -(self.drawn * self.pi[chosen]).log()
+        offset = offset.to(self.weight)
+        return self.weight[at], offset if self.bias is None else offset + self.bias[at]
+
+
+def expected_logit(readout: ReadOut, n: Tensor, of: Tensor) -> Tensor:
+    """``sum_v p_v logit_v(n)`` with p the read-out of normalised states ``of``; both ``[R, d_read]``: ``[R]``.
+
+    The generic path, for logits that are not affine in n: p is formed again, block by block.
+    """
+    weight, bias = readout.weight, readout.bias
+    log_z = log_partition(readout, of)
+    total = torch.zeros_like(log_z)
+    for start in range(0, len(weight), VOCABULARY_BLOCK):
+        rows = slice(start, start + VOCABULARY_BLOCK)
+        p, logits = of @ weight[rows].T, n @ weight[rows].T
+        if bias is not None:
+            p, logits = p + bias[rows], logits + bias[rows]
+        total += ((readout.cap_(p) - log_z[:, None]).exp_() * readout.cap_(logits)).sum(-1)
+    return total
+
+
+def token_kl(readout: ReadOut, n: Tensor, tokens: Tokens, log_z: Tensor | None = None) -> Tensor:
+    """``KL(p || q)`` of read-outs q of normalised states ``[N, d_read]``, nats: ``[N]``."""
+    log_z = log_partition(readout, n) if log_z is None else log_z
+    if not readout.linear:
+        return tokens.entropy_term - expected_logit(readout, n, readout.final_norm(tokens.final)) + log_z
+    return tokens.entropy_term - (tokens.expected * n).sum(-1) + log_z
+
+
+def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
+    """``W^T q`` ``[R, d_read]`` and ``sum q log q - sum q bias`` ``[R]`` of ``q = softmax(W n + bias)``."""
+    weight, bias = readout.weight, readout.bias
+
+    def one(at: slice) -> tuple[Tensor, Tensor]:
+        rows = n[at]
+        logits = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        log_z = logits.logsumexp(-1)
+        moment = logits.sub_(log_z[:, None]).exp_() @ weight
+        return moment, (moment * rows).sum(-1) - log_z
+
+    moments, entropies = zip(*in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a softmax"), strict=True)
+    return torch.cat(moments), torch.cat(entropies)
+
+
+def sum_by_window(values: Tensor, captured: Capture) -> np.ndarray:
+    """Sums over the tokens of each window, float64: ``[..., N] -> [..., S]``, windows in the order of their rows."""
+    starts = np.flatnonzero(np.diff(captured.window, prepend=-1))
+    if not len(starts):  # a process that has none of a few tokens
+        return np.zeros((*values.shape[:-1], 0))
+    return np.add.reduceat(values.double().cpu().numpy(), starts, axis=-1)
+
+
+def sums_of_all(values: Tensor, captured: Capture) -> np.ndarray:
+    """:func:`sum_by_window` over the windows of all processes, ``[..., S]``."""
+    return captured.ranks.joined(sum_by_window(values, captured), axis=-1)

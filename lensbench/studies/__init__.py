@@ -1,0 +1,1 @@
+"""Studies on synthetic streams, synthetic tasks and training budgets."""

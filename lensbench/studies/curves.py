@@ -1,0 +1,176 @@
+"""Learning curves: held-out cross-entropy of models trained with several budgets, by position in the context.
+
+Every budget is a run of its own, with its own warm-up and decay: a checkpoint on the way to a larger one has not decayed
+its rate and would flatter whatever learns fast.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from torch import from_numpy, nn
+
+from lensbench.data.windows import Windows
+from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval, over_seeds
+
+TOKENS_AT_ONCE = 8192
+
+
+ALL = "all"
+"""What ``positions`` says of a mean over the whole context, and ``seed`` of one over seeds."""
+
+
+BOUND = "bayes"
+"""What ``model`` says of the exact Bayes predictor, where it is known."""
+
+
+class CurveRecipe(BaseModel):
+    """What learning curves are made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    budgets: tuple[int, ...] = Field((), description="training tokens of shorter runs; training.tokens is the last")
+    positions: tuple[int, ...] = Field(
+        (1, 16, 64), min_length=1, description="first positions of the parts of the context that are told apart"
+    )
+
+    @model_validator(mode="after")
+    def _rising(self) -> "CurveRecipe":
+        for name in ("budgets", "positions"):
+            values = getattr(self, name)
+            if any(a >= b for a, b in itertools.pairwise(values)) or min(values, default=1) < 1:
+                raise ValueError(f"{name} must rise from 1 or more: {list(values)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of one trained model: summed nats ``[S, K]`` of S windows at the K parts of the context, and tokens ``[S, K]``."""
+
+    nats: Array
+    tokens: Array
+    cluster: NDArray[np.int64]
+
+    def save(self, folder: Path) -> None:
+        arrays = {"nats": self.nats, "tokens": self.tokens, "cluster": self.cluster}
+        save_file(
+            {name: from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}, folder / "sums.safetensors"
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "Scored":
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
+        return cls(**arrays)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A model trained with one budget and seed: what it scored, and what its training took."""
+
+    model: str
+    seed: int
+    train_tokens: int
+    seconds: float
+    scored: Scored
+
+
+@torch.no_grad()
+def score_positions(model: nn.Module, windows: Windows, first: tuple[int, ...]) -> Scored:
+    """Cross-entropy of a causal LM at **every** position of the windows, summed over parts of the context.
+
+    Position n is where the prediction of token n+1 is read; part k begins at ``first[k]`` and ends where the next begins,
+    the last at the end of the window. What lies before ``first[0]`` is not scored.
+    """
+    device = next(model.parameters()).device
+    length = windows.ids.shape[1]
+    part = np.searchsorted(first, np.arange(length - 1), side="right") - 1  # -1 before the first
+    members = torch.zeros(length - 1, len(first), dtype=torch.float64)
+    members[np.nonzero(part >= 0)[0], part[part >= 0]] = 1
+    nats, tokens = [], []
+    rows = max(1, TOKENS_AT_ONCE // length)
+    for start in range(0, len(windows.ids), rows):
+        ids = from_numpy(windows.ids[start : start + rows]).to(device)
+        logits = model(input_ids=ids).logits[:, :-1]
+        target = ids[:, 1:, None]
+        ce = -logits.float().log_softmax(-1).gather(-1, target)[..., 0].double().cpu()
+        known = from_numpy(np.arange(1, length) < windows.lengths[start : start + rows, None]).double()
+        nats.append((ce * known) @ members)
+        tokens.append(known @ members)
+    return Scored(torch.cat(nats).numpy(), torch.cat(tokens).numpy(), windows.clusters)
+
+
+def names_of(first: tuple[int, ...], length: int) -> list[str]:
+    """What the parts of a context of ``length`` tokens are called: the positions from and to, the last one included."""
+    return [f"{a}-{b - 1}" for a, b in itertools.pairwise([*first, length - 1])]
+
+
+def curve_table(points: list[CurvePoint], first: tuple[int, ...], length: int, draws: int) -> pd.DataFrame:
+    """``curves.csv``: each seed with its interval over clusters of documents, and their mean with a Student-t interval.
+
+    All seeds are scored on the same documents: the mean's interval is for other seeds, not for other documents.
+    """
+    rows: list[dict[str, Any]] = []
+    names = [ALL, *names_of(first, length)]
+    for point in points:
+        count = int(point.scored.cluster.max()) + 1
+        nats, tokens = (
+            np.stack([np.bincount(point.scored.cluster, weights=column, minlength=count) for column in sums.T], 1)
+            for sums in (point.scored.nats, point.scored.tokens)
+        )
+        nats, tokens = (np.concatenate([x.sum(1, keepdims=True), x], 1) for x in (nats, tokens))
+        weights = bootstrap_weights(count, draws, 0)
+        low, high = interval((weights @ nats) / (weights @ tokens))
+        for k, name in enumerate(names):
+            row = {"model": point.model, "seed": str(point.seed), "train_tokens": point.train_tokens, "positions": name}
+            row |= {"ce": nats[:, k].sum() / tokens[:, k].sum(), "ce_ci_low": low[k], "ce_ci_high": high[k]}
+            rows.append(row | {"reason": few_clusters(count)})
+    table = pd.DataFrame(rows)
+    means = []
+    for (model, budget, part), group in table.groupby(["model", "train_tokens", "positions"], sort=False):
+        if len(group) > 1:
+            mean, *ends = over_seeds(list(group["ce"]))
+            row = {"model": model, "seed": ALL, "train_tokens": budget, "positions": part, "reason": ""}
+            means.append(row | {"ce": mean, "ce_ci_low": ends[0], "ce_ci_high": ends[1]})
+    return pd.concat([table, pd.DataFrame(means)], ignore_index=True) if means else table
+
+
+def timing_table(points: list[CurvePoint]) -> pd.DataFrame:
+    """``timings.csv``: what each training took on this machine, as it was then."""
+    return pd.DataFrame(
+        [{"model": p.model, "seed": str(p.seed), "train_tokens": p.train_tokens, "seconds": p.seconds} for p in points]
+    )
+
+
+def differences(curves: pd.DataFrame, model: str, against: str) -> Iterator[dict[str, Any]]:
+    """``model - against`` at every budget and part of the context: seed-paired mean, Student-t interval, and p.
+
+    Nothing where the two have fewer than two seeds in common.
+    """
+    of = curves[curves["seed"] != ALL].set_index(["model", "train_tokens", "positions", "seed"])["ce"].sort_index()
+    known = curves[curves["model"] == model].drop_duplicates(["train_tokens", "positions"])
+    for _, row in known.iterrows():
+        cell = row["train_tokens"], row["positions"]
+        try:
+            gaps = (of.loc[(model, *cell)] - of.loc[(against, *cell)]).dropna()
+        except KeyError:
+            continue
+        if len(gaps) < 2:
+            continue
+        mean, low, high = over_seeds(list(gaps))
+        found = {"train_tokens": int(cell[0]), "positions": cell[1], "value": mean, "ci_low": low, "ci_high": high}
+        yield found | {"seeds": len(gaps), "p": float(stats.ttest_1samp(gaps, 0.0).pvalue)}
+
+
+def shown_curves(curves: pd.DataFrame, by: str = "train_tokens") -> pd.DataFrame:
+    """The rows over seeds where a model has several at a budget (or whatever ``by`` names), else the one seed's."""
+    groups = curves.groupby(["model", by])["seed"]
+    return curves[(curves["seed"] == ALL) | ~groups.transform(lambda seeds: (seeds == ALL).any())]

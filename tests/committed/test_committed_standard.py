@@ -1,0 +1,134 @@
+"""What the committed ruler and calibration have to show, and that they are what the project's commands write."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lensbench.results.folder import Run, read_run
+from lensbench.results.manifest import MANIFEST
+from lensbench.runtime import files
+from lensbench.studies.calibration import JUDGED, midpoints, summarise
+from lensbench.suite import load_calibration, load_suite
+
+ROOT = Path(__file__).resolve().parents[2]
+STANDARD = ROOT / "results" / "standard"
+CALIBRATION = ROOT / "results" / "calibration"
+PARTS = [STANDARD / name for name in ("gpt", "pc", "controls")]
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[Run]:
+    return [read_run(folder) for folder in PARTS]
+
+
+@pytest.fixture(scope="module")
+def indices(parts) -> pd.DataFrame:
+    return pd.concat([run.tables["indices.csv"] for run in parts])
+
+
+def value(indices, index, model, seed):
+    return indices.loc[(indices["index"] == index) & (indices["model"] == model) & (indices["seed"] == seed), "value"]
+
+
+def test_the_parts_are_the_suite_and_its_rule_is_the_one_that_was_calibrated(parts):
+    suite = load_suite("standard")
+    models = [name for run in parts for name in run.manifest["models"]]
+    assert sorted(models) == sorted(m.name for m in suite.models)
+    for run in parts:
+        assert run.manifest["suite"] == suite.described()
+        assert not run.manifest["git_revision"].endswith("dirty")
+        assert sum(run.manifest["seconds"].values()) < 75 * 60 * 2, "75 minutes on two cores, of one thread each"
+    assert load_calibration("calibration").rule == suite.verdict
+
+
+def test_models_are_alike_in_parameters_and_trained_to_twenty_tokens_of_each(parts):
+    models = pd.concat([run.tables["models.csv"] for run in parts])
+    trained = models[models["model"] != "gpt-untrained"]
+    assert (models["parameters"] / 64_000 - 1).abs().max() < 0.01
+    assert (trained["train_tokens"] >= 0.99 * 20 * trained["parameters"]).all()
+    seeds = trained.groupby("model")["seed"].nunique()
+    for model in ("gpt", "gpt-conv", "gpt-ds", "pc", "pc+state", "pc-ds", "pc-ds+state"):
+        assert seeds[model] == 5
+    assert seeds.min() >= 3
+
+
+def test_models_of_known_answer_come_out_as_they_must(parts, indices):
+    seeds = [str(seed) for seed in (0, 1, 2)]
+    for seed in seeds:
+        for index in ("gain_visibility", "movement"):
+            assert value(indices, index, "gpt-partitioned", seed).abs().max() < 1e-5
+        assert value(indices, "gain_visibility", "gpt-untrained", seed).isna().all()
+    for model in ("gpt-conv+rotated", "pc+state+rotated"):
+        rows = indices[
+            (indices["model"] == model) & (indices["index"] == "gain_visibility") & (indices["seed"] == "all")
+        ]
+        assert rows["ci_high"].iloc[0] < -1, "far below 0"
+    verdicts = pd.concat([run.tables["verdicts.csv"] for run in parts])
+    known = verdicts[verdicts["known"].isin(["carry-along", "re-representation", "nothing learned"])]
+    wrong = known[(known["verdict"] != "cannot tell") & (known["verdict"] != known["known"])]
+    assert wrong.empty, wrong.to_string()
+
+
+def test_the_diagonal_of_a_rotated_view_is_that_of_the_plain_one(parts):
+    lenses = pd.concat([run.tables["lenses.csv"] for run in parts])
+    own = lenses[(lenses["lens"] == "tuned") & (lenses["stage"] == "closed") & (lenses["prior"] == "zero")]
+    own = own.set_index(["model", "seed", "layer"])
+    for plain in ("gpt-conv", "pc+state"):
+        here, turned = own.loc[plain], own.loc[f"{plain}+rotated"]
+        assert len(here) == len(turned) == 30
+        inside = (turned["kl"] >= here["kl_ci_low"]) & (turned["kl"] <= here["kl_ci_high"])
+        assert inside.all()
+        np.testing.assert_allclose(turned["kl"], here["kl"], rtol=0.02, atol=2e-3)
+
+
+def test_no_seed_flips_a_verdict(parts):
+    verdicts = pd.concat([run.tables["verdicts.csv"] for run in parts])
+    for (_, _), rows in verdicts.groupby(["model", "scope"]):
+        committed = set(rows["verdict"]) - {"cannot tell"}
+        whole = rows.loc[rows["seed"] == "all", "verdict"].iloc[0]
+        each = rows.loc[rows["seed"] != "all", "verdict"]
+        assert whole == "cannot tell" or set(each) == {whole}
+        assert len(committed) <= 1
+
+
+def test_the_papers_correlation_is_tested_on_every_model_that_learned_something(parts, indices):
+    rows = indices[(indices["index"] == "similarity_correlation") & (indices["seed"] == "all")]
+    told = rows[rows["value"].notna() & rows["ci_low"].notna()]
+    models = {name for run in parts for name in run.manifest["models"]} - {"gpt-untrained"}
+    assert models - set(told["model"]) <= set(rows.loc[rows["reason"].notna(), "model"])
+
+
+def test_the_committed_comparison_is_what_compare_writes(standard_comparison, tmp_path):
+    standard_comparison.write(tmp_path / "comparison.csv")
+    ours, committed = (pd.read_csv(path) for path in (tmp_path / "comparison.csv", STANDARD / "comparison.csv"))
+    # Processors differ in the last digits of their sums.
+    pd.testing.assert_frame_equal(ours, committed, rtol=1e-6, atol=1e-9)
+    claims = committed[committed["kind"] == "claim"]
+    assert set(claims["model"]) == {"pc+state", "pc-ds+state"} and (claims["seeds"] == 5).all()
+    assert claims["p_holm"].notna().all()
+
+
+def test_the_committed_calibration_is_what_its_streams_say_and_reaches_what_was_asked_of_it(tmp_path):
+    recipe = load_calibration("calibration")
+    manifest = json.loads((CALIBRATION / MANIFEST).read_text())
+    assert manifest["calibration"] == recipe.model_dump(mode="json")
+    for name, checksum in manifest["files"].items():
+        assert files.sha256(CALIBRATION / name) == checksum, name
+    streams, table = (pd.read_csv(CALIBRATION / name) for name in ("streams.csv", "calibration.csv"))
+    summarise(streams).to_csv(tmp_path / "again.csv", index=False)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "again.csv"), table, rtol=1e-9)
+    thresholds = midpoints(streams).set_index("threshold")["midpoint"]
+    for name, midpoint in thresholds.items():
+        assert abs(getattr(recipe.rule, str(name)) - midpoint) < 0.02, (
+            "frozen before, and still what the streams ask for"
+        )
+    rows = table.set_index(["set", "by"])
+    assert rows.loc[("held_out", "all"), "right_when_committed"] >= 0.95
+    assert rows.loc[("held_out", "pure"), "cannot_tell"] < 0.5
+    for name in JUDGED:
+        known = streams[streams[f"{name}_true"].notna() & streams[name].notna()]
+        inside = known[f"{name}_true"].between(known[f"{name}_ci_low"], known[f"{name}_ci_high"])
+        assert len(known) >= 200 and 0.92 <= inside.mean() <= 0.98, name

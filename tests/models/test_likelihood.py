@@ -1,0 +1,165 @@
+"""Nats per token and bits per byte of a text, against a plain loop; and the layers of a text, through any lens."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import refused, run
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lensbench.errors import LensbenchError
+from lensbench.models.likelihood import text_likelihood
+from lensbench.models.pretrained import load_pretrained
+from lensbench.report.trace import traced
+from lensbench.streams.stream import ResidualStream
+
+
+@pytest.fixture
+def text(tiny_suite):
+    return next((tiny_suite.parent / "texts").glob("*.txt"))
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_bits_per_byte_are_those_of_a_plain_loop(tiny_run, text, length):
+    stages = tiny_run / "stages"
+    found = run("bits", f"path:{stages / 'train-gpt-seed0'}", text, "--length", length)
+    assert found.exit_code == 0, found.output
+    shown = {name: float(value) for name, value in re.findall(r"(nats/token|bits/byte): (\d+\.\d+)", found.output)}
+
+    model = AutoModelForCausalLM.from_pretrained(stages / "train-gpt-seed0")
+    tokenizer = Tokenizer.from_file(str(stages / "tokenizer" / "tokenizer.json"))
+    content = text.read_text()
+    ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(content).ids]
+    nats = 0.0
+    for at in range(1, len(ids)):
+        # The window that the token is predicted in: windows share one token.
+        begin = (at - 1) // (length - 1) * (length - 1)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[begin:at]])).logits[0, -1].double()
+        nats -= float(logits.log_softmax(-1)[ids[at]])
+    assert shown["nats/token"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
+    assert shown["bits/byte"] == pytest.approx(nats / math.log(2) / len(content.encode()), abs=1e-4)
+
+
+def test_every_token_and_byte_is_counted_once(tiny_run, text):
+    loaded = load_pretrained(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+    for length in (5, 33, 64):
+        found = text_likelihood(loaded.model, loaded.tokenizer, "ab ä€ " + text.read_text(), length=length)
+        assert found.bytes.sum() == len(("ab ä€ " + text.read_text()).encode())
+        assert found.tokens.max() <= length - 1
+
+
+def test_what_bits_refuses(tiny_run, tmp_path, text):
+    model = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    refused(run("bits", model, empty), "empty.txt")
+    refused(run("bits", model, tmp_path / "none.txt"), "none.txt")
+    refused(run("bits", model, text, "--length", 65), "beyond its context of 64")
+    refused(run("bits", model, text, "--dtype", "int8"), "unknown dtype 'int8'")
+    with pytest.raises(LensbenchError, match="no token to predict"):
+        text_likelihood(load_pretrained(model).model, load_pretrained(model).tokenizer, "", length=8)
+
+
+@pytest.mark.parametrize("lens", [None, "tuned", "tuned_headline", "shared", "shared_bias"])
+def test_a_trace_shows_what_each_layer_predicts(tiny_run, lens, tmp_path):
+    stages = tiny_run / "stages"
+    model, source = (
+        f"path:{stages / 'train-gpt-seed0'}",
+        None if lens is None else f"path:{stages / 'fit-gpt-seed0' / lens}",
+    )
+    options = [] if source is None else ["--lens", source]
+    figure = tmp_path / "trace.html"
+    found = run("trace", model, "abc de fgh", "--tokens", 3, "--out", figure, *options)
+    assert found.exit_code == 0, found.output
+    assert all(f"layer {k}" in found.output for k in range(3)) and "layer 3" not in found.output
+    assert "KL to the model" in figure.read_text()
+
+    loaded = load_pretrained(model)
+    trajectory = traced(loaded, "abc de fgh", source)
+    ids = torch.from_numpy(trajectory.input_ids)[None]
+    with torch.no_grad():
+        expected = loaded.model(ids).logits[0].log_softmax(-1)
+    torch.testing.assert_close(torch.from_numpy(trajectory.log_probs[-1]), expected, rtol=1e-4, atol=1e-4)
+    last = loaded.tokenizer.decode([int(expected[-1].argmax())])
+    assert repr(last)[1:-1] in found.output
+    if lens is None:
+        states, _ = ResidualStream(loaded.model).forward(ids)
+        norm, head = loaded.model.model.norm, loaded.model.lm_head
+        direct = head(norm(states[1][0])).log_softmax(-1).detach()
+        torch.testing.assert_close(torch.from_numpy(trajectory.log_probs[1]), direct, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_trace_refuses(tiny_run):
+    stages = tiny_run / "stages"
+    model = f"path:{stages / 'train-gpt-seed0'}"
+    refused(run("trace", model, "abc " * 100), "beyond its context of 64")
+    refused(run("trace", model, ""), "empty")
+    refused(run("trace", model, "abc", "--lens", f"path:{stages / 'fit-pc-seed0' / 'tuned'}"), "another model")
+    refused(run("trace", model, "abc", "--lens", f"path:{stages / 'fit-pc-seed0' / 'shared'}"), "another model")
+    refused(run("trace", model, "abc", "--lens", "path:nowhere"), "path:nowhere")
+    refused(run("trace", model, "abc", "--lens", "nowhere"), "unknown lens 'nowhere'")
+    refused(run("trace", "nope:x", "abc"), "unknown model 'nope:x'")
+
+
+def test_bits_without_a_beginning_are_those_of_a_plain_loop_over_the_tokenizers_own_ids(tiny_run, text, tmp_path):
+    """Also in one window of fewer tokens than the model takes, as a plain loop would have it."""
+    stage = tiny_run / "stages" / "train-gpt-seed0"
+    inner = Tokenizer.from_file(str(stage.parent / "tokenizer" / "tokenizer.json"))
+    folder = shutil.copytree(stage, tmp_path / "model")
+    (folder / "stage.json").unlink()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=inner.id_to_token(0))
+    wrapped.save_pretrained(folder)
+    content = text.read_text()[:60]
+    short = tmp_path / "short.txt"
+    short.write_text(content)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for option, front in (("--no-bos", []), ("--bos", [0])):
+        ids = torch.tensor([front + wrapped(content, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            expected = float(model(ids, labels=ids).loss)
+        found = run("bits", f"path:{folder}", short, option)
+        assert found.exit_code == 0, found.output
+        assert float(re.search(r"nats/token: (\S+)", found.output)[1]) == pytest.approx(expected, abs=1e-3)
+        stands = "behind " + inner.id_to_token(0) if front else "as it is, so its first token is not scored"
+        assert f"the text stands {stands}" in found.output
+
+
+def test_a_folder_without_a_tokenizer_is_refused_as_that(tiny_run, text, tmp_path):
+    folder = shutil.copytree(tiny_run / "stages" / "train-gpt-seed0", tmp_path / "model")
+    (folder / "stage.json").unlink()
+    for command in (["bits", f"path:{folder}", text], ["trace", f"path:{folder}", "abc"]):
+        refused(run(*command), "tokenizer")
+
+
+def test_bits_of_several_documents_are_refused(tiny_run, tmp_path):
+    model = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text('{"text": "abc de"}\n{"text": "fgh"}\n')
+    refused(run("bits", model, lines, "--length", 16), "holds 2 documents", "give one text file")
+
+
+def test_bits_and_trace_refuse_weights_and_tokens_that_cannot_be(tiny_run, tmp_path, text):
+    stage = tiny_run / "stages" / "train-gpt-seed0"
+    broken = shutil.copytree(stage, tmp_path / "stages" / "train-gpt-seed0")
+    shutil.copytree(tiny_run / "stages" / "tokenizer", tmp_path / "stages" / "tokenizer")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    for command in (["bits", f"path:{broken}", text, "--length", 16], ["trace", f"path:{broken}", "abc"]):
+        refused(run(*command), "model.norm.weight holds NaN")
+
+    # A beginning-of-text token added beside the vocabulary, beyond the model's rows.
+    tokenizer = json.loads((stage.parent / "tokenizer" / "tokenizer.json").read_text())
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)))
+    wrapped.add_special_tokens({"bos_token": "<begin>"})
+    other = shutil.copytree(stage, tmp_path / "added")
+    (other / "stage.json").unlink()
+    wrapped.save_pretrained(other)
+    for command in (["bits", f"path:{other}", text, "--length", 16], ["trace", f"path:{other}", "abc"]):
+        refused(run(*command), "gives the text a token 300, but the model has 300 entries")

@@ -1,0 +1,87 @@
+"""Moving states: against whole forward passes by hand, caches against none, and streams whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.planted import D, L, V, planted, subject_of
+
+from lensbench.models import build
+from lensbench.probes.causal_fidelity import DIRECTIONS, aitchison, cache_of, directions, responses
+from lensbench.probes.registry import PROBES
+from lensbench.streams.stream import ResidualStream
+
+SHAPE = {"vocab_size": 97, "d_model": 32, "layers": 3, "heads": 4, "context": 64, "parameters": 60_000}
+
+
+@pytest.mark.parametrize("family", ["gpt", "gpt2", "gpt-conv", "predictive-coding"])
+def test_responses_are_those_of_a_forward_pass_with_the_moved_state(family):
+    model = build(family, seed=1, **SHAPE).eval()
+    stream = ResidualStream(model)
+    ids = torch.randint(0, V, (1, 12), generator=torch.Generator().manual_seed(0))
+    layers = torch.tensor([0, 2, 1])
+    moves = torch.randn(3, stream.d_model, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(ids).logits[0, -1].log_softmax(-1)
+        found = responses(stream, ids, layers, moves, before)
+        for k in range(3):
+            block = stream.blocks[layers[k]]
+
+            def move(_, args, kwargs, k=k):
+                h = (args[0] if args else kwargs["hidden_states"]).clone()
+                h[:, -1] += moves[k]
+                return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+            hook = block.register_forward_pre_hook(move, with_kwargs=True)
+            try:
+                expected = model(ids, use_cache=False).logits[0, -1].log_softmax(-1)
+            finally:
+                hook.remove()
+            torch.testing.assert_close(found[k], expected, rtol=1e-3, atol=1e-4)
+            assert (expected - before).abs().max() > 1e-3
+    assert (cache_of(stream, ids) is None) == (family == "gpt-conv"), "which has no cache, and is read whole"
+
+
+def test_directions_are_equally_usual_and_the_lenss_move_its_logits_most():
+    subject = subject_of(planted("none"))
+    moves = directions(subject).double()
+    assert moves.shape == (L, 2 * DIRECTIONS, D)
+    states = subject.stream.forward(torch.from_numpy(subject.windows.ids))[0]
+    h = states[1, :, 2:].flatten(0, 1).double()
+    covariance = torch.cov(h.T)
+    distance = torch.einsum("kd,de,ke->k", moves[1], torch.linalg.pinv(covariance, rtol=1e-9), moves[1])
+    # The covariance is that of some of the windows.
+    torch.testing.assert_close(distance, torch.ones_like(distance), rtol=0.2, atol=0)
+    gain = subject.stream.readout.gain(D).double()
+    logits = moves[1] @ gain.T @ subject.stream.readout.weight.double().T
+    size = logits.var(1)
+    assert size[0] == size.max() and size[:DIRECTIONS].min() > size[DIRECTIONS:].mean()
+
+
+def test_aitchison_is_the_covariance_of_log_ratios_under_p():
+    rng = np.random.default_rng(0)
+    a, b, p = rng.standard_normal(7), rng.standard_normal(7), rng.dirichlet(np.ones(7))
+    covariance = np.cov(np.stack([a, b]), aweights=p, bias=True)
+    found = aitchison(torch.from_numpy(a)[None], torch.from_numpy(b)[None] + 5, torch.from_numpy(p))
+    assert [float(x) for x in found] == pytest.approx([covariance[0, 1], covariance[0, 0], covariance[1, 1]])
+
+
+def test_where_later_blocks_do_nothing_the_output_moves_as_the_logit_lens_reads():
+    model = planted("none")
+    with torch.no_grad():
+        for block in model.model.layers[1:]:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    frame = PROBES["causal_fidelity"](subject_of(model, count=32)).frame(200)
+    value = frame.set_index(["quantity", "layer"])["value"].astype(float)
+    for layer in (1, 2):
+        for name in ("fidelity", "fidelity_own", "fidelity_logit", "fidelity_random", "response_slope"):
+            assert value[name, layer] == pytest.approx(1, abs=1e-3)
+        assert abs(value["fidelity_null", layer]) < 0.5
+        assert value["response_ratio", layer] == pytest.approx(value["stimulus_ratio", layer], rel=1e-2)
+    assert value["fidelity", 0] < 0.99
+
+
+def test_what_has_no_blocks_or_is_rotated_says_so():
+    tied = build("gpt-tied", seed=1, **SHAPE).eval()
+    assert "blocks of their own" in PROBES["causal_fidelity"](subject_of(tied)).frame()["reason"][0]
+    assert "rotated" in PROBES["causal_fidelity"](subject_of(planted("none"), rotated=True)).frame()["reason"][0]

@@ -1,0 +1,118 @@
+"""Regressions from streamed sums against scikit-learn on the data themselves, and the coverage of the intervals."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.planted import text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.linear_model import LinearRegression
+
+from lensbench.probes.registry import load_found
+from lensbench.probes.tools.crossfit import Estimates, FoldSums, centred, cross_fitted, folds_of, ridge_map
+from lensbench.statistics import jackknife, leaving_one_out
+
+
+def data(seed=0, folds=4, count=60, inputs=5, outputs=2):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((folds, count, inputs)) * 10.0 ** np.arange(-2, inputs - 2) + 50
+    y = x @ rng.standard_normal((inputs, outputs)) + rng.standard_normal((folds, count, outputs)) + 7
+    return x, y
+
+
+def sums_of(x, y, pieces=3):
+    sums = FoldSums(len(x))
+    for fold in range(len(x)):
+        columns = np.concatenate([np.ones((*x.shape[1:2], 1)), x[fold], y[fold]], 1)
+        for part in np.array_split(columns, pieces):
+            sums.add(fold, torch.from_numpy(part))
+    return sums.sums
+
+
+def test_cross_fitted_errors_are_those_of_least_squares_on_the_other_folds():
+    x, y = data()
+    errors, totals = cross_fitted(sums_of(x, y), torch.arange(1, 6), torch.tensor([6, 7]), (1e-12,))
+    for k in range(len(x)):
+        rest = [i for i in range(len(x)) if i != k]
+        x_rest, y_rest = x[rest].reshape(-1, 5), y[rest].reshape(-1, 2)
+        predicted = LinearRegression().fit(x_rest, y_rest).predict(x[k])
+        np.testing.assert_allclose(errors[k], np.square(y[k] - predicted).sum(0), rtol=1e-6)
+        np.testing.assert_allclose(totals[k], np.square(y[k] - y_rest.mean(0)).sum(0), rtol=1e-8)
+
+
+def test_the_order_and_the_sizes_of_the_pieces_change_nothing():
+    x, y = data(3)
+    whole = cross_fitted(sums_of(x, y, 1), torch.arange(1, 6), torch.tensor([6, 7]))
+    pieces = cross_fitted(sums_of(x, y, 7), torch.arange(1, 6), torch.tensor([6, 7]))
+    np.testing.assert_allclose(whole[0], pieces[0], rtol=1e-8)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 100), st.floats(1e-4, 1e4))
+def test_what_an_input_is_measured_in_changes_no_ridge_prediction(seed, factor):
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.standard_normal((40, 4)))
+    y = torch.from_numpy(rng.standard_normal((40, 1)))
+    scale = torch.tensor([factor, 1.0, 1.0, 1.0], dtype=torch.float64)
+    plain = x @ ridge_map(x.T @ x, x.T @ y, 0.3)
+    scaled = (x * scale) @ ridge_map((x * scale).T @ (x * scale), (x * scale).T @ y, 0.3)
+    torch.testing.assert_close(plain, scaled, rtol=1e-8, atol=1e-10)
+
+
+def test_centred_moments_are_those_about_the_mean():
+    x, y = data(5)
+    columns = np.concatenate([np.ones((60, 1)), x[0], y[0]], 1)
+    about = columns[:, 1:] - columns[:, 1:].mean(0)
+    found = centred(torch.from_numpy(columns.T @ columns)).numpy()
+    np.testing.assert_allclose(found, about.T @ about, rtol=1e-6, atol=1e-6)
+
+
+def test_noise_explains_nothing_of_held_out_folds():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((8, 200, 40)), rng.standard_normal((8, 200, 1))
+    errors, totals = cross_fitted(sums_of(x, y), torch.arange(1, 41), torch.tensor([41]), (1e-9,))
+    assert errors.sum() > totals.sum(), "in-sample it would explain a share of 40 / 1400"
+
+
+def test_folds_are_of_whole_clusters_and_of_alike_size():
+    windows = text(0, 128)
+    fold = folds_of(windows, 8)
+    assert all(len(set(fold[windows.clusters == c])) == 1 for c in set(windows.clusters))
+    assert np.bincount(fold).tolist() == [16] * 8
+    assert folds_of(windows.take(np.arange(4)), 8).max() == 1, "two documents give two folds"
+
+
+def test_jackknife_of_a_mean_is_students_interval():
+    values = np.random.default_rng(1).standard_normal(8)
+    mean, without = leaving_one_out(values, np.ones(8))
+    low, high = jackknife(np.array([mean]), without[:, None])
+    expected = stats.t.interval(0.95, 7, values.mean(), values.std(ddof=1) / 8**0.5)
+    assert (low[0], high[0]) == pytest.approx(expected)
+
+
+def test_intervals_of_a_ratio_cover_it_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        bottom = rng.gamma(5, size=8)
+        top = 0.3 * bottom + 0.2 * rng.standard_normal(8)
+        value, without = leaving_one_out(top, bottom)
+        low, high = jackknife(np.array([value]), without[:, None])
+        covered += low[0] <= 0.3 <= high[0]
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_estimates_come_back_from_their_folder_and_say_what_is_undefined(tmp_path):
+    found = Estimates("a", 4)
+    found.share("x", np.arange(4.0), np.ones(4), layer=1, other=2)
+    found.add("y", float("nan"), layer=0, reason="undefined: because")
+    found.add("z", 2.0)
+    done = found.done()
+    done.save(tmp_path)
+    frame = load_found(tmp_path).frame()
+    assert frame.equals(done.frame())
+    by = frame.set_index("quantity")
+    assert by.loc["x", "value"] == 1.5 and by.loc["x", "ci_low"] < 1.5 < by.loc["x", "ci_high"]
+    assert np.isnan(by.loc["y", "value"]) and by.loc["y", "reason"] == "undefined: because"
+    assert np.isnan(by.loc["z", "ci_low"]) and (by.loc["x", "layer"], by.loc["x", "other"]) == (1, 2)

@@ -1,0 +1,188 @@
+"""Error transport: found where it is planted or built in, and nowhere else; its regressions against brute force."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.planted import PLANTED, H, L, planted, subject_of
+from scipy.optimize import minimize_scalar
+from sklearn.linear_model import LinearRegression
+
+from lensbench.models import build
+from lensbench.probes.error_transport import Alignment, Rivals, columns_kept
+from lensbench.probes.registry import PROBES
+
+SHAPE = {"vocab_size": 97, "d_model": 32, "layers": 3, "heads": 4, "context": 64, "parameters": 60_000}
+
+
+def frame_of(model, seed=0, count=128, **changes):
+    return PROBES["error_transport"](subject_of(model, seed, count, **changes)).frame()
+
+
+def at(frame, quantity, column="value"):
+    return frame[frame["quantity"] == quantity].set_index(["layer", "other"])[column].astype(float)
+
+
+@pytest.mark.parametrize("snr", [10.0, 3.0, 1.0, 0.3, 0.1])
+def test_a_planted_head_that_carries_errors_is_found_first(snr):
+    frame = frame_of(planted("error", snr))
+    score = at(frame, "error_score")
+    assert score.idxmax() == PLANTED and len(score) == L * H
+    found = at(frame, "error_transport_found")
+    assert found[PLANTED] == 1 and found.sum() == 1
+    assert frame.set_index("quantity").loc["heads_found", "value"] == pytest.approx(1 / (L * H))
+    if snr >= 1:
+        ratio = [float(at(frame, "error_ratio", c)[PLANTED]) for c in ("ci_low", "value", "ci_high")]
+        assert 0.85 < ratio[0] < ratio[2] < 1.25 and abs(ratio[1] - 1) < 0.08
+        assert at(frame, "error_alignment")[PLANTED] > 0.75
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_the_ratio_is_the_one_that_was_planted(share):
+    frame = frame_of(planted("error", 10.0, share=share))
+    low, high = at(frame, "error_ratio", "ci_low")[PLANTED], at(frame, "error_ratio", "ci_high")[PLANTED]
+    assert at(frame, "error_ratio")[PLANTED] == pytest.approx(share, rel=0.05)
+    assert high - low < 0.4 * share
+
+
+@pytest.mark.parametrize("snr", [10.0, 1.0])
+def test_a_planted_copying_head_has_ratio_nothing(snr):
+    frame = frame_of(planted("copy", snr))
+    assert at(frame, "error_ratio", "ci_low")[PLANTED] <= 0 <= at(frame, "error_ratio", "ci_high")[PLANTED]
+    assert abs(at(frame, "error_ratio")[PLANTED]) < 0.06
+    assert snr < 10 or at(frame, "copying_gain").idxmax() == PLANTED
+    assert at(frame, "error_transport_found").sum() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "copy"])
+def test_without_errors_a_model_has_a_head_found_no_more_often_than_one_in_twenty(kind):
+    """Family-wise, over models: of 60, 3 are expected and more than 7 have a probability of 1.4 %."""
+    hits = [at(frame_of(planted(kind, 1.0, seed), seed), "error_transport_found").sum() for seed in range(60)]
+    assert np.count_nonzero(hits) <= 7
+
+
+@pytest.mark.parametrize("kind", ["none", "copy"])
+def test_without_errors_hardly_any_head_is_found(kind):
+    """Per head: at 5 % over all heads of a model, far fewer than 5 % of 120."""
+    hits = [at(frame_of(planted(kind, 1.0, seed), seed), "error_transport_found").sum() for seed in range(100, 110)]
+    assert np.sum(hits) <= 2
+
+
+def sharp(model, seed=3):
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.parameters():  # far from the initial weights, where predictions are all alike
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kernel", ["exp", "linear", "softmax"])
+def test_every_head_of_a_predictive_coding_model_has_ratio_one_at_its_own_places(kernel):
+    model = sharp(build("predictive-coding", seed=1, kernel=kernel, error_gradient=False, **SHAPE))
+    frame = frame_of(model)
+    assert at(frame, "error_ratio").to_numpy() == pytest.approx(np.ones(12), abs=1e-3)
+    gain = at(frame, "error_gain") - at(frame, "error_gain_null")
+    assert (gain > 0).all()
+    assert at(frame, "error_alignment").to_numpy() == pytest.approx(np.ones(12), abs=0.05)
+    # All that a head mixes is M (C - P): nothing is left.
+    whole = at(frame, "copying_gain") + at(frame, "error_gain")
+    assert (whole <= 1 + 1e-9).all()
+
+
+def test_every_head_of_its_control_without_errors_has_ratio_nothing():
+    frame = frame_of(sharp(build("predictive-coding", seed=1, error="none", **SHAPE)))
+    assert np.abs(at(frame, "error_ratio").to_numpy()).max() < 1e-3
+    assert at(frame, "error_transport_found").sum() == 0
+
+
+@pytest.mark.parametrize("family", ["gpt", "gpt-conv", "gpt2"])
+def test_an_untrained_gpt_has_no_head_found_and_says_that_there_is_no_prediction(family):
+    frame = frame_of(build(family, seed=2, **SHAPE).eval())
+    assert at(frame, "error_transport_found").sum() == 0
+    assert (at(frame, "error_score") < 0.01).all(), "expectations of such a model have their tokens' own sign"
+    assert frame.loc[frame["quantity"] == "error_gain", "reason"].str.contains("predicts nearly the same").all()
+
+
+def test_models_without_attention_weights_are_skipped_with_the_reason():
+    from helpers.architectures import small_model
+
+    frame = frame_of(small_model("mamba"))
+    assert len(frame) == 1 and "no attention weights" in frame["reason"].iloc[0]
+    rotated = frame_of(planted("none"), rotated=True)
+    assert "rotated view" in rotated["reason"].iloc[0]
+    few = PROBES["error_transport"](subject_of(planted("none"), count=4)).frame()
+    assert "fewer than four documents" in few["reason"].iloc[0]
+
+
+def test_short_windows_and_padding_count_for_nothing():
+    """Windows of two tokens among the others, and any ids behind the end of a window: the same numbers."""
+    model, whole = planted("error", 10.0), subject_of(planted("error", 10.0))
+    lengths = whole.windows.lengths.copy()
+    lengths[::8], lengths[1::8] = 2, 25
+    frames = []
+    for filling in (0, 5):
+        ids = whole.windows.ids.copy()
+        ids[np.arange(ids.shape[1]) >= lengths[:, None]] = filling
+        windows = replace(whole.windows, ids=ids, lengths=lengths)
+        frames.append(frame_of(model, windows=windows)["value"].astype(float).to_numpy())
+    np.testing.assert_allclose(*frames, rtol=1e-4, atol=1e-6)
+    assert np.isfinite(frames[0]).mean() > 0.9
+
+
+# The regressions, from the data themselves
+
+
+def columns(seed=0, count=300, r=3, size=2, beta=0.7):
+    """One head: ``[1, a_0, sum a, D, C, P, permuted P, mixed]``."""
+    rng = np.random.default_rng(seed)
+    beside = rng.random((count, 2))
+    previous, token = rng.standard_normal((2, count, r))
+    expected = 0.6 * token + 0.8 * rng.standard_normal((count, r)) + 0.3 * previous
+    shape = rng.standard_normal((r, size))
+    mixed = (token - beta * expected) @ shape + previous @ rng.standard_normal((r, size)) + beside @ np.ones((2, size))
+    mixed = mixed + 0.3 * rng.standard_normal((count, size)) + 5
+    permuted = expected[rng.permutation(count)]
+    return np.concatenate([np.ones((count, 1)), beside, previous, token, expected, permuted, mixed], 1)
+
+
+def test_the_best_angle_is_that_of_a_search_over_least_squares():
+    r, size = 3, 2
+    x = columns()
+    rivals = Rivals.of(torch.from_numpy(x.T @ x)[None], r, False)
+    metric = torch.eye(size, dtype=torch.float64)[None]
+    nuisance, token, expected, mixed = x[:, 1:6], x[:, 6:9], x[:, 9:12], x[:, -size:]
+
+    def left(angle):
+        inputs = np.concatenate([nuisance, np.cos(angle) * token - np.sin(angle) * expected], 1)
+        return np.square(mixed - LinearRegression().fit(inputs, mixed).predict(inputs)).sum()
+
+    best = minimize_scalar(left, bounds=(0.2, 1.0), method="bounded", options={"xatol": 1e-9}).x
+    assert float(rivals.best_angle(metric)) == pytest.approx(best, abs=1e-4)
+    assert np.tan(best) == pytest.approx(0.7, abs=0.05)
+    angle = torch.tensor([0.3], dtype=torch.float64)
+    inputs = np.concatenate([nuisance, np.cos(0.3) * token - np.sin(0.3) * expected], 1)
+    plain = LinearRegression().fit(inputs, mixed)
+    fitted = rivals.fitted(angle)[0].numpy()  # intercept, nuisances, token, expectation
+    np.testing.assert_allclose(fitted[0], plain.intercept_, rtol=1e-5)
+    np.testing.assert_allclose(fitted[1:6], plain.coef_[:, :5].T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(fitted[6:9], np.cos(0.3) * plain.coef_[:, 5:].T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(fitted[9:], -np.sin(0.3) * plain.coef_[:, 5:].T, rtol=1e-4, atol=1e-6)
+
+
+def test_the_null_takes_the_permuted_columns_and_nothing_else():
+    kept = columns_kept(3 + 4 * 3 + 2, 3, True).tolist()
+    assert kept == [*range(9), 12, 13, 14, 15, 16]
+    assert columns_kept(17, 3, False).tolist() == [*range(12), 15, 16]
+
+
+@pytest.mark.parametrize(("beta", "sign"), [(0.7, 1), (-0.7, -1)])
+def test_alignment_is_the_cosine_of_what_is_made_of_expectations_and_of_tokens(beta, sign):
+    halves = [torch.from_numpy(x.T @ x)[None] for x in (columns(1, 4000, beta=beta), columns(1, 4000, beta=beta))]
+    metric = torch.eye(2, dtype=torch.float64)[None]
+    aligned = Alignment.of((halves[0], halves[1]), 3, metric)
+    assert float(aligned.cosine()) == pytest.approx(sign, abs=0.01)
+    assert np.sign(float(aligned.score())) == sign
+    # Three directions: chance alone has all three signs right once in eight.
+    assert float(aligned.p_values()[0]) == pytest.approx(0.125 if sign > 0 else 1.0, abs=0.01)

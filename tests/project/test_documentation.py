@@ -1,0 +1,117 @@
+"""What the documentation shows runs: the README's example, the guide's model, lens and measure, the tour, the schema."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from test_probes import windows
+
+import lensbench
+from lensbench.models import FAMILIES
+from lensbench.probes.registry import PROBES
+from lensbench.results import schema as results
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def blocks(name: str, heading: str) -> list[str]:
+    """Blocks of Python behind a heading, or the words that lead up to them."""
+    text = (ROOT / name).read_text().partition(heading)[2]
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_the_readmes_example_gives_a_matrix_and_its_figure(tiny_run, tiny_suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = blocks("README.md", "In Python, without a run folder:")[0]
+    assert len([line for line in example.splitlines() if line.strip()]) == 5
+    example = example.replace("runs/quick", str(tiny_run)).replace(
+        '"stdlib"', f'"file:{tiny_suite.parent}/texts", length=64'
+    )
+    names: dict = {}
+    exec(example, names)
+    cells = names["cells"]
+    assert len(cells) == 16 and {"penalty_ce", "penalty_ce_ci_low", "penalty_ce_ci_high"} <= set(cells)
+    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert list(cells.columns) == list(results.SCHEMA["transfer.csv"]) or set(cells.columns) == set(
+        results.SCHEMA["transfer.csv"]
+    )
+
+
+def test_what_is_measured_in_python_is_what_a_run_writes_of_the_same_tokens(tiny_run, tiny_suite):
+    model = lensbench.load(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+    from lensbench.suite import load_suite
+
+    suite = load_suite(str(tiny_suite))
+    lenses = lensbench.fit(model, suite.corpus.spec, length=64, recipe=suite.fit)
+    found = lensbench.measure(lenses, sequences=96, positions=8, draws=200)
+    written = pd.read_csv(tiny_run / "transfer.csv").query("model == 'gpt'")
+    ours = found["transfer.csv"]
+    for column in ("kl", "ce", "penalty_ce", "penalty_ce_ci_low", "movement_kl"):
+        assert ours[column].to_numpy() == pytest.approx(written[column].to_numpy(), rel=1e-5, abs=1e-7), column
+    assert isinstance(lensbench.plot(ours), Figure)
+
+
+def test_importing_lensbench_takes_no_time_and_no_torch():
+    code = (
+        "import sys, time; start = time.perf_counter(); import lensbench; spent = time.perf_counter() - start\n"
+        "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules), 'a heavy import'\n"
+        "assert set(lensbench.__all__) <= set(dir(lensbench))\n"
+        "print(spent)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert float(found.stdout) < 0.3
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = lensbench.nonsense
+
+
+def test_every_public_name_says_what_it_is():
+    for name in lensbench.__all__:
+        assert getattr(lensbench, name).__doc__, name
+
+
+def test_the_guides_model_lens_and_measure_work(monkeypatch):
+    monkeypatch.setattr("lensbench.models.FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr("lensbench.probes.registry.PROBES", dict(PROBES))
+    names: dict = {"windows": windows()}
+    for block in blocks("benchmarks/README.md", "## Adding a model, a lens, a measure")[:3]:
+        exec(block, names)
+    assert names["model"].num_parameters() == pytest.approx(20_000, rel=0.01)
+    assert names["kl"].shape == (4, 4) and (names["kl"] >= -1e-6).all()
+    from lensbench.probes.registry import PROBES as known
+    from lensbench.probes.subject import Subject
+
+    stream, maps = names["stream"], names["lenses"]
+    subject = Subject(stream, windows(), [0], maps, False, lambda split: names["seen"], maps, maps)
+    table = known["state_length"](subject).frame(200)
+    assert len(table) == 3 and (table["ci_low"] <= table["value"]).all() and table["value"].notna().all()
+    held = names["seen"].states
+    own = (held[1].square().mean(-1) / held[-1].square().mean(-1)).sqrt().mean()
+    assert table["value"].iloc[1] == pytest.approx(float(own), rel=1e-5)
+    assert torch.equal(maps.offset[0], held[-1].mean(0) - held[0].mean(0))
+
+
+def test_the_schema_that_is_told_is_that_of_the_code():
+    assert (ROOT / "results" / "README.md").read_text() == results.schema_text()
+    for name, columns in results.SCHEMA.items():
+        assert f"## `{name}`" in results.schema_text() and all(f"| `{c}` |" in results.schema_text() for c in columns)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tour_runs_from_its_first_cell_to_its_last(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "benchmarks" / "tour.ipynb", as_version=4)
+    assert len(notebook.cells) == 10 and not any(cell.get("outputs") for cell in notebook.cells)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    told = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output for output in told), "the figure is shown"
+    assert "report.html" in told[-1] and (tmp_path / "trace.html").is_file()

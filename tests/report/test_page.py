@@ -1,0 +1,219 @@
+"""The page of a run: self-contained, right in its numbers, and working in a real browser."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from scipy import stats
+from test_cli import refused, run
+
+from lensbench.report.page import csv_link, mean_cells, page, shade, write_page
+from lensbench.results import folder
+from lensbench.results.manifest import write_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+
+
+class Read(HTMLParser):
+    """Tags in their order, what is open, and tips."""
+
+    VOID = {"meta", "link", "line", "rect", "circle", "polyline", "br"}
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tips: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if "data-tip" in dict(attrs):
+            self.tips.append(dict(attrs)["data-tip"])
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, tag
+
+
+@pytest.fixture(scope="module")
+def vision() -> str:
+    return page([folder.read_run(RESULTS / "vision")])
+
+
+def test_a_page_asks_for_nothing_outside_itself_and_is_well_formed(vision):
+    read = Read(vision)
+    for tag, attributes in read.tags:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+    assert "@import" not in vision and "url(" not in vision and "fetch(" not in vision
+    assert vision == page([folder.read_run(RESULTS / "vision")])
+
+
+def test_every_picture_has_an_alternative_text(vision):
+    pictures = [a for tag, a in Read(vision).tags if tag == "svg" and a.get("aria-hidden") != "true"]
+    assert len(pictures) == 1 + 2 * 4
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 60 for a in pictures)
+    assert "cnn-plain" in pictures[0]["aria-label"] and "0.035 [-0.073, 0.143]" in pictures[0]["aria-label"]
+
+
+def test_a_cell_tells_lens_layer_value_and_interval_of_the_table(vision):
+    table = pd.read_csv(RESULTS / "vision" / "transfer.csv")
+    rows = table[(table["model"] == "cnn-residual") & (table["lens_layer"] == 7) & (table["stream_layer"] == 2)]
+    values = rows["penalty_ce"]
+    half = stats.t.ppf(0.975, 4) * values.std() / 5**0.5
+    told = f"{values.mean():.3f} [{values.mean() - half:.3f}, {values.mean() + half:.3f}] nats/image"
+    assert f"cnn-residual\nlens of layer 7, read at layer 2\n{told}" in Read(vision).tips
+    one = mean_cells(table[(table["seed"] == 0) & (table["model"] == "vit")])
+    ours = one.set_index(["lens_layer", "stream_layer"]).loc[(1, 3)]
+    first = (
+        table[(table["seed"] == 0) & (table["model"] == "vit")].set_index(["lens_layer", "stream_layer"]).loc[(1, 3)]
+    )
+    for column in ("penalty_ce", "penalty_ce_ci_low", "penalty_ce_ci_high"):
+        assert ours[column] == pytest.approx(first[column])
+
+
+def test_verdicts_settings_and_commands_are_told(vision):
+    manifest = json.loads((RESULTS / "vision" / "manifest.json").read_text())
+    assert "Do lenses transfer between the layers of image models" in vision
+    assert re.search(r"<strong>vit</strong>: <span class=verdict>refinement</span> \(all layers\)", vision)
+    assert f"git checkout {manifest['git_revision']}" in vision and "lensbench run vision" in vision
+    assert (
+        manifest["corpus"]["checksum"] in vision
+        and f"torch=={manifest['versions']['torch'].partition('+')[0]}" in vision
+    )
+
+
+def test_names_are_escaped_and_two_runs_with_one_model_are_told_apart(tiny_run, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(tiny_run, tmp_path / name, ignore=shutil.ignore_patterns("stages", "figures"))
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["suite"]["question"] = '<script>alert("x")</script> & so'
+    write_manifest(tmp_path / "a", manifest)
+    write_page([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html")
+    content = (tmp_path / "page.html").read_text()
+    Read(content)
+    assert "<script>alert" not in content and "&lt;script&gt;alert" in content
+    assert "gpt (a)" in content and "gpt (b)" in content
+
+
+def test_colours_rise_in_darkness_and_their_text_can_be_read():
+    def luminance(colour):
+        channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    shades = [shade(k / 20) for k in range(21)]
+    values = [luminance(fill) for fill, _ in shades]
+    assert values == sorted(values, reverse=True)
+    for fill, ink in shades:
+        a, b = sorted((luminance(fill), 1.0 if ink == "#fff" else 0.0))
+        assert (b + 0.05) / (a + 0.05) > 4, fill
+
+
+def test_a_large_table_is_named_and_not_put_into_the_page(tmp_path):
+    (tmp_path / "transfer.csv").write_text("x" * 2_000_000)
+    assert "in the run folder" in csv_link(tmp_path / "transfer.csv")
+
+
+def test_a_run_writes_its_page_and_the_command_does_it_again(tiny_run, tmp_path):
+    assert (tiny_run / "report.html").is_file()
+    result = run("report", tiny_run, "--out", tmp_path / "sub" / "again.html")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "sub" / "again.html").read_bytes() == (tiny_run / "report.html").read_bytes()
+    refused(run("report", tmp_path), "not a run folder")
+    refused(run("report", RESULTS / "vision-sweep", "--out", tmp_path / "x.html"), "holds a sweep")
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install 'lensbench[browser]'")
+    chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+    if chromium is None:
+        pytest.skip("no chromium here")
+    with playwright.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def file(vision, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(vision)
+    return path
+
+
+def opened(browser, path, **options):
+    told: list[str] = []
+    asked: list[str] = []
+    tab = browser.new_page(**options)
+    tab.on("console", lambda message: told.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: told.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(f"file://{path}")
+    return tab, told, asked
+
+
+def test_hover_arrow_keys_and_sort_work_without_an_error(browser, file):
+    tab, told, asked = opened(browser, file, viewport={"width": 1200, "height": 900})
+    cell = tab.locator("svg[data-size] rect[data-cell='7,2']").nth(1)
+    cell.scroll_into_view_if_needed()
+    cell.hover()
+    assert "cnn-residual\nlens of layer 7, read at layer 2\n" in tab.locator("#tip").text_content()
+    assert tab.locator("#tip").evaluate("e => getComputedStyle(e).opacity") != "0"
+    tab.locator("svg[data-size]").nth(1).focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        tab.keyboard.press(key)
+    assert "lens of layer 1, read at layer 2" in tab.locator("#tip").text_content()
+    tab.keyboard.press("Escape")
+    assert tab.locator("#tip").get_attribute("class") == ""
+    column = "ce"
+    head = tab.locator("#table-0-models th").filter(has_text=re.compile(f"^{column}$"))
+    at = tab.locator("#table-0-models th").all_text_contents().index(column)
+
+    def shown():
+        return [float(v) for v in tab.locator(f"#table-0-models tbody td:nth-child({at + 1})").all_text_contents()]
+
+    before = shown()
+    head.locator("button").click()
+    assert shown() == sorted(before) and head.get_attribute("aria-sort") == "ascending"
+    head.locator("button").click()
+    assert shown() == sorted(before, reverse=True) and head.get_attribute("aria-sort") == "descending"
+    assert told == [] and all(url.startswith(("file:", "data:")) for url in asked)
+    tab.close()
+
+
+def test_a_phone_scrolls_down_and_not_aside_and_dark_mode_is_dark(browser, file):
+    tab, told, _ = opened(browser, file, viewport={"width": 375, "height": 800}, color_scheme="dark")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 375
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(24, 23, 22)"
+    assert told == []
+    tab.close()
+
+
+def test_print_opens_what_is_folded_and_the_tables_can_be_downloaded(browser, file):
+    tab, told, _ = opened(browser, file, viewport={"width": 1000, "height": 900})
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="verdicts.csv").click()
+    assert Path(download.value.path()).read_bytes() == (RESULTS / "vision" / "verdicts.csv").read_bytes()
+    tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert tab.evaluate("[...document.querySelectorAll('details')].every(d => d.open)")
+    assert len(tab.pdf()) > 20_000 and told == []
+    tab.close()

