@@ -21,7 +21,8 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.evaluate import score_all
 from lensbench.models import count_parameters
 from lensbench.models.pretrained import Pretrained, check_context, load_pretrained
-from lensbench.report.figures import style, transfer_penalty
+from lensbench.report.figures.style import style
+from lensbench.report.figures.transfer import transfer_penalty
 from lensbench.results import tables
 from lensbench.results.tables import Part
 from lensbench.runtime.environment import choose_device, dtype_named

@@ -29,7 +29,7 @@ from typer.core import TyperCommand
 
 from lensbench import __version__
 from lensbench.errors import LensbenchError
-from lensbench.runtime.progress import Silent
+from lensbench.runtime.progress import Quiet
 
 app = typer.Typer(
     name="lensbench",
@@ -48,6 +48,23 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 messages = Console(stderr=True)
+
+
+class Bar:
+    """One bar on the terminal; it goes when its ``with`` block ends."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self.bars, self.task = bars, task
+
+    def update(self, done: int, remark: str = "") -> None:
+        self.bars.update(self.task, completed=done, remark=remark)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.task in self.bars.task_ids:
+            self.bars.remove_task(self.task)
 
 
 class Bars:
@@ -74,6 +91,11 @@ class Bars:
 
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
+
+    def task(self, name: str, total: int, unit: str) -> Bar:
+        return Bar(self.bars, self.bars.add_task(name, total=total, unit=unit, remark=""))
+
+    def stages(self, total: int) -> None: ...
 
     def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
         task = self.tasks[name] = self.bars.add_task(name, total=total, unit=unit, remark="")
@@ -244,7 +266,7 @@ def run(
     from lensbench.run.suite import run_suite
     from lensbench.runtime.environment import choose_device
     from lensbench.runtime.ranks import join_ranks, leave_ranks
-    from lensbench.suite import load_suite, name_of, on_request, text_name
+    from lensbench.suite.files import load_suite, name_of, on_request, text_name
 
     chosen = on_request(load_suite(suite), model or [], corpus)
     default = "-".join([chosen.name, *map(name_of, model or []), *([text_name(corpus)] if corpus else [])])
@@ -256,7 +278,7 @@ def run(
     ranks = join_ranks()
     if ray is not None and ranks.size > 1:
         raise LensbenchError("give either --ray or torchrun's processes: a Ray cluster starts its own")
-    with Bars() if ranks.first else contextlib.nullcontext(Silent()) as progress:
+    with Bars() if ranks.first else contextlib.nullcontext(Quiet()) as progress:
         finished = run_suite(
             chosen,
             folder,
@@ -288,7 +310,7 @@ def sweep(
     """Try the declared settings of a suite's models, equally many for each, and mark the best on the dev split."""
     from lensbench.run.sweep import run_sweep
     from lensbench.runtime.environment import choose_device
-    from lensbench.suite import load_sweep
+    from lensbench.suite.files import load_sweep
 
     chosen = load_sweep(name)
     folder = out or Path("runs") / chosen.name
@@ -308,10 +330,10 @@ def calibrate(
     debug: Debug = False,
 ) -> None:
     """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
-    from lensbench.report.terminal import calibration_table
+    from lensbench.report.study_tables import calibration_table
     from lensbench.runtime.environment import git_revision, versions
     from lensbench.studies.calibration import default_workers, run_calibration
-    from lensbench.suite import load_calibration
+    from lensbench.suite.files import load_calibration
 
     chosen = load_calibration(name)
     folder = out or Path("runs") / chosen.name
@@ -337,10 +359,10 @@ def in_context(
     debug: Debug = False,
 ) -> None:
     """Train models on documents whose exact Bayes predictor is known, and measure how far from it they stay."""
-    from lensbench.report.terminal import in_context_tables
+    from lensbench.report.study_tables import in_context_tables
     from lensbench.runtime.environment import choose_device, git_revision, versions
     from lensbench.studies.in_context import run_in_context
-    from lensbench.suite import load_in_context
+    from lensbench.suite.files import load_in_context
 
     chosen = load_in_context(name)
     folder = out or Path("runs") / chosen.name
@@ -369,10 +391,10 @@ def regression(
     debug: Debug = False,
 ) -> None:
     """Train self-attention on in-context linear regression, and hold it against the best-tuned gradient steps."""
-    from lensbench.report.terminal import regression_table
+    from lensbench.report.study_tables import regression_table
     from lensbench.runtime.environment import git_revision, versions
     from lensbench.studies.regression import run_regression
-    from lensbench.suite import load_regression
+    from lensbench.suite.files import load_regression
 
     chosen = load_regression(name)
     folder = out or Path("runs") / chosen.name
@@ -410,7 +432,7 @@ def figures(
     debug: Debug = False,
 ) -> None:
     """Redraw a run's figures from its CSV tables alone; the same tables give the same bytes."""
-    from lensbench.report.figures import draw_figures
+    from lensbench.report.figures.draw import draw_figures
     from lensbench.results.folder import read_run
 
     tables = read_run(folder, need_manifest=False, verify=not unverified)
@@ -438,18 +460,19 @@ def compare(
     Folders that hold different models of one suite are read as one run. Over seeds, differences are paired by seed, and
     those that the suite declares as claims are corrected together (Holm). All models are judged by one rule.
     """
-    from lensbench.report.compare import compare_runs, print_comparison, together
+    from lensbench.report.compare import compare_runs, together
+    from lensbench.report.comparison import print_comparison
 
     judge = None
     if rule is not None:
-        from lensbench.suite import load_suite
+        from lensbench.suite.files import load_suite
 
         judge = load_suite(rule).verdict
     comparison = compare_runs(folders, judge)
     if out is not None:
         comparison.write(out)
     if figures is not None:
-        from lensbench.report.figures import draw_figures
+        from lensbench.report.figures.draw import draw_figures
 
         draw_figures(together(comparison.runs), figures)
     print_comparison(comparison, console)
@@ -493,12 +516,12 @@ def ruler(
 
     judge = None
     if rule is not None:
-        from lensbench.suite import load_suite
+        from lensbench.suite.files import load_suite
 
         judge = load_suite(rule).verdict
     beside = side_by_side(folders, judge)
     if out is not None:
-        from lensbench.report.figures import draw_plane
+        from lensbench.report.figures.draw import draw_plane
 
         draw_plane(beside, out)
     console.print(ruler_table(beside))
@@ -662,7 +685,7 @@ def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
     from lensbench.data.images import SPECS
     from lensbench.models import FAMILIES
-    from lensbench.suite import kind_of, named_files, read_toml
+    from lensbench.suite.files import kind_of, named_files, read_toml
 
     named = Table(
         "name", "models or trials", "question", title="suites, sweeps, calibrations, tasks (benchmarks/*.toml)"

@@ -7,8 +7,7 @@ from helpers.suites import SUITE
 
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
-from lensbench.suite import (
-    Suite,
+from lensbench.suite.files import (
     kind_of,
     load_calibration,
     load_in_context,
@@ -19,6 +18,7 @@ from lensbench.suite import (
     read_toml,
     validated,
 )
+from lensbench.suite.recipes import Suite
 
 
 def changed(old: str, new: str) -> dict:

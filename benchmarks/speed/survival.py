@@ -25,15 +25,15 @@ from lensbench.results.folder import read_run
 from lensbench.run.suite import run_suite
 from lensbench.runtime import files
 from lensbench.runtime.environment import choose_device
-from lensbench.runtime.progress import Silent
-from lensbench.suite import load_suite
+from lensbench.runtime.progress import Quiet
+from lensbench.suite.files import load_suite
 
 CHANGES = ((os, "replace"), (os, "unlink"), (os, "rename"), (shutil, "rmtree"), (Path, "mkdir"), (Path, "unlink"))
 """Calls that change a folder; a run is killed around one of them."""
 
 
 def whole_run(suite: str, folder: Path) -> None:
-    run_suite(load_suite(suite), folder, device=choose_device("cpu"), only=[], progress=Silent())
+    run_suite(load_suite(suite), folder, device=choose_device("cpu"), only=[], progress=Quiet())
 
 
 def in_a_process(work: Callable[[], None]) -> int:

@@ -1,8 +1,4 @@
-"""Measurements beside the lenses, each usable alone: a function of a model's stream that gives sums per window.
-
-A probe returns :class:`Measured`: quantities that are ratios of sums over the scored windows, so that all of them get their
-interval from the same bootstrap over documents, and a tidy frame from :meth:`Measured.frame`.
-"""
+"""TODO(doc)."""
 
 import json
 from collections.abc import Mapping, Sequence

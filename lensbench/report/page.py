@@ -22,8 +22,10 @@ from scipy import stats
 from lensbench.errors import LensbenchError
 from lensbench.measures.verdict import SCOPES
 from lensbench.report.compare import rule_of
-from lensbench.report.figures import LENS_COLOURS, lens_frame
-from lensbench.report.terminal import doubts, number, sentences, shown_seeds, with_interval
+from lensbench.report.figures.frames import lens_frame
+from lensbench.report.figures.lenses import LENS_COLOURS
+from lensbench.report.formatting import number, shown_seeds, with_interval
+from lensbench.report.terminal import doubts, sentences
 from lensbench.results.folder import Run, read_run
 from lensbench.results.manifest import read_manifest
 from lensbench.results.schema import SCHEMA, unit

@@ -29,7 +29,7 @@ from lensbench.models.pretrained import Pretrained, check_context, check_source,
 from lensbench.report.page import SCRIPT, STYLE, shade
 from lensbench.results.manifest import read_manifest
 from lensbench.streams.stream import ResidualStream
-from lensbench.suite import name_of
+from lensbench.suite.files import name_of
 
 OF_A_RUN = ("tuned", "shared", "shared_bias", "tuned_headline")
 """Lenses that a run leaves in its stages."""

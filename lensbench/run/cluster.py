@@ -18,7 +18,7 @@ from filelock import FileLock
 from lensbench.errors import LensbenchError
 from lensbench.results.folder import OWNER
 from lensbench.run.stages import Runner
-from lensbench.suite import ModelRecipe, Suite
+from lensbench.suite.recipes import ModelRecipe, Suite
 
 RETRIES = 5
 """How often the task of a worker that died is given to another."""
@@ -50,14 +50,14 @@ class Cell:
         """All stages of the cell, where they are not finished; what is wrong, where a user can mend it."""
         from lensbench.run.stages import Runner
         from lensbench.runtime.environment import choose_device
-        from lensbench.runtime.progress import Silent
+        from lensbench.runtime.progress import Quiet
 
         if not (self.folder / OWNER).is_file():
             return f"a worker does not see {self.folder}: give --out a folder that all machines share"
         torch.set_num_threads(self.threads)  # results are the same to the byte for as many threads
         try:
             runner = Runner(
-                self.suite, self.folder, choose_device(self.device), Silent(), self.max_hours, probes=self.probes
+                self.suite, self.folder, choose_device(self.device), Quiet(), self.max_hours, probes=self.probes
             )
             runner.sequences = self.sequences
             # Were the worker before this one still alive somewhere, both would write.

@@ -63,7 +63,7 @@ from lensbench.streams.parts import image_shape
 from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
 from lensbench.studies.curves import CurvePoint, Scored, score_positions
-from lensbench.suite import ImageRecipe, ModelRecipe, Suite
+from lensbench.suite.recipes import ImageRecipe, ModelRecipe, Suite
 
 CODE_VERSION = 3
 """Raised when a stage computes something else from the same settings, so that old stages are not reused."""

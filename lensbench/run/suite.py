@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lensbench.data.inputs import documents_of
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import locate, named
-from lensbench.report.figures import draw_figures
+from lensbench.report.figures.draw import draw_figures
 from lensbench.report.page import PAGE, write_page
 from lensbench.results import tables
 from lensbench.results.folder import (
@@ -40,7 +40,7 @@ from lensbench.runtime.progress import Progress
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import NotFinished
 from lensbench.studies.curves import curve_table, timing_table
-from lensbench.suite import ModelRecipe, Suite
+from lensbench.suite.recipes import ModelRecipe, Suite
 
 transformers_logging.disable_progress_bar()  # lensbench draws its own
 

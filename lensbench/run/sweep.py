@@ -16,7 +16,8 @@ from lensbench.runtime.progress import Progress
 from lensbench.statistics import mean_with_interval
 from lensbench.streams.capture import capture
 from lensbench.streams.stream import ResidualStream
-from lensbench.suite import Sweep, load_suite
+from lensbench.suite.files import load_suite
+from lensbench.suite.recipes import Sweep
 
 
 def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Progress) -> pd.DataFrame:

@@ -1,27 +1,77 @@
-"""What a long computation reports about itself."""
+"""What a long computation reports about itself, and to whom.
+
+Code that takes long gets a :class:`Progress` and opens a :class:`Task` for each countable piece of work. The command line
+draws bars; everything else uses :data:`QUIET`.
+"""
 
 from collections.abc import Callable
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
+
+
+class Task(Protocol):
+    """One piece of work under way; leaving its ``with`` block ends it."""
+
+    def update(self, done: int, remark: str = "") -> None:
+        """``done`` units are finished by now; ``remark`` is shown next to the bar."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class Progress(Protocol):
-    """What the loop tells about itself; the command line draws it."""
+    """Where progress goes."""
 
-    def stage(self, name: str, total: int, unit: str) -> "Callable[[int, str], None]":
-        """A stage begins; call the answer with (done, remark)."""
+    def task(self, name: str, total: int, unit: str) -> Task:
+        """A task of ``total`` units begins."""
 
-    def finished(self, name: str, seconds: float, reused: bool) -> None: ...
+    def stages(self, total: int) -> None:
+        """The whole run has ``total`` stages; :meth:`finished` counts them."""
+
+    def finished(self, name: str, seconds: float, reused: bool) -> None:
+        """A stage is finished, or an earlier run had finished it (``reused``)."""
 
     def say(self, line: str) -> None:
         """Something that the user has to know now."""
 
+    def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
+        """The older form of :meth:`task`: call the answer with (done, remark)."""
 
-class Silent:
-    """What a process tells that is not the first of several: nothing."""
+
+class Quiet:
+    """Reports nothing: it is both the :class:`Progress` and every :class:`Task` of it."""
+
+    def task(self, name: str, total: int, unit: str) -> Self:
+        """Itself."""
+        return self
+
+    def update(self, done: int, remark: str = "") -> None:
+        """Nothing is shown."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is held."""
+
+    def stages(self, total: int) -> None:
+        """Nothing is counted."""
+
+    def finished(self, name: str, seconds: float, reused: bool) -> None:
+        """Nothing is shown."""
+
+    def say(self, line: str) -> None:
+        """Nothing is shown."""
 
     def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
+        """Nothing is shown."""
         return lambda done, remark: None
 
-    def finished(self, name: str, seconds: float, reused: bool) -> None: ...
 
-    def say(self, line: str) -> None: ...
+QUIET = Quiet()
+"""The default wherever a :class:`Progress` is taken."""

@@ -339,7 +339,8 @@ def run_in_context(
     ``tick`` gets the number of trainings that are done and a remark. Finished trainings are reused.
     Raises :class:`LensbenchError` for a folder that holds something else.
     """
-    from lensbench.report import figures  # not for whoever only reads the recipe
+    from lensbench.report.figures import studies as figures
+    from lensbench.report.figures.style import write_figure
 
     lock = open_run_folder(folder, recipe.name)
     before = torch.get_num_threads()
@@ -385,7 +386,7 @@ def run_in_context(
             write_atomically(folder / name, write)
         told = written[TABLE][written[TABLE]["positions"] != ALL]
         figure = figures.in_context(told, names_of(recipe.positions, recipe.training.length))
-        write_atomically(folder / "in_context.png", partial(figures.write_figure, figure))
+        write_atomically(folder / "in_context.png", partial(write_figure, figure))
         manifest = {"in_context": recipe.model_dump(mode="json"), "suite_name": recipe.name, **code}
         manifest["files"] = {name: sha256(folder / name) for name in written}
         manifest["seconds"] = dict(sorted(runner.stages.seconds.items()))

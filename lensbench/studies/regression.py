@@ -229,7 +229,8 @@ def run_regression(
     finished: Callable[[str, float, bool], None],
 ) -> pd.DataFrame:
     """Train what is not trained yet, and write ``regression.csv``, a figure and a manifest into ``folder``."""
-    from lensbench.report import figures  # not for whoever only reads the recipe
+    from lensbench.report.figures import studies as figures
+    from lensbench.report.figures.style import write_figure
 
     lock = open_run_folder(folder, recipe.name)
     before = torch.get_num_threads()
@@ -258,7 +259,7 @@ def run_regression(
         write = partial(table.to_csv, index=False, lineterminator="\n")
         write_atomically(folder / TABLE, write)
         figure = figures.regression(table)
-        write_atomically(folder / "regression.png", partial(figures.write_figure, figure))
+        write_atomically(folder / "regression.png", partial(write_figure, figure))
         manifest = {"regression": recipe.model_dump(mode="json"), "suite_name": recipe.name, **code}
         manifest["files"] = {TABLE: sha256(folder / TABLE)}
         manifest["seconds"] = dict(sorted(stages.seconds.items()))

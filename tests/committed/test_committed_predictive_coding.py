@@ -9,7 +9,7 @@ import pytest
 
 from lensbench.results import folder
 from lensbench.runtime import files
-from lensbench.suite import load_suite
+from lensbench.suite.files import load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "results" / "predictive-coding"
@@ -72,7 +72,7 @@ def test_tasks_were_run_as_their_file_says():
     manifest = json.loads((FOLDER / "in-context" / "manifest.json").read_text())
     for name, checksum in manifest["files"].items():
         assert files.sha256(FOLDER / "in-context" / name) == checksum
-    from lensbench.suite import load_in_context
+    from lensbench.suite.files import load_in_context
 
     assert manifest["in_context"] == load_in_context("in-context").model_dump(mode="json")
     assert not manifest["git_revision"].endswith("dirty")

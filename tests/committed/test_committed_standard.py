@@ -11,7 +11,7 @@ from lensbench.results.folder import Run, read_run
 from lensbench.results.manifest import MANIFEST
 from lensbench.runtime import files
 from lensbench.studies.calibration import JUDGED, midpoints, summarise
-from lensbench.suite import load_calibration, load_suite
+from lensbench.suite.files import load_calibration, load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 STANDARD = ROOT / "results" / "standard"

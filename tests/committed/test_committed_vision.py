@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lensbench.report.compare import compare_runs, side_by_side
-from lensbench.report.figures import draw_plane
+from lensbench.report.figures.draw import draw_plane
 from lensbench.results import folder
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"

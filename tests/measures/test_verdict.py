@@ -14,7 +14,7 @@ from lensbench.cli import app
 from lensbench.measures.verdict import CANNOT_TELL, Span, Verdict, VerdictRule, decide, over_seeds
 from lensbench.studies.calibration import JUDGED, Calibration, midpoints, summarise
 from lensbench.studies.synthetic import FAMILIES, Shape, SyntheticStream
-from lensbench.suite import load_calibration
+from lensbench.suite.files import load_calibration
 
 RULE = VerdictRule(visible=0.25, consistent=0.6, still=0.1, inconsistent=0.35, unseen=0.0)
 

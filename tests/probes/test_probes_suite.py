@@ -7,7 +7,7 @@ from helpers.suites import write_suite
 from typer.testing import CliRunner
 
 from lensbench.cli import app
-from lensbench.report import figures
+from lensbench.report.figures import frames, probes, style
 from lensbench.results.folder import read_run
 
 NAMES = [
@@ -59,10 +59,10 @@ def test_the_same_command_does_nothing_twice_and_writes_the_same_bytes(run):
 
 def test_heads_are_drawn_and_the_top_ones_named(run):
     table = read_run(run[1])
-    frame = figures.head_frame(table)
+    frame = frames.head_frame(table)
     assert list(frame.columns) == ["model", "layer", "head", "score", "ratio", "found"] and len(frame) == 12
-    with figures.style():
-        figure = figures.error_transport(frame)
+    with style.style():
+        figure = probes.error_transport(frame)
     for model in ("gpt", "pc"):
         of = frame[frame["model"] == model]
         (panel,) = [axes for axes in figure.axes if axes.get_title().startswith(f"{model}:")]

@@ -45,7 +45,7 @@ def test_the_readmes_example_gives_a_matrix_and_its_figure(tiny_run, tiny_suite,
 
 def test_what_is_measured_in_python_is_what_a_run_writes_of_the_same_tokens(tiny_run, tiny_suite):
     model = lensbench.load(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
-    from lensbench.suite import load_suite
+    from lensbench.suite.files import load_suite
 
     suite = load_suite(str(tiny_suite))
     lenses = lensbench.fit(model, suite.corpus.spec, length=64, recipe=suite.fit)

@@ -18,8 +18,7 @@ from lensbench.report.compare import compare_runs
 from lensbench.results import schema as results
 from lensbench.results.folder import read_run
 from lensbench.results.manifest import seal, write_manifest
-from lensbench.suite import (
-    Suite,
+from lensbench.suite.files import (
     load_calibration,
     load_in_context,
     load_regression,
@@ -27,6 +26,7 @@ from lensbench.suite import (
     load_sweep,
     named_files,
 )
+from lensbench.suite.recipes import Suite
 
 LOADERS = (load_suite, load_sweep, load_calibration, load_in_context, load_regression)
 settings.register_profile("fuzz", deadline=None, suppress_health_check=list(HealthCheck))

@@ -26,7 +26,8 @@ def test_suites_work_from_an_installed_wheel(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     script = (
-        "import lensbench; from lensbench.suite import load_suite; print(lensbench.__file__, load_suite('quick').name)"
+        "import lensbench; from lensbench.suite.files import load_suite; "
+        "print(lensbench.__file__, load_suite('quick').name)"
     )
     run = [sys.executable, "-c", script]
     output = subprocess.run(run, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

@@ -12,12 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from lensbench.report.compare import compare_runs, print_comparison
-from lensbench.report.terminal import calibration_table, in_context_tables, print_run, regression_table
+from lensbench.report.compare import compare_runs
+from lensbench.report.comparison import print_comparison
+from lensbench.report.study_tables import calibration_table, in_context_tables, regression_table
+from lensbench.report.terminal import print_run
 from lensbench.results import schema as results
 from lensbench.results.folder import read_run
 from lensbench.runtime import files
-from lensbench.suite import load_suite, load_sweep
+from lensbench.suite.files import load_suite, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from lensbench.cli import app
 from lensbench.errors import LensbenchError
-from lensbench.report import figures
+from lensbench.report.figures import draw as figures
+from lensbench.report.figures import frames, indices, lenses, probes, style, transfer
 from lensbench.results.folder import Run, read_run, write_table
 from lensbench.results.schema import SCHEMA
 
@@ -166,9 +167,9 @@ def test_heatmaps_share_one_scale_that_one_enormous_cell_does_not_stretch(folder
         table.loc[enormous, "penalty_ce"] = 900.0
         return table
 
-    frame = figures.transfer_frame(change(folder, "transfer.csv", edit))
-    with figures.style():
-        figure = figures.transfer_penalty(frame)
+    frame = frames.transfer_frame(change(folder, "transfer.csv", edit))
+    with style.style():
+        figure = transfer.transfer_penalty(frame)
     gpt, pc = heatmaps(figure)
     assert gpt.get_array().size == 16 and pc.get_array().size == 9
     assert gpt.get_clim() == pc.get_clim() and gpt.cmap == pc.cmap
@@ -183,21 +184,21 @@ def test_seeds_are_averaged_and_indices_taken_from_their_mean(tmp_path: Path) ->
     folder = write_run(tmp_path / "run", {"gpt": 2}, seeds=("0", "1", "2"))
     table = read(folder).tables["transfer.csv"]
     mean = table.query("lens_layer == 0 and stream_layer == 1")["penalty_ce"].mean()
-    frame = figures.transfer_frame(read(folder))
+    frame = frames.transfer_frame(read(folder))
     assert frame.query("lens_layer == 0 and stream_layer == 1")["penalty_ce"].item() == pytest.approx(mean)
 
     def edit(table: pd.DataFrame) -> pd.DataFrame:
         return pd.concat([table[table["seed"] == 0].assign(seed="all", value=0.25), table])
 
-    frame = figures.index_frame(change(folder, "indices.csv", edit))
+    frame = frames.index_frame(change(folder, "indices.csv", edit))
     assert list(frame["value"].dropna()) == [0.25] * 4
 
 
 def test_landmarks_of_the_plane_are_what_the_verdicts_know(folder: Path) -> None:
-    frame = figures.index_frame(read(folder))
+    frame = frames.index_frame(read(folder))
     assert frame.groupby("model")["known"].first().to_dict() == {"gpt": "", "pc": "carry-along"}
-    with figures.style():
-        panel = figures.plane(frame).axes[0]
+    with style.style():
+        panel = indices.plane(frame).axes[0]
     gpt, pc = (m for m in panel.collections if len(m.get_offsets()))
     assert len(gpt.get_paths()[0].vertices) > len(pc.get_paths()[0].vertices) == 5  # a circle, a square on its corner
     for mark, model in ((gpt, "gpt"), (pc, "pc")):
@@ -207,11 +208,11 @@ def test_landmarks_of_the_plane_are_what_the_verdicts_know(folder: Path) -> None
 
 def test_visibility_by_distance_and_probes_are_drawn_as_their_tables_say(folder: Path) -> None:
     run = read(folder)
-    frame = figures.distance_frame(run)
+    frame = frames.distance_frame(run)
     assert frame[["model", "distance"]].values.tolist() == [["gpt", 1], ["gpt", 2], ["pc", 1]]
-    with figures.style():
-        panel = figures.visibility_by_distance(frame).axes[0]
-        several = figures.probes(figures.probe_frame(run))
+    with style.style():
+        panel = indices.visibility_by_distance(frame).axes[0]
+        several = probes.probes(frames.probe_frame(run))
     lines = {line.get_label(): line for line in panel.lines}
     assert list(lines["gpt"].get_ydata()) == pytest.approx([0.5, 0.2]) and list(
         lines["pc"].get_ydata()
@@ -223,12 +224,12 @@ def test_visibility_by_distance_and_probes_are_drawn_as_their_tables_say(folder:
 
 
 def test_no_two_of_many_models_look_alike() -> None:
-    looks = [tuple(look.values()) for look in figures.looks(40)]
+    looks = [tuple(look.values()) for look in style.looks(40)]
     assert len(set(looks)) == 40
 
 
 def test_the_refined_lens_is_drawn_where_there_is_one(folder: Path) -> None:
-    frame = figures.lens_frame(read(folder))
+    frame = frames.lens_frame(read(folder))
     stages = frame[frame["model"] == "gpt"].groupby("lens")["stage"].unique().map(list).to_dict()
     assert stages == {
         "logit": ["none"],
@@ -247,10 +248,10 @@ def test_a_kl_of_zero_does_not_break_the_log_axis(folder: Path) -> None:
         return table
 
     run = change(folder, "lenses.csv", edit)
-    with figures.style():
-        panel = figures.kl_by_layer(figures.lens_frame(run)).axes[0]
+    with style.style():
+        panel = lenses.kl_by_layer(frames.lens_frame(run)).axes[0]
     low, high = panel.get_ylim()
-    assert 0 < low <= figures.SMALLEST_KL < 1 < high
+    assert 0 < low <= frames.SMALLEST_KL < 1 < high
     assert all(np.isfinite(line.get_ydata()).all() for line in panel.lines)
 
 
@@ -271,7 +272,7 @@ def test_a_missing_kl_is_named(folder: Path) -> None:
         return table
 
     with pytest.raises(LensbenchError, match="model pc: 2 of 16 kl are missing"):
-        figures.lens_frame(change(folder, "lenses.csv", edit))
+        frames.lens_frame(change(folder, "lenses.csv", edit))
 
 
 def test_an_undefined_index_is_said_and_its_model_left_out_of_the_plane(folder: Path, tmp_path: Path) -> None:
@@ -281,10 +282,10 @@ def test_an_undefined_index_is_said_and_its_model_left_out_of_the_plane(folder: 
         table.loc[(table["model"] == "gpt") & (table["index"] == "gain_visibility"), numbers] = None
         return table[table["index"] != "gain_visibility_without_layer0"]
 
-    frame = figures.index_frame(change(folder, "indices.csv", edit))
-    with figures.style():
-        assert words(figures.gain_visibility(frame)).split("\n").count("undefined") == 3
-        figure = figures.plane(frame)
+    frame = frames.index_frame(change(folder, "indices.csv", edit))
+    with style.style():
+        assert words(indices.gain_visibility(frame)).split("\n").count("undefined") == 3
+        figure = indices.plane(frame)
     assert "Undefined: gain visibility of gpt." in words(figure)
     assert [text.get_text() for text in figure.axes[0].texts if text.get_text() in ("gpt", "pc")] == ["pc"]
 
@@ -297,13 +298,13 @@ def test_an_undefined_index_is_said_and_its_model_left_out_of_the_plane(folder: 
 
 def test_names_in_the_plane_touch_neither_each_other_nor_an_error_bar(tmp_path: Path) -> None:
     names = ["gpt", "gpt-untrained", "gpt-partitioned", "gpt-twin", "pc", "pc+state"]
-    frame = figures.index_frame(read(write_run(tmp_path / "run", dict.fromkeys(names, 2))))
+    frame = frames.index_frame(read(write_run(tmp_path / "run", dict.fromkeys(names, 2))))
     close = frame["index"].isin(["gain_visibility", "shared_consistency"])
     rank = frame["model"].map(names.index)
     frame.loc[close, "value"] = (0.5 + 0.02 * rank)[close]
     frame.loc[close, "ci_low"], frame.loc[close, "ci_high"] = frame["value"] - 0.1, frame["value"] + 0.1
-    with figures.style():
-        panel = figures.plane(frame).axes[0]
+    with style.style():
+        panel = indices.plane(frame).axes[0]
     boxes = [text.get_window_extent() for text in panel.texts if text.get_text() in names]
     assert len(boxes) == len(names)
     assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
@@ -315,12 +316,12 @@ def test_names_in_the_plane_touch_neither_each_other_nor_an_error_bar(tmp_path: 
 @pytest.mark.parametrize("models", [{"one": 2}, {"small": 2, "deep": 24}])
 def test_any_depth_and_number_of_models(tmp_path: Path, models: dict[str, int]) -> None:
     run = read(write_run(tmp_path / "run", models))
-    with figures.style():
-        figure = figures.transfer_penalty(figures.transfer_frame(run))
+    with style.style():
+        figure = transfer.transfer_penalty(frames.transfer_frame(run))
     for axes, layers in zip(figure.axes, models.values(), strict=False):
-        assert bool(axes.texts) == (layers <= figures.ANNOTATED_LAYERS)
+        assert bool(axes.texts) == (layers <= style.ANNOTATED_LAYERS)
         labels = [label.get_text() for label in axes.get_yticklabels()]
-        assert labels[-1] == "logit" and sum(map(bool, labels)) <= figures.ANNOTATED_LAYERS + 1
+        assert labels[-1] == "logit" and sum(map(bool, labels)) <= style.ANNOTATED_LAYERS + 1
     assert len(figures.draw_figures(run, tmp_path / "out")) == len(FILES)
 
 
@@ -330,7 +331,7 @@ def test_a_single_layer_leaves_no_distance_to_draw_but_all_figures(tmp_path: Pat
 
 
 def test_small_numbers_are_told_where_all_are_small_and_nowhere_else():
-    assert [figures.cell_text(v, 1.3) for v in (0.0, 0.003, -0.004, 0.058, 1.26, -13.1)] == [
+    assert [style.cell_text(v, 1.3) for v in (0.0, 0.003, -0.004, 0.058, 1.26, -13.1)] == [
         "0",
         "0",
         "0",
@@ -338,7 +339,7 @@ def test_small_numbers_are_told_where_all_are_small_and_nowhere_else():
         "1.3",
         "−13",
     ]
-    assert [figures.cell_text(v, 0.02) for v in (0.0, 0.003, -0.004, 0.0182)] == ["0", "3e−3", "−4e−3", "2e−2"]
+    assert [style.cell_text(v, 0.02) for v in (0.0, 0.003, -0.004, 0.0182)] == ["0", "3e−3", "−4e−3", "2e−2"]
 
 
 # For papers
@@ -428,7 +429,7 @@ def test_letters_in_a_paper_are_legible_whole_and_apart(tmp_path: Path, monkeypa
     figures.draw_figures(run, tmp_path / "out", columns=columns)
     assert sorted(kept) == sorted(FILES)
     for name, figure in kept.items():
-        with figures.style():
+        with style.style():
             figure.draw_without_rendering()
         written = letters(figure)
         assert {6 <= text.get_fontsize() <= 8 for text in written} == {True}, name
@@ -443,9 +444,9 @@ def test_letters_in_a_paper_are_legible_whole_and_apart(tmp_path: Path, monkeypa
 
 
 def test_a_label_is_broken_between_words_and_never_in_a_formula() -> None:
-    with figures.style():
+    with style.style():
         label = Figure(figsize=(3, 3)).supxlabel("$C_{ij} - C_{jj}$ (nats/token, linear below 0.1)", size=8)
-        figures.break_label(label, 120.0, 0)
+        style.break_label(label, 120.0, 0)
         lines = label.get_text().split("\n")
         assert lines[0].startswith("$C_{ij} - C_{jj}$") and len(lines) > 1
         assert label.get_window_extent().width <= 120

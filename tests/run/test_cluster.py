@@ -14,7 +14,7 @@ from lensbench.results import folder
 from lensbench.run.cluster import cells_of
 from lensbench.run.stages import Runner
 from lensbench.runtime.environment import choose_device
-from lensbench.suite import load_suite
+from lensbench.suite.files import load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 ray = pytest.importorskip("ray", reason="needs pip install 'lensbench[ray]'")

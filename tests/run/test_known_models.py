@@ -14,7 +14,7 @@ from lensbench.cli import app
 from lensbench.errors import LensbenchError
 from lensbench.results import schema as results
 from lensbench.results.folder import read_run
-from lensbench.suite import load_suite
+from lensbench.suite.files import load_suite
 
 SUITE = """
 name = "known"

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from lensbench.errors import LensbenchError
 from lensbench.results.folder import read_run
 from lensbench.run import suite as run_module
-from lensbench.suite import load_suite, name_of, named_files, on_request
+from lensbench.suite.files import load_suite, name_of, named_files, on_request
 
 ARCHITECTURES = {"pythia": "gpt_neox", "gpt2": "gpt2", "pretrained": "llama"}
 """Suite -> model type of the models that it names."""

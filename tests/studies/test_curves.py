@@ -28,7 +28,7 @@ from lensbench.studies.curves import (
     names_of,
     score_positions,
 )
-from lensbench.suite import load_suite, load_sweep
+from lensbench.suite.files import load_suite, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 

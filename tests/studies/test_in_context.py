@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lensbench.cli import app
 from lensbench.errors import LensbenchError
 from lensbench.studies.in_context import InContext, TaskRecipe
-from lensbench.suite import load_in_context
+from lensbench.suite.files import load_in_context
 
 
 def task(kind, **changes):

@@ -1,19 +1,13 @@
 """What to run: a suite, read from TOML and checked before anything starts."""
 
-import difflib
-import itertools
-import re
-import tomllib
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lensbench.data.corpus import FRACTIONS
 from lensbench.data.images import SPECS
 from lensbench.data.recipe import TrainingRecipe
-from lensbench.errors import LensbenchError
+from lensbench.errors import LensbenchError, nearest
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.indices import COMPARED
 from lensbench.measures.verdict import VerdictRule
@@ -21,12 +15,7 @@ from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.probes.registry import OF_IMAGES_TOO, PROBES
 from lensbench.statistics import FEWEST_CLUSTERS
-from lensbench.studies.calibration import Calibration
 from lensbench.studies.curves import CurveRecipe
-from lensbench.studies.in_context import InContext
-from lensbench.studies.regression import RegressionRecipe
-
-Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -460,162 +449,3 @@ class Sweep(_Strict):
         if len(set(counts.values())) > 1:
             raise ValueError(f"every model must get equally many trials, not {counts}")
         return self
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The hint behind an unknown name."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-
-
-def suites_folder() -> Path:
-    """The folder of the suites that come with lensbench: ``benchmarks/`` of a checkout, or its copy in a wheel."""
-    packaged = Path(str(resources.files("lensbench"))) / "benchmarks"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def named_files() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(suites_folder().glob("*.toml"))}
-
-
-def read_toml(name: str) -> tuple[str, dict[str, Any]]:
-    """The content of a suite file given by name (``quick``) or path, and what to call it in messages."""
-    known = named_files()
-    path = known.get(name) or Path(name)
-    if not path.is_file():
-        if name.endswith(".toml"):
-            raise LensbenchError(f"there is no suite file {name}")
-        raise LensbenchError(f"unknown suite {name!r}; {nearest(name, list(known))}")
-    try:
-        return path.name, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise LensbenchError(f"{path.name} is not valid TOML: {error}") from error
-
-
-def validated(kind: type[Kind], name: str, content: dict[str, Any]) -> Kind:
-    """``content`` as a suite or sweep; the first thing wrong with it becomes one line."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            key, known = str(first["loc"][-1]), known_keys(kind, first["loc"][:-1])
-            raise LensbenchError(f"{name}: unknown key {place!r}; {nearest(key, known)}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise LensbenchError(f"{name}: {place}: {message}" if place else f"{name}: {message}") from error
-
-
-def known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known where a validation error points to."""
-    for part in location:
-        if isinstance(part, str) and part in kind.model_fields:
-            annotation = kind.model_fields[part].annotation
-            inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
-            kind = next((a for a in inner if issubclass(a, BaseModel)), kind)
-    return list(kind.model_fields)
-
-
-def load_suite(name: str) -> Suite:
-    """A suite by name or path; raises :class:`LensbenchError` saying what is wrong and where."""
-    file, content = read_toml(name)
-    expect(file, name, content, "run")
-    return validated(Suite, file, content)
-
-
-def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
-    """The suite with pretrained ``models`` (sources) in place of its own, on another text; what is empty stays.
-
-    Raises :class:`LensbenchError` for a source or text that cannot be.
-    """
-    content = suite.model_dump(exclude_unset=True)
-    if text is not None:
-        section = "corpus" if suite.images is None else "images"
-        content[section] = {**content.get(section, {}), "spec": text}
-    if models:
-        names = [name_of(source) for source in models]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise LensbenchError(f"command line: two models are named {twice!r}: give them names in a suite's file")
-        content["models"] = [{"name": name, "source": source} for name, source in zip(names, models, strict=True)]
-        content.pop("claims", None)  # they are about the models of the suite
-    return validated(Suite, "command line", content)
-
-
-def name_of(source: str) -> str:
-    """What a model of a source is called in tables: the last part of its name."""
-    check_source(source)
-    kind, _, rest = source.partition(":")
-    # Of a model on the hub its revision belongs to the name: checkpoints of one model are what one compares.
-    last = rest.rpartition("/")[2] if kind == "hub" else Path(rest).resolve().name.removesuffix(".gguf")
-    return plain(last) or "model"
-
-
-def text_name(spec: str) -> str:
-    """What a text is called in the name of a folder."""
-    kind, _, rest = spec.partition(":")
-    return plain(Path(rest).resolve().stem if kind == "file" else rest or kind) or "text"
-
-
-def plain(name: str) -> str:
-    """What is left of a name where letters, digits and ``._+-`` alone can stand."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("._+-")
-
-
-KINDS = {
-    "trials": ("a sweep", "sweep"),
-    "held_out": ("a calibration", "calibrate"),
-    "dimensions": ("a regression in context", "regression"),
-    "tasks": ("a set of tasks", "in-context"),
-}
-"""What tells a file of ``benchmarks/`` from a suite: what it is then, and the command that runs it."""
-
-
-def kind_of(content: dict[str, Any]) -> tuple[str, str]:
-    """What a file of ``benchmarks/`` holds, and the command that runs it."""
-    return next((kind for key, kind in KINDS.items() if key in content), ("a suite", "run"))
-
-
-def expect(file: str, name: str, content: dict[str, Any], command: str) -> None:
-    """Raise :class:`LensbenchError` where a file is for another command."""
-    kind, of = kind_of(content)
-    if of != command:
-        wanted = {runs: what for what, runs in [*KINDS.values(), ("a suite", "run")]}[command]
-        raise LensbenchError(f"{file} is {kind}, not {wanted}: `lensbench {of} {name}` runs it")
-
-
-def load_in_context(name: str) -> InContext:
-    """Tasks of known Bayes predictor by name or path."""
-    file, content = read_toml(name)
-    expect(file, name, content, "in-context")
-    found = validated(InContext, file, content)
-    for who, task in itertools.product(found.contestants, found.tasks):
-        shape = {key: getattr(found, key) for key in ("d_model", "layers", "heads", "parameters")}
-        try:
-            fitting_width(
-                who.family, vocab_size=task.vocab_size, context=found.training.length, **shape, **who.settings
-            )
-        except LensbenchError as error:
-            raise LensbenchError(f"{file}: {who.name}: {error}") from error
-    return found
-
-
-def load_regression(name: str) -> RegressionRecipe:
-    """A regression in context by name or path."""
-    file, content = read_toml(name)
-    expect(file, name, content, "regression")
-    return validated(RegressionRecipe, file, content)
-
-
-def load_calibration(name: str) -> Calibration:
-    """A calibration by name or path."""
-    file, content = read_toml(name)
-    expect(file, name, content, "calibrate")
-    return validated(Calibration, file, content)
-
-
-def load_sweep(name: str) -> Sweep:
-    """A sweep by name or path."""
-    file, content = read_toml(name)
-    expect(file, name, content, "sweep")
-    return validated(Sweep, file, content)

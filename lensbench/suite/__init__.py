@@ -1,0 +1,1 @@
+"""What to run: a suite, its recipes and the files they are read from."""
