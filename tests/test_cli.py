@@ -14,34 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.commands import csv_bytes, refused, run
 from helpers.suites import write_suite, write_texts
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from lensbench.cli import app
 from lensbench.results import schema as results
 from lensbench.results.folder import read_run
 from lensbench.results.manifest import write_manifest
 from lensbench.runtime import files
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def refused(result, *expected):
-    """Exit code 2, one line, no traceback."""
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.output.splitlines() if line.startswith("lensbench: ")]
-    assert len(lines) == 1, result.output
-    assert "Traceback" not in result.output
-    for part in expected:
-        assert part in lines[0]
-
-
-def csv_bytes(folder):
-    return {name: (folder / name).read_bytes() for name in results.WRITTEN}
-
 
 # What a run leaves
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_probes import windows
+from helpers.gpt_windows import windows
 
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.lenses.fit import fit_all

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers.architectures import CONTEXT, D, L, V, small_model
+from helpers.pretrained import run, save_model, write_suite
 from helpers.suites import write_texts
-from test_pretrained_suite import run, save_model, write_suite
 from tokenizers import Tokenizer
 from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
+from helpers.commands import refused, run
 from safetensors.torch import load_file, save_file
-from test_cli import refused, run
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 

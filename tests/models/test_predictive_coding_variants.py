@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_predictive_coding import D, H, L, T, V, any_model, array, rms, tiny, tokens
+from helpers.predictive_coding import D, H, L, T, V, any_model, array, rms, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 

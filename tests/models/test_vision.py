@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cli import refused, run
+from helpers.commands import refused, run
 from transformers import (
     AutoModelForImageClassification,
     BeitConfig,

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import planted
-from test_predictive_coding import D, L, T, V, tiny, tokens
+from helpers.predictive_coding import D, L, T, V, tiny, tokens
 
 from lensbench.models import build
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.gpt_windows import windows
 from helpers.planted import subject_of
 from helpers.synthetic import SyntheticStream, capture_of, orthogonal, random_maps, true_token_kl, windows_of
 
-from lensbench.data.windows import Windows
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.ridge import RidgePath
@@ -32,23 +32,6 @@ def gpt():
         for p in model.parameters():  # far from the initial weights, where no block matters
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     return model
-
-
-def windows(seed: int = 0, count: int = 12) -> Windows:
-    rng = np.random.default_rng(seed)
-    positions = np.stack([np.sort(rng.choice(np.arange(1, 19), 5, replace=False)) for _ in range(count)])
-    valid = np.ones_like(positions, dtype=bool)
-    valid[3, -2:] = False
-    return Windows(
-        ids=rng.integers(0, 61, (count, 20)),
-        lengths=np.full(count, 20),
-        positions=positions,
-        valid=valid,
-        documents=np.arange(count) // 2,
-        document_names=tuple(f"doc{k}" for k in range(count // 2)),
-        sequence=np.arange(count) % 2,
-        next_bytes=np.ones_like(positions, dtype=np.int32),
-    )
 
 
 def subject(model, view="state", rotated=False) -> Subject:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from helpers.gpt_windows import windows
 from matplotlib.figure import Figure
-from test_probes import windows
 
 import lensbench
 from lensbench.models import FAMILIES

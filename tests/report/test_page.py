@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers.commands import refused, run
+from helpers.pages import Read, opened
 from scipy import stats
-from test_cli import refused, run
 
 from lensbench.report.page import csv_link, mean_cells, page, shade, write_page
 from lensbench.results import folder
@@ -17,36 +17,6 @@ from lensbench.results.manifest import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
-
-
-class Read(HTMLParser):
-    """Tags in their order, what is open, and tips."""
-
-    VOID = {"meta", "link", "line", "rect", "circle", "polyline", "br"}
-
-    def __init__(self, content: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tips: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.feed(content)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if "data-tip" in dict(attrs):
-            self.tips.append(dict(attrs)["data-tip"])
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag, tag
 
 
 @pytest.fixture(scope="module")
@@ -142,33 +112,10 @@ def test_a_run_writes_its_page_and_the_command_does_it_again(tiny_run, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install 'lensbench[browser]'")
-    chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-    if chromium is None:
-        pytest.skip("no chromium here")
-    with playwright.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def file(vision, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(vision)
     return path
-
-
-def opened(browser, path, **options):
-    told: list[str] = []
-    asked: list[str] = []
-    tab = browser.new_page(**options)
-    tab.on("console", lambda message: told.append(message.text) if message.type in ("error", "warning") else None)
-    tab.on("pageerror", lambda error: told.append(str(error)))
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(f"file://{path}")
-    return tab, told, asked
 
 
 def test_hover_arrow_keys_and_sort_work_without_an_error(browser, file):

@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.commands import refused, run
+from helpers.pages import Read, browser, opened  # noqa: F401 (a fixture)
 from rich.console import Console
-from test_cli import refused, run
-from test_page import Read, browser, opened  # noqa: F401 (a fixture)
 from tuned_lens.plotting import PredictionTrajectory
 
 from lensbench.errors import LensbenchError

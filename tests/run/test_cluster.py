@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import csv_bytes, refused, run
+from helpers.commands import csv_bytes, refused, run
 
 from lensbench.results import folder
 from lensbench.run.cluster import cells_of

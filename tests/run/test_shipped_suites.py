@@ -4,9 +4,9 @@ import tomllib
 
 import pandas as pd
 import pytest
+from helpers.commands import refused, run
+from helpers.pretrained import save_model
 from helpers.suites import write_texts
-from test_cli import refused, run
-from test_pretrained_suite import save_model
 from transformers import AutoConfig
 
 from lensbench.errors import LensbenchError

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.commands import refused, run
+from helpers.gpt_windows import windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import refused, run
-from test_probes import windows
 from test_training import CPU, STREAM, model_of, recipe
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses import read
 from lensbench.lenses.maps import AffineMaps
-from lensbench.measures import transfer
 from lensbench.measures.transfer import transfer_sums
 from lensbench.models import training
 from lensbench.results import schema as results
@@ -289,7 +289,7 @@ def test_captures_and_matrices_in_halves_are_the_same(monkeypatch):
         return plain_partition(readout, n, **options)
 
     monkeypatch.setattr(ResidualStream, "at", scarce_at)
-    monkeypatch.setattr(transfer, "partition_and_largest", scarce_partition)
+    monkeypatch.setattr(read, "partition_and_largest", scarce_partition)
     halved = capture(stream, samples)
     for name in ("states", "expected", "entropy_term", "model_ce", "mean_p", "constant_kl", "targets"):
         torch.testing.assert_close(getattr(halved, name), getattr(whole, name), rtol=1e-5, atol=1e-6)

@@ -111,7 +111,7 @@ def test_what_a_user_can_mend_is_said_once_by_several_processes(tiny_suite, tmp_
 CHECKED = """
 import numpy as np, torch
 from lensbench.errors import LensbenchError
-from lensbench.ranks import join_ranks, leave_ranks
+from lensbench.runtime.ranks import join_ranks, leave_ranks
 ranks = join_ranks()
 assert ranks.size == 3
 mine = ranks.share(10)
