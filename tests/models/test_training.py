@@ -6,26 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.training import CPU, STREAM, model_of, recipe
 from safetensors.torch import load_file, save_file
 
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
-from lensbench.models import FAMILIES, build
+from lensbench.models import FAMILIES
 from lensbench.models.training import SinglePrecisionMuon, batch_of, optimizers_of, orthogonalised, train
 
 SHAPE = {"vocab_size": 50, "d_model": 16, "layers": 2, "heads": 2, "context": 16}
-STREAM = np.random.default_rng(0).integers(0, 50, 2000).astype(np.uint16)
-CPU = torch.device("cpu")
 
 TEXT = [name for name, family in FAMILIES.items() if not family.images]
-
-
-def recipe(steps=10, **changes):
-    return TrainingRecipe(**{"tokens": steps * 64, "length": 16, "batch": 4, "checkpoint_every": 3, **changes})
-
-
-def model_of(family="gpt", parameters=12_000, seed=0, **changes):
-    return build(family, parameters=parameters, seed=seed, **{**SHAPE, **changes})
 
 
 def run(folder, model=None, setup=None, report=None, seed=0, stream=STREAM):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from helpers.commands import refused, run
 from helpers.gpt_windows import windows
+from helpers.training import CPU, STREAM, model_of, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import CPU, STREAM, model_of, recipe
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses import read

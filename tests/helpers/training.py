@@ -1,0 +1,20 @@
+"""A small model to train, its recipe and its stream of tokens."""
+
+import numpy as np
+import torch
+
+from lensbench.data.recipe import TrainingRecipe
+from lensbench.models import build
+
+STREAM = np.random.default_rng(0).integers(0, 50, 2000).astype(np.uint16)
+
+
+CPU = torch.device("cpu")
+
+
+def recipe(steps=10, **changes):
+    return TrainingRecipe(**{"tokens": steps * 64, "length": 16, "batch": 4, "checkpoint_every": 3, **changes})
+
+
+def model_of(family="gpt", parameters=12_000, seed=0, **changes):
+    return build(family, parameters=parameters, seed=seed, **{**SHAPE, **changes})
