@@ -6,6 +6,7 @@ import torch
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.models import build
 
+SHAPE = {"vocab_size": 50, "d_model": 16, "layers": 2, "heads": 2, "context": 16}
 STREAM = np.random.default_rng(0).integers(0, 50, 2000).astype(np.uint16)
 
 

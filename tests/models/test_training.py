@@ -6,15 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers.training import CPU, STREAM, model_of, recipe
+from helpers.training import CPU, SHAPE, STREAM, model_of, recipe
 from safetensors.torch import load_file, save_file
 
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
 from lensbench.models import FAMILIES
 from lensbench.models.training import SinglePrecisionMuon, batch_of, optimizers_of, orthogonalised, train
-
-SHAPE = {"vocab_size": 50, "d_model": 16, "layers": 2, "heads": 2, "context": 16}
 
 TEXT = [name for name, family in FAMILIES.items() if not family.images]
 
