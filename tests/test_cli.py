@@ -36,7 +36,8 @@ def test_a_run_folder_holds_every_table_with_its_schema(tiny_run):
     assert (transfer.groupby("model").size() == 16).all()
     lenses = finished.tables["lenses.csv"]
     assert {"logit", "tuned", "shared", "shared_bias", "shared_loo"} == set(lenses["lens"])
-    assert (lenses["kl_ci_low"] <= lenses["kl"]).all() and (lenses["kl"] <= lenses["kl_ci_high"]).all()
+    assert (lenses["kl_ci_low"] <= lenses["kl"]).all()
+    assert (lenses["kl"] <= lenses["kl_ci_high"]).all()
     assert {p.name for p in (tiny_run / "figures").glob("*.png")} >= {
         "transfer_penalty.png",
         "kl_by_layer.png",
@@ -74,7 +75,8 @@ def test_the_same_seed_twice_gives_the_same_bytes(tiny_suite, tiny_run, tmp_path
 def test_another_seed_gives_another_model(tiny_suite, tiny_run, tmp_path):
     assert run("run", tiny_suite, "--out", tmp_path / "other", "--seed", 1, "--only", "gpt").exit_code == 0
     other = read_run(tmp_path / "other").tables["models.csv"]
-    assert set(other["seed"]) == {"1"} and list(other["model"]) == ["gpt"]
+    assert set(other["seed"]) == {"1"}
+    assert list(other["model"]) == ["gpt"]
     first = read_run(tiny_run).tables["models.csv"].set_index("model")
     assert other.iloc[0]["ce"] != first.loc["gpt", "ce"]
 
@@ -84,7 +86,8 @@ def test_a_second_run_reuses_everything_and_a_changed_setting_reruns_what_depend
     shutil.copytree(tiny_run, folder)
     suite = write_suite(tmp_path)
     result = run("run", suite, "--out", folder)
-    assert result.exit_code == 0 and "done in" not in result.output
+    assert result.exit_code == 0
+    assert "done in" not in result.output
     assert csv_bytes(folder) == csv_bytes(tiny_run)
 
     suite.write_text(suite.read_text().replace("sequences = 96", "sequences = 90"))
@@ -95,7 +98,8 @@ def test_a_second_run_reuses_everything_and_a_changed_setting_reruns_what_depend
 
     suite.write_text(suite.read_text().replace("draws = 200", "draws = 300"))
     result = run("run", suite, "--out", folder)
-    assert result.exit_code == 0 and "done in" not in result.output
+    assert result.exit_code == 0
+    assert "done in" not in result.output
 
     suite.write_text(suite.read_text() + "\n[models.training]\nlearning_rate = 0.01\n".replace("[models", "[models"))
     refused(run("run", suite, "--out", folder), "is a view of 'pc' and cannot set training")
@@ -152,7 +156,8 @@ def test_compare_writes_paired_differences(tiny_run, tmp_path):
     values = table[table["kind"] == "value"].set_index(["model", "index"])["value"]
     row = difference[difference["index"] == "ce"].iloc[0]
     assert row["value"] == pytest.approx(values["pc", "ce"] - values["gpt", "ce"])
-    assert row["paired"] and row["ci_low"] <= row["value"] <= row["ci_high"]
+    assert row["paired"]
+    assert row["ci_low"] <= row["value"] <= row["ci_high"]
     # Pairing must pay: the interval of a difference is far narrower than those of its sides together.
     sides = table[(table["kind"] == "value") & (table["index"] == "ce")].set_index("model")
     apart = np.hypot(*(sides.loc[m, "ci_high"] - sides.loc[m, "ci_low"] for m in ("gpt", "pc")))
@@ -184,13 +189,17 @@ def test_another_python_is_another_corpus_and_its_differences_are_unpaired(tiny_
         manifest["corpus"] |= {"spec": "stdlib", "checksum": folder.name}
         write_manifest(folder, manifest)
     result = run("compare", *folders, "--out", tmp_path / "out.csv")
-    assert result.exit_code == 0 and "another corpus" in result.output
+    assert result.exit_code == 0
+    assert "another corpus" in result.output
     table = pd.read_csv(tmp_path / "out.csv")
     across = table[(table["kind"] == "difference") & (table["run"] != table["against_run"]) & table["value"].notna()]
-    assert len(across) and not across["paired"].astype(bool).any() and set(across["note"]) == {"another corpus"}
+    assert len(across)
+    assert not across["paired"].astype(bool).any()
+    assert set(across["note"]) == {"another corpus"}
     ce = across[across["index"] == "ce"].iloc[0]
     # The same numbers on both sides: the difference is 0, its interval that of two independent samples.
-    assert ce["value"] == 0 and ce["ci_low"] < 0 < ce["ci_high"]
+    assert ce["value"] == 0
+    assert ce["ci_low"] < 0 < ce["ci_high"]
 
 
 @pytest.mark.parametrize("command", ["figures", "compare"])
@@ -285,7 +294,8 @@ def test_a_damaged_model_is_named_and_not_overwritten(tiny_suite, tiny_run, tmp_
     path.write_bytes(path.read_bytes()[:1000])
     before = csv_bytes(folder)
     refused(run("run", tiny_suite, "--out", folder), "model.safetensors", "damaged")
-    assert path.stat().st_size == 1000 and csv_bytes(folder) == before
+    assert path.stat().st_size == 1000
+    assert csv_bytes(folder) == before
 
 
 def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
@@ -304,7 +314,8 @@ def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_module, "train", interrupted)
     result = run("run", tiny_suite, "--out", folder)
-    assert result.exit_code == 130 and "interrupted" in result.output
+    assert result.exit_code == 130
+    assert "interrupted" in result.output
     monkeypatch.undo()
     path = folder / "stages" / "train-gpt-seed0.partial" / "checkpoint.safetensors"
     whole = path.read_bytes()
@@ -357,7 +368,8 @@ def test_a_full_disk_is_told_in_one_line(tiny_suite, tmp_path, monkeypatch):
 
 def test_debug_shows_the_traceback():
     result = run("run", "quikc", "--debug")
-    assert result.exit_code == 2 and "LensbenchError" in result.output
+    assert result.exit_code == 2
+    assert "LensbenchError" in result.output
 
 
 def test_ctrl_c_exits_with_130_and_keeps_finished_stages(tmp_path):
@@ -369,14 +381,16 @@ def test_ctrl_c_exits_with_130_and_keeps_finished_stages(tmp_path):
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("run/stages/train-gpt-seed0.partial/checkpoint.safetensors")):
-            assert time.monotonic() < deadline and process.poll() is None
+            assert time.monotonic() < deadline
+            assert process.poll() is None
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()  # whatever went wrong, nothing is left to train for hours
     assert process.returncode == 130
-    assert "interrupted" in errors and "Traceback" not in errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
     assert (tmp_path / "run" / "stages" / "tokenizer" / "stage.json").exists()
 
 

@@ -42,7 +42,8 @@ def test_models_are_of_equal_size_and_reach_twenty_tokens_per_parameter(parts, c
     assert (models["parameters"] / 64_000 - 1).abs().max() < 0.01
     assert curves["train_tokens"].max() >= 20 * 0.99 * models["parameters"].max()
     seeds = curves[curves["seed"] != "all"].groupby("model")["seed"].nunique()
-    assert (seeds[["gpt-conv", "pc", "pc-none"]] == 5).all() and seeds.min() >= 3
+    assert (seeds[["gpt-conv", "pc", "pc-none"]] == 5).all()
+    assert seeds.min() >= 3
 
 
 def test_the_strict_model_is_below_the_stronger_gpt_at_every_budget_and_seed(curves):

@@ -25,20 +25,27 @@ def test_five_seeds_of_three_models_were_measured_on_images_that_none_was_traine
     models = run.tables["models.csv"]
     names = ("vit", "cnn-residual", "cnn-residual-slow", "cnn-plain")
     assert models.groupby("model").size().to_dict() == dict.fromkeys(names, 5)
-    assert (models["scored_tokens"] == 397).all() and models["parameters"].between(267_300, 272_700).all()
+    assert (models["scored_tokens"] == 397).all()
+    assert models["parameters"].between(267_300, 272_700).all()
     accuracy = run.tables["probes.csv"].query("quantity == 'accuracy' and seed == 'all'")
-    assert (accuracy["value"] > 0.965).all() and accuracy["ci_low"].notna().all()
+    assert (accuracy["value"] > 0.965).all()
+    assert accuracy["ci_low"].notna().all()
 
 
 def test_the_residual_network_keeps_one_representation_and_the_plain_one_does_not():
     table = compare_runs([RESULTS / "vision"]).table
     claims = table[table["kind"] == "claim"]
-    assert (claims["seeds"] == 5).all() and claims["paired"].all() and len(claims) == 5 + 3
-    assert (claims["ci_low"] > 0).all() and (claims["p_holm"] < 0.01).all()
+    assert (claims["seeds"] == 5).all()
+    assert claims["paired"].all()
+    assert len(claims) == 5 + 3
+    assert (claims["ci_low"] > 0).all()
+    assert (claims["p_holm"] < 0.01).all()
     whole = claims["index"].isin(["shared_retention", "gain_visibility", "shared_consistency"])
-    assert whole.sum() == 6 and (claims[whole]["p_holm"] < 0.001).all()
+    assert whole.sum() == 6
+    assert (claims[whole]["p_holm"] < 0.001).all()
     curve = table[(table["kind"] == "claim at tolerance") & (table["index"] == "gain_visibility")]
-    assert len(curve) >= 8 and (curve["ci_low"] > 0).all(), "at every loss that a ridge may cost"
+    assert len(curve) >= 8
+    assert (curve["ci_low"] > 0).all(), "at every loss that a ridge may cost"
 
 
 def test_without_skips_the_head_is_at_chance_at_every_layer_and_own_lenses_are_not(run):
@@ -52,4 +59,5 @@ def test_the_ruler_is_drawn_from_the_tables_byte_for_byte(tmp_path):
     draw_plane(side_by_side(folders), tmp_path / "ruler.png")
     assert (tmp_path / "ruler.png").read_bytes() == (RESULTS / "vision" / "ruler.png").read_bytes()
     names = pd.unique(side_by_side(folders).tables["models.csv"]["model"])
-    assert {"cnn-plain", "gpt-conv", "pc+state"} <= set(names) and np.unique(names).size == len(names)
+    assert {"cnn-plain", "gpt-conv", "pc+state"} <= set(names)
+    assert np.unique(names).size == len(names)

@@ -32,13 +32,15 @@ def test_digits_are_scikit_learns_and_every_image_is_in_one_split():
     np.testing.assert_allclose(pixels[:, 0], digits.images / 8 - 1, atol=0.5 / 127)
     np.testing.assert_array_equal(found.labels, digits.target)
     other = load_images("digits", parts=PARTS, seed=1)
-    assert other.checksum == found.checksum and set(other.splits["eval"]) != set(found.splits["eval"])
+    assert other.checksum == found.checksum
+    assert set(other.splits["eval"]) != set(found.splits["eval"])
 
 
 @given(st.lists(st.integers(1, 1000), min_size=4, max_size=4), st.integers(4, 5000))
 def test_parts_sum_to_what_there_is_and_keep_their_proportion(parts, count):
     sizes = part_sizes(parts, count)
-    assert sum(sizes) == count and part_sizes(parts, sum(parts)) == parts
+    assert sum(sizes) == count
+    assert part_sizes(parts, sum(parts)) == parts
     assert all(abs(n - count * p / sum(parts)) <= 1 for n, p in zip(sizes, parts, strict=True))
 
 
@@ -58,12 +60,16 @@ def test_a_folder_of_folders_is_read_and_the_same_picture_twice_counts_once(tmp_
     (folder / "dog" / "copy.png").write_bytes((folder / "dog" / "3.png").read_bytes())
     (folder / "dog" / "notes.txt").write_text("no picture")
     found = load_images(f"folder:{folder}", parts=(6, 6, 6, 6), seed=0)
-    assert found.classes == ("cat", "dog") and sum(map(len, found.splits.values())) == 24
+    assert found.classes == ("cat", "dog")
+    assert sum(map(len, found.splits.values())) == 24
     rows = found.splits["eval"]
     images = Images(found, rows, plainly(channels=3, height=16, width=16), found.labels[rows])
     pixels, row, at = images.scored(slice(2, 5))
-    assert pixels.shape == (3, 3, 16, 16) and pixels.dtype == np.float32 and abs(pixels).max() <= 1
-    assert row.tolist() == [0, 1, 2] and not at.any()
+    assert pixels.shape == (3, 3, 16, 16)
+    assert pixels.dtype == np.float32
+    assert abs(pixels).max() <= 1
+    assert row.tolist() == [0, 1, 2]
+    assert not at.any()
     assert images.targets(slice(2, 5)).tolist() == [int("dog" in found.names[k]) for k in rows[2:5]]
     assert len(set(images.clusters)) == len(rows), "images of one class are not one cluster"
 
@@ -145,7 +151,8 @@ def test_training_batches_depend_on_seed_and_step_alone_and_hold_no_other_split(
     still = TrainingImages(batches.pixels, batches.labels, 16, 3, 0)(5)
     for pixels, label in zip(*still, strict=True):
         at = np.flatnonzero((whole == pixels.numpy()).all((1, 2, 3)))
-        assert len(at) and label in images.labels[at]
+        assert len(at)
+        assert label in images.labels[at]
 
 
 def test_a_data_set_of_the_hub_is_read_by_its_image_and_label_columns(monkeypatch):
@@ -162,9 +169,11 @@ def test_a_data_set_of_the_hub_is_read_by_its_image_and_label_columns(monkeypatc
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or table)
     found = load_images("hf:org/pets/small@test", parts=(6, 6, 6, 6), seed=0)
     assert asked == [(("org/pets", "small"), {"split": "test"})]
-    assert found.classes == ("cat", "dog") and found.labels.tolist() == labels
+    assert found.classes == ("cat", "dog")
+    assert found.labels.tolist() == labels
     np.testing.assert_array_equal(np.asarray(found.read(7)), np.asarray(pictures[7]))
     tagged = load_images("hf:org/pets#img,tag", parts=(6, 6, 6, 6), seed=0)
-    assert tagged.classes == ("a", "b", "c") and tagged.labels[4] == 1
+    assert tagged.classes == ("a", "b", "c")
+    assert tagged.labels[4] == 1
     with pytest.raises(LensbenchError, match="no column of labels 'name'; it has img, kind, tag"):
         load_images("hf:org/pets#img,name", parts=(6, 6, 6, 6), seed=0)

@@ -1,5 +1,6 @@
 """The n-gram baselines against the published formulas, written out slowly with dictionaries."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -17,7 +18,7 @@ streams = st.lists(st.integers(0, V - 1), min_size=2, max_size=80)
 
 def slow_kneser_ney(stream, vocab_size):
     """p(w | v) by definition, with counts kept in dictionaries."""
-    pairs = Counter(zip(stream, stream[1:], strict=False))
+    pairs = Counter(itertools.pairwise(stream))
     preceders = Counter(w for _, w in pairs)
 
     def discount(counts):
@@ -78,7 +79,8 @@ def test_a_repeated_pair_becomes_likelier(stream):
     v, w = stream[0], stream[1]
     before = KneserNeyBigram.fit(stream, V).distribution(v)[w]
     after = KneserNeyBigram.fit(stream + [v, w] * 200, V).distribution(v)[w]
-    assert after > 0.5 and (after > before or before > 0.9)
+    assert after > 0.5
+    assert after > before or before > 0.9
 
 
 def test_large_vocabularies_do_not_overflow():

@@ -27,7 +27,7 @@ from lensbench.studies.synthetic import RMSNorm, Shape, capture_of, orthogonal, 
 
 def SyntheticStream(
     kind: str, *, d: int = 48, layers: int = 6, vocab: int = 200, seed: int = 0
-) -> synthetic.SyntheticStream:  # noqa: N802
+) -> synthetic.SyntheticStream:
     """A stream of the package's families, at the size of a test."""
     return synthetic.SyntheticStream(kind, Shape(d=d, layers=layers, vocab=vocab), seed=seed)
 

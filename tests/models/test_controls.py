@@ -1,5 +1,7 @@
 """Each control's construction holds exactly, and each is an ordinary causal LM."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -36,8 +38,9 @@ def test_every_control_has_its_parameters_and_reads_out_to_its_own_logits(family
     model = control(family)
     assert abs(count_parameters(model) - 150_000) <= 1500
     stream = ResidualStream(model)
-    states, logits = stream.forward(ids)
-    assert stream.layers == 4 and states.shape == (5, 3, 20, 48)
+    states, _logits = stream.forward(ids)
+    assert stream.layers == 4
+    assert states.shape == (5, 3, 20, 48)
     torch.testing.assert_close(stream.readout(states[-1]), model(ids).logits)
     reported = model(ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states, torch.stack(reported))
@@ -80,7 +83,8 @@ def test_slices_of_a_partitioned_stream_are_never_overwritten(ids):
         for writer, part in enumerate(parts):
             held = state[..., part]
             if writer <= layer:
-                assert torch.equal(held, states[writer][..., part]) and held.abs().max() > 0
+                assert torch.equal(held, states[writer][..., part])
+                assert held.abs().max() > 0
             else:
                 assert torch.equal(held, torch.zeros_like(held))
 
@@ -96,9 +100,10 @@ def test_norm_and_head_of_a_partitioned_stream_see_the_read_out_slice_alone(ids)
 
 def test_tied_layers_are_one_block():
     model, loose = control("gpt-tied"), control("gpt-conv")
-    assert len(model.layers) == 1 and len(loose.layers) == 4
+    assert len(model.layers) == 1
+    assert len(loose.layers) == 4
     states = model(torch.arange(6)[None], output_hidden_states=True).hidden_states
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         torch.testing.assert_close(model.layers[0](before, None), after)
 
 

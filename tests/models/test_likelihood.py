@@ -77,7 +77,8 @@ def test_a_trace_shows_what_each_layer_predicts(tiny_run, lens, tmp_path):
     figure = tmp_path / "trace.html"
     found = run("trace", model, "abc de fgh", "--tokens", 3, "--out", figure, *options)
     assert found.exit_code == 0, found.output
-    assert all(f"layer {k}" in found.output for k in range(3)) and "layer 3" not in found.output
+    assert all(f"layer {k}" in found.output for k in range(3))
+    assert "layer 3" not in found.output
     assert "KL to the model" in figure.read_text()
 
     loaded = load_pretrained(model)

@@ -20,7 +20,7 @@ def stored_numbers(model):
 
 @pytest.mark.parametrize("family", TEXT)
 @pytest.mark.parametrize(
-    "parameters, shape",
+    ("parameters", "shape"),
     [
         (12_000, SHAPE),
         (50_000, SHAPE),
@@ -36,7 +36,8 @@ def test_the_parameter_count_is_met_within_one_percent(family, parameters, shape
     assert not any(p.is_meta for p in model.parameters())
     with torch.no_grad():
         logits = model(torch.randint(0, shape["vocab_size"], (2, shape["context"]))).logits
-    assert logits.shape == (2, shape["context"], shape["vocab_size"]) and torch.isfinite(logits).all()
+    assert logits.shape == (2, shape["context"], shape["vocab_size"])
+    assert torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("family", TEXT)
@@ -53,7 +54,8 @@ def test_models_of_equal_parameters_have_the_stated_depth_and_width(family):
 def test_a_count_that_no_width_reaches_is_refused_with_the_smallest_one(family):
     with pytest.raises(LensbenchError, match="no MLP width") as refused:
         build(family, parameters=500, **SHAPE)
-    assert family in str(refused.value) and "500" in str(refused.value)
+    assert family in str(refused.value)
+    assert "500" in str(refused.value)
 
 
 # The attention of gpt-partitioned has a width of its own, made to fit.

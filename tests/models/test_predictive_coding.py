@@ -1,5 +1,7 @@
 """The predictive-coding LM against its written-out equations: loops, float64, autograd, transformers' own loss."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -209,12 +211,15 @@ def test_the_state_is_z_u_e_at_every_layer_and_has_the_stated_shapes():
         assert torch.equal(state[..., :D], z)
         torch.testing.assert_close(state[..., 2 * D :], e, rtol=0, atol=1e-10)
     us = [h[..., D : 2 * D] for h in out.hidden_states]
-    assert all((a - b).abs().max() > 1e-3 for a, b in zip(us[:-1], us[1:], strict=True))
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.pairwise(us))
 
 
 def test_without_the_request_no_states_are_returned():
     out = tiny()(tokens())
-    assert out.hidden_states is None and out.predictions is None and out.errors is None and out.updates is None
+    assert out.hidden_states is None
+    assert out.predictions is None
+    assert out.errors is None
+    assert out.updates is None
 
 
 def test_norm_and_head_are_blind_outside_z():
@@ -342,7 +347,8 @@ def test_a_saved_model_loads_through_the_auto_classes_with_identical_weights_and
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert isinstance(loaded, PredictiveCodingForCausalLM)
     for (name, a), (other, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
-        assert name == other and torch.equal(a, b), name
+        assert name == other
+        assert torch.equal(a, b), name
     with torch.no_grad():
         assert torch.equal(model(ids).logits, loaded(ids).logits)
 
@@ -398,4 +404,5 @@ def test_return_dict_false_gives_a_tuple_of_loss_and_logits():
     with torch.no_grad():
         loss, logits = model(ids, labels=ids, return_dict=False)
         named = model(ids, labels=ids)
-    assert torch.equal(loss, named.loss) and torch.equal(logits, named.logits)
+    assert torch.equal(loss, named.loss)
+    assert torch.equal(logits, named.logits)

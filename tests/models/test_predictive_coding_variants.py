@@ -339,7 +339,8 @@ def test_predictions_move_by_updates_and_in_the_relaxed_form_writes_and_read_out
 
 def test_tied_layers_are_one_tensor_and_equal_an_untied_model_with_copies_of_it():
     tied, loose = tiny(tied_layers=True), tiny()
-    assert len(tied.layers) == 1 and len(loose.layers) == L
+    assert len(tied.layers) == 1
+    assert len(loose.layers) == L
     own = {k: v for k, v in tied.state_dict().items() if not k.startswith("layers.")}
     copies = {f"layers.{n}.{k}": v for n in range(L) for k, v in tied.layers[0].state_dict().items()}
     loose.load_state_dict(own | copies)
@@ -442,7 +443,9 @@ def test_every_parameter_is_trained_and_a_saved_model_is_the_model(variant, tmp_
     model, ids = model_of(variant, dtype=torch.float32, rms_norm_eps=1e-6), tokens(batch=3)
     model(ids, labels=ids).loss.backward()
     for name, p in model.named_parameters():
-        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
+        assert p.grad is not None, name
+        assert torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().max() > 0, name
     model.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -606,5 +609,6 @@ def test_the_config_can_ask_for_states_and_the_vocabulary_can_grow():
         assert model.lm_head.weight is model.embed_tokens.weight
         after = model(ids, labels=ids)
     # Errors and their scale belong to the whole table: more entries change what later layers see, not the first read-out.
-    assert after.logits.shape[-1] == V + 3 and torch.isfinite(after.loss)
+    assert after.logits.shape[-1] == V + 3
+    assert torch.isfinite(after.loss)
     assert before.shape[-1] == V

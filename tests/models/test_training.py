@@ -54,7 +54,8 @@ def test_an_interrupted_and_resumed_run_ends_with_bit_identical_weights(family, 
     # What the model held before must not matter, nor the state of the global generator.
     torch.manual_seed(99)
     resumed = run(tmp_path / "b", model_of(family, seed=8), report=seen.append)
-    assert seen[0].step == 7 and seen[-1].step == 10
+    assert seen[0].step == 7
+    assert seen[-1].step == 10
     assert same_weights(undisturbed, resumed)
     assert not resumed.training
 
@@ -130,7 +131,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, checkpoint):
 
 
 @pytest.mark.parametrize(
-    "owner, reader",
+    ("owner", "reader"),
     [
         ({}, {"family": "gpt2"}),
         ({}, {"family": "predictive-coding"}),
@@ -187,7 +188,9 @@ def test_a_run_whose_last_step_diverges_does_not_pass_for_a_trained_model(tmp_pa
 # The schedule
 
 
-@pytest.mark.parametrize("steps, warmup", [(200, 0.05), (200, 0.0), (1000, 0.033), (130, 0.05), (16, 0.05), (3, 0.1)])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(200, 0.05), (200, 0.0), (1000, 0.033), (130, 0.05), (16, 0.05), (3, 0.1)]
+)
 def test_the_rate_rises_to_the_peak_never_above_it_and_falls_along_a_cosine(steps, warmup):
     setup = recipe(steps, warmup=warmup, learning_rate=0.02, final_rate=0.1)
     assert setup.steps == steps
@@ -197,7 +200,8 @@ def test_the_rate_rises_to_the_peak_never_above_it_and_falls_along_a_cosine(step
     top = int(np.argmax(rates))
     assert rates[top] == pytest.approx(0.02, rel=0.01) or steps < 20
     assert abs(top - warmup * steps) <= 1.5
-    assert (np.diff(rates[: top + 1]) >= 0).all() and (np.diff(rates[top:]) <= 0).all()
+    assert (np.diff(rates[: top + 1]) >= 0).all()
+    assert (np.diff(rates[top:]) <= 0).all()
     if steps >= 200:
         assert rates[-1] == pytest.approx(0.1 * 0.02, rel=0.01)
         # Half-way down in time is half-way between peak and end.
@@ -208,7 +212,7 @@ def test_the_rate_rises_to_the_peak_never_above_it_and_falls_along_a_cosine(step
         assert rates[0] == pytest.approx(0.02 / (warmup * steps), rel=0.05)
 
 
-@pytest.mark.parametrize("warmup, expected", [(0.0, 0.01), (0.5, 0.01 / 5)])
+@pytest.mark.parametrize(("warmup", "expected"), [(0.0, 0.01), (0.5, 0.01 / 5)])
 def test_the_optimizer_moves_by_the_rate_of_the_step(warmup, expected, tmp_path):
     model = model_of("gpt2")
     before = model.transformer.ln_f.bias.detach().clone()
@@ -253,7 +257,8 @@ def test_batches_are_stretches_of_the_stream_and_reach_its_first_and_last_token(
     starts = set()
     for step in range(60):
         ids = batch_of(stream, setup, 0, step)
-        assert ids.shape == (4, 16) and ids.dtype == torch.long
+        assert ids.shape == (4, 16)
+        assert ids.dtype == torch.long
         assert (ids.diff(dim=1) == 1).all()
         starts |= set(ids[:, 0].tolist())
     assert starts == set(range(5))
@@ -305,7 +310,8 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_size
         u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
         sizes = u.transpose(1, 2) @ found @ vh.transpose(1, 2)
         assert (sizes - torch.diag_embed(sizes.diagonal(dim1=1, dim2=2))).abs().max() < 1e-9
-        assert sizes.diagonal(dim1=1, dim2=2).min() > 0.5 and sizes.diagonal(dim1=1, dim2=2).max() < 1.5
+        assert sizes.diagonal(dim1=1, dim2=2).min() > 0.5
+        assert sizes.diagonal(dim1=1, dim2=2).max() < 1.5
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -84,7 +84,8 @@ def test_any_classifier_of_one_width_is_read_out_at_its_last_state_as_it_does_it
     model = randomised(ISOTROPIC[kind]())
     stream, x = ResidualStream(model), images(model)
     states, logits = stream.forward(x)
-    assert len(states) == stream.layers + 1 == 4 and states.shape[1:] == (4, stream.d_model)
+    assert len(states) == stream.layers + 1 == 4
+    assert states.shape[1:] == (4, stream.d_model)
     with torch.no_grad():
         own = model(x).logits
     torch.testing.assert_close(logits, own)
@@ -135,13 +136,14 @@ def test_families_have_the_stated_size_and_seed_and_come_back_from_a_folder(fami
     assert abs(count_parameters(model) - 20_400) <= 204
     same, other = build(family, parameters=20_400, **SHAPE), build(family, parameters=20_400, seed=1, **SHAPE)
     weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (model, same, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
     model.eval().save_pretrained(tmp_path / family)
     again = AutoModelForImageClassification.from_pretrained(tmp_path / family).eval()
     x = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(model(x).logits, again(x).logits)
+    setting = "patch_size" if family == "vit" else "stride"
     with pytest.raises(LensbenchError, match="do not divide images of 8"):
-        setting = "patch_size" if family == "vit" else "stride"
         build(family, parameters=20_400, **SHAPE, **{setting: 3})
 
 
@@ -193,7 +195,8 @@ def test_an_image_that_would_be_alone_in_the_last_batch_is_not_its_own_null(monk
 
     found = measured(some)
     aligned, null = (found.top[:, [q == f"gradient_alignment{end}" for q in found.quantity]] for end in ("", "_null"))
-    assert aligned.shape == null.shape == (5, stream.layers) and (np.abs(aligned - null) > 1e-6).all()
+    assert aligned.shape == null.shape == (5, stream.layers)
+    assert (np.abs(aligned - null) > 1e-6).all()
     alone = measured(some.take(np.array([0])))
     assert "no second prediction" in alone.reason
 
@@ -261,14 +264,20 @@ def test_a_suite_of_images_gives_the_same_tables_as_one_of_text(finished):
     folder, result = finished
     found = read_run(folder / "out")
     models = found.tables["models.csv"]
-    assert len(models) == 8 and (models["clusters"] == 397).all() and (models["scored_tokens"] == 397).all()
-    assert models["bits_per_byte"].isna().all() and (models["vocab_size"] == 10).all()
+    assert len(models) == 8
+    assert (models["clusters"] == 397).all()
+    assert (models["scored_tokens"] == 397).all()
+    assert models["bits_per_byte"].isna().all()
+    assert (models["vocab_size"] == 10).all()
     assert found.manifest["corpus"]["documents"] == {"train": 900, "fit": 350, "dev": 150, "eval": 397}
-    assert len(found.tables["transfer.csv"]) == 8 * 16 and set(found.tables["baselines.csv"]["tokenizer"]) == {"images"}
+    assert len(found.tables["transfer.csv"]) == 8 * 16
+    assert set(found.tables["baselines.csv"]["tokenizer"]) == {"images"}
     assert {"accuracy_by_layer.png", "plane.png", "probes.png"} <= {
         p.name for p in (folder / "out" / "figures").iterdir()
     }
-    assert "nats/image" in result.output and "bits/byte" not in result.output and "accuracy" in result.output
+    assert "nats/image" in result.output
+    assert "bits/byte" not in result.output
+    assert "accuracy" in result.output
     frequencies = found.tables["baselines.csv"].set_index("baseline").loc["class frequencies", "ce"]
     assert frequencies == pytest.approx(np.log(10), abs=0.05)
 
@@ -299,10 +308,12 @@ def test_the_claim_is_paired_by_seed_and_everything_stands_on_one_ruler(finished
     assert result.exit_code == 0, result.output
     table = pd.read_csv(folder / "compared.csv")
     claims = table[table["kind"] == "claim"]
-    assert set(claims["index"]) == {"shared_consistency", "gain_visibility"} and claims["paired"].all()
+    assert set(claims["index"]) == {"shared_consistency", "gain_visibility"}
+    assert claims["paired"].all()
     assert table[table["index"] == "bits_per_byte"]["value"].isna().all()
     result = run("ruler", folder / "out", "--out", folder / "ruler.png")
-    assert result.exit_code == 0 and (folder / "ruler.png").read_bytes()[:4] == b"\x89PNG"
+    assert result.exit_code == 0
+    assert (folder / "ruler.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_pretrained_classifier_gets_images_as_its_own_processor_makes_them(finished, tmp_path):
@@ -310,19 +321,21 @@ def test_a_pretrained_classifier_gets_images_as_its_own_processor_makes_them(fin
     model = ViTForImageClassification(ViTConfig(**{**SMALL, "num_labels": 10, "num_channels": 3}))
     model.save_pretrained(tmp_path / "mine")
     plain = run("run", folder / "tiny.toml", "--model", f"path:{tmp_path}/mine", "--out", tmp_path / "plain")
-    assert plain.exit_code == 0 and "no image processor beside it" in plain.output, plain.output
+    assert plain.exit_code == 0, plain.output
+    assert "no image processor beside it" in plain.output, plain.output
     ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.1] * 3, image_std=[0.9] * 3).save_pretrained(
         tmp_path / "mine"
     )
     own = run("run", folder / "tiny.toml", "--model", f"path:{tmp_path}/mine", "--out", tmp_path / "own")
-    assert own.exit_code == 0 and "no image processor" not in own.output, own.output
+    assert own.exit_code == 0, own.output
+    assert "no image processor" not in own.output, own.output
     one, other = (pd.read_csv(tmp_path / name / "models.csv")["ce"].item() for name in ("plain", "own"))
     assert one != other
     assert json.loads((tmp_path / "own" / "manifest.json").read_text())["tokenizers"].keys() == {"mine"}
 
 
 @pytest.mark.parametrize(
-    "old, new, told",
+    ("old", "new", "told"),
     [
         ('spec = "digits"', 'spec = "digit"', "unknown images 'digit'"),
         ('probes = ["accuracy"', 'probes = ["few_shot"', "probe 'few_shot' reads text"),

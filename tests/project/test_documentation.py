@@ -36,7 +36,8 @@ def test_the_readmes_example_gives_a_matrix_and_its_figure(tiny_run, tiny_suite,
     names: dict = {}
     exec(example, names)
     cells = names["cells"]
-    assert len(cells) == 16 and {"penalty_ce", "penalty_ce_ci_low", "penalty_ce_ci_high"} <= set(cells)
+    assert len(cells) == 16
+    assert {"penalty_ce", "penalty_ce_ci_low", "penalty_ce_ci_high"} <= set(cells)
     assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
     assert list(cells.columns) == list(results.SCHEMA["transfer.csv"]) or set(cells.columns) == set(
         results.SCHEMA["transfer.csv"]
@@ -82,14 +83,17 @@ def test_the_guides_model_lens_and_measure_work(monkeypatch):
     for block in blocks("benchmarks/README.md", "## Adding a model, a lens, a measure")[:3]:
         exec(block, names)
     assert names["model"].num_parameters() == pytest.approx(20_000, rel=0.01)
-    assert names["kl"].shape == (4, 4) and (names["kl"] >= -1e-6).all()
+    assert names["kl"].shape == (4, 4)
+    assert (names["kl"] >= -1e-6).all()
     from lensbench.probes.registry import PROBES as known
     from lensbench.probes.subject import Subject
 
     stream, maps = names["stream"], names["lenses"]
     subject = Subject(stream, windows(), [0], maps, False, lambda split: names["seen"], maps, maps)
     table = known["state_length"](subject).frame(200)
-    assert len(table) == 3 and (table["ci_low"] <= table["value"]).all() and table["value"].notna().all()
+    assert len(table) == 3
+    assert (table["ci_low"] <= table["value"]).all()
+    assert table["value"].notna().all()
     held = names["seen"].states
     own = (held[1].square().mean(-1) / held[-1].square().mean(-1)).sqrt().mean()
     assert table["value"].iloc[1] == pytest.approx(float(own), rel=1e-5)
@@ -99,7 +103,8 @@ def test_the_guides_model_lens_and_measure_work(monkeypatch):
 def test_the_schema_that_is_told_is_that_of_the_code():
     assert (ROOT / "results" / "README.md").read_text() == results.schema_text()
     for name, columns in results.SCHEMA.items():
-        assert f"## `{name}`" in results.schema_text() and all(f"| `{c}` |" in results.schema_text() for c in columns)
+        assert f"## `{name}`" in results.schema_text()
+        assert all(f"| `{c}` |" in results.schema_text() for c in columns)
 
 
 @pytest.mark.slow
@@ -108,10 +113,12 @@ def test_the_tour_runs_from_its_first_cell_to_its_last(tmp_path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "benchmarks" / "tour.ipynb", as_version=4)
-    assert len(notebook.cells) == 10 and not any(cell.get("outputs") for cell in notebook.cells)
+    assert len(notebook.cells) == 10
+    assert not any(cell.get("outputs") for cell in notebook.cells)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     told = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output for output in told), "the figure is shown"
-    assert "report.html" in told[-1] and (tmp_path / "trace.html").is_file()
+    assert "report.html" in told[-1]
+    assert (tmp_path / "trace.html").is_file()

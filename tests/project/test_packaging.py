@@ -32,4 +32,5 @@ def test_suites_work_from_an_installed_wheel(tmp_path):
     run = [sys.executable, "-c", script]
     output = subprocess.run(run, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     where, name = output.split()
-    assert Path(where).is_relative_to(site) and name == "quick"
+    assert Path(where).is_relative_to(site)
+    assert name == "quick"

@@ -68,7 +68,8 @@ def test_speeds_that_are_told_are_those_that_the_benchmark_prints():
     printed = console.file.getvalue()
     factor, difference = r"\b\d+\.\dx", r"[-+]\d\.\d+ \[[-+]\d\.\d+, [-+]\d\.\d+\]"
     told = re.findall(factor, README + text) + re.findall(difference, text)
-    assert len(told) >= 12 and [number for number in told if number not in printed] == []
+    assert len(told) >= 12
+    assert [number for number in told if number not in printed] == []
 
 
 def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured():
@@ -113,7 +114,8 @@ def test_the_python_examples_of_the_benchmarks_run(tiny_run):
         of_probes = of_probes.replace(old, new)
     exec(of_probes, names)
     frame = names["frame"]
-    assert (frame["quantity"] == "error_score").sum() == 6 and frame["value"].notna().any()
+    assert (frame["quantity"] == "error_score").sum() == 6
+    assert frame["value"].notna().any()
 
 
 def test_the_python_example_runs(tiny_run):
@@ -123,7 +125,8 @@ def test_the_python_example_runs(tiny_run):
         example = example.replace(quick, tiny)
     names = {}
     exec(example + "\nout = lens(states[2], idx=2)", names)
-    assert names["out"].shape == (1, names["ids"].shape[1], 300) and names["ids"].shape[1] > 1
+    assert names["out"].shape == (1, names["ids"].shape[1], 300)
+    assert names["ids"].shape[1] > 1
 
 
 def test_every_column_of_every_table_is_documented():
@@ -172,5 +175,7 @@ def test_a_suite_uses_the_winners_of_its_sweep(suite):
 def test_what_the_pretrained_run_took_is_what_its_manifest_says():
     manifest = json.loads((ROOT / "results" / "smollm2" / "manifest.json").read_text())
     told = re.search(r"lensbench run pretrained .*# its 30 layers: (.*), (\S+) GiB", README)
-    assert told is not None and float(told[2]) == round(manifest["peak_gib"], 1) <= 8
-    assert told[1] == "an hour and a half" and 60 * 80 < sum(manifest["seconds"].values()) <= 60 * 90
+    assert told is not None
+    assert float(told[2]) == round(manifest["peak_gib"], 1) <= 8
+    assert told[1] == "an hour and a half"
+    assert 60 * 80 < sum(manifest["seconds"].values()) <= 60 * 90

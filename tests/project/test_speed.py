@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.speed import fitting, published, transfer  # noqa: E402
-from benchmarks.speed.recipe import STEPS, RecipeLens, Setting, visits  # noqa: E402
-from benchmarks.speed.summary import ratios  # noqa: E402
-from benchmarks.speed.task import (  # noqa: E402
+from benchmarks.speed import fitting, published, transfer
+from benchmarks.speed.recipe import STEPS, RecipeLens, Setting, visits
+from benchmarks.speed.summary import ratios
+from benchmarks.speed.task import (
     Ledger,
     Task,
     keep_documents,
@@ -31,9 +31,9 @@ from benchmarks.speed.task import (  # noqa: E402
     rows_of,
     steps_of,
 )
-from lensbench.errors import LensbenchError  # noqa: E402
-from lensbench.lenses.maps import AffineMaps  # noqa: E402
-from lensbench.lenses.recipe import FitRecipe  # noqa: E402
+from lensbench.errors import LensbenchError
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.recipe import FitRecipe
 
 D, V, N = 12, 50, 40
 READ_OUTS = {
@@ -101,7 +101,7 @@ def test_losses_of_more_tokens_than_a_block_add_up():
 
 @pytest.mark.parametrize("name", list(READ_OUTS))
 def test_the_published_loss_is_the_divergence_by_definition(name):
-    lens, h, captured, log_p = setting_up(name)
+    lens, h, _captured, log_p = setting_up(name)
     move(lens)
     translator, readout = lens.lens.layer_translators[0], lens.readout
     kls = []
@@ -121,17 +121,19 @@ def test_a_lens_begins_as_the_logit_lens_and_is_the_packages_own():
     from tuned_lens import TunedLens
 
     lens, h, _, log_p = setting_up()
-    assert type(lens.lens) is TunedLens and len(lens.lens) == 1
+    assert type(lens.lens) is TunedLens
+    assert len(lens.lens) == 1
     logits = lens.readout(h).log_softmax(-1)
     expected = (log_p.exp() * (log_p - logits)).sum(-1).mean()
     torch.testing.assert_close(lens.published_loss(h, log_p), expected, rtol=1e-12, atol=1e-12)
     maps = lens.maps()
-    assert torch.equal(maps.matrix[0], torch.eye(D, dtype=torch.float64)) and not maps.offset.any()
+    assert torch.equal(maps.matrix[0], torch.eye(D, dtype=torch.float64))
+    assert not maps.offset.any()
 
 
 @pytest.mark.parametrize("name", ["rms", "a part of the state"])
 def test_the_maps_of_a_lens_transform_as_it_does_and_are_a_copy(name):
-    lens, h, captured, log_p = setting_up(name)
+    lens, h, _captured, log_p = setting_up(name)
     move(lens)
     maps = lens.maps()
     torch.testing.assert_close(h @ maps.matrix[0].T + maps.offset[0], lens.lens.transform_hidden(h, 0))
@@ -227,7 +229,8 @@ def test_every_update_is_that_of_the_packages_optimizer_and_schedule(monkeypatch
         moved = max((a - b).abs().max().item() for a, b in zip(weights_of(lens), before, strict=True))
         assert (moved > 0) == (rates[-1] > 0)
     full = lr_scale * (0.1 if optimizer == "sgd" else 1e-3)
-    assert max(rates) == pytest.approx(full) and rates.index(max(rates)) == warm_up(optimizer, steps)
+    assert max(rates) == pytest.approx(full)
+    assert rates.index(max(rates)) == warm_up(optimizer, steps)
     assert rates[-1] < 0.1 * full
 
 
@@ -253,7 +256,7 @@ def test_the_first_updates_are_those_written_out(optimizer):
 
 
 def test_a_gradient_that_adds_up_over_parts_is_clipped_once():
-    one, h, captured, log_p = setting_up()
+    one, h, captured, _log_p = setting_up()
     parts = setting_up()[0]
     one.step(one.cached_loss(h, captured.expected, captured.entropy_term))
     total = 0.0
@@ -295,13 +298,14 @@ def test_a_lens_stored_and_restored_goes_on_bit_for_bit(tmp_path, optimizer, sto
 
 
 def test_a_setting_says_what_it_is():
-    assert str(Setting("sgd", 3.0)) == "sgd x3" and str(Setting("adam", 1 / 3)) == "adam x0.333333"
+    assert str(Setting("sgd", 3.0)) == "sgd x3"
+    assert str(Setting("adam", 1 / 3)) == "adam x0.333333"
 
 
 # The order of tokens
 
 
-@pytest.mark.parametrize("tokens, per_step", [(40, 8), (40, 15), (7, 20), (40, 40), (1, 3)])
+@pytest.mark.parametrize(("tokens", "per_step"), [(40, 8), (40, 15), (7, 20), (40, 40), (1, 3)])
 def test_every_token_is_visited_once_per_epoch(tokens, per_step):
     steps = 24
     drawn = list(visits(tokens, per_step, steps, seed=0))
@@ -321,7 +325,8 @@ def test_every_epoch_has_an_order_of_its_own_that_depends_on_the_seed_alone():
     assert len({tuple(x.tolist()) for x in a}) == 6
     assert a[0].tolist() != list(range(40))
     others = {tuple(x.tolist()) for seed in (1, 2) for x in visits(40, 40, 6, seed=seed)}
-    assert len(others) == 12 and others.isdisjoint({tuple(x.tolist()) for x in a})
+    assert len(others) == 12
+    assert others.isdisjoint({tuple(x.tolist()) for x in a})
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 5, 8, 23, 24])
@@ -356,12 +361,18 @@ def test_windows_are_taken_in_their_order_a_few_at_a_time():
 
 def test_a_ledger_finds_what_was_added_in_this_process_and_the_next(tmp_path):
     ledger = Ledger(tmp_path / "new" / "table.csv", ("lens", "step"))
-    assert len(ledger.rows()) == 0 and not ledger.has(lens="a") and not ledger.has(lens="a", step=1)
+    assert len(ledger.rows()) == 0
+    assert not ledger.has(lens="a")
+    assert not ledger.has(lens="a", step=1)
     ledger.add(lens="a", step=1, kl=0.5)
     ledger.add(lens="b", step=2, kl=0.25)
     for reader in (ledger, Ledger(ledger.path, ledger.keys)):
-        assert reader.has(lens="a", step=1) and reader.has(lens="b", step=2) and reader.has(step=2)
-        assert not reader.has(lens="a", step=2) and not reader.has(lens="c") and not reader.has(lens="b", step=1)
+        assert reader.has(lens="a", step=1)
+        assert reader.has(lens="b", step=2)
+        assert reader.has(step=2)
+        assert not reader.has(lens="a", step=2)
+        assert not reader.has(lens="c")
+        assert not reader.has(lens="b", step=1)
     assert ledger.rows()["kl"].tolist() == [0.5, 0.25]
     assert [p.name for p in ledger.path.parent.iterdir()] == ["table.csv"], "no partial file stays behind"
 
@@ -372,7 +383,8 @@ def test_a_row_with_the_same_keys_takes_the_place_of_the_old_one(tmp_path):
     ledger.add(lens="b", step=1, kl=0.75)
     ledger.add(lens="a", step=1, kl=0.25)
     rows = ledger.rows().sort_values("lens")
-    assert rows["lens"].tolist() == ["a", "b"] and rows["kl"].tolist() == [0.25, 0.75]
+    assert rows["lens"].tolist() == ["a", "b"]
+    assert rows["kl"].tolist() == [0.25, 0.75]
 
 
 def test_a_layers_number_is_found_and_replaced_beside_the_shared_lens(tmp_path):
@@ -394,7 +406,8 @@ def test_a_rate_is_found_again_and_replaced_whatever_digits_the_file_keeps_of_it
     for other in others:
         ledger.add(optimizer="sgd", lr_scale=other, kl=2.0)
     ledger.add(optimizer="sgd", lr_scale=scale, kl=1.0)
-    assert ledger.has(optimizer="sgd", lr_scale=scale) and not ledger.has(optimizer="adam", lr_scale=scale)
+    assert ledger.has(optimizer="sgd", lr_scale=scale)
+    assert not ledger.has(optimizer="adam", lr_scale=scale)
     assert not ledger.has(optimizer="sgd", lr_scale=2 * scale)
     ledger.add(optimizer="sgd", lr_scale=scale, kl=0.5)
     rows = ledger.rows()
@@ -409,7 +422,9 @@ def test_rows_may_say_more_than_the_ones_before(tmp_path):
     ledger.add(lens="done")
     ledger.add(lens="b", kl=2.0, seconds=3.5)
     rows = ledger.rows().set_index("lens")
-    assert rows.loc["b", "seconds"] == 3.5 and pd.isna(rows.loc["done", "kl"]) and rows.loc["a", "kl"] == 1.0
+    assert rows.loc["b", "seconds"] == 3.5
+    assert pd.isna(rows.loc["done", "kl"])
+    assert rows.loc["a", "kl"] == 1.0
 
 
 # The machine
@@ -452,7 +467,8 @@ def test_sums_by_document_are_those_of_the_divergence_by_definition(where):
     else:
         # 50 tokens do not divide by three layers, and each layer counts the same all the same.
         expected = np.mean([kls[k, k::layers].mean() for k in range(layers)])
-    assert sums["tokens"].sum() == pytest.approx(n) and sums["document"].is_unique
+    assert sums["tokens"].sum() == pytest.approx(n)
+    assert sums["document"].is_unique
     assert sums["kl"].sum() / n == pytest.approx(expected, rel=1e-9)
     assert task_of(readout).kl(maps, where, captured) == pytest.approx(expected, rel=1e-9)
 
@@ -519,16 +535,17 @@ def test_budgets_are_chosen_on_dev_and_equality_holds_on_eval_too():
     assert (row["within_tokens"], row["within_kl"], row["equal_tokens"]) == (4096, 1.1, 8192)
     assert row["within_times_faster"] == pytest.approx(1000 / 9)
     assert row["within_times_fewer_flops"] == pytest.approx(2000 / 20)
-    assert row["within_less_recipe"] == pytest.approx(0.1) and row["within_less_recipe_ci_low"] == pytest.approx(0.1)
-    assert pd.isna(found.loc["closed", "within_kl"]) and pd.isna(found.loc["closed", "equal_kl"])
+    assert row["within_less_recipe"] == pytest.approx(0.1)
+    assert row["within_less_recipe_ci_low"] == pytest.approx(0.1)
+    assert pd.isna(found.loc["closed", "within_kl"])
+    assert pd.isna(found.loc["closed", "equal_kl"])
 
 
 def test_no_budget_within_the_share_leaves_its_columns_empty():
     recipe, ours, ends, documents = both_sides()
     found = ratios(recipe, ours[ours["budget"] > 4096], ends, documents).set_index("stage")
-    assert pd.isna(found.loc["refined", "within_kl"]) and found.loc["refined", "equal_times_faster"] == pytest.approx(
-        20
-    )
+    assert pd.isna(found.loc["refined", "within_kl"])
+    assert found.loc["refined", "equal_times_faster"] == pytest.approx(20)
 
 
 # From end to end
@@ -607,7 +624,8 @@ def test_the_fitting_benchmark_runs_resumes_and_draws(tmp_path, monkeypatch):
     # Budgets beyond the text are left out.
     assert ours["budget"].max() == 6144
     refined = ours[ours["stage"] == "refined"]
-    assert (refined["gflop"] > 0).all() and refined["seconds"].gt(0).all()
+    assert (refined["gflop"] > 0).all()
+    assert refined["seconds"].gt(0).all()
     every = pd.read_csv(out / "everything.csv")
     layers = every[(every["stage"] == "refined") & (every["lens"] != "shared")]
     np.testing.assert_allclose(layers["tuned_lens_kl"], layers["eval_kl"], atol=1e-4)
@@ -625,9 +643,11 @@ def test_the_converged_recipe_stands_beside_ours_on_the_same_tokens(tmp_path, mo
     fit_tiny(tmp_path, "converged")
     table = pd.read_csv(tmp_path / "out" / "converged.csv")
     recipe = table[table["side"] == "recipe"]
-    assert recipe["step"].max() == STEPS and recipe["tokens"].max() == 512 * STEPS
+    assert recipe["step"].max() == STEPS
+    assert recipe["tokens"].max() == 512 * STEPS
     assert recipe["eval_kl"].iloc[-1] < recipe["eval_kl"].iloc[0]
-    assert set(table["side"]) == {"closed", "refined", "recipe"} and table["pool_tokens"].nunique() == 1
+    assert set(table["side"]) == {"closed", "refined", "recipe"}
+    assert table["pool_tokens"].nunique() == 1
 
 
 @pytest.mark.parametrize(
@@ -652,5 +672,7 @@ def test_bad_options_are_answered_in_one_line(tmp_path, module, options, line, c
         arguments += [f"--{name}", str(value)]
     answer = CliRunner().invoke(app, arguments)
     printed = answer.output + capsys.readouterr().out
-    assert answer.exit_code == 2 and line in printed and len(printed.strip().splitlines()) == 1
+    assert answer.exit_code == 2
+    assert line in printed
+    assert len(printed.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()

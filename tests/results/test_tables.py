@@ -52,7 +52,7 @@ def of_some(values, layers, some):
     return whole
 
 
-@pytest.mark.parametrize("it, some", [(small, [0, 1, 2]), (deep, [0, 2, 4])])
+@pytest.mark.parametrize(("it", "some"), [(small, [0, 1, 2]), (deep, [0, 2, 4])])
 def test_the_frame_reproduces_the_sums(it, some):
     it = it(0) if it is small else it()
     layers = it.stream.layers
@@ -138,7 +138,8 @@ def test_every_lens_has_a_row_at_every_layer_it_is_meant_for():
     }
     fitted = lenses[lenses["lens"] != "logit"]
     assert fitted[["ridge", "pad", "fit_kl", "dev_kl"]].notna().all().all()
-    assert (lenses["kl_ci_low"] <= lenses["kl"]).all() and (lenses["kl"] <= lenses["kl_ci_high"]).all()
+    assert (lenses["kl_ci_low"] <= lenses["kl"]).all()
+    assert (lenses["kl"] <= lenses["kl_ci_high"]).all()
 
 
 def test_lens_rows_are_means_over_the_held_out_tokens():
@@ -166,7 +167,8 @@ def test_transfer_rows_are_complete_and_cost_nothing_on_the_diagonal():
     ]
     diagonal = one[one["lens_layer"] == one["stream_layer"]]
     penalties = [c for c in one.columns if c.startswith("penalty")]
-    assert len(penalties) == 6 and (diagonal[penalties] == 0).all().all()
+    assert len(penalties) == 6
+    assert (diagonal[penalties] == 0).all().all()
     ce, kl = (it.scored.matrix[k].sum(0) / len(it.held_out) for k in ("ce", "kl"))
     for _, row in one.iterrows():
         i, j = row["lens_layer"], row["stream_layer"]
@@ -188,7 +190,8 @@ def test_indices_have_a_row_per_seed_and_one_for_all_of_them():
             found = rows.loc["all", ["value", "ci_low", "ci_high"]].astype(float)
             np.testing.assert_allclose(found, [mean, low, high], rtol=1e-9)
         else:
-            assert np.isnan(rows.loc["all", "value"]) and "undefined" in rows.loc["all", "reason"]
+            assert np.isnan(rows.loc["all", "value"])
+            assert "undefined" in rows.loc["all", "reason"]
     expected = estimates_of(small(1).frame)
     rows = table[table["seed"] == 1].set_index("index")
     for name, e in expected.items():
@@ -202,7 +205,8 @@ def test_indices_have_a_row_per_seed_and_one_for_all_of_them():
 def test_an_index_undefined_for_one_seed_is_undefined_for_all():
     good, bad = {"a": Estimate(0.5, 0.4, 0.6)}, {"a": Estimate(None, None, None, "undefined: so")}
     (row,) = tables.rows_over_seeds([good, bad], small(0).fit.summary.records["transfer"])
-    assert row["value"] is None and row["reason"] == "undefined for 1 of 2 seeds"
+    assert row["value"] is None
+    assert row["reason"] == "undefined for 1 of 2 seeds"
 
 
 def test_the_spread_over_refits_surrounds_the_fit_and_is_read_off_the_same_formulas():
@@ -217,9 +221,11 @@ def test_the_spread_over_refits_surrounds_the_fit_and_is_read_off_the_same_formu
         assert fit == pytest.approx(value, rel=1e-5)
         assert rows.loc[name, "fit_low"] == pytest.approx(value + min(refits) - fit)
         assert rows.loc[name, "fit_high"] == pytest.approx(value + max(refits) - fit)
-        assert min(refits) < max(refits) and abs(np.mean(refits) - value) < 0.15
+        assert min(refits) < max(refits)
+        assert abs(np.mean(refits) - value) < 0.15
     for name in ("shared_retention_refined", "pair_penalty", "pair_consistency"):
-        assert np.isfinite(rows.loc[name, "value"]) and np.isnan(rows.loc[name, "fit_low"]), name
+        assert np.isfinite(rows.loc[name, "value"]), name
+        assert np.isnan(rows.loc[name, "fit_low"]), name
 
 
 # By definition, from the fitted maps
@@ -268,7 +274,7 @@ def test_rotated_retention_is_that_of_one_lens_for_states_in_random_bases():
     assert abs(retentions[0] - retentions[1]) > 1e-3
 
 
-@pytest.mark.parametrize("which, pairs", [("small", [(0, 1), (0, 2), (1, 2)]), ("deep", [(0, 2), (0, 4), (2, 4)])])
+@pytest.mark.parametrize(("which", "pairs"), [("small", [(0, 1), (0, 2), (1, 2)]), ("deep", [(0, 2), (0, 4), (2, 4)])])
 def test_penalties_of_pairs_are_those_of_their_maps(which, pairs):
     """In random bases: of the states in those bases, under a map that the rotations were not folded into."""
     it, rows = (small(0), two_seeds()["pairs.csv"]) if which == "small" else (deep(), of_deep()["pairs.csv"])
@@ -306,7 +312,8 @@ def test_the_curve_over_tolerances_is_that_of_the_fitted_maps():
     it, rows = deep(), of_deep()["tolerances.csv"]
     some, readout = [0, 2, 4], it.stream.readout
     assert list(rows["tolerance"].unique()) == ["0", "1se", "0.02", "0.05", "0.1"]
-    assert (rows["layers"] == "0 2 4").all() and (rows["stage"] == "closed").all()
+    assert (rows["layers"] == "0 2 4").all()
+    assert (rows["stage"] == "closed").all()
     for tolerance, group in rows.groupby("tolerance"):
         name = "transfer" if tolerance == "0.02" else f"transfer@{tolerance}"
         maps = it.fit.maps[name][some] if name == "transfer" else it.fit.maps[name]
@@ -319,7 +326,8 @@ def test_the_curve_over_tolerances_is_that_of_the_fitted_maps():
         assert by_index.loc["gain_visibility", "value"] == pytest.approx(visibility(k), abs=1e-3)
         assert by_index.loc["gain_visibility_without_layer0", "value"] == pytest.approx(visibility(k, 1), abs=1e-3)
         np.testing.assert_allclose(group["own_kl"], np.diag(k).mean(), atol=1e-5)
-        assert (group["own_kl_ci_low"] < group["own_kl"]).all() and (group["own_kl"] < group["own_kl_ci_high"]).all()
+        assert (group["own_kl_ci_low"] < group["own_kl"]).all()
+        assert (group["own_kl"] < group["own_kl_ci_high"]).all()
         moved = [true_movement(readout, it.held_out, maps, a, b, some) for a, b in itertools.combinations(range(3), 2)]
         gained = sum(k[a, a] - k[b, b] for a, b in itertools.combinations(range(3), 2))
         assert by_index.loc["movement", "value"] == pytest.approx(sum(moved) / gained, abs=1e-3)
@@ -355,7 +363,8 @@ def test_refits_of_some_layers_leave_out_the_headline_and_show_on_the_curve():
     some, readout, maps = [0, 2, 4], it.stream.readout, it.fit.maps
     rows = found["indices.csv"].set_index("index")
     for name in indices.OF_THE_MATRIX:
-        assert np.isnan(rows.loc[name, "fit_low"]) and np.isnan(rows.loc[name, "fit_high"]), name
+        assert np.isnan(rows.loc[name, "fit_low"]), name
+        assert np.isnan(rows.loc[name, "fit_high"]), name
     assert rows.loc["gain_visibility", "value"] == pytest.approx(
         visibility(true_matrix(it, maps["transfer"], range(5))), abs=1e-3
     )
@@ -418,13 +427,15 @@ def test_lenses_of_some_layers_have_rows_there_alone():
         assert list(rows[column]) == getattr(record, column)
     assert sorted(lenses[lenses["lens"] == "tuned"]["layer"].unique()) == [0, 1, 2, 3, 4]
     transfer = of_deep()["transfer.csv"]
-    assert len(transfer) == 36 and transfer["kl"].notna().all()
+    assert len(transfer) == 36
+    assert transfer["kl"].notna().all()
 
 
 def test_models_table_says_what_was_scored():
     it, models = small(0), two_seeds()["models.csv"]
     row = models[models["seed"] == 0].iloc[0]
-    assert row["scored_tokens"] == len(it.held_out) and row["clusters"] == 80
+    assert row["scored_tokens"] == len(it.held_out)
+    assert row["clusters"] == 80
     assert row["ce"] == pytest.approx(float(it.held_out.model_ce.mean()), rel=1e-5)
     nats, size = float(it.held_out.model_ce.double().sum()), it.held_out.target_bytes.sum()
     assert row["bits_per_byte"] == pytest.approx(nats / np.log(2) / size, rel=1e-5)
@@ -541,7 +552,8 @@ def test_a_reader_is_told_what_to_doubt():
     assert len(told) == 4
     assert "worse predicts worse (6.200 nats/token) than word frequencies do (6.000)" in told[0]
     assert "own predicts worse (5.000 nats/token) than word frequencies do (4.500)" in told[1]
-    assert "fine shared_retention: all refits" in told[2] and "worse gain_visibility: all refits" in told[3]
+    assert "fine shared_retention: all refits" in told[2]
+    assert "worse gain_visibility: all refits" in told[3]
 
 
 def test_clusters_beyond_the_groups_asked_for_are_joined_and_sums_stay():
@@ -550,12 +562,16 @@ def test_clusters_beyond_the_groups_asked_for_are_joined_and_sums_stay():
     names = [f"image-{k:03d}" for k in range(300)]
     of = joined_clusters(names, 100)
     sizes = pd.Series(of).value_counts()
-    assert len(sizes) == 100 and (sizes == 3).all()
-    assert joined_clusters(reversed(names), 100) == of and joined_clusters(names, 300) == joined_clusters(names, None)
+    assert len(sizes) == 100
+    assert (sizes == 3).all()
+    assert joined_clusters(reversed(names), 100) == of
+    assert joined_clusters(names, 300) == joined_clusters(names, None)
     row = {"model": "m", "seed": 0, "lens": "tuned", "lens_layer": 0, "layer": 0, "stage": "closed", "prior": "zero"}
     rows = pd.DataFrame({"document": names, **row, "view": -1, "sequence": 0, "tokens": 1, "bytes": 0})
     kl = np.random.default_rng(0).gamma(1.0, size=300)
     rows = rows.assign(kl=kl, ce=kl, movement=np.nan, top1=1.0)
     summed = summed_by_cluster(rows, 100)
-    assert len(summed) == 100 and summed["kl"].sum() == pytest.approx(kl.sum())
-    assert summed["movement"].isna().all() and (summed["tokens"] == 3).all()
+    assert len(summed) == 100
+    assert summed["kl"].sum() == pytest.approx(kl.sum())
+    assert summed["movement"].isna().all()
+    assert (summed["tokens"] == 3).all()

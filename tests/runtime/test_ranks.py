@@ -42,7 +42,8 @@ def with_models_of(reference: Path, folder: Path) -> Path:
 
 def differences(a: pd.DataFrame, b: pd.DataFrame) -> float:
     """Largest difference of two tables, relative to each number, or to a hundredth (of a nat, say) where it is smaller."""
-    assert list(a.columns) == list(b.columns) and len(a) == len(b)
+    assert list(a.columns) == list(b.columns)
+    assert len(a) == len(b)
     largest = 0.0
     for column in a:
         if pd.api.types.is_numeric_dtype(a[column]):
@@ -73,7 +74,8 @@ def test_processes_agree_with_one_in_closed_forms_and_matrices(processes, tiny_s
     folder = with_models_of(tiny_run, tmp_path / "run")
     found = launched(processes, "-m", "lensbench", "run", tiny_suite, "--out", folder)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert found.stdout.count("Tables and figures:") == 1 and found.stderr.count("\nfit-gpt-seed0: done") == 1
+    assert found.stdout.count("Tables and figures:") == 1
+    assert found.stderr.count("\nfit-gpt-seed0: done") == 1
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["hardware"]["processes"] == processes
     agree(folder, tiny_run)
@@ -104,7 +106,8 @@ def test_what_a_user_can_mend_is_said_once_by_several_processes(tiny_suite, tmp_
     found = launched(2, "-m", "lensbench", "run", tiny_suite, "--out", foreign)
     assert found.returncode != 0
     told = [line for line in found.stderr.splitlines() if line.startswith("lensbench: ")]
-    assert len(told) == 1 and "not empty and not a run folder" in told[0]
+    assert len(told) == 1
+    assert "not empty and not a run folder" in told[0]
     assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
 
 
@@ -146,7 +149,8 @@ def test_shares_are_disjoint_contiguous_and_nearly_equal(size, more):
     shares = [Ranks(rank, size).share(count) for rank in range(size)]
     assert [k for s in shares for k in range(s.start, s.stop)] == list(range(count))
     lengths = [s.stop - s.start for s in shares]
-    assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
+    assert min(lengths) >= 1
+    assert max(lengths) - min(lengths) <= 1
     if size > 1:
         with pytest.raises(LensbenchError, match=f"{size} processes for {size - 1} sequences"):
             Ranks(0, size).share(size - 1)
@@ -154,7 +158,9 @@ def test_shares_are_disjoint_contiguous_and_nearly_equal(size, more):
 
 def test_alone_nothing_is_exchanged():
     values = torch.ones(3)
-    assert ALONE.sum(values) is values and ALONE.told("x") == "x" and ALONE.span(4) == (0, 4)
+    assert ALONE.sum(values) is values
+    assert ALONE.told("x") == "x"
+    assert ALONE.span(4) == (0, 4)
     assert ALONE.share(7) == slice(0, 7)
 
 
@@ -167,9 +173,10 @@ def test_the_processes_rows_of_a_batch_are_all_of_it_once(lenses, batch, count, 
     for before, size in ((0, cut), (cut, count - cut)):
         if size:
             own, layer, weight = own_rows(rows, layers, before, size)
-            assert own.min() >= 0 and own.max() < size
+            assert own.min() >= 0
+            assert own.max() < size
             kept = weight[..., 0] > 0
             assert torch.equal(layer[kept], (own[kept] + before) * 7 % 5)
             found.append([sorted((own[m][kept[m]] + before).tolist()) for m in range(lenses)])
-    together = [sorted(sum((part[m] for part in found), [])) for m in range(lenses)]
+    together = [sorted(row for part in found for row in part[m]) for m in range(lenses)]
     assert together == [sorted(row) for row in rows.tolist()]

@@ -121,10 +121,12 @@ def test_a_finished_piece_is_read_back_as_it_was(tmp_path):
     for found in (first, again):
         assert set(found) == set(awkward())
         for name, expected in awkward().items():
-            assert found[name].dtype == expected.dtype and found[name].shape == expected.shape
+            assert found[name].dtype == expected.dtype
+            assert found[name].shape == expected.shape
             assert found[name].numpy().tobytes() == expected.contiguous().numpy().tobytes(), name
     other = pieces.get("b", lambda: {"x": torch.ones(1)})
-    assert set(other) == {"x"} and set(pieces.get("a@0.1-2", never)) == set(awkward())
+    assert set(other) == {"x"}
+    assert set(pieces.get("a@0.1-2", never)) == set(awkward())
     pieces.clear()
     assert not (tmp_path / "pieces").exists()
     assert pieces.get("b", lambda: {"x": torch.zeros(1)})["x"] == 0
@@ -165,7 +167,8 @@ def test_a_truncated_piece_is_computed_anew(tmp_path, end):
 def test_without_a_folder_every_piece_is_computed_and_none_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = [NOTHING_KEPT.get("a", lambda k=k: {"x": torch.tensor(k)})["x"] for k in (1, 2)]
-    assert found == [1, 2] and list(tmp_path.iterdir()) == []
+    assert found == [1, 2]
+    assert list(tmp_path.iterdir()) == []
     NOTHING_KEPT.clear()
 
 

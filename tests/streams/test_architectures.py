@@ -98,7 +98,8 @@ def test_a_soft_cap_is_found_where_small_logits_do_not_show_it(architecture: str
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e-3)
     stream = ResidualStream(model)
-    assert stream.readout.softcap == 30.0 and stream.readout.scale == 1.0
+    assert stream.readout.softcap == 30.0
+    assert stream.readout.scale == 1.0
 
 
 def test_a_soft_cap_is_found_whatever_the_config_says() -> None:
@@ -113,7 +114,8 @@ def test_a_soft_cap_is_found_whatever_the_config_says() -> None:
     model.config.final_logit_softcapping = None
     model.forward = doubled
     stream = ResidualStream(model)
-    assert stream.readout.softcap == pytest.approx(5) and stream.readout.scale == pytest.approx(0.5)
+    assert stream.readout.softcap == pytest.approx(5)
+    assert stream.readout.scale == pytest.approx(0.5)
 
 
 def test_blocks_are_found_by_what_they_return() -> None:

@@ -213,7 +213,8 @@ def test_scaled_and_soft_capped_logits_are_read_right(name):
     model, ids = bent_model(name), ids_of()
     stream = ResidualStream(model)
     _, scale, cap = BEHIND[name]
-    assert stream.readout.softcap == cap and stream.readout.linear == (cap is None)
+    assert stream.readout.softcap == cap
+    assert stream.readout.linear == (cap is None)
     assert stream.readout.scale == pytest.approx(scale, rel=1e-6)
     if name == "llama":
         assert stream.readout.scale == 1
@@ -277,7 +278,7 @@ CHOSEN = [(0, 0), (0, 8), (1, 3), (1, 4), (2, 8), (0, 2)]
 
 
 @pytest.mark.parametrize(
-    "name, view",
+    ("name", "view"),
     [("llama", "state"), ("gpt2", "state"), ("gemma2 capped at 2", "state"), ("cohere", "state"), ("pc", "state"),
      ("llama", "prediction"), ("pc", "prediction")],
 )  # fmt: skip
@@ -287,13 +288,15 @@ def test_chosen_positions_have_the_states_and_logits_of_the_whole_pass(name, vie
     rows, columns = torch.tensor(CHOSEN).T
     states, logits = stream.forward(ids)
     some, of_them = stream.at(ids, rows, columns)
-    assert some.shape == (L + 1, len(CHOSEN), stream.d_model) and of_them.shape == (len(CHOSEN), V)
+    assert some.shape == (L + 1, len(CHOSEN), stream.d_model)
+    assert of_them.shape == (len(CHOSEN), V)
     for n, (row, column) in enumerate(CHOSEN):
         assert torch.equal(some[:, n], states[:, row, column])
         torch.testing.assert_close(of_them[n], logits[row, column], rtol=1e-5, atol=1e-5)
     # Nothing stays hooked: the next whole pass is whole.
     again, whole = stream.forward(ids)
-    assert torch.equal(again, states) and torch.equal(whole, logits)
+    assert torch.equal(again, states)
+    assert torch.equal(whole, logits)
 
 
 def test_one_position_and_the_same_one_twice():
@@ -457,7 +460,8 @@ def test_every_field_of_a_capture_equals_a_float64_computation_token_by_token(na
         ResidualStream(model), windows, constant=torch.from_numpy(constant), batch=batch,
         report=lambda *done: reports.append(done),
     )  # fmt: skip
-    assert len(got) == len(SCORED) and got.layers == L
+    assert len(got) == len(SCORED)
+    assert got.layers == L
     near = {"rtol": 2e-5, "atol": 2e-5}
     for n, (states, p, log_p, target) in enumerate(rows):
         np.testing.assert_allclose(got.states[:, n].numpy(), states, rtol=1e-4, atol=1e-4)
@@ -472,8 +476,10 @@ def test_every_field_of_a_capture_equals_a_float64_computation_token_by_token(na
     np.testing.assert_allclose(got.mean_p.numpy(), np.mean([p for _, p, _, _ in rows], axis=0), rtol=1e-4, atol=1e-6)
     assert got.window.tolist() == [row for row, _ in SCORED]
     assert got.document.tolist() == [1, 1, 1, 1, 0, 0, 0, 1]
-    assert got.target_bytes.tolist() == windows.next_bytes[windows.valid].tolist() and got.target_bytes.min() > 0
-    assert reports[-1] == (3, 3) and [done for done, _ in reports] == sorted({done for done, _ in reports})
+    assert got.target_bytes.tolist() == windows.next_bytes[windows.valid].tolist()
+    assert got.target_bytes.min() > 0
+    assert reports[-1] == (3, 3)
+    assert [done for done, _ in reports] == sorted({done for done, _ in reports})
 
 
 @pytest.mark.parametrize("name", ["gemma2 capped at 2", "cohere", "granite"])
@@ -527,7 +533,8 @@ def test_a_token_that_the_model_never_predicts_leaves_the_constant_divergence_fi
     assert first.mean_p[7] == 0
     again = capture(stream, windows, constant=first.mean_p)
     for got in (first, again):
-        assert torch.isfinite(got.constant_kl).all() and torch.isfinite(got.entropy_term).all()
+        assert torch.isfinite(got.constant_kl).all()
+        assert torch.isfinite(got.entropy_term).all()
     assert again.constant_kl.mean().item() == pytest.approx(first.constant_kl.mean().item(), rel=1e-4)
 
 
@@ -593,7 +600,9 @@ def test_the_maps_are_orthogonal_and_the_identity_outside_the_principal_subspace
     view = RotatedView.random(covariances_of(states), seed=1)
     _, axes = pooled_axes(states)
     inside, outside = axes[: view.rank], axes[view.rank :]
-    assert 1 < view.rank < 12 and view.maps.shape == (4, 12, 12) and view.maps.dtype == torch.float64
+    assert 1 < view.rank < 12
+    assert view.maps.shape == (4, 12, 12)
+    assert view.maps.dtype == torch.float64
     for m in view.maps.numpy():
         np.testing.assert_allclose(m @ m.T, np.eye(12), rtol=0, atol=1e-10)
         np.testing.assert_allclose(m @ outside.T, outside.T, rtol=0, atol=1e-9)
@@ -620,7 +629,8 @@ def test_a_view_depends_on_its_seed_alone():
     a = RotatedView.random(covariances, seed=3)
     torch.manual_seed(1)
     b, c = RotatedView.random(covariances, seed=3), RotatedView.random(covariances, seed=4)
-    assert torch.equal(a.maps, b.maps) and a.rank == b.rank == c.rank
+    assert torch.equal(a.maps, b.maps)
+    assert a.rank == b.rank == c.rank
     assert (a.maps - c.maps).norm(dim=(1, 2)).min() > 0.1
 
 
@@ -683,12 +693,13 @@ def test_captured_kl_is_exact_with_a_large_vocabulary_and_large_logits():
     log_z = logits.logsumexp(-1)
     # KL of p from itself: 0, but for what the captured terms are off by.
     kl = captured.entropy_term.double() - (captured.expected.double() * n).sum(-1) + log_z
-    assert kl.mean().abs() < 1e-5 and kl.abs().max() < 1e-4
+    assert kl.mean().abs() < 1e-5
+    assert kl.abs().max() < 1e-4
     torch.testing.assert_close(captured.entropy_term.double(), entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(captured.expected.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("where, told", [("layers", "the state behind layer 2"), ("lm_head", "the model's logits")])
+@pytest.mark.parametrize(("where", "told"), [("layers", "the state behind layer 2"), ("lm_head", "the model's logits")])
 def test_what_overflows_is_refused_with_its_place(where, told):
     """As float16 models do on some text; a sum over tokens would pass over what is not a number."""
     model, windows = random_model("llama"), windows_by_hand()

@@ -91,7 +91,8 @@ def test_the_interval_of_a_seed_is_over_clusters_and_that_of_the_mean_is_student
 
 def test_few_clusters_are_said_and_one_seed_has_no_mean_over_seeds():
     table = curve_table(points({("a", 0, 100): 2.0}, clusters=12), (1, 8), 20, 200)
-    assert set(table["seed"]) == {"0"} and table["reason"].str.contains("12 clusters").all()
+    assert set(table["seed"]) == {"0"}
+    assert table["reason"].str.contains("12 clusters").all()
 
 
 def test_differences_are_paired_by_seed_and_only_of_common_seeds():
@@ -136,7 +137,8 @@ def test_a_suite_trains_every_budget_anew_and_reports_the_curves(curve_run):
     assert set(curves["model"]) == {"gpt", "pc"}, "a view has the curve of its model"
     assert set(curves["train_tokens"]) == {2048, 4096, 8192}
     assert set(curves["positions"]) == {"all", "1-19", "20-62"}
-    assert (timings["seconds"] > 0).all() and len(timings) == 2 * 2 * 3
+    assert (timings["seconds"] > 0).all()
+    assert len(timings) == 2 * 2 * 3
     assert {p.name for p in (folder / "stages").glob("train-gpt-seed0*")} == {
         "train-gpt-seed0", "train-gpt-seed0-2048", "train-gpt-seed0-4096"
     }  # fmt: skip
@@ -149,7 +151,8 @@ def test_a_suite_trains_every_budget_anew_and_reports_the_curves(curve_run):
     assert "learning curves" in output
     probes = run.tables["probes.csv"]
     places = probes[(probes["model"] == "pc") & (probes["quantity"] == "read_out_ce") & (probes["seed"] == "all")]
-    assert len(places) == 4 and places["value"].notna().all()
+    assert len(places) == 4
+    assert places["value"].notna().all()
 
 
 def test_the_last_point_of_a_curve_is_the_model_that_the_lenses_read(curve_run):
@@ -176,7 +179,8 @@ def test_tables_of_words_that_differ_are_compared_too(curve_run, tmp_path, colum
     manifest["files"]["verdicts.csv"] = files.sha256(again / "verdicts.csv")
     write_manifest(again, manifest)
     result = CliRunner().invoke(app, ["compare", str(folder), str(again)])
-    assert result.exit_code == 0 and said in result.output
+    assert result.exit_code == 0
+    assert said in result.output
 
 
 def test_compare_pairs_curves_by_seed_and_timings_do_not_hinder_a_reproduction(curve_run, tmp_path):
@@ -204,14 +208,16 @@ def test_compare_pairs_curves_by_seed_and_timings_do_not_hinder_a_reproduction(c
 def test_budgets_beyond_the_training_or_below_a_step_are_refused(tmp_path, budget):
     suite = write_suite(tmp_path, **{"[fit]": f"[curve]\nbudgets = [{budget}]\n\n[fit]"})
     result = CliRunner().invoke(app, ["run", str(suite), "--out", str(tmp_path / "run")])
-    assert result.exit_code == 2 and "curve.budgets" in result.output + (result.stderr or "")
+    assert result.exit_code == 2
+    assert "curve.budgets" in result.output + (result.stderr or "")
     assert not (tmp_path / "run").exists()
 
 
 def test_predictive_coding_trains_its_models_with_the_winners_of_its_committed_sweep_of_equal_trials():
     sweep, suite = load_sweep("predictive-coding-sweep"), load_suite("predictive-coding")
     table = pd.read_csv(ROOT / "results" / "predictive-coding" / "sweep" / "sweep.csv")
-    assert len(table) == len(sweep.trials) and table.groupby("model").size().nunique() == 1
+    assert len(table) == len(sweep.trials)
+    assert table.groupby("model").size().nunique() == 1
     for model in suite.models:
         if model.view_of is None:
             best = table[table["model"] == model.name].set_index("trial")["dev_ce"].idxmin()

@@ -68,7 +68,8 @@ def test_the_predictor_of_a_dirichlet_table_is_the_mean_over_tables_weighted_by_
 def test_tables_and_predictions_are_distributions_and_documents_follow_their_table(kind):
     recipe = task(kind)
     tables = recipe.tables(np.random.default_rng(0), 50)
-    assert tables.shape == (50, 4, 4) and tables.min() >= 0
+    assert tables.shape == (50, 4, 4)
+    assert tables.min() >= 0
     np.testing.assert_allclose(tables.sum(-1), 1)
     ids = recipe.documents([3], 1, 20_000)
     np.testing.assert_allclose(recipe.bayes(ids[:, :200]).sum(-1), 1)
@@ -154,7 +155,8 @@ def test_a_run_scores_every_model_against_the_bound_pairs_seeds_and_is_taken_up(
     assert cells.loc["bayes", "1", "all"]["ce"] == pytest.approx(recipe.tasks[0].bayes_nats(ids)[:, 1:].mean())
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.csv")}
     again = CliRunner().invoke(app, command)
-    assert again.exit_code == 0 and "reused" in again.output + (again.stderr or "")
+    assert again.exit_code == 0
+    assert "reused" in again.output + (again.stderr or "")
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.csv")} == before
     assert (tmp_path / "run" / "in_context.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["in_context"]["seeds"] == [1, 2]
@@ -178,7 +180,8 @@ def test_a_run_scores_every_model_against_the_bound_pairs_seeds_and_is_taken_up(
 def test_what_cannot_be_run_is_one_line(tmp_path, change, said):
     (tmp_path / "tiny.toml").write_text(TINY.replace(*change))
     result = CliRunner().invoke(app, ["in-context", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run")])
-    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
     assert said in result.output + (result.stderr or "")
     assert not (tmp_path / "run").exists()
 
