@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lensbench.api import Lenses, fit, load, measure, plot, transfer_matrix
     from lensbench.errors import LensbenchError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LensbenchError", "Lenses", "fit", "load", "measure", "plot", "transfer_matrix"]
 
 
