@@ -22,16 +22,17 @@ from typer.testing import CliRunner
 from lensbench.cli import app
 from lensbench.errors import LensbenchError
 from lensbench.report.figures import draw as figures
-from lensbench.report.figures import frames, indices, lenses, probes, style, transfer
+from lensbench.report.figures import frames, indices, layout, lenses, probes, registry, style, transfer
 from lensbench.results.folder import Run, read_run, write_table
 from lensbench.results.schema import SCHEMA
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 FILES = [
-    "transfer_penalty.png", "kl_by_layer.png", "penalty_by_distance.png", "gain_visibility.png", "plane.png",
-    "tolerances.png", "pair_penalty.png", "visibility_by_distance.png", "probes.png",
+    "gain_visibility.png", "tolerances.png", "visibility_by_distance.png", "plane.png", "kl_by_layer.png", "probes.png",
+    "transfer_penalty.png", "penalty_by_distance.png", "pair_penalty.png",
 ]  # fmt: skip
+OF_DISTANCE = {"visibility_by_distance.png", "penalty_by_distance.png", "pair_penalty.png"}
 
 
 def rows_of(name: str, rows: list[dict]) -> pd.DataFrame:
@@ -224,8 +225,8 @@ def test_visibility_by_distance_and_probes_are_drawn_as_their_tables_say(folder:
 
 
 def test_no_two_of_many_models_look_alike() -> None:
-    looks = [tuple(look.values()) for look in style.looks(40)]
-    assert len(set(looks)) == 40
+    found = [tuple(look.values()) for look in style.line_looks(40)]
+    assert len(set(found)) == 40
 
 
 def test_the_refined_lens_is_drawn_where_there_is_one(folder: Path) -> None:
@@ -325,9 +326,32 @@ def test_any_depth_and_number_of_models(tmp_path: Path, models: dict[str, int]) 
     assert len(figures.draw_figures(run, tmp_path / "out")) == len(FILES)
 
 
-def test_a_single_layer_leaves_no_distance_to_draw_but_all_figures(tmp_path: Path) -> None:
+def test_a_single_layer_leaves_no_distance_to_draw_but_all_other_figures(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run", {"flat": 1}))
-    assert len(figures.draw_figures(run, tmp_path / "out")) == len(FILES)
+    drawn = [path.name for path in figures.draw_figures(run, tmp_path / "out")]
+    assert drawn == [name for name in FILES if name not in OF_DISTANCE]
+
+
+def test_a_figure_is_added_by_one_function_and_drawn_where_its_tables_have_rows(folder, tmp_path) -> None:
+    before = dict(registry.FIGURES)
+    seen = []
+
+    @registry.figure("movement", needs=("indices.csv",), frame=frames.index_frame)
+    def movement(frame: pd.DataFrame) -> Figure:
+        seen.append(frame)
+        return Figure()
+
+    @registry.figure("curves", needs=("curves.csv",), frame=frames.curve_frame)
+    def curves(frame: pd.DataFrame) -> Figure:
+        raise AssertionError("the run has no learning curves")
+
+    try:
+        drawn = figures.draw_figures(read(folder), tmp_path / "out")
+    finally:
+        registry.FIGURES.clear()
+        registry.FIGURES.update(before)
+    assert [path.name for path in drawn] == [*FILES, "movement.png"]
+    assert list(seen[0]["unit"].unique()) == ["image"] and registry.nats_per(seen[0]) == "nats/image"
 
 
 def test_small_numbers_are_told_where_all_are_small_and_nowhere_else():
@@ -446,7 +470,7 @@ def test_letters_in_a_paper_are_legible_whole_and_apart(tmp_path: Path, monkeypa
 def test_a_label_is_broken_between_words_and_never_in_a_formula() -> None:
     with style.style():
         label = Figure(figsize=(3, 3)).supxlabel("$C_{ij} - C_{jj}$ (nats/token, linear below 0.1)", size=8)
-        style.break_label(label, 120.0, 0)
+        layout.break_label(label, 120.0, 0)
         lines = label.get_text().split("\n")
         assert lines[0].startswith("$C_{ij} - C_{jj}$") and len(lines) > 1
         assert label.get_window_extent().width <= 120

@@ -38,7 +38,16 @@ def transfer_frame(run: Run) -> pd.DataFrame:
         if missing:
             raise LensbenchError(f"transfer.csv: {missing} cells of model {model}, seed {seed}, have no penalty_ce")
         frames.append(rows.assign(layers=layers))
-    return pd.concat(frames).groupby(["model", "layers", *cell], sort=False, as_index=False)["penalty_ce"].mean()
+    groups = pd.concat(frames).groupby(["model", "layers", *cell], sort=False)
+    means: pd.DataFrame = groups[["penalty_ce"]].mean().reset_index()
+    return means
+
+
+def layer_pair_frame(run: Run) -> pd.DataFrame:
+    """The rows of :func:`transfer_frame` for two different layers below L; a model of one layer has none."""
+    cells = transfer_frame(run)
+    i, j = cells["lens_layer"], cells["stream_layer"]
+    return cells[(i != j) & (np.maximum(i, j) < cells["layers"])]
 
 
 def lens_frame(run: Run) -> pd.DataFrame:
@@ -58,7 +67,7 @@ def lens_frame(run: Run) -> pd.DataFrame:
         refined = rows["lens"].isin(rows.loc[rows["stage"] == "refined", "lens"])
         frames.append(rows[~refined | (rows["stage"] == "refined")])
     groups = pd.concat(frames).groupby(["model", "lens", "stage", "layer"], sort=False)
-    frame = groups[["kl", "kl_ci_low", "kl_ci_high"]].mean().clip(lower=SMALLEST_KL).reset_index()
+    frame: pd.DataFrame = groups[["kl", "kl_ci_low", "kl_ci_high"]].mean().clip(lower=SMALLEST_KL).reset_index()
     stages = frame["stage"].map({"closed": " (closed)", "refined": " (refined)"}).fillna("")
     return frame.assign(name=frame["lens"].map(LENSES) + stages)
 

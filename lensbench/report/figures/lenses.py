@@ -4,11 +4,14 @@ from typing import Any
 
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lensbench.report.figures.frames import LENSES
-from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, beside, panels_of, write_around
+from lensbench.report.figures.frames import LENSES, accuracy_frame, lens_frame
+from lensbench.report.figures.layout import legend_outside, panel_for_each, title_and_caption
+from lensbench.report.figures.registry import figure, nats_per
+from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 
 LENS_COLOURS = dict(zip(LENSES, ("#222222", BLUE, VERMILION, ORANGE, GREEN, PURPLE), strict=True))
 
@@ -16,13 +19,14 @@ LENS_COLOURS = dict(zip(LENSES, ("#222222", BLUE, VERMILION, ORANGE, GREEN, PURP
 DASHES = {"none": "", "refined": "", "closed": (4, 1.5), "rotated": (1, 1)}
 
 
-def kl_by_layer(frame: pd.DataFrame, of: str = "token") -> Figure:
+@figure("kl_by_layer", needs=("lenses.csv",), frame=lens_frame)
+def kl_by_layer(frame: pd.DataFrame) -> Figure:
     """Per model the KL to its own output at every layer, one line per lens."""
     models = list(frame["model"].unique())
     lenses = frame.drop_duplicates("name").set_index("name")
     look: dict[str, Any] = {"hue": "name", "hue_order": list(lenses.index), "style": "name"}
     look |= {"palette": lenses["lens"].map(LENS_COLOURS).to_dict(), "dashes": lenses["stage"].map(DASHES).to_dict()}
-    figure, panels = panels_of(models, 2.6, 2.6, sharey=True)
+    drawing, panels = panel_for_each(models, 2.6, 2.6, sharey=True)
     for panel, model in zip(panels, models, strict=True):
         rows = frame[frame["model"] == model].sort_values("layer")
         sns.lineplot(rows, x="layer", y="kl", errorbar=None, lw=1.6, marker="o", ms=2.5, mew=0, ax=panel, **look)
@@ -31,18 +35,19 @@ def kl_by_layer(frame: pd.DataFrame, of: str = "token") -> Figure:
             panel.fill_between(*band, color=LENS_COLOURS[str(lens)], alpha=0.18, lw=0)
         lines, labels = panel.get_legend_handles_labels()
         panel.legend().remove()
-        panel.set(title=model, yscale="log", xlabel="layer", ylabel=f"KL to the output (nats/{of})")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+        panel.set(title=model, yscale="log", xlabel="layer", ylabel=f"KL to the output ({nats_per(frame)})")
+        whole_layers(panel)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    beside(figure, lines, labels, handlelength=3)
-    write_around(figure, "How far each layer's read-out is from the model's output", "Bands: 95 % intervals.")
-    return figure
+    legend_outside(drawing, lines, labels, handlelength=3)
+    title_and_caption(drawing, "How far each layer's read-out is from the model's output", "Bands: 95 % intervals.")
+    return drawing
 
 
+@figure("accuracy_by_layer", needs=("probes.csv",), frame=accuracy_frame)
 def accuracy_by_layer(frame: pd.DataFrame) -> Figure:
     """Per model the share of targets that each lens's most probable word is, at every layer, and the model's own share."""
     models = list(frame["model"].unique())
-    figure, panels = panels_of(models, 2.6, 1.8, sharey=True)
+    drawing, panels = panel_for_each(models, 2.6, 1.8, sharey=True)
     for panel, model in zip(panels, models, strict=True):
         rows = frame[frame["model"] == model]
         own = rows[rows["lens"] == "model"].iloc[0]
@@ -50,15 +55,18 @@ def accuracy_by_layer(frame: pd.DataFrame) -> Figure:
         panel.axhspan(own["ci_low"], own["ci_high"], color=GREY, alpha=0.15, lw=0)
         for lens in ("logit", "tuned", "shared"):
             line = rows[rows["lens"] == lens].sort_values("layer")
-            panel.plot(line["layer"], line["value"], "o-", color=LENS_COLOURS[lens], lw=1.5, ms=2.8, label=LENSES[lens])
-            panel.fill_between(
-                line["layer"].astype(float), line["ci_low"], line["ci_high"], color=LENS_COLOURS[lens], alpha=0.18, lw=0
-            )
+            colour = LENS_COLOURS[lens]
+            panel.plot(line["layer"], line["value"], "o-", color=colour, lw=1.5, ms=2.8, label=LENSES[lens])
+            band = line["layer"].astype(float), line["ci_low"], line["ci_high"]
+            panel.fill_between(*band, color=colour, alpha=0.18, lw=0)
         panel.set(title=model, xlabel="layer", ylabel="held-out accuracy")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
-    handles = panels[0].get_legend_handles_labels()
-    beside(figure, *handles)
-    write_around(
-        figure, "How often each layer's read-out is right", "Bands: 95 % intervals. Lenses: closed form, prior zero."
-    )
-    return figure
+        whole_layers(panel)
+    legend_outside(drawing, *panels[0].get_legend_handles_labels())
+    caption = "Bands: 95 % intervals. Lenses: closed form, prior zero."
+    title_and_caption(drawing, "How often each layer's read-out is right", caption)
+    return drawing
+
+
+def whole_layers(panel: Axes) -> None:
+    """Put ticks at whole layers only."""
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))

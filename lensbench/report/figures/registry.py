@@ -1,0 +1,64 @@
+"""The registry of a run's figures: each registers itself under its file name, with the tables that it needs.
+
+A new figure is one function in one of this package's files::
+
+    @figure("movement", needs=("indices.csv",), frame=index_frame)
+    def movement(frame: pd.DataFrame) -> Figure:
+        ...
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lensbench.results.folder import Run
+from lensbench.results.schema import unit
+
+Frame = Callable[[Run], pd.DataFrame]
+
+Draw = Callable[[pd.DataFrame], Figure]
+
+
+@dataclass(frozen=True)
+class RunFigure:
+    """A figure of a run: the tables that it needs, the tidy frame that is made of them, and how the frame is drawn."""
+
+    name: str
+    needs: tuple[str, ...]
+    frame: Frame
+    draw: Draw
+
+    def of_run(self, run: Run) -> Figure | None:
+        """The figure of ``run``; None where a table that it needs has no rows, or none that it can use.
+
+        Raises :class:`LensbenchError` for a table whose rows are incomplete.
+        """
+        if any(run.tables[name].empty for name in self.needs):
+            return None
+        frame = self.frame(run)
+        return None if frame.empty else self.draw(frame.assign(unit=unit(run.tables["models.csv"])))
+
+
+FIGURES: dict[str, RunFigure] = {}
+"""Name (that of the file, without its suffix) -> figure."""
+
+
+def figure(name: str, *, needs: tuple[str, ...], frame: Frame) -> Callable[[Draw], Draw]:
+    """Register the decorated function as the figure ``name`` of a run.
+
+    It takes the tidy frame that ``frame`` makes of a run, with one more column: ``unit``, what losses are given per
+    (``token`` or ``image``). It is called for runs whose tables ``needs`` have rows, and whose frame has some.
+    """
+
+    def register(draw: Draw) -> Draw:
+        FIGURES[name] = RunFigure(name, needs, frame, draw)
+        return draw
+
+    return register
+
+
+def nats_per(frame: pd.DataFrame) -> str:
+    """The unit of a frame's losses: nats/token where it has no column ``unit``."""
+    return f"nats/{frame['unit'].iloc[0]}" if "unit" in frame else "nats/token"
