@@ -15,20 +15,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from typer.core import TyperCommand
 
 from lensbench import __version__
 from lensbench.errors import LensbenchError
+from lensbench.runtime.bars import Bars, messages
 from lensbench.runtime.progress import Quiet
 
 app = typer.Typer(
@@ -45,70 +37,6 @@ app = typer.Typer(
 
 # Tables that go to a file or a pipe are not to be folded at 80 columns.
 console = Console(width=None if sys.stdout.isatty() else 160)
-
-
-messages = Console(stderr=True)
-
-
-class Bar:
-    """One bar on the terminal; it goes when its ``with`` block ends."""
-
-    def __init__(self, bars: Progress, task: TaskID) -> None:
-        self.bars, self.task = bars, task
-
-    def update(self, done: int, remark: str = "") -> None:
-        self.bars.update(self.task, completed=done, remark=remark)
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.task in self.bars.task_ids:
-            self.bars.remove_task(self.task)
-
-
-class Bars:
-    """Progress bars with a rate and the time left on a terminal; a line per finished stage elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = messages.is_terminal
-        self.bars = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[remark]}"),
-            console=messages,
-            disable=not self.live,
-        )
-        self.tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> "Bars":
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def task(self, name: str, total: int, unit: str) -> Bar:
-        return Bar(self.bars, self.bars.add_task(name, total=total, unit=unit, remark=""))
-
-    def stages(self, total: int) -> None: ...
-
-    def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
-        task = self.tasks[name] = self.bars.add_task(name, total=total, unit=unit, remark="")
-        return lambda done, remark: self.bars.update(task, completed=done, remark=remark)
-
-    def finished(self, name: str, seconds: float, reused: bool) -> None:
-        if name in self.tasks:  # a line says it from here on; bars of the past would push the present off the screen
-            self.bars.remove_task(self.tasks.pop(name))
-        what = "reused, took" if reused else "done in"
-        messages.print(f"{name}: {what} {seconds:.1f} s", highlight=False)
-
-    def say(self, line: str) -> None:
-        messages.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
