@@ -259,21 +259,14 @@ def calibrate(
 ) -> None:
     """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
     from lensbench.report.study_tables import calibration_table
-    from lensbench.runtime.environment import git_revision, versions
-    from lensbench.studies.calibration import default_workers, run_calibration
+    from lensbench.run.studies import calibration_study
+    from lensbench.studies.calibration import default_workers
     from lensbench.suite.files import load_calibration
 
     chosen = load_calibration(name)
     folder = out or Path("runs") / chosen.name
     with Bars() as bars:
-        tick = bars.stage("streams", len(list(chosen.jobs())), "streams")
-        _, summary = run_calibration(
-            chosen,
-            folder,
-            workers=workers or default_workers(),
-            code={"git_revision": git_revision(), "versions": versions()},
-            report=lambda done, _: tick(done, ""),
-        )
+        _, summary = calibration_study(chosen, folder, workers=workers or default_workers(), progress=bars)
     console.print(calibration_table(summary))
     console.print(f"Tables: {folder}", highlight=False)
 
@@ -288,22 +281,14 @@ def in_context(
 ) -> None:
     """Train models on documents whose exact Bayes predictor is known, and measure how far from it they stay."""
     from lensbench.report.study_tables import in_context_tables
-    from lensbench.runtime.environment import choose_device, git_revision, versions
-    from lensbench.studies.in_context import run_in_context
+    from lensbench.run.studies import in_context_study
+    from lensbench.runtime.environment import choose_device
     from lensbench.suite.files import load_in_context
 
     chosen = load_in_context(name)
     folder = out or Path("runs") / chosen.name
     with Bars() as bars:
-        tick = bars.stage("trainings", chosen.trainings, "trainings")
-        written = run_in_context(
-            chosen,
-            folder,
-            device=choose_device(device),
-            say=bars.finished,
-            tick=tick,
-            code={"git_revision": git_revision(), "versions": versions()},
-        )
+        written = in_context_study(chosen, folder, device=choose_device(device), progress=bars)
     for table in in_context_tables(written):
         console.print(table)
     console.print(f"Tables and figure: {folder}", highlight=False)
@@ -320,20 +305,13 @@ def regression(
 ) -> None:
     """Train self-attention on in-context linear regression, and hold it against the best-tuned gradient steps."""
     from lensbench.report.study_tables import regression_table
-    from lensbench.runtime.environment import git_revision, versions
-    from lensbench.studies.regression import run_regression
+    from lensbench.run.studies import regression_study
     from lensbench.suite.files import load_regression
 
     chosen = load_regression(name)
     folder = out or Path("runs") / chosen.name
     with Bars() as bars:
-        table = run_regression(
-            chosen,
-            folder,
-            code={"git_revision": git_revision(), "versions": versions()},
-            stage=bars.stage,
-            finished=bars.finished,
-        )
+        table = regression_study(chosen, folder, progress=bars)
     console.print(regression_table(table))
     console.print(f"Table and figure: {folder}", highlight=False)
 

@@ -299,7 +299,7 @@ def test_a_damaged_model_is_named_and_not_overwritten(tiny_suite, tiny_run, tmp_
 
 
 def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
-    from lensbench.run import stages as run_module
+    from lensbench.run import training as run_module
 
     folder = tmp_path / "run"
 
@@ -327,7 +327,7 @@ def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
 
 def test_a_resumed_run_ends_with_the_same_bytes(tiny_suite, tiny_run, tmp_path, monkeypatch):
     from lensbench.models.training import train
-    from lensbench.run import stages as run_module
+    from lensbench.run import training as run_module
 
     def interrupted(model, stream, recipe, *, report=None, **rest):
         def stop(at):

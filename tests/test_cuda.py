@@ -31,8 +31,9 @@ def scored(device: str, dtype: torch.dtype = torch.float32):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     stream = ResidualStream(model.to(device, dtype))
     fit, dev = capture(stream, windows(0, 40)), capture(stream, windows(1, 20))
-    choose_product_dtype(stream.readout, stream.readout.final_norm(fit.states[-1]))
-    return Moments.of(fit), score_all(stream.readout, dev, fit_all(stream.readout, fit, dev, RECIPE, seed=0))
+    dtype = choose_product_dtype(stream.readout, stream.readout.final_norm(fit.states[-1]))
+    readout = stream.readout.with_products_in(dtype)
+    return Moments.of(fit), score_all(readout, dev, fit_all(readout, fit, dev, RECIPE, seed=0))
 
 
 def test_moments_and_matrices_agree_with_the_cpu():

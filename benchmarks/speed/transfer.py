@@ -109,6 +109,7 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
     more = chosen_layers(capture(task.stream, drawn, batch=4), layers)
     some, few = first_windows(more, tokens), first_windows(more, max(64, tokens // 8))
     dtype = choose_product_dtype(readout, readout.final_norm(some.states[-1][:512]))
+    readout = readout.with_products_in(dtype)
     say(f"{len(more)} tokens of {len(np.unique(more.document))} documents; products in {dtype or torch.float32}")
 
     rows = []

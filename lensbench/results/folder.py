@@ -1,53 +1,123 @@
 """The run folder: tables in and out, checked, and the lock that one run holds on it."""
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
 
 from lensbench.errors import LensbenchError
 from lensbench.results.manifest import MANIFEST, read_manifest
 from lensbench.results.schema import ADDED, ADDED_COLUMNS, SCHEMA, TEXT_COLUMNS, TEXT_COLUMNS_OF, no_rows
 from lensbench.runtime.files import sha256, write_atomically, write_json
+from lensbench.runtime.ranks import ALONE, Ranks
+from lensbench.runtime.stages import BEGUN
 
 OWNER = "run.json"
+"""Whose folder it is"""
 
 
-def open_run_folder(folder: Path, suite: str) -> FileLock:
-    """Claim ``folder`` for a suite, creating it; the lock is held until it is released.
+STAGES = "stages"
+"""The folder of finished work in a run folder"""
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, name: str, threads: int | None = None, ranks: Ranks = ALONE) -> Iterator[None]:
+    """The run folder, locked for the suite, sweep or study ``name``, with ``threads`` for torch (None: as many as now).
+
+    Creates the folder. At the end the lock is released and torch has its threads back. A folder in which nothing is worth
+    keeping when the work fails is removed if it was made here, and free for another suite if not. Of several processes
+    the first one claims it; all must see it.
+
+    Raises :class:`LensbenchError` for a folder of another suite, one that holds something else, or one in use.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock: list[FileLock] = []
+    ranks.agreed(lambda: lock.append(lock_run_folder(folder, name)))
+    before = torch.get_num_threads()
+    try:
+        if not (folder / OWNER).is_file():
+            raise LensbenchError(
+                f"process {ranks.rank} does not see {folder}: give --out a folder that all machines share"
+            )
+        torch.set_num_threads(threads or before)
+        yield
+    except BaseException:
+        if lock:
+            give_up(folder, made)
+        raise
+    finally:
+        torch.set_num_threads(before)
+        if lock:
+            lock[0].release()
+
+
+def lock_run_folder(folder: Path, name: str) -> FileLock:
+    """Create ``folder``, lock it, and write into it whose it is; the lock is held until it is released.
 
     Raises :class:`LensbenchError` for a folder of another suite, one that holds something else, or one in use.
     """
     if folder.exists() and not folder.is_dir():
         raise LensbenchError(f"{folder} is a file; give --out a folder")
-    # A run that was killed before it could say whose folder this is left no more than its lock.
-    if folder.is_dir() and any(p.name not in (".lock", f"{OWNER}.partial") for p in folder.iterdir()):
-        owner = owner_of(folder)
-        if owner is None:
-            raise LensbenchError(f"{folder} is not empty and not a run folder; give --out a new folder")
-        if owner != suite:
-            raise LensbenchError(f"{folder} holds a run of suite {owner!r}, not {suite!r}; give --out another folder")
+    # A run that was killed before it could write whose folder this is left no more than its lock.
+    holds_something = folder.is_dir() and any(p.name not in (LOCK, f"{OWNER}.partial") for p in folder.iterdir())
+    if holds_something and owner_of(folder) is None:
+        raise LensbenchError(f"{folder} is not empty and not a run folder; give --out a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise LensbenchError(f"another run is writing to {folder}; wait for it or give --out another folder") from error
-    write_json(folder / OWNER, {"suite": suite})
+    owner = owner_of(folder)
+    if owner not in (None, name):
+        if holds_work(folder):
+            lock.release()
+            raise LensbenchError(f"{folder} holds a run of suite {owner!r}, not {name!r}; give --out another folder")
+        shutil.rmtree(folder / STAGES, ignore_errors=True)
+    write_json(folder / OWNER, {"suite": name})
     return lock
 
 
+def holds_work(folder: Path) -> bool:
+    """Whether a run folder holds anything that took time: a finished stage, a part of one, or results."""
+    return any(
+        path.is_file() and path.name not in (LOCK, OWNER, f"{OWNER}.partial", BEGUN) and path.suffix != ".lock"
+        for path in folder.rglob("*")
+    )
+
+
+def give_up(folder: Path, made: list[Path]) -> None:
+    """Remove what a failed command made for nothing: the folders ``made``, innermost first, if no work is in them."""
+    if folder not in made or holds_work(folder):
+        return
+    shutil.rmtree(folder)
+    for parent in made[1:]:
+        if any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
 def owner_of(folder: Path) -> str | None:
-    """The suite whose run a folder holds, finished or not; None where it holds none."""
-    for name, key in ((OWNER, "suite"), (MANIFEST, "suite_name")):
+    """The suite, sweep or study whose results a folder holds, finished or not; None where it holds none."""
+    for name, keys in ((OWNER, ("suite",)), (MANIFEST, ("suite_name",)), (MANIFEST, ("calibration", "name"))):
         try:
-            return str(json.loads((folder / name).read_text())[key])
+            found = json.loads((folder / name).read_text())
+            for key in keys:
+                found = found[key]
+            return str(found)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # not there or not ours: the other file may tell
+            continue  # missing, or not of lensbench: the next one may say
     return None
 
 

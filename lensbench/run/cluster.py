@@ -5,9 +5,11 @@ retried one goes on where the dead worker stopped. The run that asked then finds
 have ended by itself.
 """
 
+import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from filelock import FileLock
 
 from lensbench.errors import LensbenchError
 from lensbench.results.folder import OWNER
-from lensbench.run.stages import Runner
+from lensbench.run.context import Context
+from lensbench.run.curves import learning_curve
+from lensbench.run.inputs import data_of
+from lensbench.run.planning import planning
+from lensbench.run.probing import probing
+from lensbench.run.scoring import scoring
+from lensbench.runtime.environment import choose_device
+from lensbench.runtime.stages import Stages
 from lensbench.suite.recipes import ModelRecipe, Suite
 
 RETRIES = 5
@@ -28,8 +37,8 @@ LOCAL = "local"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What one task does: a trained (or pretrained) model with its views, at one seed, in a run's folder."""
+class ClusterTask:
+    """What one worker computes: a trained (or pretrained) model with its views, at one seed, in a run's folder."""
 
     suite: Suite
     folder: Path
@@ -44,61 +53,63 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"cell-{'plan-' if self.planning else ''}{self.models[0]}-seed{self.seed}"
+        """What the task is called on the cluster and in messages."""
+        return f"task-{'plan-' if self.planning else ''}{self.models[0]}-seed{self.seed}"
 
     def compute(self) -> str | None:
-        """All stages of the cell, where they are not finished; what is wrong, where a user can mend it."""
-        from lensbench.run.stages import Runner
-        from lensbench.runtime.environment import choose_device
-        from lensbench.runtime.progress import Quiet
-
+        """Compute all unfinished stages of the task; returns what is wrong where a user can mend it, else None."""
         if not (self.folder / OWNER).is_file():
             return f"a worker does not see {self.folder}: give --out a folder that all machines share"
-        torch.set_num_threads(self.threads)  # results are the same to the byte for as many threads
+        torch.set_num_threads(self.threads)  # this process is the task's own; results hold for as many threads
         try:
-            runner = Runner(
-                self.suite, self.folder, choose_device(self.device), Quiet(), self.max_hours, probes=self.probes
-            )
-            runner.sequences = self.sequences
             # Were the worker before this one still alive somewhere, both would write.
             with FileLock(self.folder / "stages" / f".{self.models[0]}-seed{self.seed}.lock"):
-                for model in self.suite.models:
-                    if model.name not in self.models:
-                        continue
-                    if self.planning:
-                        runner.planned(model, self.seed)
-                        continue
-                    runner.learned(model, self.seed)
-                    runner.measured(model, self.seed)
-                    runner.probed(model, self.seed)
+                self._compute_stages()
         except LensbenchError as error:
             return str(error)
         return None
 
+    def _compute_stages(self) -> None:
+        context = Context(
+            self.suite,
+            Stages(self.folder / "stages"),
+            choose_device(self.device),
+            probes=self.probes,
+            max_hours=self.max_hours,
+            sequences=self.sequences,
+        )
+        for model in self.suite.models:
+            if model.name not in self.models:
+                continue
+            if self.planning:
+                planning(context, model, self.seed)
+                continue
+            learning_curve(context, model, self.seed)
+            scoring(context, model, self.seed)
+            probing(context, model, self.seed)
 
-def cells_of(runner: "Runner", only: list[str], *, planning: bool = False) -> list[Cell]:
-    """The cells of a suite; models that share a training are one."""
-    suite = runner.suite
+
+def cluster_tasks(context: Context, models: list[ModelRecipe], *, planning: bool = False) -> list[ClusterTask]:
+    """The tasks of these models; models that share a training are in one."""
+    suite = context.suite
     groups: dict[tuple[str, int], list[ModelRecipe]] = {}
-    for model in suite.models:
-        if only and model.name not in only:
-            continue
+    for model in models:
         for seed in suite.seeds_of(model):
             groups.setdefault((suite.trained(model).name, seed), []).append(model)
     return [
-        Cell(
+        ClusterTask(
             suite,
-            runner.folder.resolve(),
-            tuple(m.name for m in models),
+            context.folder.resolve(),
+            tuple(m.name for m in sharing),
             seed,
-            runner.device.type,
+            context.device.type,
             suite.threads or torch.get_num_threads(),
-            runner.probes,
-            runner.max_hours,
-            runner.sequences,
+            context.probes,
+            context.max_hours,
+            context.sequences,
             planning,
         )
-        for (_, seed), models in groups.items()
+        for (_, seed), sharing in groups.items()
     ]
 
 
@@ -108,11 +119,33 @@ class Cluster:
 
     address: str = LOCAL
 
-    def compute(self, runner: "Runner", cells: list[Cell]) -> None:
-        """Run the cells as tasks; raises :class:`LensbenchError` for what a user can mend in one of them.
+    def compute(self, context: Context, tasks: list[ClusterTask]) -> None:
+        """Run the tasks; raises :class:`LensbenchError` for what a user can mend in one of them.
 
         A task takes as many processors as the run has threads, and a GPU where the run is on one.
         """
+        if any(context.suite.trained(m).source is None for m in context.suite.models):
+            data_of(context)  # the tokenizer, which all tasks share
+        with self._connected() as ray, context.progress.task("tasks", len(tasks), "tasks") as progress:
+            most = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+            needs = {
+                "num_cpus": min(most, max(1, tasks[0].threads)),
+                "num_gpus": int(context.device.type == "cuda"),
+                "max_retries": RETRIES,
+            }
+            remote = ray.remote(**needs)(_compute)
+            start = time.perf_counter()
+            waiting = {remote.options(name=task.name).remote(task): task for task in tasks}
+            while waiting:
+                ready, _ = ray.wait(list(waiting), num_returns=1)
+                task = waiting.pop(ready[0])
+                _refuse_failure(ray, ready[0], task)
+                progress.update(len(tasks) - len(waiting), task.name)
+                context.progress.say(f"{task.name}: finished after {time.perf_counter() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Any]:
+        """The module ``ray``, connected to the cluster; what was started here is shut down at the end."""
         try:
             import ray
         except ImportError as error:
@@ -131,30 +164,7 @@ class Cluster:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise LensbenchError(f"no Ray cluster at {self.address}: {reason}") from error
         try:
-            most = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-            needs = {
-                "num_cpus": min(most, max(1, cells[0].threads)),
-                "num_gpus": int(runner.device.type == "cuda"),
-                "max_retries": RETRIES,
-            }
-            task = ray.remote(**needs)(_compute)
-            start = time.perf_counter()
-            waiting = {task.options(name=cell.name).remote(cell): cell for cell in cells}
-            tick = runner.progress.stage("cells", len(cells), "cells")
-            while waiting:
-                ready, _ = ray.wait(list(waiting), num_returns=1)
-                cell = waiting.pop(ready[0])
-                try:
-                    wrong = ray.get(ready[0])
-                except ray.exceptions.WorkerCrashedError as error:
-                    raise LensbenchError(f"{cell.name}: its worker died {RETRIES + 1} times") from error
-                except ray.exceptions.RayError as error:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                    raise LensbenchError(f"{cell.name}: {reason}") from error
-                if wrong is not None:
-                    raise LensbenchError(wrong)
-                tick(len(cells) - len(waiting), cell.name)
-                runner.progress.finished(cell.name, time.perf_counter() - start, False)
+            yield ray
         finally:
             if started:
                 ray.shutdown()
@@ -166,5 +176,18 @@ class Cluster:
             socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _compute(cell: Cell) -> str | None:
-    return cell.compute()
+def _refuse_failure(ray: Any, answer: Any, task: ClusterTask) -> None:
+    """Raise :class:`LensbenchError` where a task failed or its worker died too often."""
+    try:
+        wrong = ray.get(answer)
+    except ray.exceptions.WorkerCrashedError as error:
+        raise LensbenchError(f"{task.name}: its worker died {RETRIES + 1} times") from error
+    except ray.exceptions.RayError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise LensbenchError(f"{task.name}: {reason}") from error
+    if wrong is not None:
+        raise LensbenchError(wrong)
+
+
+def _compute(task: ClusterTask) -> str | None:
+    return task.compute()

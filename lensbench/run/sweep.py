@@ -7,12 +7,16 @@ import pandas as pd
 import torch
 
 from lensbench.errors import LensbenchError
-from lensbench.results.folder import open_run_folder
+from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
-from lensbench.run.stages import Runner
-from lensbench.run.suite import describe
+from lensbench.run.baselines import baselines
+from lensbench.run.context import Context
+from lensbench.run.description import describe
+from lensbench.run.inputs import data_of
+from lensbench.run.training import trained_network, training
 from lensbench.runtime.files import write_atomically
 from lensbench.runtime.progress import Progress
+from lensbench.runtime.stages import Stages
 from lensbench.statistics import mean_with_interval
 from lensbench.streams.capture import capture
 from lensbench.streams.stream import ResidualStream
@@ -36,38 +40,36 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
         raise LensbenchError(
             f"sweep {sweep.name} tries model {pretrained[0]!r}, which is pretrained: nothing is trained"
         )
-    lock = open_run_folder(folder, sweep.name)
-    before = torch.get_num_threads()
-    torch.set_num_threads(suite.threads or before)
-    try:
-        runner = Runner(suite, folder, device, progress)
-        data = runner.data()
-        samples = data.samples("dev", suite.fit.dev_sequences, suite.fit.dev_positions)
-        rows = []
-        for number, trial in enumerate(sweep.trials):
-            owner = models[trial.model]
-            # The trial's own settings alone: what the suite has chosen already must not leak into the choice.
-            tried = owner.model_copy(update={"training": trial.training, "settings": trial.settings, "view": "state"})
-            stage = runner.trained(data, tried, suite.seeds[0], f"trial-{number:02d}-{trial.model}")
-            scored = capture(ResidualStream(runner.network(stage)), samples)
-            low, mean, high = mean_with_interval(scored.model_ce, scored.document, suite.evaluate.draws)
-            settings = {**{f"training.{k}": v for k, v in trial.training.items()}, **trial.settings}
-            described = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
-            rows.append((trial.model, number, described, mean, low, high))
-        columns = ["model", "trial", "settings", "dev_ce", "dev_ce_ci_low", "dev_ce_ci_high"]
-        table = pd.DataFrame(rows, columns=columns)
-        table["chosen"] = table["dev_ce"] == table.groupby("model")["dev_ce"].transform("min")
+    with claimed(folder, sweep.name, suite.threads):
+        context = Context(suite, Stages(folder / "stages"), device, progress)
+        progress.stages(2 + len(sweep.trials))  # the tokenizer and the baselines
+        table = judged_trials(context, sweep)
         write_atomically(folder / "sweep.csv", partial(table.to_csv, index=False, lineterminator="\n"))
-        manifest = describe(
-            runner,
-            {data.name: runner.baselines(data)},
-            [models[n] for n in dict.fromkeys(table["model"])],
-            ["sweep.csv"],
-            [],
-        )
+        data = data_of(context)
+        tried = [models[n] for n in dict.fromkeys(table["model"])]
+        manifest = describe(context, {data.name: baselines(context, data)}, tried, ["sweep.csv"], [])
         manifest |= {"sweep": sweep.model_dump(mode="json"), "suite_name": sweep.name}
         write_manifest(folder, manifest)
-        return table
-    finally:
-        torch.set_num_threads(before)
-        lock.release()
+    return table
+
+
+def judged_trials(context: Context, sweep: Sweep) -> pd.DataFrame:
+    """A row per trial: its settings, and its cross-entropy on the dev split with an interval, nats/token."""
+    suite, data = context.suite, data_of(context)
+    models = {m.name: m for m in suite.models}
+    samples = data.samples("dev", suite.fit.dev_sequences, suite.fit.dev_positions)
+    rows = []
+    for number, trial in enumerate(sweep.trials):
+        # The trial's own settings alone: what the suite has chosen already must not leak into the choice.
+        update = {"training": trial.training, "settings": trial.settings, "view": "state"}
+        tried = models[trial.model].model_copy(update=update)
+        stage = training(context, data, tried, suite.seeds[0], f"trial-{number:02d}-{trial.model}")
+        scored = capture(ResidualStream(trained_network(context, stage)), samples)
+        low, mean, high = mean_with_interval(scored.model_ce, scored.document, suite.evaluate.draws)
+        settings = {**{f"training.{k}": v for k, v in trial.training.items()}, **trial.settings}
+        described = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
+        rows.append((trial.model, number, described, mean, low, high))
+    columns = ["model", "trial", "settings", "dev_ce", "dev_ce_ci_low", "dev_ce_ci_high"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["chosen"] = table["dev_ce"] == table.groupby("model")["dev_ce"].transform("min")
+    return table

@@ -120,15 +120,13 @@ def choose_product_dtype(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3
     """bfloat16 for the products of log-partitions on a GPU, where it agrees with float32; None (no change) elsewhere.
 
     Agrees: the mean absolute difference of the log-partition over the normalised states ``[R, d_read]`` is below
-    ``tolerance`` nats. Sets ``readout.product_dtype`` to the answer.
+    ``tolerance`` nats. The read-out stays as it is: :meth:`ReadOut.with_products_in` makes one that uses the answer.
     """
-    readout.product_dtype = None
-    if n.is_cuda:
-        exact = log_partition(readout, n)
-        readout.product_dtype = torch.bfloat16
-        if float((log_partition(readout, n) - exact).abs().mean()) > tolerance:
-            readout.product_dtype = None
-    return readout.product_dtype
+    if not n.is_cuda:
+        return None
+    exact = log_partition(readout.with_products_in(None), n)
+    half = log_partition(readout.with_products_in(torch.bfloat16), n)
+    return torch.bfloat16 if float((half - exact).abs().mean()) <= tolerance else None
 
 
 class Vocabulary:

@@ -57,6 +57,14 @@ class ReadOut(Unembed):
             copy.deepcopy(self.final_norm).float(), copy.deepcopy(self.unembedding).float(), self.scale, self.softcap
         )
 
+    def with_products_in(self, dtype: torch.dtype | None) -> "ReadOut":
+        """This read-out, its modules shared, with the products of log-partitions in ``dtype``; None: that of the states."""
+        if dtype == self.product_dtype:
+            return self
+        other = copy.copy(self)
+        other.product_dtype = dtype
+        return other
+
     def cap_(self, logits: Tensor) -> Tensor:
         """Soft-capping in place, where the model has it."""
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)

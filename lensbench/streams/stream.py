@@ -3,6 +3,7 @@
 Everything downstream sees a model only through :class:`ResidualStream` and what :func:`capture` reads off it.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lensbench.errors import LensbenchError
 from lensbench.streams.parts import behind_the_head, block_input, example_inputs, find_parts, first_tensor, input_device
+from lensbench.streams.readout import ReadOut
 
 IDENTITY_TOLERANCE = 1e-4
 """Largest relative error, in float32, between reading out h_L and the model's own logits; less precise types allow more."""
@@ -84,6 +86,12 @@ class ResidualStream:
         rows = torch.arange(len(inputs))
         self.layers = len(self._blocks or reported[1:])
         self.d_model = self.seen(self.places(last, rows, torch.zeros_like(rows))).shape[-1]
+
+    def with_readout(self, readout: ReadOut) -> "ResidualStream":
+        """This stream, its model shared, with another read-out of the same modules."""
+        other = copy.copy(self)
+        other.readout = readout
+        return other
 
     @property
     def vocab_size(self) -> int:

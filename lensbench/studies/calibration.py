@@ -8,7 +8,7 @@ of the same fitted lenses on many times as many fresh tokens.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,11 @@ from lensbench.measures.evaluate import score_all
 from lensbench.measures.indices import INDICES, Means, Value, consistency, estimates, retention, with_last
 from lensbench.measures.transfer import transfer_sums
 from lensbench.measures.verdict import CANNOT_TELL, SCOPES, Span, VerdictRule, decide_on
+from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
 from lensbench.results.sums import ClusterSums
 from lensbench.runtime.files import sha256, write_atomically
+from lensbench.runtime.progress import QUIET, Progress
 from lensbench.statistics import bootstrap_weights
 from lensbench.streams.capture import Capture
 from lensbench.streams.rotated import RotatedView
@@ -251,18 +253,32 @@ def run_calibration(
     *,
     workers: int,
     code: dict[str, Any] | None = None,
-    report: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure every stream and write ``streams.csv``, ``calibration.csv`` and ``thresholds.csv``.
+    """Measure every stream and write ``streams.csv``, ``calibration.csv`` and ``thresholds.csv``; returns the first two.
 
-    Finished streams are kept and taken up.
-
-    ``code``: what the manifest says of the versions that ran.
+    Finished streams are reused. ``code``: what the manifest says of the versions that ran.
     Raises :class:`LensbenchError` where a finished stream cannot be read.
     """
+    with claimed(folder, recipe.name):
+        streams = measured_streams(recipe, folder / "streams", workers, progress)
+        summary = summarise(streams)
+        tables = {"streams.csv": streams, "calibration.csv": summary, "thresholds.csv": midpoints(streams)}
+        for name, table in tables.items():
+            write_atomically(folder / name, partial(table.to_csv, index=False, lineterminator="\n"))
+        manifest = {
+            "calibration": recipe.model_dump(mode="json"),
+            "suite_name": recipe.name,
+            "files": {name: sha256(folder / name) for name in tables},
+            "code": code,
+        }
+        write_manifest(folder, manifest)
+    return streams, summary
+
+
+def measured_streams(recipe: Calibration, kept: Path, workers: int, progress: Progress) -> pd.DataFrame:
+    """A row per stream, in the order of the recipe's jobs; each is kept in a file of its own in the folder ``kept``."""
     jobs = list(recipe.jobs())
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "streams"
     kept.mkdir(exist_ok=True)
     # What a stream's row depends on: everything but how many of them there are.
     common = {"version": VERSION} | recipe.model_dump(
@@ -274,32 +290,18 @@ def run_calibration(
         return kept / f"{job.family}-{job.number}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     wanted = [job for job in jobs if not place(job).exists()]
-    done = len(jobs) - len(wanted)
     if wanted:
-        with ProcessPoolExecutor(max_workers=workers) as pool:
+        done = len(jobs) - len(wanted)
+        with progress.task("streams", len(jobs), "streams") as task, ProcessPoolExecutor(max_workers=workers) as pool:
+            task.update(done)
             running = {pool.submit(measure, job, recipe): job for job in wanted}
-            for future in as_completed(running):
-                row = future.result()
-                write = partial(_write_row, row=row)
-                write_atomically(place(running[future]), write)
-                done += 1
-                if report is not None:
-                    report(done, len(jobs))
+            for number, future in enumerate(as_completed(running), done + 1):
+                write_atomically(place(running[future]), partial(_write_row, row=future.result()))
+                task.update(number)
     try:
-        streams = pd.DataFrame([json.loads(place(job).read_text()) for job in jobs])
+        return pd.DataFrame([json.loads(place(job).read_text()) for job in jobs])
     except (OSError, ValueError) as error:
         raise LensbenchError(f"{kept} is damaged ({error}); delete it to measure anew") from error
-    summary = summarise(streams)
-    tables = {"streams.csv": streams, "calibration.csv": summary, "thresholds.csv": midpoints(streams)}
-    for name, table in tables.items():
-        write_atomically(folder / name, partial(table.to_csv, index=False, lineterminator="\n"))
-    manifest = {
-        "calibration": recipe.model_dump(mode="json"),
-        "files": {name: sha256(folder / name) for name in tables},
-        "code": code,
-    }
-    write_manifest(folder, manifest)
-    return streams, summary
 
 
 def _write_row(path: Path, *, row: dict[str, Any]) -> None:
@@ -379,4 +381,5 @@ def share(name: str, count: int, of: int) -> dict[str, float | None]:
 
 
 def default_workers() -> int:
+    """One per core."""
     return max(1, os.cpu_count() or 1)

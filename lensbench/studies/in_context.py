@@ -36,9 +36,10 @@ from lensbench.data.recipe import TrainingRecipe
 from lensbench.data.windows import Windows
 from lensbench.models import build
 from lensbench.models.training import StepReport, train
-from lensbench.results.folder import open_run_folder
+from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
 from lensbench.runtime.files import sha256, write_atomically
+from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.stages import Stage, Stages
 from lensbench.statistics import Array
 from lensbench.studies.curves import (
@@ -49,7 +50,6 @@ from lensbench.studies.curves import (
     Scored,
     curve_table,
     differences,
-    names_of,
     score_positions,
 )
 
@@ -248,26 +248,26 @@ def windows_of(ids: NDArray[np.int64]) -> Windows:
     )
 
 
-@dataclass
-class TaskRunner:
-    """The trainings of one folder: finished ones are reused."""
+@dataclass(frozen=True)
+class TaskStages:
+    """The trainings and scores of one folder, as stages: finished ones are reused."""
 
     recipe: InContext
     stages: Stages
     device: torch.device
-    say: Callable[[str, float, bool], None]
-    tick: Callable[[int, str], None]
-    finished: int = 0
-    """Trainings that are done, those of earlier runs among them."""
+    progress: Progress
 
     def stage(self, name: str, key: dict[str, Any], compute: Callable[[Path], None]) -> Stage:
+        """The stage of this name, computed unless it is finished, and reported."""
         found = self.stages.run(name, {**key, "code": VERSION, "device": self.device.type}, compute)
-        self.say(name, self.stages.seconds[name], found.reused)
+        self.progress.finished(name, self.stages.seconds[name], found.reused)
         return found
 
     def trained(self, task: TaskRecipe, who: Contestant, seed: int, rate: float) -> Stage:
+        """The stage that trains a model on a task."""
         recipe = self.recipe.training.model_copy(update={"learning_rate": rate})
         shape = {key: getattr(self.recipe, key) for key in ("d_model", "layers", "heads", "parameters")}
+        name = f"train-{task.name}-{who.name}-seed{seed}-{rate:g}"
 
         def compute(folder: Path) -> None:
             network = build(
@@ -278,24 +278,19 @@ class TaskRunner:
                 return torch.from_numpy(task.documents([0, seed, step], recipe.batch, recipe.length))
 
             start = time.perf_counter()
+            with self.progress.task(name, recipe.steps, "steps") as under_way:
 
-            def report(at: StepReport) -> None:
-                rate = at.tokens / (time.perf_counter() - start)
-                self.tick(
-                    self.finished,
-                    f"{task.name}, {who.name}: step {at.step} of {at.steps}, loss {at.loss:.3f}, {rate:,.0f} tokens/s",
-                )
+                def report(at: StepReport) -> None:
+                    rate = at.tokens / (time.perf_counter() - start)
+                    under_way.update(at.step, f"loss {at.loss:.3f}, {rate:,.0f} tokens/s")
 
-            train(network, batch, recipe, seed=seed, checkpoints=folder, device=self.device, report=report)
+                train(network, batch, recipe, seed=seed, checkpoints=folder, device=self.device, report=report)
             network.cpu().save_pretrained(folder)
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
         key = {"task": task.model_dump(), "model": {"family": who.family, **shape, **who.settings}, "seed": seed}
         key["training"] = recipe.model_dump(exclude={"checkpoint_every"})
-        found = self.stage(f"train-{task.name}-{who.name}-seed{seed}-{rate:g}", key, compute)
-        self.finished += 1
-        self.tick(self.finished, "")
-        return found
+        return self.stage(name, key, compute)
 
     def scored(self, task: TaskRecipe, training: Stage, split: int) -> Scored:
         """Summed nats of whole documents that training has not seen."""
@@ -312,6 +307,14 @@ class TaskRunner:
             self.stage(f"score-{part}-{training.folder.name.removeprefix('train-')}", key, compute).folder
         )
 
+    def best_rate(self, task: TaskRecipe, who: Contestant) -> float:
+        """The learning rate whose training predicts the dev documents best."""
+        tried = {}
+        for rate in self.recipe.learning_rates:
+            dev = self.scored(task, self.trained(task, who, self.recipe.tuning_seed, rate), DEV)
+            tried[rate] = float(dev.nats.sum() / dev.tokens.sum())
+        return min(tried, key=lambda rate: tried[rate])
+
     def bound(self, task: TaskRecipe) -> Scored:
         """The same sums of the Bayes predictor, on the documents that are reported."""
         ids = task.documents([EVAL, 0, 1], self.recipe.documents, self.recipe.training.length)
@@ -322,79 +325,61 @@ class TaskRunner:
         sizes = np.tile(np.diff(edges).astype(float), (len(ids), 1))
         return Scored(sums, sizes, np.arange(len(ids)))
 
+    def tables(self, task: TaskRecipe) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+        """The rows of ``task.csv`` and of ``differences.csv`` of one task."""
+        recipe, bound = self.recipe, self.bound(task)
+        losses = [CurvePoint(BOUND, recipe.seeds[0], 0, 0.0, bound)]
+        excess: list[CurvePoint] = []
+        chosen: dict[str, float] = {}
+        for who in recipe.contestants:
+            chosen[who.name] = best = self.best_rate(task, who)
+            for seed in recipe.seeds:
+                scored = self.scored(task, self.trained(task, who, seed, best), EVAL)
+                above = Scored(scored.nats - bound.nats, scored.tokens, scored.cluster)
+                losses.append(CurvePoint(who.name, seed, recipe.training.tokens, 0.0, scored))
+                excess.append(CurvePoint(who.name, seed, recipe.training.tokens, 0.0, above))
+        length = recipe.training.length
+        table = curve_table(losses, recipe.positions, length, recipe.draws)
+        beyond = curve_table(excess, recipe.positions, length, recipe.draws)
+        renamed = {"ce": "excess", "ce_ci_low": "excess_ci_low", "ce_ci_high": "excess_ci_high"}
+        where = ["model", "seed", "train_tokens", "positions"]
+        table = table.merge(beyond.rename(columns=renamed).drop(columns="reason"), on=where, how="left")
+        table.insert(0, "task", task.name)
+        table["learning_rate"] = table["model"].map(chosen)
+        ends = {min(recipe.learning_rates), max(recipe.learning_rates)} if len(recipe.learning_rates) > 1 else set()
+        table["at_edge"] = table["learning_rate"].isin(ends) & table["learning_rate"].notna()
+        gaps = []
+        for against, model in itertools.combinations((c.name for c in recipe.contestants), 2):
+            for gap in differences(beyond, model, against):
+                del gap["train_tokens"]
+                gaps.append({"task": task.name, "model": model, "against": against, **gap})
+        return table.drop(columns="train_tokens"), gaps
+
 
 def run_in_context(
-    recipe: InContext,
-    folder: Path,
-    *,
-    device: torch.device,
-    say: Callable[[str, float, bool], None],
-    tick: Callable[[int, str], None],
-    code: dict[str, Any],
+    recipe: InContext, folder: Path, *, device: torch.device, code: dict[str, Any], progress: Progress = QUIET
 ) -> dict[str, pd.DataFrame]:
     """Train and score every model on every task; ``task.csv``, ``differences.csv`` and a manifest in ``folder``.
 
     Each model tries the same learning rates on each task with a seed of their own, the best on the dev documents trains the
     reported ones; ``at_edge``: it is the largest or smallest tried. ``p`` is uncorrected, ``p_holm`` of the claim alone.
-    ``tick`` gets the number of trainings that are done and a remark. Finished trainings are reused.
+    ``code``: what the manifest says of the versions that ran. Finished trainings are reused.
     Raises :class:`LensbenchError` for a folder that holds something else.
     """
-    from lensbench.report.figures import studies as figures
-    from lensbench.report.figures.style import write_figure
-
-    lock = open_run_folder(folder, recipe.name)
-    before = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads or before)
-    try:
-        runner = TaskRunner(recipe, Stages(folder / "stages"), device, say, tick)
-        tables, gaps = [], []
-        for task in recipe.tasks:
-            bound = runner.bound(task)
-            losses: list[CurvePoint] = [CurvePoint(BOUND, recipe.seeds[0], 0, 0.0, bound)]
-            excess: list[CurvePoint] = []
-            chosen: dict[str, float] = {}
-            for who in recipe.contestants:
-                tried = {}
-                for rate in recipe.learning_rates:
-                    dev = runner.scored(task, runner.trained(task, who, recipe.tuning_seed, rate), DEV)
-                    tried[rate] = float(dev.nats.sum() / dev.tokens.sum())
-                chosen[who.name] = best = min(tried, key=lambda rate: tried[rate])
-                for seed in recipe.seeds:
-                    scored = runner.scored(task, runner.trained(task, who, seed, best), EVAL)
-                    above = Scored(scored.nats - bound.nats, scored.tokens, scored.cluster)
-                    losses.append(CurvePoint(who.name, seed, recipe.training.tokens, 0.0, scored))
-                    excess.append(CurvePoint(who.name, seed, recipe.training.tokens, 0.0, above))
-            length = recipe.training.length
-            table = curve_table(losses, recipe.positions, length, recipe.draws)
-            beyond = curve_table(excess, recipe.positions, length, recipe.draws)
-            renamed = {"ce": "excess", "ce_ci_low": "excess_ci_low", "ce_ci_high": "excess_ci_high"}
-            where = ["model", "seed", "train_tokens", "positions"]
-            table = table.merge(beyond.rename(columns=renamed).drop(columns="reason"), on=where, how="left")
-            table.insert(0, "task", task.name)
-            table["learning_rate"] = table["model"].map(chosen)
-            ends = {min(recipe.learning_rates), max(recipe.learning_rates)} if len(recipe.learning_rates) > 1 else set()
-            table["at_edge"] = table["learning_rate"].isin(ends) & table["learning_rate"].notna()
-            tables.append(table.drop(columns="train_tokens"))
-            for against, model in itertools.combinations((c.name for c in recipe.contestants), 2):
-                for gap in differences(beyond, model, against):
-                    del gap["train_tokens"]
-                    gaps.append({"task": task.name, "model": model, "against": against, **gap})
+    with claimed(folder, recipe.name, recipe.threads):
+        progress.stages(2 * recipe.trainings)
+        stages = TaskStages(recipe, Stages(folder / "stages"), device, progress)
+        found = [stages.tables(task) for task in recipe.tasks]
+        gaps = [gap for _, of_task in found for gap in of_task]
         correct(gaps, recipe)
-        written = {TABLE: pd.concat(tables, ignore_index=True), GAPS: pd.DataFrame(gaps)}
+        written = {TABLE: pd.concat([table for table, _ in found], ignore_index=True), GAPS: pd.DataFrame(gaps)}
         for name, table in written.items():
-            write = partial(table.to_csv, index=False, lineterminator="\n")
-            write_atomically(folder / name, write)
-        told = written[TABLE][written[TABLE]["positions"] != ALL]
-        figure = figures.in_context(told, names_of(recipe.positions, recipe.training.length))
-        write_atomically(folder / "in_context.png", partial(write_figure, figure))
+            write_atomically(folder / name, partial(table.to_csv, index=False, lineterminator="\n"))
         manifest = {"in_context": recipe.model_dump(mode="json"), "suite_name": recipe.name, **code}
         manifest["files"] = {name: sha256(folder / name) for name in written}
-        manifest["seconds"] = dict(sorted(runner.stages.seconds.items()))
+        manifest["seconds"] = dict(sorted(stages.stages.seconds.items()))
         write_manifest(folder, manifest)
         return written
-    finally:
-        torch.set_num_threads(before)
-        lock.release()
 
 
 def correct(gaps: list[dict[str, Any]], recipe: InContext) -> None:

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from lensbench.results.folder import open_run_folder
+from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
 from lensbench.runtime.files import sha256, write_atomically
+from lensbench.runtime.progress import QUIET, Progress, Task
 from lensbench.runtime.stages import Stage, Stages
 from lensbench.statistics import Array, bootstrap_weights, interval, over_seeds
 
@@ -144,7 +145,7 @@ def train(
     attention: str,
     seed: int,
     folder: Path,
-    tick: Callable[[int, str], None],
+    task: Task,
 ) -> None:
     """Train a regressor on fresh tasks at every step and save its weights."""
     with torch.random.fork_rng(devices=[]):
@@ -162,7 +163,7 @@ def train(
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
-            tick(step + 1, f"squared error {loss.item():.3f}")
+            task.update(step + 1, f"squared error {loss.item():.3f}")
     save_file(model.state_dict(), folder / "model.safetensors")
 
 
@@ -221,53 +222,48 @@ def compared(
 
 
 def run_regression(
-    recipe: RegressionRecipe,
-    folder: Path,
-    *,
-    code: dict[str, Any],
-    stage: Callable[[str, int, str], Callable[[int, str], None]],
-    finished: Callable[[str, float, bool], None],
+    recipe: RegressionRecipe, folder: Path, *, code: dict[str, Any], progress: Progress = QUIET
 ) -> pd.DataFrame:
-    """Train what is not trained yet, and write ``regression.csv``, a figure and a manifest into ``folder``."""
-    from lensbench.report.figures import studies as figures
-    from lensbench.report.figures.style import write_figure
+    """Train what is not trained yet, and write ``regression.csv`` and a manifest into ``folder``; returns the table.
 
-    lock = open_run_folder(folder, recipe.name)
-    before = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads or before)
-    try:
+    ``code``: what the manifest says of the versions that ran.
+    """
+    with claimed(folder, recipe.name, recipe.threads):
         stages = Stages(folder / "stages")
+        every = list(itertools.product(recipe.layers, recipe.attention, recipe.seeds))
+        progress.stages(len(every))
         rows = []
-        apart = {"name", "question", "seeds", "layers", "attention", "threads", "test_tasks", "draws"}
-        settings = recipe.model_dump(mode="json", exclude=apart)
-        for layers, attention, seed in itertools.product(recipe.layers, recipe.attention, recipe.seeds):
-            name = f"train-{attention}-{layers}-seed{seed}"
-            key = {"version": VERSION, **settings, "layers": layers, "attention": attention, "seed": seed}
-
-            def compute(
-                into: Path, layers: int = layers, attention: str = attention, seed: int = seed, name: str = name
-            ) -> None:
-                train(recipe, layers, attention, seed, into, stage(name, recipe.steps, "steps"))
-
-            done: Stage = stages.run(name, key, compute)
-            finished(name, stages.seconds[name], done.reused)
+        for layers, attention, seed in every:
             model = InContextRegressor(recipe.dimensions, layers, attention)
-            model.load_state_dict(load_file(done.folder / "model.safetensors"))
+            trained = training(recipe, stages, layers, attention, seed, progress)
+            model.load_state_dict(load_file(trained.folder / "model.safetensors"))
             rows += compared(recipe, layers, attention, seed, model)
         table = pd.DataFrame(rows)
-        table = pd.concat([table, mean_over_seeds(table)], ignore_index=True)
-        write = partial(table.to_csv, index=False, lineterminator="\n")
-        write_atomically(folder / TABLE, write)
-        figure = figures.regression(table)
-        write_atomically(folder / "regression.png", partial(write_figure, figure))
+        table = pd.concat([table, seed_means(table)], ignore_index=True)
+        write_atomically(folder / TABLE, partial(table.to_csv, index=False, lineterminator="\n"))
         manifest = {"regression": recipe.model_dump(mode="json"), "suite_name": recipe.name, **code}
         manifest["files"] = {TABLE: sha256(folder / TABLE)}
         manifest["seconds"] = dict(sorted(stages.seconds.items()))
         write_manifest(folder, manifest)
         return table
-    finally:
-        torch.set_num_threads(before)
-        lock.release()
+
+
+def training(
+    recipe: RegressionRecipe, stages: Stages, layers: int, attention: str, seed: int, progress: Progress
+) -> Stage:
+    """The stage that trains one model."""
+    apart = {"name", "question", "seeds", "layers", "attention", "threads", "test_tasks", "draws"}
+    settings = recipe.model_dump(mode="json", exclude=apart)
+    name = f"train-{attention}-{layers}-seed{seed}"
+
+    def compute(into: Path) -> None:
+        with progress.task(name, recipe.steps, "steps") as task:
+            train(recipe, layers, attention, seed, into, task)
+
+    key = {"version": VERSION, **settings, "layers": layers, "attention": attention, "seed": seed}
+    found = stages.run(name, key, compute)
+    progress.finished(name, stages.seconds[name], found.reused)
+    return found
 
 
 KEYS = ["layers", "attention", "against", "quantity"]
@@ -279,7 +275,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     return rows.drop_duplicates(KEYS, keep="last")
 
 
-def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+def seed_means(table: pd.DataFrame) -> pd.DataFrame:
     """``seed = all``: the mean with its Student-t interval, where there are several seeds."""
     if table["seed"].nunique() < 2:
         return table.iloc[:0]

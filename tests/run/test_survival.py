@@ -63,12 +63,12 @@ def test_fifty_kills_change_no_byte_of_a_result(tiny_suite, tmp_path):
 
 
 def test_a_folder_that_holds_no_more_than_a_lock_is_a_new_one(tiny_suite, tmp_path):
-    from lensbench.results.folder import open_run_folder
+    from lensbench.results.folder import lock_run_folder
 
     for left in (".lock", "run.json.partial"):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / left).write_text("")
-    open_run_folder(tmp_path / "run", "tiny").release()
+    lock_run_folder(tmp_path / "run", "tiny").release()
 
 
 # Disks

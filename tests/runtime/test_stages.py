@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lensbench.errors import LensbenchError
-from lensbench.results.folder import open_run_folder
+from lensbench.results.folder import lock_run_folder
 from lensbench.runtime.stages import NOTHING_KEPT, NotFinished, Pieces, Stages
 
 
@@ -76,20 +76,21 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 def test_a_run_folder_belongs_to_one_suite_and_one_run_at_a_time(tmp_path):
-    lock = open_run_folder(tmp_path / "run", "quick")
+    lock = lock_run_folder(tmp_path / "run", "quick")
     with pytest.raises(LensbenchError, match="another run is writing"):
-        open_run_folder(tmp_path / "run", "quick")
+        lock_run_folder(tmp_path / "run", "quick")
+    Stages(tmp_path / "run" / "stages").run("a", {"x": 1}, write("precious"))
     lock.release()
     with pytest.raises(LensbenchError, match="holds a run of suite 'quick', not 'slow'"):
-        open_run_folder(tmp_path / "run", "slow")
+        lock_run_folder(tmp_path / "run", "slow")
     foreign = tmp_path / "home"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     with pytest.raises(LensbenchError, match="not empty and not a run folder"):
-        open_run_folder(foreign, "quick")
+        lock_run_folder(foreign, "quick")
     assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
     with pytest.raises(LensbenchError, match="is a file"):
-        open_run_folder(foreign / "thesis.tex", "quick")
+        lock_run_folder(foreign / "thesis.tex", "quick")
 
 
 def test_the_record_says_what_was_written(tmp_path):

@@ -1,0 +1,100 @@
+"""What the stages of a run share: its suite, its folder, its processes, and what has been loaded so far."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lensbench.data.corpus import Corpus
+from lensbench.data.images import ImageSet
+from lensbench.data.inputs import Data
+from lensbench.runtime.environment import git_revision
+from lensbench.runtime.progress import QUIET, Progress
+from lensbench.runtime.ranks import ALONE, Ranks
+from lensbench.runtime.stages import Stage, Stages
+from lensbench.streams.stream import ResidualStream
+from lensbench.suite.recipes import Suite
+
+CODE_VERSION = 3
+"""Raised when lensbench measures something else from the same settings; manifests report it."""
+
+
+STAGE_FORMAT = 1
+"""Raised when the files of a stage change, so that stages of earlier versions are computed anew."""
+
+
+@dataclass
+class Cache:
+    """What a run has read and loaded so far, each once."""
+
+    stages: dict[str, Stage] = field(default_factory=dict)
+    """Finished stages by name: two views of a model share its training"""
+    streams: dict[tuple[str, str], ResidualStream] = field(default_factory=dict)
+    """Streams of one model at a time, by its digest and the view"""
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What each pretrained source holds"""
+    data: dict[str, Data] = field(default_factory=dict)
+    """Tokenised texts, or images, by the name of the tokenizer"""
+    corpus: Corpus | None = None
+    images: ImageSet | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """A suite, and where and how its stages are computed.
+
+    Copies made with :func:`dataclasses.replace` share stages and cache.
+    """
+
+    suite: Suite
+    stages: Stages
+    device: torch.device
+    progress: Progress = QUIET
+    ranks: Ranks = ALONE
+    """The processes that train, fit and score together; the first one does everything else."""
+    compute: bool = True
+    """Whether missing stages are computed; else one raises :class:`lensbench.runtime.stages.NotFinished`."""
+    probes: tuple[str, ...] = ()
+    """The probes that are computed, all of the suite's where it is empty; finished results of others are still read."""
+    max_hours: float = 1.0
+    """A run to a stated precision is refused where scoring is predicted to take longer."""
+    sequences: int | None = None
+    """How many held-out sequences are scored, in place of the suite's number: what its precision needs."""
+    cache: Cache = field(default_factory=Cache)
+    revision: str | None = field(default_factory=git_revision)
+    """Of the code that runs, whatever is committed meanwhile."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.stages.root.parent
+
+    @property
+    def unit(self) -> str:
+        """What a model makes one prediction for: ``token`` or ``image``."""
+        return "token" if self.suite.images is None else "image"
+
+    def stage(
+        self, name: str, key: dict[str, Any], compute: Callable[[Path], None], *, together: bool = False
+    ) -> Stage:
+        """The stage of this name, computed unless it is finished, and reported once.
+
+        Of several processes the first computes alone, or all ``together``. Raises
+        :class:`lensbench.runtime.stages.NotFinished` where it is missing and this context computes nothing.
+        """
+        if name in self.cache.stages:
+            return self.cache.stages[name]
+        full = {**key, "code": CODE_VERSION, "format": STAGE_FORMAT, "device": self.device.type}
+        stage = self.stages.run(name, full, compute if self.compute else None, together=together)
+        self.progress.finished(name, self.stages.seconds[name], stage.reused)
+        self.cache.stages[name] = stage
+        return stage
+
+
+def digest_of(key: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a key."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

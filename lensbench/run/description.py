@@ -1,0 +1,77 @@
+"""The manifest of a run: everything needed to run it again, and to tell whether two runs measure the same thing."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lensbench.data.inputs import documents_of
+from lensbench.models.pretrained import named
+from lensbench.results.manifest import SCHEMA_VERSION
+from lensbench.run.context import CODE_VERSION, Context
+from lensbench.run.inputs import identity_of, source_of
+from lensbench.runtime.environment import hardware, versions
+from lensbench.runtime.files import sha256
+from lensbench.suite.recipes import ModelRecipe
+
+
+def describe(
+    context: Context, counted: dict[str, dict[str, Any]], models: list[ModelRecipe], files: list[str], drawn: list[str]
+) -> dict[str, Any]:
+    """The manifest of a finished run.
+
+    ``counted``: what :func:`lensbench.run.baselines.baselines` found for each tokenizer; the first one's stands at the top.
+    """
+    suite = context.suite
+    first = next(iter(counted.values()))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "code_version": CODE_VERSION,
+        "suite_name": suite.name,
+        "suite": described_suite(context),
+        "models": [m.name for m in models],
+        "seeds": list(suite.seeds),
+        "corpus": {
+            "spec": spec_of(context),
+            "checksum": source_of(context).checksum,
+            "documents": documents_of(source_of(context)),
+            "tokens": first["tokens"],
+        },
+        "scored": {
+            **first["scored"],
+            "sequences_asked": context.sequences or suite.evaluate.sequences,
+            "first_position": suite.evaluate.first_position,
+        },
+        "tokenizers": {name: {"tokens": c["tokens"], "scored": c["scored"]} for name, c in counted.items()},
+        "sources": {m.name: source_facts(context, m.source) for m in models if m.source is not None},
+        "files": {name: sha256(context.folder / name) for name in files},
+        "figures": drawn,
+        "seconds": dict(sorted(context.stages.seconds.items())),
+        "peak_gib": max(context.stages.peak_gib.values()),
+        "versions": versions(),
+        "hardware": {**hardware(context.device), "processes": context.ranks.size},
+        "git_revision": context.revision,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def spec_of(context: Context) -> str:
+    """The text or images as results name them: the same text is the same corpus wherever it lies."""
+    suite = context.suite
+    given = suite.corpus.spec if suite.images is None else suite.images.spec
+    kind, _, rest = given.partition(":")
+    return f"{kind}:{Path(rest).name}" if kind in ("file", "folder") else given
+
+
+def source_facts(context: Context, source: str) -> dict[str, str]:
+    """A pretrained model's source by name, and what it holds."""
+    return {"source": named(source), **identity_of(context, source)}
+
+
+def described_suite(context: Context) -> dict[str, Any]:
+    """The suite's settings, without folders of this machine."""
+    suite = context.suite
+    described = suite.described()
+    described["corpus" if suite.images is None else "images"]["spec"] = spec_of(context)
+    for model in described["models"]:
+        model.update({key: named(model[key]) for key in ("source", "lens") if model[key] is not None})
+    return described

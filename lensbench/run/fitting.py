@@ -1,0 +1,108 @@
+"""The stage that fits the lenses of a model."""
+
+from pathlib import Path
+from typing import Any
+
+from lensbench.errors import LensbenchError
+from lensbench.lenses.fit import Fit, fit_all, fit_steps
+from lensbench.lenses.maps import AffineMaps, save_maps
+from lensbench.lenses.moments import Moments
+from lensbench.lenses.tuned import SharedLens, load_tuned_lens, maps_of, save_tuned_lens, tuned_lens
+from lensbench.run.capturing import captured_states
+from lensbench.run.context import Context
+from lensbench.run.inputs import data_of
+from lensbench.run.origin import Origin, origin_of, stream_of
+from lensbench.run.sources import lens_identity
+from lensbench.runtime.files import write_json
+from lensbench.runtime.stages import Pieces, Stage
+from lensbench.streams.readout import ReadOut
+from lensbench.streams.rotated import RotatedView
+from lensbench.streams.stream import ResidualStream
+from lensbench.suite.recipes import ModelRecipe
+
+ROTATION = "rotation.safetensors"
+"""In the fit stage of a rotated view: the maps that its states were seen through."""
+
+
+ROTATED_MODELS = 1_000_000
+"""First seed of the maps of rotated views that are models of a suite; those of the nulls count from zero."""
+
+
+def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
+    """The stage that fits a model's lenses, for one view and seed."""
+    origin, data, recipe = origin_of(context, model, seed), data_of(context, model), context.suite.fit
+    who = f"{model.name}-seed{seed}"
+
+    def compute(folder: Path) -> None:
+        stream = stream_of(context, origin, model.view)
+        if stream.layers < 2:
+            raise LensbenchError(f"model {model.name} has one layer: there is nothing to transfer a lens to")
+        loaded = None if model.lens is None else loaded_lens(model.lens, stream)
+        samples = data.samples("fit", recipe.sequences, recipe.positions)
+        captured, _ = captured_states(context, stream, samples, name=f"capture-fit-{who}", ranks=context.ranks)
+        samples, constant = data.samples("dev", recipe.dev_sequences, recipe.dev_positions), captured.mean_p
+        dev, readout = captured_states(
+            context, stream, samples, name=f"capture-dev-{who}", constant=constant, ranks=context.ranks
+        )
+        if model.rotated:
+            covariance = Moments.of(captured).covariance
+            view = RotatedView.random(covariance, seed=ROTATED_MODELS + seed, variance=recipe.variance)
+            view.save(folder / ROTATION)
+            captured, dev = view.apply(captured), view.apply(dev)
+        pieces = Pieces(folder / "pieces", context.ranks)
+        steps = fit_steps(recipe, stream.layers, loaded=loaded is not None)
+        with context.progress.task(f"fit-{who}", steps, "lenses") as task:
+            fitted = fit_all(
+                readout, captured, dev, recipe, seed=seed, loaded=loaded, pieces=pieces, report=task.update
+            )
+        save_fit(fitted, readout, folder, label_of(context, model, origin))
+        pieces.clear()
+
+    key: dict[str, Any] = {
+        "trained": origin.digest,
+        "texts": data.digest,
+        "length": context.suite.length,
+        "view": model.view,
+        "fit": recipe.model_dump(exclude={"memory_gib"}),
+        "seed": seed,
+        "first_position": context.suite.evaluate.first_position,
+    }
+    if model.rotated:
+        key["rotated"] = True
+    if model.lens is not None:
+        key["lens"] = lens_identity(model.lens)
+    return context.stage(f"fit-{who}", key, compute, together=True)
+
+
+def save_fit(fitted: Fit, readout: ReadOut, folder: Path, label: str) -> None:
+    """Write all maps, their summary, and the lenses that others load, in the format of tuned-lens."""
+    maps = fitted.maps
+    save_maps(maps, folder / "maps.safetensors")
+    write_json(folder / "fit.json", fitted.summary.model_dump())
+    save_tuned_lens(tuned_lens(readout, maps["own_refined"], model_name=label), folder / "tuned")
+    save_tuned_lens(tuned_lens(readout, maps["transfer"], model_name=label), folder / "tuned_headline")
+    SharedLens.from_maps(readout, maps["shared_refined"]).save(folder / "shared")
+    SharedLens.from_maps(readout, maps["shared_bias"]).save(folder / "shared_bias")
+
+
+def label_of(context: Context, model: ModelRecipe, origin: Origin) -> str:
+    """The model's name in the lenses that others load: its source, or ``SUITE/MODEL``."""
+    label = origin.facts["source"] or f"{context.suite.name}/{model.name}"
+    return str(label).removeprefix("hub:")
+
+
+def loaded_lens(source: str, stream: ResidualStream) -> AffineMaps:
+    """Per-layer lenses that others fitted, ``[L, d, d]``; raises :class:`LensbenchError` for those of another model."""
+    maps = maps_of(load_tuned_lens(stream.readout, source))
+    if maps.offset.shape != (stream.layers, stream.d_model):
+        raise LensbenchError(
+            f"{source}: the lens has {maps.offset.shape[0]} layers of width {maps.offset.shape[1]}, "
+            f"the model {stream.layers} of {stream.d_model}"
+        )
+    return maps
+
+
+def rotation_of(fitted: Stage) -> RotatedView | None:
+    """The maps that a rotated view's states are seen through; None for a model as it is."""
+    path = fitted.folder / ROTATION
+    return RotatedView.load(path) if path.exists() else None

@@ -1,0 +1,113 @@
+"""Where a model of a run comes from: trained here, or loaded from a source."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lensbench.data.inputs import Texts
+from lensbench.errors import LensbenchError
+from lensbench.models.pretrained import check_context, check_vocabulary, load_model, locate, named
+from lensbench.results.manifest import MANIFEST
+from lensbench.run.context import Context, digest_of
+from lensbench.run.inputs import corpus_of, data_of, identity_of
+from lensbench.run.training import loader_of, trained_network, training
+from lensbench.runtime.environment import choose_device, dtype_named
+from lensbench.streams.stream import ResidualStream
+from lensbench.suite.recipes import ModelRecipe
+
+REMEDY = "set evaluate.length to {} or less, in a copy of the suite's file"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model of a run: what identifies it, and how it is loaded."""
+
+    name: str
+    digest: str
+    load: Callable[[], PreTrainedModel]
+    facts: dict[str, Any]
+    """``family, source, dtype, train_tokens`` of ``models.csv``."""
+
+
+def origin_of(context: Context, model: ModelRecipe, seed: int) -> Origin:
+    """The model itself, trained first where the suite trains it."""
+    owner = context.suite.trained(model)
+    if owner.source is not None:
+        return _pretrained(context, owner, owner.source)
+    stage = training(context, data_of(context), owner, seed)
+    recipe = context.suite.training
+    facts = {
+        "family": owner.family,
+        "source": None,
+        "dtype": "float32",
+        "train_tokens": 0 if owner.untrained else recipe.steps * recipe.batch * recipe.length,
+    }
+    return Origin(owner.name, stage.digest, partial(trained_network, context, stage), facts)
+
+
+def _pretrained(context: Context, owner: ModelRecipe, source: str) -> Origin:
+    device = context.device if owner.device is None else choose_device(owner.device)
+    if context.suite.images is None and source not in context.cache.sources and trained_on_this(context, source):
+        context.progress.say(
+            f"model {owner.name} was trained by a run of lensbench on this text, split another way: some of what it "
+            "is scored on here it was trained on; give --corpus another text, or the suite that run's corpus settings"
+        )
+    key: dict[str, Any] = {"source": identity_of(context, source), "dtype": owner.dtype}
+    if owner.device is not None:
+        key["device"] = device.type
+    # What was trained elsewhere was not trained on tokens that can be counted here.
+    facts = {"family": None, "source": named(source), "dtype": owner.dtype, "train_tokens": None}
+    return Origin(owner.name, digest_of(key), partial(_load, context, owner, source, device), facts)
+
+
+def _load(context: Context, owner: ModelRecipe, source: str, device: torch.device) -> PreTrainedModel:
+    """A pretrained model, checked against the text that it is to read."""
+    with context.progress.task(f"load-{owner.name}", 1, "models") as task:
+        network = load_model(
+            source,
+            dtype=dtype_named(owner.dtype),
+            device=device,
+            device_map=owner.device_map,
+            loader=loader_of(context),
+        )
+        data = data_of(context, owner)
+        if isinstance(data, Texts):
+            check_context(f"model {owner.name}", network.config, context.suite.length, REMEDY)
+            check_vocabulary(source, data.tokenizer, network.config.get_text_config().vocab_size)
+            data.within(network)
+        task.update(1)
+    return network
+
+
+def trained_on_this(context: Context, source: str) -> bool:
+    """Whether a model of a run's stage was trained on text that this suite may fit or score on."""
+    own_tokenizer = locate(source).own_tokenizer
+    if own_tokenizer is None:
+        return False
+    try:
+        manifest = json.loads((own_tokenizer.parents[2] / MANIFEST).read_text())
+        theirs, checksum = manifest["suite"]["corpus"], manifest["corpus"]["checksum"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # a run that has not finished does not say
+    split = {"train", "fit", "dev", "eval", "seed"}
+    same_split = {k: theirs[k] for k in split} == context.suite.corpus.model_dump(include=split)
+    return checksum == corpus_of(context).checksum and not same_split
+
+
+def stream_of(context: Context, origin: Origin, view: str) -> ResidualStream:
+    """The stream of a model, loaded when it is first needed; one model at a time is kept, with all its views."""
+    streams, key = context.cache.streams, (origin.digest, view)
+    if key not in streams:
+        same = next((s.model for (digest, _), s in streams.items() if digest == origin.digest), None)
+        streams.clear()  # before the next one is loaded: two models at once may not fit
+        network = origin.load() if same is None else same
+        try:
+            streams[key] = ResidualStream(network, view)
+        except LensbenchError as error:
+            raise LensbenchError(f"model {origin.name}: {error}") from error
+    return streams[key]

@@ -1,0 +1,106 @@
+"""The stages that run the suite's probes on a model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lensbench.data.inputs import Texts
+from lensbench.data.samples import Samples
+from lensbench.lenses.fit import FitSummary
+from lensbench.lenses.maps import load_maps
+from lensbench.probes.registry import PROBES, Found, load_found
+from lensbench.probes.subject import ReadText, Subject
+from lensbench.run.capturing import captured_states
+from lensbench.run.context import Context
+from lensbench.run.fitting import fitting, rotation_of
+from lensbench.run.inputs import data_of, eval_samples
+from lensbench.run.origin import origin_of, stream_of
+from lensbench.runtime.progress import QUIET
+from lensbench.runtime.stages import NotFinished
+from lensbench.streams.capture import Capture
+from lensbench.streams.readout import ReadOut
+from lensbench.suite.recipes import ModelRecipe
+
+
+def probing(context: Context, model: ModelRecipe, seed: int) -> list[Found]:
+    """What the suite's probes measure of a model, each in a stage of its own.
+
+    Probes that this context does not compute are read where they are finished, and left out where they are not.
+    """
+    if not context.suite.probes:
+        return []
+    fitted, count = fitting(context, model, seed), probe_sequences(context)
+    evaluate = context.suite.evaluate.model_dump(include={"positions", "max_share"})
+    subject = cache(lambda: subject_of(context, model, seed))  # loaded when the first unfinished probe asks
+    found = []
+    for name in context.suite.probes:
+        key = {"fit": fitted.digest, "probe": name, "evaluate": {"probe_sequences": count, **evaluate}}
+
+        def measure(folder: Path, name: str = name) -> None:
+            PROBES[name](subject()).save(folder)
+
+        asked = not context.probes or name in context.probes
+        computing = context if asked else replace(context, compute=False, progress=QUIET)
+        try:
+            stage = computing.stage(f"probe-{name}-{model.name}-seed{seed}", key, measure)
+        except NotFinished:
+            if asked or not context.compute:
+                raise
+            continue
+        found.append(load_found(stage.folder))
+    return found
+
+
+def probe_sequences(context: Context) -> int:
+    """How many sequences probes read: no more than are scored, whose clusters are the probes' too."""
+    evaluate = context.suite.evaluate
+    return min(evaluate.probe_sequences, context.sequences or evaluate.sequences)
+
+
+def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
+    """A model with its lenses and samples, as probes look at it."""
+    fitted, data, recipe = fitting(context, model, seed), data_of(context, model), context.suite.fit
+    who, rotation = f"{model.name}-seed{seed}", rotation_of(fitted)
+    stream = stream_of(context, origin_of(context, model, seed), model.view)
+    kept, maps = FitSummary.load(fitted.folder / "fit.json"), load_maps(fitted.folder / "maps.safetensors")
+    scored = eval_samples(context, data, probe_sequences(context))
+    samples: dict[str, Callable[[], Samples]] = {
+        "fit": lambda: data.samples("fit", recipe.sequences, recipe.positions),
+        "dev": lambda: data.samples("dev", recipe.dev_sequences, recipe.dev_positions),
+        "eval": lambda: scored,
+    }
+
+    @cache
+    def read(split: str) -> tuple[Capture, ReadOut]:
+        constant = None if split == "fit" else torch.tensor(kept.constant)
+        name = f"capture-probe-{split}-{who}"
+        return captured_states(context, stream, samples[split](), name=name, constant=constant, rotation=rotation)
+
+    # Products of log-partitions are made in half precision on GPUs alone, where the scored states allow it.
+    on_gpu = stream.device.type == "cuda"
+
+    ticks: dict[str, Callable[[int, str], None]] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in ticks:
+            ticks[what] = context.progress.stage(f"{what}-{who}", total, "inputs")
+        ticks[what](done, "")
+
+    return Subject(
+        stream.with_readout(read("eval")[1]) if on_gpu else stream,
+        scored,
+        kept.layers,
+        maps["transfer"],
+        model.rotated,
+        lambda split: read(split)[0],
+        maps["own"],
+        maps["shared"],
+        ReadText(data.samples("fit", recipe.sequences, recipe.positions), data.bigram, data.tokenizer)
+        if isinstance(data, Texts)
+        else None,
+        report,
+        lambda line: context.progress.say(f"{model.name}: {line}"),
+    )

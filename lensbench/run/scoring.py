@@ -1,0 +1,75 @@
+"""The stage that scores the lenses of a model on held-out text."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lensbench.lenses.fit import Fit, FitSummary
+from lensbench.lenses.maps import load_maps
+from lensbench.measures.evaluate import score_all, score_steps
+from lensbench.models import count_parameters
+from lensbench.results.folder import write_sequences
+from lensbench.run.capturing import captured_states
+from lensbench.run.context import Context
+from lensbench.run.fitting import fitting, rotation_of
+from lensbench.run.inputs import data_of, eval_samples
+from lensbench.run.origin import Origin, origin_of, stream_of
+from lensbench.runtime.files import write_json
+from lensbench.runtime.stages import Pieces, Stage
+from lensbench.streams.stream import ResidualStream
+from lensbench.suite.recipes import ModelRecipe
+
+
+def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
+    """The stage that scores a model's fitted lenses, for one view and seed."""
+    origin, fitted = origin_of(context, model, seed), fitting(context, model, seed)
+    recipe, evaluate = context.suite.fit, context.suite.evaluate
+    who = f"{model.name}-seed{seed}"
+
+    def compute(folder: Path) -> None:
+        fit = Fit(load_maps(fitted.folder / "maps.safetensors"), FitSummary.load(fitted.folder / "fit.json"))
+        stream = stream_of(context, origin, model.view)
+        samples = eval_samples(context, data_of(context, model))
+        captured, readout = captured_states(
+            context,
+            stream,
+            samples,
+            name=f"capture-eval-{who}",
+            constant=fit.constant,
+            rotation=rotation_of(fitted),
+            ranks=context.ranks,
+        )
+        pieces = Pieces(folder / "pieces", context.ranks)
+        with context.progress.task(f"score-{who}", score_steps(recipe, stream.layers), "matrices") as task:
+            scored = score_all(
+                readout,
+                captured,
+                fit,
+                refit_positions=evaluate.refit_positions,
+                memory_gib=recipe.memory_gib,
+                pieces=pieces,
+                report=task.update,
+            )
+        write_sequences(folder / "sequences.parquet", scored.frame(samples, model=model.name, seed=seed))
+        save_file({k: torch.from_numpy(v) for k, v in scored.refits.items()}, folder / "refits.safetensors")
+        write_json(folder / "model.json", model_facts(origin, stream))
+        pieces.clear()
+
+    key: dict[str, Any] = {"fit": fitted.digest, "evaluate": evaluate.scored}
+    if context.sequences is not None:
+        key["sequences"] = context.sequences
+    return context.stage(f"score-{who}", key, compute, together=True)
+
+
+def model_facts(origin: Origin, stream: ResidualStream) -> dict[str, Any]:
+    """The row of ``models.csv`` that is known before anything is measured."""
+    return {
+        **origin.facts,
+        "family": origin.facts["family"] or stream.model.config.model_type,
+        "parameters": count_parameters(stream.model),
+        "layers": stream.layers,
+        "d_model": stream.d_model,
+        "vocab_size": stream.vocab_size,
+    }

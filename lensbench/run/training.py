@@ -1,0 +1,113 @@
+"""The stage that trains a model of the suite."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+
+from lensbench.data.inputs import Data
+from lensbench.data.recipe import TrainingRecipe
+from lensbench.errors import LensbenchError
+from lensbench.models import build
+from lensbench.models.training import StepReport, train
+from lensbench.run.context import Context
+from lensbench.runtime.files import write_json
+from lensbench.runtime.progress import Task
+from lensbench.runtime.stages import Stage
+from lensbench.suite.recipes import ModelRecipe
+
+TRAINING = "training.json"
+"""In the stage of a trained model: the seconds that its training took."""
+
+
+def training(
+    context: Context, data: Data, model: ModelRecipe, seed: int, name: str | None = None, tokens: int | None = None
+) -> Stage:
+    """The stage that trains ``model``: a ``save_pretrained`` folder.
+
+    ``tokens``: train on so many in place of the suite's number. An untrained model is built and saved.
+    """
+    recipe = context.suite.training_of(model)
+    name = name or f"train-{model.name}-seed{seed}"
+    if tokens is not None and tokens != recipe.tokens:
+        recipe, name = recipe.model_copy(update={"tokens": tokens}), f"{name}-{tokens}"
+
+    def compute(folder: Path) -> None:
+        network = build(str(model.family), seed=seed, **data.shape(recipe), **model.shape, **model.settings)
+        if model.untrained:
+            network.save_pretrained(folder)
+            return
+        with context.progress.task(name, recipe.steps, "steps") as task:
+            _train(context, network, data, recipe, seed, folder, task)
+
+    key: dict[str, Any] = {
+        "texts": data.digest,
+        "model": {"family": model.family, **model.shape, **model.settings},
+        "training": None if model.untrained else training_key(recipe),
+        "seed": seed,
+    }
+    return context.stage(name, key, compute, together=not model.untrained)
+
+
+def _train(
+    context: Context,
+    network: PreTrainedModel,
+    data: Data,
+    recipe: TrainingRecipe,
+    seed: int,
+    folder: Path,
+    task: Task,
+) -> None:
+    """Train the network, save it into ``folder``, and note the seconds."""
+    batches = data.batches(recipe, seed)
+    start = time.perf_counter()
+    ends = [start]
+
+    def report(at: StepReport) -> None:
+        ends.append(time.perf_counter())
+        rate = at.tokens / (ends[-1] - start)
+        task.update(at.step, f"loss {at.loss:.3f}, {rate:,.0f} {context.unit}s/s")
+
+    train(
+        network,
+        batches,
+        recipe,
+        seed=seed,
+        checkpoints=folder,
+        device=context.device,
+        report=report,
+        ranks=context.ranks,
+    )
+    # The median step, as often as there are steps: pauses, and what else the machine did for a while, do not count.
+    usual = float(np.median(np.diff(ends))) if len(ends) > 1 else 0.0
+    write_json(folder / TRAINING, {"seconds": round(usual * recipe.steps, 2)})
+    network.cpu().save_pretrained(folder)
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def training_key(recipe: TrainingRecipe) -> dict[str, Any]:
+    """What a model's weights depend on in a recipe; deep supervision is named only where there is some."""
+    key = recipe.model_dump(exclude={"checkpoint_every"} | (set() if recipe.deep_supervision else {"deep_supervision"}))
+    return {**key, "optimizer": "Muon in float32 and AdamW"}
+
+
+def loader_of(context: Context) -> Any:
+    """The class of transformers that loads this suite's models."""
+    return AutoModelForCausalLM if context.suite.images is None else AutoModelForImageClassification
+
+
+def trained_network(context: Context, stage: Stage) -> PreTrainedModel:
+    """The model that a training stage holds, on the run's device; raises :class:`LensbenchError` where it is damaged."""
+    try:
+        model = loader_of(context).from_pretrained(stage.folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise LensbenchError(
+            f"the model in {stage.folder} cannot be loaded ({reason}); delete it to train anew"
+        ) from error
+    network: PreTrainedModel = torch.nn.Module.to(model, context.device)
+    return network
