@@ -106,12 +106,8 @@ def _own_texts(context: Context, owner: ModelRecipe) -> Texts:
     return _texts(context, owner.name, digest_of(key), partial(load_tokenizer, owner.source))
 
 
-def _texts(
-    context: Context, name: str, digest: str, load: Callable[[], Tokenizer | PreTrainedTokenizerBase]
-) -> Texts:
-    return Texts(
-        corpus_of(context), name, digest, load, context.suite.length, context.suite.evaluate.first_position
-    )
+def _texts(context: Context, name: str, digest: str, load: Callable[[], Tokenizer | PreTrainedTokenizerBase]) -> Texts:
+    return Texts(corpus_of(context), name, digest, load, context.suite.length, context.suite.evaluate.first_position)
 
 
 def _pictures_here(context: Context, recipe: ImageRecipe) -> Pictures:

@@ -29,7 +29,7 @@ from lensbench.data.windows import sample_windows, tokenize
 from lensbench.models import pretrained
 from lensbench.results import schema as results
 from lensbench.results.folder import read_run
-from lensbench.run import stages as run_stages
+from lensbench.run import origin as run_stages
 from lensbench.run import suite as run_module
 from lensbench.runtime.files import sha256
 from lensbench.runtime.stages import Pieces
