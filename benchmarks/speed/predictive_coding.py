@@ -43,6 +43,7 @@ PARAMETERS = {128: 1_800_000, 256: 5_900_000, 512: 21_000_000}
 
 
 def step(model: PreTrainedModel, ids: torch.Tensor, half: bool) -> None:
+    """One forward pass, loss and backward pass on windows ``ids`` [B, T]; ``half``: products in bfloat16."""
     with torch.autocast(ids.device.type, torch.bfloat16) if half else nullcontext():
         loss = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     torch.nn.functional.cross_entropy(loss, ids[:, 1:].flatten()).backward()

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -92,141 +93,206 @@ def chosen(folder: Path, where: Where, optimizer: OptimizerName | None = None) -
 
 
 def median(times: list[float]) -> float:
+    """Median of seconds; 0 of none."""
     return float(np.median(times)) if times else 0.0
+
+
+@dataclass
+class RecipeRun:
+    """The recipe's run under way: its lenses, and the seconds of each step of the model and of every lens."""
+
+    task: Task
+    lenses: dict[Where, RecipeLens]
+    settings: dict[Where, Setting]
+    held_out: dict[str, Capture]
+    folder: Path
+    state: Path
+    say: Callable[[str], None]
+    seconds: dict[str, list[float]]
+    done: int = 0
+
+    @property
+    def ledger(self) -> Ledger:
+        """Its table, a row for each lens and checkpoint."""
+        return Ledger(self.folder / "recipe.csv", ("lens", "step"))
+
+    @property
+    def documents(self) -> Path:
+        """Where the sums of held-out KL by document lie."""
+        return self.folder / "recipe-documents.parquet"
+
+    def resume(self) -> None:
+        """Take up what an interrupted run had reached."""
+        if not self.state.exists():
+            return
+        stored = torch.load(self.state, weights_only=True)
+        self.done, self.seconds = stored["step"], stored["seconds"]
+        for where, lens in self.lenses.items():
+            lens.restore(stored["lenses"][str(where)])
+
+    def step(self, number: int, ids: Tensor) -> None:
+        """One step on windows ``ids`` [B, T]: the model's forward pass, then every lens's own update, each timed."""
+        start = now(self.task.device)
+        states, logits = self.task.stream.forward(ids)
+        used = slice(1, self.task.length - 1)
+        log_p = logits[:, used].float().log_softmax(-1).flatten(0, 1)
+        states = states[:, :, used].flatten(1, 2)
+        self.seconds["model"].append(now(self.task.device) - start)
+        for where, lens in self.lenses.items():
+            start = now(self.task.device)
+            lens.step(lens.published_loss(self.states_of(where, states, number), log_p))
+            self.seconds[str(where)].append(now(self.task.device) - start)
+
+    def states_of(self, where: Where, states: Tensor, step: int) -> Tensor:
+        """States ``[N, d]`` of the lens's layer; for the shared lens each token's at a layer drawn for this step."""
+        if where != "shared":
+            return states[int(where)]
+        g = torch.Generator().manual_seed(step)
+        layer = torch.randint(0, self.task.stream.layers, (states.shape[1],), generator=g).to(self.task.device)
+        return states[layer, torch.arange(states.shape[1], device=self.task.device)]
+
+    def checkpoint(self, step: int) -> None:
+        """Measure every lens on held-out tokens, and save what :meth:`resume` needs."""
+        for where in self.lenses:
+            self.ledger.add(**self.row(where, step))
+        content = {
+            "step": step, "seconds": self.seconds,
+            "lenses": {str(w): lens.state() for w, lens in self.lenses.items()},
+        }  # fmt: skip
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.state, lambda p: torch.save(content, p))
+        total = step * sum(median(times) for times in self.seconds.values())
+        rows = self.ledger.rows()
+        kls = ", ".join(f"{r['lens']}: {r['eval_kl']:.3f}" for _, r in rows[rows["step"] == step].iterrows())
+        self.say(f"recipe: step {step} after {total:.0f} s; {kls}")
+
+    def row(self, where: Where, step: int) -> dict[str, object]:
+        """A lens's row of ``recipe.csv`` after so many steps."""
+        task, setting = self.task, self.settings[where]
+        tokens = WINDOWS_PER_STEP * (task.length - 2)
+        # The model reads every token of its windows; the lens: logits, their gradient, and three products of its own.
+        model_flops = WINDOWS_PER_STEP * task.length * (task.forward_flops + task.unembed_flops)
+        lens_flops = tokens * (2 * task.unembed_flops + 6 * task.stream.d_model**2)
+        measured = task.measured(self.lenses[where].maps(), where, self.held_out, self.documents, lens=where, step=step)
+        return {
+            "lens": where, "step": step, "tokens": step * tokens, **measured,
+            "optimizer": setting.optimizer, "lr_scale": setting.lr_scale,
+            "model_seconds": step * median(self.seconds["model"]),
+            "lens_seconds": step * median(self.seconds[str(where)]),
+            "model_gflop": step * model_flops / 1e9, "lens_gflop": step * lens_flops / 1e9,
+            "measured_seconds": sum(self.seconds["model"]) + sum(self.seconds[str(where)]),
+        }  # fmt: skip
 
 
 def run(
     task: Task, wheres: list[Where], held_out: dict[str, Capture], folder: Path, state: Path, say: Callable[[str], None]
 ) -> None:
-    """The recipe on 250 steps of 1024 fresh tokens, all lenses side by side as the package trains them.
+    """Run the recipe for 250 steps of 1024 fresh tokens, all lenses in one loop as the package trains them.
 
     Every step: the model's forward pass, its log-probabilities, and for each lens its own forward and backward pass and
-    update. Seconds are steps times the median step, which leaves out measuring, saving and whatever else the machine was
-    asked for in between: the recipe is not charged for a busy machine. Resumes where it stopped.
+    update. Seconds are steps times the median step: measuring, saving and other work of the machine in between are not
+    charged to the recipe. The run goes on where it stopped.
     """
-    ledger = Ledger(folder / "recipe.csv", ("lens", "step"))
     windows = task.whole_windows(STEPS * WINDOWS_PER_STEP)
     steps = min(STEPS, len(windows.ids) // WINDOWS_PER_STEP)
     if steps < STEPS:
         say(f"the text has only {len(windows.ids)} whole windows: the recipe takes {steps} steps, not {STEPS}")
-    documents = folder / "recipe-documents.parquet"
-    if documents.exists() and all(ledger.has(lens=w, step=steps) for w in wheres):
+    ledger = Ledger(folder / "recipe.csv", ("lens", "step"))
+    if (folder / "recipe-documents.parquet").exists() and all(ledger.has(lens=w, step=steps) for w in wheres):
         return
-    settings = {str(w): chosen(folder, w) for w in wheres}
-    lenses = {w: RecipeLens(task.stream.readout, task.stream.d_model, settings[str(w)], steps) for w in wheres}
+    settings = {w: chosen(folder, w) for w in wheres}
+    lenses = {w: RecipeLens(task.stream.readout, task.stream.d_model, settings[w], steps) for w in wheres}
     # Other lenses or other rates are another run.
-    digest = hashlib.sha256(repr((sorted(settings.items()), steps, task.length)).encode()).hexdigest()
+    named = sorted((str(w), setting) for w, setting in settings.items())
+    digest = hashlib.sha256(repr((named, steps, task.length)).encode()).hexdigest()
     state = state.with_name(f"{state.stem}-{digest[:8]}.pt")
-    done = 0
     seconds: dict[str, list[float]] = {"model": [], **{str(w): [] for w in wheres}}
-    if state.exists():
-        stored = torch.load(state, weights_only=True)
-        done, seconds = stored["step"], stored["seconds"]
-        for where, lens in lenses.items():
-            lens.restore(stored["lenses"][str(where)])
-
-    tokens, d = WINDOWS_PER_STEP * (task.length - 2), task.stream.d_model
-    # The model reads every token of its windows; the lens: logits, their gradient, and three products of its own.
-    model_flops = WINDOWS_PER_STEP * task.length * (task.forward_flops + task.unembed_flops)
-    lens_flops = tokens * (2 * task.unembed_flops + 6 * d * d)
-
-    def checkpoint(step: int) -> None:
-        for where, lens in lenses.items():
-            row = task.measured(lens.maps(), where, held_out, documents, lens=where, step=step)
-            setting = settings[str(where)]
-            ledger.add(
-                lens=where, step=step, tokens=step * WINDOWS_PER_STEP * (task.length - 2), **row,
-                optimizer=setting.optimizer, lr_scale=setting.lr_scale, model_seconds=step * median(seconds["model"]),
-                lens_seconds=step * median(seconds[str(where)]),
-                model_gflop=step * model_flops / 1e9, lens_gflop=step * lens_flops / 1e9,
-                measured_seconds=sum(seconds["model"]) + sum(seconds[str(where)]),
-            )  # fmt: skip
-        content = {
-            "step": step, "seconds": seconds,
-            "lenses": {str(w): lens.state() for w, lens in lenses.items()},
-        }  # fmt: skip
-        state.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(state, lambda p: torch.save(content, p))
-        total = step * sum(median(times) for times in seconds.values())
-        say(f"recipe: step {step} after {total:.0f} s; " + ", ".join(
-            f"{r['lens']}: {r['eval_kl']:.3f}" for _, r in ledger.rows().iterrows() if r["step"] == step))  # fmt: skip
-
+    recipe = RecipeRun(task, lenses, settings, held_out, folder, state, say, seconds)
+    recipe.resume()
+    done = recipe.done
     if done == 0 and not ledger.has(step=0):
-        checkpoint(0)
+        recipe.checkpoint(0)
     remaining = rows_of(windows, np.arange(done * WINDOWS_PER_STEP, len(windows.ids)))
-    device = task.device
     for step, batch in enumerate(steps_of(remaining, WINDOWS_PER_STEP), start=done + 1):
         if step > steps:
             break
-        start = now(device)
-        ids = torch.from_numpy(batch.ids).to(device)
-        states, logits = task.stream.forward(ids)
-        used = slice(1, task.length - 1)
-        log_p = logits[:, used].float().log_softmax(-1).flatten(0, 1)
-        states = states[:, :, used].flatten(1, 2)
-        seconds["model"].append(now(device) - start)
-        for where, lens in lenses.items():
-            start = now(device)
-            if where == "shared":
-                g = torch.Generator().manual_seed(step)
-                layer = torch.randint(0, task.stream.layers, (states.shape[1],), generator=g).to(device)
-                h = states[layer, torch.arange(states.shape[1], device=device)]
-            else:
-                h = states[int(where)]
-            lens.step(lens.published_loss(h, log_p))
-            seconds[str(where)].append(now(device) - start)
+        recipe.step(step, torch.from_numpy(batch.ids).to(task.device))
         if step in CHECKPOINTS or step == steps:
-            checkpoint(step)
+            recipe.checkpoint(step)
     if done == steps:
-        checkpoint(steps)  # finished before, but its tables are gone
+        recipe.checkpoint(steps)  # finished before, but its tables are gone
+
+
+@dataclass
+class ConvergedRun:
+    """The recipe's full run on one layer: the tokens, the tables and what measures them."""
+
+    task: Task
+    layer: int
+    held_out: dict[str, Capture]
+    folder: Path
+    pool_tokens: int
+
+    @property
+    def ledger(self) -> Ledger:
+        """Its table, a row for each side and step."""
+        return Ledger(self.folder / "converged.csv", ("layer", "side", "step"))
+
+    def measured(self, side: str, step: int, maps: AffineMaps, **columns: object) -> None:
+        """Add a row: held-out KL of ``maps`` after so many steps of a side."""
+        documents = self.folder / "converged-documents.parquet"
+        row = self.task.measured(maps, self.layer, self.held_out, documents, layer=self.layer, side=side, step=step)
+        self.ledger.add(side=side, step=step, layer=self.layer, pool_tokens=self.pool_tokens, **row, **columns)
+
+    def ours(self, fit: Capture) -> None:
+        """Measure our closed form and refinement from the same tokens."""
+        readout = self.task.stream.readout
+        search = DevSearch(readout, self.held_out["dev"], CONVERGED, pad_direction(readout, fit.states[-1]))
+        moments = Moments.of(fit)
+        closed = fit_shared(search, moments, [self.layer])
+        refined = refine(search, fit, moments.pooled([self.layer]), closed.maps, list(closed.ridges), [[self.layer]])[0]
+        self.measured("closed", 0, closed.maps)
+        self.measured("refined", 0, refined.maps)
+
+    def chosen(self, states: Tensor, expected: Tensor, entropy: Tensor, say: Callable[[str], None]) -> Setting:
+        """The better optimizer at its best rate, after 250 steps of 8192 tokens, by dev KL."""
+        ledger = Ledger(self.folder / "converged-sweep.csv", ("optimizer", "lr_scale"))
+
+        def trial(optimizer: OptimizerName, scale: float) -> float:
+            if not ledger.has(optimizer=optimizer, lr_scale=scale):
+                stream = self.task.stream
+                lens = RecipeLens(stream.readout, stream.d_model, Setting(optimizer, scale), STEPS)
+                for at in visits(len(states), 8192, STEPS, seed=0):
+                    lens.step(lens.cached_loss(states[at], expected[at], entropy[at]))
+                kl = self.task.kl(lens.maps(), self.layer, self.held_out["dev"])
+                ledger.add(optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=8192 * STEPS, dev_kl=kl)
+                say(f"converged, sweep: {optimizer} x{scale:g} gives {kl:.4f}")
+            return float(ledger.at(optimizer=optimizer, lr_scale=scale)["dev_kl"].iloc[0])
+
+        best: dict[float, Setting] = {}
+        for optimizer in OPTIMIZERS:
+            scale = best_scale(functools.partial(trial, optimizer))
+            best[trial(optimizer, scale)] = Setting(optimizer, scale)
+        return best[min(best)]
 
 
 def converged(
     task: Task, layer: int, held_out: dict[str, Capture], folder: Path, state: Path, say: Callable[[str], None]
 ) -> None:
-    """The recipe at its full 250 x 262144 token visits on one layer, by the better optimizer at its best rate on dev.
+    """Run the recipe for its full 250 x 262144 token visits on one layer, by the better optimizer at its best rate on dev.
 
-    With cached read-out statistics: the same gradients, so the same KL; its seconds are not the package's. Beside it, on
-    the same tokens, our closed form and refinement.
+    With cached read-out statistics: the same gradients, so the same KL; its seconds are not the package's. Our closed form
+    and refinement are measured on the same tokens.
     """
-    ledger = Ledger(folder / "converged.csv", ("layer", "side", "step"))
-    if ledger.has(side="recipe", step=STEPS, layer=layer):
+    if Ledger(folder / "converged.csv", ("layer", "side", "step")).has(side="recipe", step=STEPS, layer=layer):
         return
     fit = capture(task.stream, task.whole_windows(10**9), batch=16)
     states, expected, entropy = fit.states[layer].clone(), fit.expected, fit.entropy_term
-    dev = held_out["dev"]
-    sweep_ledger = Ledger(folder / "converged-sweep.csv", ("optimizer", "lr_scale"))
-    readout, d = task.stream.readout, task.stream.d_model
-
-    def trial(optimizer: OptimizerName, scale: float) -> float:
-        if not sweep_ledger.has(optimizer=optimizer, lr_scale=scale):
-            lens = RecipeLens(readout, d, Setting(optimizer, scale), STEPS)
-            for at in visits(len(states), 8192, STEPS, seed=0):
-                lens.step(lens.cached_loss(states[at], expected[at], entropy[at]))
-            kl = task.kl(lens.maps(), layer, dev)
-            sweep_ledger.add(optimizer=optimizer, lr_scale=scale, steps=STEPS, tokens=8192 * STEPS, dev_kl=kl)
-            say(f"converged, sweep: {optimizer} x{scale:g} gives {kl:.4f}")
-        return float(sweep_ledger.at(optimizer=optimizer, lr_scale=scale)["dev_kl"].iloc[0])
-
-    best: dict[float, Setting] = {}
-    for optimizer in OPTIMIZERS:
-        scale = best_scale(functools.partial(trial, optimizer))
-        best[trial(optimizer, scale)] = Setting(optimizer, scale)
-    setting = best[min(best)]
-    lens = RecipeLens(readout, d, setting, STEPS)
-
-    def measured(side: str, step: int, maps: AffineMaps, **columns: object) -> None:
-        documents = folder / "converged-documents.parquet"
-        row = task.measured(maps, layer, held_out, documents, layer=layer, side=side, step=step)
-        ledger.add(side=side, step=step, layer=layer, pool_tokens=len(states), **row, **columns)
-
-    if not ledger.has(layer=layer, side="refined", step=0):
-        search = DevSearch(readout, dev, CONVERGED, pad_direction(readout, fit.states[-1]))
-        moments = Moments.of(fit)
-        closed = fit_shared(search, moments, [layer])
-        refined = refine(search, fit, moments.pooled([layer]), closed.maps, list(closed.ridges), [[layer]])[0]
-        measured("closed", 0, closed.maps)
-        measured("refined", 0, refined.maps)
+    this = ConvergedRun(task, layer, held_out, folder, len(states))
+    setting = this.chosen(states, expected, entropy, say)
+    lens = RecipeLens(task.stream.readout, task.stream.d_model, setting, STEPS)
+    if not this.ledger.has(layer=layer, side="refined", step=0):
+        this.ours(fit)
     del fit
 
     state = state.with_name(f"{state.stem}-{layer}-{setting.optimizer}-{setting.lr_scale:g}.pt")
@@ -244,8 +310,8 @@ def converged(
             total += float(loss.detach())
         lens.update(torch.tensor(total))
         if step % 10 == 0:
-            measured("recipe", step, lens.maps(), tokens=step * TOKENS_PER_STEP, optimizer=setting.optimizer,
-                     lr_scale=setting.lr_scale, fit_kl=total)  # fmt: skip
+            this.measured("recipe", step, lens.maps(), tokens=step * TOKENS_PER_STEP, optimizer=setting.optimizer,
+                          lr_scale=setting.lr_scale, fit_kl=total)  # fmt: skip
             state.parent.mkdir(parents=True, exist_ok=True)
             content = {"step": step, "lens": lens.state()}
             write_atomically(state, lambda p, content=content: torch.save(content, p))

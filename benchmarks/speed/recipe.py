@@ -66,6 +66,7 @@ class RecipeLens:
         return self.update(loss)
 
     def update(self, loss: Tensor) -> float:
+        """The loss, in nats, after one update from the gradients that it left."""
         torch.nn.utils.clip_grad_norm_(self.lens.layer_translators.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
@@ -86,6 +87,7 @@ class RecipeLens:
         return (entropy_term - (expected * n).sum(-1) + log_z).mean()
 
     def maps(self) -> AffineMaps:
+        """The lens as one affine map."""
         translator = self.lens.layer_translators[0]
         weight = translator.weight.detach().clone()
         return AffineMaps((weight + torch.eye(len(weight)).to(weight))[None], translator.bias.detach().clone()[None])
@@ -99,6 +101,7 @@ class RecipeLens:
         }
 
     def restore(self, state: dict[str, dict]) -> None:
+        """Take up what :meth:`state` returned."""
         self.lens.layer_translators.load_state_dict(state["lens"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

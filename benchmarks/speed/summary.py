@@ -108,6 +108,7 @@ def curves(recipe: pd.DataFrame, ours: pd.DataFrame, ends: pd.DataFrame, documen
 
 
 def with_interval(row: dict[str, Any], name: str) -> str:
+    """A difference with its sign and its interval, as tables print it."""
     return f"{row[name]:+.3f} [{row[name + '_ci_low']:+.3f}, {row[name + '_ci_high']:+.3f}]"
 
 

@@ -33,6 +33,7 @@ CHANGES = ((os, "replace"), (os, "unlink"), (os, "rename"), (shutil, "rmtree"), 
 
 
 def whole_run(suite: str, folder: Path) -> None:
+    """Run a suite from its beginning, or from where it was killed, to its end."""
     run_suite(load_suite(suite), folder, device=choose_device("cpu"), only=[], progress=Quiet())
 
 

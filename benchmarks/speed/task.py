@@ -112,6 +112,7 @@ class Task:
 
     @classmethod
     def load(cls, source: str, text: str, *, device: torch.device | str = "cpu", length: int = LENGTH) -> "Task":
+        """The model of ``source`` on a text, split as a suite splits it; windows have ``length`` tokens."""
         revision = git_revision()
         loaded = load_pretrained(source, device=device)
         fractions = dict(corpus.FRACTIONS)
@@ -123,6 +124,7 @@ class Task:
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return self.stream.device
 
     @property
@@ -146,6 +148,7 @@ class Task:
             )
 
     def windows(self, split: str, sequences: int, positions: int, seed: int = 0) -> Windows:
+        """Windows of a split with so many scored positions each."""
         return sample_windows(
             self.documents[split], n_sequences=sequences, length=self.length, positions=positions, seed=seed
         )
@@ -254,11 +257,13 @@ class Ledger:
     keys: tuple[str, ...]
 
     def rows(self) -> pd.DataFrame:
+        """All rows that were added."""
         if not self.path.exists():
             return pd.DataFrame(columns=list(self.keys))
         return pd.read_csv(self.path, float_precision="round_trip")
 
     def has(self, **key: object) -> bool:
+        """Whether there is a row with this key."""
         return len(self.at(**key)) > 0
 
     def at(self, **key: object) -> pd.DataFrame:
@@ -280,6 +285,7 @@ class Ledger:
         return np.logical_and.reduce(same) if len(known) else np.zeros(0, bool)
 
     def add(self, **row: object) -> None:
+        """Write a row, in place of one with the same key."""
         known = self.rows()
         kept = known[~self._at(known, {name: row[name] for name in self.keys})]
         table = pd.concat([kept, pd.DataFrame([row])], ignore_index=True) if len(kept) else pd.DataFrame([row])
