@@ -65,6 +65,7 @@ def test_the_two_views_are_of_one_model(tiny_run):
     assert models.loc["pc+state", "d_model"] == 3 * models.loc["pc", "d_model"]
 
 
+@pytest.mark.run
 def test_the_same_seed_twice_gives_the_same_bytes(tiny_suite, tiny_run, tmp_path):
     assert run("run", tiny_suite, "--out", tmp_path / "again").exit_code == 0
     assert csv_bytes(tmp_path / "again") == csv_bytes(tiny_run)
@@ -72,6 +73,7 @@ def test_the_same_seed_twice_gives_the_same_bytes(tiny_suite, tiny_run, tmp_path
     assert "identical, every CSV byte for byte" in result.output
 
 
+@pytest.mark.run
 def test_another_seed_gives_another_model(tiny_suite, tiny_run, tmp_path):
     assert run("run", tiny_suite, "--out", tmp_path / "other", "--seed", 1, "--only", "gpt").exit_code == 0
     other = read_run(tmp_path / "other").tables["models.csv"]
@@ -81,6 +83,7 @@ def test_another_seed_gives_another_model(tiny_suite, tiny_run, tmp_path):
     assert other.iloc[0]["ce"] != first.loc["gpt", "ce"]
 
 
+@pytest.mark.run
 def test_a_second_run_reuses_everything_and_a_changed_setting_reruns_what_depends_on_it(tiny_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tiny_run, folder)
@@ -105,6 +108,7 @@ def test_a_second_run_reuses_everything_and_a_changed_setting_reruns_what_depend
     refused(run("run", suite, "--out", folder), "is a view of 'pc' and cannot set training")
 
 
+@pytest.mark.run
 def test_only_keeps_the_rows_of_models_that_are_finished(tiny_suite, tiny_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tiny_run, folder)
@@ -112,6 +116,7 @@ def test_only_keeps_the_rows_of_models_that_are_finished(tiny_suite, tiny_run, t
     assert csv_bytes(folder) == csv_bytes(tiny_run)
 
 
+@pytest.mark.run
 def test_several_seeds_are_summed_up_with_a_t_interval(tmp_path):
     suite = write_suite(tmp_path, **{'question = "Does': 'seeds = [0, 1]\nquestion = "Does'})
     result = run("run", suite, "--out", tmp_path / "run", "--only", "gpt")
@@ -298,6 +303,7 @@ def test_a_damaged_model_is_named_and_not_overwritten(tiny_suite, tiny_run, tmp_
     assert csv_bytes(folder) == before
 
 
+@pytest.mark.run
 def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
     from lensbench.run import training as run_module
 
@@ -325,6 +331,7 @@ def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
     assert run("run", tiny_suite, "--out", folder).exit_code == 0
 
 
+@pytest.mark.run
 def test_a_resumed_run_ends_with_the_same_bytes(tiny_suite, tiny_run, tmp_path, monkeypatch):
     from lensbench.models.training import train
     from lensbench.run import training as run_module
@@ -372,6 +379,7 @@ def test_debug_shows_the_traceback():
     assert "LensbenchError" in result.output
 
 
+@pytest.mark.run
 def test_ctrl_c_exits_with_130_and_keeps_finished_stages(tmp_path):
     suite = write_suite(tmp_path, **{"tokens = 8_192": "tokens = 4_000_000"})
     command = [sys.executable, "-m", "lensbench.cli", "run", str(suite), "--out", str(tmp_path / "run")]

@@ -11,6 +11,8 @@ from lensbench.results import folder
 from lensbench.runtime import files
 from lensbench.suite.files import load_suite
 
+pytestmark = pytest.mark.results
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "results" / "predictive-coding"
 
@@ -25,13 +27,12 @@ def curves(parts):
     return pd.concat([run.tables["curves.csv"] for run in parts])
 
 
-def test_the_parts_are_the_suite_and_take_less_than_their_time(parts):
+def test_the_parts_are_the_suite(parts):
     suite = load_suite("predictive-coding")
     assert sorted(m for run in parts for m in run.manifest["models"]) == sorted(m.name for m in suite.models)
     for run in parts:
         assert run.manifest["suite"] == suite.described()
         assert not run.manifest["git_revision"].endswith("dirty")
-        assert sum(run.manifest["seconds"].values()) < 75 * 60
     ablation = folder.read_run(FOLDER / "ablation").manifest
     assert ablation["suite"] == load_suite("predictive-coding-ablation").described()
     assert not ablation["git_revision"].endswith("dirty")

@@ -9,6 +9,8 @@ import pytest
 from lensbench.results.folder import read_run
 from lensbench.runtime import files
 
+pytestmark = pytest.mark.results
+
 PROBES = Path(__file__).resolve().parents[2] / "results" / "probes"
 
 

@@ -13,6 +13,8 @@ from lensbench.runtime import files
 from lensbench.studies.calibration import JUDGED, midpoints, summarise
 from lensbench.suite.files import load_calibration, load_suite
 
+pytestmark = pytest.mark.results
+
 ROOT = Path(__file__).resolve().parents[2]
 STANDARD = ROOT / "results" / "standard"
 CALIBRATION = ROOT / "results" / "calibration"

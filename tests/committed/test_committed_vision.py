@@ -10,6 +10,8 @@ from lensbench.report.compare import compare_runs, side_by_side
 from lensbench.report.figures.draw import draw_plane
 from lensbench.results import folder
 
+pytestmark = pytest.mark.results
+
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 

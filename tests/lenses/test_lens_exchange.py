@@ -95,6 +95,7 @@ def fitted(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("folder", "maps"), [("tuned", "own_refined"), ("tuned_headline", "transfer")])
 def test_lenses_of_a_run_decode_the_same_in_plain_tuned_lens(fitted, name, folder, maps):
@@ -114,6 +115,7 @@ def test_lenses_of_a_run_decode_the_same_in_plain_tuned_lens(fitted, name, folde
         torch.testing.assert_close(theirs(h, layer), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lens_of_a_run_comes_back_by_load_tuned_lens(fitted, name):
     stage = fitted / "run" / "stages" / f"fit-{name}-seed0"
@@ -144,6 +146,7 @@ def test_a_lens_that_tuned_lens_saved_is_loaded_as_it_was(tmp_path, name):
         torch.testing.assert_close(loaded(h, layer), lens(h, layer), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", NAMES)
 def test_a_suite_measures_a_lens_of_tuned_lens(fitted, tmp_path, monkeypatch, name):
     """The whole headline matrix against a loop over windows with tuned-lens's own class and transformers."""
@@ -429,6 +432,7 @@ def test_tuned_lens_makes_the_same_trajectory_where_it_knows_the_model(name, kin
         )
 
 
+@pytest.mark.run
 def test_a_trajectory_of_a_shared_lens_that_a_run_fitted(fitted):
     """From the folder of a run, for the model of the folder, in the tokens of its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(fitted / "llama").eval()

@@ -139,6 +139,7 @@ def test_thresholds_lie_midway_between_the_worst_that_has_to_pass_and_the_neares
     assert found["midpoint"].to_dict() == pytest.approx({"visible": 0.65, "consistent": 0.5, "inconsistent": 0.3})
 
 
+@pytest.mark.run
 def test_a_calibration_runs_is_taken_up_and_says_the_same_again(tmp_path):
     recipe = tmp_path / "little.toml"
     recipe.write_text(

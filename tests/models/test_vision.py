@@ -260,6 +260,7 @@ def finished(tmp_path_factory):
     return folder, result
 
 
+@pytest.mark.run
 def test_a_suite_of_images_gives_the_same_tables_as_one_of_text(finished):
     folder, result = finished
     found = read_run(folder / "out")
@@ -282,6 +283,7 @@ def test_a_suite_of_images_gives_the_same_tables_as_one_of_text(finished):
     assert frequencies == pytest.approx(np.log(10), abs=0.05)
 
 
+@pytest.mark.run
 def test_accuracies_are_those_of_the_saved_model(finished):
     from lensbench.data.images import load_images, plain_pixels
 
@@ -302,6 +304,7 @@ def test_accuracies_are_those_of_the_saved_model(finished):
     assert models.loc[("res", "0"), "ce"] == pytest.approx(ce, rel=1e-4)
 
 
+@pytest.mark.run
 def test_the_claim_is_paired_by_seed_and_everything_stands_on_one_ruler(finished):
     folder, _ = finished
     result = run("compare", folder / "out", "--out", folder / "compared.csv")
@@ -316,6 +319,7 @@ def test_the_claim_is_paired_by_seed_and_everything_stands_on_one_ruler(finished
     assert (folder / "ruler.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.run
 def test_a_pretrained_classifier_gets_images_as_its_own_processor_makes_them(finished, tmp_path):
     folder, _ = finished
     model = ViTForImageClassification(ViTConfig(**{**SMALL, "num_labels": 10, "num_channels": 3}))

@@ -10,6 +10,8 @@ from lensbench.cli import app
 from lensbench.report.figures import frames, probes, style
 from lensbench.results.folder import read_run
 
+pytestmark = pytest.mark.run
+
 NAMES = [
     "prediction_visibility", "error_transport", "head_weights", "few_shot", "causal_fidelity", "gradient_steps",
     "prefix_read_out",

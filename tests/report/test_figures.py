@@ -139,6 +139,7 @@ def test_all_figures_are_written_and_a_redraw_gives_the_same_bytes(folder: Path,
     assert dict(matplotlib.rcParams) == before and not pyplot.get_fignums()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "column", "changed"),
     [
@@ -314,6 +315,7 @@ def test_names_in_the_plane_touch_neither_each_other_nor_an_error_bar(tmp_path: 
     assert not any(box.overlaps(bar) for box in boxes for bar in bars)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", [{"one": 2}, {"small": 2, "deep": 24}])
 def test_any_depth_and_number_of_models(tmp_path: Path, models: dict[str, int]) -> None:
     run = read(write_run(tmp_path / "run", models))
@@ -400,6 +402,7 @@ def for_papers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, 
     return found
 
 
+@pytest.mark.results
 def test_the_committed_pictures_are_drawn_again_byte_for_byte(tmp_path: Path) -> None:
     again = drawn(QUICK, tmp_path / "out")
     assert set(again) == {path.name for path in (QUICK / "figures").iterdir()}
@@ -407,6 +410,7 @@ def test_the_committed_pictures_are_drawn_again_byte_for_byte(tmp_path: Path) ->
         assert content == (QUICK / "figures" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_figures_for_a_paper_are_as_wide_as_its_columns_and_hold_their_letters(for_papers, columns: int) -> None:
     figures_of = for_papers[columns]
@@ -425,6 +429,7 @@ def test_figures_for_a_paper_are_as_wide_as_its_columns_and_hold_their_letters(f
         assert b"CreationDate" not in unpacked and b"Matplotlib" not in unpacked, name
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bytes(for_papers, tmp_path: Path) -> None:
     again = drawn_elsewhere(QUICK, tmp_path / "a", "--columns", "1", "--format", "pdf", "--format", "svg")
     assert again == for_papers[1]
@@ -443,6 +448,7 @@ def letters(figure: Figure) -> list[Text]:
     return [text for text in dict.fromkeys(found) if ticks.get(id(text), True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_letters_in_a_paper_are_legible_whole_and_apart(tmp_path: Path, monkeypatch, columns: int) -> None:
     models = {"gpt": 3, "gpt-untrained": 6, "gpt-conv+rotated": 12, "pc": 2, "predictive-coding": 6}

@@ -24,6 +24,7 @@ def vision() -> str:
     return page([folder.read_run(RESULTS / "vision")])
 
 
+@pytest.mark.results
 def test_a_page_asks_for_nothing_outside_itself_and_is_well_formed(vision):
     read = Read(vision)
     for tag, attributes in read.tags:
@@ -33,6 +34,7 @@ def test_a_page_asks_for_nothing_outside_itself_and_is_well_formed(vision):
     assert vision == page([folder.read_run(RESULTS / "vision")])
 
 
+@pytest.mark.results
 def test_every_picture_has_an_alternative_text(vision):
     pictures = [a for tag, a in Read(vision).tags if tag == "svg" and a.get("aria-hidden") != "true"]
     assert len(pictures) == 1 + 2 * 4
@@ -40,6 +42,7 @@ def test_every_picture_has_an_alternative_text(vision):
     assert "cnn-plain" in pictures[0]["aria-label"] and "0.035 [-0.073, 0.143]" in pictures[0]["aria-label"]
 
 
+@pytest.mark.results
 def test_a_cell_tells_lens_layer_value_and_interval_of_the_table(vision):
     table = pd.read_csv(RESULTS / "vision" / "transfer.csv")
     rows = table[(table["model"] == "cnn-residual") & (table["lens_layer"] == 7) & (table["stream_layer"] == 2)]
@@ -56,6 +59,7 @@ def test_a_cell_tells_lens_layer_value_and_interval_of_the_table(vision):
         assert ours[column] == pytest.approx(first[column])
 
 
+@pytest.mark.results
 def test_verdicts_settings_and_commands_are_told(vision):
     manifest = json.loads((RESULTS / "vision" / "manifest.json").read_text())
     assert "Do lenses transfer between the layers of image models" in vision

@@ -17,6 +17,8 @@ from lensbench.runtime.environment import choose_device
 from lensbench.runtime.stages import Stages
 from lensbench.suite.files import load_suite
 
+pytestmark = pytest.mark.run
+
 ROOT = Path(__file__).resolve().parents[2]
 ray = pytest.importorskip("ray", reason="needs pip install 'lensbench[ray]'")
 

@@ -16,6 +16,8 @@ from lensbench.results import schema as results
 from lensbench.results.folder import read_run
 from lensbench.suite.files import load_suite
 
+pytestmark = pytest.mark.run
+
 SUITE = """
 name = "known"
 question = "Do models of known answer come out as they must?"

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from lensbench.cli import app
 from lensbench.results import manifest
 
+pytestmark = pytest.mark.run
+
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])

@@ -34,6 +34,8 @@ from lensbench.run import suite as run_module
 from lensbench.runtime.files import sha256
 from lensbench.runtime.stages import Pieces
 
+pytestmark = pytest.mark.run
+
 
 def csv_bytes(folder):
     return {name: (folder / name).read_bytes() for name in results.WRITTEN}

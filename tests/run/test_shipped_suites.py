@@ -14,6 +14,8 @@ from lensbench.results.folder import read_run
 from lensbench.run import suite as run_module
 from lensbench.suite.files import load_suite, name_of, named_files, on_request
 
+pytestmark = pytest.mark.run
+
 ARCHITECTURES = {"pythia": "gpt_neox", "gpt2": "gpt2", "pretrained": "llama"}
 """Suite -> model type of the models that it names."""
 

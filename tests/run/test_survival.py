@@ -50,6 +50,7 @@ def killed(suite: Path, out: Path, kills: int) -> pd.DataFrame:
     return pd.read_csv(out / "kills.csv")
 
 
+@pytest.mark.run
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny_suite, tmp_path):
     assert len(killed(tiny_suite, tmp_path, 5)) == 5
 
@@ -87,6 +88,7 @@ def disk(folder: Path, size: str):
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.run
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
 def test_a_full_disk_stops_a_run_in_one_line_and_more_room_finishes_it(tiny_suite, tiny_run, tmp_path):
     with disk(tmp_path / "small", "300k") as change:
@@ -105,6 +107,7 @@ def test_a_full_disk_stops_a_run_in_one_line_and_more_room_finishes_it(tiny_suit
         assert stops > 2 and same_tables(out, tiny_run)
 
 
+@pytest.mark.run
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
 def test_a_read_only_folder_is_told_in_one_line(tiny_suite, tiny_run, tmp_path):
     with disk(tmp_path / "disk", "50m") as change:
@@ -156,6 +159,7 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
 
 
+@pytest.mark.run
 def test_a_damaged_file_is_refused_by_name_or_does_no_harm(tiny_suite, tiny_run, tmp_path):
     chance = random.Random(0)
     files = files_of(tiny_run)

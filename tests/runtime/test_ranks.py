@@ -69,6 +69,7 @@ def agree(folder: Path, reference: Path) -> None:
     assert chosen[0] == chosen[1]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_agree_with_one_in_closed_forms_and_matrices(processes, tiny_suite, tiny_run, tmp_path):
     folder = with_models_of(tiny_run, tmp_path / "run")
@@ -81,6 +82,7 @@ def test_processes_agree_with_one_in_closed_forms_and_matrices(processes, tiny_s
     agree(folder, tiny_run)
 
 
+@pytest.mark.run
 def test_processes_train_one_model_together(tiny_suite, tiny_run, tmp_path):
     """A few steps agree to the digits of their sums; more steps amplify these."""
     short = tmp_path / "short.toml"
@@ -99,6 +101,7 @@ def test_processes_train_one_model_together(tiny_suite, tiny_run, tmp_path):
     assert ce[1] == pytest.approx(ce[0], rel=1e-5)
 
 
+@pytest.mark.run
 def test_what_a_user_can_mend_is_said_once_by_several_processes(tiny_suite, tmp_path):
     foreign = tmp_path / "home"
     foreign.mkdir()

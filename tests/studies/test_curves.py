@@ -130,6 +130,7 @@ def curve_run(tmp_path_factory):
     return folder / "run", suite, result.output
 
 
+@pytest.mark.run
 def test_a_suite_trains_every_budget_anew_and_reports_the_curves(curve_run):
     folder, _, output = curve_run
     run = read_run(folder)
@@ -155,6 +156,7 @@ def test_a_suite_trains_every_budget_anew_and_reports_the_curves(curve_run):
     assert places["value"].notna().all()
 
 
+@pytest.mark.run
 def test_the_last_point_of_a_curve_is_the_model_that_the_lenses_read(curve_run):
     """The table of models scores some positions of the same windows, the curve all of them."""
     folder, _, _ = curve_run
@@ -167,6 +169,7 @@ def test_the_last_point_of_a_curve_is_the_model_that_the_lenses_read(curve_run):
         assert last[last["model"] == model]["ce"].iloc[0] == pytest.approx(of_table, abs=0.1)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("column", "said"), [("reason", "reproduced but for a largest absolute difference"), ("verdict", "other verdicts")]
 )
@@ -183,6 +186,7 @@ def test_tables_of_words_that_differ_are_compared_too(curve_run, tmp_path, colum
     assert said in result.output
 
 
+@pytest.mark.run
 def test_compare_pairs_curves_by_seed_and_timings_do_not_hinder_a_reproduction(curve_run, tmp_path):
     folder, _, _ = curve_run
     again = shutil.copytree(folder, tmp_path / "again", ignore=shutil.ignore_patterns("stages"))
@@ -213,6 +217,7 @@ def test_budgets_beyond_the_training_or_below_a_step_are_refused(tmp_path, budge
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.results
 def test_predictive_coding_trains_its_models_with_the_winners_of_its_committed_sweep_of_equal_trials():
     sweep, suite = load_sweep("predictive-coding-sweep"), load_suite("predictive-coding")
     table = pd.read_csv(ROOT / "results" / "predictive-coding" / "sweep" / "sweep.csv")

@@ -127,6 +127,7 @@ family = "gpt-conv"
 """
 
 
+@pytest.mark.run
 def test_a_run_scores_every_model_against_the_bound_pairs_seeds_and_is_taken_up(tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
     command = ["in-context", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run")]
