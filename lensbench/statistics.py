@@ -1,38 +1,30 @@
-"""Intervals and means, one home for each: bootstrap over clusters, ratios of sums, Student's t, jackknife, half-widths."""
+"""Means and intervals: bootstrap over clusters, ratios of sums, Student's t over seeds, jackknife, half-widths."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from torch import Tensor
 
-# Reading
-FEWEST_CLUSTERS = 64
-"""Of fewer clusters the intervals are not to be trusted."""
-
-
-def half_width(sums: np.ndarray, tokens: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Half-width of the 95 % interval of means (of penalties, say), clusters being documents: ``[lenses, layers]``, nats.
-
-    From per-window sums ``[S, lenses, layers]``, token counts ``[S]`` and document numbers ``[S]``; the linearised
-    variance of a ratio, which the bootstrap over documents approaches. Infinite for fewer than two documents.
-    """
-    known, index = np.unique(documents, return_inverse=True)
-    if len(known) < 2:
-        return np.full(sums.shape[1:], np.inf)
-    clusters, sizes = np.zeros((len(known), *sums.shape[1:])), np.zeros(len(known))
-    np.add.at(clusters, index, sums)
-    np.add.at(sizes, index, tokens)
-    mean = clusters.sum(0) / sizes.sum()
-    residual = clusters - mean * sizes[:, None, None]
-    variance = (residual**2).sum(0) * len(known) / (len(known) - 1) / sizes.sum() ** 2
-    return 1.96 * np.sqrt(variance)
-
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[np.float64]
 
 
+FEWEST_CLUSTERS = 64
+"""With fewer clusters than this, intervals are not to be trusted."""
+
+
+def few_clusters(clusters: int) -> str:
+    """The warning next to an interval over so many clusters; empty where there are enough."""
+    return f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
+
+
+# Bootstrap over clusters
 def bootstrap_weights(clusters: int, draws: int, seed: int) -> Array:
     """How often each cluster is drawn: ``[draws, clusters]``, the same for every model measured on the same clusters."""
     return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), draws).astype(float)
@@ -44,23 +36,7 @@ def interval(draws: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def few_clusters(clusters: int) -> str:
-    """The warning beside an interval over so many clusters; nothing where there are enough."""
-    return f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
-
-
-def over_seeds(values: list[float]) -> tuple[float, float, float]:
-    """Mean of one value per seed, with its 95 % Student-t interval."""
-    mean, half = (
-        float(np.mean(values)),
-        stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5,
-    )
-    return mean, mean - float(half), mean + float(half)
-
-
-def ratio_with_interval(
-    sums: NDArray[np.float64], per: NDArray[np.float64], weights: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def ratio_with_interval(sums: Array, per: Array, weights: Array) -> tuple[Array, Array, Array]:
     """``sum(sums) / sum(per)`` over clusters with its 95 % interval: (low, value, high), each of ``sums.shape[1:]``."""
     flat = sums.reshape(len(sums), -1)
     low, high = interval((weights @ flat) / (weights @ per)[:, None])
@@ -76,6 +52,33 @@ def mean_with_interval(values: Tensor, document: NDArray[np.int64], draws: int) 
     return float(low), float(mean), float(high)
 
 
+def half_width(sums: Array, tokens: Array, documents: NDArray[np.int64]) -> Array:
+    """Half-width of the 95 % interval of means (of penalties, say) over documents: ``[lenses, layers]``, nats.
+
+    From sums ``[S, lenses, layers]``, token counts ``[S]`` and document numbers ``[S]`` of windows. It is the linearised
+    variance of a ratio, which the bootstrap over documents approaches; infinite for fewer than two documents.
+    """
+    known, index = np.unique(documents, return_inverse=True)
+    if len(known) < 2:
+        return np.full(sums.shape[1:], np.inf)
+    clusters, sizes = np.zeros((len(known), *sums.shape[1:])), np.zeros(len(known))
+    np.add.at(clusters, index, sums)
+    np.add.at(sizes, index, tokens)
+    mean = clusters.sum(0) / sizes.sum()
+    residual = clusters - mean * sizes[:, None, None]
+    variance: Array = (residual**2).sum(0) * len(known) / (len(known) - 1) / sizes.sum() ** 2
+    return 1.96 * np.sqrt(variance)
+
+
+# Student's t over seeds
+def mean_over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of one value per seed with its 95 % Student-t interval: (mean, low, high)."""
+    mean = float(np.mean(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return mean, mean - half, mean + half
+
+
+# Jackknife over groups
 def leaving_one_out(top: Array, bottom: Array) -> tuple[float, Array]:
     """``sum top / sum bottom`` over K groups, and the same without each of them ``[K]``."""
     with np.errstate(divide="ignore", invalid="ignore"):

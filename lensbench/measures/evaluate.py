@@ -16,7 +16,7 @@ from lensbench.lenses.fit import Fit, FitSummary, Report, pairs_of
 from lensbench.lenses.maps import AffineMaps, rotated_maps
 from lensbench.lenses.read import own_layer_sums
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.measures.indices import Means
+from lensbench.measures.means import Means
 from lensbench.measures.transfer import TransferSums, transfer_sums
 from lensbench.runtime.stages import NOTHING_KEPT, Pieces
 from lensbench.streams.capture import Capture

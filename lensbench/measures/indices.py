@@ -1,345 +1,339 @@
-"""Indices of a transfer matrix and their intervals: pure functions of arrays (definitions in the README's table).
+"""The catalogue of indices: what each is called, how it is computed, where it compares, how to read it.
 
-Every function takes mean KLs whose leading axes are free, so that one call serves the point estimate and all bootstrap
-draws. Layers are 0..L; per-layer arrays hold layers 0..L-1.
+To add an index, add one :class:`Index` to :data:`INDICES`. ``indices.csv``, the terminal, ``compare``, the claims that a
+suite may make, the schema and the README's table are made from the catalogue.
 """
 
 import hashlib
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import ONE_STANDARD_ERROR
-from lensbench.statistics import Array, few_clusters, interval
-
-Layers = NDArray[np.int64]
-
-
-SMALLEST_DENOMINATOR = 0.02
-"""An index is undefined where its denominator's interval reaches below this share of K_0."""
-
-
-SMALLEST_CONSTANT = 0.05
-"""K_0, nats/token, below which a model predicts nearly the same everywhere (as untrained ones do): nothing is compared."""
-
+from lensbench.measures.formulas import (
+    Keep,
+    Layers,
+    consistency,
+    distance_trend,
+    gain_tracking,
+    gain_visibility,
+    loo_retention,
+    mean_pair_penalty,
+    mean_rotated_pair_penalty,
+    movement,
+    pair_consistency,
+    retention,
+    retention_by_view,
+    rotated_retention,
+    similarity_correlation,
+    similarity_correlation_given_distance,
+)
+from lensbench.measures.means import Estimate, Means, Value, estimate, nothing_to_gain
+from lensbench.statistics import Array, interval
 
 LARGEST_ROTATED_RETENTION = 0.9
 """Consistency is undefined where the null's upper bound exceeds this: one map then serves all random bases."""
 
 
-@dataclass(frozen=True)
-class Means:
-    """Means, nats/token, of everything that an index needs: KL to the model's own distribution where not said otherwise.
-
-    ``constant`` ``[...]`` K_0. ``transfer``, ``transfer_ce``, ``movement`` ``[..., L+1, L+1]``: K_ij, C_ij and D_ij of the
-    headline matrix.
-    ``own`` ``[..., L]``: per-layer lenses with prior zero; ``shared``, ``shared_loo`` ``[..., L]`` and ``rotated``
-    ``[..., views, L]`` of the same prior and stage. ``own_refined``, ``shared_refined`` ``[..., L]``: the refined stage.
-    ``pair`` ``[..., L, L]``: at [i, j], i != j, the lens of layers i and j as it reads j; ``pair_rotated``
-    ``[..., views, L, L]``. NaN where there is no such lens.
-    """
-
-    constant: Array
-    transfer: Array
-    transfer_ce: Array
-    movement: Array
-    own: Array
-    shared: Array
-    shared_loo: Array
-    rotated: Array
-    own_refined: Array
-    shared_refined: Array
-    pair: Array
-    pair_rotated: Array
-
-    @classmethod
-    def of_clusters(cls, sums: "Means", tokens: Array, weights: Array | None = None) -> "Means":
-        """Weighted means over clusters: every field of ``sums`` is ``[clusters, ...]`` sums, ``tokens`` ``[clusters]``.
-
-        ``weights`` ``[draws, clusters]`` gives ``[draws, ...]`` means; None the plain means.
-        """
-        w = np.ones((1, len(tokens))) if weights is None else weights
-        total = w @ tokens
-        means = {}
-        for name, values in sums.items():
-            flat = (w @ values.reshape(len(tokens), -1)) / total[:, None]
-            shaped = flat.reshape(len(w), *values.shape[1:])
-            means[name] = shaped[0] if weights is None else shaped
-        return cls(**means)
-
-    def items(self) -> list[tuple[str, Array]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self)]
+Stage = Literal["none", "closed", "refined", "matrix"]
+"""Lenses that an index is read off: none at all, those of the closed form, those refined on KL, or the transfer matrix."""
 
 
 @dataclass(frozen=True)
-class Value:
-    """An index at every draw, with the denominator that decides whether it is defined (None: always)."""
+class Index:
+    """One number about a model's layers, with all that tables, figures and documentation say of it.
 
-    value: Array
-    denominator: Array | None = None
-
-
-def _pairs(layers: int) -> tuple[Layers, Layers]:
-    """All i < j of layers 0..L-1."""
-    i, j = np.triu_indices(layers, k=1)
-    return i.astype(np.int64), j.astype(np.int64)
-
-
-def retention(own: Array, shared: Array, constant: Array) -> Value:
-    """``1 - sum_j (K_shared,j - K_jj) / sum_j (K_0 - K_jj)``: share of the per-layer lenses' information kept."""
-    gained = (constant[..., None] - own).sum(-1)
-    return Value(1 - (shared - own).sum(-1) / gained, gained)
-
-
-def rotated_retention(m: Means, first: int = 0) -> Value:
-    """Mean retention over the rotated views, read from layer ``first`` on.
-
-    The per-layer KL is the plain view's (prior zero: it cannot change).
+    Exactly one of ``compute``, ``at_distance``, ``of_similarity`` and ``fact`` says where its value comes from.
     """
-    each = retention(m.own[..., None, first:], m.rotated[..., first:], m.constant[..., None])
-    return Value(each.value.mean(-1), None if each.denominator is None else each.denominator[..., 0])
+
+    name: str
+    """In ``indices.csv``; ``K`` at its end stands for a distance of layers."""
+    label: str
+    """What figures and tables call it."""
+    formula: str
+    reading: str
+    """How to read it: one plain sentence."""
+    stage: Stage = "closed"
+    unit: str = "share"
+    comparable: str = "models of like depth and width"
+    """Between what its values can be compared."""
+    source: str = "lensbench"
+    """arXiv number of the paper that defines it, or ``lensbench``."""
+    compute: Callable[[Means], Value] | None = None
+    made_of: tuple[str, str] | None = None
+    """Two earlier indices, a share kept and its null, whose values (and the null's spread) it is made of."""
+    each_view: Callable[[Means], Value] | None = None
+    """The values in each random basis ``[views]``, whose spread enters the interval of their mean."""
+    at_distance: Callable[[int], Callable[[Means], Value]] | None = None
+    """For a family of indices, one for every distance K of layers."""
+    of_similarity: Callable[[Means, Array], Value] | None = None
+    """Needs the similarity of every two layers ``[L, L]``, which a probe measures."""
+    fact: bool = False
+    """Known of the stream without an estimate: the tables give its value."""
+    variant_of: str = ""
+    variant: str = ""
+    """What to call it next to the index that it is a variant of."""
+    shown: int | None = None
+    """Its place among the indices that the terminal prints, ``compare`` compares and a suite may claim; None: in none."""
+    on_the_curve: bool = False
+    """Whether ``tolerances.csv`` follows it over the loss that a lens's ridge may cost."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless it is clear where the value comes from."""
+        sources = (self.compute, self.at_distance, self.of_similarity, self.fact or None)
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError(f"index {self.name!r} needs one of compute, at_distance, of_similarity and fact")
+
+    def value(self, m: Means) -> Value:
+        """The index of means; raises :class:`LensbenchError` for an index that needs more than means."""
+        if self.compute is None:
+            raise LensbenchError(f"index {self.name} is not made of means alone")
+        return self.compute(m)
 
 
-def loo_retention(m: Means) -> Value:
-    """:func:`retention` of lenses that never saw the layer they read, over the layers that have one."""
-    there = np.isfinite(m.shared_loo).reshape(-1, m.shared_loo.shape[-1]).all(0)
-    return retention(m.own[..., there], m.shared_loo[..., there], m.constant)
+def _pairs_from_1(i: Layers, j: Layers) -> NDArray[np.bool_]:
+    return i > 0
 
 
-def pair_penalty(own: Array, pair: Array) -> Array:
-    """``M_ij = ((K(T_ij, i) - K_ii) + (K(T_ij, j) - K_jj)) / 2`` of all pairs i < j: ``[..., L (L-1) / 2]``.
+def _pairs_apart(k: int) -> Keep:
+    return lambda i, j: j - i == k
 
-    NaN for a pair without a lens.
+
+WITHOUT_LAYER_0 = "without layer 0"
+
+
+CATALOGUE = (
+    Index(
+        "constant_kl", "K_0", "K_0",
+        "KL of the best constant distribution to the model's own: what there is to gain.",
+        stage="none", unit="nats", comparable="models with the same tokens", compute=lambda m: Value(m.constant),
+    ),
+    Index(
+        "shared_retention", "R", "1 - sum_j (K_shared,j - K_jj) / sum_j (K_0 - K_jj)",
+        "R: the share of the per-layer lenses' information that one lens for all layers keeps.",
+        compute=lambda m: retention(m.own, m.shared, m.constant), shown=1,
+    ),
+    Index(
+        "rotated_retention", "R in random bases", "R of lenses fitted with every layer in a random basis; mean over bases",
+        "R_rot, the random-basis null: R where every layer is in a random basis. It is not zero, because a wide stream can "
+        "serve several bases at once.",
+        compute=rotated_retention, each_view=retention_by_view, shown=2,
+    ),
+    Index(
+        "loo_shared_retention", "R, layer left out", "R of lenses fitted without the layer they read",
+        "R where the lens that reads a layer was fitted without data of this layer.",
+        compute=loo_retention, shown=6,
+    ),
+    Index(
+        "shared_retention_refined", "R, refined", "R of lenses refined on KL",
+        "R of lenses that were refined on KL. It has no refined null.", stage="refined",
+        compute=lambda m: retention(m.own_refined, m.shared_refined, m.constant),
+        variant_of="shared_retention", variant="refined", shown=5,
+    ),
+    Index(
+        "shared_retention_without_layer0", "R without layer 0", "R with sums over j >= 1",
+        "R of the same lenses, fitted to all layers, read from layer 1 on.",
+        compute=lambda m: retention(m.own[..., 1:], m.shared[..., 1:], m.constant),
+        variant_of="shared_retention", variant=WITHOUT_LAYER_0,
+    ),
+    Index(
+        "rotated_retention_without_layer0", "R in random bases without layer 0", "R_rot with sums over j >= 1",
+        "The random-basis null, read from layer 1 on.",
+        compute=partial(rotated_retention, first=1), each_view=partial(retention_by_view, first=1),
+        variant_of="rotated_retention", variant=WITHOUT_LAYER_0,
+    ),
+    Index(
+        "pair_penalty", "pair penalty", "mean over i < j of M_ij = ((K(T_ij, i) - K_ii) + (K(T_ij, j) - K_jj)) / 2",
+        "M: what one lens for two layers costs over a lens for each, mean over pairs.", unit="nats",
+        comparable="models with the same tokens and the same layers chosen", compute=mean_pair_penalty, shown=7,
+    ),
+    Index(
+        "pair_penalty_rotated", "pair penalty in random bases", "the mean M_ij in random bases",
+        "M where each of the two layers is in a random basis.", unit="nats",
+        comparable="models with the same tokens and the same layers chosen", compute=mean_rotated_pair_penalty,
+        variant_of="pair_penalty", variant="in random bases", shown=8,
+    ),
+    Index(
+        "pair_consistency", "pair consistency", "1 - mean M_ij / mean M_ij in random bases",
+        "Near 1: two layers share a lens at no cost. 0: they have no more in common than in random bases. It does not "
+        "depend on directions that a layer leaves undetermined.",
+        comparable="models of like depth, with the same layers chosen", compute=pair_consistency, shown=9,
+    ),
+    Index(
+        "pair_consistency_without_layer0", "pair consistency without layer 0", "pair consistency over 1 <= i < j",
+        "Pair consistency from layer 1 on.", comparable="models of like depth, with the same layers chosen",
+        compute=partial(pair_consistency, first=1), variant_of="pair_consistency", variant=WITHOUT_LAYER_0, shown=10,
+    ),
+    Index(
+        "gain_tracking", "gain tracking", "slope of K_shared,j+1 - K_shared,j on K_j+1,j+1 - K_jj",
+        "Slope of the shared lens's steps on the per-layer lenses' own. Never read it alone: it misorders synthetic streams "
+        "of known answer.", unit="slope", compute=gain_tracking, shown=11,
+    ),
+    Index(
+        "gain_visibility", "gain visibility", "sum (K_ii - K_ij) / sum (K_ii - K_jj) over i < j < L",
+        "The share of later layers' gain that a lens fixed at an earlier layer sees. Above 0: fixed lenses see gains. Below "
+        "0: the representation changes, or new information overlaps what is carried along.",
+        stage="matrix", comparable="lenses of the same tolerance", compute=gain_visibility, variant="all pairs of layers",
+        shown=12, on_the_curve=True,
+    ),
+    Index(
+        "gain_visibility_adjacent", "gain visibility, adjacent layers", "gain visibility over j = i + 1",
+        "Gain visibility between adjacent layers.", stage="matrix", comparable="lenses of the same tolerance",
+        compute=partial(gain_visibility, keep=lambda i, j: j == i + 1),
+        variant_of="gain_visibility", variant="adjacent layers", shown=13,
+    ),
+    Index(
+        "gain_visibility_adjacent_without_layer0", "gain visibility, adjacent layers without layer 0",
+        "gain visibility over j = i + 1, i >= 1",
+        "Gain visibility between adjacent layers from layer 1 on.",
+        stage="matrix", comparable="lenses of the same tolerance",
+        compute=partial(gain_visibility, keep=lambda i, j: (j == i + 1) & (i > 0)),
+        variant_of="gain_visibility", variant="adjacent layers without layer 0",
+    ),
+    Index(
+        "gain_visibility_without_layer0", "gain visibility without layer 0", "gain visibility over 1 <= i < j < L",
+        "Gain visibility from layer 1 on: the step away from the embedding is often most of the sum.",
+        stage="matrix", comparable="lenses of the same tolerance", compute=partial(gain_visibility, keep=_pairs_from_1),
+        variant_of="gain_visibility", variant=WITHOUT_LAYER_0, shown=14, on_the_curve=True,
+    ),
+    Index(
+        "movement", "movement", "sum D_ij / sum (K_ii - K_jj) over i < j < L, D_ij = E KL(q_ii || q_ij)",
+        "How much changes under fixed lenses, per nat of gain. Visibility 0 with movement 0: carry-along.",
+        stage="matrix", unit="nats per nat", comparable="lenses of the same tolerance", compute=movement, shown=15,
+        on_the_curve=True,
+    ),
+    Index(
+        "movement_without_layer0", "movement without layer 0", "movement over 1 <= i < j < L",
+        "Movement from layer 1 on.", stage="matrix", unit="nats per nat", comparable="lenses of the same tolerance",
+        compute=partial(movement, keep=_pairs_from_1), variant_of="movement", variant=WITHOUT_LAYER_0,
+    ),
+    Index(
+        "distance_trend", "penalty with distance", "Spearman correlation of C_ij - C_jj with |i - j|, i != j",
+        "Rank correlation of the published transfer penalty with the distance between layers.", stage="matrix",
+        unit="rank correlation", source="2303.08112", compute=distance_trend, shown=16,
+    ),
+    Index(
+        "distance_trend_forward", "penalty with distance, forward", "distance trend over i < j",
+        "Distance trend of lenses that read later layers than their own.", stage="matrix", unit="rank correlation",
+        source="2303.08112",
+        compute=partial(distance_trend, keep=lambda i, j: i < j), variant_of="distance_trend", variant="forward",
+    ),
+    Index(
+        "distance_trend_backward", "penalty with distance, backward", "distance trend over i > j",
+        "Distance trend of lenses that read earlier layers than their own.", stage="matrix", unit="rank correlation",
+        source="2303.08112",
+        compute=partial(distance_trend, keep=lambda i, j: i > j), variant_of="distance_trend", variant="backward",
+    ),
+    Index(
+        "shared_consistency", "consistency", "(R - R_rot) / (1 - R_rot)",
+        "How much more one lens keeps than it would in random bases. 0: no more. 1: one lens does all. Above 1: it reads "
+        "held-out text better than lenses per layer, which are fitted to less. Blind to information that is carried along "
+        "unchanged.",
+        compute=lambda m: consistency(retention(m.own, m.shared, m.constant), rotated_retention(m)),
+        made_of=("shared_retention", "rotated_retention"), shown=3,
+    ),
+    Index(
+        "shared_consistency_without_layer0", "consistency without layer 0", "consistency of R and R_rot without layer 0",
+        "Consistency of the same lenses, read from layer 1 on.",
+        compute=lambda m: consistency(
+            retention(m.own[..., 1:], m.shared[..., 1:], m.constant), rotated_retention(m, first=1)
+        ),
+        made_of=("shared_retention_without_layer0", "rotated_retention_without_layer0"),
+        variant_of="shared_consistency", variant=WITHOUT_LAYER_0, shown=4,
+    ),
+    Index(
+        "gain_visibility_distance_K", "gain visibility at distance K", "gain visibility over j = i + K",
+        "Gain visibility over all pairs of layers that lie K apart.", stage="matrix",
+        comparable="lenses of the same tolerance", at_distance=lambda k: partial(gain_visibility, keep=_pairs_apart(k)),
+        variant_of="gain_visibility", variant="at distance K",
+    ),
+    Index(
+        "movement_distance_K", "movement at distance K", "movement over j = i + K",
+        "Movement over all pairs of layers that lie K apart.", stage="matrix", unit="nats per nat",
+        comparable="lenses of the same tolerance", at_distance=lambda k: partial(movement, keep=_pairs_apart(k)),
+        variant_of="movement", variant="at distance K",
+    ),
+    Index(
+        "similarity_correlation", "penalty with covariance similarity",
+        "Spearman correlation of C_ij - C_jj with the cosine of the layers' covariances, i != j",
+        "Rank correlation of the published transfer penalty with the cosine of the layers' covariances. Negative: lenses "
+        "transfer between layers that look alike.", stage="matrix", unit="rank correlation", source="2303.08112",
+        of_similarity=similarity_correlation,
+    ),
+    Index(
+        "similarity_correlation_given_distance", "penalty with covariance similarity, given distance",
+        "the partial rank correlation, given |i - j|",
+        "Similarity correlation without what both owe to the distance between layers.", stage="matrix",
+        unit="rank correlation",
+        of_similarity=similarity_correlation_given_distance, variant_of="similarity_correlation", variant="given distance",
+    ),
+    Index(
+        "layers", "L", "L", "L: how many blocks the model has.", stage="none", unit="count", comparable="all models",
+        fact=True,
+    ),
+    Index(
+        "rotated_rank", "rank", "rank of the subspace that rotations act on",
+        "The rank of the subspace with 99 % of the variance (`fit.variance`), which the random bases of the null act on.",
+        stage="none", unit="count", comparable="all models", fact=True,
+    ),
+)  # fmt: skip
+
+
+INDICES: dict[str, Index] = {index.name: index for index in CATALOGUE}
+"""Name -> index, in the order of ``indices.csv``. An index that is made of others stands after them."""
+
+
+def find_index(name: str) -> Index:
+    """The index of a row of ``indices.csv``; ``movement_distance_3`` is one of the family ``movement_distance_K``.
+
+    Raises :class:`LensbenchError` for a name that the catalogue does not have.
     """
-    excess = pair - own[..., None, :]
-    i, j = _pairs(pair.shape[-1])
-    return (excess[..., i, j] + excess[..., j, i]) / 2
-
-
-def _mean_of_known(values: Array) -> Array:
-    """Mean along the last axis of what is known; NaN where nothing is."""
-    known = np.isfinite(values).all(axis=tuple(range(values.ndim - 1)))
-    mean: Array = values[..., known].mean(-1) if known.any() else np.full(values.shape[:-1], np.nan)
-    return mean
-
-
-def mean_pair_penalty(m: Means, *, rotated: bool = False, first: int = 0) -> Value:
-    """Mean of M_ij over the pairs from layer ``first`` on that have a lens, in the plain view or over the rotated ones."""
-    own = m.own[..., first:]
-    if not rotated:
-        return Value(_mean_of_known(pair_penalty(own, m.pair[..., first:, first:])))
-    each = pair_penalty(own[..., None, :], m.pair_rotated[..., first:, first:])
-    return Value(_mean_of_known(each).mean(-1))
-
-
-def pair_consistency(m: Means, first: int = 0) -> Value:
-    """``1 - mean M_ij / mean M_ij^rot``: 0 = a pair of layers has no more in common than in random bases."""
-    null = mean_pair_penalty(m, rotated=True, first=first).value
-    return Value(1 - mean_pair_penalty(m, first=first).value / null, null)
-
-
-def consistency(kept: Value, null: Value) -> Value:
-    """``(R - R_rot) / (1 - R_rot)``."""
-    return Value((kept.value - null.value) / (1 - null.value), kept.denominator)
-
-
-def gain_visibility(m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]] | None = None) -> Value:
-    """``sum V_ij / sum G_ij`` over i < j <= L-1: ``V = K_ii - K_ij``, ``G = K_ii - K_jj``."""
-    seen, gained = _visible_and_own_gain(m, keep)
-    return Value(seen.sum(-1) / gained.sum(-1), gained.sum(-1))
-
-
-def movement(m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]] | None = None) -> Value:
-    """``sum D_ij / sum G_ij`` over i < j <= L-1."""
-    _, gained = _visible_and_own_gain(m, keep)
-    i, j = _pairs(m.transfer.shape[-1] - 1)
-    if keep is not None:
-        i, j = i[keep(i, j)], j[keep(i, j)]
-    return Value(m.movement[..., i, j].sum(-1) / gained.sum(-1), gained.sum(-1))
-
-
-def _visible_and_own_gain(
-    m: Means, keep: Callable[[Layers, Layers], NDArray[np.bool_]] | None = None
-) -> tuple[Array, Array]:
-    i, j = _pairs(m.transfer.shape[-1] - 1)
-    if keep is not None:
-        kept = keep(i, j)
-        i, j = i[kept], j[kept]
-    k = m.transfer
-    return k[..., i, i] - k[..., i, j], k[..., i, i] - k[..., j, j]
-
-
-def gain_tracking(m: Means) -> Value:
-    """Least-squares slope of the shared lens's step ``K_shared,j+1 - K_shared,j`` on the per-layer lenses' own."""
-    own, shared = np.diff(m.own, axis=-1), np.diff(m.shared, axis=-1)
-    centred = own - own.mean(-1, keepdims=True)
-    spread = (centred**2).sum(-1)
-    # The slope's denominator is a sum of squares; its root is in nats and can be held against K_0.
-    return Value((centred * (shared - shared.mean(-1, keepdims=True))).sum(-1) / spread, np.sqrt(spread))
-
-
-def distance_trend(m: Means, direction: str = "both") -> Value:
-    """Spearman correlation of the published penalty ``C_ij - C_jj`` with ``|i - j|`` over i != j of layers 0..L-1.
-
-    ``forward``: lens before stream, i < j; ``backward``: i > j.
-    """
-    layers = m.transfer.shape[-1] - 1
-    penalty = m.transfer_ce - np.diagonal(m.transfer_ce, axis1=-2, axis2=-1)[..., None, :]
-    i, j = np.nonzero(~np.eye(layers, dtype=bool))
-    kept = {"both": i != j, "forward": i < j, "backward": i > j}[direction]
-    i, j = i[kept], j[kept]
-    return Value(_spearman(penalty[..., i, j], np.abs(i - j).astype(float)))
-
-
-def _spearman(values: Array, against: Array) -> Array:
-    """Rank correlation along the last axis; not a number where either is constant."""
-    a, b = stats.rankdata(values, axis=-1), stats.rankdata(against)
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean()
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum())
-
-
-def similarity_correlation(m: Means, similarity: Array, *, given_distance: bool = False) -> Value:
-    """Spearman correlation of the published penalty ``C_ij - C_jj`` with representation similarity ``[L, L]``, i != j.
-
-    arXiv 2303.08112 (section 4.2) finds it negative. ``given_distance``: the partial rank correlation, with what both owe to
-    the distance of the layers taken out.
-    """
-    layers = m.transfer.shape[-1] - 1
-    penalty = m.transfer_ce - np.diagonal(m.transfer_ce, axis1=-2, axis2=-1)[..., None, :]
-    i, j = np.nonzero(~np.eye(layers, dtype=bool))
-    values, alike, apart = penalty[..., i, j], similarity[i, j], np.abs(i - j).astype(float)
-    direct = _spearman(values, alike)
-    if not given_distance:
-        return Value(direct)
-    of_penalty, of_similarity = _spearman(values, apart), _spearman(alike, apart)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        left = np.sqrt((1 - of_penalty**2) * (1 - of_similarity**2))
-        return Value((direct - of_penalty * of_similarity) / left)
-
-
-OF_SIMILARITY = ("similarity_correlation", "similarity_correlation_given_distance")
-
-
-def similarity_estimates(point: Means, draws: Means, similarity: Array, clusters: int) -> dict[str, "Estimate"]:
-    """Both of them with their intervals over documents; the similarity is that of the fitting tokens, held fixed."""
-    found = {}
-    for name in OF_SIMILARITY:
-        given = name != OF_SIMILARITY[0]
-        here, there = (similarity_correlation(m, similarity, given_distance=given) for m in (point, draws))
-        found[name] = estimate(here, there, float(point.constant), clusters)
+    found = INDICES.get(name) or INDICES.get(re.sub(r"_\d+$", "_K", name))
+    if found is None:
+        raise LensbenchError(f"there is no index {name!r}")
     return found
 
 
-def by_distance(layers: int) -> dict[str, Callable[[Means], Value]]:
-    """``gain_visibility_distance_K`` and ``movement_distance_K`` for all pairs of layers 0..L-1 that lie K apart."""
-
-    def of(k: int) -> tuple[Callable[[Means], Value], Callable[[Means], Value]]:
-        def keep(i: Layers, j: Layers) -> NDArray[np.bool_]:
-            return j - i == k
-
-        return (lambda m: gain_visibility(m, keep)), (lambda m: movement(m, keep=keep))
-
-    functions: dict[str, Callable[[Means], Value]] = {}
-    for k in range(1, layers):
-        functions[f"gain_visibility_distance_{k}"], functions[f"movement_distance_{k}"] = of(k)
-    return functions
+def shown_indices() -> tuple[str, ...]:
+    """The names of the indices that tables print, in their order."""
+    return tuple(sorted((i.name for i in INDICES.values() if i.shown is not None), key=lambda n: INDICES[n].shown or 0))
 
 
-def distance_estimates(point: Means, draws: Means, clusters: int) -> dict[str, "Estimate"]:
-    """All of :func:`by_distance` with their intervals over documents."""
-    found = {}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for name, function in by_distance(point.transfer.shape[-1] - 1).items():
-            found[name] = estimate(
-                function(point), function(draws), float(point.constant), clusters, nothing_to_gain(point)
-            )
-    return found
+def compared_quantities() -> tuple[str, ...]:
+    """What models are compared by, and what a suite may make claims about: losses, then the shown indices."""
+    return ("ce", "bits_per_byte", *shown_indices())
 
 
-def nothing_to_gain(point: Means) -> str:
-    """The reason why all indices of a model are undefined that predicts nearly the same everywhere; else nothing."""
-    constant = float(point.constant)
-    if constant >= SMALLEST_CONSTANT:
-        return ""
-    return f"undefined: the model predicts nearly the same everywhere (K_0 = {constant:.2g} nats)"
+def curve_indices() -> tuple[str, ...]:
+    """The names of the indices that ``tolerances.csv`` follows."""
+    return tuple(index.name for index in INDICES.values() if index.on_the_curve)
 
 
-INDICES: dict[str, tuple[str, Callable[[Means], Value]]] = {
-    "constant_kl": ("none", lambda m: Value(m.constant)),
-    "shared_retention": ("closed", lambda m: retention(m.own, m.shared, m.constant)),
-    "rotated_retention": ("closed", rotated_retention),
-    "loo_shared_retention": ("closed", loo_retention),
-    "shared_retention_refined": ("refined", lambda m: retention(m.own_refined, m.shared_refined, m.constant)),
-    # The same lenses, fitted to all layers, read from layer 1 on: how much of a retention is the embedding's.
-    "shared_retention_without_layer0": (
-        "closed",
-        lambda m: retention(m.own[..., 1:], m.shared[..., 1:], m.constant),
-    ),
-    "rotated_retention_without_layer0": ("closed", lambda m: rotated_retention(m, first=1)),
-    "pair_penalty": ("closed", mean_pair_penalty),
-    "pair_penalty_rotated": ("closed", lambda m: mean_pair_penalty(m, rotated=True)),
-    "pair_consistency": ("closed", pair_consistency),
-    "pair_consistency_without_layer0": ("closed", lambda m: pair_consistency(m, first=1)),
-    "gain_tracking": ("closed", gain_tracking),
-    "gain_visibility": ("closed", gain_visibility),
-    "gain_visibility_adjacent": ("closed", lambda m: gain_visibility(m, lambda i, j: j == i + 1)),
-    # Where the step away from the embedding is most of the sum.
-    "gain_visibility_adjacent_without_layer0": (
-        "closed",
-        lambda m: gain_visibility(m, lambda i, j: (j == i + 1) & (i > 0)),
-    ),
-    "gain_visibility_without_layer0": ("closed", lambda m: gain_visibility(m, lambda i, j: i > 0)),
-    "movement": ("closed", movement),
-    "movement_without_layer0": ("closed", lambda m: movement(m, lambda i, j: i > 0)),
-    "distance_trend": ("closed", distance_trend),
-    "distance_trend_forward": ("closed", lambda m: distance_trend(m, "forward")),
-    "distance_trend_backward": ("closed", lambda m: distance_trend(m, "backward")),
-}
-"""Name -> (stage of the lenses it compares, function). ``shared_consistency``, with and without
-layer 0, is made of two of them."""
+def similarity_indices() -> tuple[str, ...]:
+    """The names of the indices that need the similarity of layers, which not every suite measures."""
+    return tuple(index.name for index in INDICES.values() if index.of_similarity is not None)
 
 
-def of_the_matrix(name: str) -> bool:
-    """Whether an index is read off the headline matrix."""
-    return name.startswith(("gain_visibility", "movement", "distance"))
+def fact_indices() -> tuple[str, ...]:
+    """The names of the facts of a stream."""
+    return tuple(index.name for index in INDICES.values() if index.fact)
 
 
-OF_THE_MATRIX = {name for name in INDICES if of_the_matrix(name)}
-
-
-ON_THE_CURVE = ("gain_visibility", "gain_visibility_without_layer0", "movement")
-"""What is followed over the allowed loss of the matrix's lenses."""
+def variants_of(name: str) -> list[Index]:
+    """The variants of an index, in the catalogue's order."""
+    return [index for index in INDICES.values() if index.variant_of == name]
 
 
 def tolerance_order(label: str) -> tuple[float, str]:
-    """Zero first, then one standard error, then rising."""
+    """A key that sorts tolerances: zero first, then one standard error, then rising."""
     return (1e-9 if label == ONE_STANDARD_ERROR else float(label) if label[0].isdigit() else 1.0), label
-
-
-def with_last(matrix: Array) -> Array:
-    """A matrix ``[..., n, n]`` of lenses of layers, with an unknown logit lens and last layer: ``[..., n+1, n+1]``."""
-    padded = np.full((*matrix.shape[:-2], matrix.shape[-2] + 1, matrix.shape[-1] + 1), np.nan)
-    padded[..., :-1, :-1] = matrix
-    return padded
-
-
-def of_layers(m: Means, transfer: Array, moved: Array) -> Means:
-    """Means with the matrix ``[..., n, n]`` of some layers (and no logit lens) in place of their own."""
-    return replace(m, transfer=with_last(transfer), movement=with_last(moved))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An index with its 95 % interval; ``value`` is None where undefined, and ``reason`` says why, or warns."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    reason: str = ""
 
 
 def seed_of_rotations(model: str, seed: int) -> list[int]:
@@ -350,85 +344,125 @@ def seed_of_rotations(model: str, seed: int) -> list[int]:
     return [seed, int.from_bytes(hashlib.sha256(model.encode()).digest()[:8])]
 
 
-def draw_values(point: Means, draws: Means, seed: int | list[int]) -> tuple[dict[str, Value], dict[str, Value]]:
-    """Every index at the point estimate and at every bootstrap draw, consistency included.
-
-    The spread over the few rotated views enters the draws of ``rotated_retention`` as a Student-t deviation of their mean,
-    drawn with ``seed``.
-    """
+# Values
+def values_of(m: Means) -> dict[str, Value]:
+    """Every index that is made of means alone: for the point estimate, for draws, for refits."""
     # A denominator of zero makes an index undefined, with its reason, further on.
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _draw_values(point, draws, [seed] if isinstance(seed, int) else seed)
+        return {index.name: index.value(m) for index in INDICES.values() if index.compute is not None}
 
 
-def _draw_values(point: Means, draws: Means, seed: list[int]) -> tuple[dict[str, Value], dict[str, Value]]:
-    at_point = {name: function(point) for name, (_, function) in INDICES.items()}
-    at_draws = {name: function(draws) for name, (_, function) in INDICES.items()}
-    for suffix, first in (("", 0), ("_without_layer0", 1)):
-        null = f"rotated_retention{suffix}"
-        views = retention(point.own[None, first:], point.rotated[:, first:], point.constant[None]).value
-        if len(views) > 1:
-            rng = np.random.default_rng([*seed, len(views)])
-            deviation = stats.t.ppf(rng.uniform(size=len(draws.constant)), len(views) - 1) * views.std(ddof=1)
-            spread = at_draws[null].value + deviation / len(views) ** 0.5
-            at_draws[null] = Value(spread, at_draws[null].denominator)
-        for values in (at_point, at_draws):
-            values[f"shared_consistency{suffix}"] = consistency(values[f"shared_retention{suffix}"], values[null])
-    return at_point, at_draws
+def draw_values(point: Means, draws: Means, seed: int | list[int]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Every index of :func:`values_of` at the point estimate and at every bootstrap draw.
+
+    The spread over the few random bases enters the draws of their mean as a Student-t deviation, drawn with ``seed``, and so
+    the draws of what is made of it.
+    """
+    at_draws: dict[str, Value] = {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for index in INDICES.values():
+            if index.made_of is not None:
+                kept, null = (at_draws[name] for name in index.made_of)
+                at_draws[index.name] = consistency(kept, null)
+            elif index.compute is not None:
+                drawn = index.compute(draws)
+                if index.each_view is not None:
+                    drawn = _spread_over_views(drawn, index.each_view(point).value, seed)
+                at_draws[index.name] = drawn
+    return values_of(point), at_draws
 
 
+def _spread_over_views(drawn: Value, views: Array, seed: int | list[int]) -> Value:
+    """Draws of a mean over random bases, with the spread of the bases ``views`` in them."""
+    if len(views) < 2:
+        return drawn
+    rng = np.random.default_rng([*([seed] if isinstance(seed, int) else seed), len(views)])
+    deviation = stats.t.ppf(rng.uniform(size=len(drawn.value)), len(views) - 1) * views.std(ddof=1)
+    return Value(drawn.value + deviation / len(views) ** 0.5, drawn.denominator)
+
+
+# Estimates
 def estimates(point: Means, draws: Means, *, seed: int | list[int], clusters: int) -> dict[str, Estimate]:
-    """Every index with its interval, or the reason why it is undefined."""
-    at_point, at_draws = draw_values(point, draws, seed)
-    result = {}
-    for name, here in at_point.items():
-        reason = ""
-        if name.startswith("shared_consistency"):
-            null = at_draws[name.replace("shared_consistency", "rotated_retention")]
-            null_high = float(interval(null.value)[1])
-            if null_high > LARGEST_ROTATED_RETENTION:
-                reason = f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
-        if name == "shared_retention_refined" and not np.isfinite(point.own_refined).any():
-            reason = "undefined: no lens was refined"
-        if name != "constant_kl":
-            reason = nothing_to_gain(point) or reason
-        result[name] = estimate(here, at_draws[name], float(point.constant), clusters, reason)
-    return result
+    """Every index of :func:`values_of` with its interval, or the reason why it is undefined."""
+    return estimates_from(*draw_values(point, draws, seed), point, clusters)
 
 
-def estimate(here: Value, drawn: Value, constant: float, clusters: int, undefined: str = "") -> Estimate:
-    """One index with its interval, or the reason why it is undefined: its denominator first, then the one given."""
-    floor = max(0.0, SMALLEST_DENOMINATOR * constant)
-    reason = undefined
-    if drawn.denominator is not None and float(interval(drawn.denominator)[0]) < floor:
-        reason = f"undefined: the interval of its denominator reaches below {floor:.3g} nats (2 % of K_0)"
-    if not reason and not (np.isfinite(here.value) and np.isfinite(drawn.value).all()):
-        reason = "undefined: constant over layers"
-    if reason:
-        return Estimate(None, None, None, reason)
-    low, high = interval(drawn.value)
-    return Estimate(float(here.value), float(low), float(high), few_clusters(clusters))
+def estimates_from(
+    at_point: dict[str, Value], at_draws: dict[str, Value], point: Means, clusters: int
+) -> dict[str, Estimate]:
+    """:func:`estimates` from the values of :func:`draw_values`."""
+    return {
+        name: estimate(
+            here, at_draws[name], float(point.constant), clusters, _undefined(INDICES[name], at_draws, point)
+        )
+        for name, here in at_point.items()
+    }
 
 
-SHOWN = (
-    "shared_retention",
-    "rotated_retention",
-    "shared_consistency",
-    "shared_consistency_without_layer0",
-    "shared_retention_refined",
-    "loo_shared_retention",
-    "pair_penalty",
-    "pair_penalty_rotated",
-    "pair_consistency",
-    "pair_consistency_without_layer0",
-    "gain_tracking",
-    "gain_visibility",
-    "gain_visibility_adjacent",
-    "gain_visibility_without_layer0",
-    "movement",
-    "distance_trend",
-)
+def _undefined(index: Index, at_draws: dict[str, Value], point: Means) -> str:
+    """The reason why an index is undefined whatever its denominator is; otherwise empty."""
+    if index.stage == "none":
+        return ""
+    if reason := nothing_to_gain(point):
+        return reason
+    if index.made_of is not None:
+        null_high = float(interval(at_draws[index.made_of[1]].value)[1])
+        if null_high > LARGEST_ROTATED_RETENTION:
+            return f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
+    if index.stage == "refined" and not np.isfinite(point.own_refined).any():
+        return "undefined: no lens was refined"
+    return ""
 
 
-COMPARED = ("ce", "bits_per_byte", *SHOWN)
-"""What models are held against each other by."""
+def similarity_estimates(point: Means, draws: Means, similarity: Array, clusters: int) -> dict[str, Estimate]:
+    """The indices that need the similarity of layers ``[L, L]``, which is that of the fitting tokens and held fixed."""
+    found = {}
+    for index in INDICES.values():
+        if index.of_similarity is not None:
+            here, there = (index.of_similarity(m, similarity) for m in (point, draws))
+            found[index.name] = estimate(here, there, float(point.constant), clusters)
+    return found
+
+
+def by_distance(layers: int) -> dict[str, Index]:
+    """The families of indices over pairs of layers, written out: one index for each distance 1..L-1."""
+    found = {}
+    for k in range(1, layers):
+        for family in INDICES.values():
+            if family.at_distance is not None:
+                name = f"{family.name.removesuffix('K')}{k}"
+                found[name] = replace(family, name=name, at_distance=None, compute=family.at_distance(k))
+    return found
+
+
+def distance_estimates(point: Means, draws: Means, clusters: int) -> dict[str, Estimate]:
+    """The indices of :func:`by_distance` with their intervals."""
+    constant, reason = float(point.constant), nothing_to_gain(point)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            name: estimate(index.value(point), index.value(draws), constant, clusters, reason)
+            for name, index in by_distance(point.transfer.shape[-1] - 1).items()
+        }
+
+
+# Documentation
+def indices_table() -> str:
+    """The README's table of indices as Markdown: a row for each index, with the variants it has."""
+    main = [index for index in INDICES.values() if not index.variant_of]
+    main.sort(key=lambda index: (index.shown is None, index.shown or 0))
+    lines = ["| index | reading |", "|---|---|"]
+    for index in main:
+        variants = ", ".join(f"`{v.name}`" for v in variants_of(index.name))
+        also = f" Also {variants}" if variants else ""
+        lines.append(f"| `{index.name}` | {index.reading}{also} |")
+    return "\n".join(lines) + "\n"
+
+
+def catalogue_table() -> str:
+    """The whole catalogue as Markdown, for the schema: what each index is and where its values can be compared."""
+    lines = ["| index | called | formula | unit | lenses | compares | defined in |", "|---|---|---|---|---|---|---|"]
+    for i in INDICES.values():
+        source = i.source if i.source == "lensbench" else f"arXiv {i.source}"
+        formula = i.formula.replace("|", r"\|")
+        lines.append(f"| `{i.name}` | {i.label} | {formula} | {i.unit} | {i.stage} | {i.comparable} | {source} |")
+    return "\n".join(lines) + "\n"

@@ -1,15 +1,18 @@
-"""From indices to a verdict: refinement, carry-along, re-representation, or cannot tell.
+"""From indices to a verdict: refinement, carry-along, re-representation, or cannot tell; and the verdict in words.
 
-The rule is a suite's own, written down before it runs; ``benchmarks/calibration.toml`` measures how often it is wrong on
-streams of known answer. What it looks at are the intervals of three indices: gain visibility and movement of the headline
-matrix, and shared consistency.
+A suite declares its rule before it runs; ``benchmarks/calibration.toml`` measures how often the rule is wrong on streams of
+known answer. It looks at the intervals of three indices: gain visibility and movement of the transfer matrix, and shared
+consistency. No other module says what a verdict is, or why.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lensbench.measures.indices import INDICES
 
 Answer = Literal["refinement", "carry-along", "re-representation", "cannot tell"]
 
@@ -18,11 +21,11 @@ CANNOT_TELL: Answer = "cannot tell"
 
 
 SCOPES = {"all layers": "", "without layer 0": "_without_layer0"}
-"""What a verdict is on -> suffix of the indices that it is made of."""
+"""What a verdict is on -> the suffix of the indices that it is made of."""
 
 
 class VerdictRule(BaseModel):
-    """Thresholds on whole intervals: an interval that reaches across one does not tell."""
+    """Thresholds on whole intervals: where an interval reaches across one, we cannot tell."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -58,6 +61,7 @@ class Span:
         )
 
     def __str__(self) -> str:
+        """The value with its interval."""
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -70,29 +74,73 @@ class Verdict:
 
 
 INDEX_OF = {"visibility": "gain_visibility", "movement": "movement", "consistency": "shared_consistency"}
+"""What a verdict looks at -> the index it is."""
 
 
-NAMES = {"visibility": "gain visibility", "movement": "movement", "consistency": "consistency"}
+NAMES = {name: INDICES[index].label for name, index in INDEX_OF.items()}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What an answer needs of one index: its whole interval lies above one threshold and below another."""
+
+    name: str
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, spans: Mapping[str, Span | None]) -> bool:
+        """Whether the interval lies there; an undefined index lies nowhere."""
+        span = spans.get(self.name)
+        return span is not None and self.above < span.low and span.high < self.below
+
+    def __str__(self) -> str:
+        """Where the interval must lie."""
+        if self.above == -self.below:
+            return f"within {self.below:g} of 0"
+        return f"above {self.above:g}" if math.isfinite(self.above) else f"below {self.below:g}"
+
+    def missed_by(self, spans: Sequence[Span]) -> str:
+        """What an index would have to be, and how far it reaches on the wrong side of that: at worst, of several seeds."""
+        low, high = min(span.low for span in spans), max(span.high for span in spans)
+        ends = [f"down to {low:.3f}"] * (low <= self.above) + [f"up to {high:.3f}"] * (high >= self.below)
+        reaches = f" (it reaches {' and '.join(ends)})" if ends else ""
+        return f"{NAMES[self.name]} would have to lie {self}{reaches}"
+
+
+def conditions(rule: VerdictRule) -> dict[Answer, tuple[Condition, ...]]:
+    """What every answer needs; the first answer whose conditions all hold is the verdict."""
+    return {
+        "carry-along": (Condition("movement", below=rule.still), Condition("visibility", -rule.still, rule.still)),
+        "refinement": (Condition("visibility", above=rule.visible), Condition("consistency", above=rule.consistent)),
+        "re-representation": (
+            Condition("consistency", below=rule.inconsistent),
+            Condition("visibility", below=rule.unseen),
+        ),
+    }
+
+
+MEANINGS: dict[Answer, str] = {
+    "carry-along": "nothing moves under fixed lenses",
+    "refinement": "fixed lenses see gains, in one representation",
+    "re-representation": "layers share little more than random bases would",
+}
 
 
 def decide(rule: VerdictRule, spans: Mapping[str, Span | None]) -> Verdict:
     """The verdict on ``visibility``, ``movement`` and ``consistency``; the last is not needed where nothing moves."""
-    told = in_numbers(spans)
-    visibility, movement, consistency = (spans.get(name) for name in NAMES)
-    if visibility is None or movement is None:
-        return Verdict(CANNOT_TELL, told)
-    if movement.high < rule.still and -rule.still < visibility.low and visibility.high < rule.still:
-        return Verdict("carry-along", f"nothing moves under fixed lenses: {told}")
-    if consistency is None:
-        return Verdict(CANNOT_TELL, told)
-    if visibility.low > rule.visible and consistency.low > rule.consistent:
-        return Verdict("refinement", f"fixed lenses see gains, in one representation: {told}")
-    if consistency.high < rule.inconsistent and visibility.high < rule.unseen:
-        return Verdict("re-representation", f"layers share little more than random bases would: {told}")
-    return Verdict(CANNOT_TELL, f"no region of the rule holds the intervals: {told}")
+    numbers = in_numbers(spans)
+    if spans.get("visibility") is None or spans.get("movement") is None:
+        return Verdict(CANNOT_TELL, numbers)
+    for answer, needed in conditions(rule).items():
+        if all(condition.holds(spans) for condition in needed):
+            return Verdict(answer, f"{MEANINGS[answer]}: {numbers}")
+    if spans.get("consistency") is None:
+        return Verdict(CANNOT_TELL, numbers)
+    return Verdict(CANNOT_TELL, f"no region of the rule holds the intervals: {numbers}")
 
 
 def in_numbers(spans: Mapping[str, Span | None]) -> str:
+    """The three indices with their intervals."""
     return ", ".join(f"{NAMES[k]} {spans.get(k) or 'undefined'}" for k in NAMES)
 
 
@@ -106,10 +154,72 @@ def decide_on(rule: VerdictRule, scope: str, span: Callable[[str], Span | None])
     return decide(rule, spans_on(scope, span))
 
 
-def over_seeds(verdicts: list[Verdict], means: Mapping[str, Span | None]) -> Verdict:
+def agreement_of_seeds(verdicts: list[Verdict], means: Mapping[str, Span | None]) -> Verdict:
     """One verdict for a model: that of its seeds where they agree. ``means``: over seeds, for the reason."""
     answers = [v.answer for v in verdicts]
     counts = ", ".join(f"{answers.count(a)} {a}" for a in dict.fromkeys(answers))
     agree = len(set(answers)) == 1
     who = f"all {len(answers)} seeds" if agree else f"seeds differ: {counts}"
     return Verdict(answers[0] if agree else CANNOT_TELL, f"{who}; means over seeds: {in_numbers(means)}")
+
+
+# In words
+def rule_in_words(rule: VerdictRule) -> str:
+    """The rule in one sentence."""
+    needs = {a: " and ".join(f"{NAMES[c.name]} lies {c}" for c in needed) for a, needed in conditions(rule).items()}
+    regions = "; ".join(f"{answer} where {need}" for answer, need in needs.items())
+    return f"{regions}; whole intervals, widened by refits, must lie there, at every seed."
+
+
+def grounds(
+    rule: VerdictRule, answer: Answer, by_seed: Sequence[Mapping[str, Span | None]], undefined: Mapping[str, str]
+) -> str:
+    """Why a verdict is what it is: which thresholds the intervals pass, or which they miss.
+
+    ``by_seed``: what the verdict of each seed looked at. ``undefined``: why an index is, by ``visibility`` and so on.
+    """
+    if answer != CANNOT_TELL:
+        needed = conditions(rule)[answer]
+        at = f" at all {len(by_seed)} seeds" if len(by_seed) > 1 else ""
+        return " and ".join(f"{NAMES[c.name]} lies {c}" for c in needed) + at
+    reasons = []
+    for reason in dict.fromkeys(undefined.values()):
+        names = [NAMES[name] for name, why in undefined.items() if why == reason]
+        reasons.append(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {reason}")
+    return "; ".join([*reasons, *filter(None, [held_back(rule, by_seed)])])
+
+
+def held_back(rule: VerdictRule, by_seed: Sequence[Mapping[str, Span | None]]) -> str:
+    """What keeps a model from the answer of its other seeds, or from the nearest ones; no answer is named."""
+    answers = [decide(rule, spans).answer for spans in by_seed]
+    given = {answer for answer in answers if answer != CANNOT_TELL}
+    if len(given) > 1:
+        return "its seeds get different answers"
+    open_ones = [spans for spans, answer in zip(by_seed, answers, strict=True) if answer == CANNOT_TELL]
+    missed = {
+        answer: [c for c in needed if not all(c.holds(spans) for spans in open_ones)]
+        for answer, needed in conditions(rule).items()
+        if answer in given or not given
+    }
+    fewest = min(len(conditions_missed) for conditions_missed in missed.values())
+    ways = []
+    for conditions_missed in missed.values():
+        known = {c: [s for s in (spans.get(c.name) for spans in open_ones) if s is not None] for c in conditions_missed}
+        texts = [c.missed_by(spans) for c, spans in known.items() if spans]
+        if len(conditions_missed) == fewest and texts:
+            ways.append(" and ".join(texts))
+    at = f"at {len(open_ones)} of {len(by_seed)} seeds " if len(by_seed) > 1 else ""
+    return at + ", or ".join(ways) if ways else ""
+
+
+def sign_over_tolerances(at_tolerance: Sequence[tuple[str, Span]]) -> str:
+    """What to add where the sign of gain visibility depends on the loss that a lens's ridge may cost; otherwise empty.
+
+    ``at_tolerance``: the loss allowed, and gain visibility there, of every seed.
+    """
+    spans = [span for _, span in at_tolerance]
+    if not spans or all(span.low > 0 for span in spans) or all(span.high < 0 for span in spans):
+        return ""
+    ordered = sorted(at_tolerance, key=lambda item: item[1].value)
+    ends = ", ".join(f"{span} at {label}" for label, span in (ordered[0], ordered[-1]))
+    return f"the sign of gain visibility is not the same at every loss that a lens's ridge may cost: {ends}"

@@ -13,7 +13,7 @@ from torch import from_numpy
 
 from lensbench.data.corpus import clusters_of
 from lensbench.data.samples import Samples
-from lensbench.measures.indices import SMALLEST_DENOMINATOR
+from lensbench.measures.means import SMALLEST_DENOMINATOR
 from lensbench.probes.tools.crossfit import COLUMNS
 from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval
 from lensbench.streams.capture import Capture

@@ -1,11 +1,12 @@
 """Models across run folders: one tidy table, differences paired where the same sequences were scored.
 
-Folders that hold different models of one suite are parts of one run: their models are compared as if they lay in one.
-Over seeds a difference is paired by seed; those that the suite declares as claims are corrected together (Holm).
+Folders that hold different models of one suite are parts of one run: their models are compared as if they lay in one folder.
+Over seeds, a difference is paired by seed. The differences that the suite declares as claims are corrected together (Holm).
 """
 
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,19 +17,26 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from lensbench.errors import LensbenchError
-from lensbench.measures import indices
-from lensbench.measures.indices import COMPARED, ON_THE_CURVE, Means, draw_values, seed_of_rotations, tolerance_order
+from lensbench.measures.indices import (
+    compared_quantities,
+    curve_indices,
+    draw_values,
+    estimates_from,
+    seed_of_rotations,
+    tolerance_order,
+)
+from lensbench.measures.means import Means
 from lensbench.measures.verdict import VerdictRule
+from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.folder import SEQUENCES, Run, read_run
 from lensbench.results.schema import MEASURED_TIME, SCHEMA
 from lensbench.results.sums import ClusterSums, by_document, clustered
-from lensbench.results.tables import verdict_table
 from lensbench.runtime.files import write_atomically
-from lensbench.statistics import Array, bootstrap_weights, interval, over_seeds
+from lensbench.statistics import Array, bootstrap_weights, interval, mean_over_seeds
 from lensbench.studies.curves import differences
 
 FEWEST_SEEDS = 5
-"""Under these a claim is marked."""
+"""A claim over fewer seeds is marked."""
 
 
 SAME_MEASURE = (
@@ -42,16 +50,21 @@ SAME_MEASURE = (
 """Settings without which two numbers of the same name are not the same quantity."""
 
 
+COLUMNS = (
+    "kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high", "against_run", "against_model", "against_seed",
+    "paired", "seeds", "p", "p_holm", "note",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """``table``: a row per run, model, seed and index, and per pair of them a difference.
+    """``table``: a row per run, model, seed and index, and per pair of them a difference; columns :data:`COLUMNS`.
 
-    Columns ``kind`` (value, difference, claim: a difference that the suite declared, claim at tolerance: the same at
-    another loss that a lens's ridge may cost, which the note tells, or learning curve: a difference in cross-entropy,
-    whose note tells the budget and the part of the context), ``run, model, seed, index, value, ci_low, ci_high,
-    against_run, against_model, against_seed, paired, seeds, p, p_holm, note``. ``seed = all``: over seeds, differences
-    paired by seed, with Student-t intervals and the p of the paired t-test; ``p_holm`` is corrected over all claims of
-    the suite. ``runs``: as they were read, parts of one run joined.
+    ``kind`` is *value*, *difference*, *claim* (a difference that the suite declared), *claim at tolerance* (the same at
+    another loss that a lens's ridge may cost, which the note names), or *learning curve* (a difference in cross-entropy; the
+    note names the budget and the part of the context). ``seed = all``: over seeds, differences paired by seed, with
+    Student-t intervals and the p of the paired t-test; ``p_holm`` is corrected over all claims of the suite. ``runs``: the
+    runs read, parts of one run joined. ``reproduction``: a line for each run after the first.
     """
 
     table: pd.DataFrame
@@ -59,6 +72,7 @@ class Comparison:
     runs: list[Run]
 
     def write(self, path: Path) -> None:
+        """Write the table as CSV; raises :class:`LensbenchError` where the file cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, partial(self.table.to_csv, index=False, lineterminator="\n"))
@@ -67,7 +81,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ComparedModel:
     """One model and seed of one run: every compared quantity at its point estimate and at the bootstrap draws."""
 
     run: str
@@ -81,60 +95,55 @@ class Cell:
     point: dict[str, float]
     draws: dict[str, Array]
     reasons: dict[str, str]
+    """Why a quantity is undefined, by its name."""
 
     @property
     def who(self) -> dict[str, Any]:
+        """The columns that name it."""
         return {"run": self.run, "model": self.model, "seed": self.seed}
 
 
 def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Comparison:
-    """Read, check and compare runs; the first folder is the one that the others are held against.
+    """Read, check and compare runs; the others are compared with the first folder.
 
-    All models are judged by one ``rule``, where left out that of the first folder's suite.
+    All models are judged by one ``rule``; if left out, by that of the first folder's suite.
 
     Raises :class:`LensbenchError` for damaged folders, and for runs that do not measure the same thing.
     """
-    if len(set(folders)) < len(folders):
-        raise LensbenchError("a run folder is named twice")
-    runs = [read_run(folder) for folder in folders]
+    runs = read_distinct(folders)
     for one, other in itertools.combinations(runs, 2):
         refuse_unlike(one, other)
-    groups = grouped(runs)
-    cells = [cell for number, parts in enumerate(groups) for run in parts for cell in cells_of(run, number)]
-    rows = [{"kind": "value", **cell.who, "index": name, **value_of(cell, name)} for cell in cells for name in COMPARED]
-    for first, second in itertools.combinations(cells, 2):
+    groups, names = grouped(runs), compared_quantities()
+    models = [m for number, parts in enumerate(groups) for run in parts for m in compared_models(run, number)]
+    rows = [{"kind": "value", **m.who, "index": name, **value_of(m, name)} for m in models for name in names]
+    for first, second in itertools.combinations(models, 2):
         if worth_comparing(first, second):
-            rows += [difference(second, first, name) for name in COMPARED]
+            rows += [difference(second, first, name) for name in names]
     rule = rule or rule_of(runs[0])
     whole = [judged(joined(parts), rule) for parts in groups]
     for number, parts in enumerate(groups):
-        rows += rows_over_seeds([cell for cell in cells if cell.group == number])
+        rows += rows_over_seeds([m for m in models if m.group == number])
         claims = (parts[0].manifest or {})["suite"].get("claims", [])
         rows += claim_rows(claims, rows, [str(run.folder) for run in parts])
         rows += sensitivity_rows(claims, whole[number])
         rows += curve_rows(whole[number])
-    columns = ["kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high", "against_run", "against_model",
-               "against_seed", "paired", "seeds", "p", "p_holm", "note"]  # fmt: skip
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
     return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]], whole)
 
 
-def rule_of(run: Run) -> VerdictRule:
-    """The rule that a run was judged by; raises :class:`LensbenchError` for one that is none."""
-    try:
-        return VerdictRule(**(run.manifest or {})["suite"].get("verdict", {}))
-    except (TypeError, ValueError) as error:
-        raise LensbenchError(f"{run.folder}: its manifest's verdict is no rule: {error}") from error
+def read_distinct(folders: list[Path]) -> list[Run]:
+    """The runs of different folders; raises :class:`LensbenchError` for a folder named twice, and for a damaged one."""
+    if len(set(folders)) < len(folders):
+        raise LensbenchError("a run folder is named twice")
+    return [read_run(folder) for folder in folders]
 
 
 def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
-    """All models of runs that need not measure the same thing, judged by one rule: to be seen together, not compared.
+    """All models of runs that need not measure the same thing, judged by one rule: to look at together, not to compare.
 
     Raises :class:`LensbenchError` for damaged folders, for a sweep, and where two runs have a model of one name.
     """
-    if len(set(folders)) < len(folders):
-        raise LensbenchError("a run folder is named twice")
-    runs = [read_run(folder) for folder in folders]
+    runs = read_distinct(folders)
     for run in runs:
         if "sweep" in (run.manifest or {}):
             raise LensbenchError(
@@ -145,7 +154,7 @@ def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
 
 
 def grouped(runs: list[Run]) -> list[list[Run]]:
-    """Runs, those that are parts of one together."""
+    """Runs by what they are parts of: folders that are parts of one run stand together."""
     groups: list[list[Run]] = []
     for run in runs:
         home = next((group for group in groups if all(parts_of_one(other, run) for other in group)), None)
@@ -164,7 +173,7 @@ def parts_of_one(one: Run, other: Run) -> bool:
 
 
 def joined(parts: list[Run]) -> Run:
-    """Runs of different models as one, its models in the order of the suite; a baseline told once."""
+    """Runs of different models as one, its models in the order of the suite; a baseline stands once."""
     if len(parts) == 1:
         return parts[0]
     order = {model["name"]: k for k, model in enumerate((parts[0].manifest or {})["suite"]["models"])}
@@ -175,13 +184,6 @@ def joined(parts: list[Run]) -> Run:
             table = table.sort_values("model", key=lambda names: names.map(order), kind="stable")
         tables[name] = table.drop_duplicates(ignore_index=True)
     return Run(parts[0].folder, None, tables)
-
-
-def judged(run: Run, rule: VerdictRule) -> Run:
-    """The run with verdicts by this rule."""
-    told = run.tables["verdicts.csv"].dropna(subset=["known"])
-    verdicts = verdict_table(run.tables["indices.csv"], dict(zip(told["model"], told["known"], strict=True)), rule)
-    return replace(run, tables={**run.tables, "verdicts.csv": verdicts})
 
 
 def together(runs: list[Run]) -> Run:
@@ -195,131 +197,129 @@ def together(runs: list[Run]) -> Run:
 
 
 def refuse_unlike(one: Run, other: Run) -> None:
-    """Raise where two runs do not measure the same thing, saying what differs."""
+    """Raise :class:`LensbenchError` where two runs do not measure the same thing, saying what differs."""
     a, b = (run.manifest or {} for run in (one, other))
     if "sweep" in a or "sweep" in b:
         raise LensbenchError("a sweep has no lenses to compare: give folders that `lensbench run` wrote")
+    unlike = difference_of_measure(a, b)
+    if unlike:
+        raise LensbenchError(f"{one.folder} and {other.folder} do not measure the same thing: {unlike}")
+
+
+def difference_of_measure(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """What makes two runs measure different things, by their manifests; empty where nothing does."""
     if a["code_version"] != b["code_version"]:
-        raise LensbenchError(
-            f"{one.folder} and {other.folder} do not measure the same thing: code versions {a['code_version']} and "
-            f"{b['code_version']}; run one of them again"
-        )
+        return f"code versions {a['code_version']} and {b['code_version']}; run one of them again"
     if a["corpus"]["spec"] != b["corpus"]["spec"]:
-        raise LensbenchError(
-            f"{one.folder} and {other.folder} do not measure the same thing: corpus {a['corpus']['spec']} and "
-            f"{b['corpus']['spec']}"
-        )
+        return f"corpus {a['corpus']['spec']} and {b['corpus']['spec']}"
     if a["corpus"]["spec"] != "stdlib" and a["corpus"]["checksum"] != b["corpus"]["checksum"]:
-        raise LensbenchError(
-            f"{one.folder} and {other.folder} do not measure the same thing: {a['corpus']['spec']} held other texts"
-        )
+        return f"{a['corpus']['spec']} held other texts"
     for section, key in SAME_MEASURE:
         first, second = (manifest["suite"].get(section, {}).get(key) for manifest in (a, b))
         if first != second:
-            raise LensbenchError(
-                f"{one.folder} and {other.folder} do not measure the same thing: {section}.{key} is {first} and {second}"
-            )
+            return f"{section}.{key} is {first} and {second}"
+    return ""
 
 
-def cells_of(run: Run, group: int) -> list[Cell]:
-    manifest = run.manifest or {}
-    sequences = run.sequences()
-    draws = manifest["suite"]["evaluate"]["draws"]
-    cells = []
+def compared_models(run: Run, group: int) -> list[ComparedModel]:
+    """Every model and seed of a run; raises :class:`LensbenchError` where its sums are damaged."""
+    sequences, draws = run.sequences(), (run.manifest or {})["suite"]["evaluate"]["draws"]
+    found = []
     try:
         for key, rows in sequences.groupby(["model", "seed"], observed=True, sort=False):
             model, seed = cast(tuple[str, int], key)
-            rows = clustered(rows)
-            sums = ClusterSums.of(rows)
-            weights = bootstrap_weights(len(sums.tokens), draws, 0)
-            means = Means.of_clusters(sums.totals, sums.tokens), Means.of_clusters(sums.totals, sums.tokens, weights)
-            of_rotations = seed_of_rotations(str(model), int(seed))
-            at_point, at_draws = draw_values(*means, of_rotations)
-            estimates = indices.estimates(*means, seed=of_rotations, clusters=len(sums.tokens))
-            ce = by_document(rows, lens="model")["ce"].to_numpy(float)
-            point = {name: float(value.value) for name, value in at_point.items()}
-            values = {name: value.value for name, value in at_draws.items()}
-            reasons = {name: e.reason for name, e in estimates.items() if e.value is None}
-            for name, per in (("ce", sums.tokens), ("bits_per_byte", sums.bytes * np.log(2))):
-                if not per.any():
-                    reasons[name] = "undefined: images have no bytes of text"
-                    point[name], values[name] = np.nan, np.full(len(weights), np.nan)
-                    continue
-                point[name] = float(ce.sum() / per.sum())
-                values[name] = (weights @ ce) / (weights @ per)
-            cells.append(
-                Cell(
-                    str(run.folder),
-                    group,
-                    manifest["corpus"]["checksum"],
-                    str(model),
-                    int(seed),
-                    sums.documents,
-                    sums.tokens,
-                    point,
-                    values,
-                    reasons,
-                )  # fmt: skip
-            )
+            found.append(compared_model(run, group, str(model), int(seed), clustered(rows), draws))
     except (KeyError, ValueError) as error:
         raise LensbenchError(f"{run.folder / SEQUENCES} is damaged: {error}") from error
-    return cells
+    return found
 
 
-def value_of(cell: Cell, name: str) -> dict[str, Any]:
-    if name in cell.reasons:
-        return {"value": None, "ci_low": None, "ci_high": None, "note": cell.reasons[name]}
-    low, high = interval(cell.draws[name])
-    return {"value": cell.point[name], "ci_low": float(low), "ci_high": float(high), "note": ""}
+def compared_model(run: Run, group: int, model: str, seed: int, rows: pd.DataFrame, draws: int) -> ComparedModel:
+    """One model and seed of a run, from its ``rows`` of sums by cluster."""
+    sums = ClusterSums.of(rows)
+    weights = bootstrap_weights(len(sums.tokens), draws, 0)
+    means = Means.of_clusters(sums.totals, sums.tokens), Means.of_clusters(sums.totals, sums.tokens, weights)
+    at_point, at_draws = draw_values(*means, seed_of_rotations(model, seed))
+    estimates = estimates_from(at_point, at_draws, means[0], len(sums.tokens))
+    point = {name: float(value.value) for name, value in at_point.items()}
+    values = {name: value.value for name, value in at_draws.items()}
+    reasons = {name: e.reason for name, e in estimates.items() if e.value is None}
+    ce = by_document(rows, lens="model")["ce"].to_numpy(float)
+    for name, per in (("ce", sums.tokens), ("bits_per_byte", sums.bytes * np.log(2))):
+        if per.any():
+            point[name] = float(ce.sum() / per.sum())
+            values[name] = (weights @ ce) / (weights @ per)
+        else:
+            reasons[name] = "undefined: images have no bytes of text"
+            point[name], values[name] = np.nan, np.full(len(weights), np.nan)
+    corpus = (run.manifest or {})["corpus"]["checksum"]
+    return ComparedModel(
+        str(run.folder), group, corpus, model, seed, sums.documents, sums.tokens, point, values, reasons
+    )
 
 
-def worth_comparing(first: Cell, second: Cell) -> bool:
-    """Models of one run at one seed, and the same model across runs."""
+def value_of(model: ComparedModel, name: str) -> dict[str, Any]:
+    """One quantity of a model with its interval, or the note why it is undefined."""
+    if name in model.reasons:
+        return {"value": None, "ci_low": None, "ci_high": None, "note": model.reasons[name]}
+    low, high = interval(model.draws[name])
+    return {"value": model.point[name], "ci_low": float(low), "ci_high": float(high), "note": ""}
+
+
+def worth_comparing(first: ComparedModel, second: ComparedModel) -> bool:
+    """Whether they are two models of one run at one seed, or the same model in two runs."""
     return first.seed == second.seed if first.group == second.group else first.model == second.model
 
 
-def rows_over_seeds(cells: list[Cell]) -> list[dict[str, Any]]:
+def rows_over_seeds(models: list[ComparedModel]) -> list[dict[str, Any]]:
     """Of one run: every model's mean over seeds, and every two models' difference, paired by seed."""
-    by_model: dict[str, dict[int, Cell]] = {}
-    for cell in cells:
-        by_model.setdefault(cell.model, {})[cell.seed] = cell
-    rows = []
-    for model, seeds in by_model.items():
-        if len(seeds) < 2:
-            continue
-        who = {
-            "kind": "value",
-            "run": next(iter(seeds.values())).run,
-            "model": model,
-            "seed": "all",
-            "seeds": len(seeds),
-        }
-        for name in COMPARED:
-            reason = next((cell.reasons[name] for cell in seeds.values() if name in cell.reasons), "")
-            rows.append(who | {"index": name} | mean_row([cell.point[name] for cell in seeds.values()], reason))
-    for one, other in itertools.combinations(by_model, 2):
-        common = [seed for seed in by_model[one] if seed in by_model[other]]
-        if len(common) < 2:
-            continue
-        pairs = [(by_model[other][seed], by_model[one][seed]) for seed in common]
-        here, there = pairs[0]
-        who = {"kind": "difference", "run": here.run, "model": other, "seed": "all", "against_run": there.run}
-        who |= {"against_model": one, "against_seed": "all", "paired": True, "seeds": len(common)}
-        for name in COMPARED:
-            reason = next((c.reasons[name] for pair in pairs for c in pair if name in c.reasons), "")
-            gaps = [a.point[name] - b.point[name] for a, b in pairs]
-            row = who | {"index": name} | mean_row(gaps, reason)
-            if not reason and np.std(gaps) > 0:
-                row["p"] = float(stats.ttest_1samp(gaps, 0.0).pvalue)
-            rows.append(row)
+    by_name: dict[str, dict[int, ComparedModel]] = {}
+    for model in models:
+        by_name.setdefault(model.model, {})[model.seed] = model
+    rows: list[dict[str, Any]] = []
+    for seeds in by_name.values():
+        if len(seeds) > 1:
+            rows += means_over_seeds(list(seeds.values()))
+    for one, other in itertools.combinations(by_name, 2):
+        common = [seed for seed in by_name[one] if seed in by_name[other]]
+        if len(common) > 1:
+            rows += differences_over_seeds([(by_name[other][seed], by_name[one][seed]) for seed in common])
     return rows
+
+
+def means_over_seeds(seeds: list[ComparedModel]) -> Iterator[dict[str, Any]]:
+    """One model's mean over its seeds, a row for every quantity."""
+    who = {"kind": "value", "run": seeds[0].run, "model": seeds[0].model, "seed": "all", "seeds": len(seeds)}
+    for name in compared_quantities():
+        reason = next((one.reasons[name] for one in seeds if name in one.reasons), "")
+        yield who | {"index": name} | mean_row([one.point[name] for one in seeds], reason)
+
+
+def differences_over_seeds(pairs: list[tuple[ComparedModel, ComparedModel]]) -> Iterator[dict[str, Any]]:
+    """Two models' difference, paired by seed, a row for every quantity, with the p of the paired t-test."""
+    here, there = pairs[0]
+    who: dict[str, Any] = {"kind": "difference", "run": here.run, "model": here.model, "seed": "all"}
+    who |= {
+        "against_run": there.run,
+        "against_model": there.model,
+        "against_seed": "all",
+        "paired": True,
+        "seeds": len(pairs),
+    }
+    for name in compared_quantities():
+        reason = next((m.reasons[name] for pair in pairs for m in pair if name in m.reasons), "")
+        gaps = [a.point[name] - b.point[name] for a, b in pairs]
+        row = who | {"index": name} | mean_row(gaps, reason)
+        if not reason and np.std(gaps) > 0:
+            row["p"] = float(stats.ttest_1samp(gaps, 0.0).pvalue)
+        yield row
 
 
 def mean_row(values: list[float], reason: str) -> dict[str, Any]:
     """Mean over seeds with its Student-t interval, or the reason why it is undefined at one of them."""
     if reason:
         return {"value": None, "ci_low": None, "ci_high": None, "note": f"undefined for a seed: {reason}"}
-    mean, low, high = over_seeds(values)
+    mean, low, high = mean_over_seeds(values)
     return {"value": mean, "ci_low": low, "ci_high": high, "note": ""}
 
 
@@ -357,7 +357,7 @@ def sensitivity_rows(claims: list[dict[str, Any]], run: Run) -> list[dict[str, A
     Two models' lenses may lie at ridges that differ by orders of magnitude, and visibility depends on them.
     """
     curve = run.tables["tolerances.csv"]
-    curve = curve[curve["index"].isin(ON_THE_CURVE)]
+    curve = curve[curve["index"].isin(curve_indices())]
     values = curve.set_index(["model", "index", "tolerance", "seed"])["value"].sort_index()
     labels = sorted(curve["tolerance"].unique(), key=tolerance_order)
     found = []
@@ -391,7 +391,7 @@ def curve_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def turned_round(row: dict[str, Any]) -> dict[str, Any]:
-    """The difference the other way about."""
+    """The difference of the same two models with the other sign."""
     row = dict(row)
     for name in ("run", "model", "seed"):
         row[name], row[f"against_{name}"] = row[f"against_{name}"], row[name]
@@ -400,27 +400,27 @@ def turned_round(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def difference(cell: Cell, against: Cell, name: str) -> dict[str, Any]:
-    """``cell - against``; paired where both scored the same tokens of the same documents.
+def difference(model: ComparedModel, against: ComparedModel, name: str) -> dict[str, Any]:
+    """``model - against``; paired where both scored the same tokens of the same documents.
 
     Both sides' draws come from one seed, so that draw k resamples the same documents on both.
     """
-    paired = cell.documents == against.documents and np.array_equal(cell.tokens, against.tokens)
-    paired = paired and cell.corpus == against.corpus
-    row = {"kind": "difference", **cell.who, "index": name, "paired": paired}
+    paired = model.documents == against.documents and np.array_equal(model.tokens, against.tokens)
+    paired = paired and model.corpus == against.corpus
+    row = {"kind": "difference", **model.who, "index": name, "paired": paired}
     row |= {f"against_{k}": v for k, v in against.who.items()}
-    undefined = cell.reasons.get(name) or against.reasons.get(name)
+    undefined = model.reasons.get(name) or against.reasons.get(name)
     if undefined:
         return row | {"note": undefined}
-    draws = min(len(cell.draws[name]), len(against.draws[name]))
-    here, there = cell.draws[name][:draws], against.draws[name][:draws]
+    draws = min(len(model.draws[name]), len(against.draws[name]))
+    here, there = model.draws[name][:draws], against.draws[name][:draws]
     if not paired:
         # Unpaired draws must not move together: pair each with another's.
         there = np.roll(there, len(there) // 2)
     low, high = interval(here - there)
-    note = "" if cell.corpus == against.corpus else "another corpus"
+    note = "" if model.corpus == against.corpus else "another corpus"
     return row | {
-        "value": cell.point[name] - against.point[name],
+        "value": model.point[name] - against.point[name],
         "ci_low": float(low),
         "ci_high": float(high),
         "note": note,
@@ -442,22 +442,27 @@ def reproduction(reference: Run, run: Run) -> str:
     if a["models"] != b["models"]:
         return f"{who}: same settings, but {', '.join(a['models'])} there and {', '.join(b['models'])} here"
     alike = [name for name in SCHEMA if name not in MEASURED_TIME]
-    csv = [name for name in alike if a["files"].get(name) != b["files"].get(name)]
-    if not csv:
+    changed = [name for name in alike if a["files"].get(name) != b["files"].get(name)]
+    if not changed:
         return f"{who}: identical, every CSV byte for byte"
-    largest, where = 0.0, f"the text of {', '.join(csv)}"
-    for name in csv:
+    return f"{who}: {largest_difference(reference, run, changed)}"
+
+
+def largest_difference(reference: Run, run: Run, changed: list[str]) -> str:
+    """How far apart the numbers of two runs' ``changed`` tables are, or that they do not hold the same rows or answers."""
+    largest, where = 0.0, f"the text of {', '.join(changed)}"
+    for name in changed:
         if name == "verdicts.csv" and list(reference.tables[name]["verdict"]) != list(run.tables[name]["verdict"]):
-            return f"{who}: not reproduced, {name} has other verdicts"
+            return f"not reproduced, {name} has other verdicts"
         one, other = (r.tables[name].select_dtypes("number") for r in (reference, run))
         if one.shape != other.shape:
-            return f"{who}: not reproduced, {name} has {len(other)} rows instead of {len(one)}"
+            return f"not reproduced, {name} has {len(other)} rows instead of {len(one)}"
         gap = (one - other).abs()
         if (one.isna() != other.isna()).any(axis=None):
-            return f"{who}: not reproduced, other cells of {name} are empty"
+            return f"not reproduced, other cells of {name} are empty"
         if gap.empty:
             continue  # of words alone
         column = gap.max().idxmax()
         if gap[column].max() >= largest:
             largest, where = float(gap[column].max()), f"{name}, column {column}"
-    return f"{who}: reproduced but for a largest absolute difference of {largest:.3g} ({where})"
+    return f"reproduced but for a largest absolute difference of {largest:.3g} ({where})"

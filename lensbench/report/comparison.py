@@ -8,7 +8,7 @@ from lensbench.report.compare import Comparison
 from lensbench.report.formatting import with_interval
 from lensbench.report.probe_tables import places_table, probe_tables
 from lensbench.report.study_tables import learning_table
-from lensbench.report.terminal import beside_table, retention_table, ruler_table
+from lensbench.report.terminal import correlation_table, retention_table, ruler_table
 from lensbench.results.folder import Run
 from lensbench.studies.curves import ALL, differences, shown_curves
 
@@ -33,52 +33,26 @@ def gap_table(run: Run, declared: list[tuple[str, str]]) -> Table | None:
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Whether the runs reproduce the first one, then values and differences; across runs, of the same model."""
+    """Print whether the runs reproduce the first one, then values and differences; across runs, of the same model."""
     for line in comparison.reproduction:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    on_curves = comparison.table[(comparison.table["kind"] == "claim") & (comparison.table["index"] == "ce")]
-    declared = list(zip(on_curves["model"], on_curves["against_model"], strict=True))
-    for run in comparison.runs:
-        console.print(ruler_table(run))
-        console.print(retention_table(run))
-        for found in (
-            beside_table(run),
-            learning_table(run),
-            gap_table(run, declared),
-            places_table(run),
-            *probe_tables(run),
-        ):
-            if found is not None:
-                console.print(found)
     table = comparison.table
     claims = table[table["kind"] == "claim"]
+    on_curves = claims[claims["index"] == "ce"]
+    declared = list(zip(on_curves["model"], on_curves["against_model"], strict=True))
+    for run in comparison.runs:
+        shown = (ruler_table, retention_table, correlation_table, learning_table)
+        for found in (*(make(run) for make in shown), gap_table(run, declared), places_table(run), *probe_tables(run)):
+            if found is not None:
+                console.print(found)
     if len(claims):
-        title = "differences that the suite declared, paired by seed [95 %, Student t]"
-        columns = (
-            Column(c, no_wrap=True) for c in ("difference", "index", "value [95 %]", "seeds", "p", "Holm", "note")
-        )
-        shown = Table(*columns, title=title)
-        for _, row in claims.iterrows():
-            p = [f"{row[c]:.2g}" if pd.notna(row[c]) else "" for c in ("p", "p_holm")]
-            who = f"{row['model']} - {row['against_model']}"
-            shown.add_row(who, row["index"], with_interval(row), f"{row['seeds']:.0f}", *p, row["note"])
-        console.print(shown)
+        console.print(claim_table(claims))
         at_others = table[table["kind"] == "claim at tolerance"]
         if len(at_others):
-            labels = list(dict.fromkeys(at_others["note"]))
-            shown = Table("difference", "index", *labels, title="the same by the loss that a lens's ridge may cost")
-            for (model, against, index), of in at_others.groupby(["model", "against_model", "index"], sort=False):
-                cells = of.set_index("note")
-                told = [with_interval(cells.loc[label]) if label in cells.index else "" for label in labels]
-                shown.add_row(f"{model} - {against}", str(index), *told)
-            console.print(shown)
+            console.print(claims_at_tolerances(at_others))
     over = table["seed"] == "all"
     several = table["model"].isin(table.loc[over, "model"])
-    values = table[(table["kind"] == "value") & (over | ~several)]
-    shown = Table(*(Column(c, no_wrap=True) for c in ("run", "model", "seed", "index", "value [95 %]")), title="values")
-    for _, row in values.iterrows():
-        shown.add_row(row["run"], row["model"], str(row["seed"]), row["index"], with_interval(row))
-    console.print(shown)
+    console.print(value_table(table[(table["kind"] == "value") & (over | ~several)]))
     differences = table[table["kind"] == "difference"]
     if len(comparison.runs) > 1:
         # Of the same model across runs, where there are several; between models, within one.
@@ -89,12 +63,49 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         if left > len(differences):
             console.print(f"{left - len(differences)} more differences, by seed and over seeds: --out writes them")
     if len(differences):
-        columns = (Column(c, no_wrap=True) for c in ("difference", "index", "value [95 %]", "paired", "note"))
-        shown = Table(*columns, title="differences")
-        for _, row in differences.iterrows():
-            one_run = row["run"] == row["against_run"]
-            names = [row[p + "model"] if one_run else f"{row[p + 'run']}:{row[p + 'model']}" for p in ("", "against_")]
-            paired = "yes" if row["paired"] else "no"
-            note = "" if pd.isna(row["value"]) else row["note"]
-            shown.add_row(" - ".join(names), row["index"], with_interval(row), paired, note)
-        console.print(shown)
+        console.print(difference_table(differences))
+
+
+def claim_table(claims: pd.DataFrame) -> Table:
+    """The differences that a suite declared, with their p, corrected together."""
+    title = "differences that the suite declared, paired by seed [95 %, Student t]"
+    columns = ("difference", "index", "value [95 %]", "seeds", "p", "Holm", "note")
+    shown = Table(*(Column(c, no_wrap=True) for c in columns), title=title)
+    for _, row in claims.iterrows():
+        p = [f"{row[c]:.2g}" if pd.notna(row[c]) else "" for c in ("p", "p_holm")]
+        who = f"{row['model']} - {row['against_model']}"
+        shown.add_row(who, row["index"], with_interval(row), f"{row['seeds']:.0f}", *p, row["note"])
+    return shown
+
+
+def claims_at_tolerances(rows: pd.DataFrame) -> Table:
+    """The declared differences at every loss that a lens's ridge may cost."""
+    labels = list(dict.fromkeys(rows["note"]))
+    shown = Table("difference", "index", *labels, title="the same by the loss that a lens's ridge may cost")
+    for (model, against, index), of in rows.groupby(["model", "against_model", "index"], sort=False):
+        by_label = of.set_index("note")
+        cells = [with_interval(by_label.loc[label]) if label in by_label.index else "" for label in labels]
+        shown.add_row(f"{model} - {against}", str(index), *cells)
+    return shown
+
+
+def value_table(values: pd.DataFrame) -> Table:
+    """Every quantity of every model."""
+    columns = ("run", "model", "seed", "index", "value [95 %]")
+    shown = Table(*(Column(c, no_wrap=True) for c in columns), title="values")
+    for _, row in values.iterrows():
+        shown.add_row(row["run"], row["model"], str(row["seed"]), row["index"], with_interval(row))
+    return shown
+
+
+def difference_table(differences: pd.DataFrame) -> Table:
+    """Differences of two models of a run, or of one model in two runs."""
+    columns = ("difference", "index", "value [95 %]", "paired", "note")
+    shown = Table(*(Column(c, no_wrap=True) for c in columns), title="differences")
+    for _, row in differences.iterrows():
+        one_run = row["run"] == row["against_run"]
+        names = [row[p + "model"] if one_run else f"{row[p + 'run']}:{row[p + 'model']}" for p in ("", "against_")]
+        paired = "yes" if row["paired"] else "no"
+        note = "" if pd.isna(row["value"]) else row["note"]
+        shown.add_row(" - ".join(names), row["index"], with_interval(row), paired, note)
+    return shown

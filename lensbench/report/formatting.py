@@ -11,6 +11,7 @@ def number(value: float) -> str:
 
 
 def with_interval(row: Any, value: str = "value", low: str = "ci_low", high: str = "ci_high") -> str:
+    """``value [low, high]`` of a row; the value alone where it has no interval."""
     if pd.isna(row[value]):
         return "undefined"
     if pd.isna(row[low]):
@@ -26,6 +27,6 @@ def with_refits(row: Any) -> str:
 
 
 def shown_seeds(indices: pd.DataFrame) -> pd.DataFrame:
-    """The rows over all seeds where there are several, else the one seed's."""
+    """Of models with several seeds the rows over all of them, of others those of their one seed."""
     several = indices.groupby("model")["seed"].transform(lambda seeds: (seeds == "all").any())
     return indices[(indices["seed"] == "all") | ~several]

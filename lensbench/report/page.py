@@ -20,12 +20,12 @@ import pandas as pd
 from scipy import stats
 
 from lensbench.errors import LensbenchError
-from lensbench.measures.verdict import SCOPES
-from lensbench.report.compare import rule_of
+from lensbench.measures.verdict import rule_in_words
 from lensbench.report.figures.frames import lens_frame
 from lensbench.report.figures.lenses import LENS_COLOURS
 from lensbench.report.formatting import number, shown_seeds, with_interval
-from lensbench.report.terminal import doubts, sentences
+from lensbench.report.terminal import doubts
+from lensbench.report.verdicts import rule_of, statements
 from lensbench.results.folder import Run, read_run
 from lensbench.results.manifest import read_manifest
 from lensbench.results.schema import SCHEMA, unit
@@ -111,22 +111,20 @@ def names_of(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def verdict_list(runs: Sequence[Run], names: list[dict[str, str]]) -> str:
-    """The verdict of each model in a sentence, with the interval that it rests on."""
+    """The verdict on each model and scope, with the intervals that it rests on and what holds it back."""
     lines = []
     for run, called in zip(runs, names, strict=True):
-        verdicts, indices = (shown_seeds(run.tables[n]) for n in ("verdicts.csv", "indices.csv"))
-        rows = indices.set_index(["model", "index"])
+        known = run.tables["verdicts.csv"].dropna(subset=["known"]).drop_duplicates("model").set_index("model")["known"]
+        said = statements(run)
         for model, name in called.items():
-            told = verdicts[verdicts["model"] == model].set_index("scope")["verdict"]
-            known = verdicts.loc[verdicts["model"] == model, "known"].dropna()
-            said = ", ".join(
-                f"<span class=verdict>{text(told[scope])}</span> ({scope})" for scope in SCOPES if scope in told.index
-            )
-            at = {i: with_interval(rows.loc[(model, i)]) for i in ("gain_visibility", "shared_consistency")}
-            more = f"; by construction {text(known.iloc[0])}" if len(known) else ""
+            own = [
+                f"<li>{text(s.scope)}: <span class=verdict>{text(s.answer)}</span>. {text(s.reasons)}</li>"
+                for s in said
+                if s.model == model
+            ]
+            built = f" (by construction: {text(known[model])})" if model in known else ""
             lines.append(
-                f"<li><strong>{text(name)}</strong>: {said or 'no verdict'} - gain visibility {at['gain_visibility']}, "
-                f"consistency {at['shared_consistency']}{more}</li>"
+                f"<li><strong>{text(name)}</strong>{built}<ul>{''.join(own) or '<li>no verdict</li>'}</ul></li>"
             )
     return f"<ul>{''.join(lines)}</ul>"
 
@@ -225,7 +223,7 @@ def ends(row: Any) -> tuple[float, float]:
 def run_section(run: Run, place: int, names: dict[str, str]) -> list[str]:
     manifest = run.manifest or {}
     of = unit(run.tables["models.csv"])
-    told = [f"<li>{text(line)}</li>" for line in (*sentences(run), *doubts(run))]
+    told = [f"<li>{text(line)}</li>" for line in doubts(run)]
     cells = mean_cells(run.tables["transfer.csv"])
     off = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
     top = max(float(np.percentile(off.clip(lower=0), 95)), 1e-3)
@@ -235,7 +233,6 @@ def run_section(run: Run, place: int, names: dict[str, str]) -> list[str]:
     tables = [table_html(run, name, place) for name in SHOWN_TABLES]
     rest = [name for name in SCHEMA if name not in SHOWN_TABLES and (run.folder / name).is_file()]
     links = ", ".join(csv_link(run.folder / name) for name in rest)
-    rule = rule_of(run)
     return [
         f"<h2 id=run{place}>{text(manifest['suite_name'])}: {text(run.folder.name)}</h2>",
         f"<p>{text(manifest['suite'].get('question', ''))}</p><ul>{''.join(told)}</ul>",
@@ -245,10 +242,7 @@ def run_section(run: Run, place: int, names: dict[str, str]) -> list[str]:
         f"<h3>How far each layer's read-out is from the output</h3><div class=grid>{''.join(curves)}</div>",
         "<h3>Tables</h3>", *tables, f"<p>Further tables: {links}</p>" if links else "",
         "<h3>Settings, versions, and how to run it again</h3>",
-        f"<p class=soft>Verdicts by the suite's rule: refinement where gain visibility is above {rule.visible:g} and "
-        f"consistency above {rule.consistent:g}; carry-along where movement is below {rule.still:g} and visibility within "
-        f"that of 0; re-representation where consistency is below {rule.inconsistent:g} and visibility below "
-        f"{rule.unseen:g}; whole intervals, widened by refits, must lie there.</p>",
+        f"<p class=soft>Verdicts by the suite's rule: {text(rule_in_words(rule_of(run)))}</p>",
         f"<pre>{text(again(manifest))}</pre>",
         f"<details data-print><summary>Exact settings</summary><pre>{text(settings(manifest))}</pre></details>",
     ]  # fmt: skip

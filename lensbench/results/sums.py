@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lensbench.data.corpus import clusters_of
 from lensbench.errors import LensbenchError
-from lensbench.measures.indices import Means
+from lensbench.measures.means import Means
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def refuse_missing(sequences: pd.DataFrame) -> None:
 
 
 def by_document(sequences: pd.DataFrame, *, lens: str) -> pd.DataFrame:
+    """Sums ``tokens, bytes, kl, ce`` of one lens, a row for every document."""
     rows = sequences[sequences["lens"] == lens]
     columns = ["tokens", "bytes", "kl", "ce"]
     return rows.groupby("document", observed=True)[columns].sum().sort_index()

@@ -1,7 +1,7 @@
 """The tables of a run folder, from the per-sequence sums of its models: means, penalties, indices, with intervals."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,32 +12,28 @@ import pandas as pd
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from lensbench import statistics
 from lensbench.data.corpus import clusters_of
 from lensbench.lenses.fit import FitSummary, LensRecord, pairs_of
-from lensbench.measures import indices
+from lensbench.measures.formulas import pair_penalty
 from lensbench.measures.indices import (
     INDICES,
-    OF_SIMILARITY,
-    OF_THE_MATRIX,
-    ON_THE_CURVE,
-    Estimate,
-    Means,
+    curve_indices,
     distance_estimates,
-    nothing_to_gain,
-    of_layers,
-    of_the_matrix,
-    pair_penalty,
+    estimates,
+    fact_indices,
+    find_index,
     seed_of_rotations,
     similarity_estimates,
     tolerance_order,
+    values_of,
 )
-from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, decide_on, over_seeds, spans_on
+from lensbench.measures.means import Estimate, Means, estimate, nothing_to_gain, of_layers
+from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agreement_of_seeds, decide_on, spans_on
 from lensbench.probes.measured import Measured
 from lensbench.probes.registry import Found
 from lensbench.probes.tools.crossfit import COLUMNS
 from lensbench.results.sums import ClusterSums, by_document, clustered
-from lensbench.statistics import bootstrap_weights, interval, ratio_with_interval
+from lensbench.statistics import bootstrap_weights, interval, mean_over_seeds, ratio_with_interval
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,9 @@ def baseline_table(
     return pd.DataFrame(rows)
 
 
-def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
+def ce_columns(
+    sums: NDArray[np.float64], tokens: NDArray[np.float64], sizes: NDArray[np.float64], weights: NDArray[np.float64]
+) -> dict[str, float]:
     """Cross-entropy in nats/token and bits/byte, with intervals; images have no bytes of text, and no bits of them."""
     low, mean, high = ratio_with_interval(sums, tokens, weights)
     unknown = np.full((), np.nan)
@@ -120,61 +118,79 @@ def ce_columns(sums, tokens, sizes, weights) -> dict[str, float]:
 def tables(
     parts: list[Part], *, draws: int, largest_ridge: float | None = None, rule: VerdictRule | None = None
 ) -> dict[str, pd.DataFrame]:
-    """The CSV tables of a run, but for the baselines.
+    """The CSV tables of a run, other than the baselines.
 
-    Lenses at the ``largest_ridge`` of the path are told; verdicts are made by ``rule``.
+    ``largest_ridge``: the end of the ridge path; lenses that lie there are named. ``rule``: what verdicts are made by.
     """
     rows: dict[str, list[dict[str, Any]]] = {
-        name: []
-        for name in (
-            "models.csv",
-            "lenses.csv",
-            "transfer.csv",
-            "indices.csv",
-            "tolerances.csv",
-            "pairs.csv",
-        )  # fmt: skip
+        name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv", "tolerances.csv", "pairs.csv")
     }
     found: dict[str, list[dict[str, Estimate]]] = {}
-    headlines = {part.model: part.fit.records["transfer"] for part in parts}
+    names = {part.model for part in parts}
     for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
-        sums = ClusterSums.of(part.sequences)
-        weights = bootstrap_weights(len(sums.tokens), draws, 0)
+        sample = Sample.of(part, draws)
         who = {"model": part.model, "seed": part.seed}
-        ce = by_document(part.sequences, lens="model")["ce"].to_numpy(float)
-        rows["models.csv"].append(
-            who
-            | part.facts
-            | ce_columns(ce, sums.tokens, sums.bytes, weights)
-            | {"scored_tokens": int(sums.tokens.sum()), "clusters": len(sums.tokens)}
-        )
-        # The first of the null's views stands beside its model, unless the suite has the rotated view as a model.
-        beside = f"{part.model}+rotated" not in headlines
-        rows["lenses.csv"] += lens_rows(part, weights, beside=beside)
-        rows["transfer.csv"] += transfer_rows(part, sums, weights)
-        point = Means.of_clusters(sums.totals, sums.tokens)
-        drawn = Means.of_clusters(sums.totals, sums.tokens, weights)
-        estimates = indices.estimates(
-            point, drawn, seed=seed_of_rotations(part.model, part.seed), clusters=len(sums.tokens)
-        )
-        estimates |= distance_estimates(point, drawn, len(sums.tokens))
-        similarity = similarity_of(part)
-        if similarity is not None:
-            estimates |= similarity_estimates(point, drawn, similarity, len(sums.tokens))
-        rows["tolerances.csv"] += [
-            who | row for row in tolerance_rows(part, sums, point, drawn, weights, largest_ridge)
-        ]
-        rows["pairs.csv"] += [who | row for row in pair_rows(part, point, drawn)]
-        found.setdefault(part.model, []).append(estimates)
-        rows["indices.csv"] += [who | row for row in index_rows(estimates, part)]
+        rows["models.csv"].append(who | model_row(part, sample))
+        # The null's first random basis stands next to its model, unless the suite has the rotated view as a model.
+        rows["lenses.csv"] += lens_rows(part, sample.weights, with_null=f"{part.model}+rotated" not in names)
+        rows["transfer.csv"] += transfer_rows(part, sample.sums, sample.weights)
+        rows["tolerances.csv"] += [who | row for row in tolerance_rows(part, sample, largest_ridge)]
+        rows["pairs.csv"] += [who | row for row in pair_rows(part, sample.point, sample.drawn)]
+        of_part = index_estimates(part, sample)
+        found.setdefault(part.model, []).append(of_part)
+        rows["indices.csv"] += [who | row for row in index_rows(of_part, part)]
+    matrices = {part.model: part.fit.records["transfer"] for part in parts}
     for model, per_seed in found.items():
         if len(per_seed) > 1:
-            means = rows_over_seeds(per_seed, headlines[model])
+            means = rows_over_seeds(per_seed, matrices[model])
             rows["indices.csv"] += [{"model": model, "seed": "all"} | row for row in means]
     found_tables = {name: pd.DataFrame(content) for name, content in rows.items()}
     known = {part.model: part.known for part in parts}
     found_tables["verdicts.csv"] = verdict_table(found_tables["indices.csv"], known, rule or VerdictRule())
     return found_tables | {"probes.csv": probe_table(parts, draws)}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The scores of one model and seed by cluster, and their means: at the point estimate and at bootstrap draws."""
+
+    sums: ClusterSums
+    weights: NDArray[np.float64]
+    """``[draws, clusters]``"""
+    point: Means
+    drawn: Means
+
+    @classmethod
+    def of(cls, part: Part, draws: int) -> "Sample":
+        """From a part whose documents are clusters."""
+        sums = ClusterSums.of(part.sequences)
+        weights = bootstrap_weights(len(sums.tokens), draws, 0)
+        point = Means.of_clusters(sums.totals, sums.tokens)
+        return cls(sums, weights, point, Means.of_clusters(sums.totals, sums.tokens, weights))
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters there are."""
+        return len(self.sums.tokens)
+
+
+def model_row(part: Part, sample: Sample) -> dict[str, Any]:
+    """``models.csv`` of one model and seed."""
+    sums = sample.sums
+    ce = by_document(part.sequences, lens="model")["ce"].to_numpy(float)
+    scored = {"scored_tokens": int(sums.tokens.sum()), "clusters": sample.clusters}
+    return part.facts | ce_columns(ce, sums.tokens, sums.bytes, sample.weights) | scored
+
+
+def index_estimates(part: Part, sample: Sample) -> dict[str, Estimate]:
+    """Every index of one model and seed but the facts."""
+    point, drawn = sample.point, sample.drawn
+    found = estimates(point, drawn, seed=seed_of_rotations(part.model, part.seed), clusters=sample.clusters)
+    found |= distance_estimates(point, drawn, sample.clusters)
+    similarity = similarity_of(part)
+    if similarity is not None:
+        found |= similarity_estimates(point, drawn, similarity, sample.clusters)
+    return found
 
 
 def verdict_table(table: pd.DataFrame, known: Mapping[str, str | None], rule: VerdictRule) -> pd.DataFrame:
@@ -190,7 +206,7 @@ def verdict_table(table: pd.DataFrame, known: Mapping[str, str | None], rule: Ve
             if seed == "all":
                 each = [r for r in rows if (r["model"], r["scope"]) == (model, scope)]
                 verdicts = [Verdict(r["verdict"], r["reason"]) for r in each]
-                verdict = over_seeds(verdicts, spans_on(scope, span))
+                verdict = agreement_of_seeds(verdicts, spans_on(scope, span))
             else:
                 verdict = decide_on(rule, scope, span)
             who = {"model": model, "seed": seed, "scope": scope, "known": known.get(model)}
@@ -253,18 +269,18 @@ def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
         if len(known) < len(rows):
             row["reason"] = f"undefined for {len(rows) - len(known)} of {len(rows)} seeds"
         else:
-            row["value"], row["ci_low"], row["ci_high"] = statistics.over_seeds(list(known))
+            row["value"], row["ci_low"], row["ci_high"] = mean_over_seeds(list(known))
         over.append(row)
     if over:
         table = pd.concat([table, pd.DataFrame(over, columns=columns).astype(object)], ignore_index=True)
     return table[columns]
 
 
-def lens_rows(part: Part, weights: NDArray[np.float64], *, beside: bool = True) -> Iterator[dict[str, Any]]:
-    """``lenses.csv``: every lens at the layers it is meant for, ``beside`` them those of the null's first view."""
+def lens_rows(part: Part, weights: NDArray[np.float64], *, with_null: bool = True) -> Iterator[dict[str, Any]]:
+    """``lenses.csv``: every lens at the layers it is meant for, and ``with_null`` those of the null's first random basis."""
     kept = part.sequences[part.sequences["lens"].isin(["logit", "tuned", "shared", "shared_bias", "shared_loo"])]
-    headline = (kept["lens"] == "tuned") & (kept["prior"] == "identity")
-    kept = kept[~headline & (kept["view"] <= (0 if beside else -1))]
+    of_the_matrix = (kept["lens"] == "tuned") & (kept["prior"] == "identity")
+    kept = kept[~of_the_matrix & (kept["view"] <= (0 if with_null else -1))]
     records = {
         (r.lens, r.stage): r
         for name, r in part.fit.records.items()
@@ -292,9 +308,9 @@ def lens_rows(part: Part, weights: NDArray[np.float64], *, beside: bool = True) 
 
 
 def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-    """``transfer.csv``: the headline matrix."""
-    headline = part.fit.records["transfer"]
-    layers = len(headline.ridge)
+    """``transfer.csv``: the transfer matrix."""
+    matrix = part.fit.records["transfer"]
+    layers = len(matrix.ridge)
     values = {}
     for name, array in (
         ("kl", sums.totals.transfer),
@@ -317,57 +333,36 @@ def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -
                 "seed": part.seed,
                 "lens_layer": i,
                 "stream_layer": j,
-                "stage": headline.stage,
-                "prior": headline.prior,
-                "ridge": headline.ridge[i] if fitted else None,
-                "tolerance": headline.tolerance if headline.stage == "closed" else None,
+                "stage": matrix.stage,
+                "prior": matrix.prior,
+                "ridge": matrix.ridge[i] if fitted else None,
+                "tolerance": matrix.tolerance if matrix.stage == "closed" else None,
                 **{name: float(array[i, j]) for name, array in values.items()},
             }
 
 
-def tolerance_rows(
-    part: Part,
-    sums: ClusterSums,
-    point: Means,
-    drawn: Means,
-    weights: NDArray[np.float64],
-    largest_ridge: float | None = None,
-) -> Iterator[dict[str, Any]]:
+def tolerance_rows(part: Part, sample: Sample, largest_ridge: float | None = None) -> Iterator[dict[str, Any]]:
     """``tolerances.csv``: what a fixed lens sees, over the loss that its ridge may cost on its own layer."""
-    some, headline = part.fit.layers, part.fit.records["transfer"]
-    block = np.ix_(range(len(sums.tokens)), some, some)
-    label = f"{headline.tolerance:g}" if headline.stage == "closed" else headline.stage
+    matrix, sums = part.fit.records["transfer"], sample.sums
+    label = f"{matrix.tolerance:g}" if matrix.stage == "closed" else matrix.stage
     matrices = {label: (sums.totals.transfer, sums.totals.movement)} | sums.curve
     for tolerance, (kl, moved) in sorted(matrices.items(), key=lambda item: tolerance_order(item[0])):
-        record = part.fit.records["transfer" if tolerance == label else f"transfer@{tolerance}"]
-        ridges = [record.ridge[k] for k in some] if tolerance == label else record.ridge
-        ended = sum(r == largest_ridge for r in ridges if r is not None)
-        at_the_end = f"{ended} of {len(some)} lenses at the end of the ridge path: they may cost less" if ended else ""
-        own = np.diagonal(kl[block], axis1=1, axis2=2).mean(1)
-        own_low, own_kl, own_high = ratio_with_interval(own, sums.tokens, weights)
-        per = sums.tokens.sum(), (weights @ sums.tokens)[:, None, None]
-        flat = [weights @ x[block].reshape(len(sums.tokens), -1) for x in (kl, moved)]
-        at_draws = [x.reshape(len(weights), len(some), len(some)) / per[1] for x in flat]
-        here = of_layers(point, *(x[block].sum(0) / per[0] for x in (kl, moved)))
-        there = of_layers(drawn, *at_draws)
-        refitted = None
-        if tolerance == label and part.refits and headline.stage == "closed":
-            means = Means(**part.refits)
-            of_refits = (x[np.ix_(range(len(x)), some, some)] for x in (means.transfer, means.movement))
-            refitted = of_layers(means, *of_refits)
-        for name in ON_THE_CURVE:
-            stage, function = INDICES[name]
+        of_the_matrix = tolerance == label
+        how, at_the_end = how_at_tolerance(part, tolerance, of_the_matrix, largest_ridge)
+        own = np.diagonal(kl[block_of(part, sums.tokens)], axis1=1, axis2=2).mean(1)
+        own_low, own_kl, own_high = ratio_with_interval(own, sums.tokens, sample.weights)
+        here, there = means_of_block(part, sample, kl, moved)
+        refitted = refits_of_block(part) if of_the_matrix and matrix.stage == "closed" else None
+        for name in curve_indices():
+            value = INDICES[name].value
             with np.errstate(divide="ignore", invalid="ignore"):
-                values = function(here), function(there)
-                spread = None if refitted is None else function(refitted).value
-            found = indices.estimate(*values, float(point.constant), len(sums.tokens), nothing_to_gain(point))
+                values = value(here), value(there)
+                spread = None if refitted is None else value(refitted).value
+            found = estimate(*values, float(sample.point.constant), sample.clusters, nothing_to_gain(sample.point))
             yield {
                 "tolerance": tolerance,
                 "index": name,
-                "layers": " ".join(map(str, some)),
-                "stage": headline.stage if tolerance == label else stage,
-                "prior": record.prior,
-                "ridge": " ".join("" if r is None else f"{r:g}" for r in ridges),
+                **how,
                 "own_kl": float(own_kl),
                 "own_kl_ci_low": float(own_low),
                 "own_kl_ci_high": float(own_high),
@@ -377,6 +372,51 @@ def tolerance_rows(
                 **refit_range(found, spread),
                 "reason": "; ".join(filter(None, (found.reason, at_the_end))),
             }
+
+
+def block_of(part: Part, rows: Sized) -> tuple[NDArray[np.int_], ...]:
+    """The chosen layers of matrices ``[rows, L+1, L+1]``, as an index."""
+    return np.ix_(range(len(rows)), part.fit.layers, part.fit.layers)
+
+
+def how_at_tolerance(
+    part: Part, tolerance: str, of_the_matrix: bool, largest_ridge: float | None
+) -> tuple[dict[str, Any], str]:
+    """How the lenses at a tolerance were fitted, and a warning where some lie at the end of the ridge path."""
+    some, matrix = part.fit.layers, part.fit.records["transfer"]
+    record = part.fit.records["transfer" if of_the_matrix else f"transfer@{tolerance}"]
+    ridges = [record.ridge[k] for k in some] if of_the_matrix else record.ridge
+    ended = sum(r == largest_ridge for r in ridges if r is not None)
+    how = {
+        "layers": " ".join(map(str, some)),
+        "stage": matrix.stage if of_the_matrix else "closed",
+        "prior": record.prior,
+        "ridge": " ".join("" if r is None else f"{r:g}" for r in ridges),
+    }
+    return how, f"{ended} of {len(some)} lenses at the end of the ridge path: they may cost less" if ended else ""
+
+
+def means_of_block(
+    part: Part, sample: Sample, kl: NDArray[np.float64], moved: NDArray[np.float64]
+) -> tuple[Means, Means]:
+    """Means with the matrices of the chosen layers, from sums ``[clusters, L+1, L+1]``: at the point, and at every draw."""
+    tokens, weights, count = sample.sums.tokens, sample.weights, len(part.fit.layers)
+    block = block_of(part, tokens)
+    per = tokens.sum(), (weights @ tokens)[:, None, None]
+    flat = [weights @ x[block].reshape(len(tokens), -1) for x in (kl, moved)]
+    at_draws = [x.reshape(len(weights), count, count) / per[1] for x in flat]
+    return (
+        of_layers(sample.point, *(x[block].sum(0) / per[0] for x in (kl, moved))),
+        of_layers(sample.drawn, *at_draws),
+    )
+
+
+def refits_of_block(part: Part) -> Means | None:
+    """Means of the fit itself and of its refits, with the matrices of the chosen layers; None without refits."""
+    if not part.refits:
+        return None
+    means = Means(**part.refits)
+    return of_layers(means, *(x[block_of(part, x)] for x in (means.transfer, means.movement)))
 
 
 def refit_range(found: Estimate, spread: NDArray[np.float64] | None) -> dict[str, float | None]:
@@ -407,57 +447,47 @@ def pair_rows(part: Part, point: Means, drawn: Means) -> Iterator[dict[str, Any]
         yield row
 
 
-def index_rows(estimates: dict[str, Estimate], part: Part) -> Iterator[dict[str, Any]]:
+def index_rows(found: dict[str, Estimate], part: Part) -> Iterator[dict[str, Any]]:
     """``indices.csv`` of one model and seed."""
-    refitted: dict[str, NDArray[np.float64]] = {}
-    headline = part.fit.records["transfer"]
-    if part.refits:
-        means = Means(**part.refits)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            refitted = {name: function(means).value for name, (_, function) in INDICES.items()}
-        for suffix in ("", "_without_layer0"):
-            kept, null = refitted[f"shared_retention{suffix}"], refitted[f"rotated_retention{suffix}"]
-            refitted[f"shared_consistency{suffix}"] = (kept - null) / (1 - null)
-        if headline.stage == "loaded":  # refits leave the matrix's lenses as they are
-            refitted = {name: spread for name, spread in refitted.items() if name not in OF_THE_MATRIX}
-    for name, estimate in estimates.items():
-        yield index_row(name, estimate, headline) | refit_range(estimate, refitted.get(name))
+    matrix = part.fit.records["transfer"]
+    refitted = {name: value.value for name, value in values_of(Means(**part.refits)).items()} if part.refits else {}
+    if matrix.stage == "loaded":  # refits leave the matrix's lenses as they are
+        refitted = {name: spread for name, spread in refitted.items() if INDICES[name].stage != "matrix"}
+    for name, one in found.items():
+        yield index_row(name, one, matrix) | refit_range(one, refitted.get(name))
     facts = {"layers": float(part.facts["layers"]), "rotated_rank": float(part.fit.rotated_rank)}
-    for name, value in facts.items():
-        yield index_row(name, Estimate(value, None, None, "a fact of the stream, not an estimate"), headline)
+    for name in fact_indices():
+        yield index_row(name, Estimate(facts[name], None, None, "a fact of the stream, not an estimate"), matrix)
 
 
-def index_row(name: str, estimate: Estimate, headline: LensRecord) -> dict[str, Any]:
-    """One row; ``headline`` is how the lenses of the matrix were fitted."""
+def index_row(name: str, one: Estimate, matrix: LensRecord) -> dict[str, Any]:
+    """One row; ``matrix`` is how the lenses of the transfer matrix were fitted."""
+    index = find_index(name)
+    stage: str = index.stage
     tolerance: float | None = 0.0
-    stage = INDICES[name][0] if name in INDICES else "none"
-    if name in OF_SIMILARITY:
-        stage, tolerance = headline.stage, headline.tolerance if headline.stage == "closed" else None
-    if name.startswith("shared_consistency"):
-        stage = "closed"
-    if of_the_matrix(name):
-        stage, tolerance = headline.stage, headline.tolerance if headline.stage == "closed" else None
+    if index.stage == "matrix":
+        stage, tolerance = matrix.stage, matrix.tolerance if matrix.stage == "closed" else None
     return {
         "index": name,
-        "value": estimate.value,
-        "ci_low": estimate.low,
-        "ci_high": estimate.high,
+        "value": one.value,
+        "ci_low": one.low,
+        "ci_high": one.high,
         "fit_low": None,
         "fit_high": None,
         "stage": stage,
         "tolerance": tolerance,
-        "reason": estimate.reason,
+        "reason": one.reason,
     }
 
 
-def rows_over_seeds(per_seed: list[dict[str, Estimate]], headline: LensRecord) -> Iterator[dict[str, Any]]:
+def rows_over_seeds(per_seed: list[dict[str, Estimate]], matrix: LensRecord) -> Iterator[dict[str, Any]]:
     """``seed = all``: the mean over seeds with a Student-t interval; undefined where it is undefined for a seed."""
     for name in per_seed[0]:
         values = [e[name].value for e in per_seed]
         known = [v for v in values if v is not None]
         if len(known) < len(values):
             reason = f"undefined for {len(values) - len(known)} of {len(values)} seeds"
-            yield index_row(name, Estimate(None, None, None, reason), headline)
+            yield index_row(name, Estimate(None, None, None, reason), matrix)
         else:
-            mean, low, high = statistics.over_seeds(known)
-            yield index_row(name, Estimate(mean, low, high), headline)
+            mean, low, high = mean_over_seeds(known)
+            yield index_row(name, Estimate(mean, low, high), matrix)

@@ -30,7 +30,9 @@ from lensbench.lenses.read import score
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.search import DevSearch, pad_direction
 from lensbench.measures.evaluate import score_all
-from lensbench.measures.indices import INDICES, Means, Value, consistency, estimates, retention, with_last
+from lensbench.measures.formulas import consistency, retention
+from lensbench.measures.indices import INDICES, estimates
+from lensbench.measures.means import Means, Value, with_last
 from lensbench.measures.transfer import transfer_sums
 from lensbench.measures.verdict import CANNOT_TELL, SCOPES, Span, VerdictRule, decide_on
 from lensbench.results.folder import claimed
@@ -230,7 +232,7 @@ def true_indices(
         pair_rotated=np.full((1, len(layers), len(layers)), np.nan),
     )
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = {name: float(INDICES[name][1](whole).value) for name in JUDGED if name in INDICES}
+        found = {name: float(INDICES[name].value(whole).value) for name in JUDGED if not INDICES[name].made_of}
         kept = retention(whole.own, whole.shared, whole.constant)
         for name, of_some in (("shared_consistency", of_view[size:]), (OWN_VIEWS, of_view[:size])):
             found[name] = float(consistency(kept, Value(of_some.mean())).value)

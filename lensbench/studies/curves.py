@@ -20,7 +20,7 @@ from scipy import stats
 from torch import from_numpy, nn
 
 from lensbench.data.windows import Windows
-from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval, over_seeds
+from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval, mean_over_seeds
 
 TOKENS_AT_ONCE = 8192
 
@@ -137,7 +137,7 @@ def curve_table(points: list[CurvePoint], first: tuple[int, ...], length: int, d
     means = []
     for (model, budget, part), group in table.groupby(["model", "train_tokens", "positions"], sort=False):
         if len(group) > 1:
-            mean, *ends = over_seeds(list(group["ce"]))
+            mean, *ends = mean_over_seeds(list(group["ce"]))
             row = {"model": model, "seed": ALL, "train_tokens": budget, "positions": part, "reason": ""}
             means.append(row | {"ce": mean, "ce_ci_low": ends[0], "ce_ci_high": ends[1]})
     return pd.concat([table, pd.DataFrame(means)], ignore_index=True) if means else table
@@ -165,7 +165,7 @@ def differences(curves: pd.DataFrame, model: str, against: str) -> Iterator[dict
             continue
         if len(gaps) < 2:
             continue
-        mean, low, high = over_seeds(list(gaps))
+        mean, low, high = mean_over_seeds(list(gaps))
         found = {"train_tokens": int(cell[0]), "positions": cell[1], "value": mean, "ci_low": low, "ci_high": high}
         yield found | {"seeds": len(gaps), "p": float(stats.ttest_1samp(gaps, 0.0).pvalue)}
 

@@ -28,7 +28,7 @@ from lensbench.results.manifest import write_manifest
 from lensbench.runtime.files import sha256, write_atomically
 from lensbench.runtime.progress import QUIET, Progress, Task
 from lensbench.runtime.stages import Stage, Stages
-from lensbench.statistics import Array, bootstrap_weights, interval, over_seeds
+from lensbench.statistics import Array, bootstrap_weights, interval, mean_over_seeds
 
 VERSION = 1
 
@@ -281,6 +281,6 @@ def seed_means(table: pd.DataFrame) -> pd.DataFrame:
         return table.iloc[:0]
     rows = []
     for key, of in table.groupby(KEYS, sort=False):
-        value, low, high = over_seeds(list(of["value"]))
+        value, low, high = mean_over_seeds(list(of["value"]))
         rows.append(dict(zip(KEYS, key, strict=True)) | {"seed": "all", "value": value, "ci_low": low, "ci_high": high})
     return pd.DataFrame(rows, columns=list(table.columns))

@@ -17,7 +17,7 @@ from lensbench.studies.in_context import InContext
 from lensbench.studies.regression import RegressionRecipe
 from lensbench.suite.recipes import Suite, Sweep
 
-Kind = TypeVar("Kind", bound=BaseModel)
+Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
 def suites_folder() -> Path:
@@ -27,6 +27,7 @@ def suites_folder() -> Path:
 
 
 def named_files() -> dict[str, Path]:
+    """The files that come with lensbench, by name."""
     return {path.stem: path for path in sorted(suites_folder().glob("*.toml"))}
 
 
@@ -44,8 +45,8 @@ def read_toml(name: str) -> tuple[str, dict[str, Any]]:
         raise LensbenchError(f"{path.name} is not valid TOML: {error}") from error
 
 
-def validated(kind: type[Kind], name: str, content: dict[str, Any]) -> Kind:
-    """``content`` as a suite or sweep; the first thing wrong with it becomes one line."""
+def validated(kind: type[Recipe], name: str, content: dict[str, Any]) -> Recipe:
+    """``content`` as a suite, a sweep or a study; raises :class:`LensbenchError` with the first thing wrong with it."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -59,7 +60,7 @@ def validated(kind: type[Kind], name: str, content: dict[str, Any]) -> Kind:
 
 
 def known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known where a validation error points to."""
+    """The keys that are allowed where a validation error points to."""
     for part in location:
         if isinstance(part, str) and part in kind.model_fields:
             annotation = kind.model_fields[part].annotation
@@ -76,9 +77,9 @@ def load_suite(name: str) -> Suite:
 
 
 def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
-    """The suite with pretrained ``models`` (sources) in place of its own, on another text; what is empty stays.
+    """The suite with pretrained ``models`` (sources) in place of its own, on another ``text``; None changes nothing.
 
-    Raises :class:`LensbenchError` for a source or text that cannot be.
+    Raises :class:`LensbenchError` for an unknown source or text.
     """
     content = suite.model_dump(exclude_unset=True)
     if text is not None:
@@ -95,44 +96,44 @@ def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
 
 
 def name_of(source: str) -> str:
-    """What a model of a source is called in tables: the last part of its name."""
+    """What tables call a model from a source: the last part of its name."""
     check_source(source)
     kind, _, rest = source.partition(":")
-    # Of a model on the hub its revision belongs to the name: checkpoints of one model are what one compares.
+    # On the hub, the revision belongs to the name: people compare checkpoints of one model.
     last = rest.rpartition("/")[2] if kind == "hub" else Path(rest).resolve().name.removesuffix(".gguf")
     return plain(last) or "model"
 
 
 def text_name(spec: str) -> str:
-    """What a text is called in the name of a folder."""
+    """What the name of a folder calls a text."""
     kind, _, rest = spec.partition(":")
     return plain(Path(rest).resolve().stem if kind == "file" else rest or kind) or "text"
 
 
 def plain(name: str) -> str:
-    """What is left of a name where letters, digits and ``._+-`` alone can stand."""
+    """A name with nothing but letters, digits and ``._+-``."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("._+-")
 
 
-KINDS = {
+FILE_KINDS = {
     "trials": ("a sweep", "sweep"),
     "held_out": ("a calibration", "calibrate"),
     "dimensions": ("a regression in context", "regression"),
     "tasks": ("a set of tasks", "in-context"),
 }
-"""What tells a file of ``benchmarks/`` from a suite: what it is then, and the command that runs it."""
+"""A key that only one kind of file in ``benchmarks/`` has -> what the file is, and the command that runs it."""
 
 
 def kind_of(content: dict[str, Any]) -> tuple[str, str]:
     """What a file of ``benchmarks/`` holds, and the command that runs it."""
-    return next((kind for key, kind in KINDS.items() if key in content), ("a suite", "run"))
+    return next((kind for key, kind in FILE_KINDS.items() if key in content), ("a suite", "run"))
 
 
 def expect(file: str, name: str, content: dict[str, Any], command: str) -> None:
     """Raise :class:`LensbenchError` where a file is for another command."""
     kind, of = kind_of(content)
     if of != command:
-        wanted = {runs: what for what, runs in [*KINDS.values(), ("a suite", "run")]}[command]
+        wanted = {runs: what for what, runs in [*FILE_KINDS.values(), ("a suite", "run")]}[command]
         raise LensbenchError(f"{file} is {kind}, not {wanted}: `lensbench {of} {name}` runs it")
 
 

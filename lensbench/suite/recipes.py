@@ -9,7 +9,7 @@ from lensbench.data.images import SPECS
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError, nearest
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.measures.indices import COMPARED
+from lensbench.measures.indices import compared_quantities
 from lensbench.measures.verdict import VerdictRule
 from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
@@ -36,6 +36,7 @@ class CorpusRecipe(_Strict):
 
     @property
     def fractions(self) -> dict[str, float]:
+        """The share of the bytes that each split has."""
         return {"train": self.train, "fit": self.fit, "dev": self.dev, "eval": self.eval}
 
 
@@ -75,7 +76,7 @@ class ImageRecipe(_Strict):
 
 
 class EvaluateRecipe(_Strict):
-    """What is scored, and how intervals are made."""
+    """What is scored, and how intervals are computed."""
 
     sequences: int = Field(512, ge=1, description="held-out sequences")
     positions: int = Field(16, ge=1, description="random positions of each of them")
@@ -124,7 +125,7 @@ class ModelRecipe(_Strict):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     family: str | None = None
-    # Bounds far beyond what is trained on one machine: a slip of the keyboard is told before anything is built.
+    # Bounds far beyond what one machine trains: a slip of the keyboard is refused before anything is built.
     d_model: int | None = Field(None, gt=0, le=2**16)
     layers: int | None = Field(None, ge=2, le=512)
     heads: int | None = Field(None, ge=1, le=2**12)
@@ -143,7 +144,7 @@ class ModelRecipe(_Strict):
     )
     lens: str | None = Field(
         None,
-        description="per-layer lenses in tuned-lens's format for the headline matrix instead of fitting it: "
+        description="per-layer lenses in tuned-lens's format for the transfer matrix instead of fitting it: "
         "path:FOLDER or hub:RESOURCE",
     )
     view: Literal["state", "prediction"] = Field(
@@ -157,55 +158,72 @@ class ModelRecipe(_Strict):
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What every family is built from."""
+        """The sizes that every family is built from."""
         return {key: getattr(self, key) for key in ("d_model", "layers", "heads", "parameters")}
 
     @model_validator(mode="after")
     def _complete(self) -> "ModelRecipe":
-        shape = {"family": self.family, **self.shape}
-        if self.rotated and (self.view_of is None or self.lens is not None):
-            wrong = (
-                "lens: lenses of others read no rotated states"
-                if self.lens
-                else "no view_of: whose rotated view is it?"
-            )
-            raise ValueError(f"model {self.name!r} is a rotated view and has {wrong}")
-        loading = {key: getattr(self, key) for key in ("source", "device", "device_map", "lens")}
-        if self.dtype != "float32":
-            loading["dtype"] = self.dtype
+        if self.rotated:
+            self._rotates_a_view()
         if self.source is not None:
-            try:
-                check_source(self.source)
-            except LensbenchError as error:  # pydantic says which model of which file it is
-                raise ValueError(str(error)) from error
-            made = [k for k, v in {**shape, "view_of": self.view_of, "seeds": self.seeds}.items() if v is not None]
-            made += [k for k in ("settings", "training", "untrained") if getattr(self, k)]
-            if made:
-                raise ValueError(f"model {self.name!r} is pretrained ({self.source}) and cannot set {', '.join(made)}")
-            if self.device is not None and self.device_map is not None:
-                raise ValueError(f"model {self.name!r} sets device and device_map; give one of them")
+            self._is_pretrained_alone(self.source)
             return self
-        if any(v is not None for k, v in loading.items() if k != "lens"):
-            wrong = next(k for k, v in loading.items() if v is not None and k != "lens")
-            raise ValueError(f"model {self.name!r} sets {wrong}, which is for pretrained models: it has no source")
+        self._loads_nothing()
         if self.untrained and self.training:
             raise ValueError(f"model {self.name!r} is untrained and cannot set training")
         if self.view_of is None:
-            attends = self.family not in FAMILIES or FAMILIES[self.family].attention
-            missing = [k for k, v in shape.items() if v is None and (k != "heads" or attends)]
-            if missing:
-                raise ValueError(f"model {self.name!r} needs {', '.join(missing)}")
-            if self.family not in FAMILIES:
-                raise ValueError(f"unknown model family {self.family!r}; {nearest(str(self.family), list(FAMILIES))}")
-            if not attends and self.heads is not None:
-                raise ValueError(f"model {self.name!r} sets heads: {self.family} has no attention")
-        else:
-            given = [k for k, v in {**shape, "seeds": self.seeds}.items() if v is not None] + [
-                k for k in ("settings", "training", "untrained") if getattr(self, k)
-            ]
-            if given:
-                raise ValueError(f"model {self.name!r} is a view of {self.view_of!r} and cannot set {', '.join(given)}")
+            self._can_be_built()
+        elif made := self._made_here():
+            raise ValueError(f"model {self.name!r} is a view of {self.view_of!r} and cannot set {', '.join(made)}")
         return self
+
+    def _made_here(self) -> list[str]:
+        """The settings of a model that is built and trained here which are given."""
+        optional = {"family": self.family, **self.shape, "seeds": self.seeds}
+        given = [key for key, value in optional.items() if value is not None]
+        return given + [key for key in ("settings", "training", "untrained") if getattr(self, key)]
+
+    def _rotates_a_view(self) -> None:
+        if self.lens is not None:
+            wrong = "lens: lenses of others read no rotated states"
+        elif self.view_of is None:
+            wrong = "no view_of: whose rotated view is it?"
+        else:
+            return
+        raise ValueError(f"model {self.name!r} is a rotated view and has {wrong}")
+
+    def _is_pretrained_alone(self, source: str) -> None:
+        """A pretrained model sets nothing that is for models built here."""
+        try:
+            check_source(source)
+        except LensbenchError as error:  # pydantic says which model of which file it is
+            raise ValueError(str(error)) from error
+        made = ["view_of"] * (self.view_of is not None) + self._made_here()
+        if made:
+            raise ValueError(f"model {self.name!r} is pretrained ({source}) and cannot set {', '.join(made)}")
+        if self.device is not None and self.device_map is not None:
+            raise ValueError(f"model {self.name!r} sets device and device_map; give one of them")
+
+    def _loads_nothing(self) -> None:
+        """A model that is built here sets nothing that is for pretrained models."""
+        loading: dict[str, str | None] = {"device": self.device, "device_map": self.device_map}
+        if self.dtype != "float32":
+            loading["dtype"] = self.dtype
+        wrong = next((key for key, value in loading.items() if value is not None), None)
+        if wrong is not None:
+            raise ValueError(f"model {self.name!r} sets {wrong}, which is for pretrained models: it has no source")
+
+    def _can_be_built(self) -> None:
+        """Its family is known, and what the family needs is given."""
+        attends = self.family not in FAMILIES or FAMILIES[self.family].attention
+        shape = {"family": self.family, **self.shape}
+        missing = [key for key, value in shape.items() if value is None and (key != "heads" or attends)]
+        if missing:
+            raise ValueError(f"model {self.name!r} needs {', '.join(missing)}")
+        if self.family not in FAMILIES:
+            raise ValueError(f"unknown model family {self.family!r}; {nearest(str(self.family), list(FAMILIES))}")
+        if not attends and self.heads is not None:
+            raise ValueError(f"model {self.name!r} sets heads: {self.family} has no attention")
 
 
 class Claim(_Strict):
@@ -239,7 +257,7 @@ class Suite(_Strict):
     fit: FitRecipe = FitRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     curve: CurveRecipe | None = Field(None, description="learning curves of the models that are trained")
-    probes: tuple[str, ...] = Field((), description="measurements beside the lenses, by name")
+    probes: tuple[str, ...] = Field((), description="measurements next to the lenses, by name")
     verdict: VerdictRule = VerdictRule()
     claims: tuple[Claim, ...] = Field((), description="differences that `compare` corrects together (Holm)")
     models: tuple[ModelRecipe, ...] = Field(min_length=1)
@@ -296,61 +314,83 @@ class Suite(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Suite":
+        self._names_differ()
+        self._claims_are_of_this_suite()
+        for model in self.models:
+            self._has_an_owner(model)
+            if model.view_of is None and model.source is None:
+                self._can_be_trained(model)
+        if self.images is not None:
+            self._probes_see_images()
+        else:
+            self._text_is_long_enough()
+        return self
+
+    def _names_differ(self) -> None:
         names = [m.name for m in self.models]
         if len(set(names)) < len(names):
             raise ValueError(f"two models are named {next(n for n in names if names.count(n) > 1)!r}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is named twice")
+
+    def _claims_are_of_this_suite(self) -> None:
+        names, quantities = [m.name for m in self.models], compared_quantities()
         for claim in self.claims:
             for name in (claim.model, claim.against):
                 if name not in names:
                     raise ValueError(f"a claim is about model {name!r}; {nearest(name, names)}")
             for index in claim.indices:
-                if index not in COMPARED:
-                    raise ValueError(f"a claim is about index {index!r}; {nearest(index, list(COMPARED))}")
-        for model in self.models:
-            if model.view_of is not None:
-                owner = next((m for m in self.models if m.name == model.view_of), None)
-                if owner is None or owner.view_of is not None:
-                    raise ValueError(
-                        f"model {model.name!r} is a view of {model.view_of!r}, which no model of the suite is"
-                    )
-            elif model.source is None:
-                absent = sorted(set(model.seeds or ()) - set(self.seeds))
-                if absent:
-                    raise ValueError(
-                        f"model {model.name!r} names seed {absent[0]}, which the suite's seeds are without"
-                    )
-                recipe = self.training_of(model)
-                if self.length > recipe.length:
-                    raise ValueError(
-                        f"evaluate.length is {self.length}: model {model.name!r} is trained on sequences of {recipe.length}"
-                    )
-                self._fits_what_it_reads(model)
-                try:
-                    if (shape := self._read_shape(recipe)) is not None:
-                        fitting_width(str(model.family), **shape, **model.shape, **model.settings)
-                except LensbenchError as error:
-                    raise ValueError(f"model {model.name!r}: {error}") from error
-        if self.images is not None:
-            textual = [name for name in self.probes if name not in OF_IMAGES_TOO]
-            if textual:
-                raise ValueError(f"probe {textual[0]!r} reads text; of images there are {', '.join(OF_IMAGES_TOO)}")
-            return self
+                if index not in quantities:
+                    raise ValueError(f"a claim is about index {index!r}; {nearest(index, list(quantities))}")
+
+    def _has_an_owner(self, model: ModelRecipe) -> None:
+        """A view is of a model of the suite that is no view itself."""
+        if model.view_of is None:
+            return
+        owner = next((m for m in self.models if m.name == model.view_of), None)
+        if owner is None or owner.view_of is not None:
+            raise ValueError(f"model {model.name!r} is a view of {model.view_of!r}, which no model of the suite is")
+
+    def _can_be_trained(self, model: ModelRecipe) -> None:
+        """Its seeds and inputs are the suite's, its sequences long enough, and some width has its parameters."""
+        absent = sorted(set(model.seeds or ()) - set(self.seeds))
+        if absent:
+            raise ValueError(f"model {model.name!r} names seed {absent[0]}, which the suite's seeds are without")
+        recipe = self.training_of(model)
+        if self.length > recipe.length:
+            raise ValueError(
+                f"evaluate.length is {self.length}: model {model.name!r} is trained on sequences of {recipe.length}"
+            )
+        self._fits_what_it_reads(model)
+        try:
+            if (shape := self._read_shape(recipe)) is not None:
+                fitting_width(str(model.family), **shape, **model.shape, **model.settings)
+        except LensbenchError as error:
+            raise ValueError(f"model {model.name!r}: {error}") from error
+
+    def _probes_see_images(self) -> None:
+        textual = [name for name in self.probes if name not in OF_IMAGES_TOO]
+        if textual:
+            raise ValueError(f"probe {textual[0]!r} reads text; of images there are {', '.join(OF_IMAGES_TOO)}")
+
+    def _text_is_long_enough(self) -> None:
+        """The splits are the whole text, and sequences have the positions that are scored, and that curves ask for."""
         if abs(sum(self.corpus.fractions.values()) - 1) > 1e-6:
             raise ValueError("the corpus fractions train, fit, dev and eval must sum to 1")
         if self.curve is not None:
-            if self.curve.budgets and self.curve.budgets[-1] >= self.training.tokens:
-                raise ValueError(f"curve.budgets must stay below training.tokens, {self.training.tokens}")
-            step = self.training.batch * self.training.length
-            if self.curve.budgets and self.curve.budgets[0] < step:
-                raise ValueError(f"curve.budgets: {self.curve.budgets[0]} tokens are less than one step of {step}")
-            if self.curve.positions[-1] > self.length - 2:
-                raise ValueError(f"curve.positions: sequences of {self.length} tokens end at {self.length - 2}")
+            self._curve_lies_within(self.curve)
         longest = self.length - 1 - self.evaluate.first_position
         if max(self.evaluate.positions, self.fit.positions, self.fit.dev_positions) > longest:
             raise ValueError(f"sequences of {self.length} tokens have no more than {longest} positions to score")
-        return self
+
+    def _curve_lies_within(self, curve: CurveRecipe) -> None:
+        if curve.budgets and curve.budgets[-1] >= self.training.tokens:
+            raise ValueError(f"curve.budgets must stay below training.tokens, {self.training.tokens}")
+        step = self.training.batch * self.training.length
+        if curve.budgets and curve.budgets[0] < step:
+            raise ValueError(f"curve.budgets: {curve.budgets[0]} tokens are less than one step of {step}")
+        if curve.positions[-1] > self.length - 2:
+            raise ValueError(f"curve.positions: sequences of {self.length} tokens end at {self.length - 2}")
 
     def _fits_what_it_reads(self, model: ModelRecipe) -> None:
         """Raise ValueError for a model of images in a suite of text, and the other way about."""
@@ -363,7 +403,7 @@ class Suite(_Strict):
             raise ValueError(f"model {model.name!r}: deep_supervision is for language models")
 
     def _read_shape(self, recipe: TrainingRecipe) -> dict[str, int] | None:
-        """What of a model's shape follows from what it reads; None where only the images themselves tell."""
+        """The part of a model's shape that follows from what it reads; None where one must look at the images."""
         if self.images is None:
             return {"vocab_size": self.corpus.vocab_size, "context": recipe.length}
         if self.images.spec != "digits":
@@ -396,7 +436,7 @@ class Suite(_Strict):
         return tuple(seed for seed in self.seeds if owner.seeds is None or seed in owner.seeds)
 
     def known(self, model: ModelRecipe) -> str | None:
-        """What a model's construction says of its stream; None where that is to be found out."""
+        """What a model's construction says of its stream; None where it says nothing."""
         owner = self.trained(model)
         if owner.untrained:
             return "nothing learned"
@@ -404,12 +444,12 @@ class Suite(_Strict):
             return "re-representation"
         if owner.family == "gpt-partitioned":
             return "carry-along"
-        # Every layer reads it out with the one head, to see its errors; without them the inner layers are free.
+        # Every layer reads it out with the model's one head, to see its errors. Without errors the inner layers are free.
         tied = owner.family == "predictive-coding" and owner.settings.get("error", "softmax") == "softmax"
         return "one representation" if tied and model.view == "prediction" else None
 
     def described(self) -> dict[str, Any]:
-        """What a manifest says of it; as runs before there were curves and images said it, where it has none."""
+        """What a manifest says of the suite; without curves or images it says the same as before there were any."""
         absent = {name for name in ("curve", "images") if getattr(self, name) is None}
         told = self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
         if self.evaluate.groups is None:

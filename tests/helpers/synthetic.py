@@ -16,7 +16,7 @@ from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures import indices
 from lensbench.measures.evaluate import Scored, score_all
-from lensbench.measures.indices import Estimate, Means
+from lensbench.measures.means import Estimate, Means
 from lensbench.results.sums import ClusterSums
 from lensbench.results.tables import Part
 from lensbench.streams.capture import Capture

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from lensbench.cli import app
-from lensbench.measures.verdict import CANNOT_TELL, Span, Verdict, VerdictRule, decide, over_seeds
+from lensbench.measures.verdict import CANNOT_TELL, Span, Verdict, VerdictRule, decide, agreement_of_seeds
 from lensbench.studies.calibration import JUDGED, Calibration, midpoints, summarise
 from lensbench.studies.synthetic import FAMILIES, Shape, SyntheticStream
 from lensbench.suite.files import load_calibration
@@ -61,9 +61,9 @@ def test_refits_widen_an_interval():
 def test_seeds_have_to_agree():
     one, other = Verdict("refinement", "a"), Verdict("carry-along", "b")
     means = spans(0.7, 1.4, None)
-    same = over_seeds([one, one, one], means)
+    same = agreement_of_seeds([one, one, one], means)
     assert same.answer == "refinement" and "all 3 seeds" in same.reason and "gain visibility 0.700" in same.reason
-    mixed = over_seeds([one, one, other], means)
+    mixed = agreement_of_seeds([one, one, other], means)
     assert mixed.answer == CANNOT_TELL and "2 refinement, 1 carry-along" in mixed.reason
     assert "consistency undefined" in mixed.reason
 

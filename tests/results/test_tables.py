@@ -15,9 +15,9 @@ from lensbench import statistics
 from lensbench.errors import LensbenchError
 from lensbench.lenses.read import own_layer_sums
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.measures import indices
 from lensbench.measures.evaluate import score_all
-from lensbench.measures.indices import INDICES, Estimate, Means
+from lensbench.measures.indices import INDICES
+from lensbench.measures.means import Estimate, Means
 from lensbench.measures.transfer import transfer_sums
 from lensbench.report.terminal import doubts
 from lensbench.results import tables
@@ -181,12 +181,12 @@ def test_transfer_rows_are_complete_and_cost_nothing_on_the_diagonal():
 
 def test_indices_have_a_row_per_seed_and_one_for_all_of_them():
     table = two_seeds()["indices.csv"]
-    for name in [*INDICES, "shared_consistency"]:
+    for name in (i.name for i in INDICES.values() if i.compute):
         rows = table[table["index"] == name].set_index("seed")
         assert set(rows.index) == {0, 1, "all"}, name
         values = rows.loc[[0, 1], "value"].astype(float)
         if values.notna().all():
-            mean, low, high = statistics.over_seeds(list(values))
+            mean, low, high = statistics.mean_over_seeds(list(values))
             found = rows.loc["all", ["value", "ci_low", "ci_high"]].astype(float)
             np.testing.assert_allclose(found, [mean, low, high], rtol=1e-9)
         else:
@@ -215,7 +215,7 @@ def test_the_spread_over_refits_surrounds_the_fit_and_is_read_off_the_same_formu
     rows = rows[rows["seed"] == 0].set_index("index")
     means = [Means(**{name: values[k] for name, values in it.scored.refits.items()}) for k in range(3)]
     for name in ("shared_retention", "gain_visibility", "loo_shared_retention", "rotated_retention"):
-        fit, *refits = (float(INDICES[name][1](m).value) for m in means)
+        fit, *refits = (float(INDICES[name].value(m).value) for m in means)
         value = rows.loc[name, "value"]
         # The refits' tokens are all of the scored ones here.
         assert fit == pytest.approx(value, rel=1e-5)
@@ -362,7 +362,7 @@ def test_refits_of_some_layers_leave_out_the_headline_and_show_on_the_curve():
     it, found = deep(), of_deep()
     some, readout, maps = [0, 2, 4], it.stream.readout, it.fit.maps
     rows = found["indices.csv"].set_index("index")
-    for name in indices.OF_THE_MATRIX:
+    for name in (i.name for i in INDICES.values() if i.stage == "matrix" and i.compute):
         assert np.isnan(rows.loc[name, "fit_low"]), name
         assert np.isnan(rows.loc[name, "fit_high"]), name
     assert rows.loc["gain_visibility", "value"] == pytest.approx(
@@ -491,8 +491,8 @@ def test_intervals_over_documents_cover_the_value_of_the_whole_population(kind):
             Means(**{name: v[at] for name, v in pool.items()}), tokens[at], statistics.bootstrap_weights(100, 1000, k)
         )
         for name in names:
-            low, high = interval(INDICES[name][1](drawn).value)
-            value = INDICES[name][1](truth).value
+            low, high = interval(INDICES[name].value(drawn).value)
+            value = INDICES[name].value(truth).value
             missed[name] += value < low, value > high
     print(kind, {name: f"{1 - n.sum() / sets:.3f}, below {n[0] / sets:.3f}, above {n[1] / sets:.3f}"
                  for name, n in missed.items()})  # fmt: skip

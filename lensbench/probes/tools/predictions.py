@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lensbench.data.ngram import KneserNeyBigram
 from lensbench.data.windows import Windows
-from lensbench.measures.indices import SMALLEST_CONSTANT
+from lensbench.measures.means import SMALLEST_CONSTANT
 from lensbench.probes.tools.heads import Heads, reading_heads
 from lensbench.streams.stream import ResidualStream
 

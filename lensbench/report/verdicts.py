@@ -1,0 +1,125 @@
+"""The verdicts of a run in words, for the terminal and the page: one statement for each model and scope.
+
+The answer is that of ``verdicts.csv``; what it rests on is read from ``indices.csv`` and ``tolerances.csv``.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pandas as pd
+
+from lensbench.errors import LensbenchError
+from lensbench.measures.verdict import (
+    INDEX_OF,
+    NAMES,
+    SCOPES,
+    Answer,
+    Span,
+    VerdictRule,
+    grounds,
+    sign_over_tolerances,
+    spans_on,
+)
+from lensbench.report.formatting import shown_seeds, with_interval
+from lensbench.results.folder import Run
+from lensbench.results.tables import span_of, verdict_table
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What is said of one model on one scope."""
+
+    model: str
+    scope: str
+    answer: Answer
+    numbers: str
+    """The indices with their intervals, and what one lens keeps here and in random bases."""
+    grounds: str
+    """Which thresholds are passed, or missed."""
+    sensitivity: str
+    """What depends on the loss that a lens's ridge may cost; empty where nothing does."""
+
+    @property
+    def reasons(self) -> str:
+        """Everything but the answer."""
+        sentences = [self.numbers, self.grounds, self.sensitivity]
+        return " ".join(f"{s[0].upper()}{s[1:]}." for s in sentences if s)
+
+    def __str__(self) -> str:
+        """One line of the terminal."""
+        return f"{self.model} ({self.scope}): {self.answer}. {self.reasons}"
+
+
+def rule_of(run: Run) -> VerdictRule:
+    """The rule that a run was judged by; raises :class:`LensbenchError` for a manifest whose rule is not one."""
+    try:
+        return VerdictRule(**(run.manifest or {}).get("suite", {}).get("verdict", {}))
+    except (TypeError, ValueError) as error:
+        raise LensbenchError(f"{run.folder}: its manifest's verdict is no rule: {error}") from error
+
+
+def judged(run: Run, rule: VerdictRule) -> Run:
+    """The run with verdicts by this rule."""
+    known = run.tables["verdicts.csv"].dropna(subset=["known"])
+    verdicts = verdict_table(run.tables["indices.csv"], dict(zip(known["model"], known["known"], strict=True)), rule)
+    return replace(run, tables={**run.tables, "verdicts.csv": verdicts})
+
+
+def statements(run: Run) -> list[Statement]:
+    """What to say of every model of a run, by model and scope."""
+    verdicts, rule = shown_seeds(run.tables["verdicts.csv"]), rule_of(run)
+    return [
+        statement(run, rule, str(row["model"]), str(row["scope"]), row["verdict"])
+        for _, rows in verdicts.groupby("model", sort=False)
+        for _, row in rows.iterrows()
+    ]
+
+
+def statement(run: Run, rule: VerdictRule, model: str, scope: str, answer: Answer) -> Statement:
+    """What to say of one model on one scope."""
+    indices = run.tables["indices.csv"]
+    of_model = indices[indices["model"] == model]
+    shown = shown_seeds(of_model).set_index("index")
+    seeds = [rows.set_index("index") for seed, rows in of_model.groupby("seed", sort=False) if seed != "all"]
+    by_seed = [spans_on(scope, partial(span_of, rows)) for rows in seeds]
+    undefined = {}
+    for name in NAMES:
+        index = f"{INDEX_OF[name]}{SCOPES[scope]}"
+        rows = next((r for r, spans in zip(seeds, by_seed, strict=True) if spans[name] is None), None)
+        if rows is not None:
+            undefined[name] = str(rows.loc[index, "reason"])
+    why = grounds(rule, answer, by_seed, undefined)
+    return Statement(model, scope, answer, numbers(shown, scope), why, sensitivity(run, shown, model, scope))
+
+
+def numbers(shown: pd.DataFrame, scope: str) -> str:
+    """The three indices of a verdict, and what consistency is made of; empty where all are undefined.
+
+    ``shown``: a model's indices by name.
+    """
+    suffix = SCOPES[scope]
+    if all(pd.isna(shown.loc[f"{INDEX_OF[name]}{suffix}", "value"]) for name in NAMES):
+        return ""
+    visibility = shown.loc[f"gain_visibility{suffix}"]
+    told = [f"{NAMES[name]} {with_interval(shown.loc[f'{INDEX_OF[name]}{suffix}'])}" for name in NAMES]
+    if pd.notna(visibility["ci_low"]) and visibility["ci_low"] > 0:
+        told[0] += " (fixed lenses see later layers improve)"
+    elif pd.notna(visibility["ci_high"]) and visibility["ci_high"] < 0:
+        told[0] += " (fixed lenses read later layers worse)"
+    parts = [shown.loc[f"{name}{suffix}"] for name in ("shared_retention", "rotated_retention")]
+    if any(pd.isna(part["value"]) for part in parts):
+        return ", ".join(told)
+    kept, null = map(with_interval, parts)
+    return f"{', '.join(told)}; one lens keeps {kept} of what a lens per layer reads, in random bases {null}"
+
+
+def sensitivity(run: Run, shown: pd.DataFrame, model: str, scope: str) -> str:
+    """Whether the sign of gain visibility depends on the loss that a lens's ridge may cost; empty where it does not."""
+    index = f"gain_visibility{SCOPES[scope]}"
+    row = shown.loc[index]
+    if pd.isna(row["ci_low"]) or row["ci_low"] <= 0 <= row["ci_high"]:
+        return ""  # it has no sign
+    curve = run.tables["tolerances.csv"]
+    rows = curve[(curve["model"] == model) & (curve["index"] == index) & curve["value"].notna()]
+    columns = rows[["tolerance", "value", "ci_low", "ci_high"]].itertuples(index=False, name=None)
+    return sign_over_tolerances([(str(tolerance), Span(*span)) for tolerance, *span in columns])
