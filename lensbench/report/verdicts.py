@@ -98,7 +98,7 @@ def numbers(shown: pd.DataFrame, scope: str) -> str:
     ``shown``: a model's indices by name.
     """
     suffix = SCOPES[scope]
-    if all(pd.isna(shown.loc[f"{INDEX_OF[name]}{suffix}", "value"]) for name in NAMES):
+    if shown.loc[[f"{index}{suffix}" for index in INDEX_OF.values()], "value"].isna().all():
         return ""
     visibility = shown.loc[f"gain_visibility{suffix}"]
     told = [f"{NAMES[name]} {with_interval(shown.loc[f'{INDEX_OF[name]}{suffix}'])}" for name in NAMES]

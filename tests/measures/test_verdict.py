@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from lensbench.cli import app
-from lensbench.measures.verdict import CANNOT_TELL, Span, Verdict, VerdictRule, decide, agreement_of_seeds
+from lensbench.measures.verdict import CANNOT_TELL, Span, Verdict, VerdictRule, agreement_of_seeds, decide
 from lensbench.studies.calibration import JUDGED, Calibration, midpoints, summarise
 from lensbench.studies.synthetic import FAMILIES, Shape, SyntheticStream
 from lensbench.suite.files import load_calibration

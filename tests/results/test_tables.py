@@ -203,7 +203,7 @@ def test_indices_have_a_row_per_seed_and_one_for_all_of_them():
 
 
 def test_an_index_undefined_for_one_seed_is_undefined_for_all():
-    good, bad = {"a": Estimate(0.5, 0.4, 0.6)}, {"a": Estimate(None, None, None, "undefined: so")}
+    good, bad = {"movement": Estimate(0.5, 0.4, 0.6)}, {"movement": Estimate(None, None, None, "undefined: so")}
     (row,) = tables.rows_over_seeds([good, bad], small(0).fit.summary.records["transfer"])
     assert row["value"] is None
     assert row["reason"] == "undefined for 1 of 2 seeds"
