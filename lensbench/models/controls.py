@@ -1,16 +1,17 @@
-"""Controls: one GPT, and what follows for its stream when one thing about it is changed.
+"""Control models of known answer: one GPT, with one property changed at a time.
 
 The plain form is the stronger baseline, ``gpt-conv``: a pre-norm decoder with rotary positions, a causal width-3
-convolution in front of every attention and a normalised embedding, which is what the predictive-coding model has too.
-One setting each makes the others:
+convolution before every attention and a normalised embedding. The predictive-coding model has the same three. One setting
+makes each of the other forms:
 
-- ``partitioned``: block l < L writes into a slice of the stream that is its own and that nothing else ever writes, the
-  last block into the slice that norm and head see. What an earlier lens sees can then not move: carry-along by
-  construction.
-- ``tied_layers``: all blocks are one block (Universal Transformer, arXiv 1807.03819).
-- ``skip``: each of a block's two skip connections carries this much of what it receives, so that a block hands on
-  ``skip`` squared; 0 is no skip connection at all.
+- ``partitioned``: block l < L writes into a slice of the stream that no other block writes to. The last block writes the
+  slice that norm and head see. What a lens of an earlier layer sees can then not change: carry-along by construction.
+- ``tied_layers``: all layers share one block (Universal Transformer, arXiv 1807.03819).
+- ``skip``: each of a block's two skip connections multiplies its input by ``skip``, so a block passes on ``skip`` squared
+  of its input. 0 removes the skip connections.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,13 @@ ROTARY_BASE = 10_000.0
 
 
 class ControlGPTConfig(PreTrainedConfig):
-    """Sizes and the one change of :class:`ControlGPTForCausalLM`.
+    """Sizes and variant of :class:`ControlGPTForCausalLM`. Raises ``ValueError`` for settings that exclude each other.
 
-    ``read_size`` R is how many leading entries of the stream norm and head see; the embedding is R wide. In the
-    partitioned form the stream is ``[read-out; embedding; slice of block 1; ...; slice of block L-1]``, with slices of equal
-    size (but for one entry) in what 2 R leaves, R being three eighths of it where left out; otherwise R is
-    ``hidden_size``. ``attention_size`` is the width of all heads together: where left out that of the stream, or about R
-    in the partitioned form, so that a stream that is wide does not spend its parameters on attention.
+    ``read_size`` R: norm and head see the first R entries of the stream; the embedding has R entries. In the partitioned
+    form the stream is ``[read-out; embedding; slice of block 1; ...; slice of block L-1]``. The slices share the
+    ``hidden_size - 2 R`` entries equally (they differ by at most one entry), and R is by default 3/8 of ``hidden_size``. In
+    the other forms R is ``hidden_size``. ``attention_size``: width of all heads together; by default that of the stream,
+    in the partitioned form about R, so that a wide stream does not spend its parameters on attention.
     """
 
     model_type = "lensbench-control-gpt"
@@ -50,21 +51,21 @@ class ControlGPTConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         rms_norm_eps: float = 1e-6,
         tie_word_embeddings: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         size = read_size or (3 * hidden_size // 8 if partitioned else hidden_size)
-        of_heads = 2 * num_attention_heads  # rotary positions turn pairs of entries
-        inner = attention_size or (max(1, size // of_heads) * of_heads if partitioned else hidden_size)
+        pairs = 2 * num_attention_heads  # rotary positions turn pairs of entries
+        inner = attention_size or (max(1, size // pairs) * pairs if partitioned else hidden_size)
         if inner % num_attention_heads or inner // num_attention_heads % 2:
             raise ValueError(f"attention of size {inner} does not divide into {num_attention_heads} heads of even size")
         if partitioned:
             left, slices = hidden_size - 2 * size, num_hidden_layers - 1
             if left < slices:
                 raise ValueError(
-                    f"hidden_size {hidden_size} less twice read_size {size} leaves {left} entries for {slices} slices"
+                    f"hidden_size {hidden_size} minus twice read_size {size} leaves {left} entries for {slices} slices"
                 )
             if tied_layers or skip != 1:
-                raise ValueError("a partitioned stream needs blocks of their own and whole skip connections")
+                raise ValueError("a partitioned stream needs a block for every layer and skip = 1")
         elif size != hidden_size:
             raise ValueError("read_size is for the partitioned form: elsewhere norm and head see the whole stream")
         if not 0 <= skip <= 1:
@@ -85,7 +86,7 @@ class ControlGPTConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def written_by(self, block: int) -> slice:
-        """Which entries of the stream block 1..L writes; block 0 is the embedding."""
+        """The entries of the stream that a block 1..L writes; block 0 is the embedding."""
         if not self.partitioned:
             return slice(0, self.hidden_size)
         if block == self.num_hidden_layers:
@@ -98,7 +99,7 @@ class ControlGPTConfig(PreTrainedConfig):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864): pairs of entries turned by their position times a frequency; (B, H, T, dk)."""
+    """``x`` (B, H, T, dk) with rotary positions (arXiv 2104.09864): each pair of entries turned by position x frequency."""
     half = x.shape[-1] // 2
     frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * frequency
@@ -108,7 +109,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class ControlGPTBlock(nn.Module):
-    """Attention over convolved states, then an MLP; both write into the block's own part of the stream."""
+    """Attention over convolved states, then an MLP; both write to the entries ``written`` of the stream."""
 
     def __init__(self, config: ControlGPTConfig, written: slice):
         super().__init__()
@@ -123,15 +124,17 @@ class ControlGPTBlock(nn.Module):
         self.down = nn.Linear(config.intermediate_size, size, bias=False)
 
     def add(self, h: Tensor, change: Tensor) -> Tensor:
+        """The stream ``h`` (B, T, d) plus ``change`` (B, T, size) at the block's entries."""
         if change.shape[-1] == h.shape[-1]:
             return (h if self.skip == 1 else self.skip * h) + change
         return h + F.pad(change, (self.written.start, h.shape[-1] - self.written.stop))
 
-    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:  # (B, T, d)
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        """The next states (B, T, d); ``mask`` (B, T) is 0 at padding, None without padding."""
         batch, length, _ = h.shape
         seen = self.norm_attention(h)
         if mask is not None:
-            seen = seen * mask[..., None].to(h.dtype)  # else the convolution would mix padding in
+            seen = seen * mask[..., None].to(h.dtype)  # otherwise the convolution would mix padding in
         q, k, v = (
             x.view(batch, length, self.heads, -1).transpose(1, 2)
             for x in self.query_key_value(self.convolution(seen)).chunk(3, -1)
@@ -139,7 +142,7 @@ class ControlGPTBlock(nn.Module):
         allowed = None
         if mask is not None:
             causal = torch.ones(length, length, dtype=torch.bool, device=h.device).tril()
-            # A padded position attends to itself: a row without any key would be NaN.
+            # A padded position attends to itself: a row without a key would be NaN.
             itself = torch.eye(length, dtype=torch.bool, device=h.device)
             allowed = (causal & mask[:, None, None].bool()) | itself
         mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=allowed, is_causal=mask is None)
@@ -148,12 +151,12 @@ class ControlGPTBlock(nn.Module):
 
 
 class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
-    """A GPT whose stream has a known answer, or is a baseline of one that has (see the module's docstring)."""
+    """A GPT of known answer, or the baseline of one (see the module's docstring)."""
 
     config_class = ControlGPTConfig
     base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
-    _no_split_modules = ["ControlGPTBlock"]
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 (as transformers declares it)
+    _no_split_modules = ["ControlGPTBlock"]  # noqa: RUF012 (as transformers declares it)
     _supports_sdpa = True
 
     def __init__(self, config: ControlGPTConfig):
@@ -177,7 +180,7 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, PredictionNorm | nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, ControlGPTBlock) and self.config.skip == 1:
-            # Blocks start small: the sum of L changes then has the size of one. Without skips nothing is summed.
+            # Blocks start small, so that the sum of L changes has the size of one. Without skips nothing is summed.
             for output in (module.attention_output, module.down):
                 output.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
 
@@ -188,12 +191,12 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
-    ) -> CausalLMOutput | tuple:
+        **kwargs: Any,
+    ) -> CausalLMOutput | tuple[Any, ...]:
         """Next-token logits ``[B, T, V]``; with ``labels`` (-100 is ignored) also their mean cross-entropy, nats/token.
 
-        ``hidden_states`` are L+1 states ``[B, T, d]``, all before the final norm. ``attention_mask`` ``[B, T]`` marks
-        padding with 0, on either side.
+        ``hidden_states``: L+1 states ``[B, T, d]``, all before the final norm. ``attention_mask`` ``[B, T]`` is 0 at
+        padding, on either side.
         """
         config = self.config
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
@@ -214,14 +217,12 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
             output.hidden_states = tuple(states)
         return output if return_dict is not False else output.to_tuple()
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
-    ) -> dict:
-        # Without a cache every step reads the whole prefix.
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Arguments of the next step of generation. There is no cache: every step reads the whole prefix."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 AutoConfig.register(ControlGPTConfig.model_type, ControlGPTConfig)
-
-
 AutoModelForCausalLM.register(ControlGPTConfig, ControlGPTForCausalLM)

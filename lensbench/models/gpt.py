@@ -1,4 +1,4 @@
-"""Standard GPTs: transformers' own Llama and GPT-2 classes, built from a config."""
+"""Standard GPTs: the Llama and GPT-2 classes of transformers, built from a config."""
 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 def llama(
     *, vocab_size: int, d_model: int, layers: int, heads: int, width: int, context: int, initializer_range: float = 0.02
 ) -> PreTrainedModel:
-    """Llama (RMSNorm, rotary positions, gated MLP of ``width``), embeddings tied, randomly initialised."""
+    """A randomly initialised Llama: RMSNorm, rotary positions, gated MLP of ``width``, tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
@@ -26,7 +26,7 @@ def llama(
 def gpt2(
     *, vocab_size: int, d_model: int, layers: int, heads: int, width: int, context: int, initializer_range: float = 0.02
 ) -> PreTrainedModel:
-    """GPT-2 (LayerNorm, learned positions, MLP of ``width``), embeddings tied, no dropout, randomly initialised."""
+    """A randomly initialised GPT-2: LayerNorm, learned positions, MLP of ``width``, tied embeddings, no dropout."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: nats per token and bits per byte, every token counted once."""
+"""Likelihood of a text under a model: nats per token and bits per byte, every token counted once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from lensbench.streams.stream import refuse_non_finite
 
 @dataclass(frozen=True)
 class Likelihood:
-    """``nats``, ``tokens``, ``bytes`` ``[W]``: sums over each of W windows of the text."""
+    """Sums over each of the W windows of a text: ``nats``, ``tokens`` and ``bytes``, each ``[W]``."""
 
     nats: NDArray[np.float64]
     tokens: NDArray[np.int64]
@@ -26,10 +26,12 @@ class Likelihood:
 
     @property
     def nats_per_token(self) -> float:
+        """Mean cross-entropy of the scored tokens."""
         return float(self.nats.sum() / self.tokens.sum())
 
     @property
     def bits_per_byte(self) -> float:
+        """Bits per byte of the scored text; does not depend on the tokenizer's vocabulary."""
         return float(self.nats.sum() / np.log(2) / self.bytes.sum())
 
 
@@ -43,13 +45,15 @@ def text_likelihood(
     begin: bool = True,
     report: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
-    """Score ``text`` in windows of at most ``length`` tokens, each token exactly once.
+    """The likelihood of ``text``, scored in windows of at most ``length`` tokens, each token exactly once.
 
-    The text stands behind the beginning-of-text token, or the end-of-text token where there is no other: so its first token
-    is scored too. Without ``begin``, or such a token, the first is not, and its bytes do not count. Every later window
-    begins with the last token of the one before, as its only context: the convention of rolling log-likelihoods in
-    lm-evaluation-harness. ``report(windows done, windows)``. Raises :class:`LensbenchError` for a text of fewer than two
-    tokens, ids that the model has no embedding for, and weights that are not finite.
+    The text follows the beginning-of-text token, or the end-of-text token if the tokenizer has no other, so that its first
+    token is scored too. With ``begin=False``, or without such a token, the first token of the text is not scored, and its
+    bytes do not count. Every later window begins with the last token of the window before it, as its only context. This is
+    the convention of rolling log-likelihoods in lm-evaluation-harness.
+
+    ``report(windows done, windows)`` is called after each window. Raises :class:`LensbenchError` for a text of fewer than
+    two tokens, for token ids without an embedding, and for weights that are not finite.
     """
     encoded = tokenize(tokenizer, [Document("text", text)])
     ids = encoded[0].ids if encoded else np.zeros(0, np.int32)

@@ -1,4 +1,4 @@
-"""Causal LMs that others trained, and their tokenizers, named by one string wherever a command asks for a model."""
+"""Pretrained models and their tokenizers, loaded from a source: one string, the same in every command."""
 
 import contextlib
 import io
@@ -33,42 +33,43 @@ SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A loaded model with the tokenizer that goes with it."""
+    """A loaded causal LM with its tokenizer."""
 
     source: str
     model: PreTrainedModel
     tokenizer: Tokenizer | PreTrainedTokenizerBase
     trained_here: bool
-    """Trained by lensbench, so that the train split of its corpus is not new to it."""
+    """Whether lensbench trained it, so that the train split of its corpus is not new to it"""
 
 
 @dataclass(frozen=True)
 class Located:
-    """Where a source's files are, in the words of ``from_pretrained``."""
+    """Where the files of a source are, as arguments of ``from_pretrained``."""
 
     source: str
     name: str
     options: dict[str, str]
     own_tokenizer: Path | None = None
-    """That of the run folder whose model stage this is: its tokenizer is a stage of its own beside it."""
+    """The tokenizer of a model that lensbench trained: in a run folder it is a stage next to the model's"""
 
     def load(self, part: str, loader: Any, **options: Any) -> Any:
-        """``loader.from_pretrained``; raises :class:`LensbenchError` naming the source and the ``part``."""
-        # The reader of GGUF files draws a bar of its own, wherever it is heard.
+        """What ``loader.from_pretrained`` returns; raises :class:`LensbenchError` that names the source and the ``part``."""
+        # The reader of GGUF files always draws its own progress bar.
         verbosity = transformers_logging.get_verbosity()
         quiet = "gguf_file" in self.options and not sys.stderr.isatty()
         try:
-            # What is missing is told in one line of our own, beside which its report is noise.
+            # lensbench reports missing weights in one line; the report of transformers would repeat it.
             transformers_logging.set_verbosity_error()
             with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-                # False, not left out: transformers would ask whoever sits at the terminal, and run the code on a yes.
+                # Explicitly False: by default transformers asks at the terminal, and runs the code after a yes.
                 return loader.from_pretrained(self.name, trust_remote_code=False, **self.options, **options)
-        except Exception as error:  # each format's reader has exceptions of its own, tokenizers plain Exception
+        except Exception as error:  # every reader has its own exceptions, and tokenizers raises plain Exception
             raise self.unreadable(part, error) from error
         finally:
             transformers_logging.set_verbosity(verbosity)
 
     def unreadable(self, part: str, error: Exception) -> LensbenchError:
+        """The error to raise for a ``part`` that cannot be loaded, with its reason in one line."""
         if isinstance(error, ImportError) and "gguf" in str(error).lower():
             reason = "reading a GGUF file needs the package gguf: pip install gguf"
         elif "Unrecognized configuration class" in str(error):
@@ -76,14 +77,14 @@ class Located:
             name = "this architecture" if kind is None else kind[1]
             wanted = "image classifier" if "ForImageClassification" in str(error) else "causal language model"
             example = " (an encoder-decoder, say)" if wanted.startswith("causal") else ""
-            reason = f"{name} is no {wanted}{example}, or none that transformers knows as one"
+            reason = f"{name} is not a {wanted}{example}, or transformers does not know it as one"
         else:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return LensbenchError(f"{self.source}: its {part} cannot be loaded: {reason}")
 
 
 def check_source(source: str) -> None:
-    """Raise :class:`LensbenchError` for what does not name a model; nothing is looked up."""
+    """Raise :class:`LensbenchError` for a string that is not a source; nothing is looked up."""
     kind, _, rest = source.partition(":")
     if not rest or kind not in ("hub", "path", "gguf", "package"):
         meant = "gguf" if source.endswith(".gguf") else "path"
@@ -92,7 +93,7 @@ def check_source(source: str) -> None:
 
 
 def locate(source: str) -> Located:
-    """What ``source`` names; see :func:`load_pretrained`."""
+    """Where the files of ``source`` are; see :func:`load_pretrained` for the forms of a source."""
     check_source(source)
     kind, _, rest = source.partition(":")
     if kind == "hub":
@@ -110,11 +111,11 @@ def locate(source: str) -> Located:
 
 
 def identity(source: str) -> dict[str, str]:
-    """What tells whether a source still names the same model: checksums of its files, or the commit on the hub."""
+    """The identity of the model that ``source`` names now: checksums of its files, or the commit on the hub."""
     where = locate(source)
     if source.startswith("hub:"):
         config, revision = where.load("config", AutoConfig), where.options.get("revision")
-        # Earlier releases of transformers 5 leave the commit in the config, later ones resolve it beforehand.
+        # Earlier releases of transformers 5 put the commit into the config, later ones resolve it first.
         resolve = getattr(transformers_hub, "resolve_revision", None)
         commit = config._commit_hash if resolve is None else getattr(resolve(where.name, revision), "resolved", None)
         return {"hub": where.name, "revision": revision or "main", "commit": commit or "unknown"}
@@ -129,13 +130,12 @@ def identity(source: str) -> dict[str, str]:
 
 
 def load_tokenizer(source: str) -> Tokenizer | PreTrainedTokenizerBase:
-    """The tokenizer that goes with the model of ``source``; raises :class:`LensbenchError` where it cannot be loaded."""
+    """The tokenizer of the model of ``source``; raises :class:`LensbenchError` where it cannot be loaded."""
     where = locate(source)
     if where.own_tokenizer is None:
         loaded: PreTrainedTokenizerBase = where.load("tokenizer", AutoTokenizer)
-        if len(loaded.get_vocab()) <= len(
-            loaded.get_added_vocab()
-        ):  # what transformers makes up where it finds no files
+        # Without tokenizer files transformers returns a tokenizer that has added tokens only.
+        if len(loaded.get_vocab()) <= len(loaded.get_added_vocab()):
             raise LensbenchError(
                 f"{source} has no tokenizer: its vocabulary is empty; save_pretrained the tokenizer into the same folder"
             )
@@ -154,35 +154,37 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     loader: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """The causal LM of ``source``; with ``device_map`` (accelerate's) spread over devices instead of put on ``device``.
+    """The causal LM of ``source`` on ``device``, or spread over devices by accelerate's ``device_map``.
 
-    ``loader``: another of transformers' Auto classes, for other models.
+    ``loader``: another Auto class of transformers, for other kinds of models. Raises :class:`LensbenchError` for a model
+    that cannot be loaded or lacks weights.
     """
     where = locate(source)
     options = {} if device_map is None else {"device_map": device_map}
     loaded: Any = where.load("model", loader, dtype=dtype, output_loading_info=True, **options)
     model, report = loaded
     if report["missing_keys"]:
-        # transformers draws them at random and goes on.
+        # transformers would initialise them at random and continue.
         missing = sorted(report["missing_keys"])
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise LensbenchError(f"{source} lacks the weight {missing[0]}{more}: it is damaged, or no {KIND[loader]}")
     model.eval()
-    return model if device_map is not None else torch.nn.Module.to(model, device)
+    network: PreTrainedModel = model if device_map is not None else torch.nn.Module.to(model, device)
+    return network
 
 
 KIND = {AutoModelForCausalLM: "causal language model", AutoModelForImageClassification: "image classifier"}
-"""What a class of transformers loads."""
+"""Auto class of transformers -> the kind of model that it loads."""
 
 
 def load_config(source: str) -> PreTrainedConfig:
-    """The config of a model; raises :class:`LensbenchError` where it cannot be loaded."""
+    """The config of the model of ``source``; raises :class:`LensbenchError` where it cannot be loaded."""
     config: PreTrainedConfig = locate(source).load("config", AutoConfig)
     return config
 
 
 def load_image_processor(source: str) -> Any | None:
-    """What a model's images are prepared by; None where nothing lies beside the model.
+    """The image processor of a model; None where the model's folder has none.
 
     Raises :class:`LensbenchError` where it cannot be loaded.
     """
@@ -201,10 +203,13 @@ def load_pretrained(
 ) -> Pretrained:
     """The causal LM that ``source`` names, with its tokenizer.
 
-    ``hub:ORG/NAME[@REVISION]`` from the Hugging Face hub; ``path:FOLDER`` a ``save_pretrained`` folder, that of a model
-    stage of a run folder too; ``gguf:FILE`` a GGUF file, or the folder that holds exactly one; ``package:NAME`` the GGUF
-    file that an installed package ships. Code that comes with a model is never run. Raises :class:`LensbenchError` for a
-    source that cannot be read, and for a tokenizer that does not fit the model's vocabulary.
+    - ``hub:ORG/NAME[@REVISION]``: from the Hugging Face hub.
+    - ``path:FOLDER``: a folder that ``save_pretrained`` wrote, for example a model stage of a run folder.
+    - ``gguf:FILE``: a GGUF file, or a folder with exactly one.
+    - ``package:NAME``: the GGUF file that an installed package ships.
+
+    Code that comes with a model is never run. Raises :class:`LensbenchError` for a source that cannot be read, and for a
+    tokenizer that does not fit the model's vocabulary.
     """
     model = load_model(source, dtype=dtype, device=device, device_map=device_map)
     tokenizer = load_tokenizer(source)
@@ -213,9 +218,9 @@ def load_pretrained(
 
 
 def check_vocabulary(source: str, tokenizer: Tokenizer | PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise :class:`LensbenchError` where the tokenizer has words that the model has no embedding for.
+    """Raise :class:`LensbenchError` where the tokenizer's vocabulary has ids without an embedding in the model.
 
-    Tokens added beside the vocabulary do not count: text models are published with those of their siblings that see images.
+    Added tokens do not count: text models are published with the added tokens of their siblings that see images.
     """
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     words = backend.get_vocab(with_added_tokens=False) if isinstance(backend, Tokenizer) else tokenizer.get_vocab()
@@ -228,9 +233,9 @@ def check_vocabulary(source: str, tokenizer: Tokenizer | PreTrainedTokenizerBase
 
 
 def check_context(who: str, config: PreTrainedConfig, length: int, remedy: str) -> None:
-    """Raise :class:`LensbenchError` where sequences of ``length`` tokens are longer than a model was made for.
+    """Raise :class:`LensbenchError` where ``length`` tokens exceed a model's context.
 
-    ``remedy`` says what to do, with ``{}`` where the most tokens that it takes are to stand.
+    ``remedy`` says what to do; its ``{}`` is replaced by the length of the context.
     """
     context = context_length(config)
     if context is not None and length > context:
@@ -238,7 +243,7 @@ def check_context(who: str, config: PreTrainedConfig, length: int, remedy: str) 
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Most tokens that a model was made for, None where its config sets no limit."""
+    """The longest sequence that a model supports, in tokens; None where its config sets no limit."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "seq_length"):
         value = getattr(text, name, None)
@@ -272,7 +277,7 @@ def _gguf_file(path: Path) -> Path:
 
 
 def named(source: str) -> str:
-    """A source as results tell it: nobody's folders belong into them, but the file that a package ships does."""
+    """A source as results report it: without the folders of the user's machine, but with the file that a package ships."""
     kind, _, rest = source.partition(":")
     if kind == "package":
         return f"{source}/{locate(source).options['gguf_file']}"

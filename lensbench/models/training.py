@@ -1,8 +1,8 @@
-"""One plain training loop for every model trained here: Muon and AdamW, warm-up and cosine decay, clipping, checkpoints.
+"""One training loop for all model families: Muon and AdamW, warm-up and cosine decay, clipping, checkpoints.
 
-Matrices between hidden states are moved by Muon (orthogonalised momentum, scaled to AdamW's step size), embeddings,
-convolutions, gains and other vectors by AdamW, both at one learning rate. At the few million tokens that fit on a laptop
-Muon is worth a factor in tokens; it is the same for every family.
+Muon (orthogonalised momentum, scaled to AdamW's step size) updates the matrices between hidden states; AdamW updates
+embeddings, convolutions, gains and other vectors. Both use one learning rate. With the few million tokens that a laptop can
+train on, Muon needs fewer tokens for the same loss; every family is trained the same way.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,29 +28,34 @@ from lensbench.streams.readout import ReadOut
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the loop tells its caller after a step; the loss is the batch's, in nats/token."""
+    """What :func:`train` reports after a step."""
 
     step: int
+    """Steps so far, from 1"""
     steps: int
     loss: float
+    """Of the step's batch at the last layer, nats/token"""
     tokens: int
+    """Tokens read since this process began or resumed training"""
 
 
-def batch_of(stream: np.ndarray, recipe: TrainingRecipe, seed: int, step: int) -> Tensor:
-    """Token ids [batch, length] of a step: a function of seed and step alone, so that a resumed run sees the same."""
+def batch_of(stream: NDArray[np.int32], recipe: TrainingRecipe, seed: int, step: int) -> Tensor:
+    """Token ids [batch, length] of a step: a function of seed and step, so that a resumed training sees the same ones."""
     rng = np.random.default_rng([seed, step])
     starts = rng.integers(0, len(stream) - recipe.length + 1, recipe.batch)
     return torch.from_numpy(stream[starts[:, None] + np.arange(recipe.length)].astype(np.int64))
 
 
 class SinglePrecisionMuon(torch.optim.Muon):
-    """torch's Muon with the orthogonalisation in the parameters' own precision, equal shapes in one batch.
+    """Muon that orthogonalises in the precision of the parameters, all matrices of one shape in one batch.
 
-    torch's own is made in bfloat16, matrix by matrix: without hardware for it a third of a step of the models here.
+    torch's Muon orthogonalises in bfloat16, one matrix at a time. Without hardware for bfloat16 that takes a third of a
+    training step of small models.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters by their gradients; the loss of ``closure``, where given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -76,7 +82,10 @@ class SinglePrecisionMuon(torch.optim.Muon):
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """``U f(S) V^T`` of each of ``[K, m, n]`` by Newton-Schulz steps, f about 1 (0.7 to 1.2) where S is not tiny."""
+    """``U f(S) V^T`` of each matrix ``U S V^T`` of ``[K, m, n]``, by Newton-Schulz steps.
+
+    f(S) lies between 0.7 and 1.2 where S is not tiny.
+    """
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
@@ -88,12 +97,12 @@ def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], s
 
 
 def optimizers_of(model: torch.nn.Module, recipe: TrainingRecipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between hidden states, AdamW for embeddings (also as a tied head) and all vectors."""
+    """Muon for the matrices between hidden states, AdamW for embeddings (tied heads included) and all vectors."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    # GPT-2 keeps its matrices in a class of its own.
+    # GPT-2 has its matrices in another class, Conv1D.
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)} - embeddings
     hidden = [p for p in model.parameters() if id(p) in linear]
-    # Not matrices, but as many numbers: kernels of images' convolutions decay as matrices do.
+    # Kernels of image convolutions are not matrices, but as large: they have weight decay too.
     kernels = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     taken = linear | {id(p) for p in kernels}
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -106,7 +115,7 @@ def optimizers_of(model: torch.nn.Module, recipe: TrainingRecipe) -> list[torch.
 
 
 def save_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    """Write ``checkpoint.safetensors`` in one atomic move: parameters, the optimizers' moments and the step."""
+    """Write ``checkpoint.safetensors`` atomically: parameters, the optimizers' moments and the step."""
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         for optimizer in optimizers:
@@ -119,10 +128,10 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, optimizers: list[torch
 def load_checkpoint(
     folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], ranks: Ranks = ALONE
 ) -> int:
-    """Restore parameters and moments; the number of finished steps (0 where there is no checkpoint).
+    """The number of finished steps, 0 without a checkpoint; restores parameters and moments.
 
-    Of several processes the first one reads and tells the others. Raises :class:`LensbenchError` for a file that is
-    damaged (its checksum tells) or belongs to another model.
+    Of several processes the first reads the file and sends it to the others. Raises :class:`LensbenchError` for a file
+    that is damaged (its checksum is wrong) or belongs to another model.
     """
     path = folder / "checkpoint.safetensors"
 
@@ -160,18 +169,21 @@ def load_checkpoint(
 
 
 def unusable(path: Path, error: Exception) -> LensbenchError:
+    """The error to raise for a checkpoint that cannot be used."""
     return LensbenchError(f"checkpoint {path} is damaged or of another model ({error}); delete it to train anew")
 
 
-Batch = Tensor | tuple[Tensor, Tensor]
+TrainingBatch = Tensor | tuple[Tensor, Tensor]
 """Token ids [B, T], or images [B, C, H, W] with their classes [B]"""
 
 
-def loss_of(model: PreTrainedModel, batch: Batch, readout: ReadOut | None, weight: float) -> tuple[Tensor, Tensor]:
-    """What is minimised, and the last layer's part of it: next-token cross-entropy, or that of the class, nats.
+def loss_of(
+    model: PreTrainedModel, batch: TrainingBatch, readout: ReadOut | None, weight: float
+) -> tuple[Tensor, Tensor]:
+    """The objective and the last layer's loss: cross-entropy of the next token, or of the class, nats.
 
-    With a ``weight`` (of language models alone) the first adds ``weight`` times the mean cross-entropy of the model's own
-    norm and head at h_1..h_{L-1}; h_0 is left out: a tied embedding cannot be its own bigram table.
+    With a ``readout`` (language models only) the objective adds ``weight`` times the mean cross-entropy of the model's norm
+    and head at h_1..h_{L-1}. h_0 is left out: a tied embedding cannot be its own bigram table.
     """
     if isinstance(batch, tuple):
         images, classes = batch
@@ -190,19 +202,20 @@ def loss_of(model: PreTrainedModel, batch: Batch, readout: ReadOut | None, weigh
     return last + weight * torch.stack(inner).mean(), last
 
 
-def rows_of(batch: Batch, rows: slice, device: torch.device) -> Batch:
-    """Some sequences, or images, of a batch."""
+def rows_of(batch: TrainingBatch, rows: slice, device: torch.device) -> TrainingBatch:
+    """Some sequences or images of a batch, on ``device``."""
     if isinstance(batch, tuple):
         return batch[0][rows].to(device), batch[1][rows].to(device)
     return batch[rows].to(device)
 
 
 def backward(
-    model: PreTrainedModel, batch: Batch, readout: ReadOut | None, recipe: TrainingRecipe, of: int, micro: int
+    model: PreTrainedModel, batch: TrainingBatch, readout: ReadOut | None, recipe: TrainingRecipe, of: int, micro: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Gradients of a batch that is part of one of ``of`` sequences, in pieces of ``micro`` sequences.
+    """This batch's share of the objective and of the last layer's loss (:func:`loss_of`), and the largest piece that fits.
 
-    The part's share of what is minimised and of the last layer's loss (:func:`loss_of`), and the largest piece that fits.
+    The batch is a part of one of ``of`` sequences. It is computed in pieces of ``micro`` sequences, which are halved when
+    memory runs out. Gradients are left in the parameters.
     """
     count = len(batch[0] if isinstance(batch, tuple) else batch)
     while True:
@@ -222,7 +235,7 @@ def backward(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            # The next try is outside: the traceback holds the tensors of this one.
+            # The next try is outside this block: the traceback holds the tensors of this one.
             shortage = error.with_traceback(None)
         if micro == 1:
             raise too_large("a training step", shortage)
@@ -231,7 +244,7 @@ def backward(
 
 
 def share_gradients(model: PreTrainedModel, ranks: Ranks) -> None:
-    """Each parameter's gradient becomes the sum over processes, all in one exchange."""
+    """Replace each parameter's gradient by its sum over all processes, in one exchange."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     for p, part in zip(parameters, ranks.sum(flat).split([p.numel() for p in parameters]), strict=True):
@@ -239,9 +252,9 @@ def share_gradients(model: PreTrainedModel, ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def what_is_not_finite(model: PreTrainedModel, batch: Batch, recipe: TrainingRecipe) -> tuple[str, str]:
-    """Where a step's numbers stopped being finite, and the likely cause, for whoever trains."""
-    lower = f"a lower learning_rate than {recipe.learning_rate:g} would be the first thing to try"
+def where_not_finite(model: PreTrainedModel, batch: TrainingBatch, recipe: TrainingRecipe) -> tuple[str, str]:
+    """The first place where the numbers of a step are not finite, and the likely cause."""
+    lower = f"first try a learning_rate below {recipe.learning_rate:g}"
     if isinstance(batch, tuple) and not bool(torch.isfinite(batch[0]).all()):
         return "the images hold NaN or infinity", "look at the data"
     for name, p in model.named_parameters():
@@ -252,25 +265,25 @@ def what_is_not_finite(model: PreTrainedModel, batch: Batch, recipe: TrainingRec
     largest = 0.0
     for layer, h in enumerate(output.hidden_states):
         if not bool(torch.isfinite(h).all()):
-            grown = f"states grew to {largest:.2g} in front of it" if layer else "the embedding's own values did"
-            return f"the state behind layer {layer} overflowed", f"{grown}: training diverges, {lower}"
+            grown = f"states grew to {largest:.2g} before it" if layer else "the embedding itself did"
+            return f"the state after layer {layer} overflowed", f"{grown}: training diverges, {lower}"
         largest = float(h.abs().max())
     if not bool(torch.isfinite(output.logits).all()):
-        return "the logits overflowed", f"the last state's values go up to {largest:.2g}: training diverges, {lower}"
+        return "the logits overflowed", f"the last state reaches {largest:.2g}: training diverges, {lower}"
     broken = [
         name for name, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
     ]
-    if broken:  # gradients come from the last layer down: the last of them in the model's order was first
-        return f"the gradient of {broken[-1]} is not finite", f"states go up to {largest:.2g}: {lower}"
+    if broken:  # backpropagation starts at the last layer: the last name in the model's order broke first
+        return f"the gradient of {broken[-1]} is not finite", f"states reach {largest:.2g}: {lower}"
     return (
-        "states and logits are finite, their loss or its gradient is not",
+        "states and logits are finite, but the loss or its gradient is not",
         f"losses this large mean divergence: {lower}",
     )
 
 
 def train(
     model: PreTrainedModel,
-    stream: np.ndarray | Callable[[int], Batch],
+    stream: NDArray[np.int32] | Callable[[int], TrainingBatch],
     recipe: TrainingRecipe,
     *,
     seed: int,
@@ -279,14 +292,16 @@ def train(
     report: Callable[[StepReport], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> PreTrainedModel:
-    """Train ``model`` on ``stream`` and return it in evaluation mode.
+    """The trained ``model``, in evaluation mode.
 
-    ``stream``: token ids [n], documents joined, that windows are drawn from; or what gives a step's batch.
-    Resumes from the last checkpoint in ``checkpoints``; a resumed run ends with the same weights as an undisturbed one.
-    A batch that does not fit into memory is gone through in halves (and halves of these), its gradient being their mean;
-    of several processes each takes its own sequences of every batch, and gradients are added up.
-    Raises :class:`LensbenchError` where the stream is shorter than a sequence, where one sequence does not fit into memory,
-    and where the loss is no longer finite, with the step, the layer and the likely cause.
+    ``stream``: token ids [n] of all documents joined, from which sequences are drawn, or a function from a step to its
+    batch. Training resumes from the last checkpoint in ``checkpoints``; a resumed training ends with the same weights as
+    one without interruption. A batch that does not fit into memory is halved until its pieces fit, and their gradients are
+    averaged. Of several processes each takes its own sequences of every batch, and gradients are summed. ``report`` is
+    called after every step.
+
+    Raises :class:`LensbenchError` where the stream is shorter than a sequence, where one sequence does not fit into
+    memory, and where the loss is no longer finite (with the step, the layer and the likely cause).
     """
     if not callable(stream) and len(stream) < recipe.length:
         raise LensbenchError(
@@ -294,7 +309,7 @@ def train(
         )
     torch.nn.Module.to(model, device).train()
     readout = find_readout(model) if recipe.deep_supervision else None
-    model.requires_grad_(True)  # finding the read-out froze norm and head, which is what lenses need
+    model.requires_grad_(True)  # find_readout froze norm and head, as lenses need it
     optimizers = optimizers_of(model, recipe)
     start = load_checkpoint(checkpoints, model, optimizers, ranks)
     own = ranks.share(recipe.batch)
@@ -311,16 +326,17 @@ def train(
             share_gradients(model, ranks)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         if not torch.isfinite(loss) or not torch.isfinite(norm):
-            where, cause = what_is_not_finite(model, mine, recipe)
+            where, cause = where_not_finite(model, mine, recipe)
             raise LensbenchError(
                 f"the training loss is {loss.item():g} at step {step + 1} of {recipe.steps}, the norm of its gradient "
                 f"{norm.item():g}: {where}; {cause} (last good checkpoint kept)"
             )
         if ranks.first and step > start and step % recipe.checkpoint_every == 0:
-            # Only now is it known that the last step's weights give a finite loss and gradient.
+            # Not earlier: only this loss and gradient show that the last step's weights are good.
             save_checkpoint(checkpoints, model, optimizers, step)
         for optimizer in optimizers:
             optimizer.step()
         if report is not None:
             report(StepReport(step + 1, recipe.steps, last.item(), (step + 1 - start) * recipe.batch * recipe.length))
-    return model.eval()
+    model.eval()
+    return model

@@ -1,7 +1,7 @@
-"""Image classifiers of constant width: a ViT of transformers' own class, and a CNN with or without skip connections.
+"""Image classifiers of constant width: the ViT class of transformers, and a CNN with or without skip connections.
 
-The two CNNs differ in one thing: whether a block's output is added to its input or takes its place. Both normalise in
-front of every convolution, so that the one without skips trains too.
+The two CNNs differ in one property: a block's output is added to its input, or replaces it. Both normalise before every
+convolution, so that the CNN without skip connections can be trained too.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 
 class IsotropicCNNConfig(PreTrainedConfig):
-    """``num_hidden_layers`` blocks on maps of ``hidden_size`` channels; ``skip``: whether each adds to its input."""
+    """``num_hidden_layers`` blocks on maps of ``hidden_size`` channels; ``skip``: whether each block adds to its input."""
 
     model_type = "lensbench-cnn"
 
@@ -48,15 +48,16 @@ class ConvolutionBlock(nn.Module):
     def __init__(self, config: IsotropicCNNConfig):
         super().__init__()
         d, width = config.hidden_size, config.intermediate_size
-        # Over all entries of one image: an image's states do not depend on what else is in its batch.
+        # Normalised over all entries of one image: its states do not depend on the other images of a batch.
         self.norm_in, self.norm_inside = nn.GroupNorm(1, d), nn.GroupNorm(1, width)
         self.conv_in = nn.Conv2d(d, width, 3, padding=1, bias=False)
         self.conv_out = nn.Conv2d(width, d, 3, padding=1, bias=False)
         self.skip = config.skip
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """The next map ``[B, d, H, W]``."""
         inside = self.conv_in(F.relu(self.norm_in(hidden_states)))
-        written = self.conv_out(F.relu(self.norm_inside(inside)))
+        written: Tensor = self.conv_out(F.relu(self.norm_inside(inside)))
         return hidden_states + written if self.skip else written
 
 
@@ -80,7 +81,7 @@ class IsotropicCNNForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # He's (arXiv 1502.01852): through ReLU the variance stays what it is, block after block, with skips or without.
+        # He initialisation (arXiv 1502.01852): ReLU blocks keep the variance, with or without skip connections.
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, nn.Linear):
@@ -98,7 +99,11 @@ class IsotropicCNNForImageClassification(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **_: Any,
-    ) -> ImageClassifierOutputWithNoAttention | tuple:
+    ) -> ImageClassifierOutputWithNoAttention | tuple[Any, ...]:
+        """Logits ``[B, classes]`` of images ``[B, C, H, W]``; with ``labels`` ``[B]`` also their mean cross-entropy.
+
+        ``hidden_states``: L+1 maps ``[B, d, H, W]``, the stem's first.
+        """
         h = self.stem(pixel_values)  # (B, d, H, W)
         states = [h]
         for block in self.blocks:
@@ -114,14 +119,12 @@ class IsotropicCNNForImageClassification(PreTrainedModel):
         return output if as_dict else output.to_tuple()
 
 
-AutoConfig.register("lensbench-cnn", IsotropicCNNConfig)
-
-
+AutoConfig.register(IsotropicCNNConfig.model_type, IsotropicCNNConfig)
 AutoModelForImageClassification.register(IsotropicCNNConfig, IsotropicCNNForImageClassification)
 
 
 def positions_across(image_size: int) -> int:
-    """Patches or places of a map along one side of an image, of those that divide it the nearest to 4 to 8."""
+    """Patches or map positions along one side of an image: the divisor of its size nearest to 4 (8 from 32 pixels on)."""
     wanted = 4 if image_size < 32 else 8
     return min((n for n in range(1, image_size + 1) if image_size % n == 0), key=lambda n: (abs(n - wanted), n))
 
@@ -138,7 +141,7 @@ def vit(
     patch_size: int | None = None,
     initializer_range: float = 0.02,
 ) -> PreTrainedModel:
-    """ViT (LayerNorm, learned positions, class token) on images of ``context`` x ``context``, no dropout."""
+    """A ViT (LayerNorm, learned positions, class token, no dropout) for images of ``context`` x ``context`` pixels."""
     return ViTForImageClassification(
         ViTConfig(
             image_size=context,
@@ -168,8 +171,8 @@ def cnn(
     skip: bool,
     stride: int | None = None,
 ) -> PreTrainedModel:
-    """The CNN on images of ``context`` x ``context``; ``width``: channels inside a block."""
-    del heads
+    """A CNN for images of ``context`` x ``context`` pixels, ``width`` channels inside a block."""
+    del heads  # a CNN has none
     return IsotropicCNNForImageClassification(
         IsotropicCNNConfig(
             num_channels=channels,

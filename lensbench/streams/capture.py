@@ -1,13 +1,14 @@
-"""States of every layer at sampled positions, with what the model predicted there."""
+"""States of every layer at sampled positions, with the model's own predictions there."""
 
 import math
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.data.samples import Samples
@@ -18,52 +19,54 @@ from lensbench.streams.stream import ResidualStream
 
 
 def refuse_overflow(h: Tensor, log_z: Tensor, window: int) -> None:
-    """Raise :class:`LensbenchError` where states ``[L+1, n, d]`` or log-partitions of the model's logits are not finite."""
+    """Raise :class:`LensbenchError` where states ``[L+1, n, d]`` or log-partitions ``[n, 1]`` are not finite."""
     finite = torch.isfinite(h).all(-1).all(-1)
     if not bool(finite.all()):
-        what = f"the state behind layer {int((~finite).nonzero()[0, 0])}"
+        what = f"the state after layer {int((~finite).nonzero()[0, 0])}"
     elif not bool(torch.isfinite(log_z).all()):
         what = "the model's logits"
     else:
         return
     raise LensbenchError(
-        f"{what} overflowed to NaN or infinity in or behind window (or image) {window}; "
+        f"{what} overflowed to NaN or infinity in or after window (or image) {window}; "
         "give the model a dtype of larger range (bfloat16 or float32)"
     )
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What the lenses need to know of N tokens of a stream; float32, on one device.
+    """What lenses need of N tokens of a stream: float32, on one device.
 
-    Every array's token axis is the same N positions, in the order of the windows they came from. Of images there is one
-    position each: what is called a token, its window and its document here is then an image, and words are classes.
+    The token axis of every array is the same N positions, in the order of their windows. An image has one position: a
+    token, its window and its document are then the image, and words are classes. p is the model's distribution, W and
+    ``bias`` those of the unembedding, n a normalised state.
     """
 
     states: Tensor  # [L+1, N, d]
     expected: Tensor  # [N, d_read]: e = W^T p
-    # Where logits are soft-capped, sum p log p alone.
-    entropy_term: Tensor  # [N]: sum p log p - sum p bias: KL(p || q) = entropy_term - e.n + logsumexp(W n + bias)
-    targets: Tensor  # [N]: the next token's id
-    top: Tensor  # [N]: the model's own most probable next token
-    model_ce: Tensor  # [N]: the model's own cross-entropy, nats
+    # KL(p || q) = entropy_term - e.n + logsumexp(W n + bias). With soft-capped logits: sum p log p alone.
+    entropy_term: Tensor  # [N]: sum p log p - sum p bias
+    targets: Tensor  # [N]: id of the next token
+    top: Tensor  # [N]: the model's most probable next token
+    model_ce: Tensor  # [N]: the model's cross-entropy, nats
     mean_p: Tensor  # [V]: mean of p over the N tokens
-    constant_kl: Tensor  # [N]: KL of p from the best constant distribution, that of the fitting tokens
-    window: np.ndarray  # [N]: row of the windows
-    document: np.ndarray  # [N]: index of the document, the cluster of every interval
-    target_bytes: np.ndarray  # [N]: bytes of text that the next token stands for
-    # The processes that the tokens are shared out among, each with whole windows of its own; means are over all of them.
+    constant_kl: Tensor  # [N]: KL of p from the best constant distribution, the mean p of the fitting tokens
+    window: NDArray[np.int64]  # [N]: row of the windows
+    document: NDArray[np.int64]  # [N]: index of the document, the cluster of every interval
+    target_bytes: NDArray[np.int32]  # [N]: bytes of text of the next token
+    # The processes that share the tokens; each has whole windows. Means are over the tokens of all of them.
     ranks: Ranks = ALONE
 
     @property
     def layers(self) -> int:
+        """Number L of layers; h_0 is not counted."""
         return len(self.states) - 1
 
     def __len__(self) -> int:
         return self.states.shape[1]
 
     def take(self, tokens: Tensor) -> "Capture":
-        """The given tokens (indices or mask [N]) alone; ``mean_p`` stays that of all."""
+        """The capture of the given tokens (indices or mask [N]); ``mean_p`` stays that of all tokens."""
         at = tokens.cpu().numpy()
         return Capture(
             self.states[:, tokens], self.expected[tokens], self.entropy_term[tokens], self.targets[tokens],
@@ -73,13 +76,68 @@ class Capture:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all processes."""
+        """Number of tokens of all processes."""
         return self.ranks.span(len(self))[1]
 
     def chosen(self, tokens: Tensor) -> "Capture":
-        """As :meth:`take`, by sorted numbers among the tokens of all processes."""
+        """As :meth:`take`, for sorted indices into the tokens of all processes."""
         before, _ = self.ranks.span(len(self))
         return self.take(tokens[(tokens >= before) & (tokens < before + len(self))] - before)
+
+
+@dataclass
+class _Collector:
+    """Collects the tokens of one capture, batch by batch."""
+
+    stream: ResidualStream
+    samples: Samples
+    constant: Tensor | None
+    """Logarithm of the constant distribution [V], or None"""
+    tokens: int
+    memory_gib: float
+    mean_p: Tensor
+    """Sum of p so far, float64 [V]"""
+    states: Tensor = field(default_factory=lambda: torch.empty(0))
+    done: int = 0
+    """Tokens so far"""
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Field of :class:`Capture` -> its values of every batch"""
+
+    def add(self, rows: slice) -> None:
+        """Run the model on some samples and keep what it says at their scored positions."""
+        stream, samples = self.stream, self.samples
+        weight, bias = stream.readout.weight, stream.readout.bias
+        inputs, row_at, at = (torch.from_numpy(x).to(stream.device) for x in samples.scored(rows))
+        h, logits = stream.at(inputs, row_at, at, read_out=stream.float32)
+        if not stream.float32:  # the model's own logits have two or three digits, its states give more
+            logits = stream.readout(h[-1].float())
+        target = torch.from_numpy(samples.targets(rows)).to(stream.device)
+        log_z = logits.logsumexp(-1, keepdim=True)
+        best, losses = logits.argmax(-1), (log_z - logits.gather(-1, target[:, None]))[:, 0]
+        p = logits.sub_(log_z).exp_()  # in place: fresh memory for [n, V] costs as much as filling it
+        # logsumexp over many words has an error of 1e-5; a p that sums to 1 + 1e-5 would move every KL by 1e-5 log Z.
+        p.div_(p.sum(-1, keepdim=True))
+        negative_entropy = -torch.special.entr(p).sum(-1)
+        if self.done == 0:
+            shape = (stream.layers + 1, self.tokens, stream.d_model)
+            self.states = room_for(shape, stream.device, self.memory_gib)
+        refuse_overflow(h, log_z, rows.start)
+        aim, total_p = p @ weight, p.sum(0).double()
+        found = {
+            "expected": aim,
+            "entropy_term": negative_entropy - (p @ bias if bias is not None and stream.readout.linear else 0.0),
+            "targets": target,
+            "top": best,
+            "model_ce": losses,
+            # Without a given constant, :func:`capture` adds the term sum mean_p log mean_p, the same for all tokens.
+            "constant_kl": negative_entropy - (p @ self.constant if self.constant is not None else 0.0),
+        }
+        # From here on nothing can run out of memory and leave half of a batch in the capture.
+        self.states[:, self.done : self.done + len(at)] = h
+        self.done += len(at)
+        self.mean_p += total_p
+        for name, part in found.items():
+            self.parts.setdefault(name, []).append(part)
 
 
 @torch.no_grad()
@@ -93,86 +151,56 @@ def capture(
     report: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> Capture:
-    """One forward pass per batch of windows of text, or of images, kept at the chosen positions only.
+    """The states and predictions of ``stream`` at the scored positions of ``samples``, windows of text or images.
 
-    Out of memory, batches are halved. Of several ``ranks`` each captures its own windows; ``mean_p`` is that of all.
+    One forward pass for each ``batch`` of samples; a batch that does not fit into memory is halved. With several ``ranks``
+    each process captures its own samples; ``mean_p`` is over all of them.
 
-    States that would take more than ``memory_gib`` GiB lie in a memory-mapped file of just their size, in the folder for
-    temporary files (``TMPDIR``), which is gone when they are.
+    States above ``memory_gib`` GiB lie in a memory-mapped file of their size in the folder for temporary files
+    (``TMPDIR``). The file disappears with the states.
 
-    ``constant`` ``[V]`` is the distribution that ``constant_kl`` is measured from: ``mean_p`` of the fitting tokens. Left
-    out, it is that of the captured tokens themselves. ``report(done, total)`` is called with numbers of windows or images.
+    ``constant`` ``[V]``: the distribution that ``constant_kl`` is measured from, ``mean_p`` of the fitting tokens. By
+    default it is that of the captured tokens. ``report(done, total)`` is called with numbers of samples. Raises
+    :class:`LensbenchError` where states overflow, and where one sample or the states do not fit.
     """
-    weight, bias = stream.readout.weight, stream.readout.bias
-    expected: list[Tensor] = []
-    entropy: list[Tensor] = []
-    targets: list[Tensor] = []
-    top: list[Tensor] = []
-    ce: list[Tensor] = []
-    constant_kl: list[Tensor] = []
-    states, done = torch.empty(0), 0
     log_constant = None if constant is None else constant.double().clamp(min=1e-300).log().float().to(stream.device)
-    mean_p = torch.zeros(stream.vocab_size, dtype=torch.float64, device=stream.device)
     own = ranks.share(len(samples))
-    total, valid = own.stop - own.start, samples.valid[own]
+    valid = samples.valid[own]
+    found = _Collector(
+        stream,
+        samples,
+        constant=log_constant,
+        tokens=int(valid.sum()),
+        memory_gib=memory_gib,
+        mean_p=torch.zeros(stream.vocab_size, dtype=torch.float64, device=stream.device),
+    )
 
     def one(rows: slice) -> None:
-        nonlocal states, done, mean_p
-        inputs, row_at, at = (torch.from_numpy(x).to(stream.device) for x in samples.scored(rows))
-        h, logits = stream.at(inputs, row_at, at, read_out=stream.float32)
-        if not stream.float32:  # the model's own logits have two or three digits, its states give more
-            logits = stream.readout(h[-1].float())
-        target = torch.from_numpy(samples.targets(rows)).to(stream.device)
-        log_z = logits.logsumexp(-1, keepdim=True)
-        best, losses = logits.argmax(-1), (log_z - logits.gather(-1, target[:, None]))[:, 0]
-        p = logits.sub_(log_z).exp_()  # in place: fresh memory for [n, V] costs as much as filling it
-        # logsumexp over many words is off by 1e-5; a p that sums to 1 + 1e-5 would move every KL by 1e-5 log Z.
-        p.div_(p.sum(-1, keepdim=True))
-        negative_entropy = -torch.special.entr(p).sum(-1)
-        if done == 0:
-            shape = (stream.layers + 1, int(valid.sum()), stream.d_model)
-            states = room_for(shape, stream.device, memory_gib)
-        refuse_overflow(h, log_z, rows.start)
-        aim, total_p = p @ weight, p.sum(0).double()
-        entropy_term = negative_entropy - (p @ bias if bias is not None and stream.readout.linear else 0.0)
-        # Without a constant given, its cross term has the same mean: sum p log mean_p, added below.
-        from_constant = negative_entropy - (p @ log_constant if log_constant is not None else 0.0)
-        # From here on nothing can run out of memory and leave half of a batch behind.
-        states[:, done : done + len(at)] = h
-        done += len(at)
-        mean_p += total_p
-        kept = (expected, aim), (entropy, entropy_term), (targets, target), (top, best), (ce, losses)
-        for parts, part in (*kept, (constant_kl, from_constant)):
-            parts.append(part)
+        found.add(rows)
         if report is not None:
-            report(rows.stop - own.start, total)
+            report(rows.stop - own.start, own.stop - own.start)
 
     in_pieces(own, batch, one, what="a sequence of the capture")
     window = np.nonzero(valid)[0]
-    mean_p = ranks.sum(mean_p)
+    mean_p = ranks.sum(found.mean_p)
     mean_p /= ranks.span(len(window))[1]
     window += own.start
-    from_constant = torch.cat(constant_kl)
+    joined = {name: torch.cat(parts) for name, parts in found.parts.items()}
     if constant is None:
-        from_constant = from_constant - (mean_p * mean_p.clamp(min=1e-300).log()).sum().float()
+        joined["constant_kl"] = joined["constant_kl"] - (mean_p * mean_p.clamp(min=1e-300).log()).sum().float()
     return Capture(
-        states=states,
-        expected=torch.cat(expected),
-        entropy_term=torch.cat(entropy),
-        targets=torch.cat(targets),
-        top=torch.cat(top),
-        model_ce=torch.cat(ce),
+        states=found.states,
         mean_p=mean_p.float(),
-        constant_kl=from_constant,
         window=window,
         document=samples.documents[window],
         target_bytes=samples.next_bytes[own][valid],
         ranks=ranks,
+        **joined,
     )
 
 
 def room_for(shape: tuple[int, int, int], device: torch.device, memory_gib: float) -> Tensor:
-    """An empty float32 tensor; on the CPU, one of more than ``memory_gib`` GiB is a memory-mapped file without a name."""
+    """An uninitialised float32 tensor; on the CPU and above ``memory_gib`` GiB it lies in a memory-mapped, deleted file."""
     size = math.prod(shape)
     if device.type != "cpu" or 4 * size <= memory_gib * 2**30:
         return torch.empty(shape, device=device)

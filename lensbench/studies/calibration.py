@@ -43,7 +43,7 @@ from lensbench.runtime.progress import QUIET, Progress
 from lensbench.statistics import bootstrap_weights
 from lensbench.streams.capture import Capture
 from lensbench.streams.rotated import RotatedView
-from lensbench.studies.synthetic import FAMILIES, Shape, SyntheticStream, windows_of
+from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream, windows_of
 
 JUDGED = ("gain_visibility", "movement", "shared_consistency", "shared_retention")
 """Indices whose intervals are held against the truth."""
@@ -93,8 +93,8 @@ class Calibration(BaseModel):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            if name not in FAMILIES:
-                raise ValueError(f"unknown family {name!r}; there are {', '.join(FAMILIES)}")
+            if name not in STREAM_FAMILIES:
+                raise ValueError(f"unknown family {name!r}; there are {', '.join(STREAM_FAMILIES)}")
         return names
 
     def jobs(self) -> "Iterator[Job]":
@@ -145,8 +145,8 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
     point, drawn = (Means.of_clusters(sums.totals, sums.tokens, w) for w in (None, weights))
     found = estimates(point, drawn, seed=seed, clusters=len(sums.tokens))
     row: dict[str, Any] = {
-        "set": job.group, "family": job.family, "truth": FAMILIES[job.family], "number": job.number, "seed": job.seed,
-        **job.shape, "tokens": job.tokens,
+        "set": job.group, "family": job.family, "truth": STREAM_FAMILIES[job.family].truth, "number": job.number,
+        "seed": job.seed, **job.shape, "tokens": job.tokens,
     }  # fmt: skip
     truth = {}
     if recipe.fresh:

@@ -1,9 +1,10 @@
-"""Synthetic residual streams of known structure: what the instrument is tested and its verdicts are calibrated on.
+"""Synthetic residual streams of known answer, to test the instrument and to calibrate its verdicts.
 
-Every family is an answer of ``width`` normal entries, shared in part by the tokens of a document, and layers 0..L-1 that
-hold it with noise ``sigma_l`` in the way the family's name says; layer L is the answer itself, where the read-out looks.
+Every family has an answer: ``width`` normal entries, partly shared by the tokens of a document. Layers 0..L-1 hold the
+answer with noise ``sigma_l`` in the way that the family's name says. Layer L is the answer itself, where the read-out looks.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,73 +19,43 @@ from lensbench.streams.readout import ReadOut
 Truth = Literal["refinement", "carry-along", "re-representation", "mixed"]
 
 
-FAMILIES: dict[str, Truth] = {
-    "fresh": "refinement",
-    "removed": "refinement",
-    "added": "refinement",
-    "disjoint": "carry-along",
-    "overlapping": "carry-along",
-    "rebased": "re-representation",
-    "averaged": "refinement",
-    "filed": "carry-along",
-    "restretched": "re-representation",
-    "drifting": "mixed",
-    "half-rebased": "mixed",
-    "partly-rebased": "mixed",
-    "partly-carried": "mixed",
-    "jittered": "mixed",
-}
-"""Family -> what is known of it.
-
-``fresh``: the answer with noise of its own at every layer. ``removed``: noise is taken away step by step. ``added``: parts
-of the answer are added up. ``disjoint``: block l writes its (ever better) copy into a slice of its own, the last block the
-slice that the read-out sees. ``overlapping``: block l adds its copy in random directions of its own, on top of all others.
-``rebased``: a random basis per layer.
-
-``averaged``: layer l is the mean of l + 1 noisy copies. ``filed``: as disjoint, but each block files a part of the answer of
-its own, and the last one reads them all. ``restretched``: per layer a random linear map that is no rotation.
-
-Mixed: ``drifting``: the basis turns by 45 degrees over the layers. ``half-rebased``: one basis for the first half of the
-layers, another for the second. ``partly-rebased``: half of the answer's entries in a random basis per layer, half in one.
-``partly-carried``: half refined, half carried along in overlapping random directions. ``jittered``: the basis of each
-layer is turned by 30 degrees in random planes of its own.
-"""
-
-
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of the leading ``len(gain)`` entries, the only ones it hands on."""
+    """Root-mean-square norm of the first ``len(gain)`` entries; the others are dropped."""
 
     def __init__(self, gain: Tensor):
         super().__init__()
         self.gain = nn.Parameter(gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normalised entries: ``[..., >= R]`` to ``[..., R]``."""
         x = x[..., : len(self.gain)]
         return self.gain * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def orthogonal(d: int, random: torch.Generator) -> Tensor:
-    """A rotation of d dimensions from the Haar measure, float32."""
+    """A rotation of d dimensions, drawn from the Haar measure, float32 ``[d, d]``."""
     q, r = torch.linalg.qr(torch.randn(d, d, generator=random, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float()
+    rotation: Tensor = (q * r.diagonal().sign()).float()
+    return rotation
 
 
 def turned(d: int, angle: float, random: torch.Generator) -> Tensor:
-    """A rotation that turns ``d // 2`` random planes by ``angle`` each, float32."""
+    """A rotation that turns each of ``d // 2`` random planes by ``angle``, float32 ``[d, d]``."""
     basis = orthogonal(d, random).double()
     cos, sin = np.cos(angle), np.sin(angle)
     blocks = [torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)] * (d // 2)
     blocks += [torch.eye(1, dtype=torch.float64)] * (d % 2)
-    return (basis @ torch.block_diag(*blocks) @ basis.T).float()
+    rotation: Tensor = (basis @ torch.block_diag(*blocks) @ basis.T).float()
+    return rotation
 
 
 def read_out(
     d: int, vocab: int, *, norm: str = "rms", read: int | None = None, gain: bool = True, bias: bool = False,
     logits: float = 2.0, seed: int = 0, dtype: torch.dtype = torch.float32,
 ) -> ReadOut:  # fmt: skip
-    """``norm``: 'rms' (of the ``read`` leading entries of the state) or 'layer'; ``logits``: their standard deviation.
+    """A random read-out of states of width ``d``. As in language models, some directions hardly show in any logit.
 
-    As in language models, some directions of the state hardly show in any logit.
+    ``norm``: 'rms' (of the first ``read`` entries of the state) or 'layer'. ``logits``: standard deviation of the logits.
     """
     random = torch.Generator().manual_seed(seed)
     width = read or d
@@ -102,12 +73,13 @@ def read_out(
         head.weight.copy_(weight * logits / spectrum.norm())
         if bias:
             head.bias.copy_(torch.randn(vocab, generator=random))
-    return ReadOut(module, head).to(dtype)
+    made: ReadOut = ReadOut(module, head).to(dtype)
+    return made
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a stream and how noisy its first and last layers are."""
+    """Size of a stream, and the noise of its first and last layers (standard deviations)."""
 
     d: int = 48
     layers: int = 6
@@ -117,22 +89,23 @@ class Shape:
 
 
 class SyntheticStream:
-    """A stream of one family; every sample shares its directions and its read-out.
+    """A stream of one family of :data:`STREAM_FAMILIES`; all its samples share directions and read-out.
 
     Raises ValueError for an unknown family, and where ``d`` leaves no slice for each layer.
     """
 
-    def __init__(self, family: str, shape: Shape = Shape(), *, seed: int = 0):  # noqa: B008 (frozen)
-        if family not in FAMILIES:
-            raise ValueError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}")
+    def __init__(self, family: str, shape: Shape = Shape(), *, seed: int = 0):
+        if family not in STREAM_FAMILIES:
+            raise ValueError(f"unknown family {family!r}; there are {', '.join(STREAM_FAMILIES)}")
         self.family, self.shape, self.layers, self.d = family, shape, shape.layers, shape.d
         random = torch.Generator().manual_seed(seed + 17)
         layers, d = shape.layers, shape.d
-        filed = family in ("disjoint", "filed")
-        self.slice = d // (layers + 2) if filed else 0
-        if filed and not self.slice:
-            raise ValueError(f"d is {d}: too narrow for {layers} slices beside the answer")
+        sliced = STREAM_FAMILIES[family].sliced
+        self.slice = d // (layers + 2) if sliced else 0
+        if sliced and not self.slice:
+            raise ValueError(f"d is {d}: too narrow for {layers} slices and the answer")
         self.width = d - layers * self.slice  # of the answer
+        # Every family draws the same directions, whether it uses them or not.
         self.bases = [orthogonal(d, random) for _ in range(layers)]
         self.parts = [torch.randn(self.width, self.slice, generator=random) / self.width**0.5 for _ in range(layers)]
         self.halves = [orthogonal(d - d // 2, random) for _ in range(layers)]
@@ -149,87 +122,182 @@ class SyntheticStream:
         self.readout = read_out(d, shape.vocab, read=self.width, seed=seed)
 
     def states(self, tokens: int, *, seed: int, per_document: int = 8) -> Tensor:
-        """``[L+1, tokens, d]``."""
+        """A sample of the stream's states, ``[L+1, tokens, d]``."""
         random = torch.Generator().manual_seed(1000 + seed)
 
-        def normal(width: int = self.width) -> Tensor:
-            return torch.randn(tokens, width, generator=random)
+        def normal() -> Tensor:
+            return torch.randn(tokens, self.width, generator=random)
 
         shared = torch.randn(-(-tokens // per_document), self.width, generator=random)
         answer = 0.8**0.5 * normal() + 0.2**0.5 * shared.repeat_interleave(per_document, 0)[:tokens]
-        layers, sigma, half = self.layers, self.noise, self.d // 2
-        if self.family == "fresh":
-            h = [answer + s * normal() for s in sigma]
-        elif self.family == "removed":
-            h = [answer]
-            steps = torch.diff(sigma.flip(0) ** 2, prepend=torch.zeros(1)).sqrt()
-            for step in steps:
-                h.append(h[-1] + step * normal())
-            h = h[:0:-1]
-        elif self.family == "added":
-            parts = torch.stack([normal() for _ in range(layers)])
-            # Parts with the answer as their sum: a bridge between nothing and the answer.
-            parts = parts - parts.mean(0) + answer * layers**-0.5
-            parts = torch.cat([parts, normal()[None]])
-            answer = parts.sum(0) / (layers + 1) ** 0.5
-            h = list(parts.cumsum(0)[:-1] / (layers + 1) ** 0.5)
-        elif self.family in ("disjoint", "filed"):
-            store = torch.zeros(tokens, self.d)
-            h = []
-            for layer in range(layers):
-                at = slice(self.width + layer * self.slice, self.width + (layer + 1) * self.slice)
-                part = self.parts[layer]
-                if self.family == "filed":  # entries of its own, spread over all of the answer
-                    part = torch.eye(self.width)[:, (torch.arange(self.slice) * layers + layer) % self.width]
-                store[:, at] = (answer + (sigma[layer] if self.family == "disjoint" else sigma[-1]) * normal()) @ part
-                h.append(store.clone())
-            final = store.clone()
-            final[:, : self.width] = answer
-            return torch.stack([*h, final])
-        elif self.family == "overlapping":
-            written = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.bases, strict=True)]
-            h = list(torch.stack(written).cumsum(0))
-        elif self.family == "rebased":
-            h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.bases, strict=True)]
-        elif self.family == "averaged":
-            copies = torch.stack([answer + sigma[0] * normal() for _ in range(layers)])
-            h = list(copies.cumsum(0) / torch.arange(1, layers + 1)[:, None, None])
-        elif self.family == "restretched":
-            h = [
-                ((answer + s * normal()) * stretch) @ q.T
-                for s, stretch, q in zip(sigma, self.stretches, self.bases, strict=True)
-            ]
-        elif self.family == "drifting":
-            h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.turns, strict=True)]
-        elif self.family == "jittered":
-            h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, self.jitters, strict=True)]
-        elif self.family == "half-rebased":
-            two = [self.bases[0] if k < layers / 2 else self.bases[1] for k in range(layers)]
-            h = [(answer + s * normal()) @ q.T for s, q in zip(sigma, two, strict=True)]
-        elif self.family == "partly-rebased":
-            h = [answer + s * normal() for s in sigma]
-            for state, q in zip(h, self.halves, strict=True):
-                state[:, half:] = state[:, half:] @ q.T
-        else:  # partly-carried
-            h = [answer + s * normal() for s in sigma]
-            carried = torch.zeros(tokens, self.d - half)
-            for state, q in zip(h, self.halves, strict=True):
-                carried = carried + state[:, half:] @ q.T
-                state[:, half:] = carried
-        return torch.stack([*h, answer])
+        return torch.stack(STREAM_FAMILIES[self.family].draw(self, answer, normal))
 
     def capture(self, tokens: int, *, seed: int, per_document: int = 8, constant: Tensor | None = None) -> Capture:
+        """A sample of :meth:`states` with what the read-out predicts from it; see :func:`capture_of`."""
         states = self.states(tokens, seed=seed, per_document=per_document)
         return capture_of(self.readout, states, per_document=per_document, constant=constant, seed=seed)
+
+
+Normal = Callable[[], Tensor]
+"""Draws new normal entries, ``[tokens, width]``"""
+
+
+def noisy(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """The answer with new noise at every layer 0..L-1."""
+    return [answer + s * normal() for s in stream.noise]
+
+
+def rotated_by(stream: SyntheticStream, answer: Tensor, normal: Normal, rotations: Iterable[Tensor]) -> list[Tensor]:
+    """h_0..h_L: noisy answers, each of the layers 0..L-1 in a basis of ``rotations``."""
+    return [*((answer + s * normal()) @ q.T for s, q in zip(stream.noise, rotations, strict=True)), answer]
+
+
+def fresh(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """The answer with new noise at every layer."""
+    return [*noisy(stream, answer, normal), answer]
+
+
+def removed(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Every layer removes a part of the noise."""
+    h = [answer]
+    for step in torch.diff(stream.noise.flip(0) ** 2, prepend=torch.zeros(1)).sqrt():
+        h.append(h[-1] + step * normal())
+    return h[::-1]
+
+
+def added(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Every layer adds a part of the answer."""
+    layers = stream.layers
+    parts = torch.stack([normal() for _ in range(layers)])
+    # Parts whose sum is the answer: a bridge from nothing to the answer.
+    parts = parts - parts.mean(0) + answer * layers**-0.5
+    parts = torch.cat([parts, normal()[None]])
+    answer = parts.sum(0) / (layers + 1) ** 0.5
+    return [*(parts.cumsum(0)[:-1] / (layers + 1) ** 0.5), answer]
+
+
+def averaged(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Layer l is the mean of l + 1 noisy copies."""
+    copies = torch.stack([answer + stream.noise[0] * normal() for _ in range(stream.layers)])
+    return [*(copies.cumsum(0) / torch.arange(1, stream.layers + 1)[:, None, None]), answer]
+
+
+def in_slices(stream: SyntheticStream, answer: Tensor, written: Callable[[int], Tensor]) -> list[Tensor]:
+    """h_0..h_L: block l writes ``written(l)`` to its own slice, the last block writes the answer where the head looks."""
+    store = torch.zeros(len(answer), stream.d)
+    h = []
+    for layer in range(stream.layers):
+        start = stream.width + layer * stream.slice
+        store[:, start : start + stream.slice] = written(layer)
+        h.append(store.clone())
+    store[:, : stream.width] = answer
+    return [*h, store]
+
+
+def disjoint(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Block l writes an ever better copy to its own slice, the last block to the slice that the read-out sees."""
+    return in_slices(stream, answer, lambda layer: (answer + stream.noise[layer] * normal()) @ stream.parts[layer])
+
+
+def filed(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """As ``disjoint``, but each block files its own part of the answer, and the last one reads them all."""
+
+    def written(layer: int) -> Tensor:
+        # Its own entries, spread over all of the answer.
+        entries = (torch.arange(stream.slice) * stream.layers + layer) % stream.width
+        return (answer + stream.noise[-1] * normal()) @ torch.eye(stream.width)[:, entries]
+
+    return in_slices(stream, answer, written)
+
+
+def overlapping(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Block l adds its copy in its own random directions, on top of all others."""
+    written = rotated_by(stream, answer, normal, stream.bases)[:-1]
+    return [*torch.stack(written).cumsum(0), answer]
+
+
+def rebased(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Every layer has its own random basis."""
+    return rotated_by(stream, answer, normal, stream.bases)
+
+
+def restretched(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Every layer has its own random linear map, which is no rotation."""
+    sizes = zip(stream.noise, stream.stretches, stream.bases, strict=True)
+    return [*(((answer + s * normal()) * stretch) @ q.T for s, stretch, q in sizes), answer]
+
+
+def drifting(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """The basis turns by 45 degrees over the layers."""
+    return rotated_by(stream, answer, normal, stream.turns)
+
+
+def half_rebased(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """One basis for the first half of the layers, another for the second half."""
+    two = [stream.bases[0] if k < stream.layers / 2 else stream.bases[1] for k in range(stream.layers)]
+    return rotated_by(stream, answer, normal, two)
+
+
+def partly_rebased(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Half of the answer's entries in a random basis for each layer, the other half in one basis."""
+    h, half = noisy(stream, answer, normal), stream.d // 2
+    for state, q in zip(h, stream.halves, strict=True):
+        state[:, half:] = state[:, half:] @ q.T
+    return [*h, answer]
+
+
+def partly_carried(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """Half of the answer's entries refined, half carried along in overlapping random directions."""
+    h, half = noisy(stream, answer, normal), stream.d // 2
+    carried = torch.zeros(len(answer), stream.d - half)
+    for state, q in zip(h, stream.halves, strict=True):
+        carried = carried + state[:, half:] @ q.T
+        state[:, half:] = carried
+    return [*h, answer]
+
+
+def jittered(stream: SyntheticStream, answer: Tensor, normal: Normal) -> list[Tensor]:
+    """The basis of each layer is turned by 30 degrees in its own random planes."""
+    return rotated_by(stream, answer, normal, stream.jitters)
+
+
+@dataclass(frozen=True)
+class StreamFamily:
+    """A way to write an answer into the layers of a stream, and the verdict that it deserves."""
+
+    truth: Truth
+    draw: Callable[[SyntheticStream, Tensor, Normal], list[Tensor]]
+    """States h_0..h_L, each ``[tokens, d]``, for an answer ``[tokens, width]``"""
+    sliced: bool = False
+    """Whether the state has a slice for each layer, next to the answer"""
+
+
+STREAM_FAMILIES: dict[str, StreamFamily] = {
+    "fresh": StreamFamily("refinement", fresh),
+    "removed": StreamFamily("refinement", removed),
+    "added": StreamFamily("refinement", added),
+    "disjoint": StreamFamily("carry-along", disjoint, sliced=True),
+    "overlapping": StreamFamily("carry-along", overlapping),
+    "rebased": StreamFamily("re-representation", rebased),
+    "averaged": StreamFamily("refinement", averaged),
+    "filed": StreamFamily("carry-along", filed, sliced=True),
+    "restretched": StreamFamily("re-representation", restretched),
+    "drifting": StreamFamily("mixed", drifting),
+    "half-rebased": StreamFamily("mixed", half_rebased),
+    "partly-rebased": StreamFamily("mixed", partly_rebased),
+    "partly-carried": StreamFamily("mixed", partly_carried),
+    "jittered": StreamFamily("mixed", jittered),
+}
+"""Name of a family of synthetic streams -> the family."""
 
 
 @torch.no_grad()
 def capture_of(
     readout: ReadOut, states: Tensor, *, per_document: int = 8, constant: Tensor | None = None, seed: int = 0
 ) -> Capture:
-    """What :func:`lensbench.streams.capture.capture` would read off these states ``[L+1, N, d]``, by definition.
+    """The :class:`Capture` of states ``[L+1, N, d]``, computed by definition in float64.
 
-    Two windows per document; next tokens are drawn from the model's own distribution.
+    A document has two windows. Next tokens are drawn from the read-out of the last state.
     """
     n = states.shape[1]
     log_p = readout(states[-1]).double().log_softmax(-1)
@@ -259,7 +327,7 @@ def capture_of(
 
 
 def windows_of(captured: Capture) -> Windows:
-    """Windows that :func:`capture_of`'s tokens could have come from."""
+    """Windows that the tokens of :func:`capture_of` could belong to; the ids are all 0."""
     count = int(captured.window.max()) + 1
     sizes = np.bincount(captured.window)
     first = np.flatnonzero(np.diff(captured.window, prepend=-1))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lensbench.cli import app
 from lensbench.measures.verdict import CANNOT_TELL, Span, Verdict, VerdictRule, agreement_of_seeds, decide
 from lensbench.studies.calibration import JUDGED, Calibration, midpoints, summarise
-from lensbench.studies.synthetic import FAMILIES, Shape, SyntheticStream
+from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream
 from lensbench.suite.files import load_calibration
 
 RULE = VerdictRule(visible=0.25, consistent=0.6, still=0.1, inconsistent=0.35, unseen=0.0)
@@ -80,10 +80,10 @@ def test_the_shipped_calibration_judges_on_families_that_it_was_not_tuned_on():
     recipe = load_calibration("calibration")
     assert not set(recipe.tune) & set(recipe.held_out)
     assert {"overlapping", "partly-rebased", "partly-carried"} <= set(recipe.held_out)
-    assert set(recipe.tune) | set(recipe.held_out) == set(FAMILIES)
+    assert set(recipe.tune) | set(recipe.held_out) == set(STREAM_FAMILIES)
     assert max(recipe.d) <= 48 and recipe.fresh >= 100
     jobs = list(recipe.jobs())
-    assert len(jobs) == recipe.streams * len(FAMILIES)
+    assert len(jobs) == recipe.streams * len(STREAM_FAMILIES)
     assert {j.shape["layers"] for j in jobs} == set(recipe.layers)
     assert len({j.seed for j in jobs}) == len(jobs), "no two streams share their tokens, of whatever family"
 
@@ -173,7 +173,7 @@ def test_a_calibration_runs_is_taken_up_and_says_the_same_again(tmp_path):
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["calibration"]["streams"] == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STREAM_FAMILIES)
 def test_every_family_ends_in_the_answer_and_gets_better_towards_it(family):
     stream = SyntheticStream(family, Shape(d=24, layers=4, vocab=50), seed=1)
     states = stream.states(400, seed=0)

@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_its_layer_and_the_likel
         if at.step == 5:
             block.register_forward_hook(overflow)
 
-    match = rf"at step 6 of 10.*the state behind layer {layer + 1} overflowed.*learning_rate.*last good checkpoint kept"
+    match = rf"at step 6 of 10.*the state after layer {layer + 1} overflowed.*learning_rate.*last good checkpoint kept"
     with pytest.raises(LensbenchError, match=match):
         training.train(model, STREAM, setup, seed=0, checkpoints=tmp_path, device=CPU, report=report)
     assert load_sealed(tmp_path / "checkpoint.safetensors")[1] == {"step": "4"}

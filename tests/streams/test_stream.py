@@ -699,7 +699,7 @@ def test_captured_kl_is_exact_with_a_large_vocabulary_and_large_logits():
     torch.testing.assert_close(captured.expected.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("where", "told"), [("layers", "the state behind layer 2"), ("lm_head", "the model's logits")])
+@pytest.mark.parametrize(("where", "told"), [("layers", "the state after layer 2"), ("lm_head", "the model's logits")])
 def test_what_overflows_is_refused_with_its_place(where, told):
     """As float16 models do on some text; a sum over tokens would pass over what is not a number."""
     model, windows = random_model("llama"), windows_by_hand()
