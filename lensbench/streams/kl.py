@@ -1,9 +1,10 @@
-"""KL divergence from the model's own distribution, cross-entropy and log-partitions, block by block."""
+"""KL divergence from the model's own distribution, and log-partitions, computed in blocks of the vocabulary."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.runtime.memory import in_pieces
@@ -14,38 +15,38 @@ TOKEN_BLOCK = 1024
 
 
 ROW_BLOCK = 1024
-"""Rows of a block of logits on the CPU."""
+"""Rows of one block of logits on the CPU"""
 
 
 VOCABULARY_BLOCK = 1024
 
 
 CUDA_LOGITS = 2**28
-"""Logits held at once on a GPU."""
+"""Logits in memory at once on a GPU"""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is known of the model's own distribution at N tokens."""
+    """The model's own distribution p at N tokens, in the form that KL divergences need."""
 
     expected: Tensor  # [N, d_read]: e = W^T p
     entropy_term: Tensor  # [N]: sum p log p - sum p bias; where logits are capped, sum p log p
-    final: Tensor  # [N, d]: h_L, from which p is formed again where e does not tell
+    final: Tensor  # [N, d]: h_L, from which p is computed again where logits are capped
 
 
 def log_partition(readout: ReadOut, n: Tensor) -> Tensor:
-    """``log sum_v exp(logit_v)`` of normalised states ``[R, d_read]``, in blocks that stay in the cache: ``[R]``.
+    """``log sum_v exp(logit_v)`` ``[R]`` of normalised states ``[R, d_read]``, in blocks that fit into the cache.
 
-    Rows are shifted by their largest logit of the first block, within the product (``addmm``): exact unless
-    a later logit is more than 80 above it, in which case the row is done again with an online maximum.
+    Each row is shifted by the largest logit of its first block, within the product (``addmm``). This is exact unless a
+    later logit is more than 80 larger; such a row is computed again with an online maximum.
     """
     return partition_and_largest(readout, n, want_largest=False)[0]
 
 
 def partition_and_largest(readout: ReadOut, n: Tensor, *, want_largest: bool = True) -> tuple[Tensor, Tensor | None]:
-    """:func:`log_partition` and, where wanted, the largest logit of every row: ``[R]``, ``[R]``.
+    """:func:`log_partition` ``[R]`` and, if wanted, the largest logit of every row ``[R]``, from one pass.
 
-    From the same pass; where products are made in bfloat16 that finds the largest logit's word, and its logit is made again.
+    With products in bfloat16, the pass finds the word of the largest logit, and its logit is computed again in float32.
     """
     if not len(n):
         return n[:, 0], n[:, 0] if want_largest else None
@@ -56,7 +57,7 @@ def partition_and_largest(readout: ReadOut, n: Tensor, *, want_largest: bool = T
 
 def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Tensor, Tensor | None]:
     weight, bias = readout.weight, readout.bias
-    if n.is_cuda:  # one large product is what a GPU wants
+    if n.is_cuda:  # one large product is fastest on a GPU
         log_z, top = _online_log_partition(readout, n)
         return log_z, top if want_largest else None
     logits = n @ weight[:VOCABULARY_BLOCK].T
@@ -64,7 +65,7 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
         logits += bias[:VOCABULARY_BLOCK]
     shift = readout.cap_(logits).amax(-1, keepdim=True)
     total = logits.sub_(shift).exp_().sum(-1)
-    above = torch.zeros_like(total)  # the largest logit, above the shift
+    above = torch.zeros_like(total)  # the largest logit minus the shift
     room = torch.empty(len(n), VOCABULARY_BLOCK, dtype=n.dtype)
     for start in range(VOCABULARY_BLOCK, len(weight), VOCABULARY_BLOCK):
         rows = weight[start : start + VOCABULARY_BLOCK]
@@ -88,14 +89,14 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
 
 
 def _online_log_partition(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
-    """The two of them with an online maximum over the blocks."""
+    """Log-partition and largest logit, with an online maximum over the blocks."""
     weight, bias = readout.weight, readout.bias
     exact = n, weight, bias
     size = VOCABULARY_BLOCK if not n.is_cuda else max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(n)))
     dtype = readout.product_dtype or n.dtype
     n, weight = n.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    # Sums and maxima in float32 at least, whatever the products are made in.
+    # Sums and maxima in float32 at least, whatever the type of the products.
     largest = torch.full((len(n),), -torch.inf, dtype=torch.promote_types(n.dtype, torch.float32), device=n.device)
     total = torch.zeros_like(largest)
     word = torch.zeros(len(n), dtype=torch.long, device=n.device)
@@ -109,7 +110,7 @@ def _online_log_partition(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
         total = total * torch.exp(largest - new) + logits.sub_(new[:, None]).exp_().sum(-1)
         largest = new
     log_z = largest + total.log()
-    if dtype != exact[0].dtype:  # a logit with three digits cannot be held against one with seven
+    if dtype != exact[0].dtype:  # a logit with three digits cannot be compared with one with seven
         n, weight, bias = exact
         logit = (n * weight[word]).sum(-1)
         largest = readout.cap_(logit if bias is None else logit + bias[word])
@@ -117,10 +118,10 @@ def _online_log_partition(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_product_dtype(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3) -> torch.dtype | None:
-    """bfloat16 for the products of log-partitions on a GPU, where it agrees with float32; None (no change) elsewhere.
+    """The type for the products of log-partitions: bfloat16 on a GPU where it agrees with float32, else None.
 
-    Agrees: the mean absolute difference of the log-partition over the normalised states ``[R, d_read]`` is below
-    ``tolerance`` nats. The read-out stays as it is: :meth:`ReadOut.with_products_in` makes one that uses the answer.
+    They agree when the mean absolute difference of the log-partition over the normalised states ``[R, d_read]`` is at most
+    ``tolerance`` nats. The read-out does not change; :meth:`ReadOut.with_products_in` makes one with this type.
     """
     if not n.is_cuda:
         return None
@@ -130,12 +131,12 @@ def choose_product_dtype(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3
 
 
 class Vocabulary:
-    """Rows of the unembedding that stand for all of them in a cheap log-partition.
+    """A sample of the unembedding's rows that stands for all words in a cheap log-partition.
 
-    Half of them are the words most probable on average, exactly; half are drawn from the rest with probability ``pi``
-    proportional to ``sqrt(mean p)``, each with offset ``-log(m pi)``, so that their sum of exponentials is unbiased for
-    that of the rest. All words, exactly, where there are no more than that. For gradients and as a control variate: the
-    logarithm of an unbiased sum is biased, so that a KL from it alone is never reported.
+    Half of the rows are the words most probable on average. The other m are drawn from the rest with probability ``pi``
+    proportional to ``sqrt(mean p)``, each with offset ``-log(m pi)``, so that their sum of exponentials is unbiased for that
+    of the rest. A vocabulary with no more than ``rows`` words is used whole. The logarithm of an unbiased sum is biased:
+    samples serve gradients and control variates, and no KL is reported from them alone.
     """
 
     def __init__(self, readout: ReadOut, mean_p: Tensor, rows: int, generator: torch.Generator):
@@ -148,7 +149,7 @@ class Vocabulary:
         self.drawn = rows - rows // 2
 
     def draw(self) -> tuple[Tensor, Tensor | None]:
-        """Rows ``[S, d_read]`` and their offsets ``[S]``, a new sample each time."""
+        """Rows ``[S, d_read]`` and their offsets ``[S]``, newly sampled at each call."""
         if self.exact:
             return self.weight, self.bias
         chosen = torch.multinomial(self.pi, self.drawn, replacement=True, generator=self.generator)
@@ -160,9 +161,9 @@ class Vocabulary:
 
 
 def expected_logit(readout: ReadOut, n: Tensor, of: Tensor) -> Tensor:
-    """``sum_v p_v logit_v(n)`` with p the read-out of normalised states ``of``; both ``[R, d_read]``: ``[R]``.
+    """``sum_v p_v logit_v(n)`` ``[R]``, p the read-out of normalised states ``of``; ``n`` and ``of`` are ``[R, d_read]``.
 
-    The generic path, for logits that are not affine in n: p is formed again, block by block.
+    For logits that are not affine in n: p is computed again, block by block.
     """
     weight, bias = readout.weight, readout.bias
     log_z = log_partition(readout, of)
@@ -177,7 +178,7 @@ def expected_logit(readout: ReadOut, n: Tensor, of: Tensor) -> Tensor:
 
 
 def token_kl(readout: ReadOut, n: Tensor, tokens: Tokens, log_z: Tensor | None = None) -> Tensor:
-    """``KL(p || q)`` of read-outs q of normalised states ``[N, d_read]``, nats: ``[N]``."""
+    """``KL(p || q)`` in nats ``[N]``, q the read-out of normalised states n ``[N, d_read]``."""
     log_z = log_partition(readout, n) if log_z is None else log_z
     if not readout.linear:
         return tokens.entropy_term - expected_logit(readout, n, readout.final_norm(tokens.final)) + log_z
@@ -185,7 +186,7 @@ def token_kl(readout: ReadOut, n: Tensor, tokens: Tokens, log_z: Tensor | None =
 
 
 def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
-    """``W^T q`` ``[R, d_read]`` and ``sum q log q - sum q bias`` ``[R]`` of ``q = softmax(W n + bias)``."""
+    """``W^T q`` ``[R, d_read]`` and ``sum q log q - sum q bias`` ``[R]``, where ``q = softmax(W n + bias)``."""
     weight, bias = readout.weight, readout.bias
 
     def one(at: slice) -> tuple[Tensor, Tensor]:
@@ -199,14 +200,15 @@ def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(moments), torch.cat(entropies)
 
 
-def sum_by_window(values: Tensor, captured: Capture) -> np.ndarray:
-    """Sums over the tokens of each window, float64: ``[..., N] -> [..., S]``, windows in the order of their rows."""
+def sum_by_window(values: Tensor, captured: Capture) -> NDArray[np.float64]:
+    """Sums of ``values`` ``[..., N]`` over the tokens of each window, float64 ``[..., S]``, in the order of the windows."""
     starts = np.flatnonzero(np.diff(captured.window, prepend=-1))
-    if not len(starts):  # a process that has none of a few tokens
+    if not len(starts):  # with few tokens, some of many processes have none
         return np.zeros((*values.shape[:-1], 0))
-    return np.add.reduceat(values.double().cpu().numpy(), starts, axis=-1)
+    sums: NDArray[np.float64] = np.add.reduceat(values.double().cpu().numpy(), starts, axis=-1)
+    return sums
 
 
-def sums_of_all(values: Tensor, captured: Capture) -> np.ndarray:
+def sums_of_all(values: Tensor, captured: Capture) -> NDArray[np.float64]:
     """:func:`sum_by_window` over the windows of all processes, ``[..., S]``."""
     return captured.ranks.joined(sum_by_window(values, captured), axis=-1)

@@ -1,8 +1,8 @@
-"""The generic read-out ``R(h) = head(norm(h))`` of any causal LM or image classifier, found by watching one forward pass.
+"""The parts of any causal LM or image classifier: blocks, final norm and head, found by watching one forward pass.
 
-No list of classes: the head's input is the output of some module, that is the final norm; the modules that produce the
-reported hidden states are the blocks; what happens to the head's output is read off a known input. In an image classifier
-the states of an image's patches are pooled on the way to the head, which one of a few ways is found by trying them.
+No list of classes is needed. The module whose output is the head's input is the final norm. The modules that return the
+reported hidden states are the blocks. What the model does to the head's output is measured with a known output. An image
+classifier pools the states of an image before its head; the few known ways to pool are tried in turn.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from lensbench.streams.readout import ReadOut
 
 @dataclass(frozen=True)
 class _Call:
-    """A module's call in the watched forward pass."""
+    """A call of a module in the watched forward pass."""
 
     name: str
     module: nn.Module
@@ -30,30 +30,31 @@ class _Call:
 
 
 def first_tensor(value: Any) -> Tensor | None:
+    """``value`` if it is a tensor, else the first tensor of a nested list or tuple; None without one."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
 
 
-def block_input(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The state that a block or norm is called with: its first argument, by position or by its usual name."""
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The state that a block or norm is called with: its first argument, or ``hidden_states``."""
     return first_tensor(list(args) or kwargs.get("hidden_states"))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """The same numbers: in the same memory (models hand on slices of what a module returned), or cast to another type."""
+    """Whether both hold the same numbers: in the same memory (some models pass on slices), or cast to another type."""
     if a.shape != b.shape:
         return False
     return a.data_ptr() == b.data_ptr() or (a.dtype != b.dtype and torch.equal(a.to(b.device, b.dtype), b))
 
 
 def sees_images(model: PreTrainedModel) -> bool:
-    """Whether a model is fed with images (``pixel_values``) and not with token ids."""
+    """Whether a model reads images (``pixel_values``) instead of token ids."""
     return getattr(model, "main_input_name", "input_ids") == "pixel_values"
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids or images go."""
+    """The device that a model takes its token ids or images on."""
     if sees_images(model):
         return next(model.parameters()).device
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
@@ -61,7 +62,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model was made for; 3 x 224 x 224 where its config does not say."""
+    """Channels, height and width of the images that a model reads; 3 x 224 x 224 where its config does not say."""
     seen = getattr(config, "vision_config", config)
     size = getattr(seen, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
@@ -69,7 +70,7 @@ def image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def example_inputs(model: PreTrainedModel, count: int, seed: int | None = None) -> Tensor:
-    """``count`` inputs of the kind that a model reads: token ids ``[B, 16]`` or images ``[B, C, H, W]``, made up."""
+    """``count`` random inputs of the kind that a model reads: token ids ``[B, 16]`` or images ``[B, C, H, W]``."""
     generator = torch.Generator().manual_seed(seed or 0)
     if sees_images(model):
         made = torch.rand(count, *image_shape(model.config), generator=generator) * 2 - 1
@@ -80,9 +81,9 @@ def example_inputs(model: PreTrainedModel, count: int, seed: int | None = None) 
 
 @dataclass(frozen=True)
 class Pooling:
-    """How an image classifier makes one vector of an image's states: ``[B, N, d]`` or ``[B, d, H, W]`` to ``[B, d]``.
+    """How an image classifier pools the states of an image: ``[B, N, d]`` or ``[B, d, H, W]`` to ``[B, d]``.
 
-    ``before`` is what the model does to each position first: its norm, where that and the mean cannot change places.
+    ``before`` is applied to each position first: the model's norm, where norm and mean cannot change places.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Pooling:
     before: nn.Module
 
     def __call__(self, h: Tensor) -> Tensor:
+        """The pooled states ``[B, d]``."""
         return self.function(self.before(h))
 
 
@@ -97,7 +99,7 @@ CLASS_TOKEN = "class token"
 
 
 def ways_to_pool(h: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """The ways in which classifiers pool states of this shape; registers and class tokens stand in front of the patches."""
+    """Known ways to pool states of this shape, by name. Class token and registers come before the patches."""
     if h.ndim == 4:
         yield "mean over the map", lambda h: h.mean((2, 3))
         yield "mean over the map, channels last", lambda h: h.mean((1, 2))
@@ -105,7 +107,7 @@ def ways_to_pool(h: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
         yield CLASS_TOKEN, lambda h: h[:, 0]
         for first in range(min(10, h.shape[1])):
             yield f"mean of the tokens from {first}", partial(_mean_from, first=first)
-            yield f"class token beside the mean of the tokens from {first}", partial(_class_and_mean, first=first)
+            yield f"class token next to the mean of the tokens from {first}", partial(_class_and_mean, first=first)
 
 
 def _mean_from(h: Tensor, first: int) -> Tensor:
@@ -117,39 +119,37 @@ def _class_and_mean(h: Tensor, first: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where the read-out of a model begins, and the read-out itself.
-
-    ``entry`` is the module whose input is h_L; None where the head reads h_L itself. ``blocks`` is the name of the list of
-    blocks, None where what the model reports does not tell. ``members`` are the blocks, each called once with its state
-    as the first argument; empty where that is not so, and the states are those that the model reports. ``pooling``: of an
-    image classifier, whose h_L is what its last block returns.
-    """
+class FoundParts:
+    """The read-out of a model, its blocks, and where the read-out begins."""
 
     readout: ReadOut
     entry: nn.Module | None
+    """The module whose input is h_L; None where the head reads h_L itself"""
     blocks: str | None
+    """Name of the list of blocks; None where the reported states do not show it"""
     members: tuple[nn.Module, ...]
+    """The blocks, each called once with its state as first argument; else empty, and the reported states are used"""
     pooling: Pooling | None = None
+    """Of an image classifier, whose h_L is the output of its last block"""
 
 
 def find_readout(model: PreTrainedModel) -> ReadOut:
-    """The read-out of :func:`find_parts`; what stands behind the head is not looked at here."""
+    """The read-out of :func:`find_parts`, without what the model does to the head's output."""
     return find_parts(model).readout
 
 
-def find_parts(model: PreTrainedModel) -> Found:
-    """The modules between the last block and the logits, whatever their classes are called.
+def find_parts(model: PreTrainedModel) -> FoundParts:
+    """The blocks of a model, and the modules between the last block and the logits.
 
-    Raises :class:`LensbenchError` for a model without a linear head on top, an encoder-decoder, one whose head reads
-    what no module returned, and an image classifier whose width changes.
+    Raises :class:`LensbenchError` for a model without a linear head, an encoder-decoder, a model whose head reads what no
+    module returned, and an image classifier whose width changes.
     """
     return find_image_parts(model) if sees_images(model) else find_text_parts(model)
 
 
 @dataclass
 class _Watched:
-    """What modules were called with in one forward pass, in the order in which they returned."""
+    """The calls of one forward pass, in the order in which the modules returned."""
 
     calls: list[_Call]
     head_inputs: list[Tensor]
@@ -160,7 +160,7 @@ def _watching(model: PreTrainedModel, head: nn.Module | None) -> Iterator[_Watch
     watched = _Watched([], [])
 
     def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             returned = first_tensor(output)
             if returned is not None:
                 watched.calls.append(_Call(name, module, block_input(args, kwargs), returned))
@@ -180,16 +180,9 @@ def _watching(model: PreTrainedModel, head: nn.Module | None) -> Iterator[_Watch
 
 
 @torch.no_grad()
-def find_text_parts(model: PreTrainedModel) -> Found:
+def find_text_parts(model: PreTrainedModel) -> FoundParts:
     """:func:`find_parts` of a causal LM."""
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise LensbenchError(f"{name} is an encoder-decoder: lensbench reads causal language models")
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise LensbenchError(f"{name} has no linear output embedding: lensbench reads causal language models")
-    if head.weight.is_meta:
-        raise LensbenchError(f"the unembedding of {name} is offloaded; give a device_map that keeps it on a device")
+    name, head = type(model).__name__, _text_head(model)
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(4) % vocabulary)[None].to(input_device(model))
     with _watching(model, head) as watched:
@@ -201,7 +194,7 @@ def find_text_parts(model: PreTrainedModel) -> Found:
         raise LensbenchError(f"{name} does not report its hidden states; lensbench cannot read it")
     blocks = _blocks(calls, reported)
 
-    # From the head back to the last block: usually one norm, in some models a projection behind it.
+    # From the head back to the last block: usually one norm, in some models also a projection after it.
     chain: list[nn.Module] = []
     wanted = head_inputs[-1]
     while True:
@@ -221,13 +214,25 @@ def find_text_parts(model: PreTrainedModel) -> Found:
             f"no module of {name} produces its head's input; lensbench cannot tell what its head reads"
         )
     members = _members(model, calls, blocks, wanted.shape)
-    return Found(ReadOut(_in_a_row(chain), head), chain[0] if chain else None, blocks, members)
+    return FoundParts(ReadOut(_in_a_row(chain), head), chain[0] if chain else None, blocks, members)
+
+
+def _text_head(model: PreTrainedModel) -> nn.Linear:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LensbenchError(f"{name} is an encoder-decoder: lensbench reads causal language models")
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise LensbenchError(f"{name} has no linear output embedding: lensbench reads causal language models")
+    if head.weight.is_meta:
+        raise LensbenchError(f"the unembedding of {name} is offloaded; give a device_map that keeps it on a device")
+    return head
 
 
 def _members(
     model: PreTrainedModel, calls: list[_Call], blocks: str | None, shape: torch.Size | None
 ) -> tuple[nn.Module, ...]:
-    """The blocks of the list of this name; none where they are not called in turn, each with a state (of this shape)."""
+    """The blocks of the list of this name; empty unless they are called in order, each with a state (of this shape)."""
     members = () if blocks is None else tuple(model.get_submodule(blocks).children())
     called = [c for c in calls if any(c.module is m for m in members)]
     in_turn = [c.module for c in called] == list(members)
@@ -240,84 +245,96 @@ def _in_a_row(chain: list[nn.Module]) -> nn.Module:
     return chain[0] if len(chain) == 1 else nn.Sequential(*chain) if chain else nn.Identity()
 
 
-WHAT_WORKS = (
+WIDTHS_THAT_WORK = (
     "a model of one width: ViT, DeiT, BEiT, DINOv2, CLIP or SigLIP of transformers, or the families vit, cnn-residual and "
     "cnn-plain of lensbench"
 )
 
 
 @torch.no_grad()
-def find_image_parts(model: PreTrainedModel) -> Found:
-    """:func:`find_parts` of an image classifier, and how it pools.
+def find_image_parts(model: PreTrainedModel) -> FoundParts:
+    """:func:`find_parts` of an image classifier, with its pooling.
 
-    Where it pools first and normalises the pooled state (or picks one token, which comes to the same), that norm is the
-    read-out's; where it averages over normalised positions, the norm belongs to the pooling.
+    Where the model normalises the pooled state (or picks one token, which gives the same), that norm belongs to the
+    read-out. Where it averages normalised positions, the norm belongs to the pooling.
     """
     name = type(model).__name__
     with _watching(model, None) as watched:
         images = example_inputs(model, 3)
         try:
             output = model(pixel_values=images, output_hidden_states=True, return_dict=True)
-        except Exception as error:  # whatever its layers raise
+        except Exception as error:  # layers raise all kinds
             shape = " x ".join(map(str, images.shape[1:]))
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LensbenchError(f"{name} does not take an image of {shape}: {reason}") from error
     calls, reported, logits = watched.calls, getattr(output, "hidden_states", None), getattr(output, "logits", None)
     if logits is None or logits.ndim != 2:
         raise LensbenchError(f"{name} gives no logits for an image: lensbench reads image classifiers")
-    if not reported or len(reported) < 2:
-        raise LensbenchError(f"{name} does not report its hidden states; lensbench cannot read it")
-    if any(h.ndim not in (3, 4) for h in reported):
-        raise LensbenchError(f"{name} reports states that are neither tokens nor maps; lensbench cannot read it")
-    widths = [h.shape[1 if h.ndim == 4 else 2] for h in reported]
-    if len(set(widths)) > 1:
-        told = ", ".join(map(str, dict.fromkeys(widths)))
-        raise LensbenchError(
-            f"the stages of {name} change the width of its states ({told}): a lens of one cannot read another; "
-            f"what would work is {WHAT_WORKS}"
-        )
+    reported = _of_one_width(name, reported)
     final = next((c for c in reversed(calls) if isinstance(c.module, nn.Linear) and _same(c.returned, logits)), None)
     if final is None or final.received is None:
         raise LensbenchError(f"no linear head of {name} gives its logits; lensbench cannot tell what they are made of")
     blocks = _blocks(calls, reported)
     members = _members(model, calls, blocks, None)
     last = next(c.returned for c in calls if c.module is members[-1]) if members else reported[-1]
+    norm, pooling = _norm_and_pooling(name, calls, last, final.received, len(images))
+    return FoundParts(ReadOut(norm, final.module), None, blocks, members, pooling)  # type: ignore[arg-type]
 
+
+def _of_one_width(name: str, reported: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    """The reported states of an image classifier, which must all have one width."""
+    if not reported or len(reported) < 2:
+        raise LensbenchError(f"{name} does not report its hidden states; lensbench cannot read it")
+    if any(h.ndim not in (3, 4) for h in reported):
+        raise LensbenchError(f"{name} reports states that are neither tokens nor maps; lensbench cannot read it")
+    widths = [h.shape[1 if h.ndim == 4 else 2] for h in reported]
+    if len(set(widths)) > 1:
+        changes = ", ".join(map(str, dict.fromkeys(widths)))
+        raise LensbenchError(
+            f"the stages of {name} change the width of its states ({changes}): a lens of one cannot read another; "
+            f"what would work is {WIDTHS_THAT_WORK}"
+        )
+    return reported
+
+
+def _norm_and_pooling(
+    name: str, calls: list[_Call], last: Tensor, wanted: Tensor, count: int
+) -> tuple[nn.Module, Pooling]:
+    """The final norm and the pooling that make the head's input ``wanted`` from the last states of ``count`` images."""
     pooled: tuple[str, Callable[[Tensor], Tensor]] | None = None
-    behind: list[nn.Module] = []
+    after: list[nn.Module] = []
     before: list[nn.Module] = []
-    wanted = final.received
     while not _same(last, wanted):
         if pooled is None:
             found = _pooled_from(calls, last, wanted)
             if found is not None:
                 pooled, wanted = found
                 continue
-        call = next((c for c in calls if _same(c.returned, wanted) and c.module not in behind + before), None)
-        if call is None or call.received is None or call.received.shape[0] != len(images):
+        call = next((c for c in calls if _same(c.returned, wanted) and c.module not in after + before), None)
+        if call is None or call.received is None or call.received.shape[0] != count:
             raise LensbenchError(
-                f"lensbench cannot tell how {name} makes its head's input of the states behind its last block: it is no "
-                f"mean or class token of them that it knows; what would work is {WHAT_WORKS}"
+                f"lensbench cannot tell how {name} makes its head's input from the states after its last block: it is no "
+                f"mean or class token of them that lensbench knows; what would work is {WIDTHS_THAT_WORK}"
             )
-        (behind if pooled is None else before).insert(0, call.module)
+        (after if pooled is None else before).insert(0, call.module)
         wanted = call.received
     if pooled is None:
         raise LensbenchError(f"the head of {name} reads all positions of an image; lensbench reads a pooled state")
     pooling = Pooling(pooled[0], pooled[1], nn.Identity())
-    norm, inside = _in_a_row(behind), _in_a_row(before)
+    norm, inside = _in_a_row(after), _in_a_row(before)
     if before:
-        # Of a token that is picked the norm is the same before and after; of a mean it is not.
+        # For a picked token the norm is the same before and after pooling; for a mean it is not.
         if pooled[0] == CLASS_TOKEN and torch.allclose(inside(pooling(last)), pooling(inside(last)), atol=1e-5):
-            norm = _in_a_row(before + behind)
+            norm = _in_a_row(before + after)
         else:
             pooling = Pooling(f"{pooled[0]}, each position normalised", pooled[1], inside.requires_grad_(False))
-    return Found(ReadOut(norm, final.module), None, blocks, members, pooling)  # type: ignore[arg-type]
+    return norm, pooling
 
 
 def _pooled_from(
     calls: list[_Call], last: Tensor, wanted: Tensor
 ) -> tuple[tuple[str, Callable[[Tensor], Tensor]], Tensor] | None:
-    """The way of pooling, and the states that ``wanted`` ``[B, d]`` was pooled from."""
+    """The way to pool (its name and function), and the states that ``wanted`` ``[B, d]`` was pooled from."""
     if wanted.ndim != 2:
         return None
     states = {id(t): t for t in (last, *(c.returned for c in calls)) if t.ndim in (3, 4) and len(t) == len(wanted)}
@@ -330,27 +347,27 @@ def _pooled_from(
 
 
 def _blocks(calls: list[_Call], reported: tuple[Tensor, ...]) -> str | None:
-    """Name of the list whose members return the states between the first and the last block."""
+    """Name of the list whose members return the reported states between the first and the last."""
     parents = []
     for state in reported[1:-1]:
         names = [c.name for c in calls if c.returned.shape == state.shape and _same(c.returned, state)]
         if not names:
             return None
-        # A block and its last sub-module return the same tensor: the block is the outermost.
+        # A block and its last sub-module return the same tensor: the block is the outer one.
         parents.append(min(names, key=lambda n: n.count(".")).rpartition(".")[0])
     return parents[0] if parents and len(set(parents)) == 1 else None
 
 
 @torch.no_grad()
-def behind_the_head(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, float | None]:
-    """What a model does to its head's output to get its logits: ``(scale, soft cap)``, (1, None) for nothing.
+def after_the_head(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, float | None]:
+    """Scale and soft cap that a model applies to its head's output to get its logits; (1, None) for neither.
 
-    Read off the answer to known outputs of the head, from a thousandth to ten thousand, so that neither the model's
-    weights nor the names in its config matter. The identity check that follows refuses a model that does something else.
+    Measured with known outputs of the head, from 0.001 to 10,000, so that neither the weights nor the names in the config
+    matter. A model that does something else fails the identity check of :class:`ResidualStream`.
     """
     sent: list[Tensor] = []
 
-    def ramp(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+    def ramp(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         vocabulary = output.shape[-1]
         values = torch.logspace(-3, 4, vocabulary, dtype=torch.float32, device=output.device)
         sent.append(values.to(output.dtype).expand_as(output).contiguous())

@@ -1,4 +1,4 @@
-"""How a model turns its last state into logits: final norm, unembedding, bias, soft cap."""
+"""The read-out of a model, from its last state to logits: final norm, unembedding, bias, scale, soft cap."""
 
 import copy
 
@@ -9,15 +9,15 @@ from tuned_lens.nn.unembed import Unembed
 
 
 class ReadOut(Unembed):
-    """``R(h) = head(norm(h))``, found by hooks instead of by a list of classes; usable wherever tuned-lens wants an Unembed.
+    """``R(h) = head(norm(h))`` of any model; it can replace the ``Unembed`` of tuned-lens.
 
-    ``final_norm`` maps ``[..., d]`` to ``[..., d_read]`` and ``unembedding`` maps that to logits ``[..., V]``, multiplied by
-    ``scale`` and bent by ``softcap tanh(. / softcap)`` where the model does so. The modules are the model's own (never
-    copied), frozen.
+    ``final_norm`` maps ``[..., d]`` to ``[..., d_read]``, ``unembedding`` maps that to logits ``[..., V]``. They are
+    multiplied by ``scale`` and capped, ``softcap tanh(. / softcap)``, where the model does so. The modules are the model's
+    own, frozen and not copied.
     """
 
     def __init__(self, final_norm: nn.Module, unembedding: nn.Linear, scale: float = 1.0, softcap: float | None = None):
-        nn.Module.__init__(self)  # Unembed's own constructor knows seven architectures and copies the weights
+        nn.Module.__init__(self)  # the constructor of Unembed knows seven architectures and copies weights
         self.final_norm = final_norm
         self.unembedding = unembedding
         self.scale, self.softcap = scale, softcap
@@ -28,17 +28,17 @@ class ReadOut(Unembed):
 
     @property
     def linear(self) -> bool:
-        """Whether logits are affine in ``norm(h)``, so that ``e = W^T p`` says all about the model's distribution."""
+        """Whether logits are affine in ``norm(h)``; then a KL divergence needs only ``e = W^T p`` and the entropy of p."""
         return self.softcap is None
 
     @property
     def weight(self) -> Tensor:
-        """Unembedding W with the scale of the logits folded in, ``[V, d_read]``."""
+        """Unembedding W ``[V, d_read]``, multiplied by the scale of the logits."""
         return self.unembedding.weight if self.scale == 1 else self._folded()[0]
 
     @property
     def bias(self) -> Tensor | None:
-        """Bias of the unembedding with the scale of the logits folded in, ``[V]``."""
+        """Bias of the unembedding ``[V]``, multiplied by the scale of the logits."""
         return self.unembedding.bias if self.scale == 1 else self._folded()[1]
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +48,7 @@ class ReadOut(Unembed):
         return self._scaled
 
     def in_float32(self) -> "ReadOut":
-        """This read-out, or a float32 copy of it where the model computes in another type."""
+        """This read-out if it is in float32, else a float32 copy of it."""
         if self.unembedding.weight.dtype == torch.float32 and all(
             p.dtype == torch.float32 for p in self.final_norm.parameters()
         ):
@@ -66,7 +66,7 @@ class ReadOut(Unembed):
         return other
 
     def cap_(self, logits: Tensor) -> Tensor:
-        """Soft-capping in place, where the model has it."""
+        """``logits``, soft-capped in place where the model does so."""
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def logits(self, n: Tensor) -> Tensor:
@@ -79,10 +79,10 @@ class ReadOut(Unembed):
         return self.logits(self.final_norm(h))
 
     def gain(self, d: int) -> Tensor | None:
-        """Matrix G ``[d_read, d]`` with ``norm(x) = G x / scale(x) + norm(0)``, up to a constant; None if there is none.
+        """Matrix G ``[d_read, d]`` with ``norm(x) = G x / scale(x) + norm(0)``, up to a factor; None if no matrix does that.
 
-        Read off the norm's answers to unit vectors, so that RMSNorm, LayerNorm, norms without gain and norms that look at
-        a part of the state need no case of their own. The claim is checked on random states before it is used.
+        G is measured with unit vectors, so RMSNorm, LayerNorm, norms without gain and norms of a part of the state need no
+        cases. It is then checked on random states.
         """
         weight = self.unembedding.weight
         key = d, weight.dtype, weight.device
@@ -92,7 +92,7 @@ class ReadOut(Unembed):
 
     def _find_gain(self, d: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         offset = self.final_norm(torch.zeros(d, dtype=dtype, device=device))
-        # Long vectors, so that the norm's epsilon does not count; unseen directions map to the offset itself.
+        # Long vectors make the norm's epsilon negligible; directions that the norm does not see give the offset.
         gain = (self.final_norm(1e3 * torch.eye(d, dtype=dtype, device=device)) - offset).T
         x = torch.randn(8, d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         cosine = F.cosine_similarity(x @ gain.T, self.final_norm(x) - offset, dim=-1)

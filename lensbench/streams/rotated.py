@@ -1,4 +1,4 @@
-"""The random-basis null: every layer before the last seen in a random basis of its own."""
+"""The random-basis null: every layer before the last seen in its own random basis."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +12,23 @@ from lensbench.streams.capture import Capture
 
 @dataclass(frozen=True)
 class RotatedView:
-    """A model with every h_l, l < L, seen through its own random orthogonal map of the pooled principal subspace.
+    """A model with every h_l, l < L, rotated by its own random orthogonal map of the pooled principal subspace.
 
-    The model itself is untouched, and so is what any lens fitted at one layer (with prior zero) can read there; what
-    layers have in common is gone. ``maps`` is ``[L, d, d]``, float64: rotations Q_l of the top-r principal directions that
-    hold ``variance`` of the layers' pooled within-layer variance, identity elsewhere.
+    The model does not change, nor does what a lens fitted at one layer (with prior zero) can read there. What layers have
+    in common is destroyed.
     """
 
     maps: Tensor
+    """Float64 ``[L, d, d]``: rotations Q_l within the first r principal directions, identity outside of them"""
     rank: int
+    """r, the number of principal directions"""
 
     @classmethod
     def random(cls, covariances: Tensor, *, seed: int, variance: float = 0.99) -> "RotatedView":
-        """Rotations drawn from the Haar measure for layers with ``covariances`` ``[L, d, d]`` (float64)."""
+        """Rotations drawn from the Haar measure, for layers with ``covariances`` ``[L, d, d]`` (float64).
+
+        They act on the principal directions that hold ``variance`` of the layers' pooled within-layer variance.
+        """
         values, vectors = torch.linalg.eigh(covariances.mean(0))
         share = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
         rank = min(len(values), int((share < variance).sum()) + 1)
@@ -34,22 +38,24 @@ class RotatedView:
         for _ in covariances:
             gaussian = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
             q, r = torch.linalg.qr(gaussian)
-            q = q * r.diagonal().sign()  # without the signs QR is not uniform over rotations
+            q = q * r.diagonal().sign()  # without the signs QR does not sample the Haar measure
             maps.append(
                 torch.eye(len(values), dtype=torch.float64) + basis @ (q - torch.eye(rank, dtype=q.dtype)) @ basis.T
             )
         return cls(torch.stack(maps), rank)
 
     def save(self, path: Path) -> None:
+        """Write the view to a safetensors file."""
         save_file({"maps": self.maps.contiguous(), "rank": torch.tensor(self.rank)}, path)
 
     @classmethod
     def load(cls, path: Path) -> "RotatedView":
+        """The view that :meth:`save` wrote."""
         kept = load_file(path)
         return cls(kept["maps"], int(kept["rank"]))
 
     def apply(self, captured: Capture) -> Capture:
-        """The same tokens with rotated states; layer L and everything that is not a state stay as they are."""
+        """The capture with the states of layers 0..L-1 rotated; layer L and everything else do not change."""
         maps = self.maps.to(captured.states)
         rotated = torch.einsum("lde,lne->lnd", maps, captured.states[:-1])
         return Capture(**{**vars(captured), "states": torch.cat([rotated, captured.states[-1:]])})

@@ -1,6 +1,6 @@
-"""The stream of any causal LM or image classifier: h_0..h_L before the final norm, what lenses need of it, the rotated view.
+"""The residual stream of any causal LM or image classifier: h_0..h_L, all before the final norm, and the read-out.
 
-Everything downstream sees a model only through :class:`ResidualStream` and what :func:`capture` reads off it.
+All later code sees a model only through :class:`ResidualStream` and what :func:`capture` reads from it.
 """
 
 import copy
@@ -14,78 +14,105 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lensbench.errors import LensbenchError
-from lensbench.streams.parts import behind_the_head, block_input, example_inputs, find_parts, first_tensor, input_device
+from lensbench.streams.parts import (
+    after_the_head,
+    block_input,
+    example_inputs,
+    find_parts,
+    first_tensor,
+    input_device,
+)
 from lensbench.streams.readout import ReadOut
 
 IDENTITY_TOLERANCE = 1e-4
-"""Largest relative error, in float32, between reading out h_L and the model's own logits; less precise types allow more."""
+"""Largest relative difference, in float32, between the read-out of h_L and the model's logits; other types allow more."""
 
 
 class ResidualStream:
-    """h_0..h_L of a causal LM or an image classifier, verified on load to read out to the model's own logits.
+    """h_0..h_L of a causal LM or an image classifier; loading checks that h_L reads out to the model's own logits.
 
-    ``view="state"`` is everything that the blocks hand on; ``view="prediction"`` keeps the leading ``d_read`` entries,
-    those that norm and head see (for the predictive-coding LM: z alone). What a model predicts from is one state: of a LM
-    that of a token, of an image classifier that of an image, pooled as the model pools its last one.
+    ``view="state"`` shows the whole state that the blocks pass on. ``view="prediction"`` shows the first ``d_read`` entries,
+    which norm and head see (for the predictive-coding LM: z). A prediction is made from one state: that of a token in a
+    LM, in an image classifier that of an image, pooled as the model pools its last one.
+
+    Raises :class:`LensbenchError` for a model that cannot be read, with weights that are not finite, whose read-out does
+    not give its logits, or that is not causal.
     """
 
     def __init__(self, model: PreTrainedModel, view: str = "state"):
         if view not in ("state", "prediction"):
             raise LensbenchError(f"unknown view {view!r}; there are 'state' and 'prediction'")
-        fed = getattr(model, "main_input_name", "input_ids")
-        if fed not in ("input_ids", "pixel_values"):
-            raise LensbenchError(f"{type(model).__name__} is fed with {fed}: lensbench reads token ids and images")
+        argument = getattr(model, "main_input_name", "input_ids")
+        if argument not in ("input_ids", "pixel_values"):
+            raise LensbenchError(f"{type(model).__name__} reads {argument}: lensbench is for token ids and images")
         refuse_non_finite(model)
-        self.model = model.eval()
+        model.eval()
+        self.model = model
         self.input_device = input_device(model)
-        self._argument = fed
+        self._argument = argument
         found = find_parts(model)
         self.readout, self.pooling, self._entry = found.readout, found.pooling, found.entry
         self._head, self._blocks, self._block_list = found.readout.unembedding, found.members, found.blocks
         self.device = self._head.weight.device
         self.view = view
-        name = type(model).__name__
         accepted = inspect.signature(model.forward).parameters
-        # Image classifiers take any keyword too, and some hand it on to where it is not known.
+        # Image classifiers accept any keyword too, but some pass it on to modules that do not know it.
         self._options = {"use_cache": False} if {"use_cache", "kwargs"} & set(accepted) and not self.pooling else {}
         inputs = example_inputs(model, 2)
-        self.readout.scale, self.readout.softcap = behind_the_head(model, self._head, {self._argument: inputs})
+        self.readout.scale, self.readout.softcap = after_the_head(model, self._head, {self._argument: inputs})
         reported, last, logits = self._reported(inputs)
-        # bfloat16 has three digits: what is compared are the same operations, in another order where logits are scaled.
+        # The same operations in another order, in a type that may have three digits only.
         allowed = max(IDENTITY_TOLERANCE, 4 * torch.finfo(self._head.weight.dtype).eps)
         if self.pooling is None:
-            if not any(
-                state.shape == reported[-1].shape
-                and torch.allclose(state, reported[-1], rtol=10 * allowed, atol=allowed)
-                for state in (last, self.readout.final_norm(last))
-            ):
-                raise LensbenchError(
-                    f"what {name} hands its final norm is not its last hidden state: it does more to the "
-                    "stream behind its blocks than norm and head, and lensbench would read the wrong states"
-                )
-            if not self._blocks and torch.equal(reported[-2], last):
-                raise LensbenchError(f"{name} reports its last state twice and not its first; lensbench cannot read it")
+            self._check_last_state(reported, last, allowed)
+        self._check_read_out(last, logits, allowed)
+        if self.pooling is None:
+            self._check_causal(inputs, logits, allowed)
+        # Lenses compute in float32, whatever type the model computes in.
+        self.readout = self.readout.in_float32()
+        self.float32 = self.readout.unembedding is self._head
+        rows = torch.arange(len(inputs))
+        self.layers = len(self._blocks or reported[1:])
+        self.d_model = self.seen(self.places(last, rows, torch.zeros_like(rows))).shape[-1]
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def _check_last_state(self, reported: tuple[Tensor, ...], last: Tensor, allowed: float) -> None:
+        """The final norm's input must be the last hidden state that the model reports."""
+        if not any(
+            state.shape == reported[-1].shape and torch.allclose(state, reported[-1], rtol=10 * allowed, atol=allowed)
+            for state in (last, self.readout.final_norm(last))
+        ):
+            raise LensbenchError(
+                f"the input of the final norm of {self._name} is not its last hidden state: it does more to the "
+                "stream after its blocks than norm and head, and lensbench would read the wrong states"
+            )
+        if not self._blocks and torch.equal(reported[-2], last):
+            raise LensbenchError(
+                f"{self._name} reports its last state twice and not its first; lensbench cannot read it"
+            )
+
+    def _check_read_out(self, last: Tensor, logits: Tensor, allowed: float) -> None:
+        """The read-out of h_L must be the model's own logits."""
         read = self.readout(last if self.pooling is None else self.pooling(last))
         error = math.inf
         if read.shape == logits.shape:
             error = ((read - logits).abs().max() / logits.abs().max()).item()
         if not error < allowed:
             raise LensbenchError(
-                f"reading out h_L of {name} does not give its own logits (relative error {error:.1e}, "
-                f"allowed {allowed:.0e}): something stands behind its norm and head that lensbench does not see"
+                f"reading out h_L of {self._name} does not give its own logits (relative error {error:.1e}, "
+                f"allowed {allowed:.0e}): the model does something after its norm and head that lensbench does not see"
             )
-        if self.pooling is None:
-            changed = inputs.clone()
-            changed[:, -1] = (inputs[:, -1] + 1) % self.vocab_size
-            difference = (self._reported(changed)[2] - logits)[:, :-1].abs().max() / logits.abs().max()
-            if not difference.item() < allowed:
-                raise LensbenchError(f"{name} is not causal: its logits depend on tokens that come later")
-        # Lenses compute in float32 whatever the model computes in.
-        self.readout = self.readout.in_float32()
-        self.float32 = self.readout.unembedding is self._head
-        rows = torch.arange(len(inputs))
-        self.layers = len(self._blocks or reported[1:])
-        self.d_model = self.seen(self.places(last, rows, torch.zeros_like(rows))).shape[-1]
+
+    def _check_causal(self, inputs: Tensor, logits: Tensor, allowed: float) -> None:
+        """Logits must not depend on later tokens."""
+        changed = inputs.clone()
+        changed[:, -1] = (inputs[:, -1] + 1) % self.vocab_size
+        difference = (self._reported(changed)[2] - logits)[:, :-1].abs().max() / logits.abs().max()
+        if not difference.item() < allowed:
+            raise LensbenchError(f"{self._name} is not causal: its logits depend on tokens that come later")
 
     def with_readout(self, readout: ReadOut) -> "ResidualStream":
         """This stream, its model shared, with another read-out of the same modules."""
@@ -95,14 +122,15 @@ class ResidualStream:
 
     @property
     def vocab_size(self) -> int:
+        """Number V of words or classes."""
         return self.readout.weight.shape[0]
 
     @torch.no_grad()
     def at(self, inputs: Tensor, rows: Tensor, columns: Tensor, *, read_out: bool = True) -> tuple[Tensor, Tensor]:
-        """States ``[L+1, n, d]`` and logits ``[n, V]`` at n positions of token ids ``[B, T]``; the head reads no others.
+        """States ``[L+1, n, d]`` and logits ``[n, V]`` at n positions of token ids ``[B, T]``; the head runs on these only.
 
-        Of images ``[B, C, H, W]`` the n are the images ``rows``. With ``read_out=False`` the head reads none at all, and
-        the logits are ``[0, V]``.
+        For images ``[B, C, H, W]`` the n states are those of the images ``rows``. With ``read_out=False`` the head runs on
+        none, and the logits are ``[0, V]``.
         """
 
         def chosen(h: Tensor) -> Tensor:
@@ -121,7 +149,7 @@ class ResidualStream:
         return states, logits.flatten(0, -2).to(self.device)
 
     def places(self, h: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """What a layer's whole states hold for n predictions, ``[n, d]``: the tokens at those places, or pooled images."""
+        """The states ``[n, d]`` of n predictions, from a layer's whole states: tokens at these places, or pooled images."""
         if self.pooling is not None:
             h = self.pooling(h)
             return h[rows.to(h.device)]
@@ -131,33 +159,33 @@ class ResidualStream:
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """States ``[L+1, B, T, d]`` and the model's logits ``[B, T, V]`` for token ids ``[B, T]``, in one forward pass.
 
-        For images ``[B, C, H, W]`` both without T.
+        For images ``[B, C, H, W]`` neither has the T axis.
         """
         states, logits = self._states(inputs, torch.clone if self.pooling is None else self.pooling)
         return states, logits.to(self.device)
 
     def graph(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-        """States h_0..h_L, each ``[B, T, d]``, and logits ``[B, T, V]``, as one graph of gradients where these are enabled.
+        """States h_0..h_L, each ``[B, T, d]``, and logits ``[B, T, V]``, in one autograd graph if gradients are enabled.
 
-        Whole states, whatever the view: what a view leaves out is on the path of the gradients too. Of images they are
-        not pooled: ``[B, N, d]`` or ``[B, d, H, W]``, with logits ``[B, V]``.
+        The states are whole, whatever the view: gradients flow through the entries that a view leaves out. States of
+        images are not pooled: ``[B, N, d]`` or ``[B, d, H, W]``, with logits ``[B, V]``.
         """
         return self._collected(inputs, lambda h: h, self._run)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        """The L blocks in their order; none where layers are not modules of their own."""
+        """The L blocks in order; empty where layers are not modules of their own."""
         return self._blocks
 
     @property
     def block_list(self) -> nn.ModuleList:
-        """The list that the model calls its blocks from; there is one where there are :attr:`blocks`."""
+        """The module list of the blocks; it exists where :attr:`blocks` is not empty."""
         blocks = self.model.get_submodule(str(self._block_list))
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     def _states(self, inputs: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """What ``keep`` keeps (a copy) of h_0..h_L, stacked, and the logits."""
+        """``keep`` (which copies) of h_0..h_L, stacked, and the logits."""
         states, logits = self._collected(inputs, lambda h: self.seen(keep(h)), self._reported)
         return torch.stack(states), logits
 
@@ -167,16 +195,16 @@ class ResidualStream:
         keep: Callable[[Tensor], Tensor],
         run: Callable[..., tuple[tuple[Tensor, ...], Tensor, Tensor]],
     ) -> tuple[list[Tensor], Tensor]:
-        """``keep`` of h_0..h_L as ``run`` passes them, and the logits.
+        """``keep`` of each of h_0..h_L, and the logits.
 
-        Taken from the blocks' own inputs: some models report their states behind each block and leave out the first.
+        States are the inputs of the blocks: some models report the states after each block and leave out the first.
         """
         if not self._blocks:
             reported, last, logits = run(inputs)
             return [keep(h) for h in (*reported[:-1], last)], logits
         states: list[Tensor] = []
 
-        def take(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             h = block_input(args, kwargs)
             assert h is not None
             states.append(keep(h))
@@ -190,7 +218,7 @@ class ResidualStream:
         return [*states, keep(last)], logits
 
     def seen(self, h: Tensor) -> Tensor:
-        """What the view shows of states, beside the head."""
+        """The entries of states that the view shows, on the device of the head."""
         return h.to(self.device)[..., : self.readout.weight.shape[1] if self.view == "prediction" else None]
 
     @torch.no_grad()
@@ -198,13 +226,13 @@ class ResidualStream:
         return self._run(inputs, wanted=wanted)
 
     def _run(self, inputs: Tensor, *, wanted: bool = True) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """The hidden states that the model reports, h_L, and its logits.
+        """The hidden states that the model reports, h_L, and the logits.
 
-        h_L of a LM is its final norm's input, else its head's; of an image classifier what its last block returns.
+        h_L of a LM is the input of its final norm (or of its head); of an image classifier the output of its last block.
         """
         last: list[Tensor] = []
         if self.pooling is None:
-            # In front of other hooks: `at` hands the head a few positions only.
+            # Before other hooks: the hook of `at` gives the head a few positions only.
             entry = self._entry or self._head
             hooks = [entry.register_forward_pre_hook(lambda _, args: last.append(args[0]), prepend=True)]
         else:
@@ -229,7 +257,7 @@ def _returned(output: Any) -> Tensor:
 
 
 def refuse_non_finite(model: nn.Module) -> None:
-    """Raise :class:`LensbenchError` naming the first parameter that holds NaN or infinity."""
+    """Raise :class:`LensbenchError` that names the first parameter with NaN or infinite values."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):  # meta: offloaded
             raise LensbenchError(

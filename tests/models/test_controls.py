@@ -137,7 +137,7 @@ def test_wrong_settings_are_refused():
         ControlGPTConfig(hidden_size=48, partitioned=True, read_size=12, attention_size=16, num_attention_heads=3)
     with pytest.raises(ValueError, match="skip must lie"):
         ControlGPTConfig(skip=1.5)
-    with pytest.raises(ValueError, match="blocks of their own"):
+    with pytest.raises(ValueError, match="a block for every layer"):
         ControlGPTConfig(hidden_size=48, num_hidden_layers=4, partitioned=True, read_size=12, tied_layers=True)
     with pytest.raises(ValueError, match="read_size is for the partitioned form"):
         ControlGPTConfig(hidden_size=48, read_size=12)
