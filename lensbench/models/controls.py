@@ -166,7 +166,7 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(ControlGPTBlock(config, config.written_by(k + 1)) for k in range(blocks))
         self.norm = PredictionNorm(config.read_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.read_size, config.vocab_size, bias=False)
-        self.post_init()
+        PreTrainedModel.post_init(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

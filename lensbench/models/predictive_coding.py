@@ -517,7 +517,7 @@ class PredictiveCodingForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(PredictiveCodingLayer(config) for _ in range(count))
         self.norm = PredictionNorm(d, config.rms_norm_eps)
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
-        self.post_init()
+        PreTrainedModel.post_init(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -77,7 +77,7 @@ class IsotropicCNNForImageClassification(PreTrainedModel):
         self.blocks = nn.ModuleList(ConvolutionBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(d)
         self.classifier = nn.Linear(d, int(config.num_labels or 0))
-        self.post_init()
+        PreTrainedModel.post_init(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

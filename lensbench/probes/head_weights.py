@@ -158,8 +158,8 @@ def _written_by_predictive_coding(stream: ResidualStream, given: Tensor | dict[i
         x = given.get(number) if isinstance(given, dict) else given
         if x is None:
             continue
-        layers = stream.model.layers
-        layer: Any = layers[number % len(layers)]
+        layers: Any = stream.model.layers
+        layer = layers[number % len(layers)]
         d = layer.value_output.weight.shape[1]
         value = layer.split(layer.value_output(x[None, :, :d]))[0]
         matrix = (layer.value_output if layer.output is None else layer.output).weight.view(layer.heads, -1, d)

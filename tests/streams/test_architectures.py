@@ -147,7 +147,7 @@ def test_a_transformation_between_the_blocks_and_the_head_is_refused() -> None:
         "roberta", vocab_size=V, hidden_size=D, num_hidden_layers=L, num_attention_heads=4, intermediate_size=64,
         is_decoder=True,
     )  # fmt: skip
-    refused(AutoModelForCausalLM.from_config(config).eval(), "more to the stream behind its blocks")
+    refused(AutoModelForCausalLM.from_config(config).eval(), "more to the stream after its blocks")
 
 
 def test_what_is_not_a_scale_or_a_cap_is_refused() -> None:
