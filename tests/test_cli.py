@@ -44,7 +44,8 @@ def test_a_run_folder_holds_every_table_with_its_schema(tiny_run):
         "plane.png",
     }
     manifest = finished.manifest
-    assert {"suite", "seeds", "versions", "hardware", "corpus", "git_revision", "seconds"} <= set(manifest)
+    assert {"suite", "seeds", "versions", "hardware", "corpus", "git_revision", "seconds"} <= set(manifest.content())
+    assert manifest.hardware["processor"]
 
 
 def test_the_tables_are_sums_of_the_sequences(tiny_run):

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -274,6 +275,18 @@ def _gguf_file(path: Path) -> Path:
     if not path.is_file():
         raise LensbenchError(f"gguf:{path}: there is no such file")
     return path
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws no progress bars inside; its setting is restored at the end."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def named(source: str) -> str:

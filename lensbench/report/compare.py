@@ -29,6 +29,7 @@ from lensbench.measures.means import Means
 from lensbench.measures.verdict import VerdictRule
 from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.folder import SEQUENCES, Run, read_run
+from lensbench.results.manifest import Manifest
 from lensbench.results.schema import MEASURED_TIME, SCHEMA
 from lensbench.results.sums import ClusterSums, by_document, clustered
 from lensbench.runtime.files import write_atomically
@@ -123,7 +124,7 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
     whole = [judged(joined(parts), rule) for parts in groups]
     for number, parts in enumerate(groups):
         rows += rows_over_seeds([m for m in models if m.group == number])
-        claims = (parts[0].manifest or {})["suite"].get("claims", [])
+        claims = [claim.content() for claim in parts[0].manifest.suite.claims]
         rows += claim_rows(claims, rows, [str(run.folder) for run in parts])
         rows += sensitivity_rows(claims, whole[number])
         rows += curve_rows(whole[number])
@@ -145,7 +146,7 @@ def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
     """
     runs = read_distinct(folders)
     for run in runs:
-        if "sweep" in (run.manifest or {}):
+        if run.manifest.sweep is not None:
             raise LensbenchError(
                 f"{run.folder} holds a sweep, which has no lenses: give folders that `lensbench run` wrote"
             )
@@ -167,23 +168,23 @@ def grouped(runs: list[Run]) -> list[list[Run]]:
 
 def parts_of_one(one: Run, other: Run) -> bool:
     """Whether two folders hold different models of the same suite, run on the same text with the same seeds."""
-    a, b = (run.manifest or {} for run in (one, other))
-    same = a["suite"] == b["suite"] and a["corpus"]["checksum"] == b["corpus"]["checksum"] and a["seeds"] == b["seeds"]
-    return same and not set(a["models"]) & set(b["models"])
+    a, b = one.manifest, other.manifest
+    same = a.suite == b.suite and a.corpus.checksum == b.corpus.checksum and a.seeds == b.seeds
+    return same and not set(a.models) & set(b.models)
 
 
 def joined(parts: list[Run]) -> Run:
     """Runs of different models as one, its models in the order of the suite; a baseline stands once."""
     if len(parts) == 1:
         return parts[0]
-    order = {model["name"]: k for k, model in enumerate((parts[0].manifest or {})["suite"]["models"])}
+    order = {model.name: k for k, model in enumerate(parts[0].manifest.suite.models)}
     tables = {}
     for name in SCHEMA:
         table = pd.concat([part.tables[name] for part in parts if len(part.tables[name])] or [parts[0].tables[name]])
         if "model" in table:
             table = table.sort_values("model", key=lambda names: names.map(order), kind="stable")
         tables[name] = table.drop_duplicates(ignore_index=True)
-    return Run(parts[0].folder, None, tables)
+    return Run(parts[0].folder, parts[0].manifest, tables)
 
 
 def together(runs: list[Run]) -> Run:
@@ -193,29 +194,29 @@ def together(runs: list[Run]) -> Run:
         twice = next(name for name in names if names.count(name) > 1)
         raise LensbenchError(f"model {twice!r} is in two of the folders: a figure of them all would show one")
     tables = {name: pd.concat([run.tables[name] for run in runs], ignore_index=True) for name in SCHEMA}
-    return Run(runs[0].folder, None, tables)
+    return Run(runs[0].folder, runs[0].manifest, tables)
 
 
 def refuse_unlike(one: Run, other: Run) -> None:
     """Raise :class:`LensbenchError` where two runs do not measure the same thing, saying what differs."""
-    a, b = (run.manifest or {} for run in (one, other))
-    if "sweep" in a or "sweep" in b:
+    a, b = one.manifest, other.manifest
+    if a.sweep is not None or b.sweep is not None:
         raise LensbenchError("a sweep has no lenses to compare: give folders that `lensbench run` wrote")
     unlike = difference_of_measure(a, b)
     if unlike:
         raise LensbenchError(f"{one.folder} and {other.folder} do not measure the same thing: {unlike}")
 
 
-def difference_of_measure(a: dict[str, Any], b: dict[str, Any]) -> str:
+def difference_of_measure(a: Manifest, b: Manifest) -> str:
     """What makes two runs measure different things, by their manifests; empty where nothing does."""
-    if a["code_version"] != b["code_version"]:
-        return f"code versions {a['code_version']} and {b['code_version']}; run one of them again"
-    if a["corpus"]["spec"] != b["corpus"]["spec"]:
-        return f"corpus {a['corpus']['spec']} and {b['corpus']['spec']}"
-    if a["corpus"]["spec"] != "stdlib" and a["corpus"]["checksum"] != b["corpus"]["checksum"]:
-        return f"{a['corpus']['spec']} held other texts"
+    if a.code_version != b.code_version:
+        return f"code versions {a.code_version} and {b.code_version}; run one of them again"
+    if a.corpus.spec != b.corpus.spec:
+        return f"corpus {a.corpus.spec} and {b.corpus.spec}"
+    if a.corpus.spec != "stdlib" and a.corpus.checksum != b.corpus.checksum:
+        return f"{a.corpus.spec} held other texts"
     for section, key in SAME_MEASURE:
-        first, second = (manifest["suite"].get(section, {}).get(key) for manifest in (a, b))
+        first, second = (manifest.suite.content().get(section, {}).get(key) for manifest in (a, b))
         if first != second:
             return f"{section}.{key} is {first} and {second}"
     return ""
@@ -223,7 +224,7 @@ def difference_of_measure(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 def compared_models(run: Run, group: int) -> list[ComparedModel]:
     """Every model and seed of a run; raises :class:`LensbenchError` where its sums are damaged."""
-    sequences, draws = run.sequences(), (run.manifest or {})["suite"]["evaluate"]["draws"]
+    sequences, draws = run.sequences(), run.manifest.suite.evaluate.draws
     found = []
     try:
         for key, rows in sequences.groupby(["model", "seed"], observed=True, sort=False):
@@ -252,7 +253,7 @@ def compared_model(run: Run, group: int, model: str, seed: int, rows: pd.DataFra
         else:
             reasons[name] = "undefined: images have no bytes of text"
             point[name], values[name] = np.nan, np.full(len(weights), np.nan)
-    corpus = (run.manifest or {})["corpus"]["checksum"]
+    corpus = run.manifest.corpus.checksum
     return ComparedModel(
         str(run.folder), group, corpus, model, seed, sums.documents, sums.tokens, point, values, reasons
     )
@@ -429,20 +430,20 @@ def difference(model: ComparedModel, against: ComparedModel, name: str) -> dict[
 
 def reproduction(reference: Run, run: Run) -> str:
     """One line: whether ``run`` reproduced ``reference``."""
-    a, b = (r.manifest or {} for r in (reference, run))
+    a, b = reference.manifest, run.manifest
     who = f"{run.folder} against {reference.folder}"
-    if a["corpus"]["checksum"] != b["corpus"]["checksum"]:
+    if a.corpus.checksum != b.corpus.checksum:
         return (
-            f"{who}: another corpus ({a['corpus']['spec']} with other texts): compare the intervals of the differences"
+            f"{who}: another corpus ({a.corpus.spec} with other texts): compare the intervals of the differences"
         )
-    if a["suite"] != b["suite"] or a["seeds"] != b["seeds"]:
+    if a.suite != b.suite or a.seeds != b.seeds:
         return f"{who}: same corpus, other settings"
     if parts_of_one(reference, run):
-        return f"{who}: other models of the same suite ({', '.join(b['models'])}): read as one run"
-    if a["models"] != b["models"]:
-        return f"{who}: same settings, but {', '.join(a['models'])} there and {', '.join(b['models'])} here"
+        return f"{who}: other models of the same suite ({', '.join(b.models)}): read as one run"
+    if a.models != b.models:
+        return f"{who}: same settings, but {', '.join(a.models)} there and {', '.join(b.models)} here"
     alike = [name for name in SCHEMA if name not in MEASURED_TIME]
-    changed = [name for name in alike if a["files"].get(name) != b["files"].get(name)]
+    changed = [name for name in alike if a.files.get(name) != b.files.get(name)]
     if not changed:
         return f"{who}: identical, every CSV byte for byte"
     return f"{who}: {largest_difference(reference, run, changed)}"

@@ -27,7 +27,7 @@ from lensbench.report.formatting import number, shown_seeds, with_interval
 from lensbench.report.terminal import doubts
 from lensbench.report.verdicts import rule_of, statements
 from lensbench.results.folder import Run, read_run
-from lensbench.results.manifest import read_manifest
+from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.results.schema import SCHEMA, unit
 from lensbench.runtime.files import write_atomically
 
@@ -60,7 +60,7 @@ def text(value: object) -> str:
 def write_page(folders: Sequence[Path], path: Path) -> None:
     """Write the page of run folders; raises :class:`LensbenchError` for folders that are damaged or hold no run."""
     for folder in folders:
-        if folder.is_dir() and "sweep" in read_manifest(folder):
+        if folder.is_dir() and read_manifest(folder).sweep is not None:
             raise LensbenchError(f"{folder} holds a sweep, which has no lenses: give folders of `lensbench run`")
     runs = [read_run(folder) for folder in folders]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_page(folders: Sequence[Path], path: Path) -> None:
 
 def page(runs: Sequence[Run]) -> str:
     """The whole page; the same folders give the same bytes."""
-    questions = list(dict.fromkeys(str((run.manifest or {})["suite"].get("question", "")) for run in runs))
+    questions = list(dict.fromkeys(run.manifest.suite.question for run in runs))
     names = names_of(runs)
     body = [
         f"<header><p class=soft>lensbench report of {text(', '.join(dict.fromkeys(r.folder.name for r in runs)))}</p>",
@@ -221,7 +221,7 @@ def ends(row: Any) -> tuple[float, float]:
 
 # One run
 def run_section(run: Run, place: int, names: dict[str, str]) -> list[str]:
-    manifest = run.manifest or {}
+    manifest = run.manifest
     of = unit(run.tables["models.csv"])
     told = [f"<li>{text(line)}</li>" for line in doubts(run)]
     cells = mean_cells(run.tables["transfer.csv"])
@@ -234,8 +234,8 @@ def run_section(run: Run, place: int, names: dict[str, str]) -> list[str]:
     rest = [name for name in SCHEMA if name not in SHOWN_TABLES and (run.folder / name).is_file()]
     links = ", ".join(csv_link(run.folder / name) for name in rest)
     return [
-        f"<h2 id=run{place}>{text(manifest['suite_name'])}: {text(run.folder.name)}</h2>",
-        f"<p>{text(manifest['suite'].get('question', ''))}</p><ul>{''.join(told)}</ul>",
+        f"<h2 id=run{place}>{text(manifest.suite_name)}: {text(run.folder.name)}</h2>",
+        f"<p>{text(manifest.suite.question)}</p><ul>{''.join(told)}</ul>",
         "<h3>Transfer penalties</h3><p>Row: the layer that a lens was fitted at. Column: the layer it reads. Colour: "
         f"nats/{of} lost against that layer's own lens, light is none. The last row is the logit lens. Hover a cell, or "
         f"focus a map and use the arrow keys.</p><div class=grid>{''.join(maps)}</div>",
@@ -406,9 +406,9 @@ def cell(value: Any) -> str:
 
 
 # Running it again
-def again(manifest: dict[str, Any]) -> str:
+def again(manifest: Manifest) -> str:
     """Commands that give this run again, on a machine like its own."""
-    versions, hardware = manifest.get("versions", {}), manifest.get("hardware", {})
+    versions, hardware = manifest.versions, manifest.hardware
     packages = " ".join(
         f"{name}=={v.partition('+')[0]}" for name, v in versions.items() if name not in ("python", "lensbench")
     )
@@ -417,25 +417,25 @@ def again(manifest: dict[str, Any]) -> str:
         + ", ".join(f"{k} {v}" for k, v in sorted(hardware.items())),
         f"python -m pip install {packages}",
     ]
-    revision = manifest.get("git_revision")
+    revision = manifest.git_revision
     if revision:
         changed = " (and local changes)" if str(revision).endswith("dirty") else ""
         lines.append(f"git checkout {str(revision).removesuffix('-dirty')}{changed} && python -m pip install -e .")
-    sources = "".join(f" --model {s['source']}" for s in manifest.get("sources", {}).values())
+    sources = "".join(f" --model {s['source']}" for s in manifest.sources.values())
     only = (
-        "".join(f" --only {m}" for m in manifest["models"])
-        if len(manifest["models"]) < len(manifest["suite"]["models"])
+        "".join(f" --only {m}" for m in manifest.models)
+        if len(manifest.models) < len(manifest.suite.models)
         else ""
     )
-    text_of = manifest["corpus"]["spec"]
-    lines.append(f"lensbench run {manifest['suite_name']}{sources}{only}")
-    lines.append(f"# text or images: {text_of}, SHA-256 {manifest['corpus']['checksum']}; seeds {manifest['seeds']}")
-    lines.append(
-        f"# took {sum(manifest.get('seconds', {}).values()):,.0f} s in all, {manifest.get('peak_gib', '?')} GiB"
-    )
+    text_of = manifest.corpus.spec
+    lines.append(f"lensbench run {manifest.suite_name}{sources}{only}")
+    lines.append(f"# text or images: {text_of}, SHA-256 {manifest.corpus.checksum}; seeds {manifest.seeds}")
+    memory = "?" if manifest.peak_gib is None else f"{manifest.peak_gib:g}"
+    lines.append(f"# took {sum(manifest.seconds.values()):,.0f} s in all, {memory} GiB")
     return "\n".join(lines)
 
 
-def settings(manifest: dict[str, Any]) -> str:
+def settings(manifest: Manifest) -> str:
     told: Iterable[str] = ("suite", "versions", "hardware", "git_revision", "corpus", "scored", "sources", "written")
-    return json.dumps({k: manifest[k] for k in told if k in manifest}, indent=1, sort_keys=True)
+    content = manifest.content()
+    return json.dumps({k: content[k] for k in told if k in content}, indent=1, sort_keys=True)

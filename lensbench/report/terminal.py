@@ -201,14 +201,14 @@ def refits_outside(run: Run) -> list[str]:
 
 def too_few_scored(run: Run) -> list[str]:
     """A note where fewer sequences or images were scored than the suite asked for."""
-    scored = (run.manifest or {}).get("scored", {})
-    if not scored or scored["sequences"] >= scored["sequences_asked"]:
+    scored = run.manifest.scored
+    if scored.sequences >= scored.sequences_asked:
         return []
     if unit(run.tables["models.csv"]) == "image":
-        held = f"{scored['sequences']} images were scored, not the {scored['sequences_asked']} asked for"
+        held = f"{scored.sequences} images were scored, not the {scored.sequences_asked} asked for"
         return [f"note: {held}: the eval split has no more"]
-    held = f"{scored['sequences']} of the {scored['sequences_asked']} sequences asked for were scored"
-    why = f"the eval split has {scored['documents']} documents, and none may give more than its share (max_share); "
+    held = f"{scored.sequences} of the {scored.sequences_asked} sequences asked for were scored"
+    why = f"the eval split has {scored.documents} documents, and none may give more than its share (max_share); "
     return [f"note: {held}: {why}give a longer text, or raise evaluate.positions or evaluate.max_share"]
 
 

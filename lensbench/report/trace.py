@@ -27,7 +27,7 @@ from lensbench.lenses.tuned import SharedLens, load_tuned_lens
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM, PredictiveCodingLayer
 from lensbench.models.pretrained import Pretrained, check_context, check_source, named
 from lensbench.report.page import SCRIPT, STYLE, shade
-from lensbench.results.manifest import read_manifest
+from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.files import name_of
 
@@ -78,18 +78,18 @@ def subject_of(model: str, lens: str | None, run: Path | None, seed: int | None)
             raise LensbenchError(f"{error}{hint}") from error
         return Subject(model, "state", None if lens == "logit" else lens)
     manifest = read_manifest(run)
-    if "sweep" in manifest:
+    if manifest.sweep is not None:
         raise LensbenchError(f"{run} holds a sweep, which has no lenses: give a folder of `lensbench run`")
-    if manifest["suite"].get("images") is not None:
+    if manifest.suite.images is not None:
         raise LensbenchError(f"the models of {run} classify images: there is no text to trace")
-    known = {m["name"]: m for m in manifest["suite"]["models"]}
+    known = {m.name: m.content() for m in manifest.suite.models}
     name = _name_in(run, manifest, model)
     told = known[name]
     if told.get("rotated"):
         raise LensbenchError(f"model {name!r} is a rotated view: what its lenses read is no state of the model; trace "
                              f"{told['view_of']!r}")  # fmt: skip
     owner = known[told.get("view_of") or name]
-    seed = (owner.get("seeds") or manifest["seeds"])[0] if seed is None else seed
+    seed = (owner.get("seeds") or manifest.seeds)[0] if seed is None else seed
     lens = lens or "shared"
     if lens in OF_A_RUN:
         lens = f"path:{_stage(run, 'fit', name, seed, 'lenses of') / lens}"
@@ -106,9 +106,9 @@ def subject_of(model: str, lens: str | None, run: Path | None, seed: int | None)
     return Subject(source, told.get("view", "state"), None if lens == "logit" else lens)
 
 
-def _name_in(run: Path, manifest: dict[str, Any], model: str) -> str:
+def _name_in(run: Path, manifest: Manifest, model: str) -> str:
     """The name that a run has for MODEL: a name, or a source, which it may have given a name of another kind."""
-    models = manifest["suite"]["models"]
+    models = [m.content() for m in manifest.suite.models]
     name = model
     if ":" in model:
         name, told = name_of(model), named(model)
@@ -117,7 +117,7 @@ def _name_in(run: Path, manifest: dict[str, Any], model: str) -> str:
             raise LensbenchError(f"{run} has {told} under several names; give one of them: {', '.join(same)}")
         name = same[0] if same and name not in same else name
     if name not in {m["name"] for m in models}:
-        raise LensbenchError(f"{run} has no model {name!r}; it has {', '.join(manifest['models'])}")
+        raise LensbenchError(f"{run} has no model {name!r}; it has {', '.join(manifest.models)}")
     return name
 
 

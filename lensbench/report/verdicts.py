@@ -53,7 +53,7 @@ class Statement:
 def rule_of(run: Run) -> VerdictRule:
     """The rule that a run was judged by; raises :class:`LensbenchError` for a manifest whose rule is not one."""
     try:
-        return VerdictRule(**(run.manifest or {}).get("suite", {}).get("verdict", {}))
+        return VerdictRule(**run.manifest.suite.verdict)
     except (TypeError, ValueError) as error:
         raise LensbenchError(f"{run.folder}: its manifest's verdict is no rule: {error}") from error
 

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
 from lensbench.errors import LensbenchError
-from lensbench.results.manifest import MANIFEST, read_manifest
+from lensbench.results.manifest import MANIFEST, Manifest, read_manifest
 from lensbench.results.schema import ADDED, ADDED_COLUMNS, SCHEMA, TEXT_COLUMNS, TEXT_COLUMNS_OF, no_rows
 from lensbench.runtime.files import sha256, write_atomically, write_json
 from lensbench.runtime.ranks import ALONE, Ranks
@@ -108,9 +107,26 @@ def give_up(folder: Path, made: list[Path]) -> None:
         parent.rmdir()
 
 
+def earlier_manifest(folder: Path) -> Manifest | None:
+    """The manifest of the finished run in a folder; None where there is none that can be read: it is written anew."""
+    try:
+        return read_manifest(folder)
+    except LensbenchError:
+        return None
+
+
+def in_checkout_results(folder: Path) -> bool:
+    """Whether a folder lies in ``results/`` of a checkout of lensbench, whose runs are committed."""
+    return any(
+        parent.name == "results" and (parent.parent / "lensbench" / "errors.py").is_file()
+        for parent in folder.resolve().parents
+    )
+
+
 def owner_of(folder: Path) -> str | None:
     """The suite, sweep or study whose results a folder holds, finished or not; None where it holds none."""
-    for name, keys in ((OWNER, ("suite",)), (MANIFEST, ("suite_name",)), (MANIFEST, ("calibration", "name"))):
+    # What is finished counts, whoever claimed the folder since.
+    for name, keys in ((MANIFEST, ("suite_name",)), (MANIFEST, ("calibration", "name")), (OWNER, ("suite",))):
         try:
             found = json.loads((folder / name).read_text())
             for key in keys:
@@ -170,7 +186,7 @@ class Run:
     """A finished run folder, read and checked."""
 
     folder: Path
-    manifest: dict[str, Any] | None
+    manifest: Manifest
     tables: dict[str, pd.DataFrame]
 
     def sequences(self) -> pd.DataFrame:
@@ -193,16 +209,18 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
         raise LensbenchError(f"there is no folder {folder}")
     manifest = read_manifest(folder) if need_manifest or (folder / MANIFEST).exists() else None
     if manifest is not None and verify:
-        for name, checksum in manifest["files"].items():
+        for name, checksum in manifest.files.items():
             if not (folder / name).is_file():
                 raise LensbenchError(f"{folder} is not complete: {name} is missing")
             if sha256(folder / name) != checksum:
                 raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
-    known = set(SCHEMA) if manifest is None else set(manifest["files"])
+    known = set(SCHEMA) if manifest is None else set(manifest.files)
     tables = {
         name: no_rows(name)
         if name in ADDED and not (name in known and (folder / name).exists())
         else read_table(folder / name)
         for name in SCHEMA
     }
+    if manifest is None:
+        manifest = Manifest.of_tables(folder, [str(name) for name in tables["models.csv"]["model"].unique()])
     return Run(folder, manifest, tables)

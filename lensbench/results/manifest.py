@@ -16,94 +16,153 @@ SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 
-class _Loose(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+class _Facts(BaseModel):
+    """Facts of a manifest: what other versions of lensbench add is kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    def content(self) -> dict[str, Any]:
+        """What the file says, as JSON has it; nothing that it leaves out."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
-class _Named(_Loose):
+class ModelSettings(_Facts):
+    """A model of the suite; its recipe is in :meth:`content`."""
+
     name: str
 
 
-class _Claim(_Loose):
+class ClaimSettings(_Facts):
+    """A difference that the suite declares beforehand."""
+
     model: str
     against: str
     indices: list[str]
 
 
-class _Evaluated(_Loose):
+class EvaluateSettings(_Facts):
+    """How the suite scores."""
+
     draws: int = Field(ge=1, le=10**6)
 
 
-class _SuiteTold(_Loose):
-    evaluate: _Evaluated
+class SuiteSettings(_Facts):
+    """The suite's settings as they were run."""
+
+    evaluate: EvaluateSettings
     fit: dict[str, Any]
-    models: list[_Named]
+    models: list[ModelSettings]
     verdict: dict[str, float] = {}
-    claims: list[_Claim] = []
+    claims: list[ClaimSettings] = []
+    question: str = ""
+    images: dict[str, Any] | None = None
 
 
-class _CorpusTold(_Loose):
+class CorpusFacts(_Facts):
+    """The text, or the images, that everything was read from."""
+
     checksum: str
     spec: str
+    documents: dict[str, int] = {}
+    tokens: dict[str, int] = {}
 
 
-class _Scored(_Loose):
+class ScoredCounts(_Facts):
+    """How much was scored."""
+
     sequences: int = 0
     sequences_asked: int = 0
     documents: int = 0
 
 
-class Told(_Loose):
-    """What every manifest says, of what comparisons and reports read; there is more in it."""
+class Manifest(_Facts):
+    """Everything needed to run a run again, and to tell whether two runs measure the same thing."""
 
+    schema_version: int = SCHEMA_VERSION
     code_version: int
-    corpus: _CorpusTold
-    files: dict[str, str]
-    models: list[str]
-    seeds: list[int]
-    suite: _SuiteTold
     suite_name: str
-    scored: _Scored = _Scored()
+    suite: SuiteSettings
+    models: list[str]
+    """The models in the tables"""
+    seeds: list[int]
+    corpus: CorpusFacts
+    scored: ScoredCounts = ScoredCounts()
+    tokenizers: dict[str, Any] = {}
+    sources: dict[str, dict[str, str]] = {}
+    """Of pretrained models: ``source``, and checksums or the commit"""
+    left_out: dict[str, str] = {}
+    """Models of earlier commands that could not be read: name -> reason"""
+    files: dict[str, str]
+    """Files of the run folder and their SHA-256 (hex)"""
+    figures: list[str] = []
+    seconds: dict[str, float] = {}
+    """What each stage took"""
+    peak_gib: float | None = None
+    versions: dict[str, str] = {}
+    hardware: dict[str, Any] = {}
+    git_revision: str | None = None
+    written: str | None = None
+    precision: dict[str, Any] | None = None
+    sweep: dict[str, Any] | None = None
+    """Of a sweep's folder: its trials"""
+
+    @classmethod
+    def of_tables(cls, folder: Path, models: list[str]) -> "Manifest":
+        """The manifest of a folder that holds tables alone: it says no more than which models these are of."""
+        suite = SuiteSettings(
+            evaluate=EvaluateSettings(draws=2000), fit={}, models=[ModelSettings(name=name) for name in models]
+        )
+        corpus = CorpusFacts(checksum="", spec="")
+        return cls(
+            code_version=0, suite_name=folder.name, suite=suite, models=models, seeds=[], corpus=corpus, files={}
+        )
 
 
 CHECKSUM = "checksum"
 
 
 def seal(manifest: dict[str, Any]) -> str:
-    """SHA-256 (hex) of what a manifest says beside it."""
-    told = {k: v for k, v in manifest.items() if k != CHECKSUM}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    """SHA-256 (hex) of everything else that a manifest says."""
+    rest = {k: v for k, v in manifest.items() if k != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """The manifest with its own checksum, so that a changed one is not believed."""
-    plain = json.loads(json.dumps(manifest))  # as it will be read
+def write_manifest(folder: Path, manifest: Manifest | dict[str, Any]) -> None:
+    """Write ``manifest.json`` with its own checksum, so that a changed one is refused.
+
+    A run has a :class:`Manifest`; a study says what it likes.
+    """
+    content = manifest.content() if isinstance(manifest, Manifest) else manifest
+    plain = json.loads(json.dumps(content))  # as it will be read
     write_json(folder / MANIFEST, {**plain, CHECKSUM: seal(plain)})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises :class:`LensbenchError` for a folder that no run of this version finished, or a damaged manifest."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a run.
+
+    Raises :class:`LensbenchError` for a folder that no run of this version finished, or a damaged manifest.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise LensbenchError(f"{folder} is not a run folder: it has no {MANIFEST}")
+    content: Any = None
     try:
-        manifest = json.loads(path.read_text())
-        version = manifest["schema_version"]
-        if version == SCHEMA_VERSION:
-            Told.model_validate(manifest)
-        if manifest.get(CHECKSUM, whole := seal(manifest)) != whole:
+        content = json.loads(path.read_text())
+        version = content["schema_version"]
+        manifest = Manifest.model_validate(content) if version == SCHEMA_VERSION else None
+        if content.get(CHECKSUM, whole := seal(content)) != whole:
             raise ValueError("its checksum differs")
-        if outside := [name for name in manifest.get("files", ()) if Path(name).name != name]:
+        if outside := [name for name in content.get("files", ()) if Path(name).name != name]:
             raise ValueError(f"it names {outside[0]!r}, which is no file of this folder")
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise LensbenchError(f"{path} is damaged: {place}: {first['msg']}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        if isinstance(error, KeyError) and "in_context" in manifest:
+        if isinstance(error, KeyError) and "in_context" in content:
             raise LensbenchError(f"{folder} holds tasks (`lensbench in-context`), not a run of a suite") from error
         raise LensbenchError(f"{path} is damaged: {error}") from error
-    if version != SCHEMA_VERSION:
+    if manifest is None:
         raise LensbenchError(
             f"{folder} was written with schema {version}, this lensbench reads schema {SCHEMA_VERSION}"
         )

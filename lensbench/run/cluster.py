@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 
 from lensbench.errors import LensbenchError
+from lensbench.models.pretrained import without_progress_bars
 from lensbench.results.folder import OWNER
 from lensbench.run.context import Context
 from lensbench.run.curves import learning_curve
@@ -63,7 +64,8 @@ class ClusterTask:
         torch.set_num_threads(self.threads)  # this process is the task's own; results hold for as many threads
         try:
             # Were the worker before this one still alive somewhere, both would write.
-            with FileLock(self.folder / "stages" / f".{self.models[0]}-seed{self.seed}.lock"):
+            lock = FileLock(self.folder / "stages" / f".{self.models[0]}-seed{self.seed}.lock")
+            with lock, without_progress_bars():
                 self._compute_stages()
         except LensbenchError as error:
             return str(error)

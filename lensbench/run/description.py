@@ -1,12 +1,13 @@
 """The manifest of a run: everything needed to run it again, and to tell whether two runs measure the same thing."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 from lensbench.data.inputs import documents_of
 from lensbench.models.pretrained import named
-from lensbench.results.manifest import SCHEMA_VERSION
+from lensbench.results.manifest import SCHEMA_VERSION, Manifest
 from lensbench.run.context import CODE_VERSION, Context
 from lensbench.run.inputs import identity_of, source_of
 from lensbench.runtime.environment import hardware, versions
@@ -15,15 +16,22 @@ from lensbench.suite.recipes import ModelRecipe
 
 
 def describe(
-    context: Context, counted: dict[str, dict[str, Any]], models: list[ModelRecipe], files: list[str], drawn: list[str]
-) -> dict[str, Any]:
+    context: Context,
+    counted: dict[str, dict[str, Any]],
+    models: list[ModelRecipe],
+    files: list[str],
+    drawn: list[str],
+    plans: dict[str, dict[str, Any]] | None = None,
+    left_out: dict[str, str] | None = None,
+) -> Manifest:
     """The manifest of a finished run.
 
     ``counted``: what :func:`lensbench.run.baselines.baselines` found for each tokenizer; the first one's stands at the top.
+    ``plans``: what each model and seed needed for the suite's precision. ``left_out``: models that could not be read.
     """
     suite = context.suite
     first = next(iter(counted.values()))
-    return {
+    content = {
         "schema_version": SCHEMA_VERSION,
         "code_version": CODE_VERSION,
         "suite_name": suite.name,
@@ -52,6 +60,11 @@ def describe(
         "git_revision": context.revision,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if left_out:
+        content["left_out"] = left_out
+    if plans:
+        content["precision"] = {"asked": suite.evaluate.precision, "models": plans}
+    return Manifest.model_validate(json.loads(json.dumps(content)))
 
 
 def spec_of(context: Context) -> str:

@@ -52,7 +52,9 @@ def origin_of(context: Context, model: ModelRecipe, seed: int) -> Origin:
 
 def _pretrained(context: Context, owner: ModelRecipe, source: str) -> Origin:
     device = context.device if owner.device is None else choose_device(owner.device)
-    if context.suite.images is None and source not in context.cache.sources and trained_on_this(context, source):
+    seen = source in context.cache.warned
+    context.cache.warned.add(source)
+    if context.suite.images is None and not seen and trained_on_this(context, source):
         context.progress.say(
             f"model {owner.name} was trained by a run of lensbench on this text, split another way: some of what it "
             "is scored on here it was trained on; give --corpus another text, or the suite that run's corpus settings"

@@ -11,12 +11,12 @@ import pandas as pd
 import torch
 
 from lensbench.errors import LensbenchError
-from lensbench.models.pretrained import locate
+from lensbench.models.pretrained import locate, without_progress_bars
 from lensbench.report.figures.draw import draw_figures
 from lensbench.report.page import PAGE, write_page
 from lensbench.results import tables
 from lensbench.results.folder import SEQUENCES, Run, claimed, read_run, read_table, write_sequences, write_table
-from lensbench.results.manifest import write_manifest
+from lensbench.results.manifest import Manifest, write_manifest
 from lensbench.results.schema import SCHEMA, no_rows
 from lensbench.results.sums import joined_clusters, summed_by_cluster
 from lensbench.results.tables import Part
@@ -30,6 +30,7 @@ from lensbench.run.inputs import data_of
 from lensbench.run.origin import origin_of
 from lensbench.run.planning import planning
 from lensbench.run.probing import probing
+from lensbench.run.replacing import refuse_replacing
 from lensbench.run.scoring import scoring
 from lensbench.run.stage_names import stage_names
 from lensbench.runtime.progress import QUIET, Progress
@@ -72,21 +73,22 @@ def run_suite(
     Raises :class:`LensbenchError` for what a user can mend.
     """
     check_request(suite, only, probes)
-    with claimed(folder, suite.name, suite.threads, ranks):
+    with claimed(folder, suite.name, suite.threads, ranks), without_progress_bars():
         context = Context(
             suite, Stages(folder / "stages", ranks), device, progress, ranks, probes=tuple(probes), max_hours=max_hours
         )
         asked = [m for m in suite.models if not only or m.name in only]
+        refuse_replacing(context, asked)
         progress.stages(len(stage_names(suite, asked, context.probes)))
         plans: dict[str, Any] = {}
         if suite.evaluate.precision is not None:
             context, plans = planned(context, asked, cluster)
         if cluster is not None:
             cluster.compute(context, cluster_tasks(context, asked))
-        measured = measured_models(context, asked)
+        measured, left_out = measured_models(context, asked)
         counted = {d.name: baselines(context, d) for d in (data_of(context, m.model) for m in measured)}
         if ranks.first:
-            write_run(context, measured, counted, plans)
+            write_run(context, measured, counted, plans, left_out)
         ranks.wait()
         return read_run(folder)
 
@@ -129,25 +131,29 @@ def planned(
     return replace(context, sequences=max(plan["sequences"] for plan in plans.values())), plans
 
 
-def measured_models(context: Context, asked: list[ModelRecipe]) -> list[MeasuredModel]:
-    """The models of the suite, measured where they are asked for; others stay in the tables as earlier runs left them.
+def measured_models(context: Context, asked: list[ModelRecipe]) -> tuple[list[MeasuredModel], dict[str, str]]:
+    """The models of the suite in its order, and those left out with the reason.
 
-    A model that is not asked for and cannot be read is left out, and reported.
+    Models that are asked for are measured; others stay in the tables as earlier runs left them. One that cannot be read
+    is left out, and reported.
     """
-    suite, found = context.suite, {m.name: measured_model(context, m) for m in asked}
+    suite, left_out = context.suite, {}
+    found = {m.name: measured_model(context, m) for m in asked}
     for model in suite.models:
         if model in asked:
             continue
         try:
             found[model.name] = measured_model(read_only(context), model)
-        except NotFinished:
-            continue
+        except NotFinished as missing:
+            left_out[model.name] = f"stage {missing} is not finished with these settings"
         except LensbenchError as error:
-            context.progress.say(f"model {model.name} is left out: {error}")
+            left_out[model.name] = str(error)
+    for name, reason in left_out.items():
+        context.progress.say(f"model {name} is left out: {reason}")
     measured = [found[m.name] for m in suite.models if m.name in found and found[m.name].parts]
     if not measured:
         raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")
-    return measured
+    return measured, left_out
 
 
 def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
@@ -179,6 +185,7 @@ def write_run(
     measured: list[MeasuredModel],
     counted: dict[str, dict[str, Any]],
     plans: dict[str, dict[str, Any]],
+    left_out: dict[str, str],
 ) -> None:
     """Write tables, figures, manifest and page into the run folder."""
     folder, seconds = context.folder, context.stages.seconds
@@ -189,13 +196,13 @@ def write_run(
         task.update(1, "figures")
         start = time.perf_counter()
         tables_now = {n: read_table(folder / n) if n in written else no_rows(n) for n in SCHEMA}
-        drawn = draw_figures(Run(folder, None, tables_now), folder / "figures")
+        bare = Manifest.of_tables(folder, [m.model.name for m in measured])
+        drawn = draw_figures(Run(folder, bare, tables_now), folder / "figures")
         seconds["figures"] = round(time.perf_counter() - start, 2)
         task.update(2)
     files = [*(name for name in SCHEMA if name in written), SEQUENCES]
-    manifest = describe(context, counted, [m.model for m in measured], files, [p.name for p in drawn])
-    if plans:
-        manifest["precision"] = {"asked": context.suite.evaluate.precision, "models": plans}
+    models = [m.model for m in measured]
+    manifest = describe(context, counted, models, files, [p.name for p in drawn], plans, left_out)
     write_manifest(folder, manifest)
     write_page([folder], folder / PAGE)
 

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from lensbench.errors import LensbenchError
+from lensbench.models.pretrained import without_progress_bars
 from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
 from lensbench.run.baselines import baselines
@@ -40,7 +41,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
         raise LensbenchError(
             f"sweep {sweep.name} tries model {pretrained[0]!r}, which is pretrained: nothing is trained"
         )
-    with claimed(folder, sweep.name, suite.threads):
+    with claimed(folder, sweep.name, suite.threads), without_progress_bars():
         context = Context(suite, Stages(folder / "stages"), device, progress)
         progress.stages(2 + len(sweep.trials))  # the tokenizer and the baselines
         table = judged_trials(context, sweep)
@@ -48,7 +49,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
         data = data_of(context)
         tried = [models[n] for n in dict.fromkeys(table["model"])]
         manifest = describe(context, {data.name: baselines(context, data)}, tried, ["sweep.csv"], [])
-        manifest |= {"sweep": sweep.model_dump(mode="json"), "suite_name": sweep.name}
+        manifest = manifest.model_copy(update={"sweep": sweep.model_dump(mode="json"), "suite_name": sweep.name})
         write_manifest(folder, manifest)
     return table
 

@@ -37,15 +37,30 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def versions() -> dict[str, str]:
+    """Versions of lensbench, Python and the packages that numbers depend on."""
     packages = ("torch", "transformers", "tuned-lens", "tokenizers", "numpy", "pandas", "scipy", "safetensors")
     return {"lensbench": __version__, "python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    described = {"machine": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()}
+    """Machine, system, processor and threads of this process, and its GPU where it computes on one."""
+    described = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
     return {**described, "device": device.type}
+
+
+def processor() -> str:
+    """The processor's model name, as the system gives it; ``unknown`` where it does not."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text(errors="replace").splitlines() if facts.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or "unknown"
 
 
 def git_revision() -> str | None:

@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.data.windows import Windows
 from lensbench.models import build
+from lensbench.models.pretrained import without_progress_bars
 from lensbench.models.training import StepReport, train
 from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
@@ -366,7 +367,7 @@ def run_in_context(
     ``code``: what the manifest says of the versions that ran. Finished trainings are reused.
     Raises :class:`LensbenchError` for a folder that holds something else.
     """
-    with claimed(folder, recipe.name, recipe.threads):
+    with claimed(folder, recipe.name, recipe.threads), without_progress_bars():
         progress.stages(2 * recipe.trainings)
         stages = TaskStages(recipe, Stages(folder / "stages"), device, progress)
         found = [stages.tables(task) for task in recipe.tasks]

@@ -29,13 +29,13 @@ def curves(parts):
 
 def test_the_parts_are_the_suite(parts):
     suite = load_suite("predictive-coding")
-    assert sorted(m for run in parts for m in run.manifest["models"]) == sorted(m.name for m in suite.models)
+    assert sorted(m for run in parts for m in run.manifest.models) == sorted(m.name for m in suite.models)
     for run in parts:
-        assert run.manifest["suite"] == suite.described()
-        assert not run.manifest["git_revision"].endswith("dirty")
+        assert run.manifest.suite.content() == suite.described()
+        assert not run.manifest.git_revision.endswith("dirty")
     ablation = folder.read_run(FOLDER / "ablation").manifest
-    assert ablation["suite"] == load_suite("predictive-coding-ablation").described()
-    assert not ablation["git_revision"].endswith("dirty")
+    assert ablation.suite.content() == load_suite("predictive-coding-ablation").described()
+    assert not ablation.git_revision.endswith("dirty")
 
 
 def test_models_are_of_equal_size_and_reach_twenty_tokens_per_parameter(parts, curves):

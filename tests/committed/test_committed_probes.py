@@ -16,7 +16,7 @@ PROBES = Path(__file__).resolve().parents[2] / "results" / "probes"
 
 def committed(name):
     run = read_run(PROBES / name)
-    assert not run.manifest["git_revision"].endswith("dirty")
+    assert not run.manifest.git_revision.endswith("dirty")
     return run.tables["probes.csv"]
 
 
@@ -59,10 +59,10 @@ def test_a_linear_kernels_layers_are_gradient_steps(small):
 def test_every_probe_of_the_pretrained_suite_has_rows_or_a_reason():
     run = read_run(PROBES / "smollm2")
     table = run.tables["probes.csv"]
-    assert set(table["probe"]) == set(run.manifest["suite"]["probes"])
+    assert set(table["probe"]) == set(run.manifest.suite.content()["probes"])
     heads = table[table["quantity"] == "error_score"]
     assert len(heads) == 30 * 9
-    parts = {k: v for k, v in run.manifest["seconds"].items() if k.startswith(("fit-", "score-", "probe-"))}
+    parts = {k: v for k, v in run.manifest.seconds.items() if k.startswith(("fit-", "score-", "probe-"))}
     assert max(parts.values()) < 3600, "no stage of a part that can be stopped takes an hour"
 
 

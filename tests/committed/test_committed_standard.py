@@ -37,12 +37,12 @@ def value(indices, index, model, seed):
 
 def test_the_parts_are_the_suite_and_its_rule_is_the_one_that_was_calibrated(parts):
     suite = load_suite("standard")
-    models = [name for run in parts for name in run.manifest["models"]]
+    models = [name for run in parts for name in run.manifest.models]
     assert sorted(models) == sorted(m.name for m in suite.models)
     for run in parts:
-        assert run.manifest["suite"] == suite.described()
-        assert not run.manifest["git_revision"].endswith("dirty")
-        assert sum(run.manifest["seconds"].values()) < 75 * 60 * 2, "75 minutes on two cores, of one thread each"
+        assert run.manifest.suite.content() == suite.described()
+        assert not run.manifest.git_revision.endswith("dirty")
+        assert sum(run.manifest.seconds.values()) < 75 * 60 * 2, "75 minutes on two cores, of one thread each"
     assert load_calibration("calibration").rule == suite.verdict
 
 
@@ -99,7 +99,7 @@ def test_no_seed_flips_a_verdict(parts):
 def test_the_papers_correlation_is_tested_on_every_model_that_learned_something(parts, indices):
     rows = indices[(indices["index"] == "similarity_correlation") & (indices["seed"] == "all")]
     told = rows[rows["value"].notna() & rows["ci_low"].notna()]
-    models = {name for run in parts for name in run.manifest["models"]} - {"gpt-untrained"}
+    models = {name for run in parts for name in run.manifest.models} - {"gpt-untrained"}
     assert models - set(told["model"]) <= set(rows.loc[rows["reason"].notna(), "model"])
 
 

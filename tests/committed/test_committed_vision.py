@@ -18,12 +18,12 @@ RESULTS = Path(__file__).resolve().parents[2] / "results"
 @pytest.fixture(scope="module")
 def run():
     found = folder.read_run(RESULTS / "vision")
-    assert not found.manifest["git_revision"].endswith("dirty")
+    assert not found.manifest.git_revision.endswith("dirty")
     return found
 
 
 def test_five_seeds_of_three_models_were_measured_on_images_that_none_was_trained_or_fitted_on(run):
-    assert run.manifest["corpus"]["documents"] == {"train": 900, "fit": 350, "dev": 150, "eval": 397}
+    assert run.manifest.corpus.documents == {"train": 900, "fit": 350, "dev": 150, "eval": 397}
     models = run.tables["models.csv"]
     names = ("vit", "cnn-residual", "cnn-residual-slow", "cnn-plain")
     assert models.groupby("model").size().to_dict() == dict.fromkeys(names, 5)

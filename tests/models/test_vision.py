@@ -270,7 +270,7 @@ def test_a_suite_of_images_gives_the_same_tables_as_one_of_text(finished):
     assert (models["scored_tokens"] == 397).all()
     assert models["bits_per_byte"].isna().all()
     assert (models["vocab_size"] == 10).all()
-    assert found.manifest["corpus"]["documents"] == {"train": 900, "fit": 350, "dev": 150, "eval": 397}
+    assert found.manifest.corpus.documents == {"train": 900, "fit": 350, "dev": 150, "eval": 397}
     assert len(found.tables["transfer.csv"]) == 8 * 16
     assert set(found.tables["baselines.csv"]["tokenizer"]) == {"images"}
     assert {"accuracy_by_layer.png", "plane.png", "probes.png"} <= {

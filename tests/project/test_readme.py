@@ -160,7 +160,7 @@ def test_measured_speeds_are_what_a_benchmark_wrote(description):
 def test_committed_results_are_what_a_run_wrote(name):
     """Every file has the checksum of its manifest."""
     run = read_run(ROOT / "results" / name)
-    assert not run.manifest["git_revision"].endswith("dirty")
+    assert not run.manifest.git_revision.endswith("dirty")
 
 
 @pytest.mark.results

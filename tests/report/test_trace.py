@@ -272,7 +272,7 @@ def changed_run(tiny_run, folder, **changes):
     """A copy of the run's manifest and stages whose suite has other models: name -> what is added to its recipe."""
     folder.mkdir()
     (folder / "stages").symlink_to(tiny_run / "stages")
-    manifest = read_manifest(tiny_run)
+    manifest = read_manifest(tiny_run).content()
     for name, change in changes.items():
         recipe = next((m for m in manifest["suite"]["models"] if m["name"] == name), None)
         if recipe is None:
@@ -315,7 +315,7 @@ def test_rotated_views_pretrained_models_and_other_kinds_of_runs(tiny_run, tmp_p
     refused(run("trace", "gpt", TEXT, "--run", bare), "no lenses of 'gpt' at seed 0: its stages are not there")
     refused(run("trace", "gpt", TEXT, "--run", bare, "--lens", "logit"), "no training of 'gpt' at seed 0")
     for key, value, told in (("sweep", {}, "holds a sweep"), ("suite", {"images": {"spec": "digits"}}, "no text")):
-        manifest = read_manifest(bare)
+        manifest = read_manifest(bare).content()
         manifest[key] = {**manifest.get(key, {}), **value}
         write_manifest(bare, manifest)
         refused(run("trace", "gpt", TEXT, "--run", bare), told)

@@ -22,6 +22,7 @@ from lensbench.measures.transfer import transfer_sums
 from lensbench.report.terminal import doubts
 from lensbench.results import tables
 from lensbench.results.folder import Run, read_table, write_table
+from lensbench.results.manifest import Manifest
 from lensbench.results.schema import SCHEMA
 from lensbench.results.sums import ClusterSums
 from lensbench.statistics import interval, mean_with_interval
@@ -547,7 +548,8 @@ def test_a_reader_is_told_what_to_doubt():
     rows = [("fine", "shared_retention", 0.6, 0.8, 0.85, 0.9), ("fine", "movement", 1.0, 1.2, 1.1, 1.3),
             ("worse", "gain_visibility", 0.1, 0.2, -0.3, 0.05), ("own", "movement", 1.0, 1.2, None, None)]  # fmt: skip
     found = pd.DataFrame(rows, columns=["model", "index", "ci_low", "ci_high", "fit_low", "fit_high"])
-    run = Run(Path("x"), None, {"models.csv": models, "baselines.csv": baselines, "indices.csv": found})
+    bare = Manifest.of_tables(Path("x"), [])
+    run = Run(Path("x"), bare, {"models.csv": models, "baselines.csv": baselines, "indices.csv": found})
     told = doubts(run)
     assert len(told) == 4
     assert "worse predicts worse (6.200 nats/token) than word frequencies do (6.000)" in told[0]
