@@ -16,9 +16,11 @@ from lensbench.data.corpus import FRACTIONS, clusters_of, load_corpus
 from lensbench.data.inputs import Texts
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
-from lensbench.lenses.fit import Fit, fit_all
+from lensbench.lenses.fit import Fit
+from lensbench.lenses.fit import fit as fit_lenses
+from lensbench.lenses.planning import FitContext
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.measures.evaluate import score_all
+from lensbench.measures.evaluate import evaluate
 from lensbench.models import count_parameters
 from lensbench.models.pretrained import Pretrained, check_context, load_pretrained
 from lensbench.report.figures.style import style
@@ -47,7 +49,7 @@ class Lenses:
     name: str
     stream: ResidualStream
     fitted: Fit
-    """Maps by name (see :class:`lensbench.lenses.fit.Fit`) and what dev chose"""
+    """Every lens by its id: maps, and what dev chose"""
     texts: Texts
     seed: int
 
@@ -84,7 +86,7 @@ def fit(
     found = capture(stream, texts.samples("fit", recipe.sequences, recipe.positions), memory_gib=recipe.memory_gib)
     dev = capture(stream, texts.samples("dev", recipe.dev_sequences, recipe.dev_positions), constant=found.mean_p)
     name = model.source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    return Lenses(name, stream, fit_all(stream.readout, found, dev, recipe, seed=seed), texts, seed)
+    return Lenses(name, stream, fit_lenses(FitContext.of(stream.readout, found, dev, recipe, seed=seed)), texts, seed)
 
 
 def measure(lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws: int = 1000) -> dict[str, pd.DataFrame]:
@@ -96,7 +98,7 @@ def measure(lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws:
     samples = lenses.texts.samples("eval", sequences, positions, share=0.02)
     assert isinstance(samples, Windows)
     captured = capture(stream, samples, constant=lenses.fitted.constant)
-    scored = score_all(stream.readout, captured, lenses.fitted)
+    scored = evaluate(stream.readout, captured, lenses.fitted)
     frame = scored.frame(samples, model=lenses.name, seed=lenses.seed)
     facts: dict[str, Any] = {
         "family": stream.model.config.model_type,

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.speed.task import console, numbers_of, say, write_description
 from lensbench.errors import LensbenchError
-from lensbench.lenses.maps import load_maps
+from lensbench.lenses.fit import Fit
 from lensbench.results.folder import read_run
 from lensbench.runtime import files
 from lensbench.runtime.environment import git_revision, hardware, versions
@@ -36,7 +36,6 @@ TOLERANCES = {
     # float32 products of another order, or log-partitions in bfloat16 where these agree within 1e-3 nats.
     "cuda": {"closed-form maps": 1e-3, "matrices": 0.02, "closed-form lenses": 0.02, "refined lenses": 0.05},
 }
-CLOSED = ("transfer", "own", "shared", "shared_bias", "shared_loo", "pair")
 
 
 def launched(arguments: list[str], processes: int = 1) -> None:
@@ -68,9 +67,10 @@ def numbers(folder: Path) -> dict[str, np.ndarray]:
     }
     norms = []
     for stage in sorted((folder / "stages").glob("fit-*")):
-        maps = load_maps(stage / "maps.safetensors")
-        for name in CLOSED:
-            norms += [maps[name].matrix.double().numpy().ravel(), maps[name].offset.double().numpy().ravel()]
+        fit = Fit.load(stage)
+        closed = [lens for lens in fit.lenses if lens.stage == "closed" and lens.view < 0 and lens.refit < 0]
+        for maps in (fit[lens].maps for lens in sorted(set(closed) - set(fit.summary.curve()))):
+            norms += [maps.matrix.double().numpy().ravel(), maps.offset.double().numpy().ravel()]
     kinds["closed-form maps"] = np.concatenate(norms)
     return kinds
 

@@ -9,7 +9,6 @@ from tuned_lens.nn.lenses import TunedLens
 
 from benchmarks.speed.task import Ledger, Task, now, peak_memory
 from lensbench.lenses.closed import fit_each, fit_shared
-from lensbench.lenses.fit import joined
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.recipe import FitRecipe
@@ -61,7 +60,7 @@ def run(task: Task, held_out: dict[str, Capture], folder: Path, say: Callable[[s
     own = fit_each(search, moments, "zero")
     phase("closed forms, every layer")
     shared = fit_shared(search, moments, layers)
-    loo = joined([fit_shared(search, moments, [k for k in layers if k != j]) for j in layers])
+    loo = [fit_shared(search, moments, [k for k in layers if k != j]) for j in layers]
     phase("closed forms, shared and every leave-one-out")
     refined = refine(
         search,
@@ -91,8 +90,8 @@ def run(task: Task, held_out: dict[str, Capture], folder: Path, say: Callable[[s
             tuned_lens_kl=forward_kl(loaded, readout, held, j),
         )  # fmt: skip
         ledger.add(
-            lens=f"without {j}", stage="closed", eval_kl=task.kl(loo.maps[[j]], j, held), ridge=loo.ridges[j],
-            pad=loo.pads[j],
+            lens=f"without {j}", stage="closed", eval_kl=task.kl(loo[j].maps, j, held), ridge=loo[j].ridges[0],
+            pad=loo[j].pads[0],
         )  # fmt: skip
     ledger.add(
         lens="shared", stage="closed", eval_kl=task.kl(shared.maps, "shared", held), ridge=shared.ridges[0],

@@ -31,7 +31,8 @@ import typer
 from benchmarks.speed.scaling import random_windows
 from benchmarks.speed.task import console, peak_memory, say, write_description
 from lensbench.errors import LensbenchError
-from lensbench.lenses.fit import fit_all
+from lensbench.lenses.fit import fit
+from lensbench.lenses.planning import FitContext
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.transfer import transfer_sums
 from lensbench.models import build, count_parameters
@@ -50,7 +51,7 @@ BATCH, POSITIONS = 16, 32
 
 
 def kept_maps(layers: int) -> int:
-    """Maps that :func:`lensbench.lenses.fit.fit_all` holds at its end with the recipe of this measurement."""
+    """Maps that :func:`lensbench.lenses.fit.fit` holds at its end with the recipe of this measurement."""
     some = min(layers, RECIPE.layers)
     pairs, curve = some * (some - 1) // 2, len(RECIPE.tolerances) + 1
     per_layer = 4 * layers + curve * some + some  # transfer, own, own refined, rotated own; the curve; leave-one-out
@@ -85,12 +86,12 @@ def measure(layers: int, width: int, vocabulary: int, tokens: int) -> dict[str, 
     stream = ResidualStream(model)
     before = peak_memory()
     count = tokens // POSITIONS
-    fit = capture(stream, random_windows(count, 128, vocabulary, 0), batch=BATCH)
+    states = capture(stream, random_windows(count, 128, vocabulary, 0), batch=BATCH)
     captured = peak_memory()
-    dev = capture(stream, random_windows(max(4, count // 8), 128, vocabulary, 1), batch=BATCH, constant=fit.mean_p)
-    found = fit_all(stream.readout, fit, dev, RECIPE, seed=0)
+    dev = capture(stream, random_windows(max(4, count // 8), 128, vocabulary, 1), batch=BATCH, constant=states.mean_p)
+    found = fit(FitContext.of(stream.readout, states, dev, RECIPE, seed=0))
     fitted = peak_memory()
-    transfer_sums(stream.readout, dev, found.maps["transfer"])
+    transfer_sums(stream.readout, dev, found.headline.maps)
     return {
         "before": before, "captured": captured - before, "fitted": fitted - before, "peak": peak_memory() - before,
         "parameters": count_parameters(model),

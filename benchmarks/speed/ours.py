@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.speed.task import Ledger, Task, Where, now, peak_memory, rows_of
 from lensbench.data.windows import Windows
-from lensbench.lenses.closed import Fitted, fit_shared
+from lensbench.lenses.closed import ClosedForms, fit_shared
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments, MomentSums
 from lensbench.lenses.recipe import FitRecipe
@@ -41,7 +41,7 @@ class Clock:
 
 def fit_budget(
     task: Task, wheres: list[Where], budget: int, *, refined: bool, seed: int = 0
-) -> tuple[dict[Where, Fitted], dict[Where, AffineMaps], Clock]:
+) -> tuple[dict[Where, ClosedForms], dict[Where, AffineMaps], Clock]:
     """Lenses from ``budget`` tokens of fresh windows, an eighth of which serve as dev: all that is run is counted.
 
     The recipe's run takes its first windows from the same list.

@@ -1,44 +1,35 @@
-"""All lenses of a stream from one pass over it: closed forms along a ridge path, then refinement on KL.
+"""All closed forms of a stream from one pass over it: ridge regression along a path of ridges.
 
 The closed form is ridge regression from h_l to the final pre-norm state, from centred second moments in float64.
 A *prior* B0 says what the ridge shrinks towards: ``identity`` (as published) or ``zero`` (exactly rotation-equivariant).
 Ridges are in units of the median eigenvalue of the layer's covariance, which rotations leave alone. Least squares
-shrinks and a scale-free norm re-inflates it, so that its predictions come out over-confident; the *pad* adds length
-along the direction that the unembedding sees least.
+shrinks and a scale-free norm re-inflates it, so that its predictions come out over-confident; the *pad* (norm correction)
+adds length along the direction that the unembedding sees least.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from lensbench.lenses.maps import AffineMaps, rotated_maps
 from lensbench.lenses.moments import Moments
-from lensbench.lenses.recipe import Prior, Stage
+from lensbench.lenses.recipe import Prior, Tolerance
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import Choice, DevSearch
 from lensbench.streams.rotated import RotatedView
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """One kind of lens of one stage: its maps (one, or one per layer) and what was chosen on dev for each."""
+class ClosedForms:
+    """Solved regressions: their maps ``[K]``, float64, and the ridge and the pad that dev chose for each."""
 
     maps: AffineMaps
     ridges: tuple[float, ...]
     pads: tuple[float, ...]
-    prior: Prior
-    stage: Stage
-    tolerance: float = 0.0
 
 
-def choices_of(fitted: Fitted) -> list[Choice]:
-    """What dev chose for each of some lenses, their KL aside: where the search for like ones may begin."""
-    return [Choice(ridge, pad, float("nan")) for ridge, pad in zip(fitted.ridges, fitted.pads, strict=True)]
-
-
-def fit_each(search: DevSearch, moments: Moments, prior: Prior, *, tolerance: float | None = None) -> Fitted:
+def fit_each(search: DevSearch, moments: Moments, prior: Prior, *, tolerance: Tolerance | None = None) -> ClosedForms:
     """One lens per layer: the best ridge on dev, or with ``tolerance`` the strongest allowed one."""
     if tolerance is not None:
         return fit_within(search, moments, prior, ridge_paths(search, moments, prior), tolerance)
@@ -52,7 +43,7 @@ def fit_each(search: DevSearch, moments: Moments, prior: Prior, *, tolerance: fl
 def ridge_paths(
     search: DevSearch, moments: Moments, prior: Prior, layers: Sequence[int] | None = None
 ) -> list[list[Choice]]:
-    """Per regression the best pad and its dev KL at every ridge; ``layers``: those of the regressions, all if left out."""
+    """Per regression the best pad and its dev KL at every ridge; ``layers``: those of the regressions, all by default."""
     at = range(len(moments.mean)) if layers is None else layers
     return [search.path(RidgePath(moments.layer([k]), prior).solve, [layer]) for k, layer in enumerate(at)]
 
@@ -62,9 +53,9 @@ def fit_within(
     moments: Moments,
     prior: Prior,
     paths: Sequence[Sequence[Choice]],
-    tolerance: float | Literal["1se"],
+    tolerance: Tolerance,
     layers: Sequence[int] | None = None,
-) -> Fitted:
+) -> ClosedForms:
     """One lens per layer (of ``layers``), each with the strongest ridge of its path that the tolerance allows."""
     chosen = range(len(moments.mean)) if layers is None else layers
     choices = []
@@ -75,17 +66,20 @@ def fit_within(
         else:
             choices.append(search.within(paths[layer], tolerance))
     own = moments if layers is None else moments.layer(chosen)
-    return solve_as_chosen(search, own, prior, choices, 0.0 if isinstance(tolerance, str) else tolerance)
+    return solve_as_chosen(search, own, prior, choices)
 
 
-def fit_shared(search: DevSearch, moments: Moments, layers: Sequence[int], near: Choice | None = None) -> Fitted:
-    """One lens for ``layers``, prior zero, chosen by its mean dev KL over those layers; ``near``: where to begin."""
+def fit_shared(search: DevSearch, moments: Moments, layers: Sequence[int], near: Choice | None = None) -> ClosedForms:
+    """One lens for ``layers``, prior zero, chosen by its mean dev KL over those layers.
+
+    ``near``: the choice for a similar lens, where the search begins.
+    """
     pooled = moments.pooled(layers)
     choice = search.best(RidgePath(pooled, "zero").solve, layers, near)
     return solve_as_chosen(search, pooled, "zero", [choice])
 
 
-def fit_shared_bias(search: DevSearch, moments: Moments) -> Fitted:
+def fit_shared_bias(search: DevSearch, moments: Moments) -> ClosedForms:
     """One matrix for all layers and a bias for each, prior zero."""
     within = moments.pooled_within()
     layers = range(len(moments.mean))
@@ -99,11 +93,11 @@ def fit_rotated(
     view: RotatedView,
     layers: Sequence[int] | None = None,
     near: Choice | None = None,
-) -> Fitted:
-    """The one lens of a rotated view for all layers, or for some, from the view's own moments.
+) -> ClosedForms:
+    """The one lens of a rotated view for all layers, or for some, from the view's own moments: a map of rotated states.
 
-    As a map of rotated states; it is chosen on plain dev states with the rotation folded in, which is the same. ``near``:
-    where to begin.
+    It is chosen on plain dev states with the rotation folded into the map, which is the same. ``near``: the choice for a
+    similar lens, where the search begins.
     """
     chosen = list(range(len(rotated.mean))) if layers is None else list(layers)
     pooled = rotated.pooled(chosen)
@@ -112,11 +106,9 @@ def fit_rotated(
     return solve_as_chosen(search, pooled, "zero", [choice])
 
 
-def solve_as_chosen(
-    search: DevSearch, moments: Moments, prior: Prior, choices: Sequence[Choice], tolerance: float = 0.0
-) -> Fitted:
+def solve_as_chosen(search: DevSearch, moments: Moments, prior: Prior, choices: Sequence[Choice]) -> ClosedForms:
     """The closed forms of K regressions at chosen ridges and pads."""
     ridges, pads = tuple(c.ridge for c in choices), tuple(c.pad for c in choices)
     solved = RidgePath(moments, prior).solve(torch.tensor(ridges, dtype=torch.float64))
     offset = solved.offset + torch.tensor(pads, dtype=torch.float64).to(solved.offset)[:, None] * search.pad
-    return Fitted(AffineMaps(solved.matrix, offset), ridges, pads, prior, "closed", tolerance)
+    return ClosedForms(AffineMaps(solved.matrix, offset), ridges, pads)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lensbench.lenses.lens import FittedLens
 from lensbench.lenses.maps import AffineMaps
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture, room_for
@@ -20,6 +21,7 @@ from lensbench.streams.kl import (
     sums_of_all,
 )
 from lensbench.streams.readout import ReadOut
+from lensbench.streams.rotated import RotatedView
 
 
 @dataclass(frozen=True)
@@ -133,4 +135,22 @@ def own_layer_sums(
         scores = score(readout, captured.states[layer], maps[[k if len(maps) > 1 else 0]], captured)
         kl.append(sums_of_all(scores.kl[0], captured))
         ce.append(sums_of_all(scores.ce[0], captured))
+    return np.stack(kl, -1), np.stack(ce, -1)
+
+
+@torch.no_grad()
+def lens_sums(
+    readout: ReadOut, captured: Capture, lens: FittedLens, views: Sequence[RotatedView]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per-window sums of KL and cross-entropy of a lens on the layers that its maps read as their own.
+
+    Two arrays ``[S, K]``, K layers in the order of :attr:`LensRecord.layers`. ``views``: the rotated views of the fit.
+    """
+    kl, ce = [], []
+    for number, own in enumerate(lens.reads):
+        maps = lens.to_plain(number, views)
+        for k, layer in enumerate(own):
+            scores = score(readout, captured.states[layer], maps[[k if len(maps) > 1 else 0]], captured)
+            kl.append(sums_of_all(scores.kl[0], captured))
+            ce.append(sums_of_all(scores.ce[0], captured))
     return np.stack(kl, -1), np.stack(ce, -1)

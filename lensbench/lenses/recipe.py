@@ -1,14 +1,20 @@
-"""How lenses are fitted and chosen."""
+"""The settings that lenses are fitted and chosen by."""
 
 import itertools
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Prior = Literal["zero", "identity"]
+Prior = Literal["zero", "identity", "none"]
+"""The map B0 that a ridge shrinks towards; ``none`` for a lens that no regression made."""
 
 
-Stage = Literal["closed", "refined", "loaded"]
+LensStage = Literal["closed", "refined", "loaded", "none"]
+"""How a lens was made: closed form, refined on KL, loaded from a file, or not fitted at all."""
+
+
+Tolerance = float | Literal["1se"]
+"""The dev loss that a ridge may cost: a share of ``K_0 - best``, or one standard error."""
 
 
 class FitRecipe(BaseModel):

@@ -1,8 +1,9 @@
 """Every lens of a fit read at every layer of the eval split."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,117 +13,202 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.data.samples import Samples
-from lensbench.lenses.fit import Fit, FitSummary, Report, pairs_of
-from lensbench.lenses.maps import AffineMaps, rotated_maps
-from lensbench.lenses.read import own_layer_sums
-from lensbench.lenses.recipe import FitRecipe
+from lensbench.lenses.fit import Fit, FitSummary
+from lensbench.lenses.kinds import KINDS
+from lensbench.lenses.lens import FittedLens, LensId, curve_column
+from lensbench.lenses.logit import LOGIT_LENS
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.per_layer import OWN
+from lensbench.lenses.read import lens_sums
+from lensbench.lenses.shared import SHARED_LENS, SHARED_LOO_LENS
 from lensbench.measures.means import Means
 from lensbench.measures.transfer import TransferSums, transfer_sums
+from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.stages import NOTHING_KEPT, Pieces
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import sums_of_all
 from lensbench.streams.readout import ReadOut
-from lensbench.streams.rotated import RotatedView
 
-
-def score_steps(recipe: FitRecipe, layers: int) -> int:
-    """How many steps a scoring has, for its progress bar."""
-    return layers + 3 + recipe.refits  # the matrix has L + 1 columns
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Per-window sums of everything that was scored on the eval split, and mean KLs of the refits.
+class LensSums:
+    """Per-window sums of one lens, nats: column k of each array ``[S, K]`` is the cell ``cells[k]``.
 
-    ``matrix``: ``kl, ce, movement, top1`` ``[S, L+1, L+1]``. ``curve``: tolerance -> the same of the chosen layers,
-    ``[S, n, n]``. ``layers``: name of a fit's maps -> (kl, ce), each ``[S, L]`` (leave-one-out: ``[S, n]``). ``pairs``: name
-    -> (kl, ce), ``[S, pairs, 2]``, at the first and the second layer of each. ``constant``, ``model_ce``, ``tokens``,
-    ``bytes`` ``[S]``. ``refits``: fields of :class:`Means` stacked over the fit itself and its refits, on the refits'
-    tokens.
+    ``cells``: (layer that the map was fitted at, or -1; layer that it reads). None: not measured.
     """
 
-    matrix: dict[str, NDArray[np.float64]]
-    curve: dict[str, dict[str, NDArray[np.float64]]]
-    layers: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-    pairs: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-    constant: NDArray[np.float64]
-    model_ce: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    bytes: NDArray[np.float64]
-    refits: dict[str, NDArray[np.float64]]
+    cells: list[tuple[int, int]]
+    kl: Array
+    ce: Array | None = None
+    movement: Array | None = None
+    top1: Array | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Per-window sums of everything that was read on the eval split, and mean KLs of the refits.
+
+    ``lenses``: in the order of rows. ``constant``, ``model_ce``, ``tokens``, ``bytes`` ``[S]``. ``refits``: fields of
+    :class:`Means` stacked over the fit itself and its refits, on the refits' tokens.
+    """
+
+    lenses: dict[LensId, LensSums]
+    constant: Array
+    model_ce: Array
+    tokens: Array
+    bytes: Array
+    refits: dict[str, Array]
     fit: FitSummary
 
+    def matrix(self, quantity: str) -> Array:
+        """``kl``, ``ce``, ``movement`` or ``top1`` of the transfer matrix, ``[S, L+1, L+1]``; lens L is the logit lens."""
+        rows = [getattr(self.lenses[lens], quantity) for lens in (self.fit.headline, LOGIT_LENS)]
+        size = self.fit.depth + 1
+        return np.concatenate(rows, 1).reshape(-1, size, size)
+
     def frame(self, samples: Samples, *, model: str, seed: int) -> pd.DataFrame:
-        """``per_sequence.parquet``'s rows of one model and seed."""
+        """The rows of ``per_sequence.parquet`` of one model and seed."""
         names = np.array(samples.document_names, dtype=object)[samples.documents]
-        count = len(names)
-        layers = self.matrix["kl"].shape[-1] - 1
-        blocks: list[pd.DataFrame] = []
+        every = {"document": names, "sequence": samples.sequence}
+        sizes = {"tokens": self.tokens, "bytes": self.bytes}
 
-        def add(
-            lens: str, lens_layer: int, layer: int, stage: str, prior: str, kl: Any, ce: Any,
-            movement: Any = np.nan, view: int = -1, top1: Any = np.nan,
-        ) -> None:  # fmt: skip
-            columns = {
-                "lens": lens,
-                "lens_layer": lens_layer,
-                "layer": layer,
-                "stage": stage,
-                "prior": prior,
-                "view": view,
-            }
-            values = {"tokens": self.tokens, "bytes": self.bytes, "kl": kl, "ce": ce, "movement": movement}
-            values["top1"] = top1
-            blocks.append(
-                pd.DataFrame({"document": names, "sequence": samples.sequence, **columns, **values}, range(count))
-            )
+        def block(
+            lens: str, at: tuple[int, int], stage: str, prior: str, view: int, sums: dict[str, Any]
+        ) -> pd.DataFrame:
+            which = {"lens": lens, "lens_layer": at[0], "layer": at[1], "stage": stage, "prior": prior, "view": view}
+            known = dict.fromkeys(QUANTITIES, np.nan) | sums
+            return pd.DataFrame({**every, **which, **sizes, **known}, range(len(names)))
 
-        add("constant", -1, -1, "none", "none", self.constant, np.nan)
-        add("model", -1, layers, "none", "none", 0.0, self.model_ce)
-        headline = self.fit.records["transfer"]
-        for i in range(layers + 1):
-            tuned = ("tuned", i) if i < layers else ("logit", i)
-            how = (headline.stage, headline.prior) if i < layers else ("none", "none")
-            for j in range(layers + 1):
-                kl, ce, movement, top1 = (self.matrix[k][:, i, j] for k in ("kl", "ce", "movement", "top1"))
-                add(*tuned, j, *how, kl, ce, movement, top1=top1)
-        some = self.fit.layers
-        for label, sums in self.curve.items():
-            for (a, i), (b, j) in itertools.product(enumerate(some), repeat=2):
-                # Visibility and movement are all that is followed over tolerances, and rows enough.
-                kl, movement = sums["kl"][:, a, b], sums["movement"][:, a, b]
-                add(f"tuned@{label}", i, j, "closed", "identity", kl, np.nan, movement)
-        for name, (kl, ce) in self.layers.items():
-            kept = self.fit.records[name]
-            if kept.stage == "refined" and not any(kept.iterations):
-                continue  # without an update they are the closed ones
-            where = some if name == "shared_loo" else range(layers)
-            for k, layer in enumerate(where):
-                add(kept.lens, layer if kept.lens == "tuned" else -1, layer, kept.stage, kept.prior,
-                    kl[:, k], ce[:, k], view=view_of(name))  # fmt: skip
-        for name, (kl, _) in self.pairs.items():
-            for p, (a, b) in enumerate(pairs_of(some)):
-                # The lens of a and b stands at [a, b] as it reads b, at [b, a] as it reads a.
-                for at, (i, j) in enumerate(((b, a), (a, b))):
-                    add("pair", i, j, "closed", "zero", kl[:, p, at], np.nan, view=view_of(name))
+        blocks = [
+            block("constant", (-1, -1), "none", "none", -1, {"kl": self.constant}),
+            block("model", (-1, self.fit.depth), "none", "none", -1, {"kl": 0.0, "ce": self.model_ce}),
+        ]
+        curve = self.fit.curve()
+        for lens, read in self.lenses.items():
+            if lens in self.fit.records and self.fit.records[lens].unchanged:
+                continue  # it is the closed form
+            column = curve_column(lens) if lens in curve else lens.kind
+            measured = {name: getattr(read, name) for name in QUANTITIES if getattr(read, name) is not None}
+            for k, at in enumerate(read.cells):
+                sums = {name: values[:, k] for name, values in measured.items()}
+                blocks.append(block(column, at, lens.stage, lens.prior, lens.view, sums))
         frame = pd.concat(blocks, ignore_index=True)
         frame.insert(0, "model", model)
         frame.insert(1, "seed", seed)
-        kinds = dict.fromkeys(("model", "document", "lens", "stage", "prior"), "category")
-        sizes = dict.fromkeys(("seed", "sequence", "tokens", "bytes"), "int32")
-        sizes |= dict.fromkeys(("lens_layer", "layer", "view"), "int16") | dict.fromkeys(
-            ("kl", "ce", "movement", "top1"), "float32"
-        )
-        return frame.astype(kinds | sizes)
+        return frame.astype(TYPES)
 
 
-def view_of(name: str) -> int:
-    """Number of the rotated view that maps of this name belong to; -1 for plain ones."""
-    number = name.removeprefix("pair_").removeprefix("rotated")
-    return -1 if "rotated" not in name else int(number) if number.isdigit() else 0
+QUANTITIES = ("kl", "ce", "movement", "top1")
 
 
-def score_all(
+TYPES = {
+    **dict.fromkeys(("model", "document", "lens", "stage", "prior"), "category"),
+    **dict.fromkeys(("seed", "sequence", "tokens", "bytes"), "int32"),
+    **dict.fromkeys(("lens_layer", "layer", "view"), "int16"),
+    **dict.fromkeys(QUANTITIES, "float32"),
+}
+
+
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One part of an evaluation: how many units of progress it has, and what reads it and counts them."""
+
+    steps: int
+    read: Callable[[Tick], dict[LensId, LensSums]]
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """All that an evaluation works on."""
+
+    readout: ReadOut
+    captured: Capture
+    fit: Fit
+    memory_gib: float = float("inf")
+    """What movement is measured from is as large as the states; beyond this it is kept on disk as they are."""
+    pieces: Pieces = NOTHING_KEPT
+
+    def sums(self, name: str, lens: FittedLens, tokens: Capture) -> tuple[Array, Array]:
+        """Sums of KL and cross-entropy of a lens on its own layers, kept as a piece."""
+
+        def content() -> dict[str, Tensor]:
+            kl, ce = lens_sums(self.readout, tokens, lens, self.fit.views)
+            return {"kl": torch.from_numpy(kl), "ce": torch.from_numpy(ce)}
+
+        found = self.pieces.get(name, content)
+        return found["kl"].numpy(), found["ce"].numpy()
+
+    def chosen_matrix(self, name: str, maps: AffineMaps, tokens: Capture) -> TransferSums:
+        """The matrix of the chosen layers; ``maps``: those of these layers."""
+        whole, chosen = self.fit.headline.maps, self.fit.summary.layers
+        matrix, offset = whole.matrix.clone(), whole.offset.clone()
+        matrix[chosen], offset[chosen] = maps.matrix, maps.offset
+        return transfer_sums(
+            self.readout, tokens, AffineMaps(matrix, offset), lenses=chosen, layers=chosen,
+            memory_gib=self.memory_gib, pieces=self.pieces, name=name,
+        )  # fmt: skip
+
+
+def readings(context: EvalContext) -> Iterator[Reading]:
+    """What is read, in the order of rows: the matrix, its curve, lenses on their own layers, pairs last."""
+    summary = context.fit.summary
+    yield Reading(summary.depth + 1, partial(_matrix, context))
+    curve = sorted(summary.curve(), key=lambda lens: lens.tolerance_label)
+    for lens in curve:
+        yield Reading(1, partial(_on_the_curve, context, lens))
+    others = [lens for lens, record in summary.records.items() if not record.transfers and lens.refit < 0]
+    for lens in sorted(others, key=row_order):
+        yield Reading(1, partial(_on_own_layers, context, lens))
+
+
+def row_order(lens: LensId) -> tuple[int, str, int]:
+    """Where rows of a lens stand: lenses of one layer, of rotated views, of several layers, of pairs."""
+    reads = KINDS[lens.kind].reads
+    group = 3 if reads == "pair" else 1 if lens.view >= 0 else 0 if reads == "layer" else 2
+    return group, f"{lens.kind}{'_refined' if lens.stage == 'refined' else ''}", lens.view
+
+
+def _matrix(context: EvalContext, tick: Tick) -> dict[LensId, LensSums]:
+    """The transfer matrix: the lenses of all layers, and the logit lens as the last."""
+    fit, depth = context.fit, context.fit.summary.depth
+    sums = transfer_sums(
+        context.readout, context.captured, fit.headline.maps, memory_gib=context.memory_gib, pieces=context.pieces,
+        name="matrix", report=lambda layer: tick(f"matrix, layer {layer}"),
+    )  # fmt: skip
+
+    def rows(which: range) -> LensSums:
+        cells = list(itertools.product(which, range(depth + 1)))
+        return LensSums(cells, *(_flat(getattr(sums, name)[:, which]) for name in QUANTITIES))
+
+    return {fit.summary.headline: rows(range(depth)), LOGIT_LENS: rows(range(depth, depth + 1))}
+
+
+def _on_the_curve(context: EvalContext, lens: LensId, tick: Tick) -> dict[LensId, LensSums]:
+    """KL and movement of the chosen layers: all that is followed over tolerances, and enough rows."""
+    sums = context.chosen_matrix(f"curve-{lens}", context.fit[lens].maps, context.captured)
+    cells = [(i, j) for i in context.fit.summary.layers for j in context.fit.summary.layers]
+    tick(f"tolerance {lens.tolerance_label}")
+    return {lens: LensSums(cells, _flat(sums.kl), movement=_flat(sums.movement))}
+
+
+def _on_own_layers(context: EvalContext, lens: LensId, tick: Tick) -> dict[LensId, LensSums]:
+    fitted, kind = context.fit[lens], KINDS[lens.kind]
+    kl, ce = context.sums(f"own-{lens}", fitted, context.captured)
+    cells = [(kind.lens_layer(layer, own), layer) for own in fitted.reads for layer in own]
+    tick(str(lens))
+    return {lens: LensSums(cells, kl, None if kind.reads == "pair" else ce)}
+
+
+def _flat(matrix: Array) -> Array:
+    return matrix.reshape(len(matrix), -1)
+
+
+def evaluate(
     readout: ReadOut,
     captured: Capture,
     fit: Fit,
@@ -130,128 +216,80 @@ def score_all(
     refit_positions: int | None = None,
     memory_gib: float = float("inf"),
     pieces: Pieces = NOTHING_KEPT,
-    report: Report | None = None,
-) -> Scored:
+    progress: Progress = QUIET,
+    task: str = "score",
+) -> Evaluated:
     """Every lens of a fit on the held-out tokens; refits on at most ``refit_positions`` of each window.
 
-    What movement is measured from is as large as the states, and beyond ``memory_gib`` kept on disk as they are.
-    Finished ``pieces`` are taken up.
+    What movement is measured from is as large as the states; beyond ``memory_gib`` it is kept on disk as they are. Finished
+    ``pieces`` are taken up. ``task``: what the progress is called.
     """
-    layers, some = list(range(captured.layers)), fit.summary.layers
+    context = EvalContext(readout, captured, fit, memory_gib, pieces)
+    planned, refits = list(readings(context)), fit.summary.refits
     done = 0
+    lenses: dict[LensId, LensSums] = {}
+    with progress.task(task, sum(reading.steps for reading in planned) + refits, "readings") as shown:
 
-    def tick(what: str) -> None:
-        nonlocal done
-        done += 1
-        if report is not None:
-            report(done, what)
+        def tick(remark: str) -> None:
+            nonlocal done
+            done += 1
+            shown.update(done, remark)
 
-    def kept(name: str, tokens: Capture, maps: AffineMaps, where: Sequence[int]) -> tuple[Any, Any]:
-        def content() -> dict[str, Tensor]:
-            kl, ce = own_layer_sums(readout, tokens, maps, where)
-            return {"kl": torch.from_numpy(kl), "ce": torch.from_numpy(ce)}
-
-        found = pieces.get(name, content)
-        return found["kl"].numpy(), found["ce"].numpy()
-
-    def matrix_of(name: str, tokens: Capture, some_maps: AffineMaps) -> TransferSums:
-        """The matrix of the chosen layers."""
-        whole = AffineMaps(fit.maps["transfer"].matrix.clone(), fit.maps["transfer"].offset.clone())
-        whole.matrix[some], whole.offset[some] = some_maps.matrix, some_maps.offset
-        return transfer_sums(
-            readout, tokens, whole, lenses=some, layers=some, memory_gib=memory_gib, pieces=pieces, name=name
-        )
-
-    matrix = transfer_sums(
-        readout,
-        captured,
-        fit.maps["transfer"],
-        memory_gib=memory_gib,
-        pieces=pieces,
-        name="matrix",
-        report=lambda j: tick(f"matrix, layer {j}"),
-    )
-    views = {
-        k: RotatedView(fit.maps[f"view{k}"].matrix, fit.summary.rotated_rank) for k in range(fit.summary.rotations)
-    }
-    by_layer, pairs = {}, {}
-    for name in fit.summary.records:
-        if name.startswith("pair"):
-            maps, each = fit.maps[name], []
-            for p, (a, b) in enumerate(pairs_of(some)):
-                own = maps[[p]] if name == "pair" else rotated_maps(maps[[p]], views[view_of(name)])[[a, b]]
-                each.append(kept(f"{name}-{a}-{b}", captured, own, [a, b]))
-            pairs[name] = np.stack([e[0] for e in each], 1), np.stack([e[1] for e in each], 1)
-        elif not name.startswith("transfer"):
-            rotated = name.startswith("rotated") and name != "rotated_own"
-            maps = rotated_maps(fit.maps[name], views[view_of(name)]) if rotated else fit.maps[name]
-            by_layer[name] = kept(f"own-{name}", captured, maps, some if name == "shared_loo" else layers)
-    tick("other lenses")
-    curve = {
-        name.partition("@")[2]: vars(matrix_of(f"curve-{name}", captured, fit.maps[name]))
-        for name in fit.summary.records
-        if name.startswith("transfer@")
-    }
-    tick("curve over tolerances")
-    tokens = sums_of_all(torch.ones(len(captured)), captured)
-    sample = captured if refit_positions is None else thinned_windows(captured, refit_positions)
-    sample_tokens = sums_of_all(torch.ones(len(sample)), sample)
-
-    def means(prefix: str) -> Means:
-        """Of the fit itself (no prefix) or of a refit, on the refits' tokens."""
-        maps = {k.removeprefix(prefix): m for k, m in fit.maps.items() if k.startswith(prefix)}
-        who = prefix.rstrip(".") or "fit"
-        chosen = maps["transfer"] if prefix else maps["transfer"][some]
-        sums = matrix_of(f"{who}-matrix", sample, chosen)
-        closed = {k: kept(f"{who}-{k}", sample, maps[k], layers)[0] for k in ("own", "shared")}
-        left_out = kept(f"{who}-loo", sample, maps["shared_loo"], some)[0]
-        rotated = [
-            kept(f"{who}-rotated{k}", sample, rotated_maps(maps[f"rotated{k}"], view), layers)[0]
-            for k, view in views.items()
-        ]
-        unknown = np.full(
-            (len(sample_tokens), len(layers) + 1, len(layers) + 1), np.nan
-        )  # neither refined nor in pairs
-        block = np.ix_(range(len(sample_tokens)), some, some)
-        whole = {name: unknown.copy() for name in ("kl", "ce", "movement")}
-        for name, values in whole.items():
-            values[block] = getattr(sums, name)
-        loo = unknown[:, :-1, 0].copy()
-        loo[:, some] = left_out
-        total = Means(
-            constant=sums_of_all(sample.constant_kl, sample),
-            transfer=whole["kl"],
-            transfer_ce=whole["ce"],
-            movement=whole["movement"],
-            own=closed["own"],
-            shared=closed["shared"],
-            shared_loo=loo,
-            rotated=np.stack(rotated, 1),
-            own_refined=unknown[:, :-1, 0],
-            shared_refined=unknown[:, :-1, 0],
-            pair=unknown[:, :-1, :-1],
-            pair_rotated=unknown[:, None, :-1, :-1],
-        )
-        return Means.of_clusters(total, sample_tokens)
-
-    refits = []
-    if fit.summary.refits:
-        refits.append(means(""))
-        for n in range(fit.summary.refits):
-            refits.append(means(f"refit{n}."))
-            tick(f"refit {n}")
-    return Scored(
-        matrix=vars(matrix),
-        curve=curve,
-        layers=by_layer,
-        pairs=pairs,
+        for reading in planned:
+            lenses |= reading.read(tick)
+        means = []
+        if refits:
+            sample = captured if refit_positions is None else thinned_windows(captured, refit_positions)
+            means.append(refit_means(context, sample, -1))
+            for number in range(refits):
+                means.append(refit_means(context, sample, number))
+                tick(f"refit {number}")
+    return Evaluated(
+        lenses=lenses,
         constant=sums_of_all(captured.constant_kl, captured),
         model_ce=sums_of_all(captured.model_ce, captured),
-        tokens=tokens,
+        tokens=sums_of_all(torch.ones(len(captured)), captured),
         bytes=sums_of_all(torch.from_numpy(captured.target_bytes), captured),
-        refits={name: np.stack([getattr(m, name) for m in refits]) for name, _ in refits[0].items()} if refits else {},
+        refits={name: np.stack([getattr(m, name) for m in means]) for name, _ in means[0].items()} if means else {},
         fit=fit.summary,
     )
+
+
+def refit_means(context: EvalContext, sample: Capture, refit: int) -> Means:
+    """Means of a refit on the refits' tokens, or of the fit itself (-1); what has no refit is NaN."""
+    fit, summary = context.fit, context.fit.summary
+    chosen, depth = summary.layers, summary.depth
+    who = "fit" if refit < 0 else f"refit{refit}"
+    maps = fit.headline.maps[chosen] if refit < 0 else fit[summary.headline.of_refit(refit)].maps
+    sums = context.chosen_matrix(f"{who}-matrix", maps, sample)
+
+    def kl_of(lens: LensId) -> Array:
+        return context.sums(f"{who}-{lens}", fit[lens.of_refit(refit)], sample)[0]
+
+    sample_tokens = sums_of_all(torch.ones(len(sample)), sample)
+    unknown = np.full((len(sample_tokens), depth + 1, depth + 1), np.nan)
+    block = np.ix_(range(len(sample_tokens)), chosen, chosen)
+    whole = {name: unknown.copy() for name in ("kl", "ce", "movement")}
+    for name, values in whole.items():
+        values[block] = getattr(sums, name)
+    own, shared = kl_of(OWN), kl_of(SHARED_LENS)
+    loo = unknown[:, :-1, 0].copy()
+    loo[:, chosen] = kl_of(SHARED_LOO_LENS)
+    total = Means(
+        constant=sums_of_all(sample.constant_kl, sample),
+        transfer=whole["kl"],
+        transfer_ce=whole["ce"],
+        movement=whole["movement"],
+        own=own,
+        shared=shared,
+        shared_loo=loo,
+        rotated=np.stack([kl_of(SHARED_LENS.of_view(k)) for k in range(summary.rotations)], 1),
+        own_refined=unknown[:, :-1, 0],
+        shared_refined=unknown[:, :-1, 0],
+        pair=unknown[:, :-1, :-1],
+        pair_rotated=unknown[:, None, :-1, :-1],
+    )
+    return Means.of_clusters(total, sample_tokens)
 
 
 def thinned_windows(captured: Capture, positions: int) -> Capture:

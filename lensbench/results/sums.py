@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lensbench.data.corpus import clusters_of
 from lensbench.errors import LensbenchError
+from lensbench.lenses.lens import tolerance_in
 from lensbench.measures.means import Means
 
 
@@ -63,9 +64,9 @@ class ClusterSums:
         pairs = sequences[sequences["lens"] == "pair"]
         pair_views = range(int(pairs["view"].max()) + 1)
         curve = {}
-        for lens in sorted(label for label in sequences["lens"].unique() if str(label).startswith("tuned@")):
+        for lens in sorted(label for label in sequences["lens"].unique() if tolerance_in(label)):
             rows = sequences[sequences["lens"] == lens]
-            curve[lens.removeprefix("tuned@")] = grid("kl", rows), grid("movement", rows)
+            curve[tolerance_in(lens) or ""] = grid("kl", rows), grid("movement", rows)
 
         views = range(int(sequences["view"].max()) + 1)
         totals = Means(

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from lensbench.data.corpus import clusters_of
-from lensbench.lenses.fit import FitSummary, LensRecord, pairs_of
+from lensbench.lenses.fit import FIT_SUMMARY, FitSummary
+from lensbench.lenses.kinds import layer_kinds
+from lensbench.lenses.lens import LensId
+from lensbench.lenses.pairs import PAIR_LENS, pairs_of
+from lensbench.lenses.recipe import LensStage, Prior, Tolerance
 from lensbench.measures.formulas import pair_penalty
 from lensbench.measures.indices import (
     INDICES,
@@ -73,7 +77,7 @@ class Part:
             seed,
             sequences,
             json.loads((scoring / "model.json").read_text()) | {k: v for k, v in origin.items() if v is not None},
-            FitSummary.load(fitting / "fit.json"),
+            FitSummary.load(fitting / FIT_SUMMARY),
             kept,
             probes,
             known,
@@ -139,7 +143,7 @@ def tables(
         of_part = index_estimates(part, sample)
         found.setdefault(part.model, []).append(of_part)
         rows["indices.csv"] += [who | row for row in index_rows(of_part, part)]
-    matrices = {part.model: part.fit.records["transfer"] for part in parts}
+    matrices = {part.model: part.fit.headline for part in parts}
     for model, per_seed in found.items():
         if len(per_seed) > 1:
             means = rows_over_seeds(per_seed, matrices[model])
@@ -229,7 +233,7 @@ def similarity_of(part: Part) -> NDArray[np.float64] | None:
     found = next((m for m in part.probes if isinstance(m, Measured) and "covariance_similarity" in m.quantity), None)
     if found is None:
         return None
-    layers = len(part.fit.records["own"].ridge)
+    layers = part.fit.depth
     matrix = np.eye(layers)
     with np.errstate(
         invalid="ignore", divide="ignore"
@@ -278,19 +282,9 @@ def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
 
 def lens_rows(part: Part, weights: NDArray[np.float64], *, with_null: bool = True) -> Iterator[dict[str, Any]]:
     """``lenses.csv``: every lens at the layers it is meant for, and ``with_null`` those of the null's first random basis."""
-    kept = part.sequences[part.sequences["lens"].isin(["logit", "tuned", "shared", "shared_bias", "shared_loo"])]
+    kept = part.sequences[part.sequences["lens"].isin([kind.name for kind in layer_kinds()])]
     of_the_matrix = (kept["lens"] == "tuned") & (kept["prior"] == "identity")
     kept = kept[~of_the_matrix & (kept["view"] <= (0 if with_null else -1))]
-    records = {
-        (r.lens, r.stage): r
-        for name, r in part.fit.records.items()
-        if not name.startswith(("rotated", "transfer", "pair"))
-    }
-    rotated = {part.fit.records[name].lens: part.fit.records[name] for name in ("rotated_own", "rotated0")}
-
-    def where(lens: str, layer: int) -> int:
-        return part.fit.layers.index(layer) if lens == "shared_loo" else layer
-
     keys = ["view", "lens", "stage", "prior", "layer"]
     for key, group in kept.groupby(keys, observed=True, sort=True):
         view, lens, stage, prior, layer = cast(tuple[int, str, str, str, int], key)
@@ -301,16 +295,16 @@ def lens_rows(part: Part, weights: NDArray[np.float64], *, with_null: bool = Tru
         for name in ("kl", "ce"):
             low, mean, high = ratio_with_interval(sums[name].to_numpy(float), tokens, weights)
             row |= {name: float(mean), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
-        chosen = rotated.get(lens) if view == 0 else records.get((lens, stage))
+        chosen = part.fit.records.get(LensId(lens, cast(Prior, prior), cast(LensStage, stage), view=view))
         for column in ("ridge", "pad", "fit_kl", "dev_kl"):
-            row[column] = None if chosen is None else getattr(chosen, column)[where(lens, layer)]
+            row[column] = None if chosen is None else chosen.at(layer, column)
         yield row
 
 
 def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
     """``transfer.csv``: the transfer matrix."""
-    matrix = part.fit.records["transfer"]
-    layers = len(matrix.ridge)
+    matrix, layers = part.fit.headline, part.fit.depth
+    ridges = part.fit.records[matrix].ridge
     values = {}
     for name, array in (
         ("kl", sums.totals.transfer),
@@ -335,20 +329,20 @@ def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -
                 "stream_layer": j,
                 "stage": matrix.stage,
                 "prior": matrix.prior,
-                "ridge": matrix.ridge[i] if fitted else None,
-                "tolerance": matrix.tolerance if matrix.stage == "closed" else None,
+                "ridge": ridges[i] if fitted else None,
+                "tolerance": matrix.tolerance,
                 **{name: float(array[i, j]) for name, array in values.items()},
             }
 
 
 def tolerance_rows(part: Part, sample: Sample, largest_ridge: float | None = None) -> Iterator[dict[str, Any]]:
     """``tolerances.csv``: what a fixed lens sees, over the loss that its ridge may cost on its own layer."""
-    matrix, sums = part.fit.records["transfer"], sample.sums
-    label = f"{matrix.tolerance:g}" if matrix.stage == "closed" else matrix.stage
+    matrix, sums = part.fit.headline, sample.sums
+    label = matrix.tolerance_label
     matrices = {label: (sums.totals.transfer, sums.totals.movement)} | sums.curve
     for tolerance, (kl, moved) in sorted(matrices.items(), key=lambda item: tolerance_order(item[0])):
         of_the_matrix = tolerance == label
-        how, at_the_end = how_at_tolerance(part, tolerance, of_the_matrix, largest_ridge)
+        how, at_the_end = how_at_tolerance(part, tolerance, largest_ridge)
         own = np.diagonal(kl[block_of(part, sums.tokens)], axis1=1, axis2=2).mean(1)
         own_low, own_kl, own_high = ratio_with_interval(own, sums.tokens, sample.weights)
         here, there = means_of_block(part, sample, kl, moved)
@@ -379,18 +373,16 @@ def block_of(part: Part, rows: Sized) -> tuple[NDArray[np.int_], ...]:
     return np.ix_(range(len(rows)), part.fit.layers, part.fit.layers)
 
 
-def how_at_tolerance(
-    part: Part, tolerance: str, of_the_matrix: bool, largest_ridge: float | None
-) -> tuple[dict[str, Any], str]:
+def how_at_tolerance(part: Part, tolerance: str, largest_ridge: float | None) -> tuple[dict[str, Any], str]:
     """How the lenses at a tolerance were fitted, and a warning where some lie at the end of the ridge path."""
-    some, matrix = part.fit.layers, part.fit.records["transfer"]
-    record = part.fit.records["transfer" if of_the_matrix else f"transfer@{tolerance}"]
-    ridges = [record.ridge[k] for k in some] if of_the_matrix else record.ridge
+    some = part.fit.layers
+    lens = next(x for x in (part.fit.headline, *part.fit.curve()) if x.tolerance_label == tolerance)
+    ridges = [part.fit.records[lens].at(layer, "ridge") for layer in some]
     ended = sum(r == largest_ridge for r in ridges if r is not None)
     how = {
         "layers": " ".join(map(str, some)),
-        "stage": matrix.stage if of_the_matrix else "closed",
-        "prior": record.prior,
+        "stage": lens.stage,
+        "prior": lens.prior,
         "ridge": " ".join("" if r is None else f"{r:g}" for r in ridges),
     }
     return how, f"{ended} of {len(some)} lenses at the end of the ridge path: they may cost less" if ended else ""
@@ -437,7 +429,7 @@ def pair_rows(part: Part, point: Means, drawn: Means) -> Iterator[dict[str, Any]
         return pair_penalty(m.own, m.pair), rotated.mean(-2)
 
     here, there = penalties(point), penalties(drawn)
-    record = part.fit.records["pair"]
+    record = part.fit.records[PAIR_LENS]
     for p, (i, j) in enumerate(pairs_of(part.fit.layers)):
         row: dict[str, Any] = {"layer_i": i, "layer_j": j, "ridge": record.ridge[p], "pad": record.pad[p]}
         row |= {"kl_i": float(point.pair[j, i]), "kl_j": float(point.pair[i, j])}
@@ -449,7 +441,7 @@ def pair_rows(part: Part, point: Means, drawn: Means) -> Iterator[dict[str, Any]
 
 def index_rows(found: dict[str, Estimate], part: Part) -> Iterator[dict[str, Any]]:
     """``indices.csv`` of one model and seed."""
-    matrix = part.fit.records["transfer"]
+    matrix = part.fit.headline
     refitted = {name: value.value for name, value in values_of(Means(**part.refits)).items()} if part.refits else {}
     if matrix.stage == "loaded":  # refits leave the matrix's lenses as they are
         refitted = {name: spread for name, spread in refitted.items() if INDICES[name].stage != "matrix"}
@@ -460,13 +452,13 @@ def index_rows(found: dict[str, Estimate], part: Part) -> Iterator[dict[str, Any
         yield index_row(name, Estimate(facts[name], None, None, "a fact of the stream, not an estimate"), matrix)
 
 
-def index_row(name: str, one: Estimate, matrix: LensRecord) -> dict[str, Any]:
-    """One row; ``matrix`` is how the lenses of the transfer matrix were fitted."""
+def index_row(name: str, one: Estimate, matrix: LensId) -> dict[str, Any]:
+    """One row; ``matrix``: the lenses of the transfer matrix."""
     index = find_index(name)
     stage: str = index.stage
-    tolerance: float | None = 0.0
+    tolerance: Tolerance | None = 0.0
     if index.stage == "matrix":
-        stage, tolerance = matrix.stage, matrix.tolerance if matrix.stage == "closed" else None
+        stage, tolerance = matrix.stage, matrix.tolerance
     return {
         "index": name,
         "value": one.value,
@@ -480,7 +472,7 @@ def index_row(name: str, one: Estimate, matrix: LensRecord) -> dict[str, Any]:
     }
 
 
-def rows_over_seeds(per_seed: list[dict[str, Estimate]], matrix: LensRecord) -> Iterator[dict[str, Any]]:
+def rows_over_seeds(per_seed: list[dict[str, Estimate]], matrix: LensId) -> Iterator[dict[str, Any]]:
     """``seed = all``: the mean over seeds with a Student-t interval; undefined where it is undefined for a seed."""
     for name in per_seed[0]:
         values = [e[name].value for e in per_seed]

@@ -4,18 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from lensbench.errors import LensbenchError
-from lensbench.lenses.fit import Fit, fit_all, fit_steps
-from lensbench.lenses.maps import AffineMaps, save_maps
+from lensbench.lenses.fit import FIT_FORMAT, fit
+from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
-from lensbench.lenses.tuned import SharedLens, load_tuned_lens, maps_of, save_tuned_lens, tuned_lens
+from lensbench.lenses.planning import FitContext
+from lensbench.lenses.tuned import load_tuned_lens, maps_of
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
 from lensbench.run.inputs import data_of
 from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.run.sources import lens_identity
-from lensbench.runtime.files import write_json
 from lensbench.runtime.stages import Pieces, Stage
-from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.recipes import ModelRecipe
@@ -50,12 +49,12 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
             view.save(folder / ROTATION)
             captured, dev = view.apply(captured), view.apply(dev)
         pieces = Pieces(folder / "pieces", context.ranks)
-        steps = fit_steps(recipe, stream.layers, loaded=loaded is not None)
-        with context.progress.task(f"fit-{who}", steps, "lenses") as task:
-            fitted = fit_all(
-                readout, captured, dev, recipe, seed=seed, loaded=loaded, pieces=pieces, report=task.update
-            )
-        save_fit(fitted, readout, folder, label_of(context, model, origin))
+        work = FitContext.of(
+            readout, captured, dev, recipe, seed=seed, loaded=loaded, pieces=pieces, progress=context.progress
+        )
+        fitted = fit(work, task=f"fit-{who}")
+        fitted.save(folder)
+        fitted.export(folder, readout, model_name=label_of(context, model, origin))
         pieces.clear()
 
     key: dict[str, Any] = {
@@ -64,6 +63,7 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
         "length": context.suite.length,
         "view": model.view,
         "fit": recipe.model_dump(exclude={"memory_gib"}),
+        "format": FIT_FORMAT,
         "seed": seed,
         "first_position": context.suite.evaluate.first_position,
     }
@@ -72,17 +72,6 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
     if model.lens is not None:
         key["lens"] = lens_identity(model.lens)
     return context.stage(f"fit-{who}", key, compute, together=True)
-
-
-def save_fit(fitted: Fit, readout: ReadOut, folder: Path, label: str) -> None:
-    """Write all maps, their summary, and the lenses that others load, in the format of tuned-lens."""
-    maps = fitted.maps
-    save_maps(maps, folder / "maps.safetensors")
-    write_json(folder / "fit.json", fitted.summary.model_dump())
-    save_tuned_lens(tuned_lens(readout, maps["own_refined"], model_name=label), folder / "tuned")
-    save_tuned_lens(tuned_lens(readout, maps["transfer"], model_name=label), folder / "tuned_headline")
-    SharedLens.from_maps(readout, maps["shared_refined"]).save(folder / "shared")
-    SharedLens.from_maps(readout, maps["shared_bias"]).save(folder / "shared_bias")
 
 
 def label_of(context: Context, model: ModelRecipe, origin: Origin) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lensbench.errors import LensbenchError
-from lensbench.lenses.maps import load_maps
+from lensbench.lenses.fit import Fit
 from lensbench.measures.transfer import penalties, transfer_sums
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
@@ -67,7 +67,7 @@ def planning(context: Context, model: ModelRecipe, seed: int) -> Stage:
 def scored_pilot(context: Context, model: ModelRecipe, seed: int, count: int) -> Pilot:
     """Widths of the penalties' intervals on at most ``count`` held-out sequences."""
     fitted, who = fitting(context, model, seed), f"{model.name}-seed{seed}"
-    maps = load_maps(fitted.folder / "maps.safetensors")["transfer"]
+    maps = Fit.load(fitted.folder).headline.maps
     stream = stream_of(context, origin_of(context, model, seed), model.view)
     start = time.perf_counter()
     samples = eval_samples(context, data_of(context, model), count)

@@ -5,12 +5,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from lensbench.data.inputs import Texts
 from lensbench.data.samples import Samples
-from lensbench.lenses.fit import FitSummary
-from lensbench.lenses.maps import load_maps
+from lensbench.lenses.fit import Fit
+from lensbench.lenses.per_layer import OWN
+from lensbench.lenses.shared import SHARED_LENS
 from lensbench.probes.registry import PROBES, Found, load_found
 from lensbench.probes.subject import ReadText, Subject
 from lensbench.run.capturing import captured_states
@@ -65,7 +64,7 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
     fitted, data, recipe = fitting(context, model, seed), data_of(context, model), context.suite.fit
     who, rotation = f"{model.name}-seed{seed}", rotation_of(fitted)
     stream = stream_of(context, origin_of(context, model, seed), model.view)
-    kept, maps = FitSummary.load(fitted.folder / "fit.json"), load_maps(fitted.folder / "maps.safetensors")
+    fit = Fit.load(fitted.folder)
     scored = eval_samples(context, data, probe_sequences(context))
     samples: dict[str, Callable[[], Samples]] = {
         "fit": lambda: data.samples("fit", recipe.sequences, recipe.positions),
@@ -75,7 +74,7 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
 
     @cache
     def read(split: str) -> tuple[Capture, ReadOut]:
-        constant = None if split == "fit" else torch.tensor(kept.constant)
+        constant = None if split == "fit" else fit.constant
         name = f"capture-probe-{split}-{who}"
         return captured_states(context, stream, samples[split](), name=name, constant=constant, rotation=rotation)
 
@@ -92,12 +91,12 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
     return Subject(
         stream.with_readout(read("eval")[1]) if on_gpu else stream,
         scored,
-        kept.layers,
-        maps["transfer"],
+        fit.summary.layers,
+        fit.headline.maps,
         model.rotated,
         lambda split: read(split)[0],
-        maps["own"],
-        maps["shared"],
+        fit[OWN].maps,
+        fit[SHARED_LENS].maps,
         ReadText(data.samples("fit", recipe.sequences, recipe.positions), data.bigram, data.tokenizer)
         if isinstance(data, Texts)
         else None,

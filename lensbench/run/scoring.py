@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lensbench.lenses.fit import Fit, FitSummary
-from lensbench.lenses.maps import load_maps
-from lensbench.measures.evaluate import score_all, score_steps
+from lensbench.lenses.fit import Fit
+from lensbench.measures.evaluate import evaluate
 from lensbench.models import count_parameters
 from lensbench.results.folder import write_sequences
 from lensbench.run.capturing import captured_states
@@ -25,11 +24,11 @@ from lensbench.suite.recipes import ModelRecipe
 def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
     """The stage that scores a model's fitted lenses, for one view and seed."""
     origin, fitted = origin_of(context, model, seed), fitting(context, model, seed)
-    recipe, evaluate = context.suite.fit, context.suite.evaluate
+    recipe, settings = context.suite.fit, context.suite.evaluate
     who = f"{model.name}-seed{seed}"
 
     def compute(folder: Path) -> None:
-        fit = Fit(load_maps(fitted.folder / "maps.safetensors"), FitSummary.load(fitted.folder / "fit.json"))
+        fit = Fit.load(fitted.folder)
         stream = stream_of(context, origin, model.view)
         samples = eval_samples(context, data_of(context, model))
         captured, readout = captured_states(
@@ -42,22 +41,22 @@ def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
             ranks=context.ranks,
         )
         pieces = Pieces(folder / "pieces", context.ranks)
-        with context.progress.task(f"score-{who}", score_steps(recipe, stream.layers), "matrices") as task:
-            scored = score_all(
-                readout,
-                captured,
-                fit,
-                refit_positions=evaluate.refit_positions,
-                memory_gib=recipe.memory_gib,
-                pieces=pieces,
-                report=task.update,
-            )
-        write_sequences(folder / "sequences.parquet", scored.frame(samples, model=model.name, seed=seed))
-        save_file({k: torch.from_numpy(v) for k, v in scored.refits.items()}, folder / "refits.safetensors")
+        evaluated = evaluate(
+            readout,
+            captured,
+            fit,
+            refit_positions=settings.refit_positions,
+            memory_gib=recipe.memory_gib,
+            pieces=pieces,
+            progress=context.progress,
+            task=f"score-{who}",
+        )
+        write_sequences(folder / "sequences.parquet", evaluated.frame(samples, model=model.name, seed=seed))
+        save_file({k: torch.from_numpy(v) for k, v in evaluated.refits.items()}, folder / "refits.safetensors")
         write_json(folder / "model.json", model_facts(origin, stream))
         pieces.clear()
 
-    key: dict[str, Any] = {"fit": fitted.digest, "evaluate": evaluate.scored}
+    key: dict[str, Any] = {"fit": fitted.digest, "evaluate": settings.scored}
     if context.sequences is not None:
         key["sequences"] = context.sequences
     return context.stage(f"score-{who}", key, compute, together=True)

@@ -23,13 +23,16 @@ from scipy.stats import binomtest
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.closed import fit_rotated
-from lensbench.lenses.fit import Fit, fit_all
+from lensbench.lenses.fit import Fit, fit
 from lensbench.lenses.maps import AffineMaps, rotated_maps
 from lensbench.lenses.moments import Moments
+from lensbench.lenses.per_layer import OWN
+from lensbench.lenses.planning import FitContext
 from lensbench.lenses.read import score
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.search import DevSearch, pad_direction
-from lensbench.measures.evaluate import score_all
+from lensbench.lenses.shared import SHARED_LENS
+from lensbench.measures.evaluate import evaluate
 from lensbench.measures.formulas import consistency, retention
 from lensbench.measures.indices import INDICES, estimates
 from lensbench.measures.means import Means, Value, with_last
@@ -138,8 +141,8 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
     captured = stream.capture(recipe.fit_tokens, seed=10 * seed + 1)
     dev = stream.capture(recipe.dev_tokens, seed=10 * seed + 2, constant=captured.mean_p)
     scored = stream.capture(job.tokens, seed=10 * seed + 3, constant=captured.mean_p)
-    fit = fit_all(stream.readout, captured, dev, recipe.fit, seed=seed)
-    frame = score_all(stream.readout, scored, fit).frame(windows_of(scored), model=job.family, seed=seed)
+    lenses = fit(FitContext.of(stream.readout, captured, dev, recipe.fit, seed=seed))
+    frame = evaluate(stream.readout, scored, lenses).frame(windows_of(scored), model=job.family, seed=seed)
     sums = ClusterSums.of(frame)
     weights = bootstrap_weights(len(sums.tokens), recipe.draws, seed)
     point, drawn = (Means.of_clusters(sums.totals, sums.tokens, w) for w in (None, weights))
@@ -150,8 +153,8 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
     }  # fmt: skip
     truth = {}
     if recipe.fresh:
-        views = views_of(stream, fit, captured, dev, recipe, seed)
-        truth = true_indices(stream, fit, views, captured.mean_p, recipe.fresh * job.tokens, seed)
+        views = views_of(stream, lenses, captured, dev, recipe, seed)
+        truth = true_indices(stream, lenses, views, captured.mean_p, recipe.fresh * job.tokens, seed)
     for name in JUDGED:
         e = found[name]
         row |= {name: e.value, f"{name}_ci_low": e.low, f"{name}_ci_high": e.high, f"{name}_true": truth.get(name)}
@@ -168,13 +171,12 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
 
 
 def views_of(
-    stream: SyntheticStream, fit: Fit, captured: Capture, dev: Capture, recipe: Calibration, seed: int
+    stream: SyntheticStream, lenses: Fit, captured: Capture, dev: Capture, recipe: Calibration, seed: int
 ) -> list[AffineMaps]:
     """The shared lens of every rotated view as maps of plain states: the fit's own views, then new ones."""
     moments = Moments.of(captured)
     search = DevSearch(stream.readout, dev, recipe.fit, pad_direction(stream.readout, captured.states[-1]))
-    rank, count = fit.summary.rotated_rank, fit.summary.rotations
-    maps = [rotated_maps(fit.maps[f"rotated{k}"], RotatedView(fit.maps[f"view{k}"].matrix, rank)) for k in range(count)]
+    maps = [lenses[SHARED_LENS.of_view(k)].to_plain(0, lenses.views) for k in range(len(lenses.views))]
     for k in range(recipe.new_views):
         view = RotatedView.random(moments.covariance, seed=NEW_VIEWS + 1000 * seed + k, variance=recipe.fit.variance)
         maps.append(rotated_maps(fit_rotated(search, moments.rotated(view), view).maps, view))
@@ -186,7 +188,7 @@ NEW_VIEWS = 500_000_000
 
 
 def true_indices(
-    stream: SyntheticStream, fit: Fit, views: list[AffineMaps], constant: torch.Tensor, tokens: int, seed: int
+    stream: SyntheticStream, lenses: Fit, views: list[AffineMaps], constant: torch.Tensor, tokens: int, seed: int
 ) -> dict[str, float]:
     """The indices of the fitted lenses on fresh tokens: what intervals over documents are intervals for.
 
@@ -194,7 +196,7 @@ def true_indices(
     the tokens that it was read on.
     """
     layers = list(range(stream.layers))
-    size = fit.summary.rotations
+    size = len(lenses.views)
     groups = [list(range(start, min(start + size, len(views)))) for start in range(0, len(views), size)]
     totals: dict[str, Any] = {}
     of_views, own_there, constant_there = (np.zeros((len(views), n)) for n in (stream.layers, stream.layers, 1))
@@ -202,9 +204,9 @@ def true_indices(
     while done < tokens or number < len(groups):
         count = min(FRESH_BLOCK, -(-tokens // len(groups)))
         block = stream.capture(count, seed=10 * seed + 1_000_000 + number, constant=constant)
-        matrix = transfer_sums(stream.readout, block, fit.maps["transfer"], lenses=layers, layers=layers)
+        matrix = transfer_sums(stream.readout, block, lenses.headline.maps, lenses=layers, layers=layers)
         group = groups[number % len(groups)]
-        read = [fit.maps["own"], fit.maps["shared"], *(views[k] for k in group)]
+        read = [lenses[OWN].maps, lenses[SHARED_LENS].maps, *(views[k] for k in group)]
         kl = kl_of_readers(stream, block, read)
         parts = {
             "constant": float(block.constant_kl.double().sum()),

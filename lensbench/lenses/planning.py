@@ -1,0 +1,190 @@
+"""What fitting works on, the jobs that it consists of, and what a kind of lens has to say of itself."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal
+
+from torch import Tensor
+
+from lensbench.lenses.closed import ClosedForms
+from lensbench.lenses.lens import FittedLens, LensId, LensRecord, joined
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import Moments
+from lensbench.lenses.recipe import FitRecipe, spread_layers
+from lensbench.lenses.search import Choice, DevSearch, pad_direction
+from lensbench.runtime.progress import QUIET, Progress
+from lensbench.runtime.stages import NOTHING_KEPT, Pieces
+from lensbench.streams.capture import Capture
+from lensbench.streams.readout import ReadOut
+from lensbench.streams.rotated import RotatedView
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """All that a fit of one view of a model works on; jobs leave their lenses in it for later ones."""
+
+    readout: ReadOut
+    fit: Capture
+    dev: Capture
+    moments: Moments
+    """Of the layers 0..L-1 over the fitting tokens."""
+    search: DevSearch
+    recipe: FitRecipe
+    seed: int
+    views: list[RotatedView]
+    """The random bases of the null."""
+    loaded: AffineMaps | None = None
+    """Lenses of others, one per layer, for the transfer matrix instead of fitting them."""
+    pieces: Pieces = NOTHING_KEPT
+    progress: Progress = QUIET
+    parts: dict[LensId, list[FittedLens]] = field(default_factory=dict)
+    searched: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """What jobs found that fitted no lens, by their names."""
+    _turned: dict[int, Moments] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        readout: ReadOut,
+        fit: Capture,
+        dev: Capture,
+        recipe: FitRecipe,
+        *,
+        seed: int,
+        loaded: AffineMaps | None = None,
+        pieces: Pieces = NOTHING_KEPT,
+        progress: Progress = QUIET,
+    ) -> "FitContext":
+        """A fit from its fitting and dev tokens; ``loaded``: per-layer lenses of others for the transfer matrix."""
+        moments = Moments.of(fit)
+        search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1], fit.ranks))
+        views = [
+            RotatedView.random(moments.covariance, seed=1000 * seed + k, variance=recipe.variance)
+            for k in range(recipe.rotations)
+        ]
+        return cls(readout, fit, dev, moments, search, recipe, seed, views, loaded, pieces, progress)
+
+    @property
+    def layers(self) -> list[int]:
+        """All layers that lenses are fitted at, 0..L-1."""
+        return list(range(self.fit.layers))
+
+    @property
+    def chosen(self) -> list[int]:
+        """The layers of what takes long: curve over tolerances, leave-one-out, pairs, refits of the matrix."""
+        return spread_layers(self.fit.layers, self.recipe.layers)
+
+    @property
+    def pair_rotations(self) -> int:
+        """How many rotated views get lenses of pairs."""
+        return min(self.recipe.pair_rotations, self.recipe.rotations)
+
+    def lens(self, lens: LensId) -> FittedLens:
+        """A lens that an earlier job fitted."""
+        return joined(self.parts[lens])
+
+    def choice(self, lens: LensId) -> Choice:
+        """What dev chose for the first map of a fitted lens: where the search for a similar one begins."""
+        record = self.parts[lens][0].record
+        ridge, pad = record.ridge[0], record.pad[0]
+        assert ridge is not None and pad is not None
+        return Choice(ridge, pad, float("nan"))
+
+    def rotated(self, view: int) -> Moments:
+        """The moments of a rotated view.
+
+        Those that pairs are fitted to are kept: each takes as much memory as the moments themselves.
+        """
+        if view in self._turned:
+            return self._turned[view]
+        moments = self.moments.rotated(self.views[view])
+        if view < max(1, self.pair_rotations):
+            self._turned[view] = moments
+        return moments
+
+
+class Phase(IntEnum):
+    """When a job runs: a later phase may use what an earlier one fitted."""
+
+    MATRIX = 0
+    CLOSED = 1
+    NULL = 2
+    NULL_CHECK = 3
+    PAIRS = 4
+    REFITS = 5
+    REFINED = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of a fit, kept as a finished piece under its name.
+
+    ``run(say)`` returns tensors: those of lenses (:meth:`FittedLens.tensors`), or whatever later jobs ask
+    :attr:`FitContext.searched` for. ``say`` shows a remark while a long job runs.
+    """
+
+    name: str
+    phase: Phase
+    remark: str
+    run: Callable[[Callable[[str], None]], dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, name: str, phase: Phase, remark: str, fit: Callable[[], FittedLens]) -> "Job":
+        """A job that fits a lens, or a part of one: parts of the same lens are joined in the order of their jobs."""
+        return cls(name, phase, remark, lambda say: fit().tensors())
+
+
+def closed_lens(
+    lens: LensId,
+    reads: Sequence[Sequence[int]],
+    solved: ClosedForms,
+    *,
+    transfers: bool = False,
+    basis: Literal["plain", "view"] = "plain",
+) -> FittedLens:
+    """Solved regressions as a lens: map m reads the layers ``reads[m]``."""
+    record = LensRecord(
+        lens=lens, reads=[list(own) for own in reads], transfers=transfers, basis=basis,
+        ridge=list(solved.ridges), pad=list(solved.pads),
+    )  # fmt: skip
+    return FittedLens(record, solved.maps)
+
+
+def no_jobs(context: FitContext) -> list[Job]:
+    """Nothing: of a kind that needs no fitting."""
+    return []
+
+
+def no_refits(context: FitContext, moments: Moments, refit: int) -> list[FittedLens]:
+    """Nothing: of a kind that is not fitted again to resampled documents."""
+    return []
+
+
+@dataclass(frozen=True)
+class LensKind:
+    """A kind of lens: how it is fitted, how it is read, and how it looks."""
+
+    name: str
+    """As in the column ``lens`` of tables: lower-case letters, digits and underscores."""
+    label: str
+    """Its name in figures."""
+    colour: str
+    reads: Literal["layer", "layers", "pair"]
+    """What one map is for: one layer, several layers alike, or the two layers of a pair."""
+    note: str = ""
+    """What the description of the tables adds to its name."""
+    dash: str = ""
+    """Dashes of its curve on the page, as SVG's ``stroke-dasharray``."""
+    on_page: bool = True
+    """Whether the page draws its curve; figures draw all."""
+    plan: Callable[[FitContext], Sequence[Job]] = no_jobs
+    """The jobs that fit lenses of this kind."""
+    refit: Callable[[FitContext, Moments, int], Sequence[FittedLens]] = no_refits
+    """Its closed forms again from the moments of resampled documents, at the ridges and pads chosen before."""
+
+    def lens_layer(self, layer: int, own: Sequence[int]) -> int:
+        """The column ``lens_layer`` of a map for the layers ``own`` as it reads one of them; -1 where none applies."""
+        if self.reads == "pair":
+            return own[1] if layer == own[0] else own[0]
+        return layer if self.reads == "layer" else -1
