@@ -6,14 +6,14 @@ import torch
 from helpers.gpt_windows import windows
 
 from lensbench.data.recipe import TrainingRecipe
-from lensbench.lenses.fit import fit_all
+from lensbench.lenses.fit import fit as fit_lenses
 from lensbench.lenses.moments import Moments
+from lensbench.lenses.planning import FitContext
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.measures.evaluate import score_all
+from lensbench.measures.evaluate import evaluate
 from lensbench.models import build
 from lensbench.models.training import train
 from lensbench.streams.capture import capture
-from lensbench.streams.kl import choose_product_dtype
 from lensbench.streams.stream import ResidualStream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: CUDA is not compared with the CPU")
@@ -33,7 +33,8 @@ def scored(device: str, dtype: torch.dtype = torch.float32):
     fit, dev = capture(stream, windows(0, 40)), capture(stream, windows(1, 20))
     dtype = choose_product_dtype(stream.readout, stream.readout.final_norm(fit.states[-1]))
     readout = stream.readout.with_products_in(dtype)
-    return Moments.of(fit), score_all(readout, dev, fit_all(readout, fit, dev, RECIPE, seed=0))
+    lenses = fit_lenses(FitContext.of(readout, fit, dev, RECIPE, seed=0))
+    return Moments.of(fit), evaluate(readout, dev, lenses)
 
 
 def test_moments_and_matrices_agree_with_the_cpu():
@@ -42,7 +43,7 @@ def test_moments_and_matrices_agree_with_the_cpu():
         torch.testing.assert_close(getattr(here, name), getattr(there, name), rtol=1e-4, atol=1e-4)
     tokens = theirs.tokens[:, None, None]
     for name in ("kl", "ce"):
-        difference = np.abs(ours.matrix[name] - theirs.matrix[name]).sum(0) / tokens.sum()
+        difference = np.abs(ours.matrix(name) - theirs.matrix(name)).sum(0) / tokens.sum()
         assert difference.max() < 5e-3, name  # nats per token; log-partitions may be made in bfloat16
 
 
@@ -50,7 +51,7 @@ def test_a_model_in_bfloat16_is_read_in_float32_where_it_matters():
     (_, half), (_, whole) = scored("cuda", torch.bfloat16), scored("cpu")
     difference = np.abs(half.model_ce - whole.model_ce).sum() / whole.tokens.sum()
     assert difference < 0.05
-    assert np.isfinite(half.matrix["kl"]).all()
+    assert np.isfinite(half.matrix("kl")).all()
 
 
 def test_a_few_training_steps_agree_with_the_cpu(tmp_path):

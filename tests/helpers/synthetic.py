@@ -10,12 +10,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from helpers.progress import Steps
 from lensbench import statistics
-from lensbench.lenses.fit import Fit, fit_all
+from lensbench.lenses.fit import Fit, fit
 from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.per_layer import MATRIX_LENSES
+from lensbench.lenses.planning import FitContext
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures import indices
-from lensbench.measures.evaluate import Scored, score_all
+from lensbench.measures.evaluate import Evaluated, evaluate
 from lensbench.measures.means import Estimate, Means
 from lensbench.results.sums import ClusterSums
 from lensbench.results.tables import Part
@@ -88,9 +91,9 @@ class Measured:
     held_out: Capture
     recipe: FitRecipe
     fit: Fit
-    scored: Scored
+    scored: Evaluated
     frame: pd.DataFrame
-    steps: list[int]
+    steps: Steps
 
     def part(self, model: str, seed: int) -> Part:
         facts = {
@@ -104,13 +107,11 @@ def measure(stream, recipe, *, tokens=(4000, 800, 2000), seed=0, name="it", load
     captured = stream.capture(tokens[0], seed=10 * seed + 1)
     dev = stream.capture(tokens[1], seed=10 * seed + 2, constant=captured.mean_p)
     held_out = stream.capture(tokens[2], seed=10 * seed + 3, constant=captured.mean_p)
-    steps: list[int] = []
-    fit = fit_all(
-        stream.readout, captured, dev, recipe, seed=seed, loaded=loaded, report=lambda done, what: steps.append(done)
-    )
-    scored = score_all(stream.readout, held_out, fit)
+    steps = Steps()
+    lenses = fit(FitContext.of(stream.readout, captured, dev, recipe, seed=seed, loaded=loaded, progress=steps))
+    scored = evaluate(stream.readout, held_out, lenses)
     frame = scored.frame(windows_of(held_out), model=name, seed=seed)
-    return Measured(stream, captured, dev, held_out, recipe, fit, scored, frame, steps)
+    return Measured(stream, captured, dev, held_out, recipe, lenses, scored, frame, steps)
 
 
 CLOSED = FitRecipe(
@@ -142,6 +143,10 @@ def deep() -> Measured:
     """One with more layers than the dear parts look at: of its five those 0, 2 and 4."""
     stream = SyntheticStream("fresh", d=12, layers=5, vocab=30, seed=3)
     return measure(stream, DEEP, tokens=(640, 320, 640))
+
+
+HEADLINE = MATRIX_LENSES.within(0.02)
+"""The lenses of the transfer matrix, by the default recipe."""
 
 
 DRAWS = 300

@@ -23,7 +23,11 @@ from tuned_lens.plotting import PredictionTrajectory
 from lensbench.data import corpus
 from lensbench.data.windows import sample_windows, tokenize
 from lensbench.errors import LensbenchError
-from lensbench.lenses.maps import AffineMaps, load_maps
+from lensbench.lenses.fit import Fit
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.per_layer import MATRIX_LENSES
+from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
+from lensbench.lenses.shared import SHARED_BIAS_LENS
 from lensbench.lenses.trajectory import prediction_trajectory
 from lensbench.lenses.tuned import SharedLens, load_tuned_lens, maps_of, tuned_lens
 from lensbench.run import suite as run_module
@@ -97,8 +101,8 @@ def fitted(tmp_path_factory) -> Path:
 
 @pytest.mark.run
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("folder", "maps"), [("tuned", "own_refined"), ("tuned_headline", "transfer")])
-def test_lenses_of_a_run_decode_the_same_in_plain_tuned_lens(fitted, name, folder, maps):
+@pytest.mark.parametrize(("folder", "lens"), [("tuned", OWN_REFINED), ("tuned_headline", MATRIX_LENSES.within(0.02))])
+def test_lenses_of_a_run_decode_the_same_in_plain_tuned_lens(fitted, name, folder, lens):
     stage = fitted / "run" / "stages" / f"fit-{name}-seed0"
     model = AutoModelForCausalLM.from_pretrained(fitted / name).eval()
     theirs = TunedLens.from_model_and_pretrained(model, str(stage / folder))
@@ -106,7 +110,7 @@ def test_lenses_of_a_run_decode_the_same_in_plain_tuned_lens(fitted, name, folde
     config = json.loads((stage / folder / "config.json").read_text())
     assert config["unembed_hash"] == Unembed(model).unembedding_hash()
     assert config["base_model_name_or_path"] == f"path:{name}"
-    ours = load_maps(stage / "maps.safetensors")[maps]
+    ours = Fit.load(stage)[lens].maps
     assert (ours.matrix - torch.eye(D)).abs().amax((1, 2)).min() > 0.01
     states, _ = states_by_hand(model, torch.arange(20) + 30)
     for layer, h in enumerate(states[:-1]):
@@ -120,7 +124,7 @@ def test_lenses_of_a_run_decode_the_same_in_plain_tuned_lens(fitted, name, folde
 def test_a_lens_of_a_run_comes_back_by_load_tuned_lens(fitted, name):
     stage = fitted / "run" / "stages" / f"fit-{name}-seed0"
     stream = ResidualStream(AutoModelForCausalLM.from_pretrained(fitted / name))
-    ours = load_maps(stage / "maps.safetensors")["transfer"]
+    ours = Fit.load(stage).headline.maps
     loaded = maps_of(load_tuned_lens(stream.readout, f"path:{stage / 'tuned_headline'}"))
     # float32 B - I + I is not B to the last digit.
     torch.testing.assert_close(loaded.matrix, ours.matrix, rtol=0, atol=1e-6)
@@ -441,10 +445,10 @@ def test_a_trajectory_of_a_shared_lens_that_a_run_fitted(fitted):
     stage = fitted / "run" / "stages" / "fit-llama-seed0"
     ids = torch.tensor(tokenizer((fitted / "texts" / "000.txt").read_text())["input_ids"][:32])
     states, _ = states_by_hand(model, ids)
-    for folder, name in (("shared", "shared_refined"), ("shared_bias", "shared_bias")):
+    for folder, lens in (("shared", SHARED_REFINED), ("shared_bias", SHARED_BIAS_LENS)):
         got = prediction_trajectory(SharedLens.load(stream.readout, stage / folder), stream, ids, tokenizer)
-        maps = load_maps(stage / "maps.safetensors")[name]
-        assert len(maps) == (L if name == "shared_bias" else 1)
+        maps = Fit.load(stage)[lens].maps
+        assert len(maps) == (L if folder == "shared_bias" else 1)
         for layer, h in enumerate(states[:-1]):
             at = layer if len(maps) == L else 0
             x = h.double() @ maps.matrix[at].double().T + maps.offset[at].double()

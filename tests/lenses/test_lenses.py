@@ -1,6 +1,7 @@
 """Lenses on disk and in tuned-lens's own hands."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ from tuned_lens.nn.lenses import LogitLens, TunedLens
 from tuned_lens.nn.unembed import Unembed
 
 from lensbench.errors import LensbenchError
-from lensbench.lenses.maps import AffineMaps, load_maps, save_maps
+from lensbench.lenses.fit import Fit, FitSummary
+from lensbench.lenses.lens import FittedLens, LensId, LensRecord
+from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.tuned import SharedLens, save_tuned_lens, tuned_lens
 from lensbench.models import build
 from lensbench.streams.parts import find_readout
+from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
 
 V, D, L = 60, 16, 3
@@ -204,47 +208,74 @@ def test_a_damaged_shared_lens_is_refused_by_name(damage, tmp_path):
         SharedLens.load(readout, folder)
 
 
-# All maps of a fit
+# All lenses of a fit
 
 
-def check_round_trip(maps, folder):
-    save_maps(maps, folder / "maps.safetensors")
-    loaded = load_maps(folder / "maps.safetensors")
-    assert loaded.keys() == maps.keys()
-    for name, stack in maps.items():
-        assert torch.equal(loaded[name].matrix, stack.matrix) and torch.equal(loaded[name].offset, stack.offset)
-        assert len(loaded[name]) == len(stack)
-    assert [p.name for p in folder.iterdir()] == ["maps.safetensors"]
+def fit_of(**maps):
+    """A fit of such maps, each read at as many layers as there are; nothing of it was fitted."""
+    lenses = {}
+    for kind, own in maps.items():
+        lens = LensId(kind, "zero", "closed")
+        reads = [[layer] for layer in range(len(own))] if len(own) > 1 else [list(range(L))]
+        lenses[lens] = FittedLens(LensRecord(lens=lens, reads=reads, ridge=[0.1] * len(own)), own)
+    summary = FitSummary(
+        headline=next(iter(lenses)), records={k: v.record for k, v in lenses.items()}, depth=L, fit_tokens=1,
+        dev_tokens=1, rotated_rank=2, rotations=1, pair_rotations=1, refits=0, layers=[0], dev_constant_kl=1.0,
+        constant=[0.5, 0.5],
+    )  # fmt: skip
+    return Fit(lenses, [RotatedView(torch.eye(D).repeat(L, 1, 1), 2)], summary)
 
 
-def test_saved_maps_come_back_bit_by_bit(tmp_path):
+def check_round_trip(fit, folder):
+    fit.save(folder)
+    loaded = Fit.load(folder)
+    assert loaded.summary == fit.summary
+    assert loaded.lenses.keys() == fit.lenses.keys()
+    for lens, fitted in fit.lenses.items():
+        assert torch.equal(loaded[lens].maps.matrix, fitted.maps.matrix)
+        assert torch.equal(loaded[lens].maps.offset, fitted.maps.offset)
+        assert loaded[lens].record == fitted.record
+    assert torch.equal(loaded.views[0].maps, fit.views[0].maps)
+    assert sorted(p.name for p in folder.iterdir()) == ["fit.json", "maps.safetensors"]
+
+
+def test_a_saved_fit_comes_back_bit_by_bit(tmp_path):
     turned = AffineMaps(maps_of(2, seed=5).matrix.transpose(1, 2), maps_of(2, seed=6).offset)
-    check_round_trip({"own": maps_of(L, seed=3), "shared.x": maps_of(1, seed=4), "turned": turned}, tmp_path)
+    check_round_trip(fit_of(own=maps_of(L, seed=3), shared=maps_of(1, seed=4), turned=turned), tmp_path)
 
 
 def test_maps_that_are_parts_of_each_other_can_be_saved_together(tmp_path):
     own = maps_of(L)
-    check_round_trip({"own": own, "first": own[:1], "same": own}, tmp_path)
+    check_round_trip(fit_of(own=own, first=own[:1], same=own), tmp_path)
 
 
-@pytest.mark.parametrize("key", ["own.matrix", "own.offset"])
-def test_maps_that_lack_a_part_are_refused_by_name(key, tmp_path):
-    path = tmp_path / "maps.safetensors"
-    save_maps({"own": maps_of(L), "shared": maps_of(1)}, path)
-    without(path, key)
+@pytest.mark.parametrize("part", ["matrix", "offset"])
+def test_maps_that_lack_a_part_are_refused_by_name(part, tmp_path):
+    fit_of(own=maps_of(L), shared=maps_of(1)).save(tmp_path)
+    without(tmp_path / "maps.safetensors", f"own-zero-closed.{part}")
     with pytest.raises(LensbenchError, match=r"maps\.safetensors"):
-        load_maps(path)
+        Fit.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["maps.safetensors", "fit.json"])
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, None])
-def test_damaged_maps_are_refused_by_name(content, tmp_path):
-    path = tmp_path / "maps.safetensors"
-    save_maps({"own": maps_of(L)}, path)
+def test_damaged_files_of_a_fit_are_refused_by_name(content, name, tmp_path):
+    path = tmp_path / name
+    fit_of(own=maps_of(L)).save(tmp_path)
     path.write_bytes(path.read_bytes()[:-40] if content is None else content)
-    with pytest.raises(LensbenchError, match=r"maps\.safetensors"):
-        load_maps(path)
-    with pytest.raises(LensbenchError, match=r"nothing\.safetensors"):
-        load_maps(tmp_path / "nothing.safetensors")
+    with pytest.raises(LensbenchError, match=re.escape(name)):
+        Fit.load(tmp_path)
+    path.unlink()
+    with pytest.raises(LensbenchError, match=re.escape(name)):
+        Fit.load(tmp_path)
+
+
+def test_a_summary_that_names_no_lens_is_refused_by_name(tmp_path):
+    fit_of(own=maps_of(L)).save(tmp_path)
+    path = tmp_path / "fit.json"
+    path.write_text(path.read_text().replace("own-zero-closed", "own-zero"))
+    with pytest.raises(LensbenchError, match=r"fit\.json is damaged"):
+        Fit.load(tmp_path)
 
 
 def test_stacking_and_choosing_maps_keeps_each_with_its_offset():

@@ -6,10 +6,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from helpers.progress import Steps
 from helpers.synthetic import (
     CLOSED,
     DEEP,
     DRAWS,
+    HEADLINE,
     KINDS,
     SMALL,
     SyntheticStream,
@@ -26,19 +28,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensbench import statistics
-from lensbench.lenses import fit as evaluation
-from lensbench.lenses.fit import Fit, FitSummary, fit_all, thinned
-from lensbench.lenses.maps import load_maps, save_maps
+from lensbench.lenses import fit as fitting
+from lensbench.lenses import refined, refits
+from lensbench.lenses.fit import Fit, fit, thinned
 from lensbench.lenses.moments import Moments
+from lensbench.lenses.pairs import PAIR_LENS
+from lensbench.lenses.per_layer import MATRIX_LENSES, OWN
+from lensbench.lenses.planning import FitContext
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import DevSearch, pad_direction
-from lensbench.measures import evaluate
-from lensbench.measures.evaluate import score_all, thinned_windows
+from lensbench.lenses.shared import SHARED_BIAS_LENS, SHARED_LENS, SHARED_LOO_LENS
+from lensbench.measures.evaluate import evaluate, thinned_windows
 from lensbench.measures.indices import INDICES
 from lensbench.measures.means import Means
 from lensbench.measures.transfer import transfer_sums
 from lensbench.results import tables
+from lensbench.runtime.progress import QUIET
 from lensbench.runtime.stages import Pieces
 from lensbench.streams.kl import sum_by_window
 
@@ -123,34 +129,36 @@ def test_a_rotated_view_costs_its_own_lenses_nothing(kind):
 
 def test_scored_sums_are_those_of_the_maps_that_were_fitted(tmp_path):
     it = small(0)
-    save_maps(it.fit.maps, tmp_path / "maps.safetensors")
-    (tmp_path / "fit.json").write_text(it.fit.summary.model_dump_json())
-    again = Fit(load_maps(tmp_path / "maps.safetensors"), FitSummary.load(tmp_path / "fit.json"))
-    scored = score_all(it.stream.readout, it.held_out, again)
-    for name in ("kl", "ce", "movement"):
-        np.testing.assert_array_equal(scored.matrix[name], it.scored.matrix[name])
-    direct = transfer_sums(it.stream.readout, it.held_out, it.fit.maps["transfer"])
-    np.testing.assert_array_equal(scored.matrix["kl"], direct.kl)
+    it.fit.save(tmp_path)
+    scored = evaluate(it.stream.readout, it.held_out, Fit.load(tmp_path))
+    same_sums(scored, it.scored)
+    assert list(scored.lenses) == list(it.scored.lenses)
+    direct = transfer_sums(it.stream.readout, it.held_out, it.fit.headline.maps)
+    np.testing.assert_array_equal(scored.matrix("kl"), direct.kl)
     np.testing.assert_array_equal(scored.constant, sum_by_window(it.held_out.constant_kl, it.held_out))
 
 
 def test_the_last_step_of_a_fit_and_of_a_scoring_is_the_number_announced():
     for it in (small(0), deep(), with_loaded()):
-        layers = it.stream.layers
-        assert it.steps == sorted(it.steps)
-        loaded = it.fit.summary.records["transfer"].stage == "loaded"
-        assert it.steps[-1] == evaluation.fit_steps(it.recipe, layers, loaded=loaded)
-        done: list[int] = []
-        score_all(it.stream.readout, it.held_out, it.fit, report=lambda n, what, done=done: done.append(n))
-        assert done == list(range(1, evaluate.score_steps(it.recipe, layers) + 1))
+        assert it.steps.done == sorted(it.steps.done)
+        assert it.steps.done[-1] == it.steps.total
+        steps = Steps()
+        evaluate(it.stream.readout, it.held_out, it.fit, progress=steps)
+        assert steps.done == list(range(1, steps.total + 1))
+
+
+def test_jobs_have_names_of_their_own_which_are_names_of_lenses_where_they_fit_one():
+    it = small(0)
+    jobs = fitting.plan(FitContext.of(it.stream.readout, it.captured, it.dev, SMALL, seed=0))
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names) == it.steps.total
+    assert {str(OWN), str(SHARED_LENS), f"{PAIR_LENS}-0-2", str(SHARED_LENS.of_view(1)), "refit-1"} <= set(names)
 
 
 def test_fits_do_not_depend_on_held_out_tokens_and_repeat_exactly():
     it = small(0)
     again = measure(SyntheticStream("fresh", d=16, layers=3, vocab=40, seed=0), SMALL, tokens=(640, 320, 64), seed=0)
-    assert again.fit.summary == it.fit.summary
-    for name, maps in it.fit.maps.items():
-        assert torch.equal(maps.matrix, again.fit.maps[name].matrix), name
+    same_maps(again.fit, it.fit)
 
 
 def test_leave_one_out_lens_never_sees_its_layer():
@@ -167,8 +175,8 @@ def test_leave_one_out_lens_never_sees_its_layer():
                 states[layer] = torch.randn(states[layer].shape, generator=torch.Generator().manual_seed(9))
             return replace(c, states=states)
 
-        fit = fit_all(stream.readout, damaged(captured), damaged(dev), recipe, seed=0)
-        return fit.maps["shared_loo"].matrix[layer], fit.summary.records["shared_loo"].ridge[layer]
+        lenses = fit(FitContext.of(stream.readout, damaged(captured), damaged(dev), recipe, seed=0))[SHARED_LOO_LENS]
+        return lenses.maps.matrix[layer], lenses.record.ridge[layer]
 
     for layer in range(3):
         (a, ridge_a), (b, ridge_b) = without(layer, False), without(layer, True)
@@ -178,13 +186,14 @@ def test_leave_one_out_lens_never_sees_its_layer():
 def test_what_a_lens_says_of_its_kl_is_that_on_a_sample_of_the_tokens(monkeypatch):
     """``fit_kl`` and ``dev_kl``: means over 100 tokens drawn from each split, by definition."""
     it = small(0)
-    monkeypatch.setattr(evaluation, "RECORD_TOKENS", 100)
-    fit = fit_all(it.stream.readout, it.captured, it.dev, SMALL.model_copy(update={"refine_passes": 0}), seed=0)
+    monkeypatch.setattr(fitting, "RECORD_TOKENS", 100)
+    recipe = SMALL.model_copy(update={"refine_passes": 0})
+    found = fit(FitContext.of(it.stream.readout, it.captured, it.dev, recipe, seed=0))
     some = {"fit_kl": thinned(it.captured, 100), "dev_kl": thinned(it.dev, 100)}
-    for name in ("transfer", "own", "shared", "shared_bias", "shared_loo"):
+    for lens in (HEADLINE, OWN, SHARED_LENS, SHARED_BIAS_LENS, SHARED_LOO_LENS):
         for key, tokens in some.items():
-            expected = true_kls(it.stream.readout, tokens, fit.maps[name], range(3))
-            np.testing.assert_allclose(getattr(fit.summary.records[name], key), expected, atol=1e-5, err_msg=name)
+            expected = true_kls(it.stream.readout, tokens, found[lens].maps, range(3))
+            np.testing.assert_allclose(getattr(found[lens].record, key), expected, atol=1e-5, err_msg=str(lens))
 
 
 @given(st.integers(1, 200), st.integers(1, 250))
@@ -225,7 +234,7 @@ def curve_of(kind):
     stream = SyntheticStream(kind, d=24, layers=4, vocab=80)
     captured = stream.capture(1200, seed=0)
     dev = stream.capture(320, seed=1, constant=captured.mean_p)
-    fit = fit_all(stream.readout, captured, dev, CURVE, seed=0)
+    lenses = fit(FitContext.of(stream.readout, captured, dev, CURVE, seed=0))
     path = RidgePath(Moments.of(captured), "identity")
     pad = pad_direction(stream.readout, captured.states[-1])
     maps = [path.solve(ridge) for ridge in CURVE.ridges]
@@ -233,12 +242,12 @@ def curve_of(kind):
         [[true_token_kl(stream.readout, dev, m.matrix[k], m.offset[k] + a * pad, k) for a in CURVE.pads] for m in maps]
         for k in range(4)
     ]
-    return stream, dev, fit, torch.stack([torch.stack([torch.stack(p) for p in layer]) for layer in kls]).numpy()
+    return stream, dev, lenses, torch.stack([torch.stack([torch.stack(p) for p in layer]) for layer in kls]).numpy()
 
 
 def lenses_within(fit, tolerance):
-    name = "transfer" if tolerance == 0.02 else f"transfer@{tolerance:g}" if tolerance != "1se" else "transfer@1se"
-    return fit.maps[name], fit.summary.records[name]
+    lens = fit[MATRIX_LENSES.within(tolerance)]
+    return lens.maps, lens.record
 
 
 @pytest.mark.parametrize("kind", ["fresh", "overlapping", "removed"])
@@ -249,7 +258,7 @@ def test_a_larger_tolerance_takes_the_strongest_ridge_that_it_allows(kind):
     before = np.zeros(4)
     for tolerance in TOLERANCES:
         maps, record = lenses_within(fit, tolerance)
-        assert record.tolerance == tolerance
+        assert record.lens.tolerance == tolerance
         ridges = np.array(record.ridge)
         assert (ridges >= before).all()
         before = ridges
@@ -321,33 +330,37 @@ def test_the_dear_lenses_are_those_of_the_chosen_layers():
     it = deep()
     assert it.fit.summary.layers == [0, 2, 4]
     recipe = DEEP.model_copy(update={"layers": 5, "refits": 0})
-    everything = fit_all(it.stream.readout, it.captured, it.dev, recipe, seed=0)
+    everything = fit(FitContext.of(it.stream.readout, it.captured, it.dev, recipe, seed=0))
     assert everything.summary.layers == [0, 1, 2, 3, 4]
     pairs = [(i, j) for i in range(5) for j in range(i + 1, 5)]
     at_pairs = [pairs.index(pair) for pair in ((0, 2), (0, 4), (2, 4))]
-    curve = [f"transfer@{t}" for t in ("0", "1se", "0.05", "0.1")]
-    for name, rows in {
-        **dict.fromkeys([*curve, "shared_loo"], [0, 2, 4]),
-        **dict.fromkeys(["pair", "pair_rotated0", "pair_rotated1"], at_pairs),
-        **dict.fromkeys(["transfer", "own"], [0, 1, 2, 3, 4]),
+    curve = [MATRIX_LENSES.within(t) for t in (0.0, "1se", 0.05, 0.1)]
+    for lens, rows in {
+        **dict.fromkeys([*curve, SHARED_LOO_LENS], [0, 2, 4]),
+        **dict.fromkeys([PAIR_LENS, PAIR_LENS.of_view(0), PAIR_LENS.of_view(1)], at_pairs),
+        **dict.fromkeys([HEADLINE, OWN], [0, 1, 2, 3, 4]),
     }.items():
-        assert len(it.fit.maps[name]) == len(rows), name
-        assert torch.equal(it.fit.maps[name].matrix, everything.maps[name].matrix[rows]), name
-        ridges = everything.summary.records[name].ridge
-        assert it.fit.summary.records[name].ridge == [ridges[k] for k in rows], name
+        assert len(it.fit[lens].maps) == len(rows), lens
+        assert torch.equal(it.fit[lens].maps.matrix, everything[lens].maps.matrix[rows]), lens
+        for column in ("ridge", "reads"):
+            values = getattr(everything[lens].record, column)
+            assert getattr(it.fit[lens].record, column) == [values[k] for k in rows], lens
     for n in range(2):
-        assert len(it.fit.maps[f"refit{n}.transfer"]) == len(it.fit.maps[f"refit{n}.shared_loo"]) == 3
-        assert len(it.fit.maps[f"refit{n}.own"]) == 5
+        assert len(it.fit[HEADLINE.of_refit(n)].maps) == len(it.fit[SHARED_LOO_LENS.of_refit(n)].maps) == 3
+        assert len(it.fit[OWN.of_refit(n)].maps) == 5
 
 
 def test_pairs_are_scored_on_their_own_two_layers():
     it = deep()
-    for name in ("pair", "pair_rotated0", "pair_rotated1"):
-        kl, ce = it.scored.pairs[name]
-        assert kl.shape == ce.shape == (len(it.scored.tokens), 3, 2)
-    for p, pair in enumerate(((0, 2), (0, 4), (2, 4))):
-        expected = true_kls(it.stream.readout, it.held_out, it.fit.maps["pair"][[p]], pair)
-        np.testing.assert_allclose(it.scored.pairs["pair"][0][:, p].sum(0) / len(it.held_out), expected, atol=1e-5)
+    pairs = ((0, 2), (0, 4), (2, 4))
+    for lens in (PAIR_LENS, PAIR_LENS.of_view(0), PAIR_LENS.of_view(1)):
+        read = it.scored.lenses[lens]
+        assert read.kl.shape == (len(it.scored.tokens), 6)
+        assert read.cells == [cell for a, b in pairs for cell in ((b, a), (a, b))]
+    kl = it.scored.lenses[PAIR_LENS].kl.sum(0) / len(it.held_out)
+    for p, pair in enumerate(pairs):
+        expected = true_kls(it.stream.readout, it.held_out, it.fit[PAIR_LENS].maps[[p]], pair)
+        np.testing.assert_allclose(kl[2 * p : 2 * p + 2], expected, atol=1e-5)
 
 
 # Loaded lenses
@@ -362,22 +375,22 @@ def with_loaded():
 
 def test_loaded_lenses_are_the_headline_and_nothing_else_changes():
     it, loaded = with_loaded(), random_maps(3, 16, seed=4)
-    assert torch.equal(it.fit.maps["transfer"].matrix, loaded.matrix)
-    assert torch.equal(it.fit.maps["transfer"].offset, loaded.offset)
-    record = it.fit.summary.records["transfer"]
-    assert record.stage == "loaded" and record.ridge == record.pad == [None] * 3
+    headline = it.fit.headline
+    assert headline.id.stage == "loaded"
+    assert torch.equal(headline.maps.matrix, loaded.matrix)
+    assert torch.equal(headline.maps.offset, loaded.offset)
+    assert headline.record.ridge == headline.record.pad == [None] * 3
     expected = true_kls(it.stream.readout, it.dev.take(torch.arange(320)), loaded, range(3))
-    np.testing.assert_allclose(record.dev_kl, expected, atol=1e-5)
-    assert not [name for name in (*it.fit.maps, *it.scored.curve) if "@" in name] and not it.scored.curve
-    recipe = it.recipe
-    fitted = fit_all(it.stream.readout, it.captured, it.dev, recipe, seed=0)
-    others = {name for name in fitted.maps if "transfer" not in name}
-    assert {"own", "shared", "pair", "pair_rotated0", "refit1.shared_loo", "rotated_own"} <= others
-    for name in others:
-        assert torch.equal(it.fit.maps[name].matrix, fitted.maps[name].matrix), name
+    np.testing.assert_allclose(headline.record.dev_kl, expected, atol=1e-5)
+    assert not it.fit.summary.curve()
+    fitted = fit(FitContext.of(it.stream.readout, it.captured, it.dev, it.recipe, seed=0))
+    others = {lens for lens in fitted.lenses if lens.prior == "zero"}
+    assert {OWN, SHARED_LENS, PAIR_LENS, PAIR_LENS.of_view(0), SHARED_LOO_LENS.of_refit(1), OWN.of_view(0)} <= others
+    for lens in others:
+        assert torch.equal(it.fit[lens].maps.matrix, fitted[lens].maps.matrix), lens
     for n in range(2):
-        assert torch.equal(it.fit.maps[f"refit{n}.transfer"].matrix, loaded.matrix[[0, 2]])
-    kl = it.scored.matrix["kl"].sum(0) / len(it.held_out)
+        assert torch.equal(it.fit[headline.id.of_refit(n)].maps.matrix, loaded.matrix[[0, 2]])
+    kl = it.scored.matrix("kl").sum(0) / len(it.held_out)
     for i in range(3):
         np.testing.assert_allclose(
             kl[i, :3], true_kls(it.stream.readout, it.held_out, loaded[[i]], range(3)), atol=1e-5
@@ -409,40 +422,41 @@ class Interrupted(Exception):
 
 
 def stop_at(step):
-    """A report that ends the work once so many steps are done."""
+    """Progress that ends the work once so many steps are done."""
 
-    def report(done, what):
+    def watch(done, remark):
         if done >= step:
-            raise Interrupted(what)
+            raise Interrupted(remark)
 
-    return report
+    return Steps(watch)
 
 
 def same_maps(a, b):
-    assert a.summary == b.summary and set(a.maps) == set(b.maps)
-    for name, maps in a.maps.items():
+    assert a.summary == b.summary
+    assert set(a.lenses) == set(b.lenses)
+    for lens, fitted in a.lenses.items():
         for part in ("matrix", "offset"):
-            assert torch.equal(getattr(maps, part), getattr(b.maps[name], part)), (name, part)
+            assert torch.equal(getattr(fitted.maps, part), getattr(b[lens].maps, part)), (lens, part)
 
 
 def same_sums(a, b):
     """Of two scorings, bit by bit."""
 
-    def leaves(value, where=""):
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                yield from leaves(inner, f"{where}/{name}")
-        elif isinstance(value, tuple):
-            for k, inner in enumerate(value):
-                yield from leaves(inner, f"{where}/{k}")
-        else:
-            yield where, value
+    def leaves(scored):
+        for lens, read in scored.lenses.items():
+            for name, values in vars(read).items():
+                yield f"{lens} {name}", values
+        for name in ("constant", "model_ce", "tokens", "bytes"):
+            yield name, getattr(scored, name)
+        yield from scored.refits.items()
 
-    for name in ("matrix", "curve", "layers", "pairs", "constant", "model_ce", "tokens", "bytes", "refits"):
-        x, y = dict(leaves(getattr(a, name))), dict(leaves(getattr(b, name)))
-        assert set(x) == set(y) and x
-        for where, values in x.items():
-            np.testing.assert_array_equal(values, y[where], err_msg=name + where)
+    x, y = dict(leaves(a)), dict(leaves(b))
+    assert set(x) == set(y)
+    for where, values in x.items():
+        if values is None:
+            assert y[where] is None, where
+        else:
+            np.testing.assert_array_equal(values, y[where], err_msg=where)
 
 
 def cut_off(path, end):
@@ -456,27 +470,29 @@ def refuse(*args, **how):
     raise AssertionError("computed again")
 
 
-def fit_in(pieces, report=None):
+def fit_in(pieces, progress=QUIET):
     it = small(0)
-    return fit_all(it.stream.readout, it.captured, it.dev, SMALL, seed=0, pieces=pieces, report=report)
+    context = FitContext.of(it.stream.readout, it.captured, it.dev, SMALL, seed=0, pieces=pieces, progress=progress)
+    return fit(context)
 
 
-def score_in(pieces, report=None):
+def score_in(pieces, progress=QUIET):
     it = small(0)
-    return score_all(it.stream.readout, it.held_out, it.fit, pieces=pieces, report=report)
+    return evaluate(it.stream.readout, it.held_out, it.fit, pieces=pieces, progress=progress)
 
 
 @pytest.fixture(scope="module")
 def fitted_in_pieces(tmp_path_factory):
     """The folder of a fit that was interrupted again and again, and the fit that came of it."""
     folder = tmp_path_factory.mktemp("fit")
-    steps = evaluation.fit_steps(SMALL, 3)
+    total = small(0).steps.total
     kept = [0]
-    for step in (1, 2, 4, 7, 8, 12, 15, 18, 24, 26, 28, steps):
+    for step in (1, 2, 4, 7, 8, 12, 15, 18, 21, 24, total - 1, total):
         with pytest.raises(Interrupted):
             fit_in(Pieces(folder), stop_at(step))
         kept.append(len(list(folder.iterdir())))
-    assert kept == sorted(kept) and len(set(kept)) > 8
+    assert kept == sorted(kept)
+    assert len(set(kept)) > 8
     return folder, fit_in(Pieces(folder))
 
 
@@ -485,42 +501,46 @@ def test_an_interrupted_fit_ends_in_the_same_maps(fitted_in_pieces):
 
 
 def test_what_a_fit_finished_is_not_computed_again(fitted_in_pieces, monkeypatch):
-    folder, fit = fitted_in_pieces
+    folder, found = fitted_in_pieces
     for name in ("path", "best", "best_pad", "within_one_error"):
         monkeypatch.setattr(DevSearch, name, refuse)
-    for name in ("refine", "resampled", "own_layer_sums"):
-        monkeypatch.setattr(evaluation, name, refuse)
-    steps = []
-    same_maps(fit_in(Pieces(folder), lambda done, what: steps.append(done)), fit)
-    assert steps == sorted(steps) and steps[-1] == evaluation.fit_steps(SMALL, 3)
+    for module, name in ((refined, "refine"), (refits, "resampled_moments"), (fitting, "lens_sums")):
+        monkeypatch.setattr(module, name, refuse)
+    steps = Steps()
+    same_maps(fit_in(Pieces(folder), steps), found)
+    assert steps.done == list(range(1, steps.total + 1))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_piece_of_a_fit_is_computed_anew(share, fitted_in_pieces):
-    folder, fit = fitted_in_pieces
+    folder, found = fitted_in_pieces
     whole = {}
-    for name in ("path-1", "transfer@1se", "pair_rotated1-0-2", "refit1", "refined", "dev_kl-shared"):
+    within_one_error, pair = MATRIX_LENSES.within("1se"), f"{PAIR_LENS.of_view(1)}-0-2"
+    for name in ("path-1", within_one_error, pair, "refit-1", "refined", f"dev_kl-{SHARED_LENS}"):
         path = folder / f"{name}.safetensors"
         whole[path] = path.read_bytes()
         cut_off(path, int(share * len(whole[path])))
-    same_maps(fit_in(Pieces(folder)), fit)
+    same_maps(fit_in(Pieces(folder)), found)
     assert all(path.read_bytes() == content for path, content in whole.items())
 
 
 def test_an_interrupted_scoring_ends_in_the_same_sums(tmp_path, monkeypatch):
-    for step in range(1, evaluate.score_steps(SMALL, 3) + 1):
+    steps = Steps()
+    score_in(Pieces(tmp_path / "whole"), steps)
+    folder = tmp_path / "pieces"
+    for step in range(1, steps.total + 1):
         with pytest.raises(Interrupted):
-            score_in(Pieces(tmp_path), stop_at(step))
-    files = list(tmp_path.iterdir())
-    same_sums(score_in(Pieces(tmp_path)), small(0).scored)
+            score_in(Pieces(folder), stop_at(step))
+    files = list(folder.iterdir())
+    same_sums(score_in(Pieces(folder)), small(0).scored)
     assert files
     with monkeypatch.context() as patch:
-        for name in ("measures.transfer.score", "measures.evaluate.own_layer_sums"):
+        for name in ("measures.transfer.score", "measures.evaluate.lens_sums"):
             patch.setattr(f"lensbench.{name}", refuse)
-        same_sums(score_in(Pieces(tmp_path)), small(0).scored)
+        same_sums(score_in(Pieces(folder)), small(0).scored)
     for path in files[::5]:
         cut_off(path, -3)
-    same_sums(score_in(Pieces(tmp_path)), small(0).scored)
+    same_sums(score_in(Pieces(folder)), small(0).scored)
 
 
 # Refits on some of each window's tokens
@@ -546,17 +566,17 @@ def test_windows_are_thinned_evenly(sizes, positions):
 
 def test_refits_on_some_tokens_change_indices_by_as_much_as_on_all():
     it = small(0)
-    same_sums(score_all(it.stream.readout, it.held_out, it.fit, refit_positions=4), it.scored)  # as many as there are
+    same_sums(evaluate(it.stream.readout, it.held_out, it.fit, refit_positions=4), it.scored)  # as many as there are
     held_out = it.stream.capture(32_000, seed=77, constant=it.captured.mean_p)
-    every, few = (score_all(it.stream.readout, held_out, it.fit, refit_positions=k) for k in (None, 2))
-    np.testing.assert_array_equal(few.matrix["kl"], every.matrix["kl"])
+    every, few = (evaluate(it.stream.readout, held_out, it.fit, refit_positions=k) for k in (None, 2))
+    np.testing.assert_array_equal(few.matrix("kl"), every.matrix("kl"))
     sample = thinned_windows(held_out, 2)
     assert len(sample) == 16_000
     whole, some = Means(**every.refits), Means(**few.refits)
     np.testing.assert_allclose(some.constant, float(sample.constant_kl.double().mean()), rtol=1e-5)
-    for n, prefix in enumerate(("", "refit0.")):
-        for name in ("own", "shared", "shared_loo"):
-            expected = true_kls(it.stream.readout, sample, it.fit.maps[prefix + name], range(3))
+    for n, refit in enumerate((-1, 0)):
+        for name, lens in (("own", OWN), ("shared", SHARED_LENS), ("shared_loo", SHARED_LOO_LENS)):
+            expected = true_kls(it.stream.readout, sample, it.fit[lens.of_refit(refit)].maps, range(3))
             np.testing.assert_allclose(getattr(some, name)[n], expected, atol=1e-5)
     for name in ("shared_retention", "rotated_retention", "loo_shared_retention", "gain_visibility", "movement"):
         on_all, on_some = (INDICES[name].value(m).value for m in (whole, some))

@@ -9,13 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.synthetic import DRAWS, SMALL, deep, estimates_of, known, small, true_kl, true_kls, windows_of
+from helpers.synthetic import DRAWS, HEADLINE, SMALL, deep, estimates_of, known, small, true_kl, true_kls, windows_of
 
 from lensbench import statistics
 from lensbench.errors import LensbenchError
+from lensbench.lenses.pairs import PAIR_LENS
+from lensbench.lenses.per_layer import MATRIX_LENSES, OWN
 from lensbench.lenses.read import own_layer_sums
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.measures.evaluate import score_all
+from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
+from lensbench.lenses.shared import SHARED_BIAS_LENS, SHARED_LENS, SHARED_LOO_LENS
+from lensbench.measures.evaluate import evaluate
 from lensbench.measures.indices import INDICES
 from lensbench.measures.means import Estimate, Means
 from lensbench.measures.transfer import transfer_sums
@@ -60,32 +64,37 @@ def test_the_frame_reproduces_the_sums(it, some):
     windows, scored = windows_of(it.held_out), it.scored
     sums = ClusterSums.of(it.frame)
     assert sums.documents == windows.document_names
-    closed = {name: sums_by_document(values[0], windows) for name, values in scored.layers.items()}
-    views = [closed[f"rotated{k}"] for k in range(2)]
-    pairs = {name: of_pairs(sums_by_document(v[0], windows), layers, some) for name, v in scored.pairs.items()}
+    kl = {lens: sums_by_document(read.kl, windows) for lens, read in scored.lenses.items()}
+    pairs = [
+        of_pairs(kl[lens].reshape(-1, 3, 2), layers, some) for lens in (PAIR_LENS, *map(PAIR_LENS.of_view, (0, 1)))
+    ]
     direct = {
         "constant": sums_by_document(scored.constant, windows),
-        "transfer": sums_by_document(scored.matrix["kl"], windows),
-        "transfer_ce": sums_by_document(scored.matrix["ce"], windows),
-        "movement": sums_by_document(scored.matrix["movement"], windows),
-        "own": closed["own"], "shared": closed["shared"],
-        "shared_loo": of_some(closed["shared_loo"], layers, some),
-        "pair": pairs["pair"], "pair_rotated": np.stack([pairs[f"pair_rotated{k}"] for k in range(2)], 1),
-        "rotated": np.stack(views, 1), "own_refined": closed["own_refined"], "shared_refined": closed["shared_refined"],
+        "transfer": sums_by_document(scored.matrix("kl"), windows),
+        "transfer_ce": sums_by_document(scored.matrix("ce"), windows),
+        "movement": sums_by_document(scored.matrix("movement"), windows),
+        "own": kl[OWN], "shared": kl[SHARED_LENS],
+        "shared_loo": of_some(kl[SHARED_LOO_LENS], layers, some),
+        "pair": pairs[0], "pair_rotated": np.stack(pairs[1:], 1),
+        "rotated": np.stack([kl[SHARED_LENS.of_view(k)] for k in range(2)], 1),
+        "own_refined": kl[OWN_REFINED], "shared_refined": kl[SHARED_REFINED],
     }  # fmt: skip
-    for name in ("own_refined", "shared_refined"):  # without an update there is nothing refined to tell
-        updated = any(it.fit.summary.records[name].iterations)
+    for name, lens in (("own_refined", OWN_REFINED), ("shared_refined", SHARED_REFINED)):  # without an update: no rows
+        updated = any(it.fit.summary.records[lens].iterations)
         assert updated == (it.fit is small(0).fit)
         direct[name] = direct[name] if updated else np.full_like(direct[name], np.nan)
     assert set(direct) == {f.name for f in fields(Means)}
     for name, values in direct.items():
         np.testing.assert_allclose(getattr(sums.totals, name), values, rtol=1e-5, atol=1e-5, err_msg=name)
-    top1 = sums_by_document(scored.matrix["top1"], windows)
+    top1 = sums_by_document(scored.matrix("top1"), windows)
     np.testing.assert_array_equal(sums.top1, top1)
-    assert set(sums.curve) == set(scored.curve) == {"0", "0.05", "0.1", "1se"}
+    curve = {lens.tolerance_label: scored.lenses[lens] for lens in it.fit.summary.curve()}
+    assert set(sums.curve) == set(curve) == {"0", "0.05", "0.1", "1se"}
     for tolerance, found in sums.curve.items():
         for name, values in zip(("kl", "movement"), found, strict=True):
-            expected = of_some(sums_by_document(scored.curve[tolerance][name], windows), layers + 1, some)
+            expected = of_some(
+                sums_by_document(getattr(curve[tolerance], name).reshape(-1, 3, 3), windows), layers + 1, some
+            )
             np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(sums.tokens, np.bincount(it.held_out.document))
     np.testing.assert_array_equal(sums.bytes, np.bincount(it.held_out.document, weights=it.held_out.target_bytes))
@@ -146,18 +155,17 @@ def test_every_lens_has_a_row_at_every_layer_it_is_meant_for():
 def test_lens_rows_are_means_over_the_held_out_tokens():
     it, lenses = small(0), two_seeds()["lenses.csv"]
     lenses = lenses[lenses["seed"] == 0].set_index(["model", "lens", "stage", "layer"])
-    names = ("own", "own_refined", "shared", "shared_refined", "shared_bias", "shared_loo", "rotated0", "rotated_own")
-    for name in names:
-        lens = {"own": "tuned", "rotated_own": "tuned", "rotated0": "shared"}.get(name, name.removesuffix("_refined"))
-        lens = lens.replace("own", "tuned")
-        kl, ce = (values.sum(0) / len(it.held_out) for values in it.scored.layers[name])
+    plain = (OWN, OWN_REFINED, SHARED_LENS, SHARED_REFINED, SHARED_BIAS_LENS, SHARED_LOO_LENS)
+    for lens in (*plain, OWN.of_view(0), SHARED_LENS.of_view(0)):
+        read, record = it.scored.lenses[lens], it.fit.summary.records[lens]
+        kl, ce = (values.sum(0) / len(it.held_out) for values in (read.kl, read.ce))
         for layer in range(3):
-            model = "it+rotated" if name.startswith("rotated") else "it"
-            row = lenses.loc[(model, lens, "refined" if "refined" in name else "closed", layer)]
+            model = "it" if lens in plain else "it+rotated"
+            row = lenses.loc[(model, lens.kind, lens.stage, layer)]
             assert row["kl"] == pytest.approx(kl[layer], rel=1e-5)
             assert row["ce"] == pytest.approx(ce[layer], rel=1e-5)
-            assert row["ridge"] == it.fit.summary.records[name].ridge[layer]
-            assert row["dev_kl"] == it.fit.summary.records[name].dev_kl[layer]
+            assert row["ridge"] == record.ridge[0 if lens.kind == "shared" else layer]
+            assert row["dev_kl"] == record.dev_kl[layer]
 
 
 def test_transfer_rows_are_complete_and_cost_nothing_on_the_diagonal():
@@ -170,7 +178,7 @@ def test_transfer_rows_are_complete_and_cost_nothing_on_the_diagonal():
     penalties = [c for c in one.columns if c.startswith("penalty")]
     assert len(penalties) == 6
     assert (diagonal[penalties] == 0).all().all()
-    ce, kl = (it.scored.matrix[k].sum(0) / len(it.held_out) for k in ("ce", "kl"))
+    ce, kl = (it.scored.matrix(k).sum(0) / len(it.held_out) for k in ("ce", "kl"))
     for _, row in one.iterrows():
         i, j = row["lens_layer"], row["stream_layer"]
         assert row["kl"] == pytest.approx(kl[i, j], abs=1e-5)
@@ -205,7 +213,7 @@ def test_indices_have_a_row_per_seed_and_one_for_all_of_them():
 
 def test_an_index_undefined_for_one_seed_is_undefined_for_all():
     good, bad = {"movement": Estimate(0.5, 0.4, 0.6)}, {"movement": Estimate(None, None, None, "undefined: so")}
-    (row,) = tables.rows_over_seeds([good, bad], small(0).fit.summary.records["transfer"])
+    (row,) = tables.rows_over_seeds([good, bad], small(0).fit.summary.headline)
     assert row["value"] is None
     assert row["reason"] == "undefined for 1 of 2 seeds"
 
@@ -255,15 +263,15 @@ def turned(captured, rotations):
 def test_rotated_retention_is_that_of_one_lens_for_states_in_random_bases():
     it = small(0)
     readout, layers = it.stream.readout, range(3)
-    own = true_kls(readout, it.held_out, it.fit.maps["own"], layers)
+    own = true_kls(readout, it.held_out, it.fit[OWN].maps, layers)
     gained = sum(float(it.held_out.constant_kl.double().mean()) - kl for kl in own)
     retentions = []
     for view in range(2):
-        rotations = it.fit.maps[f"view{view}"].matrix
+        rotations = it.fit.views[view].maps
         for q in rotations:
             torch.testing.assert_close(q @ q.T, torch.eye(16), atol=1e-5, rtol=0)
         assert (rotations[0] - rotations[1]).abs().max() > 0.1
-        one = it.fit.maps[f"rotated{view}"]
+        one = it.fit[SHARED_LENS.of_view(view)].maps
         assert len(one) == 1
         kls = true_kls(readout, turned(it.held_out, rotations), one, layers)
         retentions.append(1 - (sum(kls) - sum(own)) / gained)
@@ -281,27 +289,29 @@ def test_penalties_of_pairs_are_those_of_their_maps(which, pairs):
     it, rows = (small(0), two_seeds()["pairs.csv"]) if which == "small" else (deep(), of_deep()["pairs.csv"])
     rows = rows[rows["seed"] == 0]
     assert list(zip(rows["layer_i"], rows["layer_j"], strict=True)) == pairs
-    readout, maps = it.stream.readout, it.fit.maps
-    own = true_kls(readout, it.held_out, maps["own"], range(it.stream.layers))
-    views = [turned(it.held_out, maps[f"view{k}"].matrix) for k in range(2)]
+    readout = it.stream.readout
+    own = true_kls(readout, it.held_out, it.fit[OWN].maps, range(it.stream.layers))
+    views = [turned(it.held_out, it.fit.views[k].maps) for k in range(2)]
     for p, (_, row) in enumerate(rows.iterrows()):
         i, j = row["layer_i"], row["layer_j"]
-        kl_i, kl_j = true_kls(readout, it.held_out, maps["pair"][[p]], [i, j])
+        kl_i, kl_j = true_kls(readout, it.held_out, it.fit[PAIR_LENS].maps[[p]], [i, j])
         assert row["kl_i"] == pytest.approx(kl_i, abs=1e-5)
         assert row["kl_j"] == pytest.approx(kl_j, abs=1e-5)
         assert row["penalty"] == pytest.approx((kl_i - own[i] + kl_j - own[j]) / 2, abs=2e-5)
-        anyhow = [true_kl(readout, view, maps[f"pair_rotated{k}"][[p]], [i, j]) for k, view in enumerate(views)]
+        rotated = [it.fit[PAIR_LENS.of_view(k)].maps[[p]] for k in range(2)]
+        anyhow = [true_kl(readout, view, maps, [i, j]) for maps, view in zip(rotated, views, strict=True)]
         assert row["rotated_penalty"] == pytest.approx(np.mean(anyhow) - (own[i] + own[j]) / 2, abs=2e-5)
         for name in ("penalty", "rotated_penalty"):
             assert row[f"{name}_ci_low"] < row[name] < row[f"{name}_ci_high"]
-        assert row["ridge"] == it.fit.summary.records["pair"].ridge[p]
-        assert row["pad"] == it.fit.summary.records["pair"].pad[p]
+        assert row["ridge"] == it.fit.summary.records[PAIR_LENS].ridge[p]
+        assert row["pad"] == it.fit.summary.records[PAIR_LENS].pad[p]
 
 
 def test_an_interval_of_a_pair_resamples_documents():
     it = small(0)
     row = two_seeds()["pairs.csv"].query("seed == 0 and layer_i == 0 and layer_j == 2").iloc[0]
-    windows, (pair, _), (own, _) = windows_of(it.held_out), it.scored.pairs["pair"], it.scored.layers["own"]
+    windows, own = windows_of(it.held_out), it.scored.lenses[OWN].kl
+    pair = it.scored.lenses[PAIR_LENS].kl.reshape(-1, 3, 2)
     excess = sums_by_document((pair[:, 1] - own[:, [0, 2]]).sum(-1) / 2, windows)
     tokens = np.bincount(it.held_out.document)
     error = np.sqrt(((excess - row["penalty"] * tokens) ** 2).sum()) / tokens.sum()
@@ -316,10 +326,10 @@ def test_the_curve_over_tolerances_is_that_of_the_fitted_maps():
     assert (rows["layers"] == "0 2 4").all()
     assert (rows["stage"] == "closed").all()
     for tolerance, group in rows.groupby("tolerance"):
-        name = "transfer" if tolerance == "0.02" else f"transfer@{tolerance}"
-        maps = it.fit.maps[name][some] if name == "transfer" else it.fit.maps[name]
-        ridges = it.fit.summary.records[name].ridge
-        expected = [ridges[k] for k in some] if name == "transfer" else ridges
+        lens = MATRIX_LENSES.within("1se" if tolerance == "1se" else float(tolerance))
+        maps = it.fit[lens].maps[some] if lens == HEADLINE else it.fit[lens].maps
+        ridges = it.fit.summary.records[lens].ridge
+        expected = [ridges[k] for k in some] if lens == HEADLINE else ridges
         k = true_matrix(it, maps, some)
         by_index = group.set_index("index")
         assert set(by_index.index) == {"gain_visibility", "gain_visibility_without_layer0", "movement"}
@@ -361,33 +371,33 @@ def test_at_the_headlines_tolerance_the_curve_is_the_headline():
 def test_refits_of_some_layers_leave_out_the_headline_and_show_on_the_curve():
     """The matrix of a refit is that of layers 0, 2 and 4 alone; shared lenses are refitted on all."""
     it, found = deep(), of_deep()
-    some, readout, maps = [0, 2, 4], it.stream.readout, it.fit.maps
+    some, readout = [0, 2, 4], it.stream.readout
     rows = found["indices.csv"].set_index("index")
     for name in (i.name for i in INDICES.values() if i.stage == "matrix" and i.compute):
         assert np.isnan(rows.loc[name, "fit_low"]), name
         assert np.isnan(rows.loc[name, "fit_high"]), name
     assert rows.loc["gain_visibility", "value"] == pytest.approx(
-        visibility(true_matrix(it, maps["transfer"], range(5))), abs=1e-3
+        visibility(true_matrix(it, it.fit.headline.maps, range(5))), abs=1e-3
     )
     curve = found["tolerances.csv"].query("tolerance == '0.02'").set_index("index")
-    chosen = [maps["transfer"][some], *(maps[f"refit{n}.transfer"] for n in range(2))]
+    chosen = [it.fit.headline.maps[some], *(it.fit[HEADLINE.of_refit(n)].maps for n in range(2))]
     fit, *refits = (visibility(true_matrix(it, m, some)) for m in chosen)
     value = curve.loc["gain_visibility", "value"]
     assert curve.loc["gain_visibility", "fit_low"] == pytest.approx(value + min(refits) - fit, abs=2e-3)
     assert curve.loc["gain_visibility", "fit_high"] == pytest.approx(value + max(refits) - fit, abs=2e-3)
     assert max(refits) - min(refits) > 0.005
 
-    def retention(prefix, layers, shared):
-        own = np.array(true_kls(readout, it.held_out, maps[f"{prefix}own"], range(5)))[layers]
-        one = true_kls(readout, it.held_out, maps[f"{prefix}{shared}"], layers)
+    def retention(refit, layers, shared):
+        own = np.array(true_kls(readout, it.held_out, it.fit[OWN.of_refit(refit)].maps, range(5)))[layers]
+        one = true_kls(readout, it.held_out, it.fit[shared.of_refit(refit)].maps, layers)
         constant = float(it.held_out.constant_kl.double().mean())
         return 1 - (sum(one) - sum(own)) / sum(constant - own)
 
     for index, shared, layers in (
-        ("shared_retention", "shared", [0, 1, 2, 3, 4]),
-        ("loo_shared_retention", "shared_loo", some),
+        ("shared_retention", SHARED_LENS, [0, 1, 2, 3, 4]),
+        ("loo_shared_retention", SHARED_LOO_LENS, some),
     ):
-        fit, *refits = (retention(prefix, layers, shared) for prefix in ("", "refit0.", "refit1."))
+        fit, *refits = (retention(refit, layers, shared) for refit in (-1, 0, 1))
         value = rows.loc[index, "value"]
         assert value == pytest.approx(fit, abs=1e-4)
         assert rows.loc[index, "fit_low"] == pytest.approx(value + min(refits) - fit, abs=2e-4)
@@ -396,22 +406,22 @@ def test_refits_of_some_layers_leave_out_the_headline_and_show_on_the_curve():
 
 def test_refits_on_some_tokens_say_how_the_value_on_all_may_change():
     it, some = deep(), [0, 2, 4]
-    few = score_all(it.stream.readout, it.held_out, it.fit, refit_positions=1)
+    few = evaluate(it.stream.readout, it.held_out, it.fit, refit_positions=1)
     found = tables.tables([replace(it.part("it", 0), refits=few.refits)], draws=20)
     curve = found["tolerances.csv"].query("tolerance == '0.02'").set_index("index").loc["gain_visibility"]
     sample = replace(it, held_out=it.held_out.take(torch.arange(3, 640, 4)))  # the last of each window's four
-    maps = [it.fit.maps["transfer"][some], *(it.fit.maps[f"refit{n}.transfer"] for n in range(2))]
+    maps = [it.fit.headline.maps[some], *(it.fit[HEADLINE.of_refit(n)].maps for n in range(2))]
     fit, *refits = (visibility(true_matrix(sample, m, some)) for m in maps)
     assert curve["fit_low"] == pytest.approx(curve["value"] + min(refits) - fit, abs=1e-3)
     assert curve["fit_high"] == pytest.approx(curve["value"] + max(refits) - fit, abs=1e-3)
     row = found["indices.csv"].set_index("index").loc["shared_retention"]
 
-    def kept(prefix):
-        own, shared = (true_kls(it.stream.readout, sample.held_out, it.fit.maps[prefix + n], range(5))
-                       for n in ("own", "shared"))  # fmt: skip
+    def kept(refit):
+        own, shared = (true_kls(it.stream.readout, sample.held_out, it.fit[lens.of_refit(refit)].maps, range(5))
+                       for lens in (OWN, SHARED_LENS))  # fmt: skip
         return 1 - (sum(shared) - sum(own)) / sum(float(sample.held_out.constant_kl.double().mean()) - x for x in own)
 
-    fit, *refits = (kept(prefix) for prefix in ("", "refit0.", "refit1."))
+    fit, *refits = (kept(refit) for refit in (-1, 0, 1))
     assert abs(fit - row["value"]) > 0.01
     assert row["fit_low"] == pytest.approx(row["value"] + min(refits) - fit, abs=1e-4)
     assert row["fit_high"] == pytest.approx(row["value"] + max(refits) - fit, abs=1e-4)
@@ -421,9 +431,9 @@ def test_lenses_of_some_layers_have_rows_there_alone():
     it, lenses = deep(), of_deep()["lenses.csv"]
     rows = lenses[lenses["lens"] == "shared_loo"]
     assert list(rows["layer"]) == [0, 2, 4]
-    expected = true_kls(it.stream.readout, it.held_out, it.fit.maps["shared_loo"], [0, 2, 4])
+    expected = true_kls(it.stream.readout, it.held_out, it.fit[SHARED_LOO_LENS].maps, [0, 2, 4])
     np.testing.assert_allclose(rows["kl"], expected, rtol=1e-4)
-    record = it.fit.summary.records["shared_loo"]
+    record = it.fit.summary.records[SHARED_LOO_LENS]
     for column in ("ridge", "pad", "fit_kl", "dev_kl"):
         assert list(rows[column]) == getattr(record, column)
     assert sorted(lenses[lenses["lens"] == "tuned"]["layer"].unique()) == [0, 1, 2, 3, 4]
@@ -465,10 +475,10 @@ def test_intervals_over_documents_cover_the_value_of_the_whole_population(kind):
         captured = it.stream.capture(
             documents * per_document // 10, seed=500 + chunk, per_document=per_document, constant=it.fit.constant
         )
-        matrix = transfer_sums(it.stream.readout, captured, it.fit.maps["transfer"])
+        matrix = transfer_sums(it.stream.readout, captured, it.fit.headline.maps)
         windows = windows_of(captured)
         own, shared = (
-            own_layer_sums(it.stream.readout, captured, it.fit.maps[name], range(6))[0] for name in ("own", "shared")
+            own_layer_sums(it.stream.readout, captured, it.fit[lens].maps, range(6))[0] for lens in (OWN, SHARED_LENS)
         )
         sums = {
             "transfer": matrix.kl,
