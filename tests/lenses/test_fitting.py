@@ -297,7 +297,8 @@ def test_capped_logits_are_seen_exactly():
     readout, captured = random_capture(vocab=30, bias=True)
     readout.softcap = 2.0
     weight, offset = Vocabulary(readout, captured.mean_p, 10, torch.Generator()).draw()
-    assert torch.equal(weight, readout.weight) and torch.equal(offset, readout.bias)
+    assert torch.equal(weight, readout.weight)
+    assert torch.equal(offset, readout.bias)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -319,7 +320,8 @@ def test_sampled_vocabulary_is_unbiased_for_the_partition_and_nearly_for_the_gra
     draws, moments = torch.stack(draws), torch.stack(moments)
     error = draws.std(0) / len(draws) ** 0.5
     full = logits.exp().sum(-1)
-    assert (error > 0).all() and (error < 0.02 * full).all()  # sampled, and precise enough to tell
+    assert (error > 0).all()
+    assert (error < 0.02 * full).all()
     deviation = (draws.mean(0) - full) / error
     assert deviation.abs().max() < 4
     assert abs(float((draws.mean(0) / full).mean()) - 1) < 0.01
@@ -333,7 +335,8 @@ def test_the_most_probable_words_are_in_every_sample():
     top = readout.weight[torch.from_numpy(np.argsort(-captured.mean_p.numpy())[:30].copy())]
     first, second = vocabulary.draw(), vocabulary.draw()
     for weight, offset in (first, second):
-        assert torch.equal(weight[:30], top) and not offset[:30].any()
+        assert torch.equal(weight[:30], top)
+        assert not offset[:30].any()
         # Of the other words, none is one of them.
         assert not (weight[30:, None] == top[None]).all(-1).any()
     assert not torch.equal(first[0], second[0])
@@ -361,7 +364,8 @@ def test_orthogonalised_brings_singular_values_to_about_one_and_keeps_the_vector
     u, v, matrices = with_spectrum(values, a, b, seed)
     found = u.transpose(1, 2) @ orthogonalised(matrices) @ v
     diagonal = found.diagonal(dim1=1, dim2=2)
-    assert float(diagonal.min()) > 0.6 and float(diagonal.max()) < 1.3
+    assert float(diagonal.min()) > 0.6
+    assert float(diagonal.max()) < 1.3
     assert float((found - torch.diag_embed(diagonal)).abs().max()) < 1e-8
     # Nothing outside of the matrix's own row space.
     outside = orthogonalised(matrices) - orthogonalised(matrices) @ v @ v.transpose(1, 2)
@@ -382,7 +386,7 @@ def test_orthogonalised_turns_with_its_input_whatever_its_length(seed):
 # The pad
 
 
-@pytest.mark.parametrize("norm, read", [("rms", None), ("layer", None), ("rms", 8)])
+@pytest.mark.parametrize(("norm", "read"), [("rms", None), ("layer", None), ("rms", 8)])
 def test_pad_lies_where_the_norm_looks_and_is_hardly_visible(norm, read):
     d = 12
     readout = read_out(d, 50, norm=norm, read=read, dtype=torch.float64)
@@ -508,13 +512,15 @@ def dealt(search, layers, monkeypatch):
     return counts, kl
 
 
-@pytest.mark.parametrize("limit, each", [(16384, 320), (1280, 320), (640, 160), (320, 80), (160, 40), (80, 20)])
+@pytest.mark.parametrize(("limit", "each"), [(16384, 320), (1280, 320), (640, 160), (320, 80), (160, 40), (80, 20)])
 def test_a_lens_of_several_layers_sees_each_of_them_equally_often_on_dealt_tokens(limit, each, monkeypatch):
     stream, _, dev, search = stream_search("fresh", FitRecipe(pooled_dev_tokens=limit))
     layers = [0, 1, 2, 3]
     counts, kl = dealt(search, layers, monkeypatch)
-    assert (counts.sum(1) == each).all() and counts.sum() <= limit
-    assert counts.max() == 1 and counts.sum(0).max() - counts.sum(0).min() <= 1
+    assert (counts.sum(1) == each).all()
+    assert counts.sum() <= limit
+    assert counts.max() == 1
+    assert counts.sum(0).max() - counts.sum(0).min() <= 1
     direct = [
         true_kl(stream.readout, dev.take(torch.from_numpy(counts[k] > 0)), AffineMaps.identity(24), [layer])
         for k, layer in enumerate(layers)
@@ -592,9 +598,12 @@ def test_chosen_layers_are_spread_evenly_from_the_first_to_the_last(layers, coun
     if layers <= count:
         assert chosen == list(range(layers))
         return
-    assert len(chosen) == count and chosen[0] == 0 and chosen[-1] == layers - 1
+    assert len(chosen) == count
+    assert chosen[0] == 0
+    assert chosen[-1] == layers - 1
     steps = np.diff(chosen)
-    assert steps.min() >= 1 and steps.max() - steps.min() <= 1
+    assert steps.min() >= 1
+    assert steps.max() - steps.min() <= 1
 
 
 @pytest.mark.parametrize("tolerances", [(-0.01,), (0.1, 1.0)])
@@ -728,7 +737,7 @@ def refined_and_optimum(norm, ridge, head, **how):
 
 
 @pytest.mark.parametrize(
-    "ridge, head, rate, batch",
+    ("ridge", "head", "rate", "batch"),
     [(0.03, "plain", 0.1, 10), (0.3, "plain", 0.1, 10), (3.0, "plain", 0.1, 10), (0.03, "capped", 0.02, 50)],
 )
 def test_refinement_reaches_the_optimum_of_its_stated_objective(ridge, head, rate, batch, one_thread):
@@ -737,7 +746,7 @@ def test_refinement_reaches_the_optimum_of_its_stated_objective(ridge, head, rat
     assert ours <= 1.01 * best
 
 
-@pytest.mark.parametrize("norm, ridge", [("rms", 1e-6), ("layer", 1e-6), ("rms", 0.03), ("layer", 0.03)])
+@pytest.mark.parametrize(("norm", "ridge"), [("rms", 1e-6), ("layer", 1e-6), ("rms", 0.03), ("layer", 0.03)])
 def test_refinement_behind_a_scale_free_norm_brings_most_of_what_there_is(norm, ridge, one_thread):
     """There the penalty costs nothing at the optimum, where B is short and pointed: the way there is long and flat."""
     begin, ours, best = refined_and_optimum(norm, ridge, "plain", refine_rate=0.02, refine_batch=50)
@@ -784,15 +793,18 @@ def test_updates_that_only_harm_return_the_closed_form(kind):
         assert after[m] <= before[m] + 1e-6
         assert lens.dev_kl == pytest.approx(after[m], rel=1e-4, abs=1e-5)
         if lens.iterations == 0:
-            assert lens.ended == "dev rose" and torch.equal(lens.maps.matrix, start.matrix[[m]])
+            assert lens.ended == "dev rose"
+            assert torch.equal(lens.maps.matrix, start.matrix[[m]])
     assert any(lens.iterations == 0 for lens in refined)
 
 
 def test_no_passes_return_the_closed_form():
     start, refined, before, _ = refined_together("fresh", FitRecipe(refine_passes=0))
     for m, lens in enumerate(refined):
-        assert lens.iterations == 0 and lens.ended == "pass limit"
-        assert torch.equal(lens.maps.matrix, start.matrix[[m]]) and torch.equal(lens.maps.offset, start.offset[[m]])
+        assert lens.iterations == 0
+        assert lens.ended == "pass limit"
+        assert torch.equal(lens.maps.matrix, start.matrix[[m]])
+        assert torch.equal(lens.maps.offset, start.offset[[m]])
         assert lens.dev_kl == pytest.approx(before[m], abs=1e-5)
 
 
@@ -800,7 +812,8 @@ def test_a_pass_that_brings_less_than_the_tolerance_is_the_last():
     _, refined, before, after = refined_together("overlapping", FitRecipe(refine_batch=100, refine_tolerance=0.9))
     for lens, was, now in zip(refined, before, after, strict=True):
         if lens.ended == "converged":
-            assert lens.iterations == 12 and 0.1 * was < now < was
+            assert lens.iterations == 12
+            assert 0.1 * was < now < was
     assert any(lens.ended == "converged" for lens in refined)
 
 
@@ -817,7 +830,8 @@ def test_refinement_reports_its_way_up_to_its_limit():
         "fresh", FitRecipe(refine_passes=2, refine_batch=100), report=lambda done, limit: seen.append((done, limit))
     )
     assert {limit for _, limit in seen} == {24}
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen}) and 0 <= seen[0][0] <= seen[-1][0] < 24
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert 0 <= seen[0][0] <= seen[-1][0] < 24
 
 
 def test_a_layer_that_never_varies_harms_no_other():
@@ -840,7 +854,8 @@ def test_a_layer_that_never_varies_harms_no_other():
         now = true_kl(stream.readout, dev, lens.maps, layers[m])
         assert lens.dev_kl == pytest.approx(now, rel=1e-4)
         assert now <= true_kl(stream.readout, dev, start[[m]], layers[m]) + 1e-6
-    assert refined[1].iterations > 0 and refined[2].iterations > 0
+    assert refined[1].iterations > 0
+    assert refined[2].iterations > 0
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])

@@ -59,7 +59,8 @@ def test_a_full_share_is_exact_and_draws_what_it_says():
     whole = estimated_transfer(readout, captured, maps, share=1.0, rows=50, seed=0)
     np.testing.assert_allclose(whole.mean(), exact_mean(readout, captured, maps), atol=2e-5)
     part = estimated_transfer(readout, captured, maps, share=0.25, rows=50, seed=0)
-    assert part.drawn.sum() == round(0.25 * len(captured)) and part.tokens.sum() == len(captured)
+    assert part.drawn.sum() == round(0.25 * len(captured))
+    assert part.tokens.sum() == len(captured)
 
 
 def test_stated_interval_is_the_spread_over_fresh_tokens():
@@ -77,7 +78,8 @@ def test_stated_interval_is_the_spread_over_fresh_tokens():
     spread = 1.96 * np.std(estimates, axis=0, ddof=1)
     off = ~np.eye(3, dtype=bool) & (spread > 0)
     ratio = np.mean(widths, 0)[off] / spread[off]
-    assert ratio.min() > 0.8 and ratio.max() < 1.25
+    assert ratio.min() > 0.8
+    assert ratio.max() < 1.25
 
 
 def test_half_width_is_the_bootstraps():

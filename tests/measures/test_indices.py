@@ -236,7 +236,9 @@ def test_means_over_clusters_weigh_by_tokens_and_by_draws():
 def test_a_bootstrap_draw_takes_as_many_clusters_as_there_are(clusters, draws, seed):
     weights = bootstrap_weights(clusters, draws, seed)
     assert weights.shape == (draws, clusters)
-    assert (weights.sum(1) == clusters).all() and (weights >= 0).all() and (weights == weights.round()).all()
+    assert (weights.sum(1) == clusters).all()
+    assert (weights >= 0).all()
+    assert (weights == weights.round()).all()
     assert (weights == bootstrap_weights(clusters, draws, seed)).all()
 
 
@@ -305,7 +307,7 @@ def test_few_clusters_are_flagged_and_still_valued():
     assert not any(e.reason for e in estimated(clusters=FEWEST_CLUSTERS).values())
 
 
-@pytest.mark.parametrize("share, defined", [(0.01, False), (0.019, False), (0.025, True)])
+@pytest.mark.parametrize(("share", "defined"), [(0.01, False), (0.019, False), (0.025, True)])
 def test_a_retention_needs_more_than_two_percent_of_the_constant(share, defined):
     def barely(means):
         layers = len(means["own"])
@@ -316,12 +318,13 @@ def test_a_retention_needs_more_than_two_percent_of_the_constant(share, defined)
     for name in ("shared_retention", "loo_shared_retention", "rotated_retention", "shared_consistency"):
         assert (found[name].value is not None) == defined, name
         if not defined:
-            assert found[name].reason.startswith("undefined") and found[name].low is None
+            assert found[name].reason.startswith("undefined")
+            assert found[name].low is None
     assert found["gain_visibility"].value is not None
     assert found["constant_kl"].value is not None
 
 
-@pytest.mark.parametrize("gain, defined", [(-0.5, False), (0.01, False), (0.3, True)])
+@pytest.mark.parametrize(("gain", "defined"), [(-0.5, False), (0.01, False), (0.3, True)])
 def test_a_matrix_index_needs_a_gain_and_a_negative_one_is_none(gain, defined):
     """``gain``: sum of G over i < j, as a share of K_0."""
 
@@ -344,11 +347,12 @@ def test_consistency_is_undefined_where_one_map_serves_random_bases():
 
     found = estimated(wide, spread=0.001)
     assert found["rotated_retention"].value > 0.9
-    assert found["shared_consistency"].value is None and "random bases" in found["shared_consistency"].reason
+    assert found["shared_consistency"].value is None
+    assert "random bases" in found["shared_consistency"].reason
     assert found["shared_retention"].value is not None
 
 
-@pytest.mark.parametrize("share, defined", [(0.01, False), (0.025, True)])
+@pytest.mark.parametrize(("share", "defined"), [(0.01, False), (0.025, True)])
 def test_pairs_need_random_bases_that_cost_something(share, defined):
     """``share``: what a lens of two layers in random bases costs, as a share of K_0."""
 

@@ -140,7 +140,7 @@ def logits_in_double(readout, n):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("vocab, block", [(50, 1024), (50, 50), (50, 16), (50, 25), (51, 50), (1, 1024), (1, 1)])
+@pytest.mark.parametrize(("vocab", "block"), [(50, 1024), (50, 50), (50, 16), (50, 25), (51, 50), (1, 1024), (1, 1)])
 @pytest.mark.parametrize("rows", [0, 1, 13])
 def test_log_partition_is_logsumexp_whatever_the_blocks(rows, vocab, block, bias, head, monkeypatch):
     monkeypatch.setattr(kl, "VOCABULARY_BLOCK", block)
@@ -151,7 +151,8 @@ def test_log_partition_is_logsumexp_whatever_the_blocks(rows, vocab, block, bias
     n = 3 * torch.randn(rows, D, generator=torch.Generator().manual_seed(1))
     given = n.clone()
     found = log_partition(readout, n)
-    assert found.shape == (rows,) and torch.equal(n, given)
+    assert found.shape == (rows,)
+    assert torch.equal(n, given)
     torch.testing.assert_close(found.double(), logits_in_double(readout, n).logsumexp(-1), rtol=2e-6, atol=1e-5)
 
 
@@ -174,7 +175,8 @@ def test_rows_whose_later_logits_tower_over_the_first_block_lose_nothing(by, hig
     above = logits[:, later].amax(-1) - logits[:, :16].amax(-1)
     assert above.max() > 0.9 * high
     if by == "weight":
-        assert above.min() < -0.9 * high and above.abs().min() < 20
+        assert above.min() < -0.9 * high
+        assert above.abs().min() < 20
     found = log_partition(readout, n)
     torch.testing.assert_close(found.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
 

@@ -1,5 +1,6 @@
 """Verdicts: the rule on whole intervals, agreement of seeds, and the table of a calibration."""
 
+import itertools
 import json
 
 import numpy as np
@@ -25,7 +26,7 @@ def spans(visibility, movement, consistency, half=0.02):
 
 
 @pytest.mark.parametrize(
-    "found, answer",
+    ("found", "answer"),
     [
         ((0.7, 1.4, 0.9), "refinement"),
         ((0.0, 0.0, 1.0), "carry-along"),
@@ -55,16 +56,20 @@ def test_a_wider_interval_never_tells_something_else(visibility, movement, consi
 
 def test_refits_widen_an_interval():
     span = Span(0.5, 0.4, 0.6)
-    assert span.wider(0.3, 0.55) == Span(0.5, 0.3, 0.6) and span.wider(None, None) == span
+    assert span.wider(0.3, 0.55) == Span(0.5, 0.3, 0.6)
+    assert span.wider(None, None) == span
 
 
 def test_seeds_have_to_agree():
     one, other = Verdict("refinement", "a"), Verdict("carry-along", "b")
     means = spans(0.7, 1.4, None)
     same = agreement_of_seeds([one, one, one], means)
-    assert same.answer == "refinement" and "all 3 seeds" in same.reason and "gain visibility 0.700" in same.reason
+    assert same.answer == "refinement"
+    assert "all 3 seeds" in same.reason
+    assert "gain visibility 0.700" in same.reason
     mixed = agreement_of_seeds([one, one, other], means)
-    assert mixed.answer == CANNOT_TELL and "2 refinement, 1 carry-along" in mixed.reason
+    assert mixed.answer == CANNOT_TELL
+    assert "2 refinement, 1 carry-along" in mixed.reason
     assert "consistency undefined" in mixed.reason
 
 
@@ -81,7 +86,8 @@ def test_the_shipped_calibration_judges_on_families_that_it_was_not_tuned_on():
     assert not set(recipe.tune) & set(recipe.held_out)
     assert {"overlapping", "partly-rebased", "partly-carried"} <= set(recipe.held_out)
     assert set(recipe.tune) | set(recipe.held_out) == set(STREAM_FAMILIES)
-    assert max(recipe.d) <= 48 and recipe.fresh >= 100
+    assert max(recipe.d) <= 48
+    assert recipe.fresh >= 100
     jobs = list(recipe.jobs())
     assert len(jobs) == recipe.streams * len(STREAM_FAMILIES)
     assert {j.shape["layers"] for j in jobs} == set(recipe.layers)
@@ -107,9 +113,8 @@ def test_summaries_count_what_is_right_among_what_is_committed():
     )
     whole = summarise(frame)
     table = whole.set_index(["by", "value"])
-    assert table.loc[("family", "fresh"), "right_when_committed"] == 0.5 and table.loc[
-        ("family", "fresh"), "cannot_tell"
-    ] == pytest.approx(1 / 3)
+    assert table.loc[("family", "fresh"), "right_when_committed"] == 0.5
+    assert table.loc[("family", "fresh"), "cannot_tell"] == pytest.approx(1 / 3)
     assert table.loc[("family", "drifting"), "right_when_committed"] == 0.0
     assert table.loc[("all", "all"), "right_when_committed"].iloc[0] == pytest.approx(1 / 3)
     assert table.loc[("pure", "all"), "committed"] == 2
@@ -120,7 +125,9 @@ def test_summaries_count_what_is_right_among_what_is_committed():
     assert (whole["covered_shared_consistency_own_views"] == 0).all()
     assert table.loc[("family", "fresh"), "cannot_tell_without_layer0"] == 1
     both = whole[whole["set"] == "both"]
-    assert len(both) == 5 and both["right_when_committed"].isna().all() and both["covered_movement"].notna().all()
+    assert len(both) == 5
+    assert both["right_when_committed"].isna().all()
+    assert both["covered_movement"].notna().all()
 
 
 def test_thresholds_lie_midway_between_the_worst_that_has_to_pass_and_the_nearest_that_must_not():
@@ -156,14 +163,18 @@ def test_a_calibration_runs_is_taken_up_and_says_the_same_again(tmp_path):
     assert first.exit_code == 0, first.output
     tables = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.csv")}
     streams = pd.read_csv(tmp_path / "run" / "streams.csv")
-    assert len(streams) == 6 and np.isfinite(streams["gain_visibility_true"]).all()
+    assert len(streams) == 6
+    assert np.isfinite(streams["gain_visibility_true"]).all()
     assert set(streams.loc[streams["family"] == "disjoint", "verdict"]) == {"carry-along"}
     assert (streams.loc[streams["family"] == "rebased", "shared_consistency"].dropna() < 0.4).all()
     # The null of new views is another sample of the same mean, that of the fit's own is what the value itself has.
     gap = (streams["shared_consistency_true"] - streams["shared_consistency_own_views_true"]).abs().dropna()
-    assert (gap > 0).all() and (gap < 0.2).all()
+    assert (gap > 0).all()
+    assert (gap < 0.2).all()
     gap = (streams["shared_retention"] - streams["shared_retention_true"]).abs().dropna()
-    assert len(gap) >= 4 and (gap < 0.15).all() and (gap > 0).all()
+    assert len(gap) >= 4
+    assert (gap < 0.15).all()
+    assert (gap > 0).all()
     kept = sorted((tmp_path / "run" / "streams").iterdir())
     before = kept[1].stat().st_mtime_ns
     kept[0].unlink()
@@ -186,7 +197,7 @@ def test_every_family_ends_in_the_answer_and_gets_better_towards_it(family):
         residual.append(((answer - fitted) ** 2).sum())
     assert residual[-1] < residual[0]
     if family not in ("overlapping", "partly-carried"):  # where a copy covers those before it
-        assert all(b < a for a, b in zip(residual, residual[1:], strict=False))
+        assert all(b < a for a, b in itertools.pairwise(residual))
 
 
 def test_a_calibration_names_families_that_there_are():

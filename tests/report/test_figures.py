@@ -136,7 +136,8 @@ def test_all_figures_are_written_and_a_redraw_gives_the_same_bytes(folder: Path,
     assert sorted(path.name for path in (tmp_path / "deep" / "a").iterdir()) == sorted(FILES)
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in first)
-    assert dict(matplotlib.rcParams) == before and not pyplot.get_fignums()
+    assert dict(matplotlib.rcParams) == before
+    assert not pyplot.get_fignums()
 
 
 @pytest.mark.slow
@@ -173,11 +174,15 @@ def test_heatmaps_share_one_scale_that_one_enormous_cell_does_not_stretch(folder
     with style.style():
         figure = transfer.transfer_penalty(frame)
     gpt, pc = heatmaps(figure)
-    assert gpt.get_array().size == 16 and pc.get_array().size == 9
-    assert gpt.get_clim() == pc.get_clim() and gpt.cmap == pc.cmap
-    assert gpt.get_clim()[0] == 0 and 1 < gpt.get_clim()[1] < 10
+    assert gpt.get_array().size == 16
+    assert pc.get_array().size == 9
+    assert gpt.get_clim() == pc.get_clim()
+    assert gpt.cmap == pc.cmap
+    assert gpt.get_clim()[0] == 0
+    assert 1 < gpt.get_clim()[1] < 10
     assert len(figure.axes) == 3  # two heatmaps and the one colour bar
-    assert "nats/token" in words(figure) and "clipped, maximum 900" in words(figure)
+    assert "nats/token" in words(figure)
+    assert "clipped, maximum 900" in words(figure)
     cell = frame.query("model == 'gpt' and lens_layer == 0 and stream_layer == 2")["penalty_ce"].item()
     assert gpt.get_array().reshape(4, 4)[0, 2] == pytest.approx(cell)  # rows are lenses, columns are streams
 
@@ -216,11 +221,11 @@ def test_visibility_by_distance_and_probes_are_drawn_as_their_tables_say(folder:
         panel = indices.visibility_by_distance(frame).axes[0]
         several = probes.probes(frames.probe_frame(run))
     lines = {line.get_label(): line for line in panel.lines}
-    assert list(lines["gpt"].get_ydata()) == pytest.approx([0.5, 0.2]) and list(
-        lines["pc"].get_ydata()
-    ) == pytest.approx([0.6])
+    assert list(lines["gpt"].get_ydata()) == pytest.approx([0.5, 0.2])
+    assert list(lines["pc"].get_ydata()) == pytest.approx([0.6])
     names = [axes.get_ylabel() for axes in several.axes]
-    assert len(names) == 2 and names[1].startswith("rise of CE")
+    assert len(names) == 2
+    assert names[1].startswith("rise of CE")
     deleted = {line.get_label(): line for line in several.axes[1].lines}
     assert list(deleted["gpt"].get_ydata()) == pytest.approx([0.2, 0.4, 0.6])
 
@@ -324,7 +329,8 @@ def test_any_depth_and_number_of_models(tmp_path: Path, models: dict[str, int]) 
     for axes, layers in zip(figure.axes, models.values(), strict=False):
         assert bool(axes.texts) == (layers <= style.ANNOTATED_LAYERS)
         labels = [label.get_text() for label in axes.get_yticklabels()]
-        assert labels[-1] == "logit" and sum(map(bool, labels)) <= style.ANNOTATED_LAYERS + 1
+        assert labels[-1] == "logit"
+        assert sum(map(bool, labels)) <= style.ANNOTATED_LAYERS + 1
     assert len(figures.draw_figures(run, tmp_path / "out")) == len(FILES)
 
 
@@ -353,7 +359,8 @@ def test_a_figure_is_added_by_one_function_and_drawn_where_its_tables_have_rows(
         registry.FIGURES.clear()
         registry.FIGURES.update(before)
     assert [path.name for path in drawn] == [*FILES, "movement.png"]
-    assert list(seen[0]["unit"].unique()) == ["image"] and registry.nats_per(seen[0]) == "nats/image"
+    assert list(seen[0]["unit"].unique()) == ["image"]
+    assert registry.nats_per(seen[0]) == "nats/image"
 
 
 def test_small_numbers_are_told_where_all_are_small_and_nowhere_else():
@@ -398,7 +405,8 @@ def for_papers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, 
     with matplotlib.rc_context({"font.size": 20, "pdf.fonttype": 3, "svg.fonttype": "none", "svg.hashsalt": None}):
         before = dict(matplotlib.rcParams)
         found = {n: drawn(QUICK, tmp_path_factory.mktemp("out") / "x", "--columns", str(n), *vector) for n in WIDTHS}
-        assert dict(matplotlib.rcParams) == before and not pyplot.get_fignums()
+        assert dict(matplotlib.rcParams) == before
+        assert not pyplot.get_fignums()
     return found
 
 
@@ -478,7 +486,8 @@ def test_a_label_is_broken_between_words_and_never_in_a_formula() -> None:
         label = Figure(figsize=(3, 3)).supxlabel("$C_{ij} - C_{jj}$ (nats/token, linear below 0.1)", size=8)
         layout.break_label(label, 120.0, 0)
         lines = label.get_text().split("\n")
-        assert lines[0].startswith("$C_{ij} - C_{jj}$") and len(lines) > 1
+        assert lines[0].startswith("$C_{ij} - C_{jj}$")
+        assert len(lines) > 1
         assert label.get_window_extent().width <= 120
 
 
@@ -499,5 +508,7 @@ def test_dots_per_inch_are_chosen(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path: Path, options: list[str], told: str) -> None:
     found = invoked(QUICK, tmp_path / "b", *options)
-    assert found.exit_code == 2 and not (tmp_path / "b").exists()
-    assert told in found.output and found.output.count("\n") == 1
+    assert found.exit_code == 2
+    assert not (tmp_path / "b").exists()
+    assert told in found.output
+    assert found.output.count("\n") == 1

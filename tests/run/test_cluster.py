@@ -55,7 +55,8 @@ def test_a_killed_workers_task_is_retried_and_every_table_is_that_of_a_local_run
         output = "".join(process.communicate(timeout=200))
     assert killed, output
     assert process.returncode == 0, output
-    assert "task-gpt-seed0: finished after" in output and "train-gpt-seed0: reused" in output
+    assert "task-gpt-seed0: finished after" in output
+    assert "train-gpt-seed0: reused" in output
     assert csv_bytes(out) == csv_bytes(tiny_run)
     assert (out / folder.SEQUENCES).read_bytes() == (tiny_run / folder.SEQUENCES).read_bytes()
 

@@ -139,16 +139,15 @@ def test_a_model_at_its_initial_weights_has_nothing_to_compare(tables):
     """There is next to nothing to gain on it, so its indices are undefined, and the table says why."""
     models = tables["models.csv"]
     row = models[models["model"] == "gpt-untrained"].iloc[0]
-    assert row["train_tokens"] == 0 and row["seed"] == "1"
+    assert row["train_tokens"] == 0
+    assert row["seed"] == "1"
     indices = tables["indices.csv"]
     rows = indices[
         (indices["model"] == "gpt-untrained") & indices["index"].isin(["shared_retention", "gain_visibility"])
     ]
-    assert (
-        list(rows["seed"]) == ["1", "1"]
-        and rows["value"].isna().all()
-        and rows["reason"].str.contains("undefined").all()
-    )
+    assert list(rows["seed"]) == ["1", "1"]
+    assert rows["value"].isna().all()
+    assert rows["reason"].str.contains("undefined").all()
     verdicts = tables["verdicts.csv"]
     assert set(verdicts.loc[verdicts["model"] == "gpt-untrained", "verdict"]) == {"cannot tell"}
 
@@ -157,7 +156,8 @@ def test_nothing_moves_under_fixed_lenses_of_a_partitioned_stream(tables):
     transfer = tables["transfer.csv"]
     rows = transfer[transfer["model"] == "gpt-partitioned"]
     later = rows[(rows["lens_layer"] < rows["stream_layer"]) & (rows["stream_layer"] < 3)]
-    assert len(later) == 6 and (later["movement_kl"].abs() < 1e-6).all()
+    assert len(later) == 6
+    assert (later["movement_kl"].abs() < 1e-6).all()
     own = rows[rows["lens_layer"] == rows["stream_layer"]].set_index(["seed", "lens_layer"])["kl"]
     for _, row in later.iterrows():
         assert row["kl"] == pytest.approx(own[row["seed"], row["lens_layer"]], abs=1e-6)
@@ -171,11 +171,13 @@ def test_probes_have_a_row_per_seed_and_one_for_all(tables):
         one, two, mean = rows["value"]
         assert (np.isnan(one) and np.isnan(mean)) or mean == pytest.approx((one + two) / 2)
     reasons = probes[(probes["model"] == "gpt-conv+rotated") & probes["value"].isna()]
-    assert set(reasons["quantity"]) >= {"gradient_alignment", "block_paths"} and reasons["reason"].notna().all()
+    assert set(reasons["quantity"]) >= {"gradient_alignment", "block_paths"}
+    assert reasons["reason"].notna().all()
     verdicts = tables["verdicts.csv"].set_index(["model", "scope", "seed"])["verdict"]
     assert verdicts["gpt-partitioned", "all layers", "all"] == "carry-along"
     carried = probes[(probes["model"] == "gpt-partitioned") & (probes["quantity"] == "carried_share")]
-    assert len(carried) == 9 and (carried["value"] > 0.99).all()
+    assert len(carried) == 9
+    assert (carried["value"] > 0.99).all()
 
 
 def test_similarity_goes_with_transfer_as_its_definition_says(tables):
@@ -204,7 +206,8 @@ def test_a_second_run_reuses_every_probe(folder):
     before = {p.name: p.read_bytes() for p in folder.glob("*.csv")}
     suite = folder.parent / "known.toml"
     again = run("run", suite, "--out", folder)
-    assert again.exit_code == 0 and ": done in" not in again.stderr.replace("corpus: done in", "")
+    assert again.exit_code == 0
+    assert ": done in" not in again.stderr.replace("corpus: done in", "")
     assert {p.name: p.read_bytes() for p in folder.glob("*.csv")} == before
     assert json.loads((folder / "manifest.json").read_text())["files"].keys() >= {"probes.csv"}
 
@@ -218,7 +221,8 @@ def test_a_rotated_view_by_name_inherits_the_view_it_is_of(tmp_path):
     models = {m.name: m for m in load_suite(str(path)).models}
     turned = models["part+rotated"]
     assert (turned.view_of, turned.view, turned.rotated) == ("gpt-partitioned", "prediction", True)
-    assert models["gpt-conv+rotated"].view_of == "gpt-conv" and models["gpt-conv+rotated"].view == "state"
+    assert models["gpt-conv+rotated"].view_of == "gpt-conv"
+    assert models["gpt-conv+rotated"].view == "state"
     path.write_text(text + '\n[[models]]\nname = "nobody+rotated"\n')
     with pytest.raises(LensbenchError, match="nobody\\+rotated"):
         load_suite(str(path))
@@ -268,7 +272,8 @@ def test_parts_of_a_suite_compare_as_the_whole_does_and_claims_are_corrected_tog
     for folders in ([folder], parts):
         result = run("compare", *folders, "--out", tmp_path / "out.csv", "--figures", tmp_path / "figures")
         assert result.exit_code == 0, result.output
-        assert "known by" in result.output and "carry-along" in result.output
+        assert "known by" in result.output
+        assert "carry-along" in result.output
         assert "one lens for all layers, for two" in result.output
         found.append(pd.read_csv(tmp_path / "out.csv"))
     assert "read as one run" in result.output
@@ -281,7 +286,9 @@ def test_parts_of_a_suite_compare_as_the_whole_does_and_claims_are_corrected_tog
     )
 
     claims = whole[whole["kind"] == "claim"].set_index(["model", "against_model", "index"])
-    assert len(claims) == 4 and set(claims["seeds"]) == {2} and set(claims["note"]) == {"only 2 seeds"}
+    assert len(claims) == 4
+    assert set(claims["seeds"]) == {2}
+    assert set(claims["note"]) == {"only 2 seeds"}
     p = {}
     for key, row in claims.iterrows():
         gaps = by_hand(tables, *key)
@@ -308,7 +315,8 @@ def test_sums_over_clusters_give_the_same_tables_and_comparisons_from_a_smaller_
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes(), name
     whole, small = (read_run(f).sequences() for f in (folder, tmp_path / "run"))
     # Every document is a cluster of its own here, with one or two sequences of it.
-    assert len(small) < 0.8 * len(whole) and not small["lens"].astype(str).str.startswith("tuned@").any()
+    assert len(small) < 0.8 * len(whole)
+    assert not small["lens"].astype(str).str.startswith("tuned@").any()
     found = []
     for at in (folder, tmp_path / "run"):
         assert run("compare", at, "--out", tmp_path / "out.csv").exit_code == 0

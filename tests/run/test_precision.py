@@ -49,11 +49,14 @@ def test_goes_on_until_the_precision_is_reached_and_says_what_it_took(one_model,
     assert answer.exit_code == 0, answer.output
     kept = json.loads((folder / manifest.MANIFEST).read_text())
     plan = kept["precision"]["models"]["gpt-seed0"]
-    assert plan["reached"] and plan["half_width"] <= 0.5 * before and plan["sequences"] > 16
+    assert plan["reached"]
+    assert plan["half_width"] <= 0.5 * before
+    assert plan["sequences"] > 16
     assert kept["scored"]["sequences"] == plan["sequences"]
     # The bootstrap of the tables and the linearised width of the plan are two estimates of one thing.
     assert widest(folder) == pytest.approx(plan["half_width"], rel=0.35)
-    assert "predicted to take" in answer.output and "half-width" in answer.output
+    assert "predicted to take" in answer.output
+    assert "half-width" in answer.output
 
 
 def test_refuses_what_would_take_too_long_and_keeps_what_was_there(one_model, tmp_path):
@@ -62,7 +65,8 @@ def test_refuses_what_would_take_too_long_and_keeps_what_was_there(one_model, tm
     tables = {p.name: p.read_bytes() for p in folder.glob("*.csv")}
     answer = run("run", suite(1e-9), "--out", folder, "--max-hours", "0.001")
     assert answer.exit_code == 2
-    assert "--max-hours 0.001" in answer.output and "predicted" in answer.output
+    assert "--max-hours 0.001" in answer.output
+    assert "predicted" in answer.output
     assert "Traceback" not in answer.output
     assert {p.name: p.read_bytes() for p in folder.glob("*.csv")} == tables
 
@@ -74,7 +78,8 @@ def test_says_so_where_the_text_has_no_more(one_model, tmp_path):
     assert answer.exit_code == 0, answer.output
     assert "the text has no more" in answer.output
     plan = json.loads((folder / manifest.MANIFEST).read_text())["precision"]["models"]["gpt-seed0"]
-    assert not plan["reached"] and plan["half_width"] > 1e-4
+    assert not plan["reached"]
+    assert plan["half_width"] > 1e-4
     assert np.isfinite(plan["half_width"])
 
 
@@ -82,4 +87,6 @@ def test_says_so_where_the_text_has_no_more(one_model, tmp_path):
 def test_precision_has_to_be_above_zero(one_model, tmp_path, precision):
     suite, _ = one_model
     answer = run("run", suite(precision), "--out", tmp_path / "new")
-    assert answer.exit_code == 2 and "precision" in answer.output and "Traceback" not in answer.output
+    assert answer.exit_code == 2
+    assert "precision" in answer.output
+    assert "Traceback" not in answer.output

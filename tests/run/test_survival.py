@@ -59,7 +59,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny_su
 @pytest.mark.timeout(1500)
 def test_fifty_kills_change_no_byte_of_a_result(tiny_suite, tmp_path):
     table = killed(tiny_suite, tmp_path, 50)
-    assert len(table) == 50 and set(table["how"]) == {"after seconds", "before change", "after change"}
+    assert len(table) == 50
+    assert set(table["how"]) == {"after seconds", "before change", "after change"}
     assert table["stages_finished"].nunique() > 5, "kills at many places of a run"
 
 
@@ -104,7 +105,8 @@ def test_a_full_disk_stops_a_run_in_one_line_and_more_room_finishes_it(tiny_suit
         else:
             change("size=200m")
             assert run("run", tiny_suite, "--out", out).exit_code == 0
-        assert stops > 2 and same_tables(out, tiny_run)
+        assert stops > 2
+        assert same_tables(out, tiny_run)
 
 
 @pytest.mark.run
@@ -201,7 +203,8 @@ def test_no_changed_byte_of_a_sealed_file_is_believed(tmp_path_factory, data):
         tensors, facts = load_sealed(path)
     except Damaged:
         return
-    assert facts == {"step": "7"} and set(tensors) == set(CONTENT)
+    assert facts == {"step": "7"}
+    assert set(tensors) == set(CONTENT)
     assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in CONTENT.items())
 
 
@@ -227,8 +230,9 @@ def test_work_that_runs_out_of_memory_is_done_in_halves_and_in_order():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return list(range(rows.start, rows.stop))
 
-    assert sum(in_pieces(slice(5, 30), 16, work), []) == list(range(5, 30))
-    assert tried[:3] == [16, 8, 4] and max(tried[3:]) <= 4
+    assert [row for piece in in_pieces(slice(5, 30), 16, work) for row in piece] == list(range(5, 30))
+    assert tried[:3] == [16, 8, 4]
+    assert max(tried[3:]) <= 4
 
     def never(rows):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
@@ -297,7 +301,8 @@ def test_captures_and_matrices_in_halves_are_the_same(monkeypatch):
     halved = capture(stream, samples)
     for name in ("states", "expected", "entropy_term", "model_ce", "mean_p", "constant_kl", "targets"):
         torch.testing.assert_close(getattr(halved, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
-    assert (halved.window == whole.window).all() and (halved.document == whole.document).all()
+    assert (halved.window == whole.window).all()
+    assert (halved.document == whole.document).all()
     again = transfer_sums(stream.readout, halved, maps)
     for name in ("kl", "ce", "movement", "top1"):
         np.testing.assert_allclose(getattr(again, name), getattr(matrix, name), rtol=1e-5, atol=1e-5)
