@@ -1,29 +1,8 @@
-"""Measurements next to the lenses: one file per probe. Each is a function of a model's stream."""
+"""Measurements next to the lenses: one file per probe, with its function and the catalogue of its quantities."""
 
-from lensbench.probes import (
-    accuracy,
-    causal_fidelity,
-    error_transport,
-    few_shot,
-    gradient_steps,
-    gradients,
-    head_weights,
-    paths,
-    places,
-    prediction_visibility,
-    representation,
-)
+from lensbench.probes.catalogue import Panel, Probe, Quantity
+from lensbench.probes.measured import Measured, Measurement, Sums
+from lensbench.probes.registry import PROBES
+from lensbench.probes.subject import ReadText, Subject
 
-__all__ = [
-    "accuracy",
-    "causal_fidelity",
-    "error_transport",
-    "few_shot",
-    "gradient_steps",
-    "gradients",
-    "head_weights",
-    "paths",
-    "places",
-    "prediction_visibility",
-    "representation",
-]
+__all__ = ["PROBES", "Measured", "Measurement", "Panel", "Probe", "Quantity", "ReadText", "Subject", "Sums"]

@@ -1,8 +1,8 @@
-"""Is what a lens reads used? States are moved along its directions, and the output's change held against the lens's own.
+"""Does the model use what a lens reads? States are moved along the lens's directions, and the two changes are compared.
 
-After the causal experiments of the tuned-lens paper (arXiv 2303.08112, section 4): a *stimulus* is the change of what a lens
-reads at a layer, a *response* the change of the model's output that the same move makes, and they are compared as
-log-ratios weighted by the model's probabilities (Aitchison geometry).
+This follows the causal experiments of the tuned-lens paper (arXiv 2303.08112, section 4). A *stimulus* is the change of
+what a lens reads at a layer. A *response* is the change of the model's output by the same move. Both are log-ratios,
+weighted by the model's probabilities (Aitchison geometry).
 """
 
 import copy
@@ -15,120 +15,130 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lensbench.lenses.maps import AffineMaps
+from lensbench.probes.catalogue import WITH_ITS_NULL, Panel, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
-from lensbench.probes.registry import probe
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.crossfit import FoldSums, centred
 from lensbench.probes.tools.interventions import entering
 from lensbench.probes.tools.predictions import Directions, batches
+from lensbench.statistics import Array
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.stream import ResidualStream
 
 FIRST = 2
+"""First position whose state counts in a covariance"""
 
 
 COVARIANCE_WINDOWS = 64
+"""Windows from which the covariance of each layer's states is computed, at most"""
 
 
 WINDOWS = 96
-"""Windows at most; each gives the state behind one prefix."""
+"""Windows that are looked at, at most; each gives the state after one prefix"""
 
 
 DIRECTIONS = 4
-"""Directions of each kind at a layer."""
+"""Directions of each kind at a layer: of the shared lens, and random ones"""
 
 
 MOVES_AT_ONCE = 32
+"""Moved states in a batch"""
 
 
 CACHED_TOLERANCE = 1e-3
-"""Largest relative difference between logits of one token behind a cache and of the whole prefix."""
+"""Largest relative difference of a token's log-probabilities computed from a cache and from the whole prefix"""
 
 
-@probe
 def causal_fidelity(subject: Subject) -> Measured:
-    """Per layer l: a token's ``h_l`` is moved by one standard deviation along a direction; does the output move as read?
+    """For every layer l: ``h_l`` of a token is moved by one standard deviation; does the output move as the lens reads?
 
-    Directions of the shared lens are those that move its logits most, among moves that are equally usual (of Mahalanobis
-    length 1 under the layer's covariance); random ones are equally usual. ``fidelity`` is the mean cosine of stimulus
-    (shared lens) and response along the lens's directions, ``fidelity_null`` that with the response to another of them,
-    ``fidelity_own`` and ``fidelity_logit`` with the stimulus as the layer's own lens (headline) and the logit lens read it,
-    ``fidelity_random`` (shared lens) along random directions. ``response_slope``: of response on stimulus, 1 where the
-    output moves as far as was read. ``stimulus_ratio`` and ``response_ratio``: mean square along the lens's directions by
-    that along random ones, as read and as answered: where the second is above 1, what the lens reads is used more than
-    what else varies; where it is below the first, less than was read.
+    The shared lens's directions are those that move its logits most, among moves that are equally usual (of Mahalanobis
+    length 1 under the layer's covariance). Random directions are equally usual.
     """
     name = "causal_fidelity"
-    stream, windows = subject.stream, subject.windows
+    stream = subject.stream
     if subject.rotated:
         return Measured(name, reason="a rotated view has no states of its own to move")
     if not stream.blocks:
         return Measured(name, reason="its layers are not blocks of their own, whose inputs could be moved")
-    few = windows.spread(WINDOWS)
-    moves = directions(subject)  # [L, 2 D, d]: the lens's, then random ones
-    kinds = moves.shape[1]
-    layers = torch.arange(stream.layers).repeat_interleave(kinds)
-    steps = moves.flatten(0, 1)
-    shape = (len(few.ids), stream.layers, kinds)
-    names = ("shared", "own", "logit", "null", "covariance", "stimulus", "response")
-    scores = {name: np.zeros(shape) for name in names}
-    for row, ids in enumerate(few.ids):
-        last = int(few.positions[row][few.valid[row]].max())
-        prefix = torch.from_numpy(ids[: last + 1])[None].to(stream.input_device)
-        states, logits = stream.at(prefix, torch.zeros(1, dtype=torch.long), torch.tensor([last]))
-        before = logits.float().log_softmax(-1)[0]
-        p = before.exp()
-        answer = responses(stream, prefix, layers, steps, before) - before  # [L K, V]
-        # Of the other directions of the kind at the same layer, in turn.
-        other = answer.unflatten(0, (-1, 2, kinds // 2)).roll(1, 2).flatten(0, 2)
-        for start in range(0, len(layers), MOVES_AT_ONCE):
-            some = slice(start, start + MOVES_AT_ONCE)
-            of, h = layers[some], states[layers[some], 0].float()
-            read_as = {
-                "shared": stimulus(stream.readout, h, steps[some], subject.shared, torch.zeros_like(of)),
-                "own": stimulus(stream.readout, h, steps[some], subject.lenses, of),
-                "logit": stimulus(stream.readout, h, steps[some], None, of),
-            }
-            at = row, of.numpy(), (torch.arange(start, start + len(of)) % kinds).numpy()
-            for what, change in read_as.items():
-                covariance, left, right = aitchison(change, answer[some], p)
-                scores[what][at] = (covariance / (left * right).sqrt()).numpy()
-                if what == "shared":
-                    scores["covariance"][at], scores["stimulus"][at], scores["response"][at] = (
-                        x.numpy() for x in (covariance, left, right)
-                    )
-            covariance, left, right = aitchison(read_as["shared"], other[some], p)
-            scores["null"][at] = (covariance / (left * right).sqrt()).numpy()
-        subject.report(name, row + 1, len(few.ids))
+    few = subject.windows.spread(WINDOWS)
+    steps = directions(subject)  # [L, 2 D, d]: the lens's, then random ones
+    scores = {what: np.zeros((len(few.ids), *steps.shape[:2])) for what in SCORES}
+    with subject.task(name, few) as task:
+        for row, ids in enumerate(few.ids):
+            last = int(few.positions[row][few.valid[row]].max())
+            prefix = torch.from_numpy(ids[: last + 1])[None].to(stream.input_device)
+            for what, values in scores_after(subject, prefix, steps).items():
+                scores[what][row] = values
+            task.update(row + 1)
     one = np.ones(len(few.ids))
     sums = Sums(name, few, one)
-    read, random = slice(0, kinds // 2), slice(kinds // 2, None)
     for layer in range(stream.layers):
-        at_layer = {name: values[:, layer] for name, values in scores.items()}
-        for quantity, what, which in (
-            ("fidelity", "shared", read),
-            ("fidelity_null", "null", read),
-            ("fidelity_own", "own", read),
-            ("fidelity_logit", "logit", read),
-            ("fidelity_random", "shared", random),
-        ):
-            sums.add(quantity, np.nan_to_num(at_layer[what][:, which]).mean(1), one, layer=layer)
-        size = {
-            (name, kind): at_layer[name][:, which].sum(1)
-            for name in ("covariance", "stimulus", "response")
-            for kind, which in (("read", read), ("random", random))
-        }
-        sums.add("response_slope", size["covariance", "read"], size["stimulus", "read"], layer=layer)
-        sums.add("stimulus_ratio", size["stimulus", "read"], size["stimulus", "random"], layer=layer)
-        sums.add("response_ratio", size["response", "read"], size["response", "random"], layer=layer)
+        _add_layer(sums, {what: values[:, layer] for what, values in scores.items()}, layer, one)
     return sums.measured()
+
+
+SCORES = ("shared", "own", "logit", "null", "covariance", "stimulus", "response")
+"""What is kept of each moved state: four cosines, and the parts of the first one"""
+
+
+def scores_after(subject: Subject, prefix: Tensor, moves: Tensor) -> dict[str, Array]:
+    """Each of :data:`SCORES` ``[L, 2 D]`` of moves ``[L, 2 D, d]`` of the last state of a prefix ``[1, T]``."""
+    stream = subject.stream
+    kinds = moves.shape[1]
+    layers = torch.arange(len(moves)).repeat_interleave(kinds)
+    steps = moves.flatten(0, 1)
+    states, logits = stream.at(prefix, torch.zeros(1, dtype=torch.long), torch.tensor([prefix.shape[1] - 1]))
+    before = logits.float().log_softmax(-1)[0]
+    p = before.exp()
+    answer = responses(stream, prefix, layers, steps, before) - before  # [2 L D, V]
+    # The response to the next direction of the same kind at the same layer.
+    other = answer.view(-1, 2, kinds // 2, answer.shape[-1]).roll(1, 2).flatten(0, 2)
+    found = {name: np.zeros(len(layers)) for name in SCORES}
+    for start in range(0, len(layers), MOVES_AT_ONCE):
+        some = slice(start, start + MOVES_AT_ONCE)
+        of, h = layers[some], states[layers[some], 0].float()
+        read_as = {
+            "shared": stimulus(stream.readout, h, steps[some], subject.shared, torch.zeros_like(of)),
+            "own": stimulus(stream.readout, h, steps[some], subject.lenses, of),
+            "logit": stimulus(stream.readout, h, steps[some], None, of),
+        }
+        for what, change in read_as.items():
+            covariance, left, right = aitchison(change, answer[some], p)
+            found[what][some] = (covariance / (left * right).sqrt()).numpy()
+            if what == "shared":
+                found["covariance"][some], found["stimulus"][some], found["response"][some] = (
+                    x.numpy() for x in (covariance, left, right)
+                )
+        covariance, left, right = aitchison(read_as["shared"], other[some], p)
+        found["null"][some] = (covariance / (left * right).sqrt()).numpy()
+    return {name: values.reshape(len(moves), kinds) for name, values in found.items()}
+
+
+def _add_layer(sums: Sums, scores: dict[str, Array], layer: int, one: Array) -> None:
+    """Add the quantities of a layer from its scores ``[S, 2 D]``: the lens's directions first, then random ones."""
+    directions = scores["shared"].shape[1] // 2
+    read, random = slice(0, directions), slice(directions, None)
+    for quantity, what, which in (
+        ("fidelity", "shared", read),
+        ("fidelity_null", "null", read),
+        ("fidelity_own", "own", read),
+        ("fidelity_logit", "logit", read),
+        ("fidelity_random", "shared", random),
+    ):
+        sums.add(quantity, np.nan_to_num(scores[what][:, which]).mean(1), one, layer=layer)
+    covariance, stimulus, response = (scores[name] for name in ("covariance", "stimulus", "response"))
+    stimulus_read, stimulus_random = stimulus[:, read].sum(1), stimulus[:, random].sum(1)
+    sums.add("response_slope", covariance[:, read].sum(1), stimulus_read, layer=layer)
+    sums.add("stimulus_ratio", stimulus_read, stimulus_random, layer=layer)
+    sums.add("response_ratio", response[:, read].sum(1), response[:, random].sum(1), layer=layer)
 
 
 def directions(subject: Subject) -> Tensor:
     """Moves ``[L, 2 D, d]`` of Mahalanobis length 1: the D that the shared lens reads most, then D random ones.
 
-    How usual a move is, is the covariance of the layer's states over all positions of some windows; what is read most, the
-    variance of the lens's logits under the text's frequencies of tokens.
+    The length is under the covariance of the layer's states over all positions of some windows. What the lens reads most is
+    what gives its logits the largest variance under the text's token frequencies.
     """
     stream, readout = subject.stream, subject.stream.readout
     d = stream.d_model
@@ -162,13 +172,14 @@ def directions(subject: Subject) -> Tensor:
 
 
 def stimulus(readout: ReadOut, h: Tensor, move: Tensor, maps: AffineMaps | None, which: Tensor) -> Tensor:
-    """Change of what the lenses ``which`` ``[n]`` read in states ``[n, d]`` when these move: log-ratios ``[n, V]``."""
+    """Log-ratios ``[n, V]`` by which moves ``[n, d]`` of states ``[n, d]`` change what lenses ``which`` ``[n]`` read."""
 
     def read(x: Tensor) -> Tensor:
         if maps is not None:
             matrix, offset = maps.matrix.to(x)[which], maps.offset.to(x)[which]
             x = torch.einsum("nde,ne->nd", matrix, x) + offset
-        return readout(x).float().log_softmax(-1)
+        logits: Tensor = readout(x)
+        return logits.float().log_softmax(-1)
 
     with torch.no_grad():
         return read(h + move) - read(h)
@@ -184,14 +195,14 @@ def aitchison(a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def responses(stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor, before: Tensor) -> Tensor:
-    """The model's log-probabilities ``[n, V]`` behind a prefix ``[1, T]`` whose last state before block ``layers[i]`` moved.
+    """The model's log-probabilities ``[n, V]`` after a prefix ``[1, T]`` whose last state before block ``layers[i]`` moved.
 
-    Where the model keeps a cache of the prefix, and gives with it the log-probabilities ``before`` ``[V]`` that it gives
-    without, only the last token is computed again.
+    Only the last token is computed again, if the model has a cache of the prefix and gives with it the log-probabilities
+    ``before`` ``[V]`` that it gives without.
     """
     cached = cache_of(stream, ids)
     if cached is not None:
-        off = (behind(stream, ids, cached, 1).float().log_softmax(-1)[0] - before).abs().max()
+        off = (after_cache(stream, ids, cached, 1).float().log_softmax(-1)[0] - before).abs().max()
         if not off < CACHED_TOLERANCE * before.abs().max():
             cached = None
     found = []
@@ -200,7 +211,7 @@ def responses(stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor
         count = len(of)
         with entering(stream, partial(moved, layers=of, moves=move)):
             if cached is not None:
-                logits = behind(stream, ids, cached, count)
+                logits = after_cache(stream, ids, cached, count)
             else:
                 last = torch.full((count,), ids.shape[1] - 1)
                 _, logits = stream.at(ids.expand(count, -1), torch.arange(count), last)
@@ -209,7 +220,7 @@ def responses(stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor
 
 
 def cache_of(stream: ResidualStream, ids: Tensor) -> tuple[str, Any] | None:
-    """The cache of all tokens ``[1, T]`` but the last, and what the model calls it; None for a model that hands out none."""
+    """The model's name of its cache, and the cache of all tokens ``[1, T]`` but the last; None for a model without one."""
     if ids.shape[1] < 2:
         return None
     out = stream.model(input_ids=ids[:, :-1], use_cache=True, return_dict=True)
@@ -220,20 +231,98 @@ def cache_of(stream: ResidualStream, ids: Tensor) -> tuple[str, Any] | None:
     return None
 
 
-def behind(stream: ResidualStream, ids: Tensor, cached: tuple[str, Any], count: int) -> Tensor:
-    """Logits ``[count, V]`` of the last token of ``[1, T]``, as often as ``count``, behind a cache of the others."""
+def after_cache(stream: ResidualStream, ids: Tensor, cached: tuple[str, Any], count: int) -> Tensor:
+    """Logits ``[count, V]`` of the last token of ``[1, T]``, ``count`` times, from a cache of the other tokens."""
     name, cache = cached[0], copy.deepcopy(cached[1])
     cache.reorder_cache(torch.zeros(count, dtype=torch.long, device=ids.device))
     last = ids[:, -1:].expand(count, 1)
     out = stream.model(input_ids=last, use_cache=True, return_dict=True, **{name: cache})
-    return out.logits[:, -1].to(stream.device)
+    logits: Tensor = out.logits[:, -1].to(stream.device)
+    return logits
 
 
 def moved(layer: int, h: Tensor, layers: Tensor, moves: Tensor) -> Tensor | None:
-    """States ``[n, T, d]`` in which the last one of sequence i moved by ``moves[i]``, where ``layers[i]`` is this one."""
+    """States ``[n, T, d]``, the last one of sequence i moved by ``moves[i]`` if ``layers[i]`` is this one; None if none."""
     here = (layers == layer).nonzero()[:, 0]
     if not len(here):
         return None
     change = torch.zeros_like(h)
     change[here.to(h.device), -1, : moves.shape[1]] = moves[here].to(h)
     return h + change
+
+
+CAUSAL_FIDELITY = Probe(
+    "causal_fidelity",
+    causal_fidelity,
+    "per layer, states moved along a lens's directions: change as read against change of the output (arXiv 2303.08112)",
+    (
+        Quantity(
+            "fidelity",
+            "fidelity, shared lens",
+            "mean cosine of stimulus (as the shared lens reads it) and response along the shared lens's directions",
+            "layer",
+            "At 1, the output moves as the lens reads.",
+            table="layers",
+            panel=Panel("layer moved", "cosine of read and real change", null="fidelity_null"),
+        ),
+        Quantity(
+            "fidelity_null",
+            "fidelity, null",
+            "the same with the response to another direction of the lens",
+            "layer",
+            "Only its size tells: its sign is that of arbitrary eigenvectors.",
+            WITH_ITS_NULL,
+            "layers",
+        ),
+        Quantity(
+            "fidelity_own",
+            "fidelity, own lens",
+            "as `fidelity`, the stimulus as the layer's own lens of the transfer matrix reads it",
+            "layer",
+            "Above `fidelity`, the own lens reads these directions better.",
+            table="layers",
+        ),
+        Quantity(
+            "fidelity_logit",
+            "fidelity, logit lens",
+            "as `fidelity`, the stimulus as the logit lens reads it",
+            "layer",
+            "Near 1, the rest of the model passes these directions on unchanged.",
+        ),
+        Quantity(
+            "fidelity_random",
+            "fidelity, random directions",
+            "as `fidelity`, along four random directions, drawn once for a layer",
+            "layer",
+            "Below `fidelity`, the lens reads its own directions best; intervals do not hold the draw of directions.",
+            table="layers",
+        ),
+        Quantity(
+            "response_slope",
+            "real by read change",
+            "slope of response on stimulus, along the shared lens's directions",
+            "layer",
+            "At 1, the output moves as far as was read.",
+            table="layers",
+            panel=Panel("layer moved", "real by read change"),
+        ),
+        Quantity(
+            "stimulus_ratio",
+            "read change, by random",
+            "mean square of the stimulus along the lens's directions by that along random ones",
+            "layer",
+            "It says how much more the lens reads of its directions than of others that are equally usual.",
+            table="layers",
+        ),
+        Quantity(
+            "response_ratio",
+            "real change, by random",
+            "mean square of the response along the lens's directions by that along random ones",
+            "layer",
+            "Above 1 the model uses what the lens reads more than what else varies; below `stimulus_ratio`, less than that.",
+            table="layers",
+        ),
+    ),
+    control="response to another direction; random directions",
+    topic="what is used",
+)

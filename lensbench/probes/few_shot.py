@@ -1,4 +1,4 @@
-"""Does an example of a few-shot prompt move the next prediction by its error, or by its label alone?"""
+"""Does an example in a few-shot prompt move the next prediction by its error, or by its label alone?"""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lensbench.probes.registry import probe
+from lensbench.probes.catalogue import SAME_TOKENIZER, WITH_ITS_NULL, Probe, Quantity
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, by_group, cross_fitted
 from lensbench.statistics import Array, jackknife
@@ -19,47 +19,43 @@ Ids = NDArray[np.int64]
 
 
 PROMPTS = 512
+"""Number of prompts"""
 
 
 EXAMPLES = 16
-"""Of a prompt at most."""
+"""Examples in a prompt, at most"""
 
 
 QUERIES, LABELS = 4, 4
-"""Different ones in a prompt, drawn anew for each, with an own map from query to label."""
+"""Number of different queries and labels in a prompt; each prompt draws its own, and its own map between them"""
 
 
 POOL = 64
-"""The text's most frequent words that queries and labels are drawn from."""
+"""Number of the text's most frequent words from which queries and labels are drawn"""
 
 
 NOISE = 0.2
-"""Share of the examples whose label is any: errors go on when the map is known."""
+"""Share of examples with a random label, so that errors go on when the map is known"""
 
 
 TOKENS_AT_ONCE = 4096
 
 
-@probe
 def few_shot(subject: Subject) -> Jackknifed:
-    """Few-shot prompts ``query:label``, a random map each; the error at example k against the change at example k+1.
+    """In few-shot prompts ``query:label``, each with a random map: the change by example k against the error at example k.
 
     The change is that of the labels' logits (about their mean) at the answer of example k+1 when example k is taken out of
-    the prompt, everything else kept; the error is ``1[y] - p`` over the labels, p being the model's at the answer of
-    example k. ``change ~ alpha 1[y] - beta p``: ``few_shot_alpha``, logits per label shown; ``few_shot_ratio`` is beta /
-    alpha, 1 for an update by the error, 0 for adding the label whatever was predicted; ``few_shot_copying_r2`` that of
-    beta = 0, ``few_shot_error_gain`` what a free beta adds to it, cross-fitted over groups of prompts, and
-    ``few_shot_error_gain_null`` the same with p of another prompt. Names end in ``_same`` where example k+1 asks the same
-    query as k, in ``_other`` where another. At the same query what is left of the prompt up to the answer is the context
-    that p was predicted from, so that logits minus log p regress on p whatever moves them: attention that averages the
-    labels shown, and holds no prediction, has a ratio well above 0 and a gain above this null. Neither tells errors from
-    that. ``few_shot_learned`` is p of the mapped label at the last example, among the
-    labels: a quarter if nothing is learned from the prompt.
+    the prompt and everything else is kept. The error is ``1[y] - p`` over the labels, where p is the model's prediction at
+    the answer of example k. The regression is ``change ~ alpha 1[y] - beta p``, cross-fitted over groups of prompts. In half
+    of the prompts example k+1 asks the same query as k (``_same``), in the other half another one (``_other``).
+
+    At the same query, the prompt up to the answer without example k is the context from which p was predicted. So logits
+    minus log p regress on p whatever moves them: attention that averages the labels shown, and holds no prediction, has a
+    ratio well above 0 and a gain above the null. Neither tells errors from that.
     """
     name = "few_shot"
     if subject.rotated:
         return Jackknifed(name, reason="the same as in the view that is not rotated: it is about the model's output")
-    stream = subject.stream
     words = frequent_words(subject)
     if len(words) < QUERIES + LABELS:
         return Jackknifed(name, reason=f"its tokenizer has {len(words)} words of one token in this text: too few")
@@ -68,39 +64,41 @@ def few_shot(subject: Subject) -> Jackknifed:
     room = subject.windows.ids.shape[1] // form.tokens
     if room < 4:
         return Jackknifed(name, reason=f"its windows have room for {room} examples: too few")
-    examples = min(EXAMPLES, room)
-    prompts = draw_prompts(words, examples, np.random.default_rng(0))
+    prompts = draw_prompts(words, min(EXAMPLES, room), np.random.default_rng(0))
     found = Estimates(name, FOLDS)
-    changes, shown, predicted, learned = measure(stream, prompts, form)
+    changes, shown, predicted, learned = measure(subject.stream, prompts, form)
     group = np.arange(PROMPTS) % FOLDS
-    hits = by_group(learned, group)
-    found.share("few_shot_learned", hits, by_group(np.ones(PROMPTS), group))
+    found.share("few_shot_learned", by_group(learned, group), by_group(np.ones(PROMPTS), group))
     for same, kind in ((True, "same"), (False, "other")):
         of = prompts.same == same
-        where = group[of]
-        columns = moments(changes[of], shown[of], predicted[of], where)
-        null = moments(changes[of], shown[of], predicted[of].roll(1, 0), where)
-        copying, total = summed(cross_fitted(columns, torch.tensor([1]), torch.tensor([3]), (0.0,)))
-        free, _ = summed(cross_fitted(columns, torch.tensor([1, 2]), torch.tensor([3]), (0.0,)))
-        permuted, _ = summed(cross_fitted(null, torch.tensor([1, 2]), torch.tensor([3]), (0.0,)))
-        found.share(f"few_shot_copying_r2_{kind}", total - copying, total)
-        found.share(f"few_shot_error_gain_{kind}", copying - free, total)
-        found.share(f"few_shot_error_gain_null_{kind}", copying - permuted, total)
-        whole = columns.sum(0)
-        alpha, beta = coefficients(whole)
-        each = [coefficients(whole - held) for held in columns]
-        found.add(f"few_shot_alpha_{kind}", alpha, np.array([a for a, _ in each]))
-        low, high = jackknife(np.array([alpha]), np.array([[a] for a, _ in each]))
-        if low[0] <= 0 <= high[0]:
-            reason = "undefined: the interval of alpha holds 0, so there is no update to take a share of"
-            found.add(f"few_shot_ratio_{kind}", np.nan, reason=reason)
-        else:
-            found.add(f"few_shot_ratio_{kind}", beta / alpha, np.array([b / a for a, b in each]))
+        _add_regression(found, kind, changes[of], shown[of], predicted[of], group[of])
     return found.done()
 
 
+def _add_regression(found: Estimates, kind: str, change: Tensor, shown: Tensor, predicted: Tensor, group: Ids) -> None:
+    """Add the quantities of ``change ~ alpha 1[y] - beta p``, of S prompts and m labels ``[S, m]`` in groups ``[S]``."""
+    columns = moments(change, shown, predicted, group)
+    null = moments(change, shown, predicted.roll(1, 0), group)
+    copying, total = summed(cross_fitted(columns, torch.tensor([1]), torch.tensor([3]), (0.0,)))
+    free, _ = summed(cross_fitted(columns, torch.tensor([1, 2]), torch.tensor([3]), (0.0,)))
+    permuted, _ = summed(cross_fitted(null, torch.tensor([1, 2]), torch.tensor([3]), (0.0,)))
+    found.share(f"few_shot_copying_r2_{kind}", total - copying, total)
+    found.share(f"few_shot_error_gain_{kind}", copying - free, total)
+    found.share(f"few_shot_error_gain_null_{kind}", copying - permuted, total)
+    whole = columns.sum(0)
+    alpha, beta = coefficients(whole)
+    each = [coefficients(whole - held) for held in columns]
+    found.add(f"few_shot_alpha_{kind}", alpha, np.array([a for a, _ in each]))
+    low, high = jackknife(np.array([alpha]), np.array([[a] for a, _ in each]))
+    if low[0] <= 0 <= high[0]:
+        reason = "undefined: the interval of alpha holds 0, so there is no update to take a share of"
+        found.add(f"few_shot_ratio_{kind}", np.nan, reason=reason)
+    else:
+        found.add(f"few_shot_ratio_{kind}", beta / alpha, np.array([b / a for a, b in each]))
+
+
 def summed(parts: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Of the one output."""
+    """Errors and totals ``[K]`` of a regression with one output, from ``[K, 1]``."""
     return parts[0][:, 0], parts[1][:, 0]
 
 
@@ -113,6 +111,7 @@ class Form:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of an example."""
         return 2 + len(self.colon) + len(self.newline)
 
     def written(self, queries: Ids, labels: Ids) -> Ids:
@@ -128,16 +127,16 @@ class Form:
 
     @property
     def answer(self) -> int:
-        """Place, within an example, of the token behind which the label is predicted."""
+        """Position, within an example, at which the label is predicted."""
         return len(self.colon)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """S prompts of k examples: token ids of queries and labels ``[S, k]``, and of each prompt's labels ``[S, m]``.
+    """S prompts of k examples: token ids of queries and labels ``[S, k]``, and of the labels of each prompt ``[S, m]``.
 
-    ``at`` ``[S]`` is the example that is taken out; ``same`` ``[S]``: the one behind it asks the same query. ``mapped``
-    ``[S]`` is the place, among the labels, of the one that the last query maps to; ``place`` ``[S]`` that of the one shown.
+    ``at`` ``[S]`` is the example that is taken out, ``same`` ``[S]`` whether the next one asks the same query. ``mapped``
+    and ``place`` ``[S]`` are numbers of labels: of the one to which the last query maps, and of the one shown at ``at``.
     """
 
     queries: Ids
@@ -150,12 +149,13 @@ class Prompts:
 
 
 def draw_prompts(words: Ids, examples: int, rng: np.random.Generator) -> Prompts:
+    """:data:`PROMPTS` random prompts of token ids ``words`` ``[W]``."""
     count = PROMPTS
     drawn = np.stack([rng.permutation(len(words))[: QUERIES + LABELS] for _ in range(count)])
     asked, choices = words[drawn[:, :QUERIES]], words[drawn[:, QUERIES:]]
     mapping = rng.integers(0, LABELS, (count, QUERIES))
     which = rng.integers(0, QUERIES, (count, examples))
-    at = rng.integers(1, examples - 1, count)  # one example before it, one behind it at least
+    at = rng.integers(1, examples - 1, count)  # at least one example before it and one after it
     same = np.arange(count) // FOLDS % 2 == 0
     row = np.arange(count)
     other = (which[row, at] + rng.integers(1, QUERIES, count)) % QUERIES
@@ -176,9 +176,10 @@ def draw_prompts(words: Ids, examples: int, rng: np.random.Generator) -> Prompts
 
 @torch.no_grad()
 def measure(stream: ResidualStream, prompts: Prompts, form: Form) -> tuple[Tensor, Tensor, Tensor, Array]:
-    """Per prompt the change of the labels' logits, the label shown, what was predicted ``[S, m]`` each, about their means.
+    """For every prompt: the change of the labels' logits, the label shown, the prediction, and what was learned.
 
-    And the probability, among the labels, of the mapped one at the last example ``[S]``.
+    The first three are ``[S, m]``, about their means over labels. What was learned ``[S]`` is the probability, among the
+    labels, of the mapped one at the last example.
     """
     count, examples = prompts.queries.shape
     changes, predicted, learned = [], [], np.zeros(count)
@@ -213,7 +214,7 @@ def label_logits(stream: ResidualStream, ids: Ids, answers: Ids, choices: Ids) -
 
 
 def moments(change: Tensor, shown: Tensor, predicted: Tensor, group: Ids) -> Tensor:
-    """Raw sums by group ``[K, 4, 4]`` of ``[1, 1[y], p, change]``, a row per prompt and label."""
+    """Raw sums by group ``[K, 4, 4]`` of the columns ``[1, 1[y], p, change]``, with a row per prompt and label."""
     sums = FoldSums(FOLDS)
     columns = torch.stack([torch.ones_like(shown), shown, predicted, change], -1).flatten(0, 1)
     of = torch.from_numpy(np.repeat(group, LABELS))
@@ -223,19 +224,20 @@ def moments(change: Tensor, shown: Tensor, predicted: Tensor, group: Ids) -> Ten
 
 
 def coefficients(moments: Tensor) -> tuple[float, float]:
-    """alpha and beta of ``change ~ alpha 1[y] - beta p``."""
+    """alpha and beta of ``change ~ alpha 1[y] - beta p``, from raw sums ``[4, 4]``."""
     alpha, minus_beta = torch.linalg.lstsq(moments[1:3, 1:3], moments[1:3, 3:]).solution[:, 0].tolist()
     return alpha, -minus_beta
 
 
 def encode(tokenizer: Tokenizer | PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
     if isinstance(tokenizer, Tokenizer):
         return list(tokenizer.encode(text).ids)
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def frequent_words(subject: Subject) -> Ids:
-    """Ids of the fitting text's most frequent tokens that are words: two letters or more, a space before them or not."""
+    """Ids of the fit split's most frequent tokens that are words, with or without a space before them."""
     ids = subject.words.fit_windows.ids[subject.words.fit_windows.inside]
     tokens, counts = np.unique(ids, return_counts=True)
     words = [
@@ -245,4 +247,78 @@ def frequent_words(subject: Subject) -> Ids:
 
 
 def is_word(text: str) -> bool:
+    """Whether a token is a word: two ASCII letters or more."""
     return len(text.strip()) > 1 and text.strip().isalpha() and text.strip().isascii()
+
+
+def _of_kind(kind: str, where: str, same: bool) -> tuple[Quantity, ...]:
+    """The quantities of prompts whose next example asks the same query, or another one."""
+    return (
+        Quantity(
+            f"few_shot_alpha_{kind}",
+            f"few-shot, {kind} query: alpha (logits)",
+            f"alpha at {where}: logits that a label gains by being shown",
+            "model",
+            "Above 0, showing a label raises it.",
+            SAME_TOKENIZER,
+            "models",
+        ),
+        Quantity(
+            f"few_shot_ratio_{kind}",
+            f"few-shot, {kind} query: beta / alpha",
+            f"beta / alpha at {where}",
+            "model",
+            "It is 1 for an update by the error, 0 for one by the label, but"
+            " averaging attention has a ratio above 0, too."
+            if same
+            else "It is 1 for an update by the error, 0 for one by the label whatever was predicted.",
+            table="models",
+        ),
+        Quantity(
+            f"few_shot_copying_r2_{kind}",
+            f"few-shot, {kind} query: R^2 of copying",
+            f"held-out R^2 of beta = 0 at {where}",
+            "model",
+            "It says how much of the change the label alone explains.",
+            SAME_TOKENIZER,
+        ),
+        Quantity(
+            f"few_shot_error_gain_{kind}",
+            f"few-shot, {kind} query: gain over copying",
+            f"held-out R^2 that a free beta adds at {where}",
+            "model",
+            "Above its null, the change depends on what was predicted.",
+            SAME_TOKENIZER,
+            "models",
+        ),
+        Quantity(
+            f"few_shot_error_gain_null_{kind}",
+            f"few-shot, {kind} query: its null",
+            "the same with the prediction of another prompt",
+            "model",
+            "It is a weak null: logits regress to the prediction of the same context, errors or none.",
+            WITH_ITS_NULL,
+            "models" if same else None,
+        ),
+    )
+
+
+FEW_SHOT = Probe(
+    "few_shot",
+    few_shot,
+    "in prompts `query:label`, does an example move the next prediction by its error or by its label?",
+    (
+        Quantity(
+            "few_shot_learned",
+            "few-shot: p of the mapped label",
+            "probability, among the four labels, of the mapped one at the last example",
+            "model",
+            "It is a quarter if nothing is learned from the prompt.",
+            SAME_TOKENIZER,
+            "models",
+        ),
+        *_of_kind("same", "the same query", True),
+        *_of_kind("other", "another query", False),
+    ),
+    control="prediction of another prompt, a weak null: logits regress to the prediction of the same context",
+)

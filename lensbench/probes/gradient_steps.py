@@ -1,4 +1,4 @@
-"""Is a layer one step of gradient descent in activation space? Exactly so where the kernel is linear."""
+"""Is a layer one step of gradient descent in activation space? With a linear kernel it is, exactly."""
 
 import copy
 from typing import cast
@@ -9,22 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM, PredictiveCodingLayer
+from lensbench.probes.catalogue import Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
-from lensbench.probes.registry import probe
 from lensbench.probes.subject import Subject
 
 WINDOWS = 16
+"""Windows that are looked at, at most"""
 
 
-@probe
 def gradient_steps(subject: Subject) -> Measured:
-    """Per layer: distance of its update from an explicit gradient step, relative to the step; float64, at the last token.
+    """Distance of a layer's update from an explicit gradient step, by the length of the step; float64, at the last token.
 
     The step (see ``models/predictive_coding.py``): read-outs ``W_h`` start at zero and move by eta_h times minus the
     gradient, by autograd, of the cross-entropy of ``E (latent_i + sum_h V_h^T W_h c_i)`` over the predictions of the prefix,
-    weighted by the decay; the update is ``sum_h V_h^T W_h c_n``. A causal model with linear kernel and softmax error has
-    ``gradient_step_error`` at rounding; ``gradient_step_cosine`` is the cosine of the two, which other kernels have, too:
-    there the step is that of the same features c without their kernel's feature space.
+    weighted by the decay. The update is ``sum_h V_h^T W_h c_n``. A causal model with a linear kernel and a softmax error
+    has a distance at rounding. With other kernels the step is that of the same features c, without the feature space of
+    their kernel.
     """
     name = "gradient_steps"
     model = subject.stream.model
@@ -36,9 +36,9 @@ def gradient_steps(subject: Subject) -> Measured:
     if config.error != "softmax" or config.delta_rule or not config.tie_value_output:
         what = "the delta rule" if config.delta_rule else f"error {config.error!r} or an output map of its own"
         return Measured(name, reason=f"with {what} a layer makes no step along a gradient of the cross-entropy")
-    windows = subject.windows
-    twin = torch.nn.Module.double(copy.deepcopy(model).cpu()).eval()
-    few = windows.spread(WINDOWS)
+    twin: PredictiveCodingForCausalLM = copy.deepcopy(model)
+    torch.nn.Module.double(twin.cpu()).train(False)
+    few = subject.windows.spread(WINDOWS)
     layers = config.num_hidden_layers
     wrong, right, inner = (np.zeros((len(few.ids), layers)) for _ in range(3))
     for row, ids in enumerate(few.ids):
@@ -56,12 +56,14 @@ def gradient_steps(subject: Subject) -> Measured:
 
 
 def updates_and_steps(model: PredictiveCodingForCausalLM, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer its update of the prediction at the last of T tokens, and the explicit gradient step: ``[d]`` each."""
+    """For each layer, its update of the prediction at the last of T tokens and the explicit gradient step: ``[d]`` each."""
     table = model.embed_tokens.weight.detach()
     with torch.no_grad():
         out = model(ids[None], output_hidden_states=True)
     d = model.config.hidden_size
-    assert out.updates is not None and out.predictions is not None and out.hidden_states is not None
+    assert out.updates is not None
+    assert out.predictions is not None
+    assert out.hidden_states is not None
     found = []
     for number, update in enumerate(out.updates):
         layer = cast(PredictiveCodingLayer, model.layers[number % len(model.layers)])
@@ -89,3 +91,27 @@ def explicit_step(layer: PredictiveCodingLayer, table: Tensor, latent: Tensor, f
         moved = -layer.log_eta[head].detach().exp() * gradient
         steps.append(features[head, -1] @ moved.T @ v[head])
     return torch.stack(steps).sum(0)
+
+
+GRADIENT_STEPS = Probe(
+    "gradient_steps",
+    gradient_steps,
+    "of predictive-coding models, every layer against an explicit gradient step, float64",
+    (
+        Quantity(
+            "gradient_step_error",
+            "distance from a gradient step",
+            "norm of update minus gradient step, by the norm of the step",
+            "layer",
+            "At rounding (below 1e-12), the layer is that gradient step.",
+            table="layers",
+        ),
+        Quantity(
+            "gradient_step_cosine",
+            "cosine with a gradient step",
+            "cosine of update and gradient step",
+            "layer",
+            "At 1, the layer moves along the gradient, whatever the length of its step.",
+        ),
+    ),
+)

@@ -1,8 +1,8 @@
-"""What a head's weights say of tokens, without any text: does it copy, suppress, or write minus a bigram?
+"""What do a head's weights do with tokens, without any text: do they copy, suppress, or write minus a bigram?
 
-``W_U W_OV W_E^T`` (arXiv 2112.00861 would call it the OV circuit; copying heads: Elhage et al. 2021; suppression: arXiv
-2310.04625). It is taken as a function, with the model's own norms in it: a block is handed one token's embedding, alone in
-its sequence, so that every head must look at it.
+The matrix is ``W_U W_OV W_E^T`` (the OV circuit; copying heads: Elhage et al. 2021; suppression: arXiv 2310.04625). It is
+computed as a function, with the model's own norms in it: a block is given the embedding of one token, alone in its sequence,
+so that every head must look at it.
 """
 
 from functools import partial
@@ -13,52 +13,46 @@ import torch
 from torch import Tensor
 
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
-from lensbench.probes.registry import probe
+from lensbench.probes.catalogue import SAME_TOKENIZER, WITH_ITS_NULL, Probe, Quantity
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.crossfit import FOLDS, Estimates, Jackknifed, by_group
-from lensbench.probes.tools.heads import check_heads, reading_heads
+from lensbench.probes.tools.heads import EAGER, check_heads, reading_heads, sets_attention
 from lensbench.probes.tools.interventions import entering
 from lensbench.probes.tools.predictions import Directions, batches
 from lensbench.streams.stream import ResidualStream
 
 TOKENS = 1000
-"""The text's most frequent tokens, as inputs and as outputs."""
+"""Number of the text's most frequent tokens that are inputs and outputs"""
 
 
 WINDOWS = 16
-"""Windows that attention to the previous token is measured on."""
+"""Windows on which attention to the previous token is measured, at most"""
 
 
 AT_ONCE = 256
 
 
-@probe
 def head_weights(subject: Subject) -> Jackknifed:
-    """Per head, over the text's most frequent tokens x: row x of ``W_U W_OV W_E^T``, about its mean and the columns' means.
+    """For every head and the text's most frequent tokens x: row x of ``W_U W_OV W_E^T`` against the identity and a bigram.
 
-    ``weights_identity``: the entry of x itself in standard deviations of its row, mean over x: above 0 copies, below 0
-    suppresses (minus the identity); ``weights_identity_null`` takes another token's entry. ``weights_bigram``:
-    correlation of the row with ``log p(y | x) - log p(y)`` of an interpolated bigram (train split), about the same means;
-    ``weights_bigram_null`` with another token's. ``weights_previous_bigram``, ``weights_previous_identity``: the same of
-    what the head makes of x as the *previous* token, handed to it by the head of an earlier layer that looks at the
-    previous token most: a head that carries errors has the identity and, here, minus the bigram. ``previous_attention``:
-    mean weight of the head on the token before. Intervals over groups of tokens.
+    The matrix is taken about the means of its columns and rows, the bigram's ``log p(y | x) - log p(y)`` (interpolated,
+    train split) about the same means. Nulls take another token's entry or row. What a head makes of x as the *previous*
+    token is measured on what the head of an earlier layer that looks at the previous token most writes of x: a head that
+    carries errors has the identity and, there, minus the bigram. Intervals are over groups of tokens.
     """
     name = "head_weights"
     stream = subject.stream
     if subject.rotated:
         return Jackknifed(name, reason="a rotated view has no heads of its own")
-    reason = check_heads(stream, subject.say)
-    if not reason and not stream.blocks:
-        reason = "its layers are not blocks of their own, which could be handed a token's embedding"
-    if reason:
+    if reason := check_heads(stream):
         return Jackknifed(name, reason=reason)
-    ids = subject.words.fit_windows.ids[subject.words.fit_windows.inside]
-    found, counts = np.unique(ids, return_counts=True)
-    tokens = torch.from_numpy(np.sort(found[np.argsort(-counts, kind="stable")][:TOKENS]))
-    bigram = subject.words.bigram()
-    rows = np.stack([bigram.distribution(int(v))[tokens.numpy()] for v in tokens])
-    association = about_means(torch.from_numpy(np.log(rows) - np.log(bigram.continuation[tokens.numpy()])))
+    if sets_attention(stream):
+        subject.say(EAGER)
+    if not stream.blocks:
+        return Jackknifed(
+            name, reason="its layers are not blocks of their own, which could be handed a token's embedding"
+        )
+    tokens, association = _frequent_tokens(subject)
     group = np.random.default_rng(0).permutation(len(tokens)) % FOLDS
     size = by_group(np.ones(len(tokens)), group)
     outputs = stream.readout.weight[tokens].double().cpu()
@@ -69,35 +63,63 @@ def head_weights(subject: Subject) -> Jackknifed:
     looks = previous_attention(subject)
     embedded = stream.model.get_input_embeddings()(tokens.to(stream.input_device)).detach().float()
     written = written_by(stream, embedded, tokens)
-    handed = {}
-    for layer in written:
-        before = [(looks[k][h], k, h) for k in looks if k < layer and k in written for h in range(len(looks[k]))]
-        if before:
-            _, k, h = max(before)
-            handed[layer] = written[k][h]
+    handed = _written_of_previous(written, looks)
     composed = written_by(stream, handed, tokens) if handed else {}
-
-    def add(quantity: str, values: Tensor, layer: int, head: int) -> None:
-        estimates.share(quantity, by_group(values.numpy(), group), size, layer=layer, other=head)
-
     for layer, of_heads in written.items():
         for head, out in enumerate(of_heads):
-            direct = about_means(out.double().cpu() @ outputs.T)
-            add("weights_identity", standardised(direct, 0), layer, head)
-            add("weights_identity_null", standardised(direct, 1), layer, head)
-            add("weights_bigram", correlation(direct, association), layer, head)
-            add("weights_bigram_null", correlation(direct, association.roll(1, 0)), layer, head)
+            scores = _direct_scores(about_means(out.double().cpu() @ outputs.T), association)
             if layer in composed:
                 through = about_means(composed[layer][head].double().cpu() @ outputs.T)
-                add("weights_previous_identity", standardised(through, 0), layer, head)
-                add("weights_previous_bigram", correlation(through, association), layer, head)
-                add("weights_previous_bigram_null", correlation(through, association.roll(1, 0)), layer, head)
+                scores |= _scores_through_previous(through, association)
+            for quantity, values in scores.items():
+                estimates.share(quantity, by_group(values.numpy(), group), size, layer=layer, other=head)
             estimates.add("previous_attention", float(looks[layer][head]), layer=layer, other=head)
     return estimates.done()
 
 
+def _frequent_tokens(subject: Subject) -> tuple[Tensor, Tensor]:
+    """Ids ``[N]`` of the fit split's most frequent tokens, and their bigram association about its means ``[N, N]``."""
+    ids = subject.words.fit_windows.ids[subject.words.fit_windows.inside]
+    found, counts = np.unique(ids, return_counts=True)
+    tokens = torch.from_numpy(np.sort(found[np.argsort(-counts, kind="stable")][:TOKENS]))
+    bigram = subject.words.bigram()
+    rows = np.stack([bigram.distribution(int(v))[tokens.numpy()] for v in tokens])
+    association = torch.from_numpy(np.log(rows) - np.log(bigram.continuation[tokens.numpy()]))
+    return tokens, about_means(association)
+
+
+def _written_of_previous(written: dict[int, Tensor], looks: dict[int, list[float]]) -> dict[int, Tensor]:
+    """Layer -> what the earlier head that looks at the previous token most writes of each token ``[N, d]``."""
+    found = {}
+    for layer in written:
+        before = [(looks[k][h], k, h) for k in looks if k < layer and k in written for h in range(len(looks[k]))]
+        if before:
+            _, k, h = max(before)
+            found[layer] = written[k][h]
+    return found
+
+
+def _direct_scores(matrix: Tensor, association: Tensor) -> dict[str, Tensor]:
+    """Quantity -> score of each token ``[N]``, of a head's matrix ``[N, N]`` about its means."""
+    return {
+        "weights_identity": standardised(matrix, 0),
+        "weights_identity_null": standardised(matrix, 1),
+        "weights_bigram": correlation(matrix, association),
+        "weights_bigram_null": correlation(matrix, association.roll(1, 0)),
+    }
+
+
+def _scores_through_previous(matrix: Tensor, association: Tensor) -> dict[str, Tensor]:
+    """As :func:`_direct_scores`, of the matrix after the head that looks at the previous token."""
+    return {
+        "weights_previous_identity": standardised(matrix, 0),
+        "weights_previous_bigram": correlation(matrix, association),
+        "weights_previous_bigram_null": correlation(matrix, association.roll(1, 0)),
+    }
+
+
 def about_means(matrix: Tensor) -> Tensor:
-    """About the means of its columns and then of its rows: neither a bias nor a shift of all logits counts."""
+    """The matrix about the means of its columns and then of its rows: a bias or a shift of all logits does not count."""
     matrix = matrix - matrix.mean(0)
     return matrix - matrix.mean(1, keepdim=True)
 
@@ -109,7 +131,7 @@ def standardised(matrix: Tensor, shift: int) -> Tensor:
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Of the rows, ``[N]``."""
+    """Correlation of the rows of two matrices ``[N, M]`` about their means: ``[N]``."""
     return torch.nn.functional.cosine_similarity(a, b, dim=1, eps=1e-300)
 
 
@@ -129,9 +151,9 @@ def previous_attention(subject: Subject) -> dict[int, list[float]]:
 
 @torch.no_grad()
 def written_by(stream: ResidualStream, given: Tensor | dict[int, Tensor], tokens: Tensor) -> dict[int, Tensor]:
-    """What each head writes to the stream where its block is given N states ``[N, d]`` alone: layer -> ``[H, N, d]``.
+    """Layer -> what each head writes to the stream ``[H, N, d]`` when its block is given N states ``[N, d]`` alone.
 
-    ``given``: the same states for all blocks, or of each block its own.
+    ``given`` are the same states for all blocks, or states of its own for each block.
     """
     if isinstance(stream.model, PredictiveCodingForCausalLM):
         return _written_by_predictive_coding(stream, given)
@@ -152,7 +174,7 @@ def written_by(stream: ResidualStream, given: Tensor | dict[int, Tensor], tokens
 
 
 def _written_by_predictive_coding(stream: ResidualStream, given: Tensor | dict[int, Tensor]) -> dict[int, Tensor]:
-    """Its heads act on errors, at their place in the stream: what they make of an error ``[N, d]``."""
+    """What heads of a predictive-coding model write of errors ``[N, d]``, at the place of errors in the stream."""
     found = {}
     for number in range(stream.layers):
         x = given.get(number) if isinstance(given, dict) else given
@@ -168,5 +190,82 @@ def _written_by_predictive_coding(stream: ResidualStream, given: Tensor | dict[i
 
 
 def handed_over(layer: int, h: Tensor, states: dict[int, Tensor]) -> Tensor | None:
-    """States ``[N, d]`` of N sequences of one token in place of what came before."""
+    """The states ``[N, d]`` of a layer as N sequences of one token ``[N, 1, d]``; None for a layer that has none."""
     return states[layer][:, None].to(h) if layer in states else None
+
+
+HEAD_WEIGHTS = Probe(
+    "head_weights",
+    head_weights,
+    "per head, `W_U W_OV W_E^T` against the identity and a bigram; the same after the head of the previous token",
+    (
+        Quantity(
+            "weights_identity",
+            "weights: identity",
+            "entry of x itself in standard deviations of row x, mean over x",
+            "head",
+            "Above 0 the head copies, below 0 it suppresses.",
+            SAME_TOKENIZER,
+            "heads",
+        ),
+        Quantity(
+            "weights_identity_null",
+            "weights: identity, null",
+            "the same with the entry of another token",
+            "head",
+            "It is near 0 where no token is special.",
+            WITH_ITS_NULL,
+        ),
+        Quantity(
+            "weights_bigram",
+            "weights: bigram",
+            "mean correlation of row x with `log p(y | x) - log p(y)` of an interpolated bigram",
+            "head",
+            "Above 0 the head writes what follows a token, below 0 it takes that away.",
+            SAME_TOKENIZER,
+            "heads",
+        ),
+        Quantity(
+            "weights_bigram_null",
+            "weights: bigram, null",
+            "the same with the bigram of another token",
+            "head",
+            "It is near 0 where rows of different tokens have nothing in common.",
+            WITH_ITS_NULL,
+        ),
+        Quantity(
+            "weights_previous_identity",
+            "weights after previous token: identity",
+            "`weights_identity` of what the head makes of x as the previous token",
+            "head",
+            "Above 0 the head writes the previous token again.",
+            SAME_TOKENIZER,
+        ),
+        Quantity(
+            "weights_previous_bigram",
+            "weights behind previous token: bigram",
+            "`weights_bigram` of what the head makes of x as the previous token",
+            "head",
+            "Below 0 it takes away what the previous token predicts, as a head that carries errors does.",
+            SAME_TOKENIZER,
+            "heads",
+        ),
+        Quantity(
+            "weights_previous_bigram_null",
+            "weights after previous token: bigram, null",
+            "the same with the bigram of another token",
+            "head",
+            "It is near 0 where rows of different tokens have nothing in common.",
+            WITH_ITS_NULL,
+        ),
+        Quantity(
+            "previous_attention",
+            "attention to the previous token",
+            "mean weight of the head on the token before",
+            "head",
+            "At 1 the head looks at nothing else.",
+            SAME_TOKENIZER,
+        ),
+    ),
+    control="another token's entry or bigram",
+)

@@ -1,7 +1,7 @@
-"""TODO(doc)."""
+"""What a probe hands back: sums per window with a bootstrap interval, or estimates with a jackknife interval."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,19 @@ from torch import from_numpy
 from lensbench.data.corpus import clusters_of
 from lensbench.data.samples import Samples
 from lensbench.measures.means import SMALLEST_DENOMINATOR
-from lensbench.probes.tools.crossfit import COLUMNS
+from lensbench.probes.tools.crossfit import COLUMNS, Jackknifed
 from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval
 from lensbench.streams.capture import Capture
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Per-window sums: quantity k is ``sum(top[:, k]) / sum(bottom[:, k])``, both ``[S, K]``.
+    """Sums per window of K quantities: quantity k is ``sum(top[:, k]) / sum(bottom[:, k])``, both ``[S, K]``.
 
-    ``layer`` and ``other`` say what it belongs to (None: the whole model). ``floor`` is the mean denominator per token, in
-    nats, below which the ratio is not defined; 0 where the denominator is no loss. ``tokens`` ``[S]``; ``documents`` ``[S]``
-    names the cluster of each window. With a ``reason`` there is nothing else: the probe does not apply.
+    ``layer`` and ``other`` say what each belongs to (None: the whole model). ``floor`` is the mean denominator per token, in
+    nats, below which the ratio is undefined; it is 0 where the denominator is no loss. ``tokens`` ``[S]`` counts scored
+    tokens, ``documents`` ``[S]`` names the document of each window. A ``reason`` says why the probe does not apply; all
+    other fields are then empty.
     """
 
     probe: str
@@ -40,6 +41,7 @@ class Measured:
     reason: str = ""
 
     def save(self, folder: Path) -> None:
+        """Write ``sums.safetensors`` and ``labels.json`` into the folder."""
         arrays = {"top": self.top, "bottom": self.bottom, "tokens": self.tokens}
         save_file({k: from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}, folder / "sums.safetensors")
         labels = {k: list(getattr(self, k)) for k in ("quantity", "layer", "other", "floor", "documents")}
@@ -47,13 +49,15 @@ class Measured:
 
     @classmethod
     def load(cls, folder: Path) -> "Measured":
+        """What :meth:`save` wrote into the folder."""
         arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
         return cls(**json.loads((folder / "labels.json").read_text()), **arrays)
 
     def frame(self, draws: int = 2000, clusters: Mapping[str, str] | None = None) -> pd.DataFrame:
-        """A row per quantity with its 95 % interval over clusters; empty ``value`` with the reason where undefined.
+        """A row per quantity with its 95 % bootstrap interval over clusters of documents.
 
-        ``clusters``: the cluster of each document, where the windows are some of a larger set that decides it.
+        ``clusters`` names the cluster of each document, where the windows are some of a larger set. An undefined quantity
+        has no value, and ``reason`` says why.
         """
         if self.reason:
             row = dict.fromkeys(COLUMNS) | {"probe": self.probe, "quantity": self.probe, "reason": self.reason}
@@ -61,37 +65,43 @@ class Measured:
         of = clusters_of(self.documents) if clusters is None else clusters
         names, cluster = np.unique([of[name] for name in self.documents], return_inverse=True)
 
-        def by_document(values: Array) -> Array:
+        def by_cluster(values: Array) -> Array:
             sums = np.zeros((len(names), values.shape[-1]))
             np.add.at(sums, cluster, values)
             return sums
 
-        top, bottom = by_document(self.top), by_document(self.bottom)
-        tokens = by_document(self.tokens[:, None])
+        top, bottom = by_cluster(self.top), by_cluster(self.bottom)
+        tokens = by_cluster(self.tokens[:, None])
         weights = bootstrap_weights(len(names), draws, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = (weights @ top) / (weights @ bottom)
             value = top.sum(0) / bottom.sum(0)
             per_token = (weights @ bottom) / (weights @ tokens)
-        low, high = interval(drawn)
-        warning = few_clusters(len(names))
         least, _ = interval(per_token)
-        rows = []
+        warning = few_clusters(len(names))
+        return pd.DataFrame(self._rows(value, drawn, least, warning), columns=COLUMNS)
+
+    def _rows(self, value: Array, drawn: Array, least: Array, warning: str) -> Iterator[dict[str, Any]]:
+        """Rows of :meth:`frame` from values ``[K]``, bootstrap draws ``[draws, K]`` and least denominators ``[K]``."""
+        low, high = interval(drawn)
         for k, quantity in enumerate(self.quantity):
             row = {"probe": self.probe, "quantity": quantity, "layer": self.layer[k], "other": self.other[k]}
             if least[k] < self.floor[k] or not np.isfinite(value[k]):
                 reason = f"undefined: the interval of its denominator reaches below {self.floor[k]:.3g}"
-                row |= {"value": None, "ci_low": None, "ci_high": None, "reason": reason}
+                yield row | {"value": None, "ci_low": None, "ci_high": None, "reason": reason}
             elif np.ptp(drawn[:, k]) <= 1e-9 * abs(value[k]):
-                row |= {"value": value[k], "ci_low": None, "ci_high": None, "reason": "the same for every document"}
+                yield row | {
+                    "value": value[k],
+                    "ci_low": None,
+                    "ci_high": None,
+                    "reason": "the same for every document",
+                }
             else:
-                row |= {"value": value[k], "ci_low": low[k], "ci_high": high[k], "reason": warning}
-            rows.append(row)
-        return pd.DataFrame(rows, columns=COLUMNS)
+                yield row | {"value": value[k], "ci_low": low[k], "ci_high": high[k], "reason": warning}
 
 
 class Sums:
-    """Collects the columns of a :class:`Measured`."""
+    """Collects the quantities of a :class:`Measured`; ``tokens`` ``[S]`` are the scored tokens of each window."""
 
     def __init__(self, probe: str, samples: Samples, tokens: Array):
         self.probe, self.tokens = probe, tokens
@@ -109,10 +119,11 @@ class Sums:
         other: int | None = None,
         floor: float = 0.0,
     ) -> None:
-        """One quantity; without ``bottom`` a mean over tokens."""
+        """Add one quantity from sums per window ``[S]``; without ``bottom`` it is a mean over tokens."""
         self.columns.append((quantity, layer, other, floor, top, self.tokens if bottom is None else bottom))
 
     def measured(self) -> Measured:
+        """All that was added."""
         quantity, layer, other, floor, top, bottom = zip(*self.columns, strict=True)
         return Measured(
             self.probe,
@@ -128,5 +139,14 @@ class Sums:
 
 
 def smallest_gain(captured: Capture) -> float:
-    """2 % of K_0: the smallest denominator, nats/token, that a share of a loss is taken of."""
+    """The smallest denominator, nats/token, that a share of a loss is taken of: 2 % of K_0."""
     return SMALLEST_DENOMINATOR * float(captured.constant_kl.mean())
+
+
+Measurement = Measured | Jackknifed
+"""What a probe hands back."""
+
+
+def load_measurement(folder: Path) -> Measurement:
+    """What the stage folder of a probe holds."""
+    return (Measured if (folder / "sums.safetensors").exists() else Jackknifed).load(folder)

@@ -1,66 +1,50 @@
 """Is what a model had predicted of a token still visible in its stream at that token?"""
 
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from lensbench.probes.registry import probe
+from lensbench.data.windows import Windows
+from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.crossfit import RIDGES, Estimates, Jackknifed, cross_fitted, in_folds
-from lensbench.probes.tools.predictions import BigramPredictions, Constant, Directions, MeansByToken, after, batches
+from lensbench.probes.tools.predictions import (
+    BigramPredictions,
+    Constant,
+    Directions,
+    MeansByToken,
+    PredictionBatch,
+    after,
+    batches,
+)
 from lensbench.statistics import Array, few_clusters
 
 FIRST = 2
-"""First position looked at: it needs a prediction, made at a position that has a token before it."""
+"""First position that is used: its prediction was made at a position that has a token before it"""
 
 
-@probe
 @torch.no_grad()
 def prediction_visibility(subject: Subject) -> Jackknifed:
-    """Per layer l: share of the variance of ``ebar_{s-1}``, and of the surprise at s, that ``h_l[s]`` tells linearly.
+    """Share of the variance of ``ebar_{s-1}``, and of the surprise at s, that ``h_l[s]`` gives linearly, for every layer l.
 
-    Cross-fitted ridge regressions, all on the same tokens. The baseline knows the token at s and the one before it (their
-    input embeddings), the expectation and surprise of an interpolated bigram (Kneser-Ney, train split), and the means of
-    what the model itself predicted of the same token and of the same pair of tokens (fit split, interpolated). What a
-    function of these two tokens can tell is no prediction that the stream keeps.
-
-    ``prediction_baseline_r2``, and per layer ``prediction_r2`` with the state beside the baseline, ``prediction_gain`` the
-    difference and ``prediction_gain_of_rest`` the share of what the baseline leaves; the same four of ``surprise``.
-    ``expectation_r2`` is that of what is predicted *next*, ``ebar_s``, from baseline and state together: how much can be
-    seen at all. ``prediction_directions`` is the share of the unembedding's variance in the directions that expectations are
-    seen in.
+    All are cross-fitted ridge regressions on the same tokens. The baseline knows the token at s and the one before it: their
+    input embeddings, the expectation and surprise of an interpolated bigram (Kneser-Ney, train split), and the means of what
+    the model itself predicted of the same token and the same pair of tokens (fit split, interpolated). What a function of
+    these two tokens can give is no prediction that the stream keeps.
     """
     name = "prediction_visibility"
     if subject.rotated:
-        # An own rotation changes no regression from the state.
+        # A rotation of each layer changes no regression from its state.
         return Jackknifed(name, reason="the same as in the view that is not rotated, whose states it turns")
-    stream = subject.stream
-    directions = Directions.of(stream, subject.words.fit_windows)
-    means = _means(subject, directions)
-    bigram = BigramPredictions(subject.words.bigram(), directions)
+    directions = Directions.of(subject.stream, subject.words.fit_windows)
+    baseline = Baseline.of(subject, directions)
     windows, fold = in_folds(subject.windows)
     if fold.max() < 2:
         return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
-    embedding = stream.model.get_input_embeddings()
-    sums: VisibilitySums | None = None
-    constant = Constant()
-    for batch in batches(stream, windows, directions, report=partial(subject.report, name)):
-        constant.add(batch)
-        ids, previous = batch.ids, after(batch.ids)
-        targets = torch.cat([after(batch.expected), batch.surprise[..., None], batch.expected], -1)
-        tokens = [embedding(x.to(stream.input_device)).float().to(ids.device) for x in (ids, previous)]
-        bigrams = [bigram.expected[previous], bigram.surprise(ids)[..., None]]
-        known = torch.cat([*tokens, *bigrams, means.at(ids, previous)], -1)
-        looked = batch.inside.clone()
-        looked[:, :FIRST] = False
-        if sums is None:
-            sums = VisibilitySums(int(fold.max()) + 1, stream.layers + 1, known.shape[-1], targets.shape[-1])
-        for k in np.unique(fold[batch.rows]):
-            chosen = looked & torch.from_numpy(fold[batch.rows] == k).to(looked.device)[:, None]
-            sums.add(int(k), known[chosen], targets[chosen], batch.states[:, chosen])
-    assert sums is not None
+    sums, constant = _gathered(subject, directions, baseline, windows, fold)
     warning = constant.warning() or few_clusters(len(np.unique(windows.clusters)))
     found = Estimates(name, sums.folds, warning)
     found.add("prediction_directions", directions.share)
@@ -70,7 +54,7 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
     for what in ("prediction", "surprise"):
         top, bottom = (total - base)[:, parts[what]].sum(1), total[:, parts[what]].sum(1)
         found.share(f"{what}_baseline_r2", top, bottom)
-    for layer in range(stream.layers + 1):
+    for layer in range(subject.stream.layers + 1):
         full, _ = sums.cross_fitted(layer)
         for what in ("prediction", "surprise"):
             b, f, t = (x[:, parts[what]].sum(1) for x in (base, full, total))
@@ -82,27 +66,70 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
     return found.done()
 
 
-def _means(subject: Subject, directions: Directions) -> MeansByToken:
-    """Of the fit split's tokens: what the model had predicted of them."""
-    ids, previous, values = [], [], []
-    for batch in batches(
-        subject.stream,
-        subject.words.fit_windows,
-        directions,
-        report=partial(subject.report, "prediction_visibility-means"),
-    ):
-        looked = batch.inside.clone()
-        looked[:, :FIRST] = False
-        ids.append(batch.ids[looked])
-        previous.append(after(batch.ids)[looked])
-        values.append(torch.cat([after(batch.expected), batch.surprise[..., None]], -1)[looked])
-    return MeansByToken.of(torch.cat(ids), torch.cat(previous), torch.cat(values), subject.stream.vocab_size)
+def used(batch: PredictionBatch) -> Tensor:
+    """Whether a position of a batch is used ``[B, T]``: a token, from position :data:`FIRST` on."""
+    inside = batch.inside.clone()
+    inside[:, :FIRST] = False
+    return inside
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What two tokens tell of a prediction: their embeddings, a bigram, and means of the model's own predictions."""
+
+    embedding: nn.Module
+    device: torch.device
+    bigram: BigramPredictions
+    means: MeansByToken
+
+    @classmethod
+    def of(cls, subject: Subject, directions: Directions) -> "Baseline":
+        """Means from the fit split, the bigram from the train split."""
+        stream, windows = subject.stream, subject.words.fit_windows
+        ids, previous, values = [], [], []
+        with subject.task("prediction_visibility-means", windows) as task:
+            for batch in batches(stream, windows, directions, task=task):
+                chosen = used(batch)
+                ids.append(batch.ids[chosen])
+                previous.append(after(batch.ids)[chosen])
+                values.append(torch.cat([after(batch.expected), batch.surprise[..., None]], -1)[chosen])
+        means = MeansByToken.of(torch.cat(ids), torch.cat(previous), torch.cat(values), stream.vocab_size)
+        bigram = BigramPredictions(subject.words.bigram(), directions)
+        return cls(stream.model.get_input_embeddings(), stream.input_device, bigram, means)
+
+    def inputs(self, ids: Tensor) -> Tensor:
+        """The inputs ``[B, T, I]`` of the baseline's regression for tokens ``[B, T]``."""
+        previous = after(ids)
+        tokens = [self.embedding(x.to(self.device)).float().to(ids.device) for x in (ids, previous)]
+        bigrams = [self.bigram.expected[previous], self.bigram.surprise(ids)[..., None]]
+        return torch.cat([*tokens, *bigrams, self.means.at(ids, previous)], -1)
+
+
+def _gathered(
+    subject: Subject, directions: Directions, baseline: Baseline, windows: Windows, fold: NDArray[np.int64]
+) -> "tuple[VisibilitySums, Constant]":
+    """The sums of all regressions from one pass over the windows, of which ``fold`` ``[S]`` names the folds."""
+    stream, constant = subject.stream, Constant()
+    sums: VisibilitySums | None = None
+    with subject.task("prediction_visibility", windows) as task:
+        for batch in batches(stream, windows, directions, task=task):
+            constant.add(batch)
+            targets = torch.cat([after(batch.expected), batch.surprise[..., None], batch.expected], -1)
+            known, looked = baseline.inputs(batch.ids), used(batch)
+            if sums is None:
+                sums = VisibilitySums(int(fold.max()) + 1, stream.layers + 1, known.shape[-1], targets.shape[-1])
+            for k in np.unique(fold[batch.rows]):
+                chosen = looked & torch.from_numpy(fold[batch.rows] == k).to(looked.device)[:, None]
+                sums.add(int(k), known[chosen], targets[chosen], batch.states[:, chosen])
+    assert sums is not None
+    return sums, constant
 
 
 class VisibilitySums:
-    """Second moments by fold of ``[1, baseline, targets]``, of these with every layer's state, and of each state alone.
+    """Second moments by fold, float64: of ``[1, baseline, targets]``, of these with every layer's state, of each state.
 
-    The baseline's are the same for all layers and kept once. float64; columns are shifted and scaled by the first tokens'.
+    Those of baseline and targets are the same for all layers and kept once. Columns are shifted and scaled by mean and
+    spread of the first tokens.
     """
 
     def __init__(self, folds: int, layers: int, known: int, targets: int):
@@ -115,7 +142,7 @@ class VisibilitySums:
         self._states: tuple[Tensor, Tensor] | None = None
 
     def add(self, fold: int, known: Tensor, targets: Tensor, states: Tensor) -> None:
-        """n tokens: ``[n, B]``, ``[n, O]`` and ``[L+1, n, d]``."""
+        """Add n tokens to a fold: inputs of the baseline ``[n, I]``, targets ``[n, O]`` and states ``[L+1, n, d]``."""
         if not len(known):
             return  # windows of one or two tokens
         known, targets = known.double().cpu(), targets.double().cpu()
@@ -137,14 +164,111 @@ class VisibilitySums:
             self.own[layer][fold] += h.T @ h
 
     def cross_fitted(self, layer: int | None) -> tuple[Array, Array]:
-        """Held-out squared errors and totals ``[K, O]`` from the baseline, with the state of a layer if one is given."""
+        """Held-out squared errors and totals ``[K, O]`` of the baseline, or of baseline and state of a layer."""
         known = torch.arange(1, 1 + self.known)
         outputs = torch.arange(1 + self.known, self.common.shape[-1])
         if layer is None:
             return cross_fitted(self.common, known, outputs, RIDGES)
         cross, own = self.cross[layer], self.own[layer]
-        whole = torch.cat(
-            [torch.cat([self.common, cross.transpose(1, 2)], 2), torch.cat([cross, own], 2)],
-            1,
-        )
+        whole = torch.cat([torch.cat([self.common, cross.transpose(1, 2)], 2), torch.cat([cross, own], 2)], 1)
         return cross_fitted(whole, torch.cat([known, torch.arange(self.common.shape[-1], whole.shape[-1])]), outputs)
+
+
+PREDICTION_VISIBILITY = Probe(
+    "prediction_visibility",
+    prediction_visibility,
+    "per layer, R^2 of what had been predicted of a token, and of its surprise, from the stream at that token",
+    (
+        Quantity(
+            "prediction_directions",
+            "variance in the directions looked at",
+            "share of the unembedding's variance in the directions in which expectations are seen",
+            "model",
+            "Near 1, the directions miss little of what is predicted.",
+            SAME_TOKENIZER,
+            "models",
+        ),
+        Quantity(
+            "prediction_baseline_r2",
+            "last prediction, R^2 of the baseline",
+            "R^2 of `ebar_{s-1}` from the baseline",
+            "model",
+            "It is what the two tokens tell of the prediction without the stream.",
+            SAME_TOKENIZER,
+            "models",
+        ),
+        Quantity(
+            "surprise_baseline_r2",
+            "surprise, R^2 of the baseline",
+            "R^2 of the surprise at s from the baseline",
+            "model",
+            "It is what the two tokens tell of the surprise without the stream.",
+            SAME_TOKENIZER,
+            "models",
+        ),
+        Quantity(
+            "prediction_r2",
+            "last prediction, R^2",
+            "R^2 of `ebar_{s-1}` from baseline and state at s",
+            "layer",
+            "Read it against the baseline's.",
+            SAME_TOKENIZER,
+        ),
+        Quantity(
+            "prediction_gain",
+            "last prediction, gain of R^2",
+            "`prediction_r2` minus the baseline's",
+            "layer",
+            "Above 0, the stream at a token still holds what had been predicted of it.",
+            SAME_TOKENIZER,
+            "layers",
+            Panel("layer", "gain of $R^2$: last prediction"),
+        ),
+        Quantity(
+            "prediction_gain_of_rest",
+            "the same, share of the rest",
+            "`prediction_gain` as a share of what the baseline leaves",
+            "layer",
+            "At 1, the stream tells all that the two tokens do not.",
+            SAME_TOKENIZER,
+            "layers",
+        ),
+        Quantity(
+            "surprise_r2",
+            "surprise, R^2",
+            "R^2 of the surprise at s from baseline and state at s",
+            "layer",
+            "Read it against the baseline's.",
+            SAME_TOKENIZER,
+        ),
+        Quantity(
+            "surprise_gain",
+            "surprise, gain of R^2",
+            "`surprise_r2` minus the baseline's",
+            "layer",
+            "Above 0, the stream at a token holds how surprising it was.",
+            SAME_TOKENIZER,
+            "layers",
+            Panel("layer", "gain of $R^2$: surprise"),
+        ),
+        Quantity(
+            "surprise_gain_of_rest",
+            "surprise, share of the rest",
+            "`surprise_gain` as a share of what the baseline leaves",
+            "layer",
+            "At 1, the stream tells all that the two tokens do not.",
+            SAME_TOKENIZER,
+        ),
+        Quantity(
+            "expectation_r2",
+            "next prediction, R^2",
+            "R^2 of the next expectation, `ebar_s`, from baseline and state at s together",
+            "layer",
+            "It says how much of an expectation can be seen at all, not what the state adds.",
+            SAME_TOKENIZER,
+            "layers",
+        ),
+    ),
+    control="a baseline that knows both tokens: embeddings, bigram, means of the model's predictions. Layer 0 holds no more",
+    topic="what stays visible",
+)

@@ -1,33 +1,46 @@
-"""The probes by name."""
+"""The probes by name. A new probe is a file of its own and one line here."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
+from lensbench.probes.accuracy import ACCURACY
+from lensbench.probes.block_paths import BLOCK_PATHS
+from lensbench.probes.catalogue import Probe, Quantity
+from lensbench.probes.causal_fidelity import CAUSAL_FIDELITY
+from lensbench.probes.error_transport import ERROR_TRANSPORT
+from lensbench.probes.few_shot import FEW_SHOT
+from lensbench.probes.gradient_alignment import GRADIENT_ALIGNMENT
+from lensbench.probes.gradient_steps import GRADIENT_STEPS
+from lensbench.probes.head_weights import HEAD_WEIGHTS
+from lensbench.probes.known_places import KNOWN_PLACES
+from lensbench.probes.matched_transfer import MATCHED_TRANSFER
+from lensbench.probes.prediction_visibility import PREDICTION_VISIBILITY
+from lensbench.probes.prefix_read_out import PREFIX_READ_OUT
+from lensbench.probes.representation import REPRESENTATION
 
-from lensbench.probes.measured import Measured
-from lensbench.probes.subject import Subject
-from lensbench.probes.tools.crossfit import Jackknifed
-
-Found = Measured | Jackknifed
-
-
-Probe = TypeVar("Probe", bound=Callable[[Subject], Found])
-
-
-PROBES: dict[str, Callable[[Subject], Found]] = {}
-"""Name, as a suite's ``probes`` gives it -> function."""
-
-
-OF_IMAGES_TOO = ("accuracy", "representation", "matched_transfer", "gradient_alignment", "block_paths")
-"""Probes that need no text."""
-
-
-def probe(function: Probe) -> Probe:
-    """Registers a probe under its function's name."""
-    PROBES[function.__name__] = function  # type: ignore[attr-defined]
-    return function
+PROBES: dict[str, Probe] = {
+    probe.name: probe
+    for probe in (
+        ACCURACY,
+        GRADIENT_ALIGNMENT,
+        BLOCK_PATHS,
+        KNOWN_PLACES,
+        REPRESENTATION,
+        MATCHED_TRANSFER,
+        PREDICTION_VISIBILITY,
+        ERROR_TRANSPORT,
+        HEAD_WEIGHTS,
+        FEW_SHOT,
+        CAUSAL_FIDELITY,
+        GRADIENT_STEPS,
+        PREFIX_READ_OUT,
+    )
+}
+"""Name, as a suite's ``probes`` gives it -> probe. Tables and panels show quantities in this order."""
 
 
-def load_found(folder: Path) -> Found:
-    """What a probe's stage holds."""
-    return (Measured if (folder / "sums.safetensors").exists() else Jackknifed).load(folder)
+def quantities() -> list[Quantity]:
+    """All quantities of all probes, in the order of the registry."""
+    return [quantity for probe in PROBES.values() for quantity in probe.quantities]
+
+
+def quantity_of(probe: str, name: str) -> Quantity | None:
+    """The quantity ``name`` of the probe ``probe``; None where the catalogue has no such quantity."""
+    return PROBES[probe].quantity(name) if probe in PROBES else None

@@ -1,4 +1,4 @@
-"""What a probe looks at: a model's stream, its lenses and the tokens of each split."""
+"""What a probe is given: a model's stream, its lenses and the tokens of each split."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,43 +13,48 @@ from lensbench.data.samples import Samples
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
+from lensbench.runtime.progress import QUIET, Progress, Task
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.stream import ResidualStream
 
 
 @dataclass(frozen=True)
 class ReadText:
-    """What probes of language need beside a stream."""
+    """What probes of language need in addition to a stream."""
 
     fit_windows: Windows
-    """Other text of the same kind, that lenses were fitted on"""
+    """Other text of the same kind, on which the lenses were fitted"""
     bigram: Callable[[], KneserNeyBigram]
-    """Counted on the train split"""
+    """An interpolated bigram, counted on the train split"""
     tokenizer: Tokenizer | PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What probes look at: a model's stream, the inputs that are scored, and tokens of the three splits when asked for."""
+    """What a probe is given: a model's stream, the samples that are scored, lenses, and captures of the three splits.
+
+    L is the number of layers, d the width of the stream.
+    """
 
     stream: ResidualStream
     samples: Samples
     layers: list[int]
-    """The layers of what is made for pairs of them"""
+    """The layers that probes of pairs compare"""
     lenses: AffineMaps
-    """Per-layer lenses 0..L-1 of the headline matrix"""
+    """Per-layer lenses 0..L-1 of the transfer matrix"""
     rotated: bool
+    """Whether every layer is seen in a random basis of its own"""
     read: Callable[[str], Capture]
+    """The capture of a split: ``fit``, ``dev`` or ``eval``"""
     own: AffineMaps
-    """Per-layer lenses 0..L-1 as the shared one was made: closed form, prior zero, best ridge"""
+    """Per-layer lenses 0..L-1, fitted as the shared one: closed form, prior zero, best ridge"""
     shared: AffineMaps
     """The one lens for all layers"""
     text: ReadText | None = None
-    """Where the samples are windows of text"""
-    report: Callable[[str, int, int], None] = lambda what, done, total: None
-    """Called with what passes by, how many have, and of how many"""
-    say: Callable[[str], None] = lambda line: None
-    """Called with what a user should know of how something is measured"""
+    """Given where the samples are windows of text"""
+    name: str = ""
+    """What progress and messages call it"""
+    progress: Progress = QUIET
 
     @classmethod
     def plain(
@@ -59,10 +64,10 @@ class Subject:
         fit_windows: Windows,
         tokenizer: Tokenizer | PreTrainedTokenizerBase,
     ) -> "Subject":
-        """Outside a suite: with the logit lens at every layer, and a bigram counted on ``fit_windows``.
+        """A subject outside a suite: the logit lens at every layer, and a bigram counted on ``fit_windows``.
 
-        Other lenses, or a bigram of more text, with ``dataclasses.replace``. Nothing is measured on ``fit_windows`` alone;
-        they must be other documents than ``windows``.
+        Use ``dataclasses.replace`` for other lenses or a bigram of more text. ``fit_windows`` must come from other documents
+        than ``windows``, on which everything is measured.
         """
         d = stream.d_model
 
@@ -81,26 +86,37 @@ class Subject:
 
     @property
     def windows(self) -> Windows:
-        """The samples, where they are windows of text; probes that ask for them are not in :data:`OF_IMAGES_TOO`."""
+        """The samples as windows of text. Raises :class:`LensbenchError` where they are images."""
         if not isinstance(self.samples, Windows):
             raise LensbenchError("this probe reads text, and the samples are images")
         return self.samples
 
     @property
     def words(self) -> ReadText:
-        """As :attr:`windows`, what goes with them."""
+        """What goes with windows of text. Raises :class:`LensbenchError` where the samples are images."""
         if self.text is None:
             raise LensbenchError("this probe reads text, and the samples are images")
         return self.text
 
     @cached_property
     def fit(self) -> Capture:
+        """States and predictions of the split on which lenses were fitted."""
         return self.read("fit")
 
     @cached_property
     def dev(self) -> Capture:
+        """States and predictions of the split on which choices are made."""
         return self.read("dev")
 
     @cached_property
     def eval(self) -> Capture:
+        """States and predictions of the samples that are scored."""
         return self.read("eval")
+
+    def task(self, what: str, windows: Windows) -> Task:
+        """A task of one unit per window, to report progress to."""
+        return self.progress.task(f"{what}-{self.name}" if self.name else what, len(windows.ids), "inputs")
+
+    def say(self, line: str) -> None:
+        """Report to the user how something is measured."""
+        self.progress.say(f"{self.name}: {line}" if self.name else line)

@@ -33,8 +33,8 @@ from lensbench.measures.indices import (
 )
 from lensbench.measures.means import Estimate, Means, estimate, nothing_to_gain, of_layers
 from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agreement_of_seeds, decide_on, spans_on
-from lensbench.probes.measured import Measured
-from lensbench.probes.registry import Found
+from lensbench.probes.measured import Measured, Measurement
+from lensbench.probes.registry import quantity_of
 from lensbench.probes.tools.crossfit import COLUMNS
 from lensbench.results.sums import ClusterSums, by_document, clustered
 from lensbench.statistics import bootstrap_weights, interval, mean_over_seeds, ratio_with_interval
@@ -50,7 +50,7 @@ class Part:
     facts: dict[str, Any]
     fit: FitSummary
     refits: dict[str, NDArray[np.float64]]
-    probes: Sequence[Found] = ()
+    probes: Sequence[Measurement] = ()
     known: str | None = None
     clusters: Mapping[str, str] | None = None
     """Cluster of every scored document: probes look at some of them."""
@@ -63,7 +63,7 @@ class Part:
         fitting: Path,
         scoring: Path,
         origin: dict[str, Any],
-        probes: Sequence[Found] = (),
+        probes: Sequence[Measurement] = (),
         known: str | None = None,
     ) -> "Part":
         """From the stages of a model and seed; ``origin``: what is known of where the model comes from.
@@ -246,12 +246,11 @@ def similarity_of(part: Part) -> NDArray[np.float64] | None:
     return matrix
 
 
-OF_HEADS = ("error_transport", "head_weights")
-"""Probes whose rows of single heads have no mean over seeds: head 2 of another training is another head."""
-
-
 def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
-    """``probes.csv``; for a model with several seeds also the mean over them, with its Student-t interval."""
+    """``probes.csv``; for a model with several seeds also the mean over them, with its Student-t interval.
+
+    Quantities of single heads have no mean over seeds: head 2 of another training is another head.
+    """
     frames = []
     for part in parts:
         for found in part.probes:
@@ -267,7 +266,8 @@ def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
     what = ["model", "probe", "quantity", "layer", "other"]
     for key, rows in table.groupby(what, dropna=False, sort=False):
         known = rows["value"].dropna().astype(float)
-        if len(rows) < 2 or (rows["probe"].iloc[0] in OF_HEADS and rows["layer"].notna().any()):
+        quantity = quantity_of(rows["probe"].iloc[0], rows["quantity"].iloc[0])
+        if len(rows) < 2 or (quantity is not None and quantity.of == "head"):
             continue
         row = dict(zip(what, cast(tuple[Any, ...], key), strict=True)) | {"seed": "all", "reason": ""}
         if len(known) < len(rows):

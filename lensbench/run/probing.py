@@ -10,7 +10,8 @@ from lensbench.data.samples import Samples
 from lensbench.lenses.fit import Fit
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.shared import SHARED_LENS
-from lensbench.probes.registry import PROBES, Found, load_found
+from lensbench.probes.measured import Measurement, load_measurement
+from lensbench.probes.registry import PROBES
 from lensbench.probes.subject import ReadText, Subject
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
@@ -24,7 +25,7 @@ from lensbench.streams.readout import ReadOut
 from lensbench.suite.recipes import ModelRecipe
 
 
-def probing(context: Context, model: ModelRecipe, seed: int) -> list[Found]:
+def probing(context: Context, model: ModelRecipe, seed: int) -> list[Measurement]:
     """What the suite's probes measure of a model, each in a stage of its own.
 
     Probes that this context does not compute are read where they are finished, and left out where they are not.
@@ -39,7 +40,7 @@ def probing(context: Context, model: ModelRecipe, seed: int) -> list[Found]:
         key = {"fit": fitted.digest, "probe": name, "evaluate": {"probe_sequences": count, **evaluate}}
 
         def measure(folder: Path, name: str = name) -> None:
-            PROBES[name](subject()).save(folder)
+            PROBES[name].measure(subject()).save(folder)
 
         asked = not context.probes or name in context.probes
         computing = context if asked else replace(context, compute=False, progress=QUIET)
@@ -49,7 +50,7 @@ def probing(context: Context, model: ModelRecipe, seed: int) -> list[Found]:
             if asked or not context.compute:
                 raise
             continue
-        found.append(load_found(stage.folder))
+        found.append(load_measurement(stage.folder))
     return found
 
 
@@ -81,13 +82,6 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
     # Products of log-partitions are made in half precision on GPUs alone, where the scored states allow it.
     on_gpu = stream.device.type == "cuda"
 
-    ticks: dict[str, Callable[[int, str], None]] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in ticks:
-            ticks[what] = context.progress.stage(f"{what}-{who}", total, "inputs")
-        ticks[what](done, "")
-
     return Subject(
         stream.with_readout(read("eval")[1]) if on_gpu else stream,
         scored,
@@ -100,6 +94,6 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
         ReadText(data.samples("fit", recipe.sequences, recipe.positions), data.bigram, data.tokenizer)
         if isinstance(data, Texts)
         else None,
-        report,
-        lambda line: context.progress.say(f"{model.name}: {line}"),
+        who,
+        context.progress,
     )

@@ -13,7 +13,7 @@ from lensbench.measures.indices import compared_quantities
 from lensbench.measures.verdict import VerdictRule
 from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
-from lensbench.probes.registry import OF_IMAGES_TOO, PROBES
+from lensbench.probes.registry import PROBES
 from lensbench.statistics import FEWEST_CLUSTERS
 from lensbench.studies.curves import CurveRecipe
 
@@ -369,9 +369,11 @@ class Suite(_Strict):
             raise ValueError(f"model {model.name!r}: {error}") from error
 
     def _probes_see_images(self) -> None:
-        textual = [name for name in self.probes if name not in OF_IMAGES_TOO]
+        """Probes of a suite of images need no text."""
+        textual = [name for name in self.probes if not PROBES[name].images]
         if textual:
-            raise ValueError(f"probe {textual[0]!r} reads text; of images there are {', '.join(OF_IMAGES_TOO)}")
+            others = ", ".join(name for name, probe in PROBES.items() if probe.images)
+            raise ValueError(f"probe {textual[0]!r} reads text; probes of images are {others}")
 
     def _text_is_long_enough(self) -> None:
         """The splits are the whole text, and sequences have the positions that are scored, and that curves ask for."""

@@ -32,8 +32,8 @@ from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
 from lensbench.models import FAMILIES, build, count_parameters
 from lensbench.models.vision import IsotropicCNNForImageClassification
-from lensbench.probes import gradients
-from lensbench.probes.gradients import states_and_gradients
+from lensbench.probes import gradient_alignment
+from lensbench.probes.gradient_alignment import states_and_gradients
 from lensbench.probes.registry import PROBES
 from lensbench.probes.subject import Subject
 from lensbench.results.folder import read_run
@@ -183,7 +183,7 @@ def test_a_model_in_half_precision_is_read_at_the_states_it_computes(family):
 
 
 def test_an_image_that_would_be_alone_in_the_last_batch_is_not_its_own_null(monkeypatch):
-    monkeypatch.setattr(gradients, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(gradient_alignment, "IMAGES_AT_ONCE", 4)
     stream = ResidualStream(build("cnn-residual", parameters=20_400, **SHAPE).eval())
     pictures = load_images("digits", parts=(900, 350, 150, 397), seed=0)
     rows = pictures.splits["eval"][:5]
@@ -191,7 +191,8 @@ def test_an_image_that_would_be_alone_in_the_last_batch_is_not_its_own_null(monk
 
     def measured(samples):
         maps = AffineMaps.identity(stream.d_model)
-        return PROBES["gradient_alignment"](Subject(stream, samples, [0], maps, False, lambda split: None, maps, maps))
+        subject = Subject(stream, samples, [0], maps, False, lambda split: None, maps, maps)
+        return PROBES["gradient_alignment"].measure(subject)
 
     found = measured(some)
     aligned, null = (found.top[:, [q == f"gradient_alignment{end}" for q in found.quantity]] for end in ("", "_null"))

@@ -71,7 +71,7 @@ def test_where_later_blocks_do_nothing_the_output_moves_as_the_logit_lens_reads(
         for block in model.model.layers[1:]:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
-    frame = PROBES["causal_fidelity"](subject_of(model, count=32)).frame(200)
+    frame = PROBES["causal_fidelity"].measure(subject_of(model, count=32)).frame(200)
     value = frame.set_index(["quantity", "layer"])["value"].astype(float)
     for layer in (1, 2):
         for name in ("fidelity", "fidelity_own", "fidelity_logit", "fidelity_random", "response_slope"):
@@ -83,5 +83,5 @@ def test_where_later_blocks_do_nothing_the_output_moves_as_the_logit_lens_reads(
 
 def test_what_has_no_blocks_or_is_rotated_says_so():
     tied = build("gpt-tied", seed=1, **SHAPE).eval()
-    assert "blocks of their own" in PROBES["causal_fidelity"](subject_of(tied)).frame()["reason"][0]
-    assert "rotated" in PROBES["causal_fidelity"](subject_of(planted("none"), rotated=True)).frame()["reason"][0]
+    assert "blocks of their own" in PROBES["causal_fidelity"].measure(subject_of(tied)).frame()["reason"][0]
+    assert "rotated" in PROBES["causal_fidelity"].measure(subject_of(planted("none"), rotated=True)).frame()["reason"][0]

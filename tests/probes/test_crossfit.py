@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.linear_model import LinearRegression
 
-from lensbench.probes.registry import load_found
+from lensbench.probes.measured import load_measurement
 from lensbench.probes.tools.crossfit import Estimates, FoldSums, centred, cross_fitted, folds_of, ridge_map
 from lensbench.statistics import jackknife, leaving_one_out
 
@@ -110,7 +110,7 @@ def test_estimates_come_back_from_their_folder_and_say_what_is_undefined(tmp_pat
     found.add("z", 2.0)
     done = found.done()
     done.save(tmp_path)
-    frame = load_found(tmp_path).frame()
+    frame = load_measurement(tmp_path).frame()
     assert frame.equals(done.frame())
     by = frame.set_index("quantity")
     assert by.loc["x", "value"] == 1.5 and by.loc["x", "ci_low"] < 1.5 < by.loc["x", "ci_high"]

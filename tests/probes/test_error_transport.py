@@ -10,14 +10,14 @@ from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LinearRegression
 
 from lensbench.models import build
-from lensbench.probes.error_transport import Alignment, Rivals, columns_kept
 from lensbench.probes.registry import PROBES
+from lensbench.probes.tools.transport import Alignment, Rivals, columns_kept
 
 SHAPE = {"vocab_size": 97, "d_model": 32, "layers": 3, "heads": 4, "context": 64, "parameters": 60_000}
 
 
 def frame_of(model, seed=0, count=128, **changes):
-    return PROBES["error_transport"](subject_of(model, seed, count, **changes)).frame()
+    return PROBES["error_transport"].measure(subject_of(model, seed, count, **changes)).frame()
 
 
 def at(frame, quantity, column="value"):
@@ -112,7 +112,7 @@ def test_models_without_attention_weights_are_skipped_with_the_reason():
     assert len(frame) == 1 and "no attention weights" in frame["reason"].iloc[0]
     rotated = frame_of(planted("none"), rotated=True)
     assert "rotated view" in rotated["reason"].iloc[0]
-    few = PROBES["error_transport"](subject_of(planted("none"), count=4)).frame()
+    few = PROBES["error_transport"].measure(subject_of(planted("none"), count=4)).frame()
     assert "fewer than four documents" in few["reason"].iloc[0]
 
 

@@ -76,7 +76,7 @@ def test_the_update_of_a_learner_is_found(alpha, ratio):
 
 def test_a_model_that_learns_nothing_from_its_prompt_says_so():
     subject = subject_of(planted("none"))
-    frame = PROBES["few_shot"](subject).frame().set_index("quantity")
+    frame = PROBES["few_shot"].measure(subject).frame().set_index("quantity")
     learned = frame.loc["few_shot_learned"]
     assert learned["ci_low"] < 0.25 < learned["ci_high"] or abs(learned["value"] - 0.25) < 0.08
     for kind in ("same", "other"):
@@ -96,6 +96,6 @@ def test_words_are_letters_and_the_most_frequent_come_first():
 
 def test_too_few_words_and_rotated_views_are_skipped_with_the_reason():
     silent = SimpleNamespace(decode=lambda ids: "?", encode=lambda *a, **k: [0])
-    few = PROBES["few_shot"](subject_of(planted("none"), tokenizer=silent)).frame()
+    few = PROBES["few_shot"].measure(subject_of(planted("none"), tokenizer=silent)).frame()
     assert "too few" in few["reason"][0]
-    assert "not rotated" in PROBES["few_shot"](subject_of(planted("none"), rotated=True)).frame()["reason"][0]
+    assert "not rotated" in PROBES["few_shot"].measure(subject_of(planted("none"), rotated=True)).frame()["reason"][0]

@@ -39,29 +39,29 @@ def value(frame, quantity):
 
 def test_layers_with_linear_kernel_are_explicit_gradient_steps_to_float64():
     for settings in ({}, {"decay": False}):
-        frame = PROBES["gradient_steps"](subject_of(pc(kernel="linear", **settings))).frame()
+        frame = PROBES["gradient_steps"].measure(subject_of(pc(kernel="linear", **settings))).frame()
         assert len(value(frame, "gradient_step_error")) == 3
         assert value(frame, "gradient_step_error").max() < 1e-12
         assert value(frame, "gradient_step_cosine") == pytest.approx(np.ones(3), abs=1e-12)
 
 
 def test_layers_with_another_kernel_are_not():
-    frame = PROBES["gradient_steps"](subject_of(pc(kernel="exp"))).frame()
+    frame = PROBES["gradient_steps"].measure(subject_of(pc(kernel="exp"))).frame()
     assert value(frame, "gradient_step_error").min() > 0.05
     assert (value(frame, "gradient_step_cosine") < 0.999).all()
 
 
 @pytest.mark.parametrize("settings", [{"error": "none"}, {"kernel": "linear", "delta_rule": True}])
 def test_variants_that_make_no_such_step_say_so(settings):
-    frame = PROBES["gradient_steps"](subject_of(pc(**settings))).frame()
+    frame = PROBES["gradient_steps"].measure(subject_of(pc(**settings))).frame()
     assert "no step along a gradient" in frame["reason"][0]
-    assert "no errors at known places" in PROBES["gradient_steps"](subject_of(planted("none"))).frame()["reason"][0]
+    assert "no errors at known places" in PROBES["gradient_steps"].measure(subject_of(planted("none"))).frame()["reason"][0]
 
 
 def test_prefix_and_whole_are_read_out_by_the_uniform_variant():
     model = pc()
     subject = subject_of(model, count=16)
-    frame = PROBES["prefix_read_out"](subject).frame(200).set_index("quantity")["value"].astype(float)
+    frame = PROBES["prefix_read_out"].measure(subject).frame(200).set_index("quantity")["value"].astype(float)
     twin = PredictiveCodingForCausalLM(PredictiveCodingConfig(**{**model.config.to_dict(), "causal": False})).eval()
     twin.load_state_dict(model.state_dict())
     kl, change, future = [], [], []
@@ -75,7 +75,7 @@ def test_prefix_and_whole_are_read_out_by_the_uniform_variant():
     assert frame["full_kl"] == pytest.approx(np.mean(kl), rel=1e-5) and np.mean(kl) > 1e-3
     assert frame["full_ce_change"] == pytest.approx(np.mean(change), rel=1e-4)
     assert frame["future_tokens"] == pytest.approx(np.mean(future))
-    assert "no update" in PROBES["prefix_read_out"](subject_of(planted("none"), count=8)).frame()["reason"][0]
+    assert "no update" in PROBES["prefix_read_out"].measure(subject_of(planted("none"), count=8)).frame()["reason"][0]
 
 
 # In-context linear regression (arXiv 2212.07677)

@@ -27,7 +27,7 @@ def model_with(sign: float):
 
 
 def frame_of(model, **changes):
-    return PROBES["head_weights"](subject_of(model, **changes)).frame()
+    return PROBES["head_weights"].measure(subject_of(model, **changes)).frame()
 
 
 def at(frame, quantity, column="value"):
@@ -46,7 +46,7 @@ def test_copying_is_above_zero_and_suppression_below(sign):
 def test_scores_are_those_of_the_matrix_by_hand():
     model = model_with(1.0)
     subject = subject_of(model)
-    frame = PROBES["head_weights"](subject).frame()
+    frame = PROBES["head_weights"].measure(subject).frame()
     tokens = np.unique(subject.words.fit_windows.ids)
     embedded = model.model.embed_tokens.weight[tokens]
     attention, norm = model.model.layers[2].self_attn, model.model.layers[2].input_layernorm
@@ -66,7 +66,7 @@ def test_scores_are_those_of_the_matrix_by_hand():
 def test_the_previous_token_comes_through_the_earlier_head_that_looks_at_it_most():
     subject = subject_of(planted("none"))
     looks = previous_attention(subject)
-    frame = PROBES["head_weights"](subject).frame()
+    frame = PROBES["head_weights"].measure(subject).frame()
     assert at(frame, "previous_attention")[1, 2] == pytest.approx(looks[1][2])
     composed = at(frame, "weights_previous_identity")
     assert {layer for layer, _ in composed.index} == {1, 2}

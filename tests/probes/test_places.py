@@ -9,7 +9,7 @@ from helpers.predictive_coding import D, L, T, V, tiny, tokens
 
 from lensbench.models import build
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
-from lensbench.probes.places import at_places, known_places
+from lensbench.probes.known_places import at_places, known_places
 from lensbench.streams.stream import ResidualStream
 from lensbench.studies.in_context import windows_of
 

@@ -35,7 +35,7 @@ class Kept(ResidualStream):
 def frame_of(amount, what="prediction", seed=0):
     stream = Kept(planted("none", seed=seed))
     stream.amount, stream.what = amount, what
-    return PROBES["prediction_visibility"](subject_of(stream.model, seed, stream=stream)).frame()
+    return PROBES["prediction_visibility"].measure(subject_of(stream.model, seed, stream=stream)).frame()
 
 
 def by_layer(frame, quantity, column="value"):
@@ -61,7 +61,7 @@ def test_a_kept_surprise_is_seen():
 
 
 def test_the_last_state_of_a_model_shows_its_next_prediction():
-    frame = PROBES["prediction_visibility"](subject_of(planted("none"))).frame()
+    frame = PROBES["prediction_visibility"].measure(subject_of(planted("none"))).frame()
     r2 = by_layer(frame, "expectation_r2")
     assert len(r2) == L + 1 and r2[L] > r2[0] and r2[L] > 0.5
 

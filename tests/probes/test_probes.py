@@ -14,9 +14,9 @@ from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.ridge import RidgePath
 from lensbench.models import build
-from lensbench.probes.gradients import states_and_gradients
+from lensbench.probes.block_paths import cross_entropy, skipping, swapped
+from lensbench.probes.gradient_alignment import states_and_gradients
 from lensbench.probes.measured import Measured
-from lensbench.probes.paths import cross_entropy, skipping, swapped
 from lensbench.probes.registry import PROBES
 from lensbench.probes.representation import covariance_similarity
 from lensbench.probes.subject import Subject
@@ -89,7 +89,7 @@ def test_gradients_do_not_depend_on_how_a_models_layers_are_called(family):
 
 def test_alignment_is_the_mean_cosine_and_its_null_takes_another_tokens_gradient(gpt):
     it = subject(gpt)
-    found = PROBES["gradient_alignment"](it).frame(200).set_index(["quantity", "layer"])
+    found = PROBES["gradient_alignment"].measure(it).frame(200).set_index(["quantity", "layer"])
     states, descent = states_and_gradients(it.stream, torch.from_numpy(it.windows.ids))
     chosen = [
         (w, t) for w in range(12) for t, ok in zip(it.windows.positions[w], it.windows.valid[w], strict=True) if ok
@@ -108,7 +108,7 @@ def test_alignment_is_the_mean_cosine_and_its_null_takes_another_tokens_gradient
 
 def test_deleted_and_swapped_blocks_are_as_if_called_by_hand(gpt):
     it = subject(gpt)
-    found = PROBES["block_paths"](it).frame(200)
+    found = PROBES["block_paths"].measure(it).frame(200)
     ids = torch.from_numpy(it.windows.ids)
     blocks = list(gpt.layers)
 
@@ -164,11 +164,11 @@ def test_paths_of_every_family(family):
 
 def test_probes_that_do_not_apply_say_why(gpt):
     for name in ("gradient_alignment", "block_paths"):
-        frame = PROBES[name](subject(gpt, rotated=True)).frame()
+        frame = PROBES[name].measure(subject(gpt, rotated=True)).frame()
         assert len(frame) == 1 and frame["value"].isna().all() and "rotated view" in frame["reason"][0]
-    tied = PROBES["block_paths"](subject(build("gpt-tied", seed=0, **SHAPE))).frame()
+    tied = PROBES["block_paths"].measure(subject(build("gpt-tied", seed=0, **SHAPE))).frame()
     assert "not blocks of their own" in tied["reason"][0]
-    assert PROBES["gradient_alignment"](subject(build("gpt-tied", seed=0, **SHAPE))).reason == ""
+    assert PROBES["gradient_alignment"].measure(subject(build("gpt-tied", seed=0, **SHAPE))).reason == ""
 
 
 # Representation
@@ -196,7 +196,7 @@ def known(kind: str) -> Subject:
 
 def test_similarity_is_the_cosine_of_covariances():
     it = known("overlapping")
-    frame = PROBES["representation"](it).frame(100)
+    frame = PROBES["representation"].measure(it).frame(100)
     found = frame[frame["quantity"] == "covariance_similarity"].set_index(["layer", "other"])["value"]
     covariances = [np.cov(h.double().numpy().T, bias=True) for h in it.fit.states[:-1]]
     assert len(found) == 6
@@ -222,11 +222,11 @@ def test_the_same_rotation_of_all_layers_changes_no_similarity_and_own_rotations
 def test_carried_share_is_one_where_nothing_is_overwritten_and_what_regression_says_elsewhere():
     from sklearn.linear_model import LinearRegression
 
-    frame = PROBES["representation"](known("disjoint")).frame(100)
+    frame = PROBES["representation"].measure(known("disjoint")).frame(100)
     carried = frame[frame["quantity"] == "carried_share"]
     assert len(carried) == 6 and (carried["value"] > 0.999).all()
     it = known("fresh")
-    frame = PROBES["representation"](it).frame(100)
+    frame = PROBES["representation"].measure(it).frame(100)
     carried = frame[frame["quantity"] == "carried_share"].set_index(["layer", "other"])
     for (i, j), row in carried.iterrows():
         reference = LinearRegression().fit(it.fit.states[j].numpy(), it.fit.states[i].numpy())
@@ -247,7 +247,7 @@ def test_what_is_only_offset_and_scale_is_matched_away():
         return torch.stack([*(whole[0] * s + m for s, m in zip((1.0, 3.0, 0.2), shift, strict=True)), whole[-1]])
 
     it = synthetic_subject(states, base)
-    frame = PROBES["matched_transfer"](it).frame(100).set_index(["quantity", "layer", "other"])
+    frame = PROBES["matched_transfer"].measure(it).frame(100).set_index(["quantity", "layer", "other"])
     # Every layer holds the same state, moved and scaled: with these lens i reads j as it reads i.
     readout, scored = it.stream.readout, it.eval
     own = [float(true_token_kl(readout, scored, it.lenses.matrix[k], it.lenses.offset[k], k).mean()) for k in range(3)]
@@ -258,7 +258,7 @@ def test_what_is_only_offset_and_scale_is_matched_away():
 
 def test_matched_transfer_is_transfer_of_matched_states():
     it = known("overlapping")
-    frame = PROBES["matched_transfer"](it).frame(100)
+    frame = PROBES["matched_transfer"].measure(it).frame(100)
     fit, scored = it.fit.states.double(), it.eval
     mean = fit.mean(1)
     rms = [(h - m).pow(2).sum(-1).mean().sqrt() for h, m in zip(fit, mean, strict=True)]
@@ -282,6 +282,6 @@ def test_matched_transfer_is_transfer_of_matched_states():
 
 
 def test_sums_are_saved_and_loaded(tmp_path):
-    found = PROBES["representation"](known("fresh"))
+    found = PROBES["representation"].measure(known("fresh"))
     found.save(tmp_path)
     assert Measured.load(tmp_path).frame(100).equals(found.frame(100))

@@ -26,8 +26,8 @@ def run(tmp_path_factory):
     out = folder / "out"
     first = CliRunner().invoke(app, ["run", str(suite), "--only", "gpt,pc", "--out", str(out)])
     assert first.exit_code == 0, first.output
-    assert 'gpt: attention weights are read with attn_implementation="eager"' in " ".join(first.output.split())
-    assert "pc: attention weights" not in first.output
+    assert 'gpt-seed0: attention weights are read with attn_implementation="eager"' in " ".join(first.output.split())
+    assert "pc-seed0: attention weights" not in first.output
     return suite, out
 
 

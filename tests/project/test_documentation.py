@@ -90,7 +90,7 @@ def test_the_guides_model_lens_and_measure_work(monkeypatch):
 
     stream, maps = names["stream"], names["lenses"]
     subject = Subject(stream, windows(), [0], maps, False, lambda split: names["seen"], maps, maps)
-    table = known["state_length"](subject).frame(200)
+    table = known["state_length"].measure(subject).frame(200)
     assert len(table) == 3
     assert (table["ci_low"] <= table["value"]).all()
     assert table["value"].notna().all()

@@ -1,1 +1,1 @@
-"""What several probes share."""
+"""Tools that several probes use: heads, predictions, cross-fitted regressions, interventions."""

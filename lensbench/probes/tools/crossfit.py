@@ -1,7 +1,7 @@
 """Linear regressions from streamed sufficient statistics: every fold predicted by maps fitted on the others.
 
-Tokens pass once; of them the second moments of each fold are kept, and no more: ``[K, F, F]`` for F columns, whatever the
-number of tokens. Folds are made of whole clusters of documents, and intervals come from leaving one out at a time.
+Tokens pass once. Only the second moments of each fold are kept, ``[K, F, F]`` for F columns, whatever the number of
+tokens. Folds hold whole clusters of documents, and intervals come from leaving out one fold at a time.
 """
 
 import json
@@ -21,20 +21,20 @@ from lensbench.data.windows import Windows
 from lensbench.statistics import Array, jackknife, leaving_one_out
 
 FOLDS = 8
-"""Groups of documents: what is fitted on seven is judged on the eighth, and intervals have seven degrees of freedom."""
+"""Groups of documents: a map is fitted on seven and judged on the eighth; intervals have seven degrees of freedom"""
 
 
 COLUMNS = ["probe", "quantity", "layer", "other", "value", "ci_low", "ci_high", "reason"]
 
 
 RIDGES = (1e-3, 1e-2, 0.1, 1.0)
-"""In units of the median eigenvalue of the standardised inputs."""
+"""Ridges that are tried, in units of the median eigenvalue of the standardised inputs"""
 
 
 def folds_of(windows: Windows, folds: int = FOLDS) -> NDArray[np.int64]:
-    """Fold of each window ``[S]``: whole clusters of documents, the largest first into the fold that has least so far.
+    """Fold of each window ``[S]``: the largest cluster of documents goes first, each into the smallest fold so far.
 
-    Fewer clusters than folds leave as many folds as there are clusters.
+    With fewer clusters than folds there are as many folds as clusters.
     """
     names, cluster, count = np.unique(windows.clusters, return_inverse=True, return_counts=True)
     held = np.zeros(min(folds, len(names)), dtype=np.int64)
@@ -46,17 +46,17 @@ def folds_of(windows: Windows, folds: int = FOLDS) -> NDArray[np.int64]:
 
 
 def in_folds(windows: Windows, folds: int = FOLDS) -> tuple[Windows, NDArray[np.int64]]:
-    """The windows in the order of their folds, and the fold of each: a batch then adds to the sums of few folds."""
+    """The windows sorted by fold, and the fold of each ``[S]``: a batch then adds to the sums of few folds."""
     fold = folds_of(windows, folds)
     order = np.argsort(fold, kind="stable")
     return windows.take(order), fold[order]
 
 
 class FoldSums:
-    """``sum x x^T`` over the tokens of each fold, ``[K, ..., F, F]`` float64, of columns x ``[..., n, F]`` that stream by.
+    """``sum x x^T`` over the tokens of each fold, ``[K, ..., F, F]`` float64, of columns x ``[..., n, F]``.
 
-    Columns are shifted by the first tokens' mean, which changes no regression with an intercept and keeps the sums
-    accurate. Column 0 is one, and stays so.
+    Column 0 is one. The other columns are shifted by the mean of the first tokens: that keeps the sums accurate and
+    changes no regression with an intercept.
     """
 
     def __init__(self, folds: int):
@@ -65,7 +65,7 @@ class FoldSums:
         self._shift = torch.zeros(0)
 
     def add(self, fold: int, x: Tensor) -> None:
-        """Tokens ``[..., n, F]`` of one fold."""
+        """Add the columns ``[..., n, F]`` of n tokens to the sums of one fold."""
         if not x.shape[-2]:
             return  # windows of one or two tokens
         x = x.double().cpu()
@@ -78,19 +78,19 @@ class FoldSums:
 
 
 def centred(moments: Tensor) -> Tensor:
-    """Second moments ``[..., F, F]`` about the mean, of sums whose column 0 counts tokens; that column is left out."""
+    """Second moments about the mean ``[..., F-1, F-1]``, of raw sums ``[..., F, F]`` whose column 0 is one."""
     mean = moments[..., 0, 1:] / moments[..., 0, :1]
     return moments[..., 1:, 1:] - moments[..., 0, :1, None] * mean[..., :, None] * mean[..., None, :]
 
 
 def ridge_map(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """``(C + ridge m D)^-1 cross`` of inputs' covariance ``[F, F]``, D its diagonal, m the median eigenvalue in its units.
+    """The ridge map ``(C + ridge m D)^-1 cross`` of inputs with covariance C ``[F, F]`` and diagonal D.
 
-    Standardised inputs: what a column is measured in does not matter.
+    m is the median eigenvalue of the standardised covariance. The unit of a column changes no prediction.
     """
     scale = covariance.diagonal().clamp(min=1e-300).sqrt()
     used = covariance.diagonal() > 1e-12 * covariance.diagonal().max()
-    scale = torch.where(used, scale, torch.inf)  # a column that never varies is never used
+    scale = torch.where(used, scale, torch.inf)  # a constant column is not used
     standard = covariance / scale[:, None] / scale
     median = torch.linalg.eigvalsh(standard).median() if len(standard) <= 512 else standard.diagonal().mean()
     system = standard + torch.eye(len(standard), dtype=standard.dtype) * max(ridge * float(median), 1e-10)
@@ -98,10 +98,10 @@ def ridge_map(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
 
 
 def held_out(moments: Tensor, fitted: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error of held-out tokens, per output ``[O]``, and their squared distance from the training mean.
+    """Squared error of held-out tokens ``[O]``, and their squared distance from the training mean ``[O]``.
 
-    ``moments`` ``[F, F]`` are the raw sums of the held-out tokens, column 0 counting them; ``fitted`` is ``[1 + I, O]`` of
-    the constant and the ``inputs``, and its training mean stands in front: see :func:`with_intercept`.
+    ``moments`` ``[F, F]`` are raw sums of the held-out tokens, whose column 0 is one; ``fitted`` ``[2 + I, O]`` is what
+    :func:`with_intercept` returns.
     """
     columns = torch.cat([torch.zeros(1, dtype=torch.long), inputs])
     weights, mean = fitted[1:], fitted[0]
@@ -112,7 +112,7 @@ def held_out(moments: Tensor, fitted: Tensor, inputs: Tensor, outputs: Tensor) -
 
 
 def with_intercept(moments: Tensor, inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
-    """``[2 + I, O]``: the outputs' mean, the intercept, and the ridge map fitted to raw sums ``[F, F]``."""
+    """The outputs' mean, the intercept and the ridge map ``[2 + I, O]``, fitted to raw sums ``[F, F]``."""
     mean = moments[0] / moments[0, 0]
     about = centred(moments)
     slope = ridge_map(about[inputs - 1][:, inputs - 1], about[inputs - 1][:, outputs - 1], ridge)
@@ -122,9 +122,9 @@ def with_intercept(moments: Tensor, inputs: Tensor, outputs: Tensor, ridge: floa
 def cross_fitted(
     sums: Tensor, inputs: Tensor, outputs: Tensor, ridges: Sequence[float] = RIDGES
 ) -> tuple[Array, Array]:
-    """Held-out squared error and total of each fold, ``[K, O]`` each, of ridge maps that never saw it.
+    """Held-out squared errors and totals of each fold, ``[K, O]`` each, of ridge maps fitted on the other folds.
 
-    ``sums`` ``[K, F, F]`` raw, column 0 counting. The ridge of a fold is the one that is best on the fold behind it, fitted
+    ``sums`` ``[K, F, F]`` are raw, and their column 0 is one. The ridge of a fold is the best one on the next fold, fitted
     on the rest.
     """
     total, folds = sums.sum(0), len(sums)
@@ -143,16 +143,17 @@ def cross_fitted(
 
 
 def by_group(values: Array, group: NDArray[np.int64]) -> Array:
-    """Sums of values ``[N]`` over the members of each of K groups ``[K]``."""
+    """Sums of values ``[N]`` over the members of each group: ``[K]``."""
     return np.bincount(group, values, FOLDS).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class Jackknifed:
-    """What a probe estimated, and what it would have without each of K groups of documents.
+    """Estimates of Q quantities, and the estimates without each of K groups of documents.
 
-    ``value`` ``[Q]``, ``without`` ``[K, Q]`` (not a number: the quantity has no interval); ``layer`` and ``other`` say what
-    each belongs to, ``reasons`` is a warning of each. With a ``reason`` there is nothing else: the probe does not apply.
+    ``value`` ``[Q]``; ``without`` ``[K, Q]`` is not a number where a quantity has no interval. ``layer`` and ``other`` say
+    what each belongs to (None: the whole model), ``reasons`` holds a warning of each. A ``reason`` says why the probe does
+    not apply; all other fields are then empty.
     """
 
     probe: str
@@ -165,6 +166,7 @@ class Jackknifed:
     reason: str = ""
 
     def save(self, folder: Path) -> None:
+        """Write ``estimates.safetensors`` and ``labels.json`` into the folder."""
         save_file(
             {k: from_numpy(np.ascontiguousarray(getattr(self, k))) for k in ("value", "without")},
             folder / "estimates.safetensors",
@@ -174,12 +176,13 @@ class Jackknifed:
 
     @classmethod
     def load(cls, folder: Path) -> "Jackknifed":
+        """What :meth:`save` wrote into the folder."""
         arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "estimates.safetensors").items()}
         return cls(**json.loads((folder / "labels.json").read_text()), **arrays)
 
     def frame(self, draws: int = 0, clusters: Any = None) -> pd.DataFrame:
         """A row per quantity with its 95 % jackknife interval over groups of documents; the arguments change nothing."""
-        del draws, clusters  # those of probes that have their interval from a bootstrap
+        del draws, clusters  # used by probes whose interval comes from a bootstrap
         if self.reason:
             row = dict.fromkeys(COLUMNS) | {"probe": self.probe, "quantity": self.probe, "reason": self.reason}
             return pd.DataFrame([row], columns=COLUMNS)
@@ -203,7 +206,7 @@ class Jackknifed:
 
 
 class Estimates:
-    """Collects the rows of a :class:`Jackknifed`."""
+    """Collects the quantities of a :class:`Jackknifed`; ``warning`` is the reason of all that have none of their own."""
 
     def __init__(self, probe: str, folds: int, warning: str = ""):
         self.probe, self.folds, self.warning = probe, folds, warning
@@ -219,15 +222,17 @@ class Estimates:
         other: int | None = None,
         reason: str = "",
     ) -> None:
+        """Add one estimate, and its values without each group ``[K]``; without them it has no interval."""
         kept = np.full(self.folds, np.nan) if without is None else without
         self.rows.append((quantity, layer, other, reason or self.warning, value, kept))
 
     def share(self, quantity: str, top: Array, bottom: Array, **where: Any) -> None:
-        """``sum top / sum bottom`` of K groups."""
+        """Add ``sum(top) / sum(bottom)``, both ``[K]`` sums of the groups."""
         value, without = leaving_one_out(top, bottom)
         self.add(quantity, value, without, **where)
 
     def done(self) -> Jackknifed:
+        """All that was added."""
         quantity, layer, other, reasons, value, without = zip(*self.rows, strict=True)
         return Jackknifed(
             self.probe, quantity, layer, other, reasons, np.array(value), np.stack(without, 1).astype(np.float64)

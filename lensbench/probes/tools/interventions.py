@@ -11,10 +11,10 @@ from lensbench.streams.stream import ResidualStream
 
 @contextmanager
 def entering(stream: ResidualStream, change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """While this lasts, block l receives ``change(l, h)`` in place of its state h ``[B, T, d]``; None changes nothing."""
+    """A context in which block l receives ``change(l, h)`` in place of its state h ``[B, T, d]``; None changes nothing."""
 
     def enter(layer: int) -> Any:
-        def replace(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             changed = change(layer, args[0] if args else kwargs["hidden_states"])
             if changed is None:
                 return None

@@ -1,10 +1,10 @@
-"""What a model predicted of every token of its windows, batch by batch: expectations, surprises, and the tokens themselves.
+"""What a model predicted of every token of its windows, batch by batch: expectations and surprises.
 
-``e_x`` is the unembedding row of token x, ``ebar_s = sum_x p_s(x) e_x`` what is expected behind position s, and
-``eps_s = e_{x_s} - ebar_{s-1}`` the error that token s reveals.
+``e_x`` is the unembedding row of token x. ``ebar_s = sum_x p_s(x) e_x`` is the expectation of the token after position s,
+and ``eps_s = e_{x_s} - ebar_{s-1}`` is the error that token s reveals.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,22 +18,23 @@ from lensbench.data.ngram import KneserNeyBigram
 from lensbench.data.windows import Windows
 from lensbench.measures.means import SMALLEST_CONSTANT
 from lensbench.probes.tools.heads import Heads, reading_heads
+from lensbench.runtime.progress import QUIET, Task
 from lensbench.streams.stream import ResidualStream
 
 LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
-"""Entries of ``[B, T, V]`` that a batch may have, by device."""
+"""Largest size of the logits ``[B, T, V]`` of a batch, by device"""
 
 
 RANK = 128
-"""Principal directions of the tokens' unembedding rows that expectations and errors are seen in."""
+"""Number of principal directions of the unembedding rows in which expectations and errors are seen"""
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The r principal directions of ``e_x`` over the tokens of a text.
+    """The r principal directions of the unembedding rows ``e_x``, over the tokens of a text.
 
-    ``rows`` ``[V, r]`` are all ``e_x`` in them, about their ``mean`` ``[d_read]`` over the text; ``share`` is how much of
-    the rows' variance there they hold.
+    ``rows`` ``[V, r]`` are all ``e_x`` in these directions, about their ``mean`` ``[d_read]`` over the text. ``share`` is
+    the share of the rows' variance over the text that the directions hold.
     """
 
     rows: Tensor
@@ -43,6 +44,7 @@ class Directions:
 
     @classmethod
     def of(cls, stream: ResidualStream, windows: Windows, rank: int = RANK) -> "Directions":
+        """The first ``rank`` principal directions over the tokens of the windows."""
         weight = stream.readout.weight.detach().float().cpu()
         counts = torch.from_numpy(np.bincount(windows.ids[windows.inside], minlength=len(weight))).double()
         used = counts > 0
@@ -58,7 +60,7 @@ class Directions:
 
     @classmethod
     def none(cls, stream: ResidualStream) -> "Directions":
-        """For who asks what heads did, and not what was expected."""
+        """One direction of zeros, for a pass over heads that needs no expectations."""
         size, width = stream.readout.weight.shape
         on = stream.device
         return cls(
@@ -66,22 +68,22 @@ class Directions:
         )
 
     def seen(self, x: Tensor) -> Tensor:
-        """Expectations ``[..., d_read]`` in the directions, ``[..., r]``."""
+        """Expectations ``[..., d_read]`` in the directions: ``[..., r]``."""
         return (x - self.mean) @ self.basis
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B windows of T tokens, all on one device; beyond ``lengths`` there is padding."""
+class PredictionBatch:
+    """Tokens of B windows and what the model predicted of them, all on one device; T is the longest window."""
 
     rows: slice
     ids: Tensor  # [B, T]
-    inside: Tensor  # [B, T]: not padding
+    inside: Tensor  # [B, T]: whether it is a token, not padding
     states: Tensor  # [L+1, B, T, d]
     expected: Tensor  # [B, T, r]: ebar_s in the directions
     surprise: Tensor  # [B, T]: -log p_{s-1}(x_s), nats; 0 at position 0
     heads: list[Heads]
-    sum_p: Tensor  # [V]: of p over the tokens that are no padding
+    sum_p: Tensor  # [V]: sum of p over all tokens
     entropy: Tensor  # [B, T]: of p_s, nats
 
 
@@ -92,11 +94,11 @@ def batches(
     directions: Directions,
     *,
     heads: bool = False,
-    report: Callable[[int, int], None] | None = None,
-) -> Iterator[Batch]:
-    """One forward pass over the windows; with ``heads`` it keeps what the attention heads did.
+    task: Task = QUIET,
+) -> Iterator[PredictionBatch]:
+    """Predictions of all windows, batch by batch, from one forward pass; with ``heads`` also what the heads did.
 
-    ``report(done, total)`` is called with numbers of windows.
+    ``task`` counts windows.
     """
     length = windows.ids.shape[1]
     room = LOGITS_AT_ONCE.get(stream.device.type, 2**25)
@@ -112,7 +114,7 @@ def batches(
             surprise = (log_z[:, :-1] - logits[:, :-1].gather(-1, ids[:, 1:, None]))[..., 0]
             p = logits.sub_(log_z).exp_()  # in place: fresh memory of this size costs as much as filling it
             inside = torch.from_numpy(windows.inside[rows]).to(stream.device)
-            yield Batch(
+            yield PredictionBatch(
                 rows,
                 ids,
                 inside,
@@ -124,24 +126,24 @@ def batches(
                 torch.special.entr(p).sum(-1),
             )
             found.clear()
-            if report is not None:
-                report(rows.stop, len(windows.ids))
+            task.update(rows.stop)
 
 
 class Constant:
-    """K_0 of what a pass has seen: mean KL of a model's predictions from their mean, nats/token."""
+    """K_0 of all batches that were added: mean KL of a model's predictions from their mean, nats/token."""
 
     def __init__(self) -> None:
         self.sum_p: Tensor | float = 0.0
         self.entropy, self.tokens = 0.0, 0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: PredictionBatch) -> None:
+        """Add a batch to the sums."""
         self.sum_p = self.sum_p + batch.sum_p
         self.entropy += float(batch.entropy[batch.inside].double().sum())
         self.tokens += int(batch.inside.sum())
 
     def warning(self) -> str:
-        """That there is nothing to see, where the model predicts nearly the same everywhere."""
+        """A warning where the model predicts nearly the same everywhere; empty elsewhere."""
         assert isinstance(self.sum_p, Tensor)
         k_0 = float(torch.special.entr(self.sum_p / self.tokens).sum()) - self.entropy / self.tokens
         if k_0 >= SMALLEST_CONSTANT:
@@ -150,26 +152,26 @@ class Constant:
 
 
 def after(x: Tensor) -> Tensor:
-    """``x`` ``[B, T, ...]`` one position later: entry s is what position s-1 has; zero at position 0."""
+    """``x`` ``[B, T, ...]`` shifted by one position: entry s is that of position s-1, and entry 0 is zero."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
 
 
 @dataclass(frozen=True)
 class BigramPredictions:
-    """What an interpolated bigram expects behind each token, in the same directions."""
+    """What an interpolated bigram expects after each token, in the directions of the model's expectations."""
 
     bigram: KneserNeyBigram
     directions: Directions
 
     @cached_property
     def expected(self) -> Tensor:
-        """``sum_x p(x | v) e_x`` of every token v of its vocabulary: ``[V, r]``."""
+        """``sum_x p(x | v) e_x`` of every token v of the vocabulary: ``[V, r]``."""
         size = self.bigram.vocab_size
         rows = self.directions.rows[:size].double().cpu().numpy()
         before, following = np.divmod(self.bigram.pairs, size)
         seen = csr_array((self.bigram.seen, (before, following)), shape=(size, size))
-        behind = seen @ rows + self.bigram.backoff[:, None] * (self.bigram.continuation @ rows)
-        return torch.from_numpy(behind).float().to(self.directions.rows.device)
+        following_v = seen @ rows + self.bigram.backoff[:, None] * (self.bigram.continuation @ rows)
+        return torch.from_numpy(following_v).float().to(self.directions.rows.device)
 
     def surprise(self, ids: Tensor) -> Tensor:
         """``-log p(x_s | x_{s-1})`` ``[B, T]``, nats; 0 at position 0."""
@@ -178,12 +180,17 @@ class BigramPredictions:
         return torch.nn.functional.pad(torch.from_numpy(nats).float(), (1, 0)).to(ids.device)
 
 
+SHRINKAGE = 2.0
+"""How often a mean of all counts in the mean of a token or a pair"""
+
+
 @dataclass(frozen=True)
 class MeansByToken:
-    """Means of what a model predicts of a token, by the token and by the pair of it and the one before.
+    """Means of what a model predicts of a token: by the token, and by the pair of the token before and the token.
 
-    ``token`` ``[V, q]``; ``before`` ``[V, q]`` by the token before; pairs are interpolated with the latter: a pair seen n
-    times has weight ``n / (n + 2)``, and so has a token with the mean of all.
+    ``token`` ``[V, q]`` is by the token, ``before`` ``[V, q]`` by the token before. The mean of a pair is interpolated with
+    that of the token before, and the mean of a token with the mean of all: what was seen n times has weight
+    ``n / (n + 2)``.
     """
 
     token: Tensor
@@ -194,7 +201,7 @@ class MeansByToken:
 
     @classmethod
     def of(cls, ids: Tensor, previous: Tensor, values: Tensor, vocab_size: int) -> "MeansByToken":
-        """From N tokens, those before them, and what was predicted of them ``[N, q]``."""
+        """The means over N tokens: the tokens ``[N]``, those before them ``[N]``, and predictions of them ``[N, q]``."""
         mean = values.mean(0)
 
         def by(key: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -205,17 +212,14 @@ class MeansByToken:
         pairs, place = torch.unique(previous * vocab_size + ids, return_inverse=True)
         of_pair, weight = by(place, len(pairs))
         token, before = by(ids, vocab_size)[0], by(previous, vocab_size)[0]
-        # Shrunk sums lack the share of the mean that was taken out: it comes back with what they are interpolated with.
+        # Shrunk sums lack a share of the mean, which was subtracted: interpolation adds it.
         return cls(token + mean, before + mean, pairs, of_pair + mean * weight[:, None], weight)
 
     def at(self, ids: Tensor, previous: Tensor) -> Tensor:
-        """``[..., 2 q]``: by the token, and by the pair."""
+        """Means ``[..., 2 q]`` of tokens ``[...]`` after tokens ``previous`` ``[...]``: by the token, and by the pair."""
         key = previous * len(self.token) + ids
         place = torch.searchsorted(self.pairs, key).clamp(max=len(self.pairs) - 1)
         known = (self.pairs[place] == key)[..., None]
         weight = torch.where(known, self.weight[place][..., None], 0.0)
         pair = torch.where(known, self.of_pair[place], 0.0) + (1 - weight) * self.before[previous]
         return torch.cat([self.token[ids], pair], -1)
-
-
-SHRINKAGE = 2.0

@@ -1,4 +1,4 @@
-"""How much the model needs each block, their order, and all of them at once (arXiv 1605.06431)."""
+"""How much does the model need each block, their order, and all of them at once? (arXiv 1605.06431)"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lensbench.data.samples import Samples
-from lensbench.probes.gradients import IMAGES_AT_ONCE
+from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity
+from lensbench.probes.gradient_alignment import IMAGES_AT_ONCE
 from lensbench.probes.measured import Measured, Sums
-from lensbench.probes.registry import probe
 from lensbench.probes.subject import Subject
 from lensbench.statistics import Array
 from lensbench.streams.parts import block_input
@@ -21,14 +21,14 @@ TOKENS_AT_ONCE = 8192
 
 
 RANDOM_SETS = 4
-"""Random sets of n blocks that are skipped together, for each n."""
+"""Number of random sets of n blocks that are skipped together, for each n"""
 
 
 @contextmanager
 def skipping(blocks: list[nn.Module]) -> Iterator[None]:
-    """While this lasts, the blocks hand on what they receive."""
+    """A context in which the blocks return what they receive."""
 
-    def unchanged(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def unchanged(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         h = block_input(args, kwargs)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
@@ -42,7 +42,7 @@ def skipping(blocks: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def swapped(stream: ResidualStream, first: int) -> Iterator[None]:
-    """While this lasts, blocks ``first`` and ``first + 1`` (from 0) stand in each other's place."""
+    """A context in which blocks ``first`` and ``first + 1`` (from 0) have changed places."""
     blocks = stream.block_list
     blocks[first], blocks[first + 1] = blocks[first + 1], blocks[first]
     try:
@@ -51,13 +51,12 @@ def swapped(stream: ResidualStream, first: int) -> Iterator[None]:
         blocks[first], blocks[first + 1] = blocks[first + 1], blocks[first]
 
 
-@probe
 def block_paths(subject: Subject) -> Measured:
     """Rise of the model's own cross-entropy, nats/token, with a block deleted, two neighbours swapped, n blocks skipped.
 
-    An ensemble of shallow paths loses little with any of them, a chain of steps that build on each other everything. A
-    deleted block hands on all that it receives, also one whose skip connections carry less. Of n blocks skipped together
-    four sets are drawn, and held fixed in the interval.
+    An ensemble of shallow paths loses little by any of these; a chain of steps that build on each other loses everything. A
+    deleted block returns all that it receives, even if its skip connections carry less. For each n four random sets of
+    blocks are drawn; intervals hold them fixed.
     """
     stream, windows = subject.stream, subject.samples
     blocks = list(stream.blocks)
@@ -97,3 +96,41 @@ def cross_entropy(stream: ResidualStream, windows: Samples) -> Array:
         nats = -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0].cpu()
         sums.append(torch.zeros(len(inputs), dtype=torch.float64).index_add_(0, row, nats))
     return torch.cat(sums).numpy()
+
+
+BLOCK_PATHS = Probe(
+    "block_paths",
+    block_paths,
+    "rise of the model's own loss with blocks deleted, swapped or skipped together",
+    (
+        Quantity(
+            "ce_rise_deleted",
+            "rise of CE, block deleted",
+            "CE with the block replaced by the identity, minus the model's CE (nats/token)",
+            "layer",
+            "Near 0, the model does without the block.",
+            SAME_TOKENIZER,
+            panel=Panel("block deleted (from 0)", "rise of CE (nats/token)", symlog=True),
+        ),
+        Quantity(
+            "ce_rise_swapped",
+            "rise of CE, blocks swapped",
+            "CE with two neighbouring blocks in each other's place, minus the model's CE (nats/token)",
+            "pair",
+            "Near 0, the order of the two blocks does not matter.",
+            SAME_TOKENIZER,
+            panel=Panel("blocks swapped: first of two", "rise of CE (nats/token)", symlog=True),
+        ),
+        Quantity(
+            "ce_rise_skipped",
+            "rise of CE, blocks skipped",
+            "CE with n random blocks skipped together, minus the model's CE (nats/token); `other` is n",
+            "blocks",
+            "A slow rise with n speaks for many shallow paths, a steep one for a chain of steps.",
+            SAME_TOKENIZER,
+            panel=Panel("blocks skipped together", "rise of CE (nats/token)", at="other", symlog=True),
+        ),
+    ),
+    images=True,
+    topic="blocks",
+)

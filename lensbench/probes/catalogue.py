@@ -1,0 +1,98 @@
+"""What a probe is, and what its quantities are: data from which tables, panels, validation and documentation are made."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lensbench.probes.measured import Measurement
+from lensbench.probes.subject import Subject
+
+Owner = Literal["model", "layer", "pair", "head", "blocks"]
+"""What a value belongs to. The columns ``layer`` and ``other`` of ``probes.csv`` say which one: a layer or block
+(``layer``), two layers (both), a head of a layer (both), a number of blocks (``other``), or the whole model (neither)."""
+
+
+Table = Literal["places", "layers", "models", "heads"]
+"""The table of the terminal that shows a quantity, in the order of the catalogue."""
+
+
+ANYWHERE = "any models of the same text"
+SAME_TOKENIZER = "models with the same text and tokenizer"
+SAME_WIDTH = "models of the same width"
+WITH_ITS_NULL = "its quantity, in the same model"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """How the figure ``probes.png`` draws a quantity: one panel, one line per model."""
+
+    over: str
+    """Label of the horizontal axis"""
+    name: str
+    """Label of the vertical axis"""
+    at: Literal["layer", "other", "distance"] = "layer"
+    """What is on the horizontal axis; over a distance of two layers, means are drawn and no intervals"""
+    null: str = ""
+    """The quantity that is drawn as a thin line"""
+    zero: bool = True
+    """Whether a line is drawn at zero"""
+    symlog: bool = False
+    one_view: bool = False
+    """Two views of a model have the same values: one line is drawn"""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One quantity that a probe measures, as the column ``quantity`` of ``probes.csv`` names it."""
+
+    name: str
+    label: str
+    """What tables call it"""
+    formula: str
+    """What is computed, with the unit"""
+    of: Owner
+    reading: str
+    """How to read it, in one sentence"""
+    comparable: str = ANYWHERE
+    """Between what its values can be compared"""
+    table: Table | None = None
+    panel: Panel | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probe: a function of a :class:`Subject`, and the catalogue of what it measures.
+
+    A suite names it in ``probes``. ``images`` says that it needs no text.
+    """
+
+    name: str
+    measure: Callable[[Subject], Measurement]
+    measures: str
+    """What it measures, in one line"""
+    quantities: tuple[Quantity, ...]
+    images: bool = False
+    control: str = ""
+    """Its null, or its control"""
+    topic: str = ""
+    """What its panels show, for the title of the figure"""
+
+    def quantity(self, name: str) -> Quantity | None:
+        """The quantity of this name; None where the probe has no such quantity."""
+        return next((q for q in self.quantities if q.name == name), None)
+
+
+def probes_markdown(probes: Iterable[Probe]) -> str:
+    """A Markdown table with a row per probe: what it measures, and its null."""
+    rows = [f"| `{p.name}` | {p.measures} | {p.control} |" for p in probes]
+    return "\n".join(["| probe | measures | null, or control |", "|---|---|---|", *rows]) + "\n"
+
+
+def quantities_markdown(probes: Iterable[Probe]) -> str:
+    """A Markdown table with a row per quantity of every probe."""
+    head = "| quantity | of | what is computed | how to read it | comparable |"
+    lines = [head, "|---|---|---|---|---|"]
+    for probe in probes:
+        lines.append(f"| **`{probe.name}`** | | | | |")
+        lines += [f"| `{q.name}` | {q.of} | {q.formula} | {q.reading} | {q.comparable} |" for q in probe.quantities]
+    return "\n".join(lines) + "\n"
