@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -105,7 +106,7 @@ def error_transport(frame: pd.DataFrame) -> Figure:
 def draw_heads(panel: Axes, model: str, heads: pd.DataFrame) -> None:
     """Draw the heatmap of one model, with circles at the heads found and the top ones in the title."""
     grid = heads.pivot(index="layer", columns="head", values="score")
-    most = max(float(grid.abs().max(axis=None)), SMALLEST_SCORE)
+    most = max(float(np.nanmax(np.abs(grid.to_numpy(float)))), SMALLEST_SCORE)
     look: dict[str, Any] = {"vmin": -most, "vmax": most, "cmap": "vlag", "cbar_kws": {"shrink": 0.8}}
     sns.heatmap(grid, ax=panel, **look)
     bar = panel.collections[0].colorbar
@@ -118,7 +119,8 @@ def draw_heads(panel: Axes, model: str, heads: pd.DataFrame) -> None:
         panel.plot(*at, "o", mfc="none", color="#222222", ms=5)
     top = found.nlargest(TOP_HEADS, "score")
     named = ", ".join(
-        f"L{row.layer}.H{row.head}" + (f" ({row.ratio:.2f})" if pd.notna(row.ratio) else "") for row in top.itertuples()
+        f"L{layer}.H{head}" + ("" if math.isnan(ratio) else f" ({ratio:.2f})")
+        for layer, head, ratio in zip(top["layer"], top["head"], top["ratio"].astype(float), strict=True)
     )
     panel.set(xlabel="head", ylabel="layer")
     panel.set_title(f"{model}: {len(found)} of {len(heads)} found\n{named or 'none to name'}", fontsize=pt(8))
