@@ -94,5 +94,7 @@ def quantities_markdown(probes: Iterable[Probe]) -> str:
     lines = [head, "|---|---|---|---|---|"]
     for probe in probes:
         lines.append(f"| **`{probe.name}`** | | | | |")
-        lines += [f"| `{q.name}` | {q.of} | {q.formula} | {q.reading} | {q.comparable} |" for q in probe.quantities]
+        for q in probe.quantities:
+            formula = q.formula.replace("|", r"\|")  # a bare one would end the cell
+            lines.append(f"| `{q.name}` | {q.of} | {formula} | {q.reading} | {q.comparable} |")
     return "\n".join(lines) + "\n"

@@ -84,4 +84,6 @@ def test_where_later_blocks_do_nothing_the_output_moves_as_the_logit_lens_reads(
 def test_what_has_no_blocks_or_is_rotated_says_so():
     tied = build("gpt-tied", seed=1, **SHAPE).eval()
     assert "blocks of their own" in PROBES["causal_fidelity"].measure(subject_of(tied)).frame()["reason"][0]
-    assert "rotated" in PROBES["causal_fidelity"].measure(subject_of(planted("none"), rotated=True)).frame()["reason"][0]
+    assert (
+        "rotated" in PROBES["causal_fidelity"].measure(subject_of(planted("none"), rotated=True)).frame()["reason"][0]
+    )

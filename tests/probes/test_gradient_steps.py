@@ -55,7 +55,10 @@ def test_layers_with_another_kernel_are_not():
 def test_variants_that_make_no_such_step_say_so(settings):
     frame = PROBES["gradient_steps"].measure(subject_of(pc(**settings))).frame()
     assert "no step along a gradient" in frame["reason"][0]
-    assert "no errors at known places" in PROBES["gradient_steps"].measure(subject_of(planted("none"))).frame()["reason"][0]
+    assert (
+        "no errors at known places"
+        in PROBES["gradient_steps"].measure(subject_of(planted("none"))).frame()["reason"][0]
+    )
 
 
 def test_prefix_and_whole_are_read_out_by_the_uniform_variant():

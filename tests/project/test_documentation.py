@@ -78,19 +78,18 @@ def test_every_public_name_says_what_it_is():
 
 def test_the_guides_model_lens_and_measure_work(monkeypatch):
     monkeypatch.setitem(FAMILIES, "gpt-quiet", FAMILIES["gpt"])  # removed again after the test
-    monkeypatch.setattr("lensbench.probes.registry.PROBES", dict(PROBES))
+    monkeypatch.setitem(PROBES, "state_length", PROBES["accuracy"])
     names: dict = {"windows": windows()}
     for block in blocks("benchmarks/README.md", "## Adding a model, a lens, a measure")[:3]:
         exec(block, names)
     assert names["model"].num_parameters() == pytest.approx(20_000, rel=0.01)
     assert names["kl"].shape == (4, 4)
     assert (names["kl"] >= -1e-6).all()
-    from lensbench.probes.registry import PROBES as known
     from lensbench.probes.subject import Subject
 
     stream, maps = names["stream"], names["lenses"]
     subject = Subject(stream, windows(), [0], maps, False, lambda split: names["seen"], maps, maps)
-    table = known["state_length"].measure(subject).frame(200)
+    table = PROBES["state_length"].measure(subject).frame(200)
     assert len(table) == 3
     assert (table["ci_low"] <= table["value"]).all()
     assert table["value"].notna().all()

@@ -18,15 +18,13 @@ from lensbench.report.figures.layout import legend_outside, new_figure, panels_p
 from lensbench.report.figures.registry import figure, nats_per
 from lensbench.report.figures.style import GREY, line_looks, pt, sheet, use_symlog
 
-PANELS = [(quantity.name, quantity.panel) for quantity in quantities() if quantity.panel is not None]
-"""The quantities that the figure of probes shows, and how: the catalogue of the probes says so."""
-
 
 @figure("probes", needs=("probes.csv",), frame=probe_frame)
 def probes(frame: pd.DataFrame) -> Figure:
     """What probes measured, one panel per quantity and one line per model; means over equal distances."""
     models = list(frame["model"].unique())
-    shown = [(quantity, panel) for quantity, panel in PANELS if (frame["quantity"] == quantity).any()]
+    measured = set(frame["quantity"])
+    shown = [(q.name, q.panel) for q in quantities() if q.panel is not None and q.name in measured]
     columns = panels_per_row(max(1, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
     drawing = new_figure(3.0 * columns + 1.6, 2.4 * rows + 0.8, (1.3 if sheet().most_per_row < 3 else 1.6) * rows)

@@ -1,0 +1,69 @@
+"""The catalogue of probes: every quantity that a probe writes is in it, and the documentation is made from it."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from helpers.planted import planted, subject_of
+
+from lensbench.models import build
+from lensbench.probes.catalogue import probes_markdown, quantities_markdown
+from lensbench.probes.registry import PROBES, quantities, quantity_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = {"vocab_size": 97, "d_model": 32, "layers": 3, "heads": 4, "context": 64, "parameters": 60_000}
+COLUMNS = {
+    "model": (False, False),
+    "layer": (True, False),
+    "pair": (True, True),
+    "head": (True, True),
+    "blocks": (False, True),
+}
+"""Whether ``layer`` and ``other`` have a value, by what a quantity belongs to."""
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    pc = build("predictive-coding", seed=1, error="linear", **SHAPE).eval()
+    linear = build("predictive-coding", seed=1, kernel="linear", error_gradient=False, **SHAPE).eval()
+    return [subject_of(model, count=32) for model in (planted("none"), pc, linear)]
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_writes_the_quantities_of_its_catalogue_and_no_others(name, subjects):
+    probe, written = PROBES[name], set()
+    for subject in subjects:
+        measured = probe.measure(subject)
+        if measured.reason:
+            continue
+        for quantity, layer, other in zip(measured.quantity, measured.layer, measured.other, strict=True):
+            entry = probe.quantity(quantity)
+            assert entry is not None, quantity
+            assert COLUMNS[entry.of] == (layer is not None, other is not None), quantity
+            written.add(quantity)
+    assert written == {quantity.name for quantity in probe.quantities}
+
+
+def test_a_quantity_has_one_name_one_probe_and_says_all_of_itself():
+    names = [quantity.name for quantity in quantities()]
+    assert len(set(names)) == len(names)
+    for quantity in quantities():
+        assert quantity.reading.endswith(".")
+        assert quantity.label
+        assert quantity.formula
+        assert quantity.comparable
+        if quantity.panel is not None and quantity.panel.null:
+            assert quantity.panel.null in names
+
+
+def test_the_documentations_tables_are_those_of_the_catalogue():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert probes_markdown(PROBES.values()) in text
+    assert quantities_markdown(PROBES.values()) in text
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "results").rglob("probes.csv")), ids=lambda path: path.parent.name)
+def test_quantities_of_committed_runs_are_in_the_catalogue(table):
+    rows = pd.read_csv(table)[["probe", "quantity"]].drop_duplicates()
+    unknown = [key for key in rows.itertuples(index=False) if key[0] != key[1] and quantity_of(*key) is None]
+    assert not unknown
