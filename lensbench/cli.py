@@ -537,24 +537,18 @@ def trace(
     """What each layer predicts next in a text, through a lens of your choice; prediction errors where a model has them."""
     from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
     from lensbench.models.pretrained import load_pretrained
-    from lensbench.report.trace import (
-        error_tables,
-        errors_of,
-        subject_of,
-        token_ids,
-        trace_page,
-        trace_tables,
-        traced,
-        words_of,
-    )
+    from lensbench.report.trace import token_ids, traced, traced_model, words_of
+    from lensbench.report.trace_errors import errors_of
+    from lensbench.report.trace_page import trace_page
+    from lensbench.report.trace_tables import error_tables, trace_tables
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.runtime.files import write_atomically
 
     if out is not None and out.is_dir():
         raise LensbenchError(f"--out {out} is a folder: name a file, {out / 'trace.html'} say")
-    subject = subject_of(model, lens, run, seed)
-    loaded = load_pretrained(subject.model, dtype=dtype_named(dtype), device=choose_device(device))
-    trajectory = traced(loaded, text, subject.lens, tokens, subject.view)
+    named = traced_model(model, lens, run, seed)
+    loaded = load_pretrained(named.model, dtype=dtype_named(dtype), device=choose_device(device))
+    trajectory = traced(loaded, text, named.lens, tokens, named.view)
     for table in trace_tables(trajectory, tokens, console.width):
         console.print(table)
     ids, errors, note = token_ids(loaded, text), None, None
@@ -569,7 +563,7 @@ def trace(
             for part in error_tables(errors, words, word, tokens, console.width):
                 console.print(part, highlight=False)
     if out is not None:
-        read = "the logit lens" if subject.lens is None else f"lens {subject.lens.rpartition('/')[2]}"
+        read = "the logit lens" if named.lens is None else f"lens {named.lens.rpartition('/')[2]}"
         page = trace_page(trajectory, title=f"{model}, {read}: {text}", errors=errors, ids=ids.tolist(), note=note)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda partial: partial.write_text(page, encoding="utf-8"))

@@ -433,9 +433,7 @@ def reproduction(reference: Run, run: Run) -> str:
     a, b = reference.manifest, run.manifest
     who = f"{run.folder} against {reference.folder}"
     if a.corpus.checksum != b.corpus.checksum:
-        return (
-            f"{who}: another corpus ({a.corpus.spec} with other texts): compare the intervals of the differences"
-        )
+        return f"{who}: another corpus ({a.corpus.spec} with other texts): compare the intervals of the differences"
     if a.suite != b.suite or a.seeds != b.seeds:
         return f"{who}: same corpus, other settings"
     if parts_of_one(reference, run):

@@ -11,7 +11,7 @@ from helpers.commands import refused, run
 from helpers.pages import Read, opened
 from scipy import stats
 
-from lensbench.report.page import csv_link, mean_cells, page, shade, write_page
+from lensbench.report.page import csv_link, mean_cells, page, write_page
 from lensbench.results import folder
 from lensbench.results.manifest import write_manifest
 
@@ -82,20 +82,6 @@ def test_names_are_escaped_and_two_runs_with_one_model_are_told_apart(tiny_run, 
     Read(content)
     assert "<script>alert" not in content and "&lt;script&gt;alert" in content
     assert "gpt (a)" in content and "gpt (b)" in content
-
-
-def test_colours_rise_in_darkness_and_their_text_can_be_read():
-    def luminance(colour):
-        channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    shades = [shade(k / 20) for k in range(21)]
-    values = [luminance(fill) for fill, _ in shades]
-    assert values == sorted(values, reverse=True)
-    for fill, ink in shades:
-        a, b = sorted((luminance(fill), 1.0 if ink == "#fff" else 0.0))
-        assert (b + 0.05) / (a + 0.05) > 4, fill
 
 
 def test_a_large_table_is_named_and_not_put_into_the_page(tmp_path):
