@@ -13,3 +13,9 @@ KINDS: dict[str, LensKind] = {kind.name: kind for kind in (LOGIT, TUNED, SHARED,
 def layer_kinds() -> list[LensKind]:
     """The kinds that are compared layer by layer: all but pairs."""
     return [kind for kind in KINDS.values() if kind.reads != "pair"]
+
+
+def kinds_in_words() -> str:
+    """The kinds of the column ``lens`` as the description of the tables says them."""
+    *most, last = (f"{kind.name} ({kind.note})" if kind.note else kind.name for kind in layer_kinds())
+    return f"{', '.join(most)} or {last}"

@@ -90,11 +90,11 @@ SHARED = LensKind(
 
 SHARED_BIAS = LensKind(
     name="shared_bias", label="shared lens, one bias per layer", colour="#de8f05", reads="layers",
-    note="one bias per layer", on_page=False, plan=plan_shared_bias,
+    note="a bias per layer", on_page=False, plan=plan_shared_bias,
 )  # fmt: skip
 
 
 SHARED_LOO = LensKind(
     name="shared_loo", label="shared lens, layer left out", colour="#029e73", reads="layers",
-    note="fitted without the layer", on_page=False, plan=plan_shared_loo, refit=refit_shared_loo,
+    note="fitted without it", on_page=False, plan=plan_shared_loo, refit=refit_shared_loo,
 )  # fmt: skip

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from lensbench.report.figures.lenses import LENS_COLOURS
+from lensbench.lenses.kinds import layer_kinds
+from lensbench.report.figures.frames import NULL
+from lensbench.report.figures.lenses import lens_colours
 from lensbench.report.formatting import number, shown_seeds, with_interval
 from lensbench.report.render import render, shade
 from lensbench.results.folder import Run
@@ -203,8 +205,9 @@ def heatmap(cells: pd.DataFrame, model: str, top: float, unit: str) -> Markup:
 
 
 # KL by layer
-SHOWN_LENSES = {"logit": "2 3", "tuned": "", "shared": "", "rotated": "7 3"}
-"""Lenses of the curves -> the dashes of their line."""
+def shown_lenses() -> dict[str, str]:
+    """The kinds of lens whose curves the page draws, with the dashes of their lines; the null last."""
+    return {kind.name: kind.dash for kind in layer_kinds() if kind.on_page} | {NULL: "7 3"}
 
 
 @dataclass(frozen=True)
@@ -277,7 +280,8 @@ def kl_curves(frame: pd.DataFrame, model: str, unit: str) -> Markup:
 
     ``frame``: of one model, as of :func:`lensbench.report.figures.frames.lens_frame`.
     """
-    frame = frame[frame["lens"].isin(list(SHOWN_LENSES))]
+    dashes, colours = shown_lenses(), lens_colours()
+    frame = frame[frame["lens"].isin(list(dashes))]
     axes = LayerAxes.around(frame)
     curves, alt = [], []
     for (lens, name), rows in frame.groupby(["lens", "name"], sort=False):
@@ -288,7 +292,7 @@ def kl_curves(frame: pd.DataFrame, model: str, unit: str) -> Markup:
             tip = f"{model}\n{name}, layer {layer:.0f}\n{interval} nats/{unit}"
             dots.append(Dot(axes.across(layer), axes.down(kl), tip))
         # The logit lens is as dark as text, or as light on a dark page.
-        colour = "var(--text)" if lens == "logit" else LENS_COLOURS[str(lens)]
-        curves.append(Curve(str(name), colour, SHOWN_LENSES[str(lens)], dots))
+        colour = "var(--text)" if lens == "logit" else colours[str(lens)]
+        curves.append(Curve(str(name), colour, dashes[str(lens)], dots))
         alt.append(f"{name} from {number(float(rows['kl'].iloc[0]))} to {number(float(rows['kl'].iloc[-1]))}")
     return render("kl_curves.html", model=model, unit=unit, axes=axes, curves=curves, alt="; ".join(alt))

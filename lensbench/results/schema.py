@@ -5,6 +5,7 @@ Everything after a run (figures, comparisons, pages) reads these tables and neve
 
 import pandas as pd
 
+from lensbench.lenses.kinds import kinds_in_words
 from lensbench.measures.indices import catalogue_table, curve_indices
 
 _WHO = {
@@ -66,7 +67,7 @@ SCHEMA: dict[str, dict[str, str]] = {
     },
     "lenses.csv": {
         **_WHO,
-        "lens": "logit, tuned (per layer), shared, shared_bias (a bias per layer) or shared_loo (fitted without it).",
+        "lens": f"{kinds_in_words()}.",
         "layer": "The stream layer that the lens reads.",
         **_HOW,
         "ridge": "The ridge chosen on dev, in median eigenvalues of the input covariance.",

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses.lens import tolerance_in
 from lensbench.models.pretrained import locate, without_progress_bars
 from lensbench.report.figures.draw import draw_figures
 from lensbench.report.page import PAGE, write_page
@@ -225,6 +226,6 @@ def write_tables(
         write_table(folder, name, table)
     everything = pd.concat([part.sequences for part in parts], ignore_index=True)
     if evaluate.sums == "cluster":
-        everything = everything[~everything["lens"].astype(str).str.startswith("tuned@")]
+        everything = everything[everything["lens"].map(tolerance_in).isna()]
     write_sequences(folder / SEQUENCES, everything)
     return found

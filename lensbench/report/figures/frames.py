@@ -4,20 +4,20 @@ import numpy as np
 import pandas as pd
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses.kinds import layer_kinds
 from lensbench.results.folder import Run
 from lensbench.studies.curves import shown_curves
 
 SMALLEST_KL = 1e-6  # nats/token; a log axis has no zero
 
 
-LENSES = {
-    "logit": "logit lens",
-    "tuned": "tuned lens, one per layer",
-    "shared": "shared lens",
-    "shared_bias": "shared lens, one bias per layer",
-    "shared_loo": "shared lens, layer left out",
-    "rotated": "shared lens, rotated view",
-}
+NULL = "rotated"
+"""In frames of lenses: the shared lens of the null's first random basis."""
+
+
+def lens_labels() -> dict[str, str]:
+    """Name -> label of every kind of lens that figures draw, in the order of legends; the null last."""
+    return {kind.name: kind.label for kind in layer_kinds()} | {NULL: "shared lens, rotated view"}
 
 
 VISIBILITIES = {
@@ -61,7 +61,7 @@ def lens_frame(run: Run) -> pd.DataFrame:
         rotated = table[(table["model"] == f"{model}+rotated") & (table["lens"] == "shared")]
         rotated = rotated.assign(model=str(model), lens="rotated", stage="rotated")
         rows = pd.concat([table[(table["model"] == model) & (table["layer"] < layers)], rotated])
-        rows = pd.concat([rows[rows["lens"] == lens] for lens in LENSES])
+        rows = pd.concat([rows[rows["lens"] == lens] for lens in lens_labels()])
         if rows["kl"].isna().any():
             raise LensbenchError(f"lenses.csv, model {model}: {rows['kl'].isna().sum()} of {len(rows)} kl are missing")
         refined = rows["lens"].isin(rows.loc[rows["stage"] == "refined", "lens"])
@@ -69,7 +69,7 @@ def lens_frame(run: Run) -> pd.DataFrame:
     groups = pd.concat(frames).groupby(["model", "lens", "stage", "layer"], sort=False)
     frame: pd.DataFrame = groups[["kl", "kl_ci_low", "kl_ci_high"]].mean().clip(lower=SMALLEST_KL).reset_index()
     stages = frame["stage"].map({"closed": " (closed)", "refined": " (refined)"}).fillna("")
-    return frame.assign(name=frame["lens"].map(LENSES) + stages)
+    return frame.assign(name=frame["lens"].map(lens_labels()) + stages)
 
 
 def index_frame(run: Run) -> pd.DataFrame:

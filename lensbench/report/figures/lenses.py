@@ -8,12 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lensbench.report.figures.frames import LENSES, accuracy_frame, lens_frame
+from lensbench.lenses.kinds import layer_kinds
+from lensbench.report.figures.frames import NULL, accuracy_frame, lens_frame, lens_labels
 from lensbench.report.figures.layout import legend_outside, panel_for_each, title_and_caption
 from lensbench.report.figures.registry import figure, nats_per
-from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from lensbench.report.figures.style import GREY, PURPLE
 
-LENS_COLOURS = dict(zip(LENSES, ("#222222", BLUE, VERMILION, ORANGE, GREEN, PURPLE), strict=True))
+
+def lens_colours() -> dict[str, str]:
+    """Name -> colour of every kind of lens that figures draw, and of the null."""
+    return {kind.name: kind.colour for kind in layer_kinds()} | {NULL: PURPLE}
 
 
 DASHES = {"none": "", "refined": "", "closed": (4, 1.5), "rotated": (1, 1)}
@@ -25,14 +29,14 @@ def kl_by_layer(frame: pd.DataFrame) -> Figure:
     models = list(frame["model"].unique())
     lenses = frame.drop_duplicates("name").set_index("name")
     look: dict[str, Any] = {"hue": "name", "hue_order": list(lenses.index), "style": "name"}
-    look |= {"palette": lenses["lens"].map(LENS_COLOURS).to_dict(), "dashes": lenses["stage"].map(DASHES).to_dict()}
+    look |= {"palette": lenses["lens"].map(lens_colours()).to_dict(), "dashes": lenses["stage"].map(DASHES).to_dict()}
     drawing, panels = panel_for_each(models, 2.6, 2.6, sharey=True)
     for panel, model in zip(panels, models, strict=True):
         rows = frame[frame["model"] == model].sort_values("layer")
         sns.lineplot(rows, x="layer", y="kl", errorbar=None, lw=1.6, marker="o", ms=2.5, mew=0, ax=panel, **look)
         for lens, line in rows.groupby("lens"):
             band = line["layer"], line["kl_ci_low"], line["kl_ci_high"]
-            panel.fill_between(*band, color=LENS_COLOURS[str(lens)], alpha=0.18, lw=0)
+            panel.fill_between(*band, color=lens_colours()[str(lens)], alpha=0.18, lw=0)
         lines, labels = panel.get_legend_handles_labels()
         panel.legend().remove()
         panel.set(title=model, yscale="log", xlabel="layer", ylabel=f"KL to the output ({nats_per(frame)})")
@@ -55,8 +59,8 @@ def accuracy_by_layer(frame: pd.DataFrame) -> Figure:
         panel.axhspan(own["ci_low"], own["ci_high"], color=GREY, alpha=0.15, lw=0)
         for lens in ("logit", "tuned", "shared"):
             line = rows[rows["lens"] == lens].sort_values("layer")
-            colour = LENS_COLOURS[lens]
-            panel.plot(line["layer"], line["value"], "o-", color=colour, lw=1.5, ms=2.8, label=LENSES[lens])
+            colour = lens_colours()[lens]
+            panel.plot(line["layer"], line["value"], "o-", color=colour, lw=1.5, ms=2.8, label=lens_labels()[lens])
             band = line["layer"].astype(float), line["ci_low"], line["ci_high"]
             panel.fill_between(*band, color=colour, alpha=0.18, lw=0)
         panel.set(title=model, xlabel="layer", ylabel="held-out accuracy")
