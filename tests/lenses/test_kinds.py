@@ -65,8 +65,8 @@ def toy_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(KINDS, TOY.name, TOY)
         result = run("run", suite, "--out", root / "run")
-        assert result.exit_code == 0, result.output
-        yield root / "run"
+    assert result.exit_code == 0, result.output
+    return root / "run"
 
 
 def test_a_kind_in_one_file_is_fitted_and_scored(toy_run):
@@ -88,7 +88,8 @@ def test_a_kind_in_one_file_has_rows_in_the_table_of_lenses(toy_run):
     assert table["ridge"].isna().all()
 
 
-def test_a_kind_in_one_file_is_drawn_and_on_the_page(toy_run):
+def test_a_kind_in_one_file_is_drawn_and_on_the_page(toy_run, monkeypatch):
+    monkeypatch.setitem(KINDS, TOY.name, TOY)
     frame = lens_frame(read_run(toy_run))
     assert "change of the mean (closed)" in set(frame["name"])
     drawn = kl_by_layer(frame)
