@@ -1,6 +1,5 @@
 """Likelihood of a text under a model: nats per token and bits per byte, every token counted once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lensbench.data.reading import Document
 from lensbench.data.windows import beginning, check_ids, tokenize
 from lensbench.errors import LensbenchError
+from lensbench.runtime.progress import QUIET, Progress
 from lensbench.streams.stream import refuse_non_finite
 
 
@@ -43,7 +43,7 @@ def text_likelihood(
     *,
     length: int,
     begin: bool = True,
-    report: Callable[[int, int], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Likelihood:
     """The likelihood of ``text``, scored in windows of at most ``length`` tokens, each token exactly once.
 
@@ -52,7 +52,7 @@ def text_likelihood(
     bytes do not count. Every later window begins with the last token of the window before it, as its only context. This is
     the convention of rolling log-likelihoods in lm-evaluation-harness.
 
-    ``report(windows done, windows)`` is called after each window. Raises :class:`LensbenchError` for a text of fewer than
+    Raises :class:`LensbenchError` for a text of fewer than
     two tokens, for token ids without an embedding, and for weights that are not finite.
     """
     encoded = tokenize(tokenizer, [Document("text", text)])
@@ -69,14 +69,14 @@ def text_likelihood(
     device = model.get_input_embeddings().weight.device
     nats, tokens, lengths = [], [], []
     starts = range(0, len(ids) - 1, length - 1)
-    for number, start in enumerate(starts):
-        window = torch.from_numpy(ids[start : start + length].astype(np.int64)).to(device)  # type: ignore[arg-type]
-        logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        target = window[1:].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        nats.append(float(loss.double().sum()))
-        tokens.append(len(target))
-        lengths.append(int(sizes[start + 1 : start + len(window)].sum()))
-        if report is not None:
-            report(number + 1, len(starts))
+    with progress.task("scoring", len(starts), "windows") as task:
+        for number, start in enumerate(starts):
+            window = torch.from_numpy(ids[start : start + length].astype(np.int64)).to(device)  # type: ignore[arg-type]
+            logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+            target = window[1:].to(logits.device)
+            loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            nats.append(float(loss.double().sum()))
+            tokens.append(len(target))
+            lengths.append(int(sizes[start + 1 : start + len(window)].sum()))
+            task.update(number + 1)
     return Likelihood(np.array(nats), np.array(tokens), np.array(lengths))

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tuned_lens.nn.lenses import TunedLens
 
-from lensbench.cli import Bars
 from lensbench.data import corpus, reading
 from lensbench.data.windows import sample_windows, tokenize
 from lensbench.models import pretrained
@@ -31,6 +30,7 @@ from lensbench.results import schema as results
 from lensbench.results.folder import read_run
 from lensbench.run import origin as run_stages
 from lensbench.run import suite as run_module
+from lensbench.runtime.bars import Bars
 from lensbench.runtime.files import sha256
 from lensbench.runtime.stages import Pieces
 

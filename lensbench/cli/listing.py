@@ -1,0 +1,53 @@
+"""What can be named, and what tables mean."""
+
+import sys
+
+from rich.table import Table
+
+from lensbench.cli.app import Debug, answerable, app, console
+
+
+@app.command()
+@answerable
+def schema(debug: Debug = False) -> None:
+    """What every column of every table means, as Markdown."""
+    from lensbench.results.schema import schema_text
+
+    sys.stdout.write(schema_text())
+
+
+@app.command()
+@answerable
+def models(debug: Debug = False) -> None:
+    """What can be named: suites and their models, sweeps, model families, corpora."""
+    from lensbench.data.images import SPECS
+    from lensbench.models import FAMILIES
+    from lensbench.suite.files import kind_of, named_files, read_toml
+
+    named = Table(
+        "name", "models or trials", "question", title="suites, sweeps, calibrations, tasks (benchmarks/*.toml)"
+    )
+    for name in named_files():
+        _, content = read_toml(name)
+        _, command = kind_of(content)
+        if command == "sweep":
+            inside = f"{len(content['trials'])} trials"
+        elif command == "calibrate":
+            inside = f"{len({*content['tune'], *content['held_out']})} families of synthetic streams"
+        elif command == "regression":
+            inside = (
+                f"{' and '.join(content['attention'])} attention, {' and '.join(map(str, content['layers']))} layers"
+            )
+        elif command == "in-context":
+            inside = ", ".join(c["name"] for c in content["contestants"])
+        else:
+            inside = ", ".join(m["name"] for m in content["models"])
+        named.add_row(name, inside, content["question"])
+    console.print(named)
+    families = Table("family", "settings", "what it is", title="model families")
+    for name, family in FAMILIES.items():
+        families.add_row(name, ", ".join(family.settings), family.description)
+    console.print(families)
+    corpora = "corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]"
+    console.print(corpora, highlight=False, markup=False)
+    console.print(f"images: {SPECS}", highlight=False, markup=False)

@@ -1,0 +1,127 @@
+"""What finished runs say: figures, comparisons, pages, the ruler."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lensbench.cli.app import Debug, answerable, app, console
+
+
+@app.command()
+@answerable
+def figures(
+    folder: Annotated[Path, typer.Argument(help="A run folder; its CSV tables are all that is read.")],
+    unverified: Annotated[bool, typer.Option("--unverified", help="Draw tables that changed since the run.")] = False,
+    format: Annotated[
+        list[str] | None, typer.Option(help="png (default), pdf or svg; repeat it for several.", show_default=False)
+    ] = None,
+    dpi: Annotated[int, typer.Option(help="Dots per inch of PNG, 50 to 1200.")] = 150,
+    columns: Annotated[
+        int | None,
+        typer.Option(
+            help="As wide as 1 or 2 columns of a paper (3.35, 6.9 inches), letters of 6 to 8 points. Default: for a screen.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for them; default FOLDER/figures.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Redraw a run's figures from its CSV tables alone; the same tables give the same bytes."""
+    from lensbench.report.figures.draw import draw_figures
+    from lensbench.results.folder import read_run
+
+    tables = read_run(folder, need_manifest=False, verify=not unverified)
+    formats = list(dict.fromkeys(format or ["png"]))
+    for path in draw_figures(tables, out or folder / "figures", formats=formats, dpi=dpi, columns=columns):
+        console.print(str(path), highlight=False)
+
+
+@app.command()
+@answerable
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders; the first is what the others are held against.")],
+    out: Annotated[Path | None, typer.Option(help="Write the tidy table here as CSV.", show_default=False)] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Draw the figures of all models together into this folder.", show_default=False)
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Judge by the rule of this suite; default: the first folder's own.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare models across run folders: one tidy table, differences paired where the same sequences were scored.
+
+    Folders that hold different models of one suite are read as one run. Over seeds, differences are paired by seed, and
+    those that the suite declares as claims are corrected together (Holm). All models are judged by one rule.
+    """
+    from lensbench.report.compare import compare_runs, together
+    from lensbench.report.comparison import print_comparison
+
+    judge = None
+    if rule is not None:
+        from lensbench.suite.files import load_suite
+
+        judge = load_suite(rule).verdict
+    comparison = compare_runs(folders, judge)
+    if out is not None:
+        comparison.write(out)
+    if figures is not None:
+        from lensbench.report.figures.draw import draw_figures
+
+        draw_figures(together(comparison.runs), figures)
+    print_comparison(comparison, console)
+
+
+@app.command()
+@answerable
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders; what is shown is read from them alone.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the page here; default report.html in the first folder.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """One self-contained HTML page: ruler, verdicts, heatmaps, curves, sortable tables, settings, how to run it again."""
+    from lensbench.report.page import PAGE, write_page
+
+    path = out or folders[0] / PAGE
+    write_page(folders, path)
+    console.print(str(path), highlight=False, markup=False)
+
+
+@app.command()
+@answerable
+def ruler(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, of texts and of images.")],
+    out: Annotated[Path | None, typer.Option(help="Draw the plane here, as PNG.", show_default=False)] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Judge by the rule of this suite; default: the first folder's own.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """All models of several runs on one ruler, whatever they read: side by side, not compared.
+
+    Models of other data and sizes differ in more than one thing; `compare` tells differences of those that share theirs.
+    """
+    from lensbench.report.compare import side_by_side
+    from lensbench.report.terminal import ruler_table
+
+    judge = None
+    if rule is not None:
+        from lensbench.suite.files import load_suite
+
+        judge = load_suite(rule).verdict
+    beside = side_by_side(folders, judge)
+    if out is not None:
+        from lensbench.report.figures.draw import draw_plane
+
+        draw_plane(beside, out)
+    console.print(ruler_table(beside))
+    if out is not None:
+        console.print(str(out), highlight=False, markup=False)

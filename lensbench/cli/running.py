@@ -1,0 +1,165 @@
+"""Run a suite or a sweep."""
+
+import contextlib
+import re
+import time
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from lensbench.cli.app import Debug, Device, Out, answerable, app, console, run_folder
+from lensbench.errors import LensbenchError
+from lensbench.runtime.bars import Bars
+from lensbench.runtime.progress import Quiet
+
+
+class MayNameACluster(TyperCommand):
+    """A command whose ``--ray`` may stand alone: then it is a cluster on this machine."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments, with ``local`` after a ``--ray`` that stands alone."""
+        given = []
+        for k, word in enumerate(args):
+            given.append(word)
+            following = args[k + 1] if k + 1 < len(args) else ""
+            if word == "--ray" and not (
+                following in ("local", "auto") or re.fullmatch(r"(ray://)?[\w.-]+:\d+", following)
+            ):
+                given.append("local")
+        return super().parse_args(ctx, given)
+
+
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Run this seed instead of the suite's; tables then hold this seed alone.", show_default=False
+    ),
+]
+
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A pretrained model instead of the suite's: hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, "
+        "package:NAME; repeat it for several.",
+        show_default=False,
+    ),
+]
+
+
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        help="A text instead of the suite's: stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT]; of a suite of images, "
+        "images: digits, folder:PATH or hf:NAME.",
+        show_default=False,
+    ),
+]
+
+
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="Run these models alone; repeat it, or separate names by commas.", show_default=False),
+]
+
+
+Probes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Compute only these of the suite's probes; finished results of other probes are still reported. Repeat it, "
+        "or separate names by commas.",
+        show_default=False,
+    ),
+]
+
+
+MaxHours = Annotated[
+    float, typer.Option(min=0, help="Refuse a run to a stated precision that is predicted to score for longer.")
+]
+
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[ADDRESS]",
+        help="Compute on a Ray cluster (pip install 'lensbench[ray]'): HOST:PORT, auto, or, without an address, one on "
+        "this machine. The run folder must be one that all its machines share.",
+        show_default=False,
+    ),
+]
+
+
+@app.command(cls=MayNameACluster)
+@answerable
+def run(
+    suite: Annotated[str, typer.Argument(help="Name of a suite (see `lensbench models`) or a TOML file.")],
+    out: Out = None,
+    seed: Seed = None,
+    model: Models = None,
+    corpus: Corpus = None,
+    device: Device = "auto",
+    only: Only = None,
+    probes: Probes = None,
+    max_hours: MaxHours = 1.0,
+    ray: Ray = None,
+    debug: Debug = False,
+) -> None:
+    """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
+    from lensbench.run.cluster import Cluster
+    from lensbench.run.suite import run_suite
+    from lensbench.runtime.environment import choose_device
+    from lensbench.runtime.ranks import join_ranks, leave_ranks
+    from lensbench.suite.files import load_suite, name_of, on_request, text_name
+
+    chosen = on_request(load_suite(suite), model or [], corpus)
+    default = "-".join([chosen.name, *map(name_of, model or []), *([text_name(corpus)] if corpus else [])])
+    if seed is not None:
+        chosen = chosen.model_copy(update={"seeds": (seed,)})
+    names, wanted = ([n for given in several or [] for n in given.split(",") if n] for several in (only, probes))
+    folder = run_folder(out, default)
+    start = time.perf_counter()
+    ranks = join_ranks()
+    if ray is not None and ranks.size > 1:
+        raise LensbenchError("give either --ray or torchrun's processes: a Ray cluster starts its own")
+    with Bars() if ranks.first else contextlib.nullcontext(Quiet()) as progress:
+        finished = run_suite(
+            chosen,
+            folder,
+            device=choose_device(device),
+            only=names,
+            progress=progress,
+            max_hours=max_hours,
+            probes=wanted,
+            ranks=ranks,
+            cluster=None if ray is None else Cluster(ray),
+        )
+    leave_ranks(ranks)
+    if not ranks.first:
+        return
+    from lensbench.report.terminal import print_run
+
+    print_run(finished, console)
+    for name, reason in finished.manifest.left_out.items():
+        console.print(f"note: model {name} is left out: {reason}", highlight=False, markup=False)
+    console.print(f"\n{time.perf_counter() - start:.0f} s. Tables and figures: {folder}", highlight=False)
+
+
+@app.command()
+@answerable
+def sweep(
+    name: Annotated[str, typer.Argument(help="Name of a sweep or a TOML file.")],
+    out: Out = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Try the declared settings of a suite's models, equally many for each, and mark the best on the dev split."""
+    from lensbench.run.sweep import run_sweep
+    from lensbench.runtime.environment import choose_device
+    from lensbench.suite.files import load_sweep
+
+    chosen = load_sweep(name)
+    folder = run_folder(out, chosen.name)
+    with Bars() as bars:
+        table = run_sweep(chosen, folder, device=choose_device(device), progress=bars)
+    console.print(table.to_string(index=False), highlight=False)

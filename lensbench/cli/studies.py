@@ -1,0 +1,77 @@
+"""Studies that need no suite: calibration, tasks in context, regression in context."""
+
+from typing import Annotated
+
+import typer
+
+from lensbench.cli.app import Debug, Device, Out, answerable, app, console, run_folder
+from lensbench.runtime.bars import Bars
+
+
+@app.command()
+@answerable
+def calibrate(
+    name: Annotated[str, typer.Argument(help="Name of a calibration or a TOML file.")] = "calibration",
+    out: Out = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Streams at once; default: one per core.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
+    from lensbench.report.study_tables import calibration_table
+    from lensbench.run.studies import calibration_study
+    from lensbench.studies.calibration import default_workers
+    from lensbench.suite.files import load_calibration
+
+    chosen = load_calibration(name)
+    folder = run_folder(out, chosen.name)
+    with Bars() as bars:
+        _, summary = calibration_study(chosen, folder, workers=workers or default_workers(), progress=bars)
+    console.print(calibration_table(summary))
+    console.print(f"Tables: {folder}", highlight=False)
+
+
+@app.command("in-context")
+@answerable
+def in_context(
+    name: Annotated[str, typer.Argument(help="Name of a file of tasks, or a TOML file.")] = "in-context",
+    out: Out = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Train models on documents whose exact Bayes predictor is known, and measure how far from it they stay."""
+    from lensbench.report.study_tables import in_context_tables
+    from lensbench.run.studies import in_context_study
+    from lensbench.runtime.environment import choose_device
+    from lensbench.suite.files import load_in_context
+
+    chosen = load_in_context(name)
+    folder = run_folder(out, chosen.name)
+    with Bars() as bars:
+        written = in_context_study(chosen, folder, device=choose_device(device), progress=bars)
+    for table in in_context_tables(written):
+        console.print(table)
+    console.print(f"Tables and figure: {folder}", highlight=False)
+
+
+@app.command()
+@answerable
+def regression(
+    name: Annotated[
+        str, typer.Argument(help="Name of a regression in context, or a TOML file.")
+    ] = "in-context-regression",
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Train self-attention on in-context linear regression, and hold it against the best-tuned gradient steps."""
+    from lensbench.report.study_tables import regression_table
+    from lensbench.run.studies import regression_study
+    from lensbench.suite.files import load_regression
+
+    chosen = load_regression(name)
+    folder = run_folder(out, chosen.name)
+    with Bars() as bars:
+        table = regression_study(chosen, folder, progress=bars)
+    console.print(regression_table(table))
+    console.print(f"Table and figure: {folder}", highlight=False)
