@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from lensbench.data.corpus import SPLITS
 from lensbench.errors import LensbenchError
+from lensbench.runtime.environment import needs
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -188,6 +189,7 @@ def _folder(folder: Path, max_images: int | None) -> _Read:
 
 
 def _hub(spec: str, max_images: int | None) -> _Read:
+    needs("hub", "datasets")
     from datasets import ClassLabel, load_dataset
     from datasets import Image as ImageFeature
 

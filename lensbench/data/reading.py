@@ -15,6 +15,7 @@ from tokenize import detect_encoding
 from typing import Any
 
 from lensbench.errors import LensbenchError
+from lensbench.runtime.environment import needs
 
 BLOCK_BYTES = 8192  # about 2048 tokens of 4 bytes
 
@@ -236,6 +237,7 @@ def _read_hub(rest: str) -> Iterator[Document]:
 
 
 def _hub_rows(rest: str, candidates: list[tuple[str, str | None]], split: str) -> Iterator[Mapping[str, Any]]:
+    needs("hub", "datasets")
     import datasets  # takes a second to import, and only this function needs it
 
     # The hub's client lets through errors of its HTTP and file system libraries, of parsers and its own, with no

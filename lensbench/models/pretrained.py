@@ -27,6 +27,7 @@ from transformers.utils import hub as transformers_hub
 from transformers.utils import logging as transformers_logging
 
 from lensbench.errors import LensbenchError
+from lensbench.runtime.environment import needs
 from lensbench.runtime.files import sha256
 
 SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
@@ -161,6 +162,8 @@ def load_model(
     that cannot be loaded or lacks weights.
     """
     where = locate(source)
+    if device_map is not None:
+        needs("hub", "accelerate")
     options = {} if device_map is None else {"device_map": device_map}
     loaded: Any = where.load("model", loader, dtype=dtype, output_loading_info=True, **options)
     model, report = loaded

@@ -3,16 +3,15 @@
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import named
 from lensbench.results.folder import earlier_manifest
-from lensbench.results.manifest import Manifest
 from lensbench.run.context import Context
-from lensbench.run.inputs import identity_of, source_of
-from lensbench.suite.recipes import ModelRecipe
+from lensbench.run.inputs import source_of
 
 
-def refuse_replacing(context: Context, asked: list[ModelRecipe]) -> None:
+def refuse_replacing(context: Context) -> None:
     """Raise :class:`LensbenchError` where the run folder holds a finished run of other models or another text.
 
-    The same suite with other settings or seeds replaces its own run, and more of its models make the run grow.
+    The same suite with other settings or seeds replaces its own run, also with new files in the place of a model, and
+    more of its models make the run grow.
     """
     earlier = earlier_manifest(context.folder)
     if earlier is None:
@@ -27,18 +26,7 @@ def refuse_replacing(context: Context, asked: list[ModelRecipe]) -> None:
     if gone := [name for name in earlier.models if name not in models]:
         raise LensbenchError(f"{holds}with model {gone[0]!r}, which this run does not have; give --out another folder")
     for name in earlier.models:
-        if other := other_source(context, earlier, models[name], checked=models[name] in asked):
+        source, model = earlier.sources.get(name, {}).get("source"), models[name]
+        if source != (None if model.source is None else named(model.source)):
+            other = f"model {name!r} from {source}" if source else f"a model {name!r} trained there"
             raise LensbenchError(f"{holds}with {other}; give --out another folder")
-
-
-def other_source(context: Context, earlier: Manifest, model: ModelRecipe, *, checked: bool) -> str | None:
-    """What an earlier run's model of this name was, where it is another model; ``checked``: by its files too."""
-    facts = dict(earlier.sources.get(model.name, {}))
-    source = facts.pop("source", None)
-    if source is None and model.source is None:
-        return None
-    if model.source is None or source != named(model.source):
-        return f"model {model.name!r} from {source}" if source else f"a model {model.name!r} trained there"
-    if checked and facts != identity_of(context, model.source):
-        return f"other weights of model {model.name!r}, also from {source}"
-    return None

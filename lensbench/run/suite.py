@@ -79,7 +79,7 @@ def run_suite(
             suite, Stages(folder / "stages", ranks), device, progress, ranks, probes=tuple(probes), max_hours=max_hours
         )
         asked = [m for m in suite.models if not only or m.name in only]
-        refuse_replacing(context, asked)
+        refuse_replacing(context)
         progress.stages(len(stage_names(suite, asked, context.probes)))
         plans: dict[str, Any] = {}
         if suite.evaluate.precision is not None:

@@ -1,6 +1,5 @@
 """Progress bars on a terminal, a line per finished stage elsewhere."""
 
-from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console
@@ -56,7 +55,8 @@ class Bars:
             console=messages,
             disable=not self.live,
         )
-        self.tasks: dict[str, TaskID] = {}
+        self.whole: TaskID | None = None
+        self.count, self.total = 0, 0
 
     def __enter__(self) -> Self:
         """The bars themselves, drawn from here on."""
@@ -72,19 +72,21 @@ class Bars:
         return Bar(self.bars, self.bars.add_task(name, total=total, unit=unit, remark=""))
 
     def stages(self, total: int) -> None:
-        """Nothing is shown of the number of stages."""
-
-    def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
-        """The older form of :meth:`task`: call the answer with (done, remark)."""
-        task = self.tasks[name] = self.bars.add_task(name, total=total, unit=unit, remark="")
-        return lambda done, remark: self.bars.update(task, completed=done, remark=remark)
+        """A bar for the whole run of ``total`` stages stands above the others, with the time left."""
+        self.total = total
+        self.whole = self.bars.add_task(self._position(), total=total, unit="stages", remark="")
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:
-        """Print the stage's name and its seconds."""
-        if name in self.tasks:  # a line says it from here on; bars of the past would push the present off the screen
-            self.bars.remove_task(self.tasks.pop(name))
+        """Print the stage's name and its seconds, and count it."""
+        self.count += 1
+        if self.whole is not None:
+            self.bars.update(self.whole, completed=self.count, description=self._position())
         what = "reused, took" if reused else "done in"
         messages.print(f"{name}: {what} {seconds:.1f} s", highlight=False)
+
+    def _position(self) -> str:
+        """``stage 5 of 12``: the one that is under way."""
+        return f"stage {min(self.count + 1, self.total)} of {self.total}"
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""

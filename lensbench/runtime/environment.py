@@ -1,5 +1,6 @@
 """Device, data type, versions, hardware and code revision of this process."""
 
+import importlib
 import platform
 import subprocess
 from importlib import metadata
@@ -34,6 +35,14 @@ def dtype_named(name: str) -> torch.dtype:
     if name not in known:
         raise LensbenchError(f"unknown dtype {name!r}; give {', '.join(known)}")
     return known[name]
+
+
+def needs(extra: str, package: str) -> None:
+    """Raise :class:`LensbenchError` where ``package`` is missing, which the extra ``extra`` of lensbench installs."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise LensbenchError(f"{package} is missing: python -m pip install 'lensbench[{extra}]'") from error
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,6 @@ Code that takes long gets a :class:`Progress` and opens a :class:`Task` for each
 draws bars; everything else uses :data:`QUIET`.
 """
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -15,11 +14,14 @@ class Task(Protocol):
     def update(self, done: int, remark: str = "") -> None:
         """``done`` units are finished by now; ``remark`` is shown next to the bar."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        """The task itself."""
+        ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        """The task ends."""
 
 
 class Progress(Protocol):
@@ -37,9 +39,6 @@ class Progress(Protocol):
     def say(self, line: str) -> None:
         """Something that the user has to know now."""
 
-    def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
-        """The older form of :meth:`task`: call the answer with (done, remark)."""
-
 
 class Quiet:
     """Reports nothing: it is both the :class:`Progress` and every :class:`Task` of it."""
@@ -52,6 +51,7 @@ class Quiet:
         """Nothing is shown."""
 
     def __enter__(self) -> Self:
+        """Itself."""
         return self
 
     def __exit__(
@@ -67,10 +67,6 @@ class Quiet:
 
     def say(self, line: str) -> None:
         """Nothing is shown."""
-
-    def stage(self, name: str, total: int, unit: str) -> Callable[[int, str], None]:
-        """Nothing is shown."""
-        return lambda done, remark: None
 
 
 QUIET = Quiet()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from helpers.commands import refused, run
-from helpers.pages import Read, opened
+from helpers.pages import Read, browser, opened  # noqa: F401 (a fixture)
 from scipy import stats
 
 from lensbench.report.page import csv_link, mean_cells, page, write_page
@@ -108,7 +108,7 @@ def file(vision, tmp_path_factory):
     return path
 
 
-def test_hover_arrow_keys_and_sort_work_without_an_error(browser, file):
+def test_hover_arrow_keys_and_sort_work_without_an_error(browser, file):  # noqa: F811
     tab, told, asked = opened(browser, file, viewport={"width": 1200, "height": 900})
     cell = tab.locator("svg[data-size] rect[data-cell='7,2']").nth(1)
     cell.scroll_into_view_if_needed()
@@ -137,7 +137,7 @@ def test_hover_arrow_keys_and_sort_work_without_an_error(browser, file):
     tab.close()
 
 
-def test_a_phone_scrolls_down_and_not_aside_and_dark_mode_is_dark(browser, file):
+def test_a_phone_scrolls_down_and_not_aside_and_dark_mode_is_dark(browser, file):  # noqa: F811
     tab, told, _ = opened(browser, file, viewport={"width": 375, "height": 800}, color_scheme="dark")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 375
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(24, 23, 22)"
@@ -145,7 +145,7 @@ def test_a_phone_scrolls_down_and_not_aside_and_dark_mode_is_dark(browser, file)
     tab.close()
 
 
-def test_print_opens_what_is_folded_and_the_tables_can_be_downloaded(browser, file):
+def test_print_opens_what_is_folded_and_the_tables_can_be_downloaded(browser, file):  # noqa: F811
     tab, told, _ = opened(browser, file, viewport={"width": 1000, "height": 900})
     with tab.expect_download() as download:
         tab.get_by_role("link", name="verdicts.csv").click()

@@ -290,21 +290,23 @@ def test_another_tokenizer_in_the_folder_is_another_text(made):
 
 @pytest.mark.parametrize("where", ["fit-neox-seed0", "score-gpt2-seed0"])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(original, tmp_path, monkeypatch, where):
-    told = Bars.stage
+    whole = Bars.task
 
-    def stage(self, name, total, unit):
-        ticks = 0
+    def task(self, name, total, unit):
+        bar, updates = whole(self, name, total, unit), 0
 
-        def tick(done, remark):
-            nonlocal ticks
-            ticks += 1
-            if ticks == 5:
+        def update(done, remark=""):
+            nonlocal updates
+            updates += 1
+            if updates == 5:
                 raise KeyboardInterrupt
 
-        return tick if name == where else told(self, name, total, unit)
+        if name == where:
+            bar.update = update
+        return bar
 
     with monkeypatch.context() as patched:
-        patched.setattr(Bars, "stage", stage)
+        patched.setattr(Bars, "task", task)
         assert run("run", original.suite, "--out", tmp_path / "run").exit_code == 130
     pieces = tmp_path / "run" / "stages" / f"{where}.partial" / "pieces"
     kept = {path.stem for path in pieces.iterdir()}
