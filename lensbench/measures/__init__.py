@@ -1,5 +1,7 @@
 """What lenses read at every layer, and what follows: transfer, indices, verdicts."""
 
+from lensbench.measures.indices import INDICES, Index
+from lensbench.measures.means import Means, Value
 from lensbench.measures.transfer import TransferSums, transfer_sums
 
-__all__ = ["TransferSums", "transfer_sums"]
+__all__ = ["INDICES", "Index", "Means", "TransferSums", "Value", "transfer_sums"]

@@ -13,7 +13,7 @@ from lensbench.studies.regression import shown
 
 
 def learning_table(run: Run) -> Table | None:
-    """Held-out cross-entropy by training budget, over the whole context and its parts; None where no curve was measured."""
+    """Held-out cross-entropy by training budget, over the whole context and its parts; None without learning curves."""
     curves = shown_curves(run.tables["curves.csv"])
     if curves.empty:
         return None
@@ -49,7 +49,7 @@ def in_context_tables(written: dict[str, pd.DataFrame]) -> Iterator[Table]:
         shown.add_row(str(task), str(model), at, *cells)
     yield shown
     if len(gaps):
-        title = "differences, paired by seed [95 %, Student t; but for the claim uncorrected]"
+        title = "differences, paired by seed [95 %, Student t; only the claim is corrected]"
         shown = Table("task", "difference", *named, "p of the claim, Holm", title=title)
         for (task, model, against), rows in gaps.groupby(["task", "model", "against"], sort=False):
             of = rows.set_index("positions")
@@ -60,10 +60,10 @@ def in_context_tables(written: dict[str, pd.DataFrame]) -> Iterator[Table]:
 
 
 def regression_table(table: pd.DataFrame) -> Table:
-    """Losses of trained attention and of its rivals, and how far apart their predictions are."""
-    title = "in-context linear regression: trained self-attention beside the best-tuned gradient steps [95 %]"
+    """Losses of trained attention and of its rivals, and the distance between their predictions."""
+    title = "in-context linear regression: trained self-attention against the best-tuned gradient steps [95 %]"
     written = Table(
-        "attention", "layers", "beside", "squared error", "prediction distance", "cosine of sensitivities", title=title
+        "attention", "layers", "against", "squared error", "prediction distance", "cosine of sensitivities", title=title
     )
     for (attention, layers, against), of in shown(table).groupby(["attention", "layers", "against"], sort=False):
         by = of.set_index("quantity")
@@ -85,7 +85,7 @@ SHARES = {
     "covered_shared_consistency": "consistency",
     "covered_shared_retention": "R",
 }
-"""Share of ``calibration.csv`` -> what its table calls it."""
+"""Share in ``calibration.csv`` -> the head of its column."""
 
 
 def calibration_table(summary: pd.DataFrame) -> Table:

@@ -101,16 +101,16 @@ def numbers(shown: pd.DataFrame, scope: str) -> str:
     if shown.loc[[f"{index}{suffix}" for index in INDEX_OF.values()], "value"].isna().all():
         return ""
     visibility = shown.loc[f"gain_visibility{suffix}"]
-    told = [f"{NAMES[name]} {with_interval(shown.loc[f'{INDEX_OF[name]}{suffix}'])}" for name in NAMES]
+    three = [f"{NAMES[name]} {with_interval(shown.loc[f'{INDEX_OF[name]}{suffix}'])}" for name in NAMES]
     if pd.notna(visibility["ci_low"]) and visibility["ci_low"] > 0:
-        told[0] += " (fixed lenses see later layers improve)"
+        three[0] += " (fixed lenses see later layers improve)"
     elif pd.notna(visibility["ci_high"]) and visibility["ci_high"] < 0:
-        told[0] += " (fixed lenses read later layers worse)"
+        three[0] += " (fixed lenses read later layers worse)"
     parts = [shown.loc[f"{name}{suffix}"] for name in ("shared_retention", "rotated_retention")]
     if any(pd.isna(part["value"]) for part in parts):
-        return ", ".join(told)
+        return ", ".join(three)
     kept, null = map(with_interval, parts)
-    return f"{', '.join(told)}; one lens keeps {kept} of what a lens per layer reads, in random bases {null}"
+    return f"{', '.join(three)}; one lens keeps {kept} of what a lens per layer reads, in random bases {null}"
 
 
 def sensitivity(run: Run, shown: pd.DataFrame, model: str, scope: str) -> str:

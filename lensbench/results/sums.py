@@ -25,13 +25,16 @@ class ClusterSums:
     bytes: NDArray[np.float64]
     totals: Means
     top1: NDArray[np.float64]
-    """``[clusters, L+1, L+1]``: tokens at which the lens's most probable word is the model's"""
+    """``[clusters, L+1, L+1]``: tokens at which the lens's most probable word is the model's."""
     curve: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-    """Tolerance -> sums of KL and movement, ``[clusters, L+1, L+1]``, NaN beside the chosen layers"""
+    """Tolerance -> sums of KL and movement, ``[clusters, L+1, L+1]``; NaN outside the chosen layers."""
 
     @classmethod
     def of(cls, sequences: pd.DataFrame) -> "ClusterSums":
-        """From the rows of ``per_sequence.parquet`` that belong to one model and seed."""
+        """From the rows of ``per_sequence.parquet`` of one model and seed.
+
+        Raises :class:`LensbenchError` where a KL is not a number.
+        """
         refuse_missing(sequences)
         documents = tuple(sorted(sequences["document"].astype(str).unique()))
         model = by_document(sequences, lens="model")
@@ -114,9 +117,8 @@ def summed_by_cluster(sequences: pd.DataFrame, groups: int | None = None) -> pd.
     keys = ["model", "seed", "lens", "lens_layer", "layer", "stage", "prior", "view", "document"]
     names = sequences["document"].astype(str)
     of = sequences.assign(document=names.map(joined_clusters(names.unique(), groups)).astype("category"))
-    found = (
-        of.groupby(keys, observed=True, sort=False)[sums].sum(min_count=1).reset_index()
-    )  # nothing but unknown values stays unknown
+    # A sum of nothing but unknown values stays unknown.
+    found = of.groupby(keys, observed=True, sort=False)[sums].sum(min_count=1).reset_index()
     found["sequence"] = 0
     return found[list(sequences.columns)].astype({name: sequences[name].dtype for name in (*sums, "sequence")})
 

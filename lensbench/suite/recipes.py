@@ -453,10 +453,10 @@ class Suite(_Strict):
     def described(self) -> dict[str, Any]:
         """What a manifest says of the suite; without curves or images it says the same as before there were any."""
         absent = {name for name in ("curve", "images") if getattr(self, name) is None}
-        told = self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
+        settings = self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
         if self.evaluate.groups is None:
-            del told["evaluate"]["groups"]
-        return told
+            del settings["evaluate"]["groups"]
+        return settings
 
     @property
     def length(self) -> int:

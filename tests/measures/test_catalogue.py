@@ -1,5 +1,6 @@
 """The catalogue of indices: what adding one to it does, and what is made from it."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def test_a_suite_may_claim_an_index_as_soon_as_the_catalogue_shows_it(with_toy):
     claim["indices"] = ["constant_kl"]
     with pytest.raises(ValueError, match="a claim is about index 'constant_kl'"):
         Suite.model_validate(content)
+
+
+def test_the_guides_index_works(with_toy):
+    guide = (ROOT / "benchmarks" / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", guide, re.S) if "Index(" in b)
+    exec(block, {})
+    assert INDICES[TOY.name] is not TOY
+    assert TOY.name in shown_indices()
 
 
 def test_the_readme_shows_the_catalogue():

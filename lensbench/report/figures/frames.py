@@ -5,6 +5,7 @@ import pandas as pd
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.kinds import layer_kinds
+from lensbench.measures.indices import INDICES
 from lensbench.results.folder import Run
 from lensbench.studies.curves import shown_curves
 
@@ -21,10 +22,10 @@ def lens_labels() -> dict[str, str]:
 
 
 VISIBILITIES = {
-    "gain_visibility": "all pairs of layers",
-    "gain_visibility_adjacent": "adjacent layers",
-    "gain_visibility_without_layer0": "without layer 0",
+    name: INDICES[name].variant
+    for name in ("gain_visibility", "gain_visibility_adjacent", "gain_visibility_without_layer0")
 }
+"""Gain visibilities of a figure -> the pairs of layers that each is of."""
 
 
 def transfer_frame(run: Run) -> pd.DataFrame:
