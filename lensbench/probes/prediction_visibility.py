@@ -180,15 +180,6 @@ PREDICTION_VISIBILITY = Probe(
     "per layer, R^2 of what had been predicted of a token, and of its surprise, from the stream at that token",
     (
         Quantity(
-            "prediction_directions",
-            "variance in the directions looked at",
-            "share of the unembedding's variance in the directions in which expectations are seen",
-            "model",
-            "Near 1, the directions miss little of what is predicted.",
-            SAME_TOKENIZER,
-            "models",
-        ),
-        Quantity(
             "prediction_baseline_r2",
             "last prediction, R^2 of the baseline",
             "R^2 of `ebar_{s-1}` from the baseline",
@@ -203,6 +194,15 @@ PREDICTION_VISIBILITY = Probe(
             "R^2 of the surprise at s from the baseline",
             "model",
             "It is what the two tokens tell of the surprise without the stream.",
+            SAME_TOKENIZER,
+            "models",
+        ),
+        Quantity(
+            "prediction_directions",
+            "variance in the directions looked at",
+            "share of the unembedding's variance in the directions in which expectations are seen",
+            "model",
+            "Near 1, the directions miss little of what is predicted.",
             SAME_TOKENIZER,
             "models",
         ),

@@ -89,7 +89,7 @@ def _watch_predictive_coding(
 
 def _watch_controls(model: nn.Module, found: list[Heads], stack: ExitStack) -> None:
     """Watch blocks that call torch's fused attention: weights are computed again from its queries and keys."""
-    kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    kept: dict[nn.Module, Tensor] = {}
 
     for block in (m for m in model.modules() if isinstance(m, ControlGPTBlock)):
 
@@ -97,10 +97,10 @@ def _watch_controls(model: nn.Module, found: list[Heads], stack: ExitStack) -> N
             q, k, _v = (x.view(*x.shape[:2], block.heads, -1).transpose(1, 2) for x in output.chunk(3, -1))
             logits = rotate(q) @ rotate(k).transpose(-1, -2) * q.shape[-1] ** -0.5
             hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            kept[block] = logits.masked_fill(hidden, -torch.inf).softmax(-1), q
+            kept[block] = logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
         def wrote(module: nn.Linear, args: tuple[Any, ...], block: ControlGPTBlock = block) -> None:
-            weights, q = kept.pop(block)
+            weights = kept.pop(block)
             mixed = args[0].view(*args[0].shape[:2], block.heads, -1).transpose(1, 2)
             d, place = block.norm_attention.weight.shape[0], block.written
             written = module.weight.T
