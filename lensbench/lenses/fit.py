@@ -82,6 +82,7 @@ class Fit:
     summary: FitSummary
 
     def __getitem__(self, lens: LensId) -> FittedLens:
+        """A lens by its id; raises KeyError for one that was not fitted."""
         return self.lenses[lens]
 
     @cached_property

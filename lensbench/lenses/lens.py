@@ -64,6 +64,7 @@ class LensId:
         )
 
     def __lt__(self, other: "LensId") -> bool:
+        """By kind, then prior, stage, tolerance as text, view and refit."""
         return self._order() < other._order()
 
     def _order(self) -> tuple[str | int, ...]:

@@ -19,12 +19,15 @@ class AffineMaps:
     offset: Tensor  # [M, d]
 
     def __len__(self) -> int:
+        """How many maps there are."""
         return len(self.matrix)
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> "AffineMaps":
+        """Some of the maps, as a stack."""
         return AffineMaps(self.matrix[rows], self.offset[rows])
 
     def to(self, like: Tensor) -> "AffineMaps":
+        """The same maps on the device and in the precision of ``like``."""
         return AffineMaps(self.matrix.to(like), self.offset.to(like))
 
     @classmethod
@@ -34,6 +37,7 @@ class AffineMaps:
 
     @classmethod
     def stack(cls, parts: list["AffineMaps"]) -> "AffineMaps":
+        """The maps of several stacks as one."""
         return cls(torch.cat([p.matrix for p in parts]), torch.cat([p.offset for p in parts]))
 
 

@@ -102,15 +102,46 @@ class Refinement:
 
 @dataclass
 class Refining:
-    """One lens on its way: where its best iterate stands and how large its next updates are."""
+    """One lens under refinement: where its best iterate stands and how large its next updates are.
+
+    An iterate ``theta`` ``[d, d + 1]`` maps centred states with the constant ``scale`` appended.
+    """
 
     layers: tuple[int, ...]
+    mean: Tensor  # [d]
+    scale: float
+    penalty: float
+    """Of ``|B|^2 / 2``, nats."""
     best: Tensor  # [d, d + 1]
     dev_kl: float
     rate: float
     updates: int = 0
     setbacks: int = 0
     ended: Literal["converged", "dev rose", "pass limit"] = "pass limit"
+
+    def maps(self, theta: Tensor) -> AffineMaps:
+        """An iterate as one map of plain states, float64."""
+        matrix = theta[:, :-1].double().cpu()
+        offset = theta[:, -1].double().cpu() * self.scale - matrix @ self.mean.double().cpu()
+        return AffineMaps(matrix[None], offset[None])
+
+    def keep_best(self, search: DevSearch, begin: Tensor, end: Tensor, updates: int) -> None:
+        """Measure the end and the middle of a pass on dev, keep the best so far, and set the next pass's rate."""
+        before, halfway = self.dev_kl, False
+        for candidate in (end, (end + begin) / 2):
+            dev_kl = search.kl(self.maps(candidate), self.layers)
+            if dev_kl < self.dev_kl:
+                self.best, self.dev_kl, self.updates = candidate.clone(), dev_kl, updates
+                halfway = candidate is not end
+        if self.dev_kl == before:
+            self.setbacks += 1
+            self.rate *= 0.3
+            if self.setbacks == 2:
+                self.ended = "dev rose"
+        else:
+            self.rate *= 0.5 if halfway else 1.0
+            if before - self.dev_kl < search.recipe.refine_tolerance * before:
+                self.ended = "converged"
 
 
 def refine(
@@ -136,104 +167,142 @@ def refine(
     large where the middle was better than the end, 0.3 times where neither was. A lens is done when a pass lowers its
     dev KL by less than ``refine_tolerance`` of it, or twice not at all. ``report(updates done, updates at most)``.
 
-    Behind a norm that ignores scale the penalty has no optimum of its own (a smaller map has the same KL): there the
+    After a norm that ignores scale the penalty has no optimum of its own (a smaller map has the same KL): there the
     ridge acts through the start, the path and the stopping on dev.
     """
-    recipe, readout = search.recipe, search.readout
-    device, dtype = fit.states.device, fit.states.dtype
-    d = fit.states.shape[-1]
+    recipe = search.recipe
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = Vocabulary(readout, fit.mean_p, recipe.refine_vocabulary, generator)
-    ranks = fit.ranks
-    earlier, count = ranks.span(len(fit))
-    tokens = min(recipe.refine_tokens, count)
-    batch = min(recipe.refine_batch, tokens)
-    steps = tokens // batch
-    target_rms = float(ranks.rows(fit.states[-1], torch.arange(min(MOMENT_BLOCK, count))).pow(2).mean().sqrt())
+    vocabulary = Vocabulary(search.readout, fit.mean_p, recipe.refine_vocabulary, generator)
+    lenses = closed_forms(search, fit, moments, start, ridges, layers)
+    passes = Passes.of(search, fit, vocabulary, generator)
+    for number in range(recipe.refine_passes):
+        active = [lens for lens in lenses if lens.ended == "pass limit" and lens.dev_kl > 0]
+        if not active:
+            break
 
-    mean = moments.mean.to(device, dtype)  # [M, d]
-    scale, penalties, lenses = [], [], []
-    values = moments.eigen[0]
+        def tell(step: int, done: int = number * passes.steps) -> None:
+            if report is not None:
+                report(done + step, recipe.refine_passes * passes.steps)
+
+        begin = torch.stack([lens.best for lens in active])
+        end = passes.updated(active, begin, tell)
+        for lens, first, last in zip(active, begin, end, strict=True):
+            lens.keep_best(search, first, last, (number + 1) * passes.steps)
+    return [
+        Refinement(lens.maps(lens.best) if lens.updates else start[[m]], lens.dev_kl, lens.updates, lens.ended)
+        for m, lens in enumerate(lenses)
+    ]
+
+
+def closed_forms(
+    search: DevSearch,
+    fit: Capture,
+    moments: Moments,
+    start: AffineMaps,
+    ridges: Sequence[float],
+    layers: Sequence[Sequence[int]],
+) -> list[Refining]:
+    """The lenses as they start: each at its closed form, with its penalty in nats and its first rate."""
+    recipe, readout, ranks = search.recipe, search.readout, fit.ranks
+    count = ranks.span(len(fit))[1]
+    target_rms = float(ranks.rows(fit.states[-1], torch.arange(min(MOMENT_BLOCK, count))).pow(2).mean().sqrt())
+    means, values, lenses = moments.mean.to(fit.states), moments.eigen[0], []  # means [M, d]
     for m, own in enumerate(layers):
         some = torch.arange(m % 8, count, len(own) * 8)[:512]
-        sample = torch.cat([ranks.rows(fit.states[layer], some) for layer in own]) - mean[m]
-        scale.append(float(sample.pow(2).mean(-1).sqrt().median()) or 1.0)  # a layer may never vary
-        matrix, offset = start.matrix[m].to(device, dtype), start.offset[m].to(device, dtype)
+        sample = torch.cat([ranks.rows(fit.states[layer], some) for layer in own]) - means[m]
+        scale = float(sample.pow(2).mean(-1).sqrt().median()) or 1.0  # a layer may never vary
+        matrix, offset = start.matrix[m].to(fit.states), start.offset[m].to(fit.states)
         dev_kl = search.kl(start[[m]], own)
         error = torch.stack([(search.dev.states[-1] - search.dev.states[k] @ matrix.T - offset)[:, : readout.weight.shape[1]]
                              .pow(2).sum(-1).mean() for k in own]).mean()  # fmt: skip
         if ranks.size > 1:
             error = ranks.sum(error * len(search.dev)) / search.tokens
         lam = ridges[m] * median_eigenvalue(values[m : m + 1])[0]
-        penalties.append(float(2 * dev_kl / error.double().cpu() * lam))
-        theta = torch.cat([matrix, ((matrix @ mean[m] + offset) / scale[m])[:, None]], 1)
-        lenses.append(Refining(tuple(own), theta, dev_kl, recipe.refine_rate * target_rms / scale[m]))
-    scales, penalty = torch.tensor(scale).to(mean), torch.tensor(penalties).to(mean)
+        penalty = float(2 * dev_kl / error.double().cpu() * lam)
+        theta = torch.cat([matrix, ((matrix @ means[m] + offset) / scale)[:, None]], 1)
+        rate = recipe.refine_rate * target_rms / scale
+        lenses.append(Refining(tuple(own), means[m], scale, penalty, theta, dev_kl, rate))
+    return lenses
 
-    def maps(m: int, theta: Tensor) -> AffineMaps:
-        matrix = theta[:, :d].double().cpu()
-        offset = theta[:, d].double().cpu() * scale[m] - matrix @ mean[m].double().cpu()
-        return AffineMaps(matrix[None], offset[None])
 
-    for number in range(recipe.refine_passes):
-        active = [m for m, lens in enumerate(lenses) if lens.ended == "pass limit" and lens.dev_kl > 0]
-        if not active:
-            break
-        begin = torch.stack([lenses[m].best for m in active])
+@dataclass(frozen=True)
+class Passes:
+    """Passes over the fitting tokens in updates of ``batch`` tokens of each lens."""
+
+    readout: ReadOut
+    fit: Capture
+    vocabulary: Vocabulary
+    generator: torch.Generator
+    batch: int
+    steps: int
+    """Updates of a pass."""
+    earlier: int
+    """Tokens of the processes before this one."""
+    count: int
+    """Tokens of all processes."""
+
+    @classmethod
+    def of(cls, search: DevSearch, fit: Capture, vocabulary: Vocabulary, generator: torch.Generator) -> "Passes":
+        """As the recipe says, on no more tokens than there are."""
+        recipe, (earlier, count) = search.recipe, fit.ranks.span(len(fit))
+        tokens = min(recipe.refine_tokens, count)
+        batch = min(recipe.refine_batch, tokens)
+        return cls(search.readout, fit, vocabulary, generator, batch, tokens // batch, earlier, count)
+
+    def updated(self, lenses: Sequence[Refining], begin: Tensor, tell: Callable[[int], None]) -> Tensor:
+        """The iterates ``[M, d, d + 1]`` after one pass from ``begin``; ``tell(step)`` every eighth update."""
         theta, momentum = begin.clone(), torch.zeros_like(begin)
-        rates = torch.tensor([lenses[m].rate for m in active]).to(mean)[:, None, None]
-        # Every lens its own random order and, where it has several layers, a random layer for each token.
-        order = torch.stack([torch.randperm(count, generator=generator)[: steps * batch] for _ in active])
-        at_layer = torch.stack([
-            torch.tensor(lenses[m].layers)[torch.randint(len(lenses[m].layers), (steps * batch,), generator=generator)]
-            for m in active
-        ])  # fmt: skip
-        order, at_layer = order.to(device), at_layer.to(device)
-        own_mean, own_scale, own_penalty = mean[active], scales[active], penalty[active]
-        for step in range(steps):
+        rates = torch.tensor([lens.rate for lens in lenses]).to(begin)[:, None, None]
+        penalty = torch.tensor([lens.penalty for lens in lenses]).to(begin)[:, None, None]
+        centre = torch.stack([lens.mean for lens in lenses])[:, None]
+        scale = torch.tensor([lens.scale for lens in lenses]).to(begin)[:, None, None]
+        order, at_layer = self.drawn(lenses)
+        for step in range(self.steps):
             if step % 4 == 0:
-                weight, word_offset = vocabulary.draw()
-            here = slice(step * batch, (step + 1) * batch)
-            rows, from_layer, weights = order[:, here], at_layer[:, here], None
-            if ranks.size > 1:
-                rows, from_layer, weights = own_rows(rows, from_layer, earlier, len(fit))
-            h = fit.states[from_layer, rows].to(device) - own_mean[:, None]  # [M, B, d]
-            inputs = torch.cat([h, own_scale[:, None, None].expand(-1, h.shape[1], 1)], -1)
-            x = (inputs @ theta.transpose(1, 2)).requires_grad_()
-            n = readout.final_norm(x)
-            flat = rows.flatten()
-            known = Tokens(fit.expected[flat], fit.entropy_term[flat], fit.states[-1][flat])
-            with torch.no_grad():
-                gradient_n = kl_gradient(readout, n.flatten(0, 1), known, weight, word_offset).view_as(n) / batch
-                if weights is not None:
-                    gradient_n *= weights
-            (gradient_x,) = torch.autograd.grad(n, x, gradient_n)
-            gradient = ranks.sum(gradient_x.transpose(1, 2) @ inputs)
-            gradient[:, :, :d] += own_penalty[:, None, None] * theta[:, :, :d]
+                words = self.vocabulary.draw()
+            here = slice(step * self.batch, (step + 1) * self.batch)
+            gradient = self.gradient(theta, order[:, here], at_layer[:, here], centre, scale, words)
+            gradient[:, :, :-1] += penalty * theta[:, :, :-1]
             momentum.mul_(0.9).add_(gradient)
             change = orthogonalised(gradient.add_(momentum, alpha=0.9))
-            decay = min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
+            decay = min(1.0, (step + 1) / (0.1 * self.steps)) * (1 - step / self.steps)
             theta -= rates * decay * change
-            if report is not None and step % 8 == 0:
-                report(number * steps + step, recipe.refine_passes * steps)
-        for k, m in enumerate(active):
-            lens, before = lenses[m], lenses[m].dev_kl
-            theta_end, halfway = theta[k], False
-            for candidate in (theta_end, (theta_end + begin[k]) / 2):
-                dev_kl = search.kl(maps(m, candidate), lens.layers)
-                if dev_kl < lens.dev_kl:
-                    lens.best, lens.dev_kl, lens.updates = candidate.clone(), dev_kl, (number + 1) * steps
-                    halfway = candidate is not theta_end
-            if lens.dev_kl == before:
-                lens.setbacks += 1
-                lens.rate *= 0.3
-                if lens.setbacks == 2:
-                    lens.ended = "dev rose"
-            else:
-                lens.rate *= 0.5 if halfway else 1.0
-                if before - lens.dev_kl < recipe.refine_tolerance * before:
-                    lens.ended = "converged"
-    return [
-        Refinement(maps(m, lens.best) if lens.updates else start[[m]], lens.dev_kl, lens.updates, lens.ended)
-        for m, lens in enumerate(lenses)
-    ]
+            if step % 8 == 0:
+                tell(step)
+        return theta
+
+    def drawn(self, lenses: Sequence[Refining]) -> tuple[Tensor, Tensor]:
+        """For every lens a random order of tokens, and for each token one of its layers at random: two ``[M, N]``."""
+        size = self.steps * self.batch
+        order = torch.stack([torch.randperm(self.count, generator=self.generator)[:size] for _ in lenses])
+        at_layer = torch.stack([
+            torch.tensor(lens.layers)[torch.randint(len(lens.layers), (size,), generator=self.generator)]
+            for lens in lenses
+        ])  # fmt: skip
+        return order.to(self.fit.states.device), at_layer.to(self.fit.states.device)
+
+    def gradient(
+        self,
+        theta: Tensor,
+        rows: Tensor,
+        layers: Tensor,
+        centre: Tensor,
+        scale: Tensor,
+        words: tuple[Tensor, Tensor | None],
+    ) -> Tensor:
+        """Gradient of the mean KL of M lenses on a batch, ``[M, d, d + 1]``; summed over processes."""
+        fit, ranks, weights = self.fit, self.fit.ranks, None
+        if ranks.size > 1:
+            rows, layers, weights = own_rows(rows, layers, self.earlier, len(fit))
+        h = fit.states[layers, rows].to(theta.device) - centre  # [M, B, d]
+        inputs = torch.cat([h, scale.expand(-1, h.shape[1], 1)], -1)
+        x = (inputs @ theta.transpose(1, 2)).requires_grad_()
+        n = self.readout.final_norm(x)
+        flat = rows.flatten()
+        known = Tokens(fit.expected[flat], fit.entropy_term[flat], fit.states[-1][flat])
+        with torch.no_grad():
+            gradient_n = kl_gradient(self.readout, n.flatten(0, 1), known, *words).view_as(n) / self.batch
+            if weights is not None:
+                gradient_n *= weights
+        (gradient_x,) = torch.autograd.grad(n, x, gradient_n)
+        return ranks.sum(gradient_x.transpose(1, 2) @ inputs)
