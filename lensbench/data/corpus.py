@@ -1,13 +1,14 @@
-"""Text to documents in four splits, token ids, and windows with scored positions.
+"""A corpus: documents in four splits, disjoint by document, with near-duplicates in the same split.
 
-A corpus is named by a spec: ``stdlib`` (sources and documentation of the running interpreter's standard library: needs
-no network), ``file:PATH[#FIELD]`` (a text, a ``.jsonl``, or a folder of them) or ``hf:NAME[/CONFIG][@SPLIT][#FIELD]``
-(a Hugging Face dataset, streamed). Splits are disjoint by document, and near-duplicates share a split.
+A spec names a corpus: ``stdlib`` (sources and documentation of the running interpreter's standard library, no network
+needed), ``file:PATH[#FIELD]`` (a text, a ``.jsonl`` file, or a folder of these) or ``hf:NAME[/CONFIG][@SPLIT][#FIELD]`` (a
+Hugging Face dataset, streamed).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ SPLITS = ("train", "fit", "dev", "eval")
 FRACTIONS: Mapping[str, float] = MappingProxyType({"train": 0.62, "fit": 0.12, "dev": 0.06, "eval": 0.20})
 
 
-MIN_DOCUMENTS = 20  # with fewer, documents are cut into blocks as a lone text is
+MIN_DOCUMENTS = 20  # with fewer, documents are cut into blocks, as a single text is
 
 
 LARGEST_GROUP = 0.25  # of the smallest split
@@ -45,18 +46,18 @@ class Corpus:
     """Documents in four splits."""
 
     spec: str
-    """What the corpus was loaded from."""
+    """The source of the corpus"""
     checksum: str
-    """SHA-256 (hex) over names and texts of all documents read, whatever their order."""
+    """SHA-256 (hex) over names and texts of all documents read, independent of their order"""
     splits: dict[str, tuple[Document, ...]]
-    """The documents of each of ``SPLITS``; empty where the fraction is 0."""
+    """The documents of each of ``SPLITS``; empty where the fraction is 0"""
 
 
 def clusters_of(names: Iterable[str]) -> dict[str, str]:
-    """The cluster of each document, by name: what is resampled as one, since what it holds is alike.
+    """The cluster of each document, by name. Intervals resample whole clusters, since their documents are alike.
 
-    Files of one top folder (a package of the standard library, say) are one cluster where that leaves at least 64;
-    elsewhere every document is its own.
+    The files of one top folder (for example a package of the standard library) are one cluster if that gives at least 64
+    clusters. Otherwise every document is its own cluster.
     """
     known = sorted(set(names))
     folders = {name: name.partition("/")[0] for name in known}
@@ -67,12 +68,12 @@ def clusters_of(names: Iterable[str]) -> dict[str, str]:
 def load_corpus(
     spec: str, *, fractions: Mapping[str, float] = FRACTIONS, seed: int = 0, max_bytes: int | None = None
 ) -> Corpus:
-    """Read a corpus and split it.
+    """The corpus of ``spec``, read and split.
 
-    ``fractions`` are shares of the bytes, one for each of ``SPLITS``, of which only train may be 0. Whole documents are
-    assigned, near-duplicates together; fewer than 20 documents are cut into blocks of 8192 bytes, laid out in four
-    contiguous sections with a block dropped at each border (the seed then plays no part). Raises LensbenchError for a
-    corpus that cannot be read or is too short, and for fractions that are not shares.
+    ``fractions`` are shares of the bytes, one for each of ``SPLITS``; only that of train may be 0. Whole documents are
+    assigned to a split, near-duplicates together. Fewer than 20 documents are cut into blocks of 8192 bytes. The blocks
+    form four contiguous sections with one block dropped at each border; the seed then has no effect. Raises LensbenchError
+    for a corpus that cannot be read or is too short, and for fractions that are not shares.
     """
     _check_fractions(fractions)
     documents = read_documents(spec, max_bytes)
@@ -93,7 +94,7 @@ def _check_fractions(fractions: Mapping[str, float]) -> None:
 
 
 def _checksum(documents: Iterable[Document]) -> str:
-    # Each name and text is hashed to a fixed size first, so that no text can imitate a border between two.
+    # Names and texts are hashed to a fixed size first, so that no text can imitate a border between two of them.
     def digest(text: str) -> bytes:  # file names that are not UTF-8 hold surrogates
         return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
@@ -108,7 +109,7 @@ def _split_documents(
     wanted = [s for s in SPLITS if fractions[s] > 0]
     if len(sizes) < len(wanted):
         raise LensbenchError(
-            f"{spec}: near-duplicates joined, {len(documents)} documents are {len(sizes)}, "
+            f"{spec}: with near-duplicates joined, {len(documents)} documents are {len(sizes)}, "
             f"too few for {len(wanted)} splits"
         )
     targets = {s: fractions[s] * float(sizes.sum()) for s in wanted}
@@ -120,8 +121,8 @@ def _split_documents(
         filled[split] += float(sizes[group])
 
     order = [int(g) for g in np.random.default_rng(seed).permutation(len(sizes))]
-    # A group that would fill much of a small split goes to the first one. No more than those: were all long documents
-    # kept out of eval, it would be another kind of text. What one document may add is capped when windows are drawn.
+    # A group that would fill much of a small split goes to the first split. No other long documents do: without any, eval
+    # would be another kind of text. How much one document may add is limited later, when windows are drawn.
     limit = max(LARGEST_GROUP * min(targets.values()), 4 * sizes.mean())
     large = sorted((g for g in order if sizes[g] > limit), key=lambda g: -sizes[g])
     for group in large[: len(sizes) - len(wanted) + 1]:  # the other splits are left a group each
@@ -129,7 +130,7 @@ def _split_documents(
             assign(group, wanted[0])
     for group in order:
         if group not in split_of:
-            # The split least full for its size: the empty ones first, so that none stays empty.
+            # The split that is least full for its size: empty splits come first, so that none stays empty.
             assign(group, min(wanted, key=lambda s: filled[s] / targets[s]))
     return {s: tuple(d for d, g in zip(documents, groups, strict=True) if split_of[int(g)] == s) for s in SPLITS}
 
@@ -176,7 +177,7 @@ def _cut_blocks(document: Document) -> list[Document]:
     raw = document.text.encode()
     count = -(-len(raw) // BLOCK_BYTES)
     cuts = [0, *(_border(raw, i * len(raw) // count) for i in range(1, count)), len(raw)]
-    texts = [raw[a:b].decode() for a, b in zip(cuts, cuts[1:], strict=False)]
+    texts = [raw[a:b].decode() for a, b in itertools.pairwise(cuts)]
     return [Document(f"{document.name}[{i:04d}]", text) for i, text in enumerate(texts)]
 
 
@@ -186,7 +187,7 @@ def _with_gap(block: Document) -> Document:
 
 
 def _border(raw: bytes, at: int) -> int:
-    """The last border at or before ``at`` and not far from it: of a line, else of a word, else of a character."""
+    """The last border at or before ``at``: of a line or else of a word, if one is near, else of a character."""
     for mark in (b"\n", b" "):
         found = raw.rfind(mark, max(at - BLOCK_BYTES // 4, 0), at)
         if found > 0:
@@ -197,10 +198,10 @@ def _border(raw: bytes, at: int) -> int:
 
 
 def duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
-    """Number the groups of exact and near-duplicate texts: int64 [N], equal where texts are connected.
+    """The group of each text, int64 [N]: exact and near-duplicates, and texts connected by them, have the same number.
 
-    Two texts are connected when their words are the same, or when the Jaccard index of their sets of 13-grams of
-    whitespace-separated words is above 0.5. The index is exact (up to collisions of a 64-bit hash): no sketch.
+    Two texts are near-duplicates when their words are the same, or when the Jaccard index of their sets of 13-grams of
+    whitespace-separated words is above 0.5. The index is exact up to collisions of a 64-bit hash; there is no sketch.
     """
     # A gram's hash is linear in its word numbers with fixed random odd coefficients, modulo 2**64.
     coefficients = np.random.default_rng(13).integers(2**64, size=GRAM_WORDS, dtype=np.uint64) | np.uint64(1)
@@ -223,12 +224,12 @@ def duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
             sizes[i] = len(grams[-1])
 
     _, columns, frequency = np.unique(np.concatenate(grams), return_inverse=True, return_counts=True)
-    shared = frequency[columns] >= 2  # grams of one text alone are in no intersection
+    shared = frequency[columns] >= 2  # grams of a single text are in no intersection
     rows = np.repeat(np.arange(len(texts)), sizes)
     ones = np.ones(int(shared.sum()), dtype=np.int32)
     has = csr_array((ones, (rows[shared], columns[shared])), shape=(len(texts), len(frequency)))
     transposed = has.T.tocsr()
-    for start in range(0, len(texts), 512):  # in slices, for boilerplate that every text shares makes a dense product
+    for start in range(0, len(texts), 512):  # in slices: boilerplate that all texts share makes the product dense
         common = coo_array(has[start : start + 512] @ transposed)
         a, b = common.row + start, common.col
         near = (a < b) & (common.data > MAX_JACCARD * (sizes[a] + sizes[b] - common.data))

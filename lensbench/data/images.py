@@ -1,8 +1,8 @@
-"""Images to labelled pixels in four splits: scikit-learn's digits, a folder of folders, or a Hugging Face dataset.
+"""Labelled images in four splits: scikit-learn's digits, a folder of folders, or a Hugging Face dataset.
 
-An image data set is named by a spec: ``digits`` (1797 images of 8 x 8, embedded in scikit-learn), ``folder:PATH`` (a folder
-for each class) or ``hf:NAME[/CONFIG][@SPLIT][#IMAGE,LABEL]``. Every image is a document of its own: what intervals resample.
-Classes without numbers of their own are numbered in the order of their names, as numbers where all names are whole numbers.
+A spec names a set of images: ``digits`` (1797 images of 8 x 8 pixels, part of scikit-learn), ``folder:PATH`` (with a folder
+for each class) or ``hf:NAME[/CONFIG][@SPLIT][#IMAGE,LABEL]``. Every image is one document, the unit that intervals resample.
+Classes without numbers are numbered in the order of their names; names that are all whole numbers are sorted as numbers.
 """
 
 import hashlib
@@ -31,35 +31,36 @@ SPECS = "digits, folder:PATH or hf:NAME[/CONFIG][@SPLIT][#IMAGE,LABEL]"
 
 
 Prepare = Callable[[Sequence[Image.Image]], NDArray[np.float32]]
-"""Pictures to what a model is fed with, float32 ``[n, C, H, W]``"""
+"""Makes the pixels that a model reads, float32 ``[n, C, H, W]``, from pictures"""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images, read when they are asked for, and which split each belongs to."""
+    """Labelled images and their splits; an image is read when it is needed."""
 
     spec: str
     checksum: str
-    """SHA-256 (hex) over contents and labels of all images, whatever their order"""
+    """SHA-256 (hex) over contents and labels of all images, independent of their order"""
     names: tuple[str, ...]
     labels: NDArray[np.int64]
     """int64 [N]: index into ``classes``"""
     classes: tuple[str, ...]
     splits: dict[str, NDArray[np.int64]]
-    """Numbers of the images of each of ``SPLITS``"""
+    """Indices of the images of each of ``SPLITS``"""
     read: Callable[[int], Image.Image]
+    """Reads the image of this index"""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """S images as :class:`lensbench.data.samples.Samples`, with one scored position each; the target is the class."""
+    """S images as :class:`lensbench.data.samples.Samples`: one scored position each, and the class is the target."""
 
     of: ImageSet
     rows: NDArray[np.int64]
-    """int64 [S]: their numbers in the set"""
+    """int64 [S]: their indices in the set"""
     prepare: Prepare
     labels: NDArray[np.int64]
-    """int64 [S]: class, as the model that is fed with them counts"""
+    """int64 [S]: classes, in the numbering of the model that reads them"""
     valid: NDArray[np.bool_] = field(init=False)
     documents: NDArray[np.int64] = field(init=False)
     sequence: NDArray[np.int64] = field(init=False)
@@ -75,27 +76,32 @@ class Images:
 
     @property
     def document_names(self) -> tuple[str, ...]:
+        """Names of the images"""
         return tuple(self.of.names[k] for k in self.rows)
 
     @property
     def clusters(self) -> NDArray[np.int64]:
+        """int64 [S]: every image is its own cluster"""
         return self.documents
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def scored(self, rows: slice) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """Pixels ``[s, C, H, W]``, and of each its number and its place, 0."""
+        """Pixels ``[s, C, H, W]`` of some images, and for each its number (from 0) and its place, 0."""
         pixels = self.prepare([self.of.read(int(k)) for k in self.rows[rows]])
         return pixels, np.arange(len(pixels)), np.zeros(len(pixels), dtype=np.int64)
 
     def targets(self, rows: slice) -> NDArray[np.int64]:
+        """The classes of some images, ``[s]``."""
         return self.labels[rows]
 
     def take(self, rows: NDArray[np.int64]) -> "Images":
+        """The images with these indices."""
         return Images(self.of, self.rows[rows], self.prepare, self.labels[rows])
 
     def spread(self, count: int) -> "Images":
+        """``count`` images, or all if there are fewer, evenly spread over their order."""
         return self.take(np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64)))
 
 
@@ -103,11 +109,11 @@ class Images:
 def load_images(
     spec: str, *, parts: Sequence[int], seed: int, max_images: int | None = None, needed: Sequence[str] = SPLITS
 ) -> ImageSet:
-    """Read and split an image data set: at random into ``parts`` images each, or in that proportion where there are others.
+    """The images of ``spec``, split at random into ``parts`` images each, or in that proportion if their number differs.
 
-    Of files with the same content the first alone is kept (an image saved anew in another format is another file); raises
-    :class:`LensbenchError` where such files have different labels, for a spec that cannot be read and for too few images;
-    the splits ``needed`` must not be empty.
+    Of files with the same content only the first is kept; the same image in another format is another file. Raises
+    :class:`LensbenchError` where such files have different labels, for a spec that cannot be read, and where one of the
+    ``needed`` splits has fewer than two images.
     """
     kind, _, rest = spec.partition(":")
     if spec == "digits":
@@ -143,7 +149,7 @@ def load_images(
 
 
 def part_sizes(parts: Sequence[int], count: int) -> list[int]:
-    """``parts`` where they sum to ``count``, else whole numbers in their proportion that do."""
+    """``parts`` if they sum to ``count``, else whole numbers in the same proportion that do."""
     ends = np.round(np.cumsum(parts) * (count / sum(parts))).astype(int)
     return [int(n) for n in np.diff(ends, prepend=0)]
 
@@ -152,10 +158,10 @@ _Read = tuple[tuple[str, ...], NDArray[np.int64], tuple[str, ...], list[str], Ca
 
 
 def _digits() -> _Read:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     found = load_digits()
-    # Sixteen shades to 256: no two become one.
+    # 17 shades become 17 of 256: all stay distinct.
     pixels = np.round(found.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]
     names = tuple(f"digits-{k:04d}" for k in range(len(pixels)))
     labels, classes = found.target.astype(np.int64), tuple(str(k) for k in range(10))
@@ -170,8 +176,8 @@ def _folder(folder: Path, max_images: int | None) -> _Read:
     found = [(p, k) for k, of in enumerate(inside) for p in sorted(of.rglob("*")) if p.suffix.lower() in SUFFIXES]
     if len({k for _, k in found}) < 2:
         raise LensbenchError(
-            f"folder {folder} holds images of {len({k for _, k in found})} classes: lensbench wants a folder of images for "
-            f"each class in it ({', '.join(SUFFIXES)})"
+            f"folder {folder} holds images of {len({k for _, k in found})} classes: lensbench needs at least two, "
+            f"each in a folder of its own ({', '.join(SUFFIXES)})"
         )
     if max_images is not None and len(found) > max_images:
         found = [found[k] for k in np.sort(np.random.default_rng(0).permutation(len(found))[:max_images])]
@@ -181,7 +187,7 @@ def _folder(folder: Path, max_images: int | None) -> _Read:
                 picture.verify()
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise LensbenchError(f"{path} is not an image that can be read: {error}") from error
-    # No slash: images of one class are not one cluster.
+    # Without slashes: images of one class are not one cluster.
     names = tuple(str(p.relative_to(folder)).replace("/", ":").replace("\\", ":") for p, _ in found)
     contents = [_digest(path.read_bytes()) for path, _ in found]
     labels = np.array([k for _, k in found], dtype=np.int64)
@@ -205,7 +211,7 @@ def _hub(spec: str, max_images: int | None) -> _Read:
     features = table.features
     of_images = [n for n, f in features.items() if isinstance(f, ImageFeature)]
     of_labels = [n for n, f in features.items() if isinstance(f, ClassLabel)]
-    pictured, labelled = (columns.split(",") + [""])[:2] if columns else ("", "")
+    pictured, labelled = [*columns.split(","), ""][:2] if columns else ("", "")
     pictured, labelled = pictured or next(iter(of_images), ""), labelled or next(iter(of_labels), "")
     for what, column, known in (("images", pictured, of_images), ("labels", labelled, list(features))):
         if column not in known:
@@ -243,7 +249,7 @@ def _opened(file: Any, name: object) -> Image.Image:
 
 
 def in_order(classes: Iterable[str]) -> list[str]:
-    """Names of classes sorted; as numbers where all are whole numbers, so that 10 does not come before 2."""
+    """The names of classes, sorted; as numbers if all are whole numbers, so that 2 comes before 10."""
     return sorted(classes, key=int if all(c.isdecimal() for c in classes) else None)
 
 
@@ -251,9 +257,9 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-# What models are fed with
+# Pixels for models
 def plain_pixels(pictures: Iterable[Image.Image], *, channels: int, height: int, width: int) -> NDArray[np.float32]:
-    """Pictures as ``[n, C, H, W]`` from -1 to 1, resized (bilinear) where they are of another size; 1 channel is grey."""
+    """Pixels ``[n, C, H, W]`` from -1 to 1; pictures of another size are resized (bilinear). One channel means grey."""
     mode = "L" if channels == 1 else "RGB"
     made = []
     for picture in pictures:
@@ -266,21 +272,21 @@ def plain_pixels(pictures: Iterable[Image.Image], *, channels: int, height: int,
 
 
 def processed_pixels(pictures: Iterable[Image.Image], *, processor: Any, channels: int) -> NDArray[np.float32]:
-    """Pictures as a pretrained model's own image processor hands them on."""
+    """Pixels ``[n, C, H, W]`` as the image processor of a pretrained model makes them."""
     mode = "L" if channels == 1 else "RGB"
     pixels = processor(images=[p.convert(mode) for p in pictures], return_tensors="np")["pixel_values"]
     return np.asarray(pixels, dtype=np.float32)
 
 
 def labels_for(who: str, config: PreTrainedConfig, classes: Sequence[str]) -> NDArray[np.int64]:
-    """Number that a model has for each class of a data set.
+    """The number that a model has for each class of a data set, int64 [classes].
 
-    By order where both have the same names in the same order or the model has no names for as many, else by the model's
-    whole name of it, else by a synonym (ImageNet's names are lists of them). Classes named by numbers are a nameless
-    model's numbers where all of them are.
+    Classes are matched by order if both have the same names in the same order, or if the model has no names and the same
+    number of classes. Otherwise they are matched by the model's full name, else by a synonym (names of ImageNet are lists
+    of synonyms). If a model has no names and all classes are named by numbers of the model, these numbers are used.
 
-    Raises :class:`LensbenchError` where a class is none of the model's, a name is that of several (two of ImageNet's are
-    ``crane``), or two classes would be one.
+    Raises :class:`LensbenchError` where the model does not have a class, where a name belongs to several classes (ImageNet
+    has two ``crane``), and where two classes would have one number.
     """
     names = {int(k): str(v) for k, v in (config.id2label or {}).items()}
     of_model = [names[k].strip().lower() for k in sorted(names)]
@@ -305,8 +311,8 @@ def labels_for(who: str, config: PreTrainedConfig, classes: Sequence[str]) -> ND
         meant = known.get(word) or synonyms.get(word) or set()
         if not meant:
             raise LensbenchError(
-                f"{who} knows no class {name!r}: it has {len(names)} ({', '.join(list(names.values())[:3])}, ...), the "
-                f"images {len(classes)}; give images whose classes are named as the model's are"
+                f"{who} has no class {name!r}: it has {len(names)} ({', '.join(list(names.values())[:3])}, ...), the "
+                f"images have {len(classes)}; give images whose classes are named as the model's are"
             )
         if len(meant) > 1:
             raise LensbenchError(
@@ -324,9 +330,9 @@ def labels_for(who: str, config: PreTrainedConfig, classes: Sequence[str]) -> ND
 # Training
 @dataclass(frozen=True)
 class TrainingImages:
-    """The train split in memory, and its batches: random images, each moved by up to ``shift`` pixels each way.
+    """The train split in memory, and batches of it: random images, each moved by up to ``shift`` pixels in each direction.
 
-    What moves in from the edge is black (-1). A batch is a function of seed and step alone.
+    Pixels that move in from the edge are black (-1). A batch is a function of seed and step.
     """
 
     pixels: NDArray[np.float32]
@@ -338,6 +344,7 @@ class TrainingImages:
 
     @classmethod
     def of(cls, images: Images, *, batch: int, seed: int, shift: int) -> "TrainingImages":
+        """The training images of ``images``, with all pixels read into memory."""
         pixels = np.concatenate([images.scored(slice(k, k + 256))[0] for k in range(0, len(images), 256)])
         return cls(pixels, images.labels, batch, seed, shift)
 
@@ -346,12 +353,12 @@ class TrainingImages:
         rng = np.random.default_rng([self.seed, step])
         rows = rng.integers(0, len(self.pixels), self.batch)
         moves = rng.integers(-self.shift, self.shift + 1, (self.batch, 2))
-        moved = np.stack([shifted(self.pixels[k], *move) for k, move in zip(rows, moves, strict=True)])
+        moved = np.stack([moved_by(self.pixels[k], *move) for k, move in zip(rows, moves, strict=True)])
         return torch.from_numpy(moved), torch.from_numpy(self.labels[rows])
 
 
-def shifted(pixels: NDArray[np.float32], down: int, right: int) -> NDArray[np.float32]:
-    """An image ``[C, H, W]`` moved by so many pixels, black where nothing was."""
+def moved_by(pixels: NDArray[np.float32], down: int, right: int) -> NDArray[np.float32]:
+    """An image ``[C, H, W]`` moved by these numbers of pixels, black at the edges that become free."""
     _, height, width = pixels.shape
     moved = np.full_like(pixels, -1)
     rows, columns = (slice(max(0, n), size + min(0, n)) for n, size in ((down, height), (right, width)))
@@ -360,6 +367,6 @@ def shifted(pixels: NDArray[np.float32], down: int, right: int) -> NDArray[np.fl
     return moved
 
 
-def plainly(*, channels: int, height: int, width: int) -> Prepare:
-    """:func:`plain_pixels` of one size."""
+def pixels_of_size(*, channels: int, height: int, width: int) -> Prepare:
+    """:func:`plain_pixels` for images of one size."""
     return partial(plain_pixels, channels=channels, height=height, width=width)

@@ -1,7 +1,7 @@
-"""What a model of a suite is trained, fitted and scored on: a corpus in its tokens, or images as it sees them.
+"""The data of a suite as its models read them: a corpus in their tokens, or images as their pixels.
 
-:class:`Texts` and :class:`Pictures` are two kinds of the same thing: the loop that runs a suite asks either for samples of a
-split, for batches to train on, and for how well counting alone predicts.
+:class:`Texts` and :class:`Pictures` have one interface, :class:`Data`: samples of a split, batches to train on, and the
+losses of baselines that only count.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ from lensbench.data.samples import Samples
 from lensbench.data.windows import TokenizedDocument, Windows, check_ids, sample_windows, tokenize, training_stream
 
 TRAINED_HERE = "trained here"
-"""What the tokenizer trained on the train split is called; no model can be called that."""
+"""Name of the tokenizer that is trained on the train split; no model can have this name"""
 
 
 IMAGES = "images"
-"""What stands in a tokenizer's place where models see images."""
+"""Name of the data where models read images, in place of a tokenizer's"""
 
 
 class Data(Protocol):
@@ -40,33 +40,33 @@ class Data(Protocol):
 
     @property
     def digest(self) -> str:
-        """What tells whether it is still the same"""
+        """Checksum of the data; it changes when they do"""
         ...
 
     def samples(self, split: str, count: int, positions: int, *, share: float | None = None) -> Samples:
-        """At most ``count`` inputs of a split, drawn at random, with so many positions each."""
+        """At most ``count`` inputs of a split, drawn at random, with at most ``positions`` scored positions each."""
         ...
 
     def batches(self, recipe: TrainingRecipe, seed: int) -> Any:
-        """What :func:`lensbench.models.training.train` takes."""
+        """The training data, as :func:`lensbench.models.training.train` takes them."""
         ...
 
     def shape(self, recipe: TrainingRecipe) -> dict[str, int]:
-        """What of a model's shape follows from what it reads, in the words of :func:`lensbench.models.build`."""
+        """The part of a model's shape that the data determine, as arguments of :func:`lensbench.models.build`."""
         ...
 
     def baselines(self, samples: Samples) -> dict[str, NDArray[np.float64]]:
-        """Nats per scored position, ``[N]``, of predictions by counting alone."""
+        """Loss of each counting baseline at every scored position, nats ``[N]``."""
         ...
 
     def counts(self) -> dict[str, Any]:
-        """``train_tokens`` that the baselines are counted on, and ``tokens`` of each split."""
+        """``train_tokens``: the tokens that baselines are counted on; ``tokens``: those of each split."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The corpus of a run in the tokens of one tokenizer; it is tokenised when its documents are first needed."""
+    """The corpus of a run in the tokens of one tokenizer. It is tokenised when its documents are first needed."""
 
     corpus: Corpus
     name: str
@@ -78,28 +78,32 @@ class Texts:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | PreTrainedTokenizerBase:
+        """The tokenizer, loaded when it is first needed"""
         return self.load()
 
     @cached_property
     def documents(self) -> dict[str, list[TokenizedDocument]]:
+        """The tokenised documents of each split"""
         return {split: tokenize(self.tokenizer, self.corpus.splits[split]) for split in SPLITS}
 
     @property
     def counted(self) -> NDArray[np.int64]:
-        """The tokens that n-grams are counted on: the train split, where there is none the fit split."""
+        """The tokens that n-grams are counted on: the train split, or the fit split if there is no train split"""
         return training_stream(self.documents["train"] or self.documents["fit"]).astype(np.int64)
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids"""
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def within(self, network: PreTrainedModel) -> None:
-        """Raise :class:`LensbenchError` where the text holds a token that a model has no embedding for."""
+        """Raise :class:`LensbenchError` where a token of the text has no embedding in the model."""
         for documents in self.documents.values():
             for document in documents:
                 check_ids(f"model {self.name}", document.ids, network.config.get_text_config().vocab_size)
 
     def samples(self, split: str, count: int, positions: int, *, share: float | None = None) -> Windows:
+        """At most ``count`` windows of a split; ``share``: see ``max_share`` of :func:`sample_windows`."""
         return sample_windows(
             self.documents[split],
             n_sequences=count,
@@ -111,16 +115,19 @@ class Texts:
         )
 
     def batches(self, recipe: TrainingRecipe, seed: int) -> NDArray[np.int32]:
+        """The token ids of the train split, one document after the other."""
         return training_stream(self.documents["train"])
 
     def shape(self, recipe: TrainingRecipe) -> dict[str, int]:
+        """Size of the vocabulary and length of the context."""
         return {"vocab_size": self.vocab_size, "context": recipe.length}
 
     def bigram(self) -> KneserNeyBigram:
+        """The bigram baseline."""
         return KneserNeyBigram.fit(self.counted, self.vocab_size)
 
     def baselines(self, samples: Samples) -> dict[str, NDArray[np.float64]]:
-        """Unigram and Kneser-Ney bigram."""
+        """Losses of the unigram and the Kneser-Ney bigram, nats ``[N]``."""
         every = slice(None)
         ids, row, at = samples.scored(every)
         contexts, targets = ids[row, at], samples.targets(every)
@@ -130,28 +137,32 @@ class Texts:
         }
 
     def counts(self) -> dict[str, Any]:
+        """Tokens that baselines are counted on, and tokens of each split."""
         tokens = {s: int(sum(len(d.ids) for d in documents)) for s, documents in self.documents.items()}
         return {"train_tokens": len(self.counted), "tokens": tokens}
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The images of a run as one model, or all that are trained here, are fed with them; in their numbering of classes."""
+    """The images of a run, as the pixels and class numbers of one pretrained model, or of all models trained here."""
 
     images: ImageSet
     name: str
     digest: str
     load: Callable[[], tuple[Prepare, NDArray[np.int64]]]
-    """How pictures become pixels, and the number that the model has for each class"""
+    """Gives the function from pictures to pixels, and the model's number for each class"""
     size: tuple[int, int]
-    """Channels, and pixels of a side, of what is trained here"""
+    """Channels and pixels of a side, for models trained here"""
     shift: int
+    """Pixels by which training moves images at most"""
 
     @cached_property
     def prepared(self) -> tuple[Prepare, NDArray[np.int64]]:
+        """What ``load`` gives, loaded when it is first needed"""
         return self.load()
 
     def samples(self, split: str, count: int, positions: int = 1, *, share: float | None = None) -> Images:
+        """At most ``count`` images of a split, drawn at random."""
         rows = self.images.splits[split]
         if len(rows) > count:
             rows = np.sort(np.random.default_rng(SPLITS.index(split)).permutation(rows)[:count])
@@ -159,10 +170,12 @@ class Pictures:
         return Images(self.images, rows, prepare, numbers[self.images.labels[rows]])
 
     def batches(self, recipe: TrainingRecipe, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """A function from a step to its pixels and classes."""
         images = self.samples("train", len(self.images.splits["train"]))
         return TrainingImages.of(images, batch=recipe.batch, seed=seed, shift=self.shift)
 
     def shape(self, recipe: TrainingRecipe) -> dict[str, int]:
+        """Number of classes, pixels of a side, and channels."""
         channels, size = self.size
         return {"vocab_size": len(self.images.classes), "context": size, "channels": channels}
 
@@ -171,13 +184,14 @@ class Pictures:
         return self.images.labels[splits["train"] if len(splits["train"]) else splits["fit"]]
 
     def baselines(self, samples: Samples) -> dict[str, NDArray[np.float64]]:
-        """Frequencies of the classes, with one more of each."""
+        """Loss of the add-one smoothed frequencies of the classes, nats ``[N]``."""
         _, numbers = self.prepared
         targets = samples.targets(slice(None))
         size = int(numbers.max()) + 1
         return {"class frequencies": unigram_cross_entropy(numbers[self._counted()], targets, targets, size)}
 
     def counts(self) -> dict[str, Any]:
+        """Images that the baseline is counted on, and images of each split."""
         return {
             "train_tokens": len(self._counted()),
             "tokens": {s: len(rows) for s, rows in self.images.splits.items()},
@@ -185,5 +199,5 @@ class Pictures:
 
 
 def documents_of(data: Corpus | ImageSet) -> dict[str, int]:
-    """Documents, or images, in each split."""
+    """Number of documents or images in each split."""
     return {split: len(data.splits[split]) for split in SPLITS}

@@ -1,4 +1,4 @@
-"""Unigram and bigram baselines: what a model must beat before anything is said about its layers."""
+"""Unigram and bigram baselines, which a model must beat before its layers are worth reading."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def _scored_ids(
 def unigram_cross_entropy(
     train_stream: ArrayLike, contexts: ArrayLike, targets: ArrayLike, vocab_size: int
 ) -> NDArray[np.float64]:
-    """Nats per scored token, [N], of the add-one smoothed unigram: -log((count + 1) / (tokens + vocab_size)).
+    """Loss of the add-one smoothed unigram, -log((count + 1) / (tokens + vocab_size)), at each target, nats [N].
 
-    ``contexts`` [N] (the tokens before) change nothing here: the arguments are those of every baseline. Raises
-    LensbenchError for ids outside the vocabulary and for contexts and targets of different lengths.
+    ``contexts`` [N] (the tokens before) have no effect; the arguments are those of every baseline. Raises LensbenchError
+    for ids outside the vocabulary and for contexts and targets of different lengths.
     """
     stream = _token_ids("train_stream", train_stream, vocab_size)
     _, scored = _scored_ids(contexts, targets, vocab_size)
@@ -46,7 +46,7 @@ def unigram_cross_entropy(
 def _discount(counts: NDArray[np.int64]) -> float:
     """n1 / (n1 + 2 n2), with n1 and n2 the numbers of entries counted once and twice (Ney, Essen and Kneser 1994)."""
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-    # Without any entry counted once the estimate is 0, which would leave unseen tokens no probability.
+    # If no entry is counted once the estimate is 0, and unseen tokens would have no probability.
     return once / (once + 2 * twice) if once else 0.5
 
 
@@ -74,7 +74,7 @@ class KneserNeyBigram:
 
     @classmethod
     def fit(cls, train_stream: ArrayLike, vocab_size: int) -> KneserNeyBigram:
-        """Count the pairs of a stream [tokens]. Raises LensbenchError for under two tokens or ids outside of V."""
+        """The model of a stream [tokens]. Raises LensbenchError for fewer than two tokens and for ids outside of V."""
         stream = _token_ids("train_stream", train_stream, vocab_size)
         if len(stream) < 2:
             raise LensbenchError(f"train_stream has {len(stream)} token(s): a bigram needs at least 2")
@@ -93,7 +93,7 @@ class KneserNeyBigram:
         return cls(vocab_size, pairs, seen, backoff, continuation)
 
     def cross_entropy(self, contexts: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
-        """Nats per scored token, [N], for targets [N] that follow contexts [N]."""
+        """Loss at each of the targets [N] that follow contexts [N], nats [N]."""
         before, scored = _scored_ids(contexts, targets, self.vocab_size)
         wanted = before * self.vocab_size + scored
         at = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)

@@ -1,15 +1,15 @@
-"""Settings of a training that the data depend on."""
+"""Settings of a training, on which the data depend too."""
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class TrainingRecipe(BaseModel):
-    """How a model is trained. ``tokens`` is what the models of a suite have in common."""
+    """How a model is trained. All models of a suite are trained on the same number of ``tokens``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    tokens: int = Field(1_000_000, gt=0, description="training tokens, counted once per visit")
+    tokens: int = Field(1_000_000, gt=0, description="training tokens; a token counts each time it is read")
     length: int = Field(128, ge=1, description="tokens per sequence")
     batch: int = Field(8, ge=1, description="sequences per step")
     learning_rate: float = Field(1.5e-2, gt=0, description="peak learning rate")
@@ -19,18 +19,20 @@ class TrainingRecipe(BaseModel):
     final_rate: float = Field(0.05, ge=0, le=1, description="share of the peak rate that the cosine ends at")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     deep_supervision: float = Field(
-        0.0, ge=0, description="weight of the head's mean cross-entropy at layers 1..L-1, beside the last one's"
+        0.0, ge=0, description="weight of the head's mean cross-entropy at layers 1..L-1, added to the last layer's"
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
     @property
     def steps(self) -> int:
+        """Number of training steps."""
         return max(1, round(self.tokens / (self.batch * self.length)))
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step (0-based)."""
+        """The learning rate of a step (0-based)."""
         warm = self.warmup * self.steps
         if step < warm:
             return self.learning_rate * min(1.0, (step + 1) / warm)
         progress = (step - warm) / max(1.0, self.steps - warm)
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + np.cos(np.pi * progress)))
+        cosine = float(np.cos(np.pi * progress))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + cosine))

@@ -1,65 +1,67 @@
-"""What streams are read on: windows of text, or images, through one interface.
+"""The inputs that streams are captured on: windows of text or images, through one interface.
 
-:class:`lensbench.data.windows.Windows` and :class:`lensbench.data.images.Images` are two kinds of it. Everything after the
-stream sees no other difference between language models and image classifiers.
+:class:`lensbench.data.windows.Windows` and :class:`lensbench.data.images.Images` implement it. Code after the stream sees
+no other difference between language models and image classifiers.
 """
 
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 class Samples(Protocol):
-    """S inputs of a model, with at most P scored positions each, every one of them followed by a target."""
+    """S inputs of a model, with at most P scored positions each; every scored position has a target."""
 
     @property
     def valid(self) -> NDArray[np.bool_]:
-        """bool [S, P]: which of the positions there are"""
+        """bool [S, P]: which positions are scored; an input may have fewer than P"""
         ...
 
     @property
     def documents(self) -> NDArray[np.int64]:
-        """int64 [S]: index into ``document_names`` of what an input comes from"""
+        """int64 [S]: the document of each input, an index into ``document_names``"""
         ...
 
     @property
-    def document_names(self) -> tuple[str, ...]: ...
+    def document_names(self) -> tuple[str, ...]:
+        """The documents that inputs come from"""
+        ...
 
     @property
     def clusters(self) -> NDArray[np.int64]:
-        """int64 [S]: number of the cluster that intervals resample"""
+        """int64 [S]: number of the cluster of each input; intervals resample clusters"""
         ...
 
     @property
     def sequence(self) -> NDArray[np.int64]:
-        """int64 [S]: which input of its document it is"""
+        """int64 [S]: number of each input within its document"""
         ...
 
     @property
     def next_bytes(self) -> NDArray[np.int32]:
-        """int32 [S, P]: bytes of text that a target stands for; 0 where it stands for none"""
+        """int32 [S, P]: bytes of text of each target; 0 where the target is not text"""
         ...
 
     @property
     def positions_read(self) -> int:
-        """Positions that a model reads of one input: tokens of a window, 1 for an image"""
+        """Positions that a model reads in one input: the tokens of a window, 1 for an image"""
         ...
 
     def __len__(self) -> int: ...
 
-    def scored(self, rows: slice) -> tuple[NDArray, NDArray[np.int64], NDArray[np.int64]]:
-        """Some inputs, and of each of their scored positions its input (from 0) and its place in it, ``[n]`` each."""
+    def scored(self, rows: slice) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        """Some inputs, and for each of their scored positions its input (from 0) and its place there, ``[n]`` each."""
         ...
 
     def targets(self, rows: slice) -> NDArray[np.int64]:
-        """int64 [n]: the next token, or the class, at each of those positions"""
+        """int64 [n]: the next token, or the class, at each scored position of these inputs"""
         ...
 
     def take(self, rows: NDArray[np.int64]) -> Self:
-        """Some of the inputs."""
+        """The inputs with these indices."""
         ...
 
     def spread(self, count: int) -> Self:
-        """So many of them, or all, evenly spread over their order."""
+        """``count`` inputs, or all if there are fewer, evenly spread over their order."""
         ...

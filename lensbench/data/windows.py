@@ -1,4 +1,4 @@
-"""Tokens of documents, and the windows of them that models read and lenses are scored on."""
+"""Tokenised documents, and the windows of them that models read and lenses are scored on."""
 
 from __future__ import annotations
 
@@ -24,56 +24,62 @@ MIN_WINDOW = 32
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """Token ids of one document, its beginning-of-text id (where the tokenizer has one) in front."""
+    """Token ids of one document; the beginning-of-text id comes first, where the tokenizer has one."""
 
     name: str
     ids: NDArray[np.int32]
     """int32 [n]"""
     n_bytes: NDArray[np.int32]
-    """int32 [n]: bytes of text each token stands for, 0 for the beginning-of-text id; the sum is the text's size."""
+    """int32 [n]: bytes of text of each token, 0 for the beginning-of-text id; the sum is the size of the text"""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """S windows of at most T tokens, with at most P scored positions each; none crosses a document or overlaps."""
+    """S windows of at most T tokens, with at most P scored positions each. Each lies in one document; none overlap."""
 
     ids: NDArray[np.int64]
     """int64 [S, T], padded on the right with 0"""
     lengths: NDArray[np.int64]
     """int64 [S]: tokens in the window"""
     positions: NDArray[np.int64]
-    """int64 [S, P]: sorted; each is followed by a token of the same window. Invalid entries repeat the last valid."""
+    """int64 [S, P]: sorted; a token of the same window follows each. Invalid entries repeat the last valid one."""
     valid: NDArray[np.bool_]
     """bool [S, P]: False where a short window has fewer than P positions"""
     documents: NDArray[np.int64]
     """int64 [S]: index into ``document_names``"""
     document_names: tuple[str, ...]
-    """The documents that at least one window was drawn from, and no others"""
+    """The documents of at least one window, and no others"""
+    sequence: NDArray[np.int64]
+    """int64 [S]: number of the window within its document; window k begins at token k * T"""
+    next_bytes: NDArray[np.int32]
+    """int32 [S, P]: bytes of the scored token, at position + 1; 0 where invalid"""
 
     def scored(self, rows: slice) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Token ids of some windows ``[s, T]``, and of each scored position its window (from 0) and place, ``[n]`` each."""
+        """Token ids ``[s, T]`` of some windows, and for each scored position its window (from 0) and place, ``[n]`` each."""
         row, column = np.nonzero(self.valid[rows])
         return self.ids[rows], row, self.positions[rows][row, column]
 
     def targets(self, rows: slice) -> NDArray[np.int64]:
-        """Token id behind each scored position of some windows, ``[n]``."""
+        """The next token's id at each scored position of some windows, ``[n]``."""
         row, column = np.nonzero(self.valid[rows])
         return self.ids[rows][row, self.positions[rows][row, column] + 1]
 
     def __len__(self) -> int:
+        """Number S of windows."""
         return len(self.ids)
 
     @property
     def positions_read(self) -> int:
-        return self.ids.shape[1]
+        """Tokens that a model reads in one window, padding included"""
+        return int(self.ids.shape[1])
 
     @property
     def inside(self) -> NDArray[np.bool_]:
-        """bool [S, T]: False where there is padding"""
+        """bool [S, T]: False at padding"""
         return np.arange(self.ids.shape[1]) < self.lengths[:, None]
 
     def take(self, rows: NDArray[np.int64]) -> Windows:
-        """Some of the windows."""
+        """The windows with these indices."""
         kept, documents = np.unique(self.documents[rows], return_inverse=True)
         return Windows(
             ids=self.ids[rows],
@@ -87,28 +93,23 @@ class Windows:
         )
 
     def spread(self, count: int) -> Windows:
-        """So many of them, or all, evenly spread over their order."""
+        """``count`` windows, or all if there are fewer, evenly spread over their order."""
         return self.take(np.unique(np.linspace(0, len(self.ids) - 1, min(count, len(self.ids))).astype(np.int64)))
 
     @property
     def clusters(self) -> NDArray[np.int64]:
-        """int64 [S]: number of the cluster that a window's document belongs to, see :func:`clusters_of`"""
+        """int64 [S]: number of the cluster of each window's document, see :func:`clusters_of`"""
         of = clusters_of(self.document_names)
         _, number = np.unique([of[name] for name in self.document_names], return_inverse=True)
         return number.astype(np.int64)[self.documents]
 
-    sequence: NDArray[np.int64]
-    """int64 [S]: which window of its document it is; the one numbered k begins at token k * T"""
-    next_bytes: NDArray[np.int32]
-    """int32 [S, P]: bytes of the token at position + 1, the scored one; 0 where invalid"""
-
 
 # Tokens
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer of exactly ``vocab_size`` entries on the train split.
+    """A byte-level BPE tokenizer of exactly ``vocab_size`` entries, trained on the train split.
 
-    Id 0 is ``<|endoftext|>``, the 256 bytes follow, so that every text can be encoded. Raises LensbenchError when
-    ``vocab_size`` is below 257, when there is no train split, or when it is too short for that many entries.
+    Id 0 is ``<|endoftext|>``; the 256 bytes follow, so that every text can be encoded. Raises LensbenchError where
+    ``vocab_size`` is below 257, and where the train split is empty or too short for that many entries.
     """
     if vocab_size < 257:
         raise LensbenchError(f"vocab_size is {vocab_size}: it must be at least 257, the 256 bytes and {END_OF_TEXT}")
@@ -134,13 +135,13 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerBase, documents: Iterable[Document]) -> list[TokenizedDocument]:
-    """Encode documents, each behind the beginning-of-text id, and count the bytes that each token stands for.
+    """The documents as token ids, with the bytes of text of each token; each begins with the beginning-of-text id.
 
-    ``tokenizer`` is one of `train_tokenizer`, or a model's own fast tokenizer; the id put in front is its bos, else its
-    eos, else ``<|endoftext|>``, else none. Special tokens written out in a text are encoded as ordinary text. A
-    character split over several tokens counts for the first; text that the tokenizer drops counts for the token after
-    it (at the end, for the last). A document of which nothing is left is omitted. Raises LensbenchError for a slow
-    tokenizer.
+    ``tokenizer`` comes from :func:`train_tokenizer`, or is a model's own fast tokenizer. The first id of a document is its
+    bos, else its eos, else ``<|endoftext|>``, else there is none. Special tokens that are spelled out in a text are encoded
+    as ordinary text. The bytes of a character that several tokens share count for the first of them. Text that the
+    tokenizer drops counts for the token after it, or for the last token. A document without tokens is left out. Raises
+    LensbenchError for a slow tokenizer.
     """
     documents = list(documents)
     backend, begin = backend_and_begin(tokenizer)
@@ -171,11 +172,12 @@ def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerBase, documents: Iterable
 
 
 def beginning(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> int | None:
-    """The id that documents stand behind: beginning of text, else end of text; None where the tokenizer has neither."""
+    """The id that documents begin with: beginning of text, else end of text; None where the tokenizer has neither."""
     return backend_and_begin(tokenizer)[1]
 
 
 def backend_and_begin(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> tuple[Tokenizer, int | None]:
+    """A copy of the fast tokenizer without truncation or padding, and the id that documents begin with."""
     begin = None
     if isinstance(tokenizer, Tokenizer):
         backend = tokenizer
@@ -186,7 +188,7 @@ def backend_and_begin(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> tuple[T
         raise LensbenchError(
             f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer (tokenizers library) is needed"
         )
-    backend = Tokenizer.from_str(backend.to_str())  # the caller's keeps its own truncation and padding
+    backend = Tokenizer.from_str(backend.to_str())  # a copy: the caller's tokenizer keeps its truncation and padding
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -194,7 +196,7 @@ def backend_and_begin(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> tuple[T
 
 
 def training_stream(documents: Sequence[TokenizedDocument]) -> NDArray[np.int32]:
-    """All documents one after the other, each beginning with its beginning-of-text id: int32 [tokens]."""
+    """The token ids of all documents, one document after the other: int32 [tokens]."""
     if not documents:
         raise LensbenchError("there are no documents to train on: give the train split a fraction above 0")
     return np.concatenate([d.ids for d in documents])
@@ -211,14 +213,15 @@ def sample_windows(
     max_share: float | None = None,
     first_position: int = 1,
 ) -> Windows:
-    """Draw windows without replacement, and positions to score in each.
+    """Windows drawn without replacement, with random positions to score in each.
 
-    A document is cut into consecutive windows of ``length`` tokens (only its first one holds the beginning-of-text id);
-    those shorter than 32 tokens are left out. Positions lie between ``first_position`` and the last but one token. With
-    ``max_share``, no document gives more than that share of the windows drawn (but always one, and of fewer documents than
-    ``1 / max_share`` twice an equal share), and windows are taken in turn from as many documents as there are; without,
-    each window is equally likely. Where fewer are available than
-    ``n_sequences``, all are taken: the caller reports how many. Raises LensbenchError when there are none.
+    A document is cut into consecutive windows of ``length`` tokens; only the first has the beginning-of-text id, and
+    windows shorter than 32 tokens are left out. Positions lie between ``first_position`` and the last but one token.
+
+    Without ``max_share`` each window is equally likely. With it, windows are taken in turn from as many documents as there
+    are, and no document gives more than that share of the windows drawn. A document may always give one, and with fewer
+    documents than ``1 / max_share`` each may give twice an equal share. Where fewer than ``n_sequences`` windows are
+    available, all are taken; the caller reports how many. Raises LensbenchError where there are none.
     """
     _check_window_arguments(n_sequences, length, positions, max_share, first_position)
     rng = np.random.default_rng(seed)
@@ -239,7 +242,7 @@ def sample_windows(
         windows = windows[:n_sequences]
     else:
         there = len({d for d, _ in cut})
-        # Of fewer than 1 / max_share documents some have to give more: at most twice an equal share.
+        # With fewer than 1 / max_share documents some must give more: at most twice an equal share.
         share = max_share if there * max_share >= 1 else min(1.0, 2 / there)
         windows = _take_in_turn(windows, n_sequences, share, rng.permutation(len(documents)))
 
@@ -285,23 +288,23 @@ def _check_window_arguments(
 def _take_in_turn(
     windows: NDArray[np.int64], wanted: int, max_share: float, turn: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The first ``wanted`` rows, a document at a time in the order ``turn`` [documents], each within its share."""
+    """``wanted`` rows, taken from one document after the other in the order ``turn`` [documents], each within its share."""
     counts = np.bincount(windows[:, 0], minlength=len(turn))
-    while True:  # the share is of the windows drawn: when the cap leaves fewer, it shrinks with them
+    while True:  # the share is one of the windows drawn: if the cap leaves fewer windows, it shrinks too
         cap = max(1, math.floor(max_share * wanted + 1e-9))
         available = int(np.minimum(counts, cap).sum())
         if available >= wanted:
             break
         wanted = available
     by_document = np.argsort(windows[:, 0], kind="stable")
-    round_of = np.empty(len(windows), dtype=np.int64)  # the how-manieth of its document each window is
+    round_of = np.empty(len(windows), dtype=np.int64)  # number of each window among those of its document
     round_of[by_document] = np.arange(len(windows)) - np.repeat(np.cumsum(counts) - counts, counts)
     order = np.lexsort((np.argsort(turn)[windows[:, 0]], round_of))
     return windows[order[:wanted]]
 
 
 def check_ids(who: str, ids: Any, vocab_size: int) -> None:
-    """Raise :class:`LensbenchError` where a text's token ids name a token that the model has no embedding for."""
+    """Raise :class:`LensbenchError` where a token id of the text has no embedding in the model."""
     largest = int(ids.max()) if len(ids) else 0
     if largest >= vocab_size:
         raise LensbenchError(

@@ -8,7 +8,7 @@ from lensbench.run.context import Context
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.training import TRAINING, trained_network, training
 from lensbench.runtime.stages import Stage
-from lensbench.studies.curves import CurvePoint, Scored, score_positions
+from lensbench.studies.curves import CurvePoint, PositionSums, score_positions
 from lensbench.suite.recipes import ModelRecipe
 
 
@@ -35,7 +35,7 @@ def learning_curve(context: Context, model: ModelRecipe, seed: int) -> list[Curv
         evaluate = context.suite.evaluate.model_dump(include={"sequences", "positions", "max_share", "first_position"})
         key = {"trained": trained.digest, "texts": data.digest, "length": context.suite.length}
         key |= {"evaluate": evaluate, "sequences": context.sequences, "positions": recipe.positions}
-        scored = Scored.load(context.stage(f"curve-{model.name}-seed{seed}-{tokens}", key, measure).folder)
+        scored = PositionSums.load(context.stage(f"curve-{model.name}-seed{seed}-{tokens}", key, measure).folder)
         timed = trained.folder / TRAINING
         # A stage of an earlier version knows only what it took as a whole.
         whole = context.stages.seconds[timed.parent.name]

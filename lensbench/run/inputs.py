@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from lensbench.data.corpus import SPLITS, Corpus, load_corpus
-from lensbench.data.images import ImageSet, Prepare, labels_for, load_images, plainly, processed_pixels
+from lensbench.data.images import ImageSet, Prepare, labels_for, load_images, pixels_of_size, processed_pixels
 from lensbench.data.inputs import IMAGES, TRAINED_HERE, Data, Pictures, Texts
 from lensbench.data.samples import Samples
 from lensbench.data.windows import train_tokenizer
@@ -114,7 +114,7 @@ def _pictures_here(context: Context, recipe: ImageRecipe) -> Pictures:
     """The images as all models trained here see them."""
     images = images_of(context)
     channels, size = recipe.shape
-    prepare = plainly(channels=channels, height=size, width=size)
+    prepare = pixels_of_size(channels=channels, height=size, width=size)
     key = {"checksum": images.checksum, "recipe": recipe.model_dump(exclude={"spec", "max_images"})}
     numbers = np.arange(len(images.classes))
     return Pictures(images, IMAGES, digest_of(key), lambda: (prepare, numbers), recipe.shape, recipe.shift)
@@ -135,7 +135,7 @@ def _own_pictures(context: Context, owner: ModelRecipe, recipe: ImageRecipe) -> 
             context.progress.say(
                 f"model {name} comes without an image processor: it gets images of {height} x {width}, from -1 to 1"
             )
-            prepare = plainly(channels=channels, height=height, width=width)
+            prepare = pixels_of_size(channels=channels, height=height, width=width)
         else:
             prepare = partial(processed_pixels, processor=processor, channels=channels)
         return prepare, labels_for(f"model {name}", config, images.classes)

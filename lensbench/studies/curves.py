@@ -53,7 +53,7 @@ class CurveRecipe(BaseModel):
 
 
 @dataclass(frozen=True)
-class Scored:
+class PositionSums:
     """Of one trained model: summed nats ``[S, K]`` of S windows at the K parts of the context, and tokens ``[S, K]``."""
 
     nats: Array
@@ -67,7 +67,7 @@ class Scored:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> "Scored":
+    def load(cls, folder: Path) -> "PositionSums":
         arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
         return cls(**arrays)
 
@@ -80,11 +80,11 @@ class CurvePoint:
     seed: int
     train_tokens: int
     seconds: float
-    scored: Scored
+    scored: PositionSums
 
 
 @torch.no_grad()
-def score_positions(model: nn.Module, windows: Windows, first: tuple[int, ...]) -> Scored:
+def score_positions(model: nn.Module, windows: Windows, first: tuple[int, ...]) -> PositionSums:
     """Cross-entropy of a causal LM at **every** position of the windows, summed over parts of the context.
 
     Position n is where the prediction of token n+1 is read; part k begins at ``first[k]`` and ends where the next begins,
@@ -105,7 +105,7 @@ def score_positions(model: nn.Module, windows: Windows, first: tuple[int, ...]) 
         known = from_numpy(np.arange(1, length) < windows.lengths[start : start + rows, None]).double()
         nats.append((ce * known) @ members)
         tokens.append(known @ members)
-    return Scored(torch.cat(nats).numpy(), torch.cat(tokens).numpy(), windows.clusters)
+    return PositionSums(torch.cat(nats).numpy(), torch.cat(tokens).numpy(), windows.clusters)
 
 
 def names_of(first: tuple[int, ...], length: int) -> list[str]:

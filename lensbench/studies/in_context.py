@@ -48,7 +48,7 @@ from lensbench.studies.curves import (
     BOUND,
     CurvePoint,
     CurveRecipe,
-    Scored,
+    PositionSums,
     curve_table,
     differences,
     score_positions,
@@ -121,11 +121,13 @@ class TaskRecipe(_Strict):
             return self.joint(np.abs(self.rules[rule] - self.noise).transpose(0, 2, 1))
         # A row of Dirichlet variables is one of normalised Gamma variables; tiny shapes may all underflow to zero.
         drawn = rng.gamma(self.concentration * self.base, size=(documents, size, size)) + 1e-300
-        return drawn / drawn.sum(-1, keepdims=True)
+        rows: Array = drawn / drawn.sum(-1, keepdims=True)
+        return rows
 
     def joint(self, one: Array) -> Array:
         """Probability of every token ``[..., V]`` from that of each of its bits to be one ``[..., M]``."""
-        return np.where(self.bits == 1, one[..., None, :], 1 - one[..., None, :]).prod(-1)
+        tokens: Array = np.where(self.bits == 1, one[..., None, :], 1 - one[..., None, :]).prod(-1)
+        return tokens
 
     def documents(self, seed: list[int], documents: int, length: int) -> NDArray[np.int64]:
         """Token ids ``[D, T]``: the first token uniform, then each document's own chain."""
@@ -293,7 +295,7 @@ class TaskStages:
         key["training"] = recipe.model_dump(exclude={"checkpoint_every"})
         return self.stage(name, key, compute)
 
-    def scored(self, task: TaskRecipe, training: Stage, split: int) -> Scored:
+    def scored(self, task: TaskRecipe, training: Stage, split: int) -> PositionSums:
         """Summed nats of whole documents that training has not seen."""
 
         def compute(folder: Path) -> None:
@@ -304,7 +306,7 @@ class TaskStages:
         key = {"trained": training.digest, "split": split, "documents": self.recipe.documents}
         key["positions"] = self.recipe.positions
         part = "dev" if split == DEV else "eval"
-        return Scored.load(
+        return PositionSums.load(
             self.stage(f"score-{part}-{training.folder.name.removeprefix('train-')}", key, compute).folder
         )
 
@@ -316,7 +318,7 @@ class TaskStages:
             tried[rate] = float(dev.nats.sum() / dev.tokens.sum())
         return min(tried, key=lambda rate: tried[rate])
 
-    def bound(self, task: TaskRecipe) -> Scored:
+    def bound(self, task: TaskRecipe) -> PositionSums:
         """The same sums of the Bayes predictor, on the documents that are reported."""
         ids = task.documents([EVAL, 0, 1], self.recipe.documents, self.recipe.training.length)
         nats = task.bayes_nats(ids)
@@ -324,7 +326,7 @@ class TaskStages:
         edges = [*first, length - 1]
         sums = np.stack([nats[:, a:b].sum(1) for a, b in itertools.pairwise(edges)], 1)
         sizes = np.tile(np.diff(edges).astype(float), (len(ids), 1))
-        return Scored(sums, sizes, np.arange(len(ids)))
+        return PositionSums(sums, sizes, np.arange(len(ids)))
 
     def tables(self, task: TaskRecipe) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
         """The rows of ``task.csv`` and of ``differences.csv`` of one task."""
@@ -336,7 +338,7 @@ class TaskStages:
             chosen[who.name] = best = self.best_rate(task, who)
             for seed in recipe.seeds:
                 scored = self.scored(task, self.trained(task, who, seed, best), EVAL)
-                above = Scored(scored.nats - bound.nats, scored.tokens, scored.cluster)
+                above = PositionSums(scored.nats - bound.nats, scored.tokens, scored.cluster)
                 losses.append(CurvePoint(who.name, seed, recipe.training.tokens, 0.0, scored))
                 excess.append(CurvePoint(who.name, seed, recipe.training.tokens, 0.0, above))
         length = recipe.training.length

@@ -119,7 +119,8 @@ def descent(x: Tensor, y: Tensor, question: Tensor, rates: list[float], changes:
 
 def least_norm(x: Tensor, y: Tensor, question: Tensor) -> Tensor:
     """The Bayes predictor ``[B]``: what the context determines of w, and 0 (the prior's mean) of the rest."""
-    return (torch.linalg.pinv(x) @ y[..., None])[..., 0].mul(question).sum(-1)
+    w: Tensor = (torch.linalg.pinv(x) @ y[..., None])[..., 0]
+    return w.mul(question).sum(-1)
 
 
 def tuned(recipe: RegressionRecipe, layers: int, kind: str) -> tuple[list[float], list[float]]:

@@ -27,7 +27,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from lensbench.data.images import Images, load_images, plainly
+from lensbench.data.images import Images, load_images, pixels_of_size
 from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
 from lensbench.models import FAMILIES, build, count_parameters
@@ -187,7 +187,7 @@ def test_an_image_that_would_be_alone_in_the_last_batch_is_not_its_own_null(monk
     stream = ResidualStream(build("cnn-residual", parameters=20_400, **SHAPE).eval())
     pictures = load_images("digits", parts=(900, 350, 150, 397), seed=0)
     rows = pictures.splits["eval"][:5]
-    some = Images(pictures, rows, plainly(channels=1, height=8, width=8), pictures.labels[rows] % 5)
+    some = Images(pictures, rows, pixels_of_size(channels=1, height=8, width=8), pictures.labels[rows] % 5)
 
     def measured(samples):
         maps = AffineMaps.identity(stream.d_model)

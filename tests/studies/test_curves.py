@@ -22,7 +22,7 @@ from lensbench.runtime import files
 from lensbench.studies.curves import (
     CurvePoint,
     CurveRecipe,
-    Scored,
+    PositionSums,
     curve_table,
     differences,
     names_of,
@@ -69,7 +69,7 @@ def points(values, clusters=80):
     shared = rng.normal(0, 0.3, (clusters, 2))
     tokens = np.full((clusters, 2), 10.0)
     return [
-        CurvePoint(model, seed, budget, 5.0, Scored((mean + shared) * tokens, tokens, np.arange(clusters)))
+        CurvePoint(model, seed, budget, 5.0, PositionSums((mean + shared) * tokens, tokens, np.arange(clusters)))
         for (model, seed, budget), mean in values.items()
     ]
 
