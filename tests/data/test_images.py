@@ -14,10 +14,10 @@ from lensbench.data.images import (
     TrainingImages,
     labels_for,
     load_images,
+    moved_by,
     part_sizes,
     pixels_of_size,
     plain_pixels,
-    shifted,
 )
 from lensbench.errors import LensbenchError
 
@@ -133,7 +133,7 @@ def test_the_same_image_under_two_labels_is_refused(tmp_path):
 @given(st.integers(-3, 3), st.integers(-3, 3))
 def test_a_moved_image_is_the_image_at_another_place_and_black_elsewhere(down, right):
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 5, 6)).astype(np.float32)
-    moved = shifted(pixels, down, right)
+    moved = moved_by(pixels, down, right)
     padded = np.pad(pixels, ((0, 0), (3, 3), (3, 3)), constant_values=-1)
     np.testing.assert_array_equal(moved, padded[:, 3 - down : 8 - down, 3 - right : 9 - right])
 
