@@ -1,16 +1,19 @@
-"""A model's lenses and their matrix in a few lines of Python, without a run folder.
+"""A model's lenses and their tables in a few lines of Python, without a run folder.
 
-The same functions as a suite calls: every number here is one that a run would have written of the same tokens.
+The functions are those that a suite calls: every number is the one that a run writes for the same tokens.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lensbench.data.corpus import FRACTIONS, clusters_of, load_corpus
 from lensbench.data.inputs import Texts
@@ -20,18 +23,24 @@ from lensbench.lenses.fit import Fit
 from lensbench.lenses.fit import fit as fit_lenses
 from lensbench.lenses.planning import FitContext
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.measures.evaluate import evaluate
+from lensbench.measures.evaluate import evaluate as evaluate_lenses
+from lensbench.measures.transfer import transfer_sums
 from lensbench.models import count_parameters
 from lensbench.models.pretrained import Pretrained, check_context, load_pretrained
 from lensbench.report.figures.style import style
 from lensbench.report.figures.transfer import transfer_penalty
-from lensbench.results import tables
+from lensbench.results import folder, tables
+from lensbench.results.folder import Run
+from lensbench.results.sums import MatrixSums
 from lensbench.results.tables import Part
+from lensbench.runtime.bars import Bars
 from lensbench.runtime.environment import choose_device, dtype_named
-from lensbench.streams.capture import capture
+from lensbench.runtime.progress import QUIET, Progress
+from lensbench.statistics import bootstrap_weights
+from lensbench.streams.capture import Capture, capture
 from lensbench.streams.stream import ResidualStream
 
-__all__ = ["Lenses", "fit", "load", "measure", "plot", "transfer_matrix"]
+__all__ = ["Lenses", "evaluate", "fit", "load", "plot", "read_run", "transfer_matrix"]
 
 
 def load(source: str, *, dtype: str = "float32", device: str = "auto") -> Pretrained:
@@ -42,16 +51,36 @@ def load(source: str, *, dtype: str = "float32", device: str = "auto") -> Pretra
     return load_pretrained(source, dtype=dtype_named(dtype), device=choose_device(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lenses:
-    """What :func:`fit` fitted to a model's stream, and the text that it may be measured on."""
+    """Lenses that :func:`fit` fitted to a model, with the text whose eval split they are evaluated on."""
 
     name: str
+    """Of the model, in tables and figures"""
     stream: ResidualStream
     fitted: Fit
-    """Every lens by its id: maps, and what dev chose"""
+    """Every lens by its id, with its maps and what dev chose"""
     texts: Texts
     seed: int
+
+    def __repr__(self) -> str:
+        """One line."""
+        kinds = len(self.fitted.lenses)
+        stream = self.stream
+        return (
+            f"Lenses({self.name!r}, {stream.layers} layers of width {stream.d_model}, {kinds} fits, seed {self.seed})"
+        )
+
+    def held_out(self, sequences: int, positions: int) -> tuple[Windows, Capture]:
+        """Windows of the eval split, and what the model's stream holds at their scored positions."""
+        samples = self.texts.samples("eval", sequences, positions, share=0.02)
+        return samples, capture(self.stream, samples, constant=self.fitted.constant)
+
+
+def shown(progress: bool) -> AbstractContextManager[Progress]:
+    """Bars while a ``with`` block runs on a terminal; nothing elsewhere, or without ``progress``."""
+    bars = Bars()
+    return bars if progress and bars.live else nullcontext(QUIET)
 
 
 def fit(
@@ -64,12 +93,14 @@ def fit(
     seed: int = 0,
     max_bytes: int | None = 20_000_000,
     fractions: Mapping[str, float] | None = None,
+    progress: bool = True,
 ) -> Lenses:
     """Per-layer lenses, one shared lens, their leave-one-out fits, pairs and nulls, on the fit split of a text.
 
-    ``text``: stdlib, file:PATH or hf:NAME, in windows of ``length`` tokens. ``fractions`` split it; left out, what a suite
-    trains models on is fitted on too, since this model was trained elsewhere. ``view``: as of :class:`ResidualStream`.
-    Raises :class:`LensbenchError` for a text or model that cannot be read.
+    ``text``: stdlib, file:PATH or hf:NAME, in windows of ``length`` tokens. ``fractions``: shares of the splits; by default
+    those of a suite, and a model that was trained elsewhere is fitted on the train split, too. ``view``: as of
+    :class:`ResidualStream`. ``progress``: a bar on a terminal. Raises :class:`LensbenchError` for a text or model that
+    cannot be read.
     """
     if fractions is None:
         fractions = {**FRACTIONS, "train": 0.0, "fit": FRACTIONS["train"] + FRACTIONS["fit"]}
@@ -83,23 +114,27 @@ def fit(
     stream = ResidualStream(model.model, view)
     if stream.layers < 2:
         raise LensbenchError(f"{model.source} has one layer: there is nothing to transfer a lens to")
-    found = capture(stream, texts.samples("fit", recipe.sequences, recipe.positions), memory_gib=recipe.memory_gib)
-    dev = capture(stream, texts.samples("dev", recipe.dev_sequences, recipe.dev_positions), constant=found.mean_p)
     name = model.source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    return Lenses(name, stream, fit_lenses(FitContext.of(stream.readout, found, dev, recipe, seed=seed)), texts, seed)
+    with shown(progress) as to:
+        found = capture(stream, texts.samples("fit", recipe.sequences, recipe.positions), memory_gib=recipe.memory_gib)
+        dev = capture(stream, texts.samples("dev", recipe.dev_sequences, recipe.dev_positions), constant=found.mean_p)
+        fitted = fit_lenses(FitContext.of(stream.readout, found, dev, recipe, seed=seed, progress=to))
+    return Lenses(name, stream, fitted, texts, seed)
 
 
-def measure(lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws: int = 1000) -> dict[str, pd.DataFrame]:
+def evaluate(
+    lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws: int = 1000, progress: bool = True
+) -> dict[str, pd.DataFrame]:
     """Every lens on every layer of held-out text: the tables of a run (``transfer.csv``, ``indices.csv``, ...) by name.
 
-    Columns are described in :data:`lensbench.results.schema.SCHEMA`; losses in nats/token, intervals over documents.
+    ``sequences`` windows with ``positions`` scored tokens each. Columns are described in
+    :data:`lensbench.results.schema.SCHEMA`; losses are in nats/token, intervals from ``draws`` resamples of documents.
     """
     stream = lenses.stream
-    samples = lenses.texts.samples("eval", sequences, positions, share=0.02)
-    assert isinstance(samples, Windows)
-    captured = capture(stream, samples, constant=lenses.fitted.constant)
-    scored = evaluate(stream.readout, captured, lenses.fitted)
-    frame = scored.frame(samples, model=lenses.name, seed=lenses.seed)
+    samples, captured = lenses.held_out(sequences, positions)
+    with shown(progress) as to:
+        evaluated = evaluate_lenses(stream.readout, captured, lenses.fitted, progress=to)
+    frame = evaluated.frame(samples, model=lenses.name, seed=lenses.seed)
     facts: dict[str, Any] = {
         "family": stream.model.config.model_type,
         "source": lenses.texts.name,
@@ -112,17 +147,48 @@ def measure(lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws:
     }
     clusters = clusters_of(frame["document"].astype(str).unique())
     fitted = lenses.fitted.summary
-    part = Part(lenses.name, lenses.seed, frame, facts, fitted, scored.refits, (), None, clusters)
+    part = Part(lenses.name, lenses.seed, frame, facts, fitted, evaluated.refits, (), None, clusters)
     return tables.tables([part], draws=draws)
 
 
+@torch.no_grad()
 def transfer_matrix(lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws: int = 1000) -> pd.DataFrame:
-    """The transfer matrix as a tidy frame: a row for each lens and layer, nats/token, with intervals (``transfer.csv``)."""
-    with torch.no_grad():
-        return measure(lenses, sequences=sequences, positions=positions, draws=draws)["transfer.csv"]
+    """The transfer matrix as a tidy frame: a row for each lens and layer, nats/token, with intervals (``transfer.csv``).
+
+    Nothing else is computed: shared lenses, nulls and refits are left to :func:`evaluate`, whose numbers these are.
+    """
+    samples, captured = lenses.held_out(sequences, positions)
+    sums = transfer_sums(lenses.stream.readout, captured, lenses.fitted.headline.maps)
+    names = np.array(samples.document_names, dtype=object)[samples.documents]
+    of = clusters_of(names)
+    _, cluster = np.unique([of[name] for name in names], return_inverse=True)
+
+    def by_cluster(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = np.zeros((cluster.max() + 1, *values.shape[1:]))
+        np.add.at(total, cluster, values)
+        return total
+
+    tokens = by_cluster(np.bincount(captured.window, minlength=len(names)).astype(float))
+    # Rows of a run hold sums by window in float32: the same numbers need the same rounding.
+    rounded = (getattr(sums, name).astype(np.float32).astype(float) for name in ("kl", "ce", "movement", "top1"))
+    matrix = MatrixSums(*map(by_cluster, rounded))
+    rows = tables.matrix_rows(lenses.fitted.summary, matrix, tokens, bootstrap_weights(len(tokens), draws, 0))
+    who = {"model": lenses.name, "seed": lenses.seed}
+    return pd.DataFrame([who | row for row in rows])
+
+
+def read_run(path: str | Path) -> Run:
+    """A finished run folder: its tables by name, checked against the manifest.
+
+    Raises :class:`LensbenchError` for a folder that holds no finished run, or one whose files were changed.
+    """
+    return folder.read_run(Path(path))
 
 
 def plot(cells: pd.DataFrame) -> Figure:
-    """Heatmaps of transfer penalties, one for each model of :func:`transfer_matrix`'s frame (of several, put together)."""
+    """Heatmaps of transfer penalties, one for each model of :func:`transfer_matrix`'s frame.
+
+    Frames of several models are put together with :func:`pandas.concat`.
+    """
     with style():
         return transfer_penalty(cells[cells["penalty_ce"].notna()])

@@ -14,6 +14,16 @@ from lensbench.measures.means import Means
 
 
 @dataclass(frozen=True)
+class MatrixSums:
+    """Sums of every lens on every layer, ``[clusters, L+1, L+1]``: nats, and tokens with the model's own top word."""
+
+    kl: NDArray[np.float64]
+    ce: NDArray[np.float64]
+    movement: NDArray[np.float64]
+    top1: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class ClusterSums:
     """Sums over the clusters (documents, or folders of them) of one model and seed: what every interval resamples.
 

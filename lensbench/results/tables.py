@@ -1,5 +1,6 @@
 """The tables of a run folder, from the per-sequence sums of its models: means, penalties, indices, with intervals."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agree
 from lensbench.probes.measured import Measured, Measurement
 from lensbench.probes.registry import quantity_of
 from lensbench.probes.tools.crossfit import COLUMNS
-from lensbench.results.sums import ClusterSums, by_document, clustered
+from lensbench.results.sums import ClusterSums, MatrixSums, by_document, clustered
 from lensbench.statistics import bootstrap_weights, interval, mean_over_seeds, ratio_with_interval
 
 
@@ -302,37 +303,46 @@ def lens_rows(part: Part, weights: NDArray[np.float64], *, with_null: bool = Tru
 
 
 def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-    """``transfer.csv``: the transfer matrix."""
-    matrix, layers = part.fit.headline, part.fit.depth
-    ridges = part.fit.records[matrix].ridge
+    """``transfer.csv``: the transfer matrix of a model and seed."""
+    totals = sums.totals
+    matrix = MatrixSums(totals.transfer, totals.transfer_ce, totals.movement, sums.top1)
+    for row in matrix_rows(part.fit, matrix, sums.tokens, weights):
+        yield {"model": part.model, "seed": part.seed} | row
+
+
+def matrix_rows(
+    fit: FitSummary, sums: MatrixSums, tokens: NDArray[np.float64], weights: NDArray[np.float64]
+) -> Iterator[dict[str, Any]]:
+    """A row for each lens and layer: means and penalties in nats/token, with intervals.
+
+    ``tokens`` ``[clusters]``; ``weights`` ``[draws, clusters]`` of the bootstrap.
+    """
+    lens, layers = fit.headline, fit.depth
+    ridges = fit.records[lens].ridge
     values = {}
     for name, array in (
-        ("kl", sums.totals.transfer),
-        ("ce", sums.totals.transfer_ce),
-        ("movement_kl", sums.totals.movement),
+        ("kl", sums.kl),
+        ("ce", sums.ce),
+        ("movement_kl", sums.movement),
         ("top1_agreement", sums.top1),
     ):
-        low, values[name], high = ratio_with_interval(array, sums.tokens, weights)
+        low, values[name], high = ratio_with_interval(array, tokens, weights)
         if name == "top1_agreement":
             values |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
         if name in ("kl", "ce"):
             penalty = array - np.diagonal(array, axis1=1, axis2=2)[:, None, :]
-            low, mean, high = ratio_with_interval(penalty, sums.tokens, weights)
+            low, mean, high = ratio_with_interval(penalty, tokens, weights)
             values |= {f"penalty_{name}": mean, f"penalty_{name}_ci_low": low, f"penalty_{name}_ci_high": high}
-    for i in range(layers + 1):
-        for j in range(layers + 1):
-            fitted = i < layers
-            yield {
-                "model": part.model,
-                "seed": part.seed,
-                "lens_layer": i,
-                "stream_layer": j,
-                "stage": matrix.stage,
-                "prior": matrix.prior,
-                "ridge": ridges[i] if fitted else None,
-                "tolerance": matrix.tolerance,
-                **{name: float(array[i, j]) for name, array in values.items()},
-            }
+    for i, j in itertools.product(range(layers + 1), repeat=2):
+        yield {
+            "lens_layer": i,
+            "stream_layer": j,
+            "stage": lens.stage,
+            "prior": lens.prior,
+            "ridge": ridges[i] if i < layers else None,
+            "tolerance": lens.tolerance,
+            **{name: float(array[i, j]) for name, array in values.items()},
+        }
 
 
 def tolerance_rows(part: Part, sample: Sample, largest_ridge: float | None = None) -> Iterator[dict[str, Any]]:

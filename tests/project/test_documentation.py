@@ -17,6 +17,7 @@ from lensbench.lenses import KINDS
 from lensbench.models import FAMILIES
 from lensbench.probes.registry import PROBES
 from lensbench.results import schema as results
+from lensbench.suite.files import load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,16 +48,26 @@ def test_the_readmes_example_gives_a_matrix_and_its_figure(tiny_run, tiny_suite,
 
 def test_what_is_measured_in_python_is_what_a_run_writes_of_the_same_tokens(tiny_run, tiny_suite):
     model = lensbench.load(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
-    from lensbench.suite.files import load_suite
-
     suite = load_suite(str(tiny_suite))
     lenses = lensbench.fit(model, suite.corpus.spec, length=64, recipe=suite.fit)
-    found = lensbench.measure(lenses, sequences=96, positions=8, draws=200)
-    written = pd.read_csv(tiny_run / "transfer.csv").query("model == 'gpt'")
+    assert repr(lenses) == "Lenses('train-gpt-seed0', 3 layers of width 16, " + repr(lenses).partition("16, ")[2]
+    assert "\n" not in repr(lenses)
+    found = lensbench.evaluate(lenses, sequences=96, positions=8, draws=200)
+    written = lensbench.read_run(tiny_run).tables["transfer.csv"].query("model == 'gpt'")
     ours = found["transfer.csv"]
     for column in ("kl", "ce", "penalty_ce", "penalty_ce_ci_low", "movement_kl"):
         assert ours[column].to_numpy() == pytest.approx(written[column].to_numpy(), rel=1e-5, abs=1e-7), column
+    matrix = lensbench.transfer_matrix(lenses, sequences=96, positions=8, draws=200)
+    pd.testing.assert_frame_equal(matrix[list(ours.columns)], ours, check_dtype=False, rtol=1e-6, atol=1e-9)
     assert isinstance(lensbench.plot(ours), Figure)
+
+
+def test_the_matrix_alone_reads_no_other_lens(tiny_run, tiny_suite, monkeypatch):
+    monkeypatch.setattr("lensbench.api.evaluate_lenses", lambda *_, **__: pytest.fail("more than the matrix"))
+    model = lensbench.load(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+    suite = load_suite(str(tiny_suite))
+    lenses = lensbench.fit(model, suite.corpus.spec, length=64, recipe=suite.fit, progress=False)
+    assert len(lensbench.transfer_matrix(lenses, sequences=8, positions=4, draws=10)) == 16
 
 
 def test_importing_lensbench_takes_no_time_and_no_torch():
