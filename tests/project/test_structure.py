@@ -1,5 +1,6 @@
-"""How the code is cut: what a wheel holds, one version."""
+"""How the code is cut: sizes, where imports stand, what a wheel holds, one version."""
 
+import ast
 import itertools
 import re
 import tomllib
@@ -9,6 +10,52 @@ import lensbench
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted((ROOT / "lensbench").rglob("*.py"))}
+LONG = {"lensbench/models/predictive_coding.py"}
+OPTIONAL = {"accelerate", "datasets", "ray"}
+LATE = ("lensbench/__init__.py", "lensbench/cli/")
+"""Where functions may import lensbench itself: torch takes seconds, and `lensbench --help` is to answer at once."""
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(text: str) -> list[Function]:
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, Function)]
+
+
+def imported(function: Function) -> set[str]:
+    """Names of the packages that a function imports."""
+    found: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_no_module_is_longer_than_500_lines():
+    assert {path for path, text in MODULES.items() if len(text.splitlines()) > 500} - LONG == set()
+
+
+def test_no_function_is_longer_than_70_lines():
+    long = [
+        f"{path}:{function.lineno} {function.name}"
+        for path, text in MODULES.items()
+        for function in functions(text)
+        if function.end_lineno - function.lineno + 1 > 70
+    ]
+    assert long == []
+
+
+def test_functions_import_optional_packages_alone_but_for_start_up_time():
+    allowed = {path: OPTIONAL | ({"lensbench"} if path.startswith(LATE) else set()) for path in MODULES}
+    allowed["lensbench/data/images.py"] |= {"sklearn"}  # for its digits alone: a second
+    inside = {
+        f"{path}: {function.name} imports {name}"
+        for path, text in MODULES.items()
+        for function in functions(text)
+        for name in imported(function) - allowed[path]
+    }
+    assert inside == set()
 
 
 def test_a_wheel_holds_every_package():
