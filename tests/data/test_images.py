@@ -81,7 +81,7 @@ def test_images_that_cannot_be_used_are_refused_with_what_would_be_right(tmp_pat
 
     refused("didgits", "unknown images 'didgits'.*digits, folder:PATH")
     refused(f"folder:{tmp_path}/none", "there is no folder")
-    refused(f"folder:{write_folder(tmp_path / 'one', classes=('cat',))}", "a folder of images for each class")
+    refused(f"folder:{write_folder(tmp_path / 'one', classes=('cat',))}", "each in a folder of its own")
     refused(f"folder:{write_folder(tmp_path / 'few', each=2)}", "4 different images: too few", (2, 1, 1, 400))
     broken = write_folder(tmp_path / "broken")
     (broken / "cat" / "5.png").write_bytes(b"\x89PNG but no more")
