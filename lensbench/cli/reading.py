@@ -104,7 +104,7 @@ def trace(
 ) -> None:
     """What each layer predicts next in a text, through a lens of your choice; prediction errors where a model has them."""
     from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
-    from lensbench.models.pretrained import load_pretrained
+    from lensbench.models.pretrained import load_pretrained, without_progress_bars
     from lensbench.report.trace import token_ids, traced, traced_model, words_of
     from lensbench.report.trace_errors import errors_of
     from lensbench.report.trace_page import trace_page
@@ -115,7 +115,8 @@ def trace(
     if out is not None and out.is_dir():
         raise LensbenchError(f"--out {out} is a folder: name a file, {out / 'trace.html'} say")
     named = traced_model(model, lens, run, seed)
-    loaded = load_pretrained(named.model, dtype=dtype_named(dtype), device=choose_device(device))
+    with without_progress_bars():
+        loaded = load_pretrained(named.model, dtype=dtype_named(dtype), device=choose_device(device))
     trajectory = traced(loaded, text, named.lens, tokens, named.view)
     for table in trace_tables(trajectory, tokens, console.width):
         console.print(table)

@@ -63,7 +63,7 @@ def test_a_cell_tells_lens_layer_value_and_interval_of_the_table(vision):
 def test_verdicts_settings_and_commands_are_told(vision):
     manifest = json.loads((RESULTS / "vision" / "manifest.json").read_text())
     assert "Do lenses transfer between the layers of image models" in vision
-    assert re.search(r"<strong>vit</strong><ul><li>all layers: <span class=verdict>refinement</span>\. Gain", vision)
+    assert re.search(r"<strong>vit</strong>\s*<ul>\s*<li>all layers: <span class=verdict>refinement</span>\. Gain", vision)
     assert f"git checkout {manifest['git_revision']}" in vision and "lensbench run vision" in vision
     assert (
         manifest["corpus"]["checksum"] in vision

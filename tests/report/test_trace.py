@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import refused, run
-from helpers.pages import Read, browser, opened  # noqa: F401 (a fixture)
+from helpers.pages import Read, opened
 from markupsafe import escape
 from rich.console import Console
 from tuned_lens.plotting import PredictionTrajectory
@@ -341,7 +341,7 @@ def test_terminal_and_page_name_the_same_moves(tiny_run, tmp_path):
     assert f"{errors.size[1, -1]:.2f} ({errors.surprisal[1, -1]:.2f})" in told
 
 
-def test_focus_tells_a_cell_and_a_phone_scrolls_the_table_alone(browser, tiny_run, tmp_path):  # noqa: F811
+def test_focus_tells_a_cell_and_a_phone_scrolls_the_table_alone(browser, tiny_run, tmp_path):
     path = tmp_path / "t.html"
     assert run("trace", "pc", TEXT + " " + "h" * 40, "--run", tiny_run, "--out", path, "--tokens", 40).exit_code == 0
     tab, told, asked = opened(browser, path, viewport={"width": 375, "height": 800}, color_scheme="dark")

@@ -27,7 +27,7 @@ for module in iter_modules(figures.__path__, f"{figures.__name__}."):
 def draw_figures(
     run: Run, folder: Path, *, formats: Sequence[str] = ("png",), dpi: int = DPI, columns: int | None = None
 ) -> list[Path]:
-    """Write every figure that the tables of ``run`` allow into ``folder``; return the paths.
+    """Write every figure that the tables of ``run`` allow into ``folder``; return the paths, in the order of names.
 
     ``formats``: of :data:`FORMATS`; ``dpi``: dots per inch of PNG; ``columns``: 1 or 2 columns of a paper that the figures
     fit into, or None for a screen. All are drawn before the first is written.
@@ -42,7 +42,7 @@ def draw_figures(
     if columns not in SHEETS:
         raise LensbenchError(f"{columns} columns: figures are as wide as 1 or 2")
     with on_sheet(SHEETS[columns]), style():
-        drawn = {name: drawing for name, each in FIGURES.items() if (drawing := each.of_run(run)) is not None}
+        drawn = {name: drawing for name, each in sorted(FIGURES.items()) if (drawing := each.of_run(run)) is not None}
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for name, drawing in drawn.items():
