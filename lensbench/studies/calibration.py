@@ -1,8 +1,8 @@
-"""How often verdicts are wrong and intervals miss, measured on synthetic streams of known answer.
+"""Calibration: how often verdicts are wrong and intervals miss, measured on synthetic streams of known answer.
 
-A calibration is a data file, like a suite: generator families to tune the rule's thresholds on, others to judge them by, and
-the rule itself, frozen. Each stream gets lenses fitted and scored as a model's do, and a verdict; its true indices are those
-of the same fitted lenses on many times as many fresh tokens.
+A calibration is a data file, like a suite. It names families of streams to tune the thresholds of the rule on, other
+families to judge them by, and the frozen rule. Lenses are fitted and scored on each stream as on a model, and the stream
+gets a verdict. Its true indices are those of the same lenses on many times as many fresh tokens.
 """
 
 import hashlib
@@ -49,26 +49,27 @@ from lensbench.streams.rotated import RotatedView
 from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream, windows_of
 
 JUDGED = ("gain_visibility", "movement", "shared_consistency", "shared_retention")
-"""Indices whose intervals are held against the truth."""
+"""Indices whose intervals are compared with the truth"""
 
 
 OWN_VIEWS = "shared_consistency_own_views"
-"""Consistency whose null is that of the very views that were fitted, where ``shared_consistency`` is judged by new ones.
+"""Consistency with the null of the fitted views themselves; the truth of ``shared_consistency`` uses new views.
 
-The spread over views enters its interval, so the first truth lies in it too often, most of all where all of it is spread.
+The spread over views is a part of the interval. The interval therefore covers this truth too often, most of all where the
+spread is all of it.
 """
 
 
 VERSION = 2
-"""Raised when a stream's row would come out differently from the same settings, so that old rows are not taken up."""
+"""Increased when the same settings give another row for a stream, so that old rows are not reused"""
 
 
 FRESH_BLOCK = 10_000
-"""Fresh tokens that are looked at at once."""
+"""Fresh tokens that are read at once"""
 
 
 class Calibration(BaseModel):
-    """What to try: families, sizes, and the rule that is judged."""
+    """The streams of a calibration, their families and sizes, and the rule that is judged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -87,7 +88,7 @@ class Calibration(BaseModel):
     fresh: int = Field(
         100, ge=0, description="fresh tokens per held-out token that the truth is measured on; 0: no coverage"
     )
-    new_views: int = Field(25, ge=2, description="rotated views beside the fit's own that the true null is a mean over")
+    new_views: int = Field(25, ge=2, description="new random views; the true null is their mean")
     draws: int = Field(500, ge=100)
     fit: FitRecipe = FitRecipe()
     rule: VerdictRule = VerdictRule()
@@ -101,11 +102,11 @@ class Calibration(BaseModel):
         return names
 
     def jobs(self) -> "Iterator[Job]":
-        """Every stream to measure, its sizes drawn at random."""
+        """Every stream to measure; its sizes are drawn at random."""
         for group in ("tune", "held_out"):
             for family in getattr(self, group):
                 for number in range(self.streams):
-                    # Families differ in their streams' sizes, directions and tokens, so that they may be counted together.
+                    # Families differ in the sizes, directions and tokens of their streams, so they may be counted together.
                     of_family = int.from_bytes(hashlib.sha256(f"{group}/{family}".encode()).digest()[:3])
                     rng = np.random.default_rng([number, of_family])
                     first, last = self.noise[rng.integers(len(self.noise))]
@@ -121,7 +122,7 @@ class Calibration(BaseModel):
 
 
 class Job(BaseModel):
-    """One stream."""
+    """One stream to measure."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -134,8 +135,8 @@ class Job(BaseModel):
 
 
 def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
-    """Lenses, indices, verdict and truth of one stream: a row of ``streams.csv``."""
-    torch.set_num_threads(1)  # many small products: streams run side by side instead
+    """One row of ``streams.csv``: indices, verdict and truth of a stream."""
+    torch.set_num_threads(1)  # products are small: processes measure streams in parallel instead
     seed = job.seed
     stream = SyntheticStream(job.family, Shape(**job.shape), seed=seed)
     captured = stream.capture(recipe.fit_tokens, seed=10 * seed + 1)
@@ -173,7 +174,7 @@ def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
 def views_of(
     stream: SyntheticStream, lenses: Fit, captured: Capture, dev: Capture, recipe: Calibration, seed: int
 ) -> list[AffineMaps]:
-    """The shared lens of every rotated view as maps of plain states: the fit's own views, then new ones."""
+    """The shared lens of every random-basis view, as maps of states that are not rotated: the fit's views, then new ones."""
     moments = Moments.of(captured)
     search = DevSearch(stream.readout, dev, recipe.fit, pad_direction(stream.readout, captured.states[-1]))
     maps = [lenses[SHARED_LENS.of_view(k)].to_plain(0, lenses.views) for k in range(len(lenses.views))]
@@ -184,16 +185,16 @@ def views_of(
 
 
 NEW_VIEWS = 500_000_000
-"""First seed of the views that truths are measured on; those of fits count from zero."""
+"""First seed of the views that truths are measured on; seeds of fits count from zero"""
 
 
 def true_indices(
     stream: SyntheticStream, lenses: Fit, views: list[AffineMaps], constant: torch.Tensor, tokens: int, seed: int
 ) -> dict[str, float]:
-    """The indices of the fitted lenses on fresh tokens: what intervals over documents are intervals for.
+    """The indices of the fitted lenses on fresh tokens, which intervals over documents should cover.
 
-    The fresh tokens are dealt out to groups of ``views``, as many as the fit has in each; a view's retention is formed on
-    the tokens that it was read on.
+    The fresh tokens are divided among groups of ``views``, each as large as the number of views of the fit. The retention
+    of a view is computed on the tokens of its group.
     """
     layers = list(range(stream.layers))
     size = len(lenses.views)
@@ -242,7 +243,7 @@ def true_indices(
 
 
 def kl_of_readers(stream: SyntheticStream, block: Capture, readers: Sequence[AffineMaps]) -> NDArray[np.float64]:
-    """Summed KL of M lenses as they read every layer 0..L-1, ``[M, L]``: one map for each layer, or one for all of them."""
+    """Summed KL ``[M, L]`` of M lenses that read every layer 0..L-1; a lens has a map for each layer, or one for all."""
     sums = []
     for layer in range(stream.layers):
         maps = AffineMaps.stack([m[[layer if len(m) > 1 else 0]] for m in readers])
@@ -313,15 +314,15 @@ def _write_row(path: Path, *, row: dict[str, Any]) -> None:
 
 
 SIZES = ("layers", "d", "noise", "tokens")
-"""What the streams of a family differ in."""
+"""Sizes in which the streams of a family differ"""
 
 
 def summarise(streams: pd.DataFrame) -> pd.DataFrame:
-    """How many verdicts commit, how many of those are right, what share cannot tell, how many intervals cover the truth.
+    """Shares of verdicts that commit, are right and cannot tell, and of intervals that cover the truth; ``calibration.csv``.
 
-    Per set: over all of its streams, over the pure ones, and by family; of the held-out ones also by size. Coverage, which
-    nothing was tuned for, also over both sets together. Each share has its 95 % Wilson interval. Columns with
-    ``_without_layer0``: the verdicts on that scope, whose thresholds are those of all layers.
+    Rows are, for each set, all streams, the pure streams and each family; for the held-out set also each size. Coverage is
+    also given over both sets together, since nothing was tuned for it. Each share has a 95 % Wilson interval. Columns with
+    ``_without_layer0`` are verdicts without layer 0; their thresholds are those of all layers.
     """
     rows = []
     noise = streams["first_noise"].astype(str) + " to " + streams["last_noise"].astype(str)
@@ -336,7 +337,7 @@ def summarise(streams: pd.DataFrame) -> pd.DataFrame:
     for (group, by, value), rows_of in groups:
         row: dict[str, Any] = {"set": group, "by": by, "value": value, "streams": len(rows_of)}
         for suffix in SCOPES.values():
-            judged = rows_of if group != "both" else rows_of[:0]  # some of them were tuned on
+            judged = rows_of if group != "both" else rows_of[:0]  # the rule was tuned on some of them
             committed = judged[f"verdict{suffix}"] != CANNOT_TELL
             right = committed & (judged[f"verdict{suffix}"] == judged["truth"])
             row[f"committed{suffix}"] = int(committed.sum()) if len(judged) else None
@@ -356,15 +357,15 @@ TUNED = {
     "consistent": ("shared_consistency_ci_low", "refinement", 1),
     "inconsistent": ("shared_consistency_ci_high", "re-representation", -1),
 }
-"""Threshold -> what it is held against, the truth whose streams have to pass, and on which side: above (1) or below (-1)."""
+"""Threshold -> the column it is compared with, the truth whose streams must pass, and the side: above (1) or below (-1)"""
 
 
 def midpoints(streams: pd.DataFrame) -> pd.DataFrame:
-    """Where the thresholds would lie that the ``tune`` streams ask for: ``threshold, pure, other, midpoint``.
+    """The thresholds that the ``tune`` streams suggest: ``threshold, pure, other, midpoint``.
 
-    Midway between the worst of the streams that have to pass (``pure``) and the nearest stream of another truth, of the
-    families that lie wholly on the other side (``other``); families that do not are another threshold's to keep out. The
-    two thresholds that are not here have a meaning of their own: still is near zero, unseen is zero.
+    The midpoint lies between the worst stream that must pass (``pure``) and the nearest stream of another truth (``other``).
+    Only families that lie wholly on the other side count; other thresholds exclude the rest. The two thresholds that are
+    missing here have a meaning of their own: still is near zero, unseen is zero.
     """
     tune, rows = streams[streams["set"] == "tune"], []
     for threshold, (column, truth, side) in TUNED.items():
@@ -377,7 +378,7 @@ def midpoints(streams: pd.DataFrame) -> pd.DataFrame:
 
 
 def share(name: str, count: int, of: int) -> dict[str, float | None]:
-    """``count / of`` with its 95 % Wilson interval; empty where there is nothing to take a share of."""
+    """``count / of`` with its 95 % Wilson interval; None where ``of`` is 0."""
     if not of:
         return {name: None, f"{name}_ci_low": None, f"{name}_ci_high": None}
     interval = binomtest(count, of).proportion_ci(method="wilson")
@@ -385,5 +386,6 @@ def share(name: str, count: int, of: int) -> dict[str, float | None]:
 
 
 def default_workers() -> int:
+    """One process for each processor."""
     """One per core."""
     return max(1, os.cpu_count() or 1)

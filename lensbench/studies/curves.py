@@ -1,7 +1,7 @@
 """Learning curves: held-out cross-entropy of models trained with several budgets, by position in the context.
 
-Every budget is a run of its own, with its own warm-up and decay: a checkpoint on the way to a larger one has not decayed
-its rate and would flatter whatever learns fast.
+Every budget is a training of its own, with its own warm-up and decay. A checkpoint of a longer training has not decayed its
+learning rate, which would favour models that learn fast.
 """
 
 import itertools
@@ -26,21 +26,21 @@ TOKENS_AT_ONCE = 8192
 
 
 ALL = "all"
-"""What ``positions`` says of a mean over the whole context, and ``seed`` of one over seeds."""
+"""``positions`` of a mean over the whole context, and ``seed`` of a mean over seeds"""
 
 
 BOUND = "bayes"
-"""What ``model`` says of the exact Bayes predictor, where it is known."""
+"""``model`` of the exact Bayes predictor, where it is known"""
 
 
 class CurveRecipe(BaseModel):
-    """What learning curves are made of."""
+    """Budgets and positions of learning curves."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     budgets: tuple[int, ...] = Field((), description="training tokens of shorter runs; training.tokens is the last")
     positions: tuple[int, ...] = Field(
-        (1, 16, 64), min_length=1, description="first positions of the parts of the context that are told apart"
+        (1, 16, 64), min_length=1, description="first positions of the parts of the context"
     )
 
     @model_validator(mode="after")
@@ -54,13 +54,14 @@ class CurveRecipe(BaseModel):
 
 @dataclass(frozen=True)
 class PositionSums:
-    """Of one trained model: summed nats ``[S, K]`` of S windows at the K parts of the context, and tokens ``[S, K]``."""
+    """Summed nats ``[S, K]`` and tokens ``[S, K]`` of a model in S windows and K parts of the context; clusters ``[S]``."""
 
     nats: Array
     tokens: Array
     cluster: NDArray[np.int64]
 
     def save(self, folder: Path) -> None:
+        """Write the sums to ``sums.safetensors`` in ``folder``."""
         arrays = {"nats": self.nats, "tokens": self.tokens, "cluster": self.cluster}
         save_file(
             {name: from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}, folder / "sums.safetensors"
@@ -68,13 +69,14 @@ class PositionSums:
 
     @classmethod
     def load(cls, folder: Path) -> "PositionSums":
+        """The sums that :meth:`save` wrote."""
         arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
         return cls(**arrays)
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A model trained with one budget and seed: what it scored, and what its training took."""
+    """A model trained with one budget and seed: its losses, and the seconds of its training."""
 
     model: str
     seed: int
@@ -85,10 +87,10 @@ class CurvePoint:
 
 @torch.no_grad()
 def score_positions(model: nn.Module, windows: Windows, first: tuple[int, ...]) -> PositionSums:
-    """Cross-entropy of a causal LM at **every** position of the windows, summed over parts of the context.
+    """The cross-entropy of a causal LM at **every** position of the windows, summed over parts of the context.
 
-    Position n is where the prediction of token n+1 is read; part k begins at ``first[k]`` and ends where the next begins,
-    the last at the end of the window. What lies before ``first[0]`` is not scored.
+    At position n the model predicts token n+1. Part k begins at ``first[k]`` and ends before ``first[k+1]``, the last part
+    at the end of the window. Positions before ``first[0]`` are not scored.
     """
     device = next(model.parameters()).device
     length = windows.ids.shape[1]
@@ -109,14 +111,14 @@ def score_positions(model: nn.Module, windows: Windows, first: tuple[int, ...]) 
 
 
 def names_of(first: tuple[int, ...], length: int) -> list[str]:
-    """What the parts of a context of ``length`` tokens are called: the positions from and to, the last one included."""
+    """Names of the parts of a context of ``length`` tokens: their first and last positions."""
     return [f"{a}-{b - 1}" for a, b in itertools.pairwise([*first, length - 1])]
 
 
 def curve_table(points: list[CurvePoint], first: tuple[int, ...], length: int, draws: int) -> pd.DataFrame:
     """``curves.csv``: each seed with its interval over clusters of documents, and their mean with a Student-t interval.
 
-    All seeds are scored on the same documents: the mean's interval is for other seeds, not for other documents.
+    All seeds are scored on the same documents, so the interval of the mean is for other seeds, not for other documents.
     """
     rows: list[dict[str, Any]] = []
     names = [ALL, *names_of(first, length)]
@@ -144,16 +146,16 @@ def curve_table(points: list[CurvePoint], first: tuple[int, ...], length: int, d
 
 
 def timing_table(points: list[CurvePoint]) -> pd.DataFrame:
-    """``timings.csv``: what each training took on this machine, as it was then."""
+    """``timings.csv``: the seconds of each training, on the machine that ran it."""
     return pd.DataFrame(
         [{"model": p.model, "seed": str(p.seed), "train_tokens": p.train_tokens, "seconds": p.seconds} for p in points]
     )
 
 
 def differences(curves: pd.DataFrame, model: str, against: str) -> Iterator[dict[str, Any]]:
-    """``model - against`` at every budget and part of the context: seed-paired mean, Student-t interval, and p.
+    """``model - against`` at every budget and part of the context: mean over paired seeds, Student-t interval, and p.
 
-    Nothing where the two have fewer than two seeds in common.
+    There is no difference where the two models have fewer than two seeds in common.
     """
     of = curves[curves["seed"] != ALL].set_index(["model", "train_tokens", "positions", "seed"])["ce"].sort_index()
     known = curves[curves["model"] == model].drop_duplicates(["train_tokens", "positions"])
@@ -171,6 +173,6 @@ def differences(curves: pd.DataFrame, model: str, against: str) -> Iterator[dict
 
 
 def shown_curves(curves: pd.DataFrame, by: str = "train_tokens") -> pd.DataFrame:
-    """The rows over seeds where a model has several at a budget (or whatever ``by`` names), else the one seed's."""
+    """The rows over seeds where a model has several seeds at a budget (or value of ``by``), else those of its one seed."""
     groups = curves.groupby(["model", by])["seed"]
     return curves[(curves["seed"] == ALL) | ~groups.transform(lambda seeds: (seeds == ALL).any())]

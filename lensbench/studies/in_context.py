@@ -1,18 +1,18 @@
 """Synthetic documents whose best predictor is known: does subtracting the prediction help where it should?
 
-Every document has a table of its own, from a token to the next one's distribution, and is a Markov chain by it; what can
-be predicted must be learned in the context. The exact Bayes predictor is a closed form, and a model's distance from it is
-its cross-entropy minus the predictor's on the same tokens.
+Every document is a Markov chain with its own table, from a token to the distribution of the next one. A model must learn the
+table in the context. The exact Bayes predictor has a closed form. A model's distance from it is its cross-entropy minus
+that of the predictor on the same tokens.
 
-``noisy-map``: a row is one token, uniform among all, which follows with probability ``1 - noise``, else any token. Copying
-what followed last time nearly solves it.
-``dirichlet``: a row is drawn from ``Dirichlet(concentration * B_a)`` around a table B that all documents share. What
-followed must be *weighed* against B: an update by the error ``E[y] - E^T p`` is the gradient step that does so, while
-adding ``E[y]`` alone grows with every repetition.
-``thresholds``: each bit of the next token says whether the token reaches a threshold of the document's, or that it does
-not, and is wrong with probability ``noise``; rows are not independent, but bits are, and their rules few. What followed one
-token tells about all others, whose codes overlap: adding up what co-occurred is not the solution of a regression on
-correlated inputs, which steps along the errors approach.
+``noisy-map``: for each token one successor is drawn uniformly. It follows with probability ``1 - noise``, otherwise any
+token does. To copy the last successor nearly solves the task.
+``dirichlet``: a row is drawn from ``Dirichlet(concentration * B_a)`` around a table B that all documents share. Observed
+successors must be *weighed* against B. An update by the error ``E[y] - E^T p`` is the gradient step that does so; adding
+``E[y]`` alone grows with every repetition.
+``thresholds``: each bit of the next token tells whether the token reaches a threshold (or whether it does not), and is wrong
+with probability ``noise``. Every document has its own thresholds. Rows are not independent, but the bits are, and each has
+few possible rules. The successor of one token is evidence about all others, whose codes overlap: a sum of co-occurrences
+does not solve a regression on correlated inputs, but steps along the errors approach the solution.
 """
 
 import itertools
@@ -55,18 +55,18 @@ from lensbench.studies.curves import (
 )
 
 VERSION = 1
-"""Raise it where the same task would give other numbers."""
+"""Increased when the same task gives other numbers"""
 
 
 TABLE, GAPS = "task.csv", "differences.csv"
 
 
 DEV, EVAL = 1, 2
-"""Streams of random numbers of the documents that rates are chosen on, and that are reported; training has others."""
+"""Random number streams of the documents that choose learning rates, and of those that are reported; training has others"""
 
 
 BASE_SPREAD = 0.3
-"""Concentration of each row of B: a few likely tokens and many unlikely ones."""
+"""Concentration of each row of B: few likely tokens and many unlikely ones"""
 
 
 class _Strict(BaseModel):
@@ -95,13 +95,13 @@ class TaskRecipe(_Strict):
 
     @cached_property
     def bits(self) -> Array:
-        """Bits of each token ``[V, M]``."""
+        """The bits of each token ``[V, M]``"""
         tokens = np.arange(self.vocab_size)[:, None]
         return (tokens >> np.arange(self.vocab_size.bit_length() - 1) & 1).astype(float)
 
     @cached_property
     def rules(self) -> Array:
-        """What each rule of a bit says of each token ``[2V, V]``: it reaches the threshold, or it does not."""
+        """The bit that each rule gives each token ``[2V, V]``: it reaches the threshold, or it does not"""
         reached = (np.arange(self.vocab_size) >= np.arange(self.vocab_size)[:, None]).astype(float)
         return np.concatenate([reached, 1 - reached])
 
@@ -125,7 +125,7 @@ class TaskRecipe(_Strict):
         return rows
 
     def joint(self, one: Array) -> Array:
-        """Probability of every token ``[..., V]`` from that of each of its bits to be one ``[..., M]``."""
+        """Probability of every token ``[..., V]``, given the probability of each bit to be one ``[..., M]``."""
         tokens: Array = np.where(self.bits == 1, one[..., None, :], 1 - one[..., None, :]).prod(-1)
         return tokens
 
@@ -142,7 +142,7 @@ class TaskRecipe(_Strict):
         return ids
 
     def bayes(self, ids: NDArray[np.int64]) -> Array:
-        """Exact predictive probabilities of the token behind each position but the last: ``[D, T-1, V]``."""
+        """Exact probabilities of the next token at each position but the last: ``[D, T-1, V]``."""
         size, every = self.vocab_size, np.arange(len(ids))
         evidence = np.zeros(
             (len(ids), len(self.rules), self.bits.shape[1])
@@ -156,7 +156,7 @@ class TaskRecipe(_Strict):
                 evidence += np.where(said, np.log(1 - self.noise), np.log(self.noise))
             seen = counts[every, ids[:, t]]
             if self.kind == "noisy-map":
-                # Each time that b followed speaks for "b is the one" by this factor.
+                # Each time that b followed multiplies the odds of "b is the successor" by exp of this.
                 factor = np.log((1 - self.noise + self.noise / size) / (self.noise / size))
                 weight = np.exp(factor * (seen - seen.max(1, keepdims=True)))
                 found[:, t] = self.noise / size + (1 - self.noise) * weight / weight.sum(1, keepdims=True)
@@ -170,7 +170,7 @@ class TaskRecipe(_Strict):
         return found
 
     def bayes_nats(self, ids: NDArray[np.int64]) -> Array:
-        """What the Bayes predictor loses at each token, nats: ``[D, T-1]``."""
+        """Loss of the Bayes predictor at each position but the last, nats: ``[D, T-1]``."""
         return -np.log(np.take_along_axis(self.bayes(ids), ids[:, 1:, None], 2)[..., 0])
 
 
@@ -209,7 +209,7 @@ class InContext(_Strict):
 
     @property
     def trainings(self) -> int:
-        """How many there are in all."""
+        """Number of trainings in all"""
         return len(self.tasks) * len(self.contestants) * (len(self.learning_rates) + len(self.seeds))
 
     @model_validator(mode="after")
@@ -234,7 +234,7 @@ class InContext(_Strict):
 
 
 def windows_of(ids: NDArray[np.int64]) -> Windows:
-    """Whole documents as windows, each a cluster of its own."""
+    """Whole documents as windows; each is its own cluster."""
     documents, length = ids.shape
     every = np.arange(documents)
     scored = np.zeros((documents, 1), dtype=np.int64)
@@ -296,7 +296,7 @@ class TaskStages:
         return self.stage(name, key, compute)
 
     def scored(self, task: TaskRecipe, training: Stage, split: int) -> PositionSums:
-        """Summed nats of whole documents that training has not seen."""
+        """Summed losses of a trained model on whole documents that training has not seen."""
 
         def compute(folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(training.folder, dtype=torch.float32).eval()
@@ -319,7 +319,7 @@ class TaskStages:
         return min(tried, key=lambda rate: tried[rate])
 
     def bound(self, task: TaskRecipe) -> PositionSums:
-        """The same sums of the Bayes predictor, on the documents that are reported."""
+        """Summed losses of the Bayes predictor on the documents that are reported."""
         ids = task.documents([EVAL, 0, 1], self.recipe.documents, self.recipe.training.length)
         nats = task.bayes_nats(ids)
         first, length = self.recipe.positions, ids.shape[1]

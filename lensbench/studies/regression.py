@@ -1,11 +1,11 @@
 """Is a trained transformer's in-context regression a gradient step? (von Oswald et al. 2023, arXiv 2212.07677)
 
-A task is a weight vector ``w ~ N(0, I)``; its context are N pairs ``(x_i, w.x_i)``, x uniform in [-1, 1], and the question
-is ``w.x`` of another x. Tokens are ``(x_i, y_i)`` and, for the question, ``(x, 0)``. One layer of linear self-attention can
-write one step of gradient descent on the context's squared error from ``w = 0``; whether training finds it is measured
-against the step whose rate is best on other tasks: losses, predictions, and sensitivities ``d prediction / d x``. With
-several layers the rival are so many steps, with (gd++) or without (gd) the change of the inputs ``x -> (I - gamma X^T X) x``
-between them that the paper found trained models to make.
+A task is a weight vector ``w ~ N(0, I)``. Its context is N pairs ``(x_i, w.x_i)``, x uniform in [-1, 1], and the question
+is ``w.x`` for another x. Tokens are ``(x_i, y_i)`` and, for the question, ``(x, 0)``. One layer of linear self-attention can
+implement one step of gradient descent on the squared error of the context from ``w = 0``. Whether training finds this step
+is measured by comparing losses, predictions and sensitivities ``d prediction / d x`` with those of the step whose rate is
+best on other tasks. A model of several layers is compared with as many steps, without (gd) or with (gd++) the change of the
+inputs ``x -> (I - gamma X^T X) x`` between steps that the paper found in trained models.
 """
 
 import itertools
@@ -37,11 +37,11 @@ TABLE = "regression.csv"
 
 
 TRAIN, TUNE, EVAL = 0, 1, 2
-"""Streams of random tasks; of the last two all seeds see the same."""
+"""Random number streams of tasks; those of the last two are the same for all seeds"""
 
 
 class RegressionRecipe(BaseModel):
-    """What is trained, and against what."""
+    """The models that are trained, and the tasks that they are compared on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -61,7 +61,7 @@ class RegressionRecipe(BaseModel):
 
 
 def tasks(recipe: RegressionRecipe, count: int, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs ``[B, N, d]`` and outputs ``[B, N]`` of the context, question ``[B, d]`` and answer ``[B]``, float64."""
+    """Inputs ``[B, N, d]``, outputs ``[B, N]``, question ``[B, d]`` and answer ``[B]`` of random tasks, float64."""
     rng = np.random.default_rng([seed, stream])
     w = rng.standard_normal((count, recipe.dimensions))
     x = rng.uniform(-1, 1, (count, recipe.context + 1, recipe.dimensions))
@@ -71,7 +71,7 @@ def tasks(recipe: RegressionRecipe, count: int, seed: int, stream: int) -> tuple
 
 
 class InContextRegressor(nn.Module):
-    """Layers of self-attention without norms or MLPs: every token, the question's too, moves by what the context says.
+    """Layers of self-attention without norms or MLPs; all tokens, that of the question too, attend to the context.
 
     ``e <- e + sum_i (P V e_i) k(K e_i, Q e)``, k the dot product (``linear``) or its softmax over the context.
     """
@@ -89,7 +89,7 @@ class InContextRegressor(nn.Module):
             nn.init.normal_(linear.weight, std=0.1)
 
     def forward(self, x: Tensor, y: Tensor, question: Tensor) -> Tensor:
-        """Predicted answers ``[B]``: minus what was written at the question's y, as the paper reads it."""
+        """Predicted answers ``[B]``: minus the y entry of the question's token, as in the paper."""
         context = torch.cat([x, y[..., None]], -1)
         tokens = torch.cat([context, F.pad(question, (0, 1))[:, None]], 1)
         count = x.shape[1]
@@ -101,10 +101,10 @@ class InContextRegressor(nn.Module):
 
 
 def descent(x: Tensor, y: Tensor, question: Tensor, rates: list[float], changes: list[float]) -> Tensor:
-    """Prediction ``[B]`` of gradient descent on ``sum_i (w.x_i - y_i)^2 / 2N`` from w = 0, one step a rate.
+    """Prediction ``[B]`` of gradient descent on ``sum_i (w.x_i - y_i)^2 / 2N`` from w = 0, one step for each rate.
 
-    Written on what is predicted instead of on w: residuals of the context and the question's prediction, which move by
-    products of inputs; ``changes``: gamma of each step, which changes the inputs behind it.
+    It tracks the residuals of the context and the prediction of the question instead of w; both change by products of
+    inputs. ``changes``: gamma of each step, which changes the inputs for the next step.
     """
     count = x.shape[1]
     residual, predicted = y, torch.zeros_like(question[:, 0])
@@ -118,13 +118,13 @@ def descent(x: Tensor, y: Tensor, question: Tensor, rates: list[float], changes:
 
 
 def least_norm(x: Tensor, y: Tensor, question: Tensor) -> Tensor:
-    """The Bayes predictor ``[B]``: what the context determines of w, and 0 (the prior's mean) of the rest."""
+    """Predictions ``[B]`` of the Bayes predictor: w where the context determines it, else 0, the mean of the prior."""
     w: Tensor = (torch.linalg.pinv(x) @ y[..., None])[..., 0]
     return w.mul(question).sum(-1)
 
 
 def tuned(recipe: RegressionRecipe, layers: int, kind: str) -> tuple[list[float], list[float]]:
-    """Rates and gammas of so many steps that have the least squared error on tasks that nothing is reported on."""
+    """Rates and gammas of ``layers`` steps with the least squared error on tasks that are not reported."""
     given = tasks(recipe, recipe.test_tasks, 0, TUNE)
     free = layers + (layers - 1 if kind == "gd++" else 0)
 
@@ -208,7 +208,7 @@ def compared(
         row(kind, "sensitivity_cosine", F.cosine_similarity(own_sensitivity, sensitivity, dim=-1))
         apart = (own_sensitivity - sensitivity).square().sum(-1)
         row(kind, "sensitivity_distance", apart, sensitivity.square().sum(-1), root=True)
-        # What the step of another task says of the same question: how alike any two of them are.
+        # The prediction of another task's step for the same question: how similar any two tasks are.
         other, other_sensitivity = answered(step, x.roll(1, 0), y.roll(1, 0), question)
         row(f"{kind}, another task", "prediction_distance", (own - other).square(), other.square(), root=True)
         row(
@@ -271,13 +271,13 @@ KEYS = ["layers", "attention", "against", "quantity"]
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per quantity: of seed ``all`` where there is one."""
+    """One row for each quantity: that of seed ``all`` where there is one."""
     rows = table.iloc[(table["seed"].astype(str) == "all").argsort(kind="stable")].fillna({"against": ""})
     return rows.drop_duplicates(KEYS, keep="last")
 
 
 def seed_means(table: pd.DataFrame) -> pd.DataFrame:
-    """``seed = all``: the mean with its Student-t interval, where there are several seeds."""
+    """Rows of seed ``all``: the mean over seeds with its Student-t interval; none with a single seed."""
     if table["seed"].nunique() < 2:
         return table.iloc[:0]
     rows = []
