@@ -44,7 +44,8 @@ def said_by_the_terminal(run):
 
 
 def said_by_the_page(run):
-    items = re.findall(r"<li><strong>(\S+)</strong>(?: \(by construction: [^)]*\))?<ul>(.*?)</ul>", page([run]))
+    verdicts = r"<li><strong>(\S+)</strong>(?: \(by construction: [^)]*\))?\s*<ul>(.*?)</ul>"
+    items = re.findall(verdicts, page([run]), re.S)
     item = re.compile(r"<li>([^:]*): <span class=verdict>([^<]*)</span>\. (.*?)</li>")
     return {
         (html.unescape(model), scope): (answer, html.unescape(reasons))
