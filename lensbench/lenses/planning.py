@@ -88,7 +88,8 @@ class FitContext:
         """What dev chose for the first map of a fitted lens: where the search for a similar one begins."""
         record = self.parts[lens][0].record
         ridge, pad = record.ridge[0], record.pad[0]
-        assert ridge is not None and pad is not None
+        assert ridge is not None
+        assert pad is not None
         return Choice(ridge, pad, float("nan"))
 
     def rotated(self, view: int) -> Moments:

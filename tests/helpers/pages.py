@@ -9,7 +9,7 @@ import pytest
 class Read(HTMLParser):
     """Tags in their order, what is open, and tips."""
 
-    VOID = {"meta", "link", "line", "rect", "circle", "polyline", "br"}
+    VOID = frozenset({"meta", "link", "line", "rect", "circle", "polyline", "br"})
 
     def __init__(self, content: str):
         super().__init__()

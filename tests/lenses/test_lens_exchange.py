@@ -106,7 +106,8 @@ def test_lenses_of_a_run_decode_the_same_in_plain_tuned_lens(fitted, name, folde
     stage = fitted / "run" / "stages" / f"fit-{name}-seed0"
     model = AutoModelForCausalLM.from_pretrained(fitted / name).eval()
     theirs = TunedLens.from_model_and_pretrained(model, str(stage / folder))
-    assert type(theirs.unembed) is Unembed and len(theirs) == L
+    assert type(theirs.unembed) is Unembed
+    assert len(theirs) == L
     config = json.loads((stage / folder / "config.json").read_text())
     assert config["unembed_hash"] == Unembed(model).unembedding_hash()
     assert config["base_model_name_or_path"] == f"path:{name}"
@@ -163,9 +164,9 @@ def test_a_suite_measures_a_lens_of_tuned_lens(fitted, tmp_path, monkeypatch, na
     result = run("run", suite, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     transfer = pd.read_csv(tmp_path / "run" / "transfer.csv")
-    assert (
-        set(transfer["stage"]) == {"loaded"} and transfer["tolerance"].isna().all() and transfer["ridge"].isna().all()
-    )
+    assert set(transfer["stage"]) == {"loaded"}
+    assert transfer["tolerance"].isna().all()
+    assert transfer["ridge"].isna().all()
 
     windows = sample_windows(
         tokenize(
@@ -238,7 +239,8 @@ def test_name_and_revision_of_a_lens_go_to_the_hub_as_given(hub, source, resourc
     space = (f"lens/{resource}", "AlignmentResearch/tuned-lens", "space", revision)
     assert sorted(asked) == [(*space, "config.json"), (*space, "params.pt")]
     for ours, theirs in zip(loaded, lens, strict=True):
-        assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+        assert torch.equal(ours.weight, theirs.weight)
+        assert torch.equal(ours.bias, theirs.bias)
 
 
 def test_a_folder_that_is_called_like_a_resource_of_the_hub_is_not_taken_for_it(hub, tmp_path):
@@ -246,7 +248,8 @@ def test_a_folder_that_is_called_like_a_resource_of_the_hub_is_not_taken_for_it(
     other = random_lens(TunedLens.from_model(small_model("gpt2")), seed=1)
     other.save(tmp_path / "EleutherAI" / "it")
     loaded = load_tuned_lens(ResidualStream(small_model("gpt2")).readout, "hub:EleutherAI/it")
-    assert asked and torch.equal(loaded[0].weight, lens[0].weight)
+    assert asked
+    assert torch.equal(loaded[0].weight, lens[0].weight)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
@@ -257,7 +260,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     with pytest.raises(LensbenchError) as refused:
         load_tuned_lens(ResidualStream(small_model("gpt2")).readout, "hub:no/where@v1")
     line = str(refused.value)
-    assert line.startswith("hub:no/where@v1") and "connect" in line and "\n" not in line
+    assert line.startswith("hub:no/where@v1")
+    assert "connect" in line
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize("source", ["", "gpt2", "hub:", "path:", "file:lens", "package:lens"])
@@ -325,7 +330,8 @@ def test_code_in_a_lens_is_refused_and_not_run(tmp_path, kind):
         (tmp_path / "lens" / "params.pt").write_bytes(pickle.dumps({"0.weight": Writes(marker)}, protocol=2))
     with pytest.raises(LensbenchError) as refused:
         load_tuned_lens(ResidualStream(model).readout, f"path:{tmp_path / 'lens'}")
-    assert not marker.exists() and "\n" not in str(refused.value)
+    assert not marker.exists()
+    assert "\n" not in str(refused.value)
     # The file does run when it is read without care: what is refused here is no dud.
     with contextlib.suppress(RuntimeError):
         torch.load(tmp_path / "lens" / "params.pt", weights_only=False)
@@ -398,7 +404,8 @@ def test_a_trajectory_is_what_a_lens_reads_from_the_input_of_every_block(model, 
     assert np.abs(expected[:-1] - expected[-1]).max((1, 2)).min() > 0.05
 
     p = np.exp(expected)
-    assert (got.input_ids == ids.numpy()).all() and got.num_layers == L
+    assert (got.input_ids == ids.numpy()).all()
+    assert got.num_layers == L
     np.testing.assert_allclose(got.entropy().stats, -(p * expected).sum(-1), atol=1e-4)
     np.testing.assert_allclose(got.forward_kl().stats, (p[-1] * (expected[-1] - expected)).sum(-1), atol=1e-4)
     targets = np.append(ids[1:].numpy(), expected[-1, -1].argmax())
@@ -474,10 +481,10 @@ def test_a_lens_that_holds_no_numbers_is_refused(tmp_path):
     maps = random_maps(L)
     maps.offset[1, 3] = float("nan")
     tuned_lens(stream.readout, maps, model_name="it").save(tmp_path / "tuned")
-    with pytest.raises(LensbenchError, match="NaN or infinite values in 1.bias"):
+    with pytest.raises(LensbenchError, match=r"NaN or infinite values in 1\.bias"):
         load_tuned_lens(stream.readout, f"path:{tmp_path / 'tuned'}")
     SharedLens.from_maps(stream.readout, maps[[1]]).save(tmp_path / "shared")
-    with pytest.raises(LensbenchError, match="NaN or infinite values in translator.bias"):
+    with pytest.raises(LensbenchError, match=r"NaN or infinite values in translator\.bias"):
         SharedLens.load(stream.readout, tmp_path / "shared")
 
 

@@ -108,7 +108,8 @@ def test_pairs_tell_which_layers_share_a_representation():
     it = measure(stream, CLOSED.model_copy(update={"rotations": 2}), tokens=(2000, 400, 800))
     rows = tables.tables([it.part("it", 0)], draws=DRAWS)["pairs.csv"]
     alike = rows.set_index(["layer_i", "layer_j"]).index.isin([(0, 1), (2, 3)])
-    assert len(rows) == 6 and alike.sum() == 2
+    assert len(rows) == 6
+    assert alike.sum() == 2
     assert (rows["penalty_ci_high"] < 0.25 * rows["rotated_penalty_ci_low"])[alike].all()
     assert (rows["penalty"] > 0.8 * rows["rotated_penalty"])[~alike].all()
     assert (rows["penalty"] < 1.2 * rows["rotated_penalty"])[~alike].all()
@@ -180,7 +181,8 @@ def test_leave_one_out_lens_never_sees_its_layer():
 
     for layer in range(3):
         (a, ridge_a), (b, ridge_b) = without(layer, False), without(layer, True)
-        assert ridge_a == ridge_b and torch.equal(a, b)
+        assert ridge_a == ridge_b
+        assert torch.equal(a, b)
 
 
 def test_what_a_lens_says_of_its_kl_is_that_on_a_sample_of_the_tokens(monkeypatch):
@@ -202,7 +204,8 @@ def test_thinning_takes_as_many_tokens_as_allowed_each_once(size, allowed):
     captured = small(0).held_out.take(torch.arange(size))
     captured = replace(captured, target_bytes=np.arange(size, dtype=np.int32))
     taken = thinned(captured, allowed).target_bytes
-    assert len(taken) == min(size, allowed) and set(taken) <= set(range(size))
+    assert len(taken) == min(size, allowed)
+    assert set(taken) <= set(range(size))
     assert (np.diff(taken) > 0).all()
 
 
@@ -300,7 +303,7 @@ def test_lenses_within_one_standard_error_are_those_by_hand(kind):
     assert kind != "overlapping" or record.ridge != lenses_within(fit, 0.0)[1].ridge
 
 
-@pytest.mark.parametrize("alike, stronger", [(True, 1), (False, -1)])
+@pytest.mark.parametrize(("alike", "stronger"), [(True, 1), (False, -1)])
 def test_one_standard_error_counts_documents_and_not_tokens(alike, stronger):
     """The same tokens in documents whose tokens are alike, and in documents that each hold some of all: a larger and a
     smaller error than that of as many single tokens."""
@@ -336,9 +339,9 @@ def test_the_dear_lenses_are_those_of_the_chosen_layers():
     at_pairs = [pairs.index(pair) for pair in ((0, 2), (0, 4), (2, 4))]
     curve = [MATRIX_LENSES.within(t) for t in (0.0, "1se", 0.05, 0.1)]
     for lens, rows in {
-        **dict.fromkeys([*curve, SHARED_LOO_LENS], [0, 2, 4]),
+        **{lens: [0, 2, 4] for lens in [*curve, SHARED_LOO_LENS]},
         **dict.fromkeys([PAIR_LENS, PAIR_LENS.of_view(0), PAIR_LENS.of_view(1)], at_pairs),
-        **dict.fromkeys([HEADLINE, OWN], [0, 1, 2, 3, 4]),
+        **{lens: [0, 1, 2, 3, 4] for lens in [HEADLINE, OWN]},
     }.items():
         assert len(it.fit[lens].maps) == len(rows), lens
         assert torch.equal(it.fit[lens].maps.matrix, everything[lens].maps.matrix[rows]), lens
@@ -402,16 +405,21 @@ def test_tables_of_loaded_lenses_say_so_and_have_no_curve():
     found = tables.tables([it.part("it", 0)], draws=DRAWS)
     transfer = found["transfer.csv"]
     of_lenses = transfer[transfer["lens_layer"] < 3]
-    assert (of_lenses["stage"] == "loaded").all() and of_lenses[["ridge", "tolerance"]].isna().all().all()
+    assert (of_lenses["stage"] == "loaded").all()
+    assert of_lenses[["ridge", "tolerance"]].isna().all().all()
     curve = found["tolerances.csv"]
-    assert list(curve["tolerance"]) == ["loaded"] * 3 and (curve["stage"] == "loaded").all()
-    assert (curve["ridge"].str.strip() == "").all() and (curve["layers"] == "0 2").all()
+    assert list(curve["tolerance"]) == ["loaded"] * 3
+    assert (curve["stage"] == "loaded").all()
+    assert (curve["ridge"].str.strip() == "").all()
+    assert (curve["layers"] == "0 2").all()
     own = true_kls(it.stream.readout, it.held_out, random_maps(3, 16, seed=4)[[0, 2]], [0, 2])
     np.testing.assert_allclose(curve["own_kl"], np.mean(own), atol=1e-5)
     rows = found["indices.csv"].set_index("index").loc[["gain_visibility", "movement", "distance_trend"]]
-    assert (rows["stage"] == "loaded").all() and rows["tolerance"].isna().all()
+    assert (rows["stage"] == "loaded").all()
+    assert rows["tolerance"].isna().all()
     # Refits do not touch lenses of others: that they do not vary would be no finding.
-    assert rows[["fit_low", "fit_high"]].isna().all().all() and curve[["fit_low", "fit_high"]].isna().all().all()
+    assert rows[["fit_low", "fit_high"]].isna().all().all()
+    assert curve[["fit_low", "fit_high"]].isna().all().all()
 
 
 # Interrupted and taken up
@@ -561,7 +569,8 @@ def test_windows_are_thinned_evenly(sizes, positions):
         # No stretch without a token is longer than another by more than one, the ends aside.
         gaps = np.diff(here)
         assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
-        assert here[0] < -(-size // len(here)) and size - here[-1] <= -(-size // len(here))
+        assert here[0] < -(-size // len(here))
+        assert size - here[-1] <= -(-size // len(here))
 
 
 def test_refits_on_some_tokens_change_indices_by_as_much_as_on_all():

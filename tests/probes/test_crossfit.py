@@ -113,6 +113,9 @@ def test_estimates_come_back_from_their_folder_and_say_what_is_undefined(tmp_pat
     frame = load_measurement(tmp_path).frame()
     assert frame.equals(done.frame())
     by = frame.set_index("quantity")
-    assert by.loc["x", "value"] == 1.5 and by.loc["x", "ci_low"] < 1.5 < by.loc["x", "ci_high"]
-    assert np.isnan(by.loc["y", "value"]) and by.loc["y", "reason"] == "undefined: because"
-    assert np.isnan(by.loc["z", "ci_low"]) and (by.loc["x", "layer"], by.loc["x", "other"]) == (1, 2)
+    assert by.loc["x", "value"] == 1.5
+    assert by.loc["x", "ci_low"] < 1.5 < by.loc["x", "ci_high"]
+    assert np.isnan(by.loc["y", "value"])
+    assert by.loc["y", "reason"] == "undefined: because"
+    assert np.isnan(by.loc["z", "ci_low"])
+    assert (by.loc["x", "layer"], by.loc["x", "other"]) == (1, 2)

@@ -28,13 +28,16 @@ def at(frame, quantity, column="value"):
 def test_a_planted_head_that_carries_errors_is_found_first(snr):
     frame = frame_of(planted("error", snr))
     score = at(frame, "error_score")
-    assert score.idxmax() == PLANTED and len(score) == L * H
+    assert score.idxmax() == PLANTED
+    assert len(score) == L * H
     found = at(frame, "error_transport_found")
-    assert found[PLANTED] == 1 and found.sum() == 1
+    assert found[PLANTED] == 1
+    assert found.sum() == 1
     assert frame.set_index("quantity").loc["heads_found", "value"] == pytest.approx(1 / (L * H))
     if snr >= 1:
         ratio = [float(at(frame, "error_ratio", c)[PLANTED]) for c in ("ci_low", "value", "ci_high")]
-        assert 0.85 < ratio[0] < ratio[2] < 1.25 and abs(ratio[1] - 1) < 0.08
+        assert 0.85 < ratio[0] < ratio[2] < 1.25
+        assert abs(ratio[1] - 1) < 0.08
         assert at(frame, "error_alignment")[PLANTED] > 0.75
 
 
@@ -109,7 +112,8 @@ def test_models_without_attention_weights_are_skipped_with_the_reason():
     from helpers.architectures import small_model
 
     frame = frame_of(small_model("mamba"))
-    assert len(frame) == 1 and "no attention weights" in frame["reason"].iloc[0]
+    assert len(frame) == 1
+    assert "no attention weights" in frame["reason"].iloc[0]
     rotated = frame_of(planted("none"), rotated=True)
     assert "rotated view" in rotated["reason"].iloc[0]
     few = PROBES["error_transport"].measure(subject_of(planted("none"), count=4)).frame()

@@ -58,11 +58,16 @@ def test_prompts_are_what_they_are_said_to_be():
     row = np.arange(PROMPTS)
     assert ((drawn.queries[row, drawn.at] == drawn.queries[row, drawn.at + 1]) == drawn.same).all()
     assert (drawn.choices[row, drawn.place] == drawn.labels[row, drawn.at]).all()
-    assert drawn.at.min() >= 1 and drawn.at.max() <= 10 and 0.4 < drawn.same.mean() < 0.6
+    assert drawn.at.min() >= 1
+    assert drawn.at.max() <= 10
+    assert 0.4 < drawn.same.mean() < 0.6
     assert not (set(drawn.queries[0]) & set(drawn.choices[0])), "a word is a query or a label"
     ids = FORM.written(drawn.queries, drawn.labels)
-    assert ids.shape == (PROMPTS, 48) and (ids[:, 1::4] == V - 2).all() and (ids[:, 3::4] == V - 1).all()
-    assert (ids[:, 0::4] == drawn.queries).all() and (ids[:, 2::4] == drawn.labels).all()
+    assert ids.shape == (PROMPTS, 48)
+    assert (ids[:, 1::4] == V - 2).all()
+    assert (ids[:, 3::4] == V - 1).all()
+    assert (ids[:, 0::4] == drawn.queries).all()
+    assert (ids[:, 2::4] == drawn.labels).all()
 
 
 @pytest.mark.parametrize(("alpha", "ratio"), [(1.3, 1.0), (0.7, 0.6), (2.0, 0.0)])
@@ -70,8 +75,11 @@ def test_the_update_of_a_learner_is_found(alpha, ratio):
     changes, shown, predicted, learned = measure(Learner(alpha, ratio), prompts(), FORM)
     sums = moments(changes, shown, predicted, np.arange(PROMPTS) % FOLDS).sum(0)
     found, beta = coefficients(sums)
-    assert found == pytest.approx(alpha, abs=1e-9) and beta == pytest.approx(alpha * ratio, abs=1e-9)
-    assert learned.shape == (PROMPTS,) and learned.min() > 0 and learned.max() < 1
+    assert found == pytest.approx(alpha, abs=1e-9)
+    assert beta == pytest.approx(alpha * ratio, abs=1e-9)
+    assert learned.shape == (PROMPTS,)
+    assert learned.min() > 0
+    assert learned.max() < 1
 
 
 def test_a_model_that_learns_nothing_from_its_prompt_says_so():
@@ -87,11 +95,17 @@ def test_a_model_that_learns_nothing_from_its_prompt_says_so():
 
 
 def test_words_are_letters_and_the_most_frequent_come_first():
-    assert is_word(" the") and is_word("def") and not is_word("x") and not is_word("a_b") and not is_word("\n\n")
+    assert is_word(" the")
+    assert is_word("def")
+    assert not is_word("x")
+    assert not is_word("a_b")
+    assert not is_word("\n\n")
     subject = subject_of(planted("none"))
     words = frequent_words(subject)
     counts = np.bincount(subject.words.fit_windows.ids.ravel(), minlength=V)
-    assert (np.diff(counts[words]) <= 0).all() and len(words) == 64 and not ({V - 1, V - 2} & set(words.tolist()))
+    assert (np.diff(counts[words]) <= 0).all()
+    assert len(words) == 64
+    assert not ({V - 1, V - 2} & set(words.tolist()))
 
 
 def test_too_few_words_and_rotated_views_are_skipped_with_the_reason():

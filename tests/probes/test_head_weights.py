@@ -40,7 +40,8 @@ def test_copying_is_above_zero_and_suppression_below(sign):
     score, null = at(frame, "weights_identity"), at(frame, "weights_identity_null")
     assert (sign * score).idxmax() == (1, 0)
     low, high = (at(frame, "weights_identity", c)[1, 0] for c in ("ci_low", "ci_high"))
-    assert min(sign * low, sign * high) > 0.5 and abs(null[1, 0]) < 0.5
+    assert min(sign * low, sign * high) > 0.5
+    assert abs(null[1, 0]) < 0.5
 
 
 def test_scores_are_those_of_the_matrix_by_hand():
@@ -96,7 +97,8 @@ def test_attention_to_the_previous_token_is_that_of_the_weights():
 def test_other_architectures_are_read_the_same_way(architecture):
     model = small_model(architecture)
     frame = frame_of(model, bigram=lambda: KneserNeyBigram.fit(np.arange(200) % V, 128))
-    assert len(at(frame, "weights_identity")) == 12 and at(frame, "weights_identity").notna().all()
+    assert len(at(frame, "weights_identity")) == 12
+    assert at(frame, "weights_identity").notna().all()
 
 
 def test_heads_of_a_predictive_coding_model_copy_by_construction():

@@ -29,7 +29,8 @@ def test_heads_of_every_architecture_are_read_or_refused_with_the_reason(archite
         stream.forward(IDS)
         found = list(heads)
     assert model.config._attn_implementation == before
-    assert len({h.layer for h in found}) == len(found) and max(h.layer for h in found) == stream.layers - 1
+    assert len({h.layer for h in found}) == len(found)
+    assert max(h.layer for h in found) == stream.layers - 1
     first = found[0]
     assert first.weights.shape[1] == first.mixed.shape[1] == len(first.written)
     assert float(first.weights.triu(1).abs().max()) == 0
@@ -63,7 +64,8 @@ def test_what_all_heads_write_is_what_the_attention_adds(family):
         found = list(heads)
     # Writing has the hook too, when a unit vector is asked of it: only whole sequences count.
     added = [x for x in added if x.shape[:2] == IDS.shape]
-    assert len(found) == len(added) == 3 and [h.layer for h in found] == [0, 1, 2]
+    assert len(found) == len(added) == 3
+    assert [h.layer for h in found] == [0, 1, 2]
     for of, total in zip(found, added, strict=True):
         written = torch.einsum("bhtk,hkd->btd", of.mixed, of.written)
         torch.testing.assert_close(written[..., : total.shape[-1]], total, rtol=1e-4, atol=1e-5)

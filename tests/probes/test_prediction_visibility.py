@@ -46,24 +46,33 @@ def by_layer(frame, quantity, column="value"):
 def test_a_kept_prediction_is_seen_and_two_tokens_are_not():
     frame = frame_of((0.0, 0.3, 1.0, 3.0))
     gain, low, high = (by_layer(frame, "prediction_gain", c) for c in ("value", "ci_low", "ci_high"))
-    assert low[0] <= 0.005 and gain[0] < 0.01
-    assert (np.diff(gain) > 0).all() and (low[1:] > 0).all() and (low < gain).all() and (gain < high).all()
+    assert low[0] <= 0.005
+    assert gain[0] < 0.01
+    assert (np.diff(gain) > 0).all()
+    assert (low[1:] > 0).all()
+    assert (low < gain).all()
+    assert (gain < high).all()
     assert by_layer(frame, "prediction_r2")[3] > 0.93
     rest = by_layer(frame, "prediction_gain_of_rest")[3]
     base = float(frame.set_index("quantity").loc["prediction_baseline_r2", "value"])
-    assert rest == pytest.approx(gain[3] / (1 - base), rel=1e-6) and 0 < base < 0.9
+    assert rest == pytest.approx(gain[3] / (1 - base), rel=1e-6)
+    assert 0 < base < 0.9
 
 
 def test_a_kept_surprise_is_seen():
     frame = frame_of((0.0, 0.0, 1.0, 3.0), "surprise")
     gain = by_layer(frame, "surprise_gain")
-    assert abs(gain[0]) < 0.05 and gain[2] > 0.2 and gain[3] > gain[2]
+    assert abs(gain[0]) < 0.05
+    assert gain[2] > 0.2
+    assert gain[3] > gain[2]
 
 
 def test_the_last_state_of_a_model_shows_its_next_prediction():
     frame = PROBES["prediction_visibility"].measure(subject_of(planted("none"))).frame()
     r2 = by_layer(frame, "expectation_r2")
-    assert len(r2) == L + 1 and r2[L] > r2[0] and r2[L] > 0.5
+    assert len(r2) == L + 1
+    assert r2[L] > r2[0]
+    assert r2[L] > 0.5
 
 
 def test_means_by_token_are_interpolated_as_said():
@@ -96,7 +105,8 @@ def test_bigram_expectations_are_those_of_its_distribution():
 def test_batches_hold_what_the_model_expects_and_is_surprised_by():
     stream, windows = ResidualStream(planted("none")), text(0, 20)
     directions = Directions.of(stream, windows)
-    assert directions.share == pytest.approx(1, abs=1e-6) and directions.rows.shape == (V, D)
+    assert directions.share == pytest.approx(1, abs=1e-6)
+    assert directions.rows.shape == (V, D)
     parts = list(batches(stream, windows, directions))
     assert sum(len(b.ids) for b in parts) == 20
     with torch.no_grad():

@@ -72,7 +72,8 @@ def test_gradients_do_not_depend_on_how_a_models_layers_are_called(family):
     model = build(family, seed=2, **SHAPE).eval()
     ids = torch.from_numpy(windows().ids)
     states, descent = states_and_gradients(ResidualStream(model), ids)
-    assert descent.shape == states[:-1].shape and bool((descent.flatten(1).norm(dim=1) > 0).all())
+    assert descent.shape == states[:-1].shape
+    assert bool((descent.flatten(1).norm(dim=1) > 0).all())
 
     def loss_with(change):
         hook = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + change)
@@ -103,7 +104,8 @@ def test_alignment_is_the_mean_cosine_and_its_null_takes_another_tokens_gradient
             float(torch.stack(cosines).mean()), abs=1e-5
         )
     null = found.loc["gradient_alignment_null", "value"]
-    assert (null.abs() < 0.2).all() and not np.allclose(null, found.loc["gradient_alignment", "value"])
+    assert (null.abs() < 0.2).all()
+    assert not np.allclose(null, found.loc["gradient_alignment", "value"])
 
 
 def test_deleted_and_swapped_blocks_are_as_if_called_by_hand(gpt):
@@ -143,7 +145,8 @@ def test_a_models_blocks_are_put_back_after_an_error(gpt):
         raise RuntimeError
     with pytest.raises(RuntimeError), skipping(blocks):
         raise RuntimeError
-    assert list(gpt.layers) == blocks and not any(b._forward_hooks for b in blocks)
+    assert list(gpt.layers) == blocks
+    assert not any(b._forward_hooks for b in blocks)
 
 
 @pytest.mark.parametrize("family", ["gpt", "gpt2", "gpt-noskip", "predictive-coding"])
@@ -165,7 +168,9 @@ def test_paths_of_every_family(family):
 def test_probes_that_do_not_apply_say_why(gpt):
     for name in ("gradient_alignment", "block_paths"):
         frame = PROBES[name].measure(subject(gpt, rotated=True)).frame()
-        assert len(frame) == 1 and frame["value"].isna().all() and "rotated view" in frame["reason"][0]
+        assert len(frame) == 1
+        assert frame["value"].isna().all()
+        assert "rotated view" in frame["reason"][0]
     tied = PROBES["block_paths"].measure(subject(build("gpt-tied", seed=0, **SHAPE))).frame()
     assert "not blocks of their own" in tied["reason"][0]
     assert PROBES["gradient_alignment"].measure(subject(build("gpt-tied", seed=0, **SHAPE))).reason == ""
@@ -224,7 +229,8 @@ def test_carried_share_is_one_where_nothing_is_overwritten_and_what_regression_s
 
     frame = PROBES["representation"].measure(known("disjoint")).frame(100)
     carried = frame[frame["quantity"] == "carried_share"]
-    assert len(carried) == 6 and (carried["value"] > 0.999).all()
+    assert len(carried) == 6
+    assert (carried["value"] > 0.999).all()
     it = known("fresh")
     frame = PROBES["representation"].measure(it).frame(100)
     carried = frame[frame["quantity"] == "carried_share"].set_index(["layer", "other"])

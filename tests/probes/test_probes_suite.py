@@ -44,7 +44,8 @@ def test_every_probe_has_rows_or_a_reason_for_every_model_and_seed(run):
     assert told["reason"].notna().all(), "what is empty says why"
     heads = table[(table["quantity"] == "error_score") & (table["seed"] == "0")]
     assert len(heads) == 2 * 3 * 2, "layers and heads of two models"
-    assert set(heads["layer"]) == {0, 1, 2} and set(heads["other"]) == {0, 1}
+    assert set(heads["layer"]) == {0, 1, 2}
+    assert set(heads["other"]) == {0, 1}
     ratio = table[(table["quantity"] == "error_ratio") & (table["model"] == "pc") & (table["seed"] == "1")]
     assert ratio["value"].to_numpy() == pytest.approx(1, abs=1e-3)
     gpt = table[(table["model"] == "gpt") & (table["probe"] == "gradient_steps") & (table["seed"] == "0")]
@@ -55,14 +56,16 @@ def test_the_same_command_does_nothing_twice_and_writes_the_same_bytes(run):
     suite, out = run
     before = (out / "probes.csv").read_bytes()
     again = CliRunner().invoke(app, ["run", str(suite), "--only", "gpt,pc", "--out", str(out)])
-    assert again.exit_code == 0 and ": done in" not in again.output.replace("corpus: done in", "")
+    assert again.exit_code == 0
+    assert ": done in" not in again.output.replace("corpus: done in", "")
     assert (out / "probes.csv").read_bytes() == before
 
 
 def test_heads_are_drawn_and_the_top_ones_named(run):
     table = read_run(run[1])
     frame = frames.head_frame(table)
-    assert list(frame.columns) == ["model", "layer", "head", "score", "ratio", "found"] and len(frame) == 12
+    assert list(frame.columns) == ["model", "layer", "head", "score", "ratio", "found"]
+    assert len(frame) == 12
     with style.style():
         figure = probes.error_transport(frame)
     for model in ("gpt", "pc"):
@@ -90,13 +93,16 @@ def test_probes_can_be_run_in_parts(tmp_path):
 
     assert part("--probes", "gradient_steps")[0] == {"gradient_steps"}
     both, told = part("--probes", "few_shot")
-    assert both == {"few_shot", "gradient_steps"} and "probe-gradient_steps-gpt-seed0: reused" in told
+    assert both == {"few_shot", "gradient_steps"}
+    assert "probe-gradient_steps-gpt-seed0: reused" in told
     assert part()[0] == both
     wrong = CliRunner().invoke(app, ["run", str(suite), "--probes", "paths", "--out", str(out)])
-    assert wrong.exit_code != 0 and "has no probe 'paths'" in wrong.output
+    assert wrong.exit_code != 0
+    assert "has no probe 'paths'" in wrong.output
 
 
 def test_unknown_probes_are_refused_in_one_line(tmp_path):
     suite = write_suite(tmp_path, **{'name = "tiny"': 'name = "tiny"\nprobes = ["error_transprot"]'})
     result = CliRunner().invoke(app, ["run", str(suite), "--out", str(tmp_path / "out")])
-    assert result.exit_code != 0 and "did you mean 'error_transport'?" in result.output
+    assert result.exit_code != 0
+    assert "did you mean 'error_transport'?" in result.output

@@ -39,6 +39,30 @@ def rows_of(name: str, rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{**dict.fromkeys(SCHEMA[name]), **row} for row in rows], columns=list(SCHEMA[name]))
 
 
+LENS_STAGES = {
+    "logit": ("none",),
+    "tuned": ("closed", "refined"),
+    "shared": ("closed", "refined"),
+    "shared_bias": ("closed", "refined"),
+    "shared_loo": ("closed",),
+}
+SHIFTS = {"logit": 2.5, "tuned": 0.0, "shared": 0.5, "shared_bias": 0.35, "shared_loo": 0.62}
+
+
+def lens_rows(who: dict, own: np.ndarray, rank: int) -> list[dict]:
+    """Made-up rows of ``lenses.csv`` of one model and seed; of the first model its rotated view, too."""
+    layers, rows = len(own) - 1, []
+    for (lens, shift), stage in ((item, s) for item in SHIFTS.items() for s in LENS_STAGES[item[0]]):
+        for layer in range(layers + (lens == "logit")):
+            kl = own[layer] * (1 + shift / (1 + rank)) + (0.12 if stage == "closed" else 0.0) * (layer < layers)
+            how = {"lens": lens, "layer": layer, "stage": stage, "prior": "zero", "kl": kl}
+            rows.append({**who, **how, "kl_ci_low": 0.96 * kl, "kl_ci_high": 1.04 * kl})
+    for layer in range(layers if rank == 0 else 0):
+        how = {"lens": "shared", "layer": layer, "stage": "closed", "prior": "zero", "kl": 3.6 - 0.2 * layer}
+        rows.append({**who, **how, "model": who["model"] + "+rotated"})
+    return rows
+
+
 def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0",), scale: float = 1.0) -> Path:
     """A run folder of made-up numbers of the right order: ``models`` maps a name to its number of layers."""
     rng = np.random.default_rng(0)
@@ -56,16 +80,7 @@ def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0
             tables["transfer.csv"].append(
                 {**who, **how, "kl": own[j] + penalty, "ce": 3.5 + own[j] + penalty, "penalty_ce": penalty}
             )
-        for lens, shift in {"logit": 2.5, "tuned": 0.0, "shared": 0.5, "shared_bias": 0.35, "shared_loo": 0.62}.items():
-            for stage in ["none"] if lens == "logit" else ["closed", "refined"] if lens[-3:] != "loo" else ["closed"]:
-                for layer in range(layers + (lens == "logit")):
-                    kl = own[layer] * (1 + shift / (1 + rank)) + (0.12 if stage == "closed" else 0.0) * (layer < layers)
-                    how = {"lens": lens, "layer": layer, "stage": stage, "prior": "zero", "kl": kl}
-                    tables["lenses.csv"].append({**who, **how, "kl_ci_low": 0.96 * kl, "kl_ci_high": 1.04 * kl})
-        if rank == 0:
-            for layer in range(layers):
-                how = {"lens": "shared", "layer": layer, "stage": "closed", "prior": "zero", "kl": 3.6 - 0.2 * layer}
-                tables["lenses.csv"].append({**who, **how, "model": model + "+rotated"})
+        tables["lenses.csv"] += lens_rows(who, own, rank)
         for index, value in {
             "gain_visibility": -1.1 + 0.8 * rank,
             "gain_visibility_adjacent": -0.4 + 0.5 * rank,
@@ -370,9 +385,11 @@ def test_small_numbers_are_told_where_all_are_small_and_nowhere_else():
         "0",
         ".06",
         "1.3",
-        "−13",
+        "\N{MINUS SIGN}13",
     ]
-    assert [style.cell_text(v, 0.02) for v in (0.0, 0.003, -0.004, 0.0182)] == ["0", "3e−3", "−4e−3", "2e−2"]
+    assert [style.cell_text(v, 0.02) for v in (0.0, 0.003, -0.004, 0.0182)] == [
+        text.replace("-", "\N{MINUS SIGN}") for text in ("0", "3e-3", "-4e-3", "2e-2")
+    ]
 
 
 # For papers
@@ -433,8 +450,10 @@ def test_figures_for_a_paper_are_as_wide_as_its_columns_and_hold_their_letters(f
         assert float(box[2]) / 72 < 9.5, name  # a page
         packed = re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)endstream", content, re.S)
         unpacked = content + b"".join(zlib.decompress(part) for part in packed)
-        assert b"/FontFile2" in unpacked and b"/Type3" not in unpacked, name
-        assert b"CreationDate" not in unpacked and b"Matplotlib" not in unpacked, name
+        assert b"/FontFile2" in unpacked, name
+        assert b"/Type3" not in unpacked, name
+        assert b"CreationDate" not in unpacked, name
+        assert b"Matplotlib" not in unpacked, name
 
 
 @pytest.mark.slow
@@ -473,8 +492,10 @@ def test_letters_in_a_paper_are_legible_whole_and_apart(tmp_path: Path, monkeypa
         assert {6 <= text.get_fontsize() <= 8 for text in written} == {True}, name
         boxes = [(text.get_text(), Text.get_window_extent(text)) for text in written]
         for text, box in boxes:
-            assert box.x0 >= -1 and box.y0 >= -1, (name, text)
-            assert box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, (name, text)
+            assert box.x0 >= -1, (name, text)
+            assert box.y0 >= -1, (name, text)
+            assert box.x1 <= figure.bbox.width + 1, (name, text)
+            assert box.y1 <= figure.bbox.height + 1, (name, text)
         for (a, one), (b, other) in combinations(boxes, 2):
             wide = min(one.x1, other.x1) - max(one.x0, other.x0)
             high = min(one.y1, other.y1) - max(one.y0, other.y0)

@@ -30,7 +30,9 @@ def test_a_page_asks_for_nothing_outside_itself_and_is_well_formed(vision):
     for tag, attributes in read.tags:
         for name in ("src", "href", "action", "data", "poster", "srcset"):
             assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
-    assert "@import" not in vision and "url(" not in vision and "fetch(" not in vision
+    assert "@import" not in vision
+    assert "url(" not in vision
+    assert "fetch(" not in vision
     assert vision == page([folder.read_run(RESULTS / "vision")])
 
 
@@ -39,7 +41,8 @@ def test_every_picture_has_an_alternative_text(vision):
     pictures = [a for tag, a in Read(vision).tags if tag == "svg" and a.get("aria-hidden") != "true"]
     assert len(pictures) == 1 + 2 * 4
     assert all(a["role"] == "img" and len(a["aria-label"]) > 60 for a in pictures)
-    assert "cnn-plain" in pictures[0]["aria-label"] and "0.035 [-0.073, 0.143]" in pictures[0]["aria-label"]
+    assert "cnn-plain" in pictures[0]["aria-label"]
+    assert "0.035 [-0.073, 0.143]" in pictures[0]["aria-label"]
 
 
 @pytest.mark.results
@@ -63,12 +66,13 @@ def test_a_cell_tells_lens_layer_value_and_interval_of_the_table(vision):
 def test_verdicts_settings_and_commands_are_told(vision):
     manifest = json.loads((RESULTS / "vision" / "manifest.json").read_text())
     assert "Do lenses transfer between the layers of image models" in vision
-    assert re.search(r"<strong>vit</strong>\s*<ul>\s*<li>all layers: <span class=verdict>refinement</span>\. Gain", vision)
-    assert f"git checkout {manifest['git_revision']}" in vision and "lensbench run vision" in vision
-    assert (
-        manifest["corpus"]["checksum"] in vision
-        and f"torch=={manifest['versions']['torch'].partition('+')[0]}" in vision
+    assert re.search(
+        r"<strong>vit</strong>\s*<ul>\s*<li>all layers: <span class=verdict>refinement</span>\. Gain", vision
     )
+    assert f"git checkout {manifest['git_revision']}" in vision
+    assert "lensbench run vision" in vision
+    assert manifest["corpus"]["checksum"] in vision
+    assert f"torch=={manifest['versions']['torch'].partition('+')[0]}" in vision
 
 
 def test_names_are_escaped_and_two_runs_with_one_model_are_told_apart(tiny_run, tmp_path):
@@ -80,8 +84,10 @@ def test_names_are_escaped_and_two_runs_with_one_model_are_told_apart(tiny_run, 
     write_page([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html")
     content = (tmp_path / "page.html").read_text()
     Read(content)
-    assert "<script>alert" not in content and "&lt;script&gt;alert" in content
-    assert "gpt (a)" in content and "gpt (b)" in content
+    assert "<script>alert" not in content
+    assert "&lt;script&gt;alert" in content
+    assert "gpt (a)" in content
+    assert "gpt (b)" in content
 
 
 def test_a_large_table_is_named_and_not_put_into_the_page(tmp_path):
@@ -130,10 +136,13 @@ def test_hover_arrow_keys_and_sort_work_without_an_error(browser, file):  # noqa
 
     before = shown()
     head.locator("button").click()
-    assert shown() == sorted(before) and head.get_attribute("aria-sort") == "ascending"
+    assert shown() == sorted(before)
+    assert head.get_attribute("aria-sort") == "ascending"
     head.locator("button").click()
-    assert shown() == sorted(before, reverse=True) and head.get_attribute("aria-sort") == "descending"
-    assert told == [] and all(url.startswith(("file:", "data:")) for url in asked)
+    assert shown() == sorted(before, reverse=True)
+    assert head.get_attribute("aria-sort") == "descending"
+    assert told == []
+    assert all(url.startswith(("file:", "data:")) for url in asked)
     tab.close()
 
 
@@ -152,5 +161,6 @@ def test_print_opens_what_is_folded_and_the_tables_can_be_downloaded(browser, fi
     assert Path(download.value.path()).read_bytes() == (RESULTS / "vision" / "verdicts.csv").read_bytes()
     tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert tab.evaluate("[...document.querySelectorAll('details')].every(d => d.open)")
-    assert len(tab.pdf()) > 20_000 and told == []
+    assert len(tab.pdf()) > 20_000
+    assert told == []
     tab.close()

@@ -76,7 +76,9 @@ def test_errors_and_surprisals_are_the_models_own_and_an_error_taken_away_moves_
     assert np.isnan(found.surprisal[:, 0]).all()
     moves = largest_moves(found)
     sizes = [abs(change) for *_, change in moves]
-    assert len(moves) == 10 and sizes == sorted(sizes, reverse=True) and sizes[0] == np.abs(found.moved).max()
+    assert len(moves) == 10
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == np.abs(found.moved).max()
     # In the last layer an error's effect is direct: without it the state is less by what it added.
     layer = model.layers[-1]
     plain = layer.update
@@ -127,7 +129,9 @@ def test_any_title_and_word_is_escaped_and_nothing_is_asked_for(tiny_run, tmp_pa
     assert found.exit_code == 0, found.output
     content = page.read_text()
     Read(content)
-    assert "<script>alert" not in content and "http" not in content and "src=" not in content
+    assert "<script>alert" not in content
+    assert "http" not in content
+    assert "src=" not in content
     assert str(escape('<script>alert("x")</script>')) in content
     assert "Which errors moved the last prediction most" in content
 
@@ -135,14 +139,17 @@ def test_any_title_and_word_is_escaped_and_nothing_is_asked_for(tiny_run, tmp_pa
 def test_a_model_of_a_run_is_named_and_read_through_its_own_lenses(tiny_run):
     shared = run("trace", "pc", TEXT, "--run", tiny_run)
     assert shared.exit_code == 0, shared.output
-    assert "prediction error" in shared.output and "what moved the logit" in shared.output
+    assert "prediction error" in shared.output
+    assert "what moved the logit" in shared.output
     logit = run("trace", "pc", TEXT, "--run", tiny_run, "--lens", "logit")
     alone = run("trace", f"path:{tiny_run / 'stages' / 'train-pc-seed0'}", TEXT)
-    assert logit.exit_code == alone.exit_code == 0 and logit.output == alone.output
+    assert logit.exit_code == alone.exit_code == 0
+    assert logit.output == alone.output
     for name, lens in (("gpt", "tuned"), ("pc+state", "shared"), ("pc+state", "tuned")):
         assert run("trace", name, TEXT, "--run", tiny_run, "--lens", lens).exit_code == 0
     subject = traced_model("pc+state", "tuned", tiny_run, None)
-    assert subject.model.endswith("train-pc-seed0") and "fit-pc+state-seed0" in str(subject.lens)
+    assert subject.model.endswith("train-pc-seed0")
+    assert "fit-pc+state-seed0" in str(subject.lens)
     assert traced_model("pc", None, tiny_run, 0).view == "prediction"
 
 
@@ -200,7 +207,8 @@ def test_a_word_that_cannot_come_makes_nothing_undefined():
     trajectory, logits = odd_trajectory(impossible=True)
     possible = logits[..., [0, 1, 3, 4, 5]].softmax(-1)
     np.testing.assert_allclose(entropies(trajectory), -(possible * possible.log()).sum(-1), atol=1e-5)
-    assert np.isfinite(kl_to_model(trajectory)).all() and "nan" not in trace_page(trajectory, title="x")
+    assert np.isfinite(kl_to_model(trajectory)).all()
+    assert "nan" not in trace_page(trajectory, title="x")
 
 
 def test_no_token_breaks_a_page_or_is_lost():
@@ -209,15 +217,18 @@ def test_no_token_breaks_a_page_or_is_lost():
     content = trace_page(trajectory, title="\udc80 </title><script>x</script>")
     content.encode()
     read = Read(content)
-    assert [tag for tag, _ in read.tags].count("script") == 1 and "alert(1)<" not in content
+    assert [tag for tag, _ in read.tags].count("script") == 1
+    assert "alert(1)<" not in content
     assert any(Odd.words[0] in tip for tip in read.tips)
     cells = [a for tag, a in read.tags if tag == "td" and "data-tip" in a]
-    assert len(cells) == 3 * 6 and all(a["tabindex"] == "0" for a in cells)
+    assert len(cells) == 3 * 6
+    assert all(a["tabindex"] == "0" for a in cells)
     # The model itself is on top.
     assert [tip.partition(" after")[0] for tip in read.tips[::6]] == ["model", "layer 1", "layer 0"]
     for asks in ("http://", "https://", "<script src", "@import", "url("):
         assert asks not in content
-    assert "prefers-color-scheme:dark" in content and "print-color-adjust:exact" in content
+    assert "prefers-color-scheme:dark" in content
+    assert "print-color-adjust:exact" in content
 
 
 def shown(tables, width, **options):
@@ -237,7 +248,8 @@ def test_the_terminal_shows_every_probability_however_narrow(tiny_run, width):
     chances = np.exp(logits - logits.max(-1, keepdims=True))
     chances = (chances / chances.sum(-1, keepdims=True)).max(-1)
     told = shown(trace_tables(trajectory, 7, width), width)
-    assert "\x1b" not in told and max(map(len, told.splitlines())) <= width
+    assert "\x1b" not in told
+    assert max(map(len, told.splitlines())) <= width
     rows = [line for line in told.splitlines() if "model" in line]
     assert (len(rows) > 1) == (width < 200)
     found = [float(x) for row in rows for x in re.findall(r"(\d\.\d\d) +\u2502", row)]
@@ -320,8 +332,10 @@ def test_a_model_without_errors_says_so_in_the_terminal_and_on_the_page(tiny_run
     (stages / "none" / "stage.json").write_text("{}")
     page = tmp_path / "t.html"
     found = run("trace", f"path:{stages / 'none'}", TEXT, "--out", page)
-    assert found.exit_code == 0 and "without errors" in found.output, found.output
-    assert "without errors" in page.read_text() and "what moved" not in found.output
+    assert found.exit_code == 0, found.output
+    assert "without errors" in found.output, found.output
+    assert "without errors" in page.read_text()
+    assert "what moved" not in found.output
 
 
 def test_terminal_and_page_name_the_same_moves(tiny_run, tmp_path):
@@ -350,6 +364,9 @@ def test_focus_tells_a_cell_and_a_phone_scrolls_the_table_alone(browser, tiny_ru
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(24, 23, 22)"
     tab.keyboard.press("Tab")
     tip = tab.locator("#tip").text_content().splitlines()
-    assert tip[0].startswith("model after") and len(tip) == 13 and tip[-1] == "KL to the model 0.000 nats"
-    assert told == [] and asked == [f"file://{path}"]
+    assert tip[0].startswith("model after")
+    assert len(tip) == 13
+    assert tip[-1] == "KL to the model 0.000 nats"
+    assert told == []
+    assert asked == [f"file://{path}"]
     tab.close()

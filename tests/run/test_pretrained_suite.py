@@ -518,7 +518,8 @@ def refused(result, *expected: str) -> None:
     """Exit code 2, and one line on stderr beside those of steps that went well."""
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line and ": done in" not in line and ": reused" not in line]
-    assert len(lines) == 1 and lines[0].startswith("lensbench: "), result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("lensbench: "), result.stderr
     assert not result.stdout.strip()
     for part in expected:
         assert part in lines[0], lines[0]
@@ -706,7 +707,8 @@ def test_a_model_of_a_run_that_was_trained_on_this_text_is_told(tiny_run, tiny_s
     source = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
     suite = write_suite(tmp_path / "suite.toml", texts, it={"source": source})
     silent = run("run", suite, "--out", tmp_path / "run")
-    assert silent.exit_code == 0 and "it was trained on" not in silent.stderr, "the split is that of its training"
+    assert silent.exit_code == 0, "the split is that of its training"
+    assert "it was trained on" not in silent.stderr, "the split is that of its training"
     suite.write_text(suite.read_text().replace("[fit]", "seed = 1\n\n[fit]"))
     told = run("run", suite, "--out", tmp_path / "run")
     assert told.exit_code == 0

@@ -48,10 +48,14 @@ def test_a_command_that_fails_before_its_first_stage_leaves_no_folder(tmp_path):
 
 def test_a_claim_sets_threads_and_restores_them_and_keeps_work(tmp_path):
     before = torch.get_num_threads()
-    with pytest.raises(LensbenchError, match="wrong"), claimed(tmp_path / "run", "a", before + 1):
+
+    def fail_after_a_stage() -> None:
         assert torch.get_num_threads() == before + 1
         Stages(tmp_path / "run" / "stages").run("x", {}, lambda folder: (folder / "x").write_text("precious"))
         raise LensbenchError("wrong")
+
+    with pytest.raises(LensbenchError, match="wrong"), claimed(tmp_path / "run", "a", before + 1):
+        fail_after_a_stage()
     assert torch.get_num_threads() == before
     with pytest.raises(LensbenchError, match="holds a run of suite 'a', not 'b'"), claimed(tmp_path / "run", "b"):
         pass
@@ -92,7 +96,8 @@ def test_a_damaged_model_that_is_not_asked_for_is_left_out_by_name(tiny_suite, t
     (out / "stages" / "fit-pc-seed0" / "fit.json").unlink()
     result = run("run", tiny_suite, "--out", out, "--only", "gpt")
     assert result.exit_code == 0
-    assert "model pc is left out: " in result.output and "fit.json is missing" in " ".join(result.output.split())
+    assert "model pc is left out: " in result.output
+    assert "fit.json is missing" in " ".join(result.output.split())
     finished = read_run(out)
     assert finished.manifest.models == ["gpt", "pc+state"]
     assert set(finished.manifest.left_out) == {"pc"}
@@ -120,7 +125,8 @@ def test_results_of_a_checkout_are_written_by_name_alone(tiny_suite, tmp_path, m
     committed = checkout / "results" / "standard"
     committed.mkdir(parents=True)
     (committed / "manifest.json").write_text('{"suite_name": "standard"}')
-    assert in_checkout_results(committed) and not in_checkout_results(checkout / "runs" / "x")
+    assert in_checkout_results(committed)
+    assert not in_checkout_results(checkout / "runs" / "x")
     refused(run("run", tiny_suite, "--out", committed), "holds a run of suite 'standard', not 'tiny'")
     monkeypatch.chdir(checkout / "results")
     refused(run("run", tiny_suite), "lies in results/", "--out")

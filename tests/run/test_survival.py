@@ -133,14 +133,22 @@ def damage(path: Path, chance: random.Random) -> None:
     path.write_bytes(raw)
 
 
+def reading_error(folder: Path) -> LensbenchError | None:
+    """Why a run folder is refused; None where it is read."""
+    try:
+        read_run(folder)
+    except LensbenchError as error:
+        return error
+    return None
+
+
 def damage_and_run(suite: Path, reference: Path, path: Path, folder: Path, chance: random.Random) -> str:
     """What a run makes of a folder with one damaged file: refused by name, or as before."""
     shutil.copytree(reference, folder)
     damage(folder / path, chance)
-    try:
-        read_run(folder)
-    except LensbenchError as error:
-        assert path.suffix in (".csv", ".parquet", ".json"), error
+    refused_reading = reading_error(folder)
+    if refused_reading is not None:
+        assert path.suffix in (".csv", ".parquet", ".json"), refused_reading
     else:
         assert path.parts[0] in ("stages", "figures") or path.name in (".lock", "run.json", "report.html"), (
             f"{path} was believed"
@@ -214,7 +222,7 @@ def test_a_checkpoint_with_one_flipped_bit_is_refused(tmp_path):
     raw[-1] ^= 1
     (tmp_path / "checkpoint.safetensors").write_bytes(raw)
     model = model_of()
-    with pytest.raises(LensbenchError, match="checkpoint.safetensors is damaged.*checksum"):
+    with pytest.raises(LensbenchError, match=r"checkpoint\.safetensors is damaged.*checksum"):
         training.load_checkpoint(tmp_path, model, [])
 
 
@@ -263,7 +271,8 @@ def test_a_training_step_in_halves_is_the_same_step(weight, monkeypatch, tmp_pat
 
     monkeypatch.setattr(training, "loss_of", scarce)
     halved = training.train(model_of(), STREAM, setup, seed=0, checkpoints=tmp_path / "b", device=CPU)
-    assert sizes[:4] == [8, 4, 2, 2] and set(sizes[4:]) == {2}, "what does not fit is not tried again"
+    assert sizes[:4] == [8, 4, 2, 2], "what does not fit is not tried again"
+    assert set(sizes[4:]) == {2}, "what does not fit is not tried again"
     scale = max(float(p.detach().abs().max()) for p in whole.parameters())
     for a, b in zip(whole.parameters(), halved.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * scale)  # ten steps, each orthogonalised
