@@ -58,7 +58,7 @@ class LensId:
             how["kind"],
             how["prior"],  # type: ignore[arg-type]
             how["stage"],  # type: ignore[arg-type]
-            tolerance if tolerance is None or tolerance == ONE_STANDARD_ERROR else float(tolerance),  # type: ignore[arg-type]
+            tolerance if tolerance is None or tolerance == ONE_STANDARD_ERROR else float(tolerance),
             int(how["view"] or -1),
             int(how["refit"] or -1),
         )

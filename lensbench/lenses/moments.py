@@ -39,7 +39,8 @@ class Moments:
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues ``[K, d]`` and eigenvectors ``[K, d, d]`` of the covariances, found once."""
-        return torch.linalg.eigh(self.covariance)
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return values, vectors
 
     @classmethod
     def stack(cls, parts: "Sequence[Moments]") -> "Moments":
@@ -52,6 +53,7 @@ class Moments:
         )
 
     def layer(self, rows: Sequence[int]) -> "Moments":
+        """The regressions of some layers."""
         at = list(rows)
         return Moments(self.mean[at], self.covariance[at], self.cross[at], self.target_mean)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class LogPartition(torch.autograd.Function):
     """``logsumexp(W n + bias)`` and its gradient ``W^T q`` in one pass over blocks that stay in the processor's cache."""
 
     @staticmethod
-    def forward(ctx, n: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, n: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Log-partitions ``[N]`` of normalised states ``[N, d_read]``."""
         log_z, moment = torch.empty_like(n[:, 0]), torch.empty_like(n)
         for start in range(0, len(n), TOKEN_BLOCK):
             rows = slice(start, start + TOKEN_BLOCK)
@@ -34,7 +35,8 @@ class LogPartition(torch.autograd.Function):
         return log_z
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient in the states; weight and bias are not trained."""
         (moment,) = ctx.saved_tensors
         return moment * gradient[:, None], None, None
 
@@ -42,7 +44,9 @@ class LogPartition(torch.autograd.Function):
 def kl_objective(readout: ReadOut, x: Tensor, expected: Tensor, entropy_term: Tensor) -> Tensor:
     """Mean ``KL(p || R(x))`` over rows ``[N, d]``, nats/token, differentiable in x."""
     n = readout.final_norm(x)
-    return (entropy_term - (expected * n).sum(-1) + LogPartition.apply(n, readout.weight, readout.bias)).mean()
+    log_z: Tensor = LogPartition.apply(n, readout.weight, readout.bias)  # type: ignore[no-untyped-call]
+    kl: Tensor = entropy_term - (expected * n).sum(-1) + log_z
+    return kl.mean()
 
 
 def kl_gradient(readout: ReadOut, n: Tensor, tokens: Tokens, weight: Tensor, offset: Tensor | None) -> Tensor:
@@ -82,7 +86,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Each of ``[M, a, b]``, a <= b, with its singular values brought to about 1, by Newton-Schulz in batched products."""
-    x = matrices / matrices.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None]
+    x: Tensor = matrices / matrices.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None]
     a, b, c = NEWTON_SCHULZ
     for _ in range(iterations):
         gram = x @ x.transpose(1, 2)

@@ -41,7 +41,8 @@ def pad_direction(readout: ReadOut, final_states: Tensor, ranks: Ranks = ALONE) 
         along += h.sum(0) @ direction
     rms = (ranks.sum(squares) / (count * seen.shape[1])).sqrt()
     sign = torch.where(ranks.sum(along) < 0, -1.0, 1.0)
-    return sign * direction * rms * seen.shape[1] ** 0.5
+    pad: Tensor = sign * direction * rms * seen.shape[1] ** 0.5
+    return pad
 
 
 def centred_gram(weight: Tensor) -> Tensor:
@@ -177,6 +178,7 @@ class DevSearch:
         return torch.cat(in_pieces(slice(0, len(x)), len(x), one, what="a token of the search on dev"), 1)
 
     def padded(self, maps: AffineMaps, pad: float) -> AffineMaps:
+        """Maps with so many lengths of the pad added to their offsets."""
         return AffineMaps(maps.matrix, maps.offset + pad * self.pad)
 
     def best_pad(self, maps: AffineMaps, layers: Sequence[int], start: int) -> tuple[int, float]:

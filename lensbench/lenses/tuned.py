@@ -47,12 +47,13 @@ class SharedLens(Lens):
 
     def transform_hidden(self, h: Tensor, idx: int) -> Tensor:
         """``[..., d] -> [..., d]``; ``idx`` matters only where there is a bias per layer."""
-        moved = h + self.translator(h)
+        moved: Tensor = h + self.translator(h)
         return moved if self.layer_bias is None else moved + self.layer_bias[idx]
 
     def forward(self, h: Tensor, idx: int) -> Tensor:
         """Logits ``[..., V]``."""
-        return self.unembed(self.transform_hidden(h, idx))
+        logits: Tensor = self.unembed(self.transform_hidden(h, idx))
+        return logits
 
     def save(self, folder: Path) -> None:
         """``config.json`` and ``params.safetensors``, the config last, each moved into place whole."""
@@ -133,6 +134,7 @@ def lens_files(source: str) -> tuple[Path, Path]:
 
 
 def unreadable_lens(source: str, error: Exception) -> LensbenchError:
+    """One line on a lens that cannot be loaded, with the first line of the reason."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return LensbenchError(f"{source}: the lens cannot be loaded: {reason}")
 

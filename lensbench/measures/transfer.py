@@ -101,17 +101,19 @@ class EstimatedSums:
 
     def mean(self) -> np.ndarray:
         """The estimate of ``K_ij``: mean over all tokens plus mean correction over the drawn ones."""
-        return self.cheap.sum(0) / self.tokens.sum() + self.correction.sum(0) / self.drawn.sum()
+        mean: np.ndarray = self.cheap.sum(0) / self.tokens.sum() + self.correction.sum(0) / self.drawn.sum()
+        return mean
 
     def penalty_half_width(self, documents: np.ndarray) -> np.ndarray:
         """Half-width of the 95 % intervals of the penalties, windows clustered by ``documents`` ``[S]``; square matrices."""
         known, index = np.unique(documents, return_inverse=True)
-        influence = 0.0
+        influence = np.zeros(self.cheap.shape)
         for sums, counts in ((penalties(self.cheap), self.tokens), (penalties(self.correction), self.drawn)):
             influence = influence + (sums - sums.sum(0) / counts.sum() * counts[:, None, None]) / counts.sum()
         clusters = np.zeros((len(known), *self.cheap.shape[1:]))
         np.add.at(clusters, index, influence)
-        return 1.96 * np.sqrt((clusters**2).sum(0) * len(known) / max(1, len(known) - 1))
+        half: np.ndarray = 1.96 * np.sqrt((clusters**2).sum(0) * len(known) / max(1, len(known) - 1))
+        return half
 
 
 @torch.no_grad()
@@ -175,4 +177,5 @@ def estimated_transfer(
 
 def penalties(sums: np.ndarray) -> np.ndarray:
     """``X_ij - X_jj`` of a whole square matrix of sums ``[..., L+1, L+1]``."""
-    return sums - np.diagonal(sums, axis1=-2, axis2=-1)[..., None, :]
+    penalty: np.ndarray = sums - np.diagonal(sums, axis1=-2, axis2=-1)[..., None, :]
+    return penalty

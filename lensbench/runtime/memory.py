@@ -27,6 +27,7 @@ def release_memory() -> None:
 
 
 def too_large(what: str, error: BaseException) -> LensbenchError:
+    """What to say where even one row does not fit into memory."""
     return LensbenchError(
         f"out of memory at {what}, one at a time: {str(error).splitlines()[0] or type(error).__name__}; "
         'take a device with more memory, device_map = "auto", shorter sequences or a smaller model'
