@@ -740,6 +740,7 @@ def refined_and_optimum(norm, ridge, head, **how):
     ("ridge", "head", "rate", "batch"),
     [(0.03, "plain", 0.1, 10), (0.3, "plain", 0.1, 10), (3.0, "plain", 0.1, 10), (0.03, "capped", 0.02, 50)],
 )
+@pytest.mark.slow
 def test_refinement_reaches_the_optimum_of_its_stated_objective(ridge, head, rate, batch, one_thread):
     begin, ours, best = refined_and_optimum("tanh", ridge, head, refine_rate=rate, refine_batch=batch)
     assert best < 0.9 * begin
@@ -747,6 +748,7 @@ def test_refinement_reaches_the_optimum_of_its_stated_objective(ridge, head, rat
 
 
 @pytest.mark.parametrize(("norm", "ridge"), [("rms", 1e-6), ("layer", 1e-6), ("rms", 0.03), ("layer", 0.03)])
+@pytest.mark.slow
 def test_refinement_behind_a_scale_free_norm_brings_most_of_what_there_is(norm, ridge, one_thread):
     """There the penalty costs nothing at the optimum, where B is short and pointed: the way there is long and flat."""
     begin, ours, best = refined_and_optimum(norm, ridge, "plain", refine_rate=0.02, refine_batch=50)

