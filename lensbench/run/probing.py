@@ -43,13 +43,17 @@ def probing(context: Context, model: ModelRecipe, seed: int) -> list[Measurement
             PROBES[name].measure(subject()).save(folder)
 
         asked = not context.probes or name in context.probes
+        # Results of the others do not count among the stages of this run.
         computing = context if asked else replace(context, compute=False, progress=QUIET)
+        stage_name = f"probe-{name}-{model.name}-seed{seed}"
         try:
-            stage = computing.stage(f"probe-{name}-{model.name}-seed{seed}", key, measure)
+            stage = computing.stage(stage_name, key, measure)
         except NotFinished:
             if asked or not context.compute:
                 raise
             continue
+        if not asked:
+            context.progress.say(f"{stage_name}: reused from an earlier run")
         found.append(load_measurement(stage.folder))
     return found
 
