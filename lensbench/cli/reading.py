@@ -35,14 +35,15 @@ def bits(
     from lensbench.data.reading import read_documents
     from lensbench.data.windows import beginning
     from lensbench.models.likelihood import text_likelihood
-    from lensbench.models.pretrained import check_context, context_length, load_pretrained
+    from lensbench.models.pretrained import check_context, context_length, load_pretrained, without_progress_bars
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.statistics import bootstrap_weights, interval
 
     documents = read_documents(f"file:{text}", max_bytes)
     if len(documents) != 1:
         raise LensbenchError(f"{text} holds {len(documents)} documents: give one text file")
-    loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
+    with without_progress_bars():
+        loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
     length = length or min(512, context_length(loaded.model.config) or 512)
     check_context(model, loaded.model.config, length, "set --length to {} or less")
     first = beginning(loaded.tokenizer) if bos else None
