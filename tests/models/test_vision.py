@@ -327,13 +327,13 @@ def test_a_pretrained_classifier_gets_images_as_its_own_processor_makes_them(fin
     model.save_pretrained(tmp_path / "mine")
     plain = run("run", folder / "tiny.toml", "--model", f"path:{tmp_path}/mine", "--out", tmp_path / "plain")
     assert plain.exit_code == 0, plain.output
-    assert "no image processor beside it" in plain.output, plain.output
+    assert "without an image processor" in plain.output, plain.output
     ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.1] * 3, image_std=[0.9] * 3).save_pretrained(
         tmp_path / "mine"
     )
     own = run("run", folder / "tiny.toml", "--model", f"path:{tmp_path}/mine", "--out", tmp_path / "own")
     assert own.exit_code == 0, own.output
-    assert "no image processor" not in own.output, own.output
+    assert "without an image processor" not in own.output, own.output
     one, other = (pd.read_csv(tmp_path / name / "models.csv")["ce"].item() for name in ("plain", "own"))
     assert one != other
     assert json.loads((tmp_path / "own" / "manifest.json").read_text())["tokenizers"].keys() == {"mine"}

@@ -45,7 +45,7 @@ def test_a_killed_workers_task_is_retried_and_every_table_is_that_of_a_local_run
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        killed, until = [], time.monotonic() + 120
+        killed, until = [], time.monotonic() + 200
         while not killed and time.monotonic() < until and process.poll() is None:
             begun = list((out / "stages").glob("*.partial")) if (out / "stages").is_dir() else []
             if begun and (at_work := workers()):
