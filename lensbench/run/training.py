@@ -18,6 +18,7 @@ from lensbench.run.context import Context
 from lensbench.runtime.files import write_json
 from lensbench.runtime.progress import Task
 from lensbench.runtime.stages import Stage
+from lensbench.streams.parts import example_inputs
 from lensbench.suite.recipes import ModelRecipe
 
 TRAINING = "training.json"
@@ -39,7 +40,7 @@ def training(
     def compute(folder: Path) -> None:
         network = build(str(model.family), seed=seed, **data.shape(recipe), **model.shape, **model.settings)
         if model.untrained:
-            network.save_pretrained(folder)
+            save(context, network, folder, recipe.length)
             return
         with context.progress.task(name, recipe.steps, "steps") as task:
             _train(context, network, data, recipe, seed, folder, task)
@@ -85,8 +86,28 @@ def _train(
     # The median step, as often as there are steps: pauses, and what else the machine did for a while, do not count.
     usual = float(np.median(np.diff(ends))) if len(ends) > 1 else 0.0
     write_json(folder / TRAINING, {"seconds": round(usual * recipe.steps, 2)})
-    network.cpu().save_pretrained(folder)
+    save(context, network.cpu(), folder, recipe.length)
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def save(context: Context, network: PreTrainedModel, folder: Path, length: int) -> None:
+    """Write a ``save_pretrained`` folder; raises :class:`LensbenchError` where it loads as another model.
+
+    A family that changes a network after its class has built it would be trained, then measured without the change.
+    """
+    network.eval().save_pretrained(folder)
+    again = loader_of(context).from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = example_inputs(network, 2)
+    if context.suite.images is None:
+        inputs = inputs[:, :length]
+    expected, found = network(inputs).logits, again(inputs).logits
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * max(1.0, float(expected.abs().max()))):
+        raise LensbenchError(
+            f"a {type(network).__name__} that is saved loads as another model: its logits differ by up to "
+            f"{float((found - expected).abs().max()):.3g}; give the family a config and a model class of its own, "
+            "registered with transformers' Auto classes (see the end of lensbench/models/controls.py)"
+        )
 
 
 def training_key(recipe: TrainingRecipe) -> dict[str, Any]:
