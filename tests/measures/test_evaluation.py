@@ -573,6 +573,7 @@ def test_windows_are_thinned_evenly(sizes, positions):
         assert size - here[-1] <= -(-size // len(here))
 
 
+@pytest.mark.slow
 def test_refits_on_some_tokens_change_indices_by_as_much_as_on_all():
     it = small(0)
     same_sums(evaluate(it.stream.readout, it.held_out, it.fit, refit_positions=4), it.scored)  # as many as there are

@@ -164,6 +164,7 @@ def test_deep_supervision_adds_the_heads_loss_at_the_inner_layers(family, ids):
     torch.testing.assert_close(plain, ce(logits))
 
 
+@pytest.mark.slow
 def test_deep_supervision_trains_the_inner_layers(tmp_path):
     rng = np.random.default_rng(0)
     stream = rng.permutation(101)[np.cumsum(rng.integers(1, 3, 20_000)) % 101].astype(np.uint16)

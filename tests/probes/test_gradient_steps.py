@@ -136,6 +136,7 @@ def test_the_bayes_predictor_is_the_least_norm_solution():
         assert float(least_norm(x, y, question)[b]) == pytest.approx(float(question[b].numpy() @ w), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_trained_attention_takes_the_best_tuned_step(tmp_path):
     file = tmp_path / "r.toml"
     file.write_text(

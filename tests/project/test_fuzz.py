@@ -105,6 +105,7 @@ VALID = {
 
 @settings(max_examples=400)
 @given(st.sampled_from(sorted(VALID)), st.data())
+@pytest.mark.slow
 def test_a_suite_with_anything_in_any_place_is_read_or_refused(tmp_path_factory, name, data):
     content = VALID[name]
     where = data.draw(st.sampled_from(sorted(places(content), key=str)))
