@@ -86,7 +86,8 @@ def _train(
     # The median step, as often as there are steps: pauses, and what else the machine did for a while, do not count.
     usual = float(np.median(np.diff(ends))) if len(ends) > 1 else 0.0
     write_json(folder / TRAINING, {"seconds": round(usual * recipe.steps, 2)})
-    save(context, network.cpu(), folder, recipe.length)
+    # transformers writes a config on the first of several processes alone; what the others hold is thrown away.
+    context.ranks.agreed(lambda: save(context, network.cpu(), folder, recipe.length))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
