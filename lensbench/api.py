@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lensbench.data.corpus import FRACTIONS, clusters_of, load_corpus
 from lensbench.data.inputs import Texts
+from lensbench.data.tokens import BeginSetting
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import Fit
@@ -92,6 +93,7 @@ def fit(
     view: str = "state",
     seed: int = 0,
     max_bytes: int | None = 20_000_000,
+    begin: BeginSetting = "auto",
     fractions: Mapping[str, float] | None = None,
     progress: bool = True,
 ) -> Lenses:
@@ -99,7 +101,8 @@ def fit(
 
     ``text``: stdlib, file:PATH or hf:NAME, in windows of ``length`` tokens. ``fractions``: shares of the splits; by default
     those of a suite, and a model that was trained elsewhere is fitted on the train split, too. ``view``: as of
-    :class:`ResidualStream`. ``progress``: a bar on a terminal. Raises :class:`LensbenchError` for a text or model that
+    :class:`ResidualStream`. ``begin``: the windows that begin with the model's beginning-of-text token, as
+    ``evaluate.begin`` of a suite. ``progress``: a bar on a terminal. Raises :class:`LensbenchError` for a text or model that
     cannot be read.
     """
     if fractions is None:
@@ -109,7 +112,7 @@ def fit(
     recipe = recipe or FitRecipe(sequences=256, positions=16, dev_sequences=128, refits=2, refine_passes=6)
     check_context(model.source, model.model.config, length, "set length to {} or less")
     read = load_corpus(text, fractions=fractions, max_bytes=max_bytes)
-    texts = Texts(read, model.source, "", lambda: model.tokenizer, length, 1)
+    texts = Texts(read, model.source, "", lambda: model.tokenizer, length, 1, begin)
     texts.within(model.model)
     stream = ResidualStream(model.model, view)
     if stream.layers < 2:
@@ -144,6 +147,7 @@ def evaluate(
         "layers": stream.layers,
         "d_model": stream.d_model,
         "vocab_size": stream.vocab_size,
+        **lenses.texts.beginning.facts,
     }
     clusters = clusters_of(frame["document"].astype(str).unique())
     fitted = lenses.fitted.summary

@@ -18,7 +18,8 @@ from rich.console import Console
 from torch import Tensor
 
 from lensbench.data import corpus
-from lensbench.data.windows import TokenizedDocument, Windows, sample_windows, tokenize
+from lensbench.data.tokens import TokenizedDocument, tokenize
+from lensbench.data.windows import Windows, sample_windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.read import score

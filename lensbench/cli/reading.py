@@ -1,6 +1,7 @@
 """One model on one text: how well it predicts, and what each layer predicts."""
 
 import math
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,14 @@ import typer
 from lensbench.cli.app import Debug, Device, Dtype, Source, answerable, app, console
 from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import Bars
+
+
+class Begin(StrEnum):
+    """Which windows begin with the model's beginning-of-text token."""
+
+    auto = "auto"
+    every = "every"
+    first = "first"
 
 
 @app.command()
@@ -20,11 +29,15 @@ def bits(
         int | None,
         typer.Option(min=2, help="Tokens of a window; default 512, or the model's context.", show_default=False),
     ] = None,
-    bos: Annotated[
-        bool,
+    begin: Annotated[
+        Begin,
         typer.Option(
-            help="Put the text behind the beginning- (or end-) of-text token, so that its first token is scored."
+            help="Windows that begin with the beginning- (or end-) of-text token: every one, the first alone, or auto: "
+            "every one where the tokenizer adds such a token by itself, else the first."
         ),
+    ] = Begin.auto,
+    bos: Annotated[
+        bool, typer.Option(help="With --no-bos no window does, and the first token of the text is not scored.")
     ] = True,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Read no more than this.", show_default=False)] = None,
     dtype: Dtype = "float32",
@@ -33,7 +46,7 @@ def bits(
 ) -> None:
     """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
     from lensbench.data.reading import read_documents
-    from lensbench.data.windows import beginning
+    from lensbench.data.tokens import beginning
     from lensbench.models.likelihood import text_likelihood
     from lensbench.models.pretrained import check_context, context_length, load_pretrained, without_progress_bars
     from lensbench.runtime.environment import choose_device, dtype_named
@@ -46,14 +59,13 @@ def bits(
         loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
     length = length or min(512, context_length(loaded.model.config) or 512)
     check_context(model, loaded.model.config, length, "set --length to {} or less")
-    first = beginning(loaded.tokenizer) if bos else None
     with Bars() as bars:
         found = text_likelihood(
             loaded.model,
             loaded.tokenizer,
             documents[0].text,
             length=length,
-            begin=bos,
+            begin=begin.value if bos else None,
             progress=bars,
         )
     weights = bootstrap_weights(len(found.nats), 2000, 0)
@@ -65,11 +77,14 @@ def bits(
         console.print(f"{name}: {nats.sum() / per.sum():.4f} [{low:.4f}, {high:.4f}]", highlight=False, markup=False)
     total = f"{found.tokens.sum()} tokens, {found.bytes.sum()} bytes, {len(found.nats)} windows of {length} tokens"
     console.print(f"{total}; intervals: 95 %, bootstrap over windows", highlight=False, markup=False)
-    front = "as it is, so its first token is not scored"
-    if first is not None:
-        words = loaded.tokenizer
-        front = "behind " + str(words.id_to_token(first) if hasattr(words, "id_to_token") else words.decode([first]))
-    console.print(f"the text stands {front}", highlight=False, markup=False)
+    front = beginning(loaded.tokenizer, begin.value)
+    if not bos or not front.ids:
+        line = "the text stands as it is, so its first token is not scored"
+    elif front.every_window:
+        line = f"every window begins with {front.text}, which is not scored"
+    else:
+        line = f"the text begins with {front.text}; every later window begins with the last token of the one before it"
+    console.print(line, highlight=False, markup=False)
 
 
 @app.command()

@@ -20,7 +20,16 @@ from lensbench.data.images import Images, ImageSet, Prepare, TrainingImages
 from lensbench.data.ngram import KneserNeyBigram, unigram_cross_entropy
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.data.samples import Samples
-from lensbench.data.windows import TokenizedDocument, Windows, check_ids, sample_windows, tokenize, training_stream
+from lensbench.data.tokens import (
+    Beginning,
+    BeginSetting,
+    TokenizedDocument,
+    beginning,
+    check_ids,
+    tokenize,
+    training_stream,
+)
+from lensbench.data.windows import Windows, sample_windows
 
 TRAINED_HERE = "trained here"
 """Name of the tokenizer that is trained on the train split; no model can have this name"""
@@ -75,6 +84,8 @@ class Texts:
     length: int
     """Tokens of a window"""
     first_position: int
+    begin: BeginSetting = "auto"
+    """Which windows begin with the model's beginning-of-text token"""
 
     @cached_property
     def tokenizer(self) -> Tokenizer | PreTrainedTokenizerBase:
@@ -84,7 +95,12 @@ class Texts:
     @cached_property
     def documents(self) -> dict[str, list[TokenizedDocument]]:
         """The tokenised documents of each split"""
-        return {split: tokenize(self.tokenizer, self.corpus.splits[split]) for split in SPLITS}
+        return {split: tokenize(self.tokenizer, self.corpus.splits[split], self.begin) for split in SPLITS}
+
+    @cached_property
+    def beginning(self) -> Beginning:
+        """What the text of these models begins with"""
+        return beginning(self.tokenizer, self.begin)
 
     @property
     def counted(self) -> NDArray[np.int64]:

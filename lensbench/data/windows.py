@@ -1,36 +1,19 @@
-"""Tokenised documents, and the windows of them that models read and lenses are scored on."""
+"""Windows of tokenised documents, which models read and lenses are scored on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase
 
-from lensbench.data.corpus import Corpus, clusters_of
-from lensbench.data.reading import Document
+from lensbench.data.corpus import clusters_of
+from lensbench.data.tokens import TokenizedDocument
 from lensbench.errors import LensbenchError
 
-END_OF_TEXT = "<|endoftext|>"
-
-
 MIN_WINDOW = 32
-
-
-@dataclass(frozen=True)
-class TokenizedDocument:
-    """Token ids of one document; the beginning-of-text id comes first, where the tokenizer has one."""
-
-    name: str
-    ids: NDArray[np.int32]
-    """int32 [n]"""
-    n_bytes: NDArray[np.int32]
-    """int32 [n]: bytes of text of each token, 0 for the beginning-of-text id; the sum is the size of the text"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +33,7 @@ class Windows:
     document_names: tuple[str, ...]
     """The documents of at least one window, and no others"""
     sequence: NDArray[np.int64]
-    """int64 [S]: number of the window within its document; window k begins at token k * T"""
+    """int64 [S]: number of the window within its document"""
     next_bytes: NDArray[np.int32]
     """int32 [S, P]: bytes of the scored token, at position + 1; 0 where invalid"""
 
@@ -104,105 +87,6 @@ class Windows:
         return number.astype(np.int64)[self.documents]
 
 
-# Tokens
-def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of exactly ``vocab_size`` entries, trained on the train split.
-
-    Id 0 is ``<|endoftext|>``; the 256 bytes follow, so that every text can be encoded. Raises LensbenchError where
-    ``vocab_size`` is below 257, and where the train split is empty or too short for that many entries.
-    """
-    if vocab_size < 257:
-        raise LensbenchError(f"vocab_size is {vocab_size}: it must be at least 257, the 256 bytes and {END_OF_TEXT}")
-    if not corpus.splits["train"]:
-        raise LensbenchError(f"{corpus.spec} has no train split to train a tokenizer on: give train a fraction above 0")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((d.text for d in corpus.splits["train"]), trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise LensbenchError(
-            f"the train split of {corpus.spec} is too short for vocab_size {vocab_size}: "
-            f"its repeated words give {tokenizer.get_vocab_size()} entries"
-        )
-    return tokenizer
-
-
-def tokenize(tokenizer: Tokenizer | PreTrainedTokenizerBase, documents: Iterable[Document]) -> list[TokenizedDocument]:
-    """The documents as token ids, with the bytes of text of each token; each begins with the beginning-of-text id.
-
-    ``tokenizer`` comes from :func:`train_tokenizer`, or is a model's own fast tokenizer. The first id of a document is its
-    bos, else its eos, else ``<|endoftext|>``, else there is none. Special tokens that are spelled out in a text are encoded
-    as ordinary text. The bytes of a character that several tokens share count for the first of them. Text that the
-    tokenizer drops counts for the token after it, or for the last token. A document without tokens is left out. Raises
-    LensbenchError for a slow tokenizer.
-    """
-    documents = list(documents)
-    backend, begin = backend_and_begin(tokenizer)
-    encoded = (
-        pair
-        for part in (documents[i : i + 256] for i in range(0, len(documents), 256))  # encodings are large
-        for pair in zip(part, backend.encode_batch([d.text for d in part], add_special_tokens=False), strict=True)
-    )
-    result = []
-    for document, encoding in encoded:
-        if not encoding.ids:
-            continue
-        code_points = np.frombuffer(document.text.encode("utf-32-le"), dtype=np.uint32)
-        widths = 1 + sum((code_points >= limit).astype(np.int64) for limit in (0x80, 0x800, 0x10000))
-        offset = np.concatenate([[0], np.cumsum(widths)])  # [characters + 1] bytes before each character
-        ends = np.maximum.accumulate(np.array(encoding.offsets, dtype=np.int64)[:, 1])
-        ends[-1] = len(code_points)
-        n_bytes = np.diff(offset[ends], prepend=0)
-        front = [] if begin is None else [begin]
-        result.append(
-            TokenizedDocument(
-                document.name,
-                np.array(front + encoding.ids, dtype=np.int32),
-                np.concatenate([np.zeros(len(front), dtype=np.int32), n_bytes.astype(np.int32)]),
-            )
-        )
-    return result
-
-
-def beginning(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> int | None:
-    """The id that documents begin with: beginning of text, else end of text; None where the tokenizer has neither."""
-    return backend_and_begin(tokenizer)[1]
-
-
-def backend_and_begin(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> tuple[Tokenizer, int | None]:
-    """A copy of the fast tokenizer without truncation or padding, and the id that documents begin with."""
-    begin = None
-    if isinstance(tokenizer, Tokenizer):
-        backend = tokenizer
-    elif isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
-        backend = tokenizer.backend_tokenizer
-        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    else:
-        raise LensbenchError(
-            f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer (tokenizers library) is needed"
-        )
-    backend = Tokenizer.from_str(backend.to_str())  # a copy: the caller's tokenizer keeps its truncation and padding
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend, backend.token_to_id(END_OF_TEXT) if begin is None else begin
-
-
-def training_stream(documents: Sequence[TokenizedDocument]) -> NDArray[np.int32]:
-    """The token ids of all documents, one document after the other: int32 [tokens]."""
-    if not documents:
-        raise LensbenchError("there are no documents to train on: give the train split a fraction above 0")
-    return np.concatenate([d.ids for d in documents])
-
-
-# Windows
 def sample_windows(
     documents: Sequence[TokenizedDocument],
     *,
@@ -215,22 +99,25 @@ def sample_windows(
 ) -> Windows:
     """Windows drawn without replacement, with random positions to score in each.
 
-    A document is cut into consecutive windows of ``length`` tokens; only the first has the beginning-of-text id, and
-    windows shorter than 32 tokens are left out. Positions lie between ``first_position`` and the last but one token.
+    A document is cut into consecutive windows of ``length`` tokens. The ids that it begins with stand in front of every
+    window, where the document says so, and take places in it; else in its first window alone. They are never scored.
+    Windows shorter than 32 tokens are left out. Positions lie between ``first_position`` and the last but one token.
 
     Without ``max_share`` each window is equally likely. With it, windows are taken in turn from as many documents as there
     are, and no document gives more than that share of the windows drawn. A document may always give one, and with fewer
     documents than ``1 / max_share`` each may give twice an equal share. Where fewer than ``n_sequences`` windows are
     available, all are taken; the caller reports how many. Raises LensbenchError where there are none.
     """
-    _check_window_arguments(n_sequences, length, positions, max_share, first_position)
+    front = max((d.front for d in documents), default=0)
+    earliest = max(first_position, front - 1)
+    _check_window_arguments(n_sequences, length, positions, max_share, first_position, earliest)
     rng = np.random.default_rng(seed)
-    shortest = max(MIN_WINDOW, first_position + 2)
+    shortest = max(MIN_WINDOW, earliest + 2)
     cut = [
         (d, k)
         for d, document in enumerate(documents)
-        for k in range(-(-len(document.ids) // length))
-        if min(len(document.ids) - k * length, length) >= shortest
+        for k, (begin, end) in enumerate(_pieces(document, length))
+        if repeated(document) + end - begin >= shortest
     ]
     if not cut:
         longest = max((len(d.ids) for d in documents), default=0)
@@ -253,22 +140,36 @@ def sample_windows(
     valid = np.zeros(shape, dtype=np.bool_)
     next_bytes = np.zeros(shape, dtype=np.int32)
     for row, (d, k) in enumerate(windows):
-        tokens = documents[d].ids[k * length : (k + 1) * length]
+        document, head = documents[d], repeated(documents[d])
+        begin, end = _pieces(document, length)[k]
+        tokens = np.concatenate([document.ids[:head], document.ids[begin:end]])
         ids[row, : len(tokens)] = tokens
         lengths[row] = len(tokens)
-        eligible = np.arange(first_position, len(tokens) - 1)
+        eligible = np.arange(earliest, len(tokens) - 1)
         chosen = np.sort(rng.choice(eligible, size=min(positions, len(eligible)), replace=False))
         scored[row] = chosen[-1]
         scored[row, : len(chosen)] = chosen
         valid[row, : len(chosen)] = True
-        next_bytes[row, : len(chosen)] = documents[d].n_bytes[k * length + chosen + 1]
+        next_bytes[row, : len(chosen)] = document.n_bytes[begin - head + chosen + 1]
     used, index = np.unique(windows[:, 0], return_inverse=True)
     names = tuple(documents[d].name for d in used)
     return Windows(ids, lengths, scored, valid, index.astype(np.int64), names, windows[:, 1].copy(), next_bytes)
 
 
+def repeated(document: TokenizedDocument) -> int:
+    """How many ids of a document's front stand in front of each of its windows."""
+    return document.front if document.every_window else 0
+
+
+def _pieces(document: TokenizedDocument, length: int) -> list[tuple[int, int]]:
+    """Where the windows of a document begin and end in its ids, without the ids that are repeated in front of each."""
+    head = repeated(document)
+    starts = range(head, len(document.ids), length - head)
+    return [(start, min(start + length - head, len(document.ids))) for start in starts]
+
+
 def _check_window_arguments(
-    n_sequences: int, length: int, positions: int, max_share: float | None, first_position: int
+    n_sequences: int, length: int, positions: int, max_share: float | None, first_position: int, earliest: int
 ) -> None:
     if n_sequences < 1 or positions < 1:
         raise LensbenchError(f"n_sequences is {n_sequences} and positions {positions}: both must be at least 1")
@@ -276,10 +177,12 @@ def _check_window_arguments(
         raise LensbenchError(f"length is {length}: windows must have at least {MIN_WINDOW} tokens")
     if not 0 <= first_position <= length - 2:
         raise LensbenchError(f"first_position is {first_position}: it must lie between 0 and length - 2 = {length - 2}")
-    if positions > length - 1 - first_position:
+    if positions > length - 1 - earliest:
+        from_where = (
+            f"from first_position {first_position} on" if earliest == first_position else "after those in front"
+        )
         raise LensbenchError(
-            f"positions is {positions}: a window of {length} tokens has {length - 1 - first_position} "
-            f"from first_position {first_position} on"
+            f"positions is {positions}: a window of {length} tokens has {max(0, length - 1 - earliest)} {from_where}"
         )
     if max_share is not None and not 0 < max_share <= 1:
         raise LensbenchError(f"max_share is {max_share}: it must be above 0 and at most 1")
@@ -301,13 +204,3 @@ def _take_in_turn(
     round_of[by_document] = np.arange(len(windows)) - np.repeat(np.cumsum(counts) - counts, counts)
     order = np.lexsort((np.argsort(turn)[windows[:, 0]], round_of))
     return windows[order[:wanted]]
-
-
-def check_ids(who: str, ids: Any, vocab_size: int) -> None:
-    """Raise :class:`LensbenchError` where a token id of the text has no embedding in the model."""
-    largest = int(ids.max()) if len(ids) else 0
-    if largest >= vocab_size:
-        raise LensbenchError(
-            f"{who}: its tokenizer gives the text a token {largest}, but the model has {vocab_size} "
-            "entries: the tokenizer belongs to another model"
-        )

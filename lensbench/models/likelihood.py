@@ -1,6 +1,7 @@
 """Likelihood of a text under a model: nats per token and bits per byte, every token counted once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lensbench.data.reading import Document
-from lensbench.data.windows import beginning, check_ids, tokenize
+from lensbench.data.tokens import BeginSetting, TokenizedDocument, check_ids, tokenize
+from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.streams.stream import refuse_non_finite
@@ -42,41 +44,83 @@ def text_likelihood(
     text: str,
     *,
     length: int,
-    begin: bool = True,
+    begin: BeginSetting | None = "auto",
     progress: Progress = QUIET,
 ) -> Likelihood:
-    """The likelihood of ``text``, scored in windows of at most ``length`` tokens, each token exactly once.
+    """The likelihood of ``text``, scored in windows of at most ``length`` tokens, each token of the text exactly once.
 
-    The text follows the beginning-of-text token, or the end-of-text token if the tokenizer has no other, so that its first
-    token is scored too. With ``begin=False``, or without such a token, the first token of the text is not scored, and its
-    bytes do not count. Every later window begins with the last token of the window before it, as its only context. This is
-    the convention of rolling log-likelihoods in lm-evaluation-harness.
+    Where every window begins with the model's beginning-of-text token (see :func:`lensbench.data.tokens.beginning`), the
+    text is cut into pieces of ``length - 1`` tokens, and each is read after that token. Else the first window alone begins
+    with it, and every later one with the last token of the window before it, as its only context: the convention of rolling
+    log-likelihoods in lm-evaluation-harness. With ``begin=None``, or without such a token, the first token of the text is
+    not scored, and its bytes do not count.
 
-    Raises :class:`LensbenchError` for a text of fewer than
-    two tokens, for token ids without an embedding, and for weights that are not finite.
+    Raises :class:`LensbenchError` for a text without a token to predict, for windows that have no room for one, for token
+    ids without an embedding, and for weights that are not finite.
     """
-    encoded = tokenize(tokenizer, [Document("text", text)])
+    encoded = tokenize(tokenizer, [Document("text", text)], begin or "first")
     ids = encoded[0].ids if encoded else np.zeros(0, np.int32)
     if not len(ids):
         raise LensbenchError("the text has no token to predict: give a longer one")
     check_ids("the model", ids, model.config.get_text_config().vocab_size)
     refuse_non_finite(model)
-    sizes = encoded[0].n_bytes
-    if not begin and beginning(tokenizer) is not None:
-        ids, sizes = ids[1:], sizes[1:]
-    if len(ids) < 2:
-        raise LensbenchError("the text has no token to predict: give a longer one")
-    device = model.get_input_embeddings().weight.device
+    document = encoded[0]
+    if begin is None:
+        document = replace(document, ids=ids[document.front :], n_bytes=document.n_bytes[document.front :], front=0)
+    device: Any = model.get_input_embeddings().weight.device
     nats, tokens, lengths = [], [], []
-    starts = range(0, len(ids) - 1, length - 1)
-    with progress.task("scoring", len(starts), "windows") as task:
-        for number, start in enumerate(starts):
-            window = torch.from_numpy(ids[start : start + length].astype(np.int64)).to(device)  # type: ignore[arg-type]
-            logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-            target = window[1:].to(logits.device)
-            loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-            nats.append(float(loss.double().sum()))
-            tokens.append(len(target))
-            lengths.append(int(sizes[start + 1 : start + len(window)].sum()))
+    windows = scoring_windows(document, length)
+    with progress.task("scoring", len(windows), "windows") as task:
+        for number, (window, scored, sizes) in enumerate(windows):
+            found = token_nats(model, torch.from_numpy(window.astype(np.int64)).to(device))[scored - 1 :]
+            nats.append(float(found.sum()))
+            tokens.append(len(found))
+            lengths.append(int(sizes.sum()))
             task.update(number + 1)
     return Likelihood(np.array(nats), np.array(tokens), np.array(lengths))
+
+
+def scoring_windows(document: TokenizedDocument, length: int) -> list[tuple[NDArray[np.int32], int, NDArray[np.int32]]]:
+    """Windows that score each token once: their ids, the place of the first scored token, and the scored tokens' bytes.
+
+    Raises :class:`LensbenchError` where there is no token to score, or no room for one.
+    """
+    ids, sizes, front, count = document.ids, document.n_bytes, document.front, len(document.ids)
+    if length < front + 1:
+        raise LensbenchError(f"windows of {length} tokens have no room after the {front} that a text begins with")
+    if count < max(2, front + 1):
+        raise LensbenchError("the text has no token to predict: give a longer one")
+    if document.every_window and front:
+        step = length - front
+        starts = range(front, count, step)
+        return [(np.concatenate([ids[:front], ids[s : s + step]]), front, sizes[s : s + step]) for s in starts]
+    windows = []
+    for start in range(0, count - 1, length - 1):
+        scored = max(1, front) if start == 0 else 1
+        windows.append((ids[start : start + length], scored, sizes[start + scored : start + length]))
+    return windows
+
+
+@torch.no_grad()
+def token_nats(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Negative log-probability of ids ``[T]`` from the second on, each given those before it: nats ``[T - 1]``, float64."""
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").double()
+
+
+def nats_with_and_without(
+    model: PreTrainedModel, windows: Windows, front: int, progress: Progress = QUIET, name: str = "beginning"
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """What the ids in front of each of S windows are worth: sums of nats with them, without them, and tokens, ``[S]`` each.
+
+    The same tokens are scored: all but the first token of text, which nothing stands before without the ``front`` ids.
+    """
+    device: Any = model.get_input_embeddings().weight.device
+    given, taken = np.zeros(len(windows)), np.zeros(len(windows))
+    with progress.task(name, len(windows), "windows") as task:
+        for row, end in enumerate(windows.lengths):
+            ids = torch.from_numpy(windows.ids[row, :end]).to(device)
+            given[row] = float(token_nats(model, ids)[front:].sum())
+            taken[row] = float(token_nats(model, ids[front:]).sum())
+            task.update(row + 1)
+    return given, taken, windows.lengths - front - 1

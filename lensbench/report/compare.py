@@ -219,6 +219,11 @@ def difference_of_measure(a: Manifest, b: Manifest) -> str:
         first, second = (manifest.suite.content().get(section, {}).get(key) for manifest in (a, b))
         if first != second:
             return f"{section}.{key} is {first} and {second}"
+    for name in sorted({*a.tokenizers} & {*b.tokenizers}):
+        # Runs of earlier versions put the token into the first window alone, and do not say so.
+        places = [m.tokenizers[name].get("begin", {}).get("begin", "first window") for m in (a, b)]
+        if places[0] != places[1] and "every window" in places:
+            return f"the beginning-of-text token of {name} stands in {places[0]} and {places[1]}"
     return ""
 
 

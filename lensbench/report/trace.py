@@ -16,7 +16,7 @@ from tuned_lens.nn.lenses import Lens, LogitLens
 from tuned_lens.plotting import PredictionTrajectory
 
 from lensbench.data.reading import Document
-from lensbench.data.windows import check_ids, tokenize
+from lensbench.data.tokens import check_ids, tokenize
 from lensbench.errors import LensbenchError
 from lensbench.lenses.trajectory import prediction_trajectory
 from lensbench.lenses.tuned import SharedLens, load_tuned_lens

@@ -170,7 +170,7 @@ def read_table(path: Path) -> pd.DataFrame:
         raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     for column in ADDED_COLUMNS.get(path.name, ()):
         if column not in table:
-            table[column] = None
+            table[column] = None if column in text else float("nan")
     missing = [column for column in SCHEMA[path.name] if column not in table.columns]
     if missing or (table.empty and path.name not in ("pairs.csv", *ADDED)):  # a single layer is in no pair
         what = f"column {missing[0]!r} is missing" if missing else "it has no rows"

@@ -49,6 +49,11 @@ SCHEMA: dict[str, dict[str, str]] = {
         "d_model": "The width of the stream that the lenses read.",
         "vocab_size": "The number of tokens (or classes) that are predicted, V.",
         "train_tokens": "The tokens visited in training; empty for pretrained models.",
+        "begin_token": "The token that the model's text begins with, as its tokenizer spells it; empty where there is none.",
+        "begin": "Where it stands: every window, first window (of each document), or none; empty for images.",
+        "begin_gain": "What it is worth on a few dev windows: cross-entropy without it minus with it in front of each "
+        "window, on the same tokens, nats/token; empty for models trained here.",
+        **_bounds("begin_gain", "the 95 % interval: paired bootstrap over documents"),
         "ce": "Held-out cross-entropy, nats/token.",
         **_bounds("ce"),
         "bits_per_byte": "Held-out cross-entropy in bits per byte of the scored tokens; empty for images.",
@@ -215,7 +220,7 @@ def no_rows(name: str) -> pd.DataFrame:
 
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
-    "probe", "quantity", "scope", "verdict", "known", "positions",
+    "probe", "quantity", "scope", "verdict", "known", "positions", "begin_token", "begin",
 }  # fmt: skip
 
 
@@ -238,5 +243,8 @@ MEASURED_TIME = ("timings.csv",)
 """Tables that are not the same in any two runs."""
 
 
-ADDED_COLUMNS = {"verdicts.csv": ("known",)}
-"""Columns of text that older tables lack."""
+ADDED_COLUMNS = {
+    "models.csv": ("begin_token", "begin", "begin_gain", "begin_gain_ci_low", "begin_gain_ci_high"),
+    "verdicts.csv": ("known",),
+}
+"""Columns that older tables lack: read as empty."""

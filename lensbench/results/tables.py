@@ -37,6 +37,7 @@ from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agree
 from lensbench.probes.measured import Measured, Measurement
 from lensbench.probes.registry import quantity_of
 from lensbench.probes.tools.crossfit import COLUMNS
+from lensbench.results.schema import ADDED_COLUMNS
 from lensbench.results.sums import ClusterSums, MatrixSums, by_document, clustered
 from lensbench.statistics import bootstrap_weights, interval, mean_over_seeds, ratio_with_interval
 
@@ -184,7 +185,8 @@ def model_row(part: Part, sample: Sample) -> dict[str, Any]:
     sums = sample.sums
     ce = by_document(part.sequences, lens="model")["ce"].to_numpy(float)
     scored = {"scored_tokens": int(sums.tokens.sum()), "clusters": sample.clusters}
-    return part.facts | ce_columns(ce, sums.tokens, sums.bytes, sample.weights) | scored
+    known = dict.fromkeys(ADDED_COLUMNS["models.csv"]) | part.facts
+    return known | ce_columns(ce, sums.tokens, sums.bytes, sample.weights) | scored
 
 
 def index_estimates(part: Part, sample: Sample) -> dict[str, Estimate]:

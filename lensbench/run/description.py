@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lensbench.data.inputs import documents_of
+from lensbench.data.inputs import Texts, documents_of
 from lensbench.models.pretrained import named
 from lensbench.results.manifest import SCHEMA_VERSION, Manifest
 from lensbench.run.context import CODE_VERSION, Context
@@ -49,7 +49,10 @@ def describe(
             "sequences_asked": context.sequences or suite.evaluate.sequences,
             "first_position": suite.evaluate.first_position,
         },
-        "tokenizers": {name: {"tokens": c["tokens"], "scored": c["scored"]} for name, c in counted.items()},
+        "tokenizers": {
+            name: {"tokens": c["tokens"], "scored": c["scored"], **begin_of(context, name)}
+            for name, c in counted.items()
+        },
         "sources": {m.name: source_facts(context, m.source) for m in models if m.source is not None},
         "files": {name: sha256(context.folder / name) for name in files},
         "figures": drawn,
@@ -65,6 +68,12 @@ def describe(
     if plans:
         content["precision"] = {"asked": suite.evaluate.precision, "models": plans}
     return Manifest.model_validate(json.loads(json.dumps(content)))
+
+
+def begin_of(context: Context, tokenizer: str) -> dict[str, dict[str, str | None]]:
+    """The token that texts of a tokenizer begin with, and in which windows it stands; nothing for images."""
+    data = context.cache.data[tokenizer]
+    return {"begin": data.beginning.facts} if isinstance(data, Texts) else {}
 
 
 def spec_of(context: Context) -> str:

@@ -13,7 +13,7 @@ from lensbench.data.corpus import SPLITS, Corpus, load_corpus
 from lensbench.data.images import ImageSet, Prepare, labels_for, load_images, pixels_of_size, processed_pixels
 from lensbench.data.inputs import IMAGES, TRAINED_HERE, Data, Pictures, Texts
 from lensbench.data.samples import Samples
-from lensbench.data.windows import train_tokenizer
+from lensbench.data.tokens import train_tokenizer
 from lensbench.models.pretrained import identity, load_config, load_image_processor, load_tokenizer
 from lensbench.run.context import Context, digest_of
 from lensbench.streams.parts import image_shape
@@ -94,7 +94,10 @@ def _texts_here(context: Context) -> Texts:
     key = {"checksum": corpus.checksum, "recipe": recipe.model_dump(exclude={"spec", "max_bytes"})}
     stage = context.stage("tokenizer", key, compute)
     load = partial(Tokenizer.from_file, str(stage.folder / "tokenizer.json"))
-    return _texts(context, TRAINED_HERE, stage.digest, load)
+    # It adds no token to a text by itself, so that "auto" is "first".
+    every = context.suite.evaluate.begin == "every"
+    digest = digest_of({"tokenizer": stage.digest, "begin": "every"}) if every else stage.digest
+    return _texts(context, TRAINED_HERE, digest, load)
 
 
 def _own_texts(context: Context, owner: ModelRecipe) -> Texts:
@@ -103,11 +106,13 @@ def _own_texts(context: Context, owner: ModelRecipe) -> Texts:
     split = context.suite.corpus.model_dump(exclude={"spec", "max_bytes", "vocab_size"})
     identified = identity_of(context, owner.source)
     key = {"checksum": corpus_of(context).checksum, "recipe": split, "source": identified}
+    key["begin"] = context.suite.evaluate.begin
     return _texts(context, owner.name, digest_of(key), partial(load_tokenizer, owner.source))
 
 
 def _texts(context: Context, name: str, digest: str, load: Callable[[], Tokenizer | PreTrainedTokenizerBase]) -> Texts:
-    return Texts(corpus_of(context), name, digest, load, context.suite.length, context.suite.evaluate.first_position)
+    evaluate = context.suite.evaluate
+    return Texts(corpus_of(context), name, digest, load, context.suite.length, evaluate.first_position, evaluate.begin)
 
 
 def _pictures_here(context: Context, recipe: ImageRecipe) -> Pictures:

@@ -13,6 +13,8 @@ def stage_names(suite: Suite, models: list[ModelRecipe], probes: tuple[str, ...]
             names.add("baselines" if owner.source is None else f"baselines-{owner.name}")
         if seeds and owner.source is None and suite.images is None:
             names.add("tokenizer")
+        if seeds and owner.source is not None and suite.images is None:
+            names.add(f"begin-{owner.name}")
         for seed in seeds:
             who = f"{model.name}-seed{seed}"
             names |= {f"fit-{who}", f"score-{who}"}

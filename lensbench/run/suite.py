@@ -22,6 +22,7 @@ from lensbench.results.schema import SCHEMA, no_rows
 from lensbench.results.sums import joined_clusters, summed_by_cluster
 from lensbench.results.tables import Part
 from lensbench.run.baselines import baselines
+from lensbench.run.beginnings import beginning_facts
 from lensbench.run.cluster import Cluster, cluster_tasks
 from lensbench.run.context import Context
 from lensbench.run.curves import learning_curve
@@ -163,9 +164,10 @@ def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
     seeds = suite.seeds_of(model)
     points = [point for seed in seeds for point in learning_curve(context, model, seed)]
     for seed in seeds:
+        begins = beginning_facts(context, model, seed)
         fitted, scored = fitting(context, model, seed), scoring(context, model, seed)
         found, facts = probing(context, model, seed), origin_of(context, model, seed).facts
-        part = Part.load(model.name, seed, fitted.folder, scored.folder, facts, found, suite.known(model))
+        part = Part.load(model.name, seed, fitted.folder, scored.folder, {**facts, **begins}, found, suite.known(model))
         parts.append(by_cluster(part, suite.evaluate.groups) if suite.evaluate.sums == "cluster" else part)
     if not seeds:
         context.progress.say(f"{model.name}: not run at this seed, its suite says")

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lensbench.data.corpus import FRACTIONS
 from lensbench.data.images import SPECS
 from lensbench.data.recipe import TrainingRecipe
+from lensbench.data.tokens import BeginSetting
 from lensbench.errors import LensbenchError, nearest
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.indices import compared_quantities
@@ -87,6 +88,11 @@ class EvaluateRecipe(_Strict):
         None, ge=2, description="tokens of a sequence; training.length if left out. Fitting and choosing use it too"
     )
     first_position: int = Field(1, ge=0, description="first position that is fitted or scored")
+    begin: BeginSetting = Field(
+        "auto",
+        description="windows that begin with the model's beginning-of-text token: every one, the first of each document, "
+        "or auto: every one where the tokenizer adds such a token to a text by itself, else the first",
+    )
     precision: float | None = Field(
         None,
         gt=0,
@@ -116,8 +122,8 @@ class EvaluateRecipe(_Strict):
 
     @property
     def scored(self) -> dict[str, Any]:
-        """What the scores of a model depend on."""
-        return self.model_dump(exclude={"draws", "probe_sequences", "sums", "groups"})
+        """What the scores of a model depend on, but for ``begin``, which the texts themselves depend on."""
+        return self.model_dump(exclude={"draws", "probe_sequences", "sums", "groups", "begin"})
 
 
 class ModelRecipe(_Strict):

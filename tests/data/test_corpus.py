@@ -15,14 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lensbench.data.corpus import FRACTIONS, SPLITS, Corpus, clusters_of, duplicate_groups, load_corpus
 from lensbench.data.reading import Document, read_documents
-from lensbench.data.windows import (
-    TokenizedDocument,
-    Windows,
-    sample_windows,
-    tokenize,
-    train_tokenizer,
-    training_stream,
-)
+from lensbench.data.tokens import TokenizedDocument, tokenize, train_tokenizer, training_stream
+from lensbench.data.windows import Windows, sample_windows
 from lensbench.errors import LensbenchError
 
 

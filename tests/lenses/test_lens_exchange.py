@@ -20,8 +20,7 @@ from tuned_lens.nn.lenses import LogitLens, TunedLens
 from tuned_lens.nn.unembed import Unembed
 from tuned_lens.plotting import PredictionTrajectory
 
-from lensbench.data import corpus
-from lensbench.data.windows import sample_windows, tokenize
+from lensbench.data import corpus, sample_windows, tokenize
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import Fit
 from lensbench.lenses.maps import AffineMaps

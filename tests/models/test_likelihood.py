@@ -10,6 +10,7 @@ import torch
 from helpers.commands import refused, run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lensbench.errors import LensbenchError
@@ -127,8 +128,39 @@ def test_bits_without_a_beginning_are_those_of_a_plain_loop_over_the_tokenizers_
         found = run("bits", f"path:{folder}", short, option)
         assert found.exit_code == 0, found.output
         assert float(re.search(r"nats/token: (\S+)", found.output)[1]) == pytest.approx(expected, abs=1e-3)
-        stands = "behind " + inner.id_to_token(0) if front else "as it is, so its first token is not scored"
-        assert f"the text stands {stands}" in found.output
+        stands = f"begins with {inner.id_to_token(0)}" if front else "stands as it is, so its first token is not scored"
+        assert f"the text {stands}" in found.output
+
+
+def test_bits_with_a_token_in_front_of_every_window_are_those_of_a_plain_loop(tiny_run, text, tmp_path):
+    """The text in pieces, each after the token that the tokenizer adds; a template at both ends adds no end."""
+    stage = tiny_run / "stages" / "train-gpt-seed0"
+    inner = Tokenizer.from_file(str(stage.parent / "tokenizer" / "tokenizer.json"))
+    word = inner.id_to_token(0)
+    inner.post_processor = TemplateProcessing(single=f"{word} $A {word}", special_tokens=[(word, 0)])
+    folder = shutil.copytree(stage, tmp_path / "model")
+    (folder / "stage.json").unlink()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=word)
+    wrapped.save_pretrained(folder)
+    content = text.read_text() + "\n" + word + " is spelled out here."
+    short = tmp_path / "short.txt"
+    short.write_text(content)
+    plain = Tokenizer.from_file(str(stage.parent / "tokenizer" / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    ids = plain.encode(content).ids
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    nats = 0.0
+    for start in range(0, len(ids), 32 - 1):
+        window = torch.tensor([[0, *ids[start : start + 31]]])
+        with torch.no_grad():
+            nats += float(model(window, labels=window).loss) * (window.shape[1] - 1)
+    found = run("bits", f"path:{folder}", short, "--length", 32)
+    assert found.exit_code == 0, found.output
+    shown = {name: float(value) for name, value in re.findall(r"(nats/token|bits/byte): (\d+\.\d+)", found.output)}
+    assert shown["nats/token"] == pytest.approx(nats / len(ids), abs=1e-4)
+    assert shown["bits/byte"] == pytest.approx(nats / math.log(2) / len(content.encode()), abs=1e-4)
+    assert f"{len(ids)} tokens, {len(content.encode())} bytes" in found.output
+    assert f"every window begins with {word}" in found.output
 
 
 def test_a_folder_without_a_tokenizer_is_refused_as_that(tiny_run, text, tmp_path):

@@ -12,7 +12,7 @@ from helpers.suites import SUITE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lensbench.data import corpus, reading, windows
+from lensbench.data import corpus, reading, tokens, windows
 from lensbench.errors import LensbenchError
 from lensbench.report.compare import compare_runs
 from lensbench.results import schema as results
@@ -168,13 +168,13 @@ def test_an_enormous_line_and_lone_surrogates_go_through_tokenizer_and_windows(t
     path = tmp_path / "line.txt"
     path.write_text("".join(random.Random(0).choices("abcdefgh", k=1_000_000)))
     found = corpus.load_corpus(f"file:{path}")
-    tokenizer = windows.train_tokenizer(found, 300)
+    tokenizer = tokens.train_tokenizer(found, 300)
     (tmp_path / "rows.jsonl").write_text(
         "\n".join(json.dumps({"text": f"half \ud83d of {k} " * 400}) for k in range(40))
     )
     halves = corpus.load_corpus(f"file:{tmp_path / 'rows.jsonl'}")
     for texts in (found, halves):
-        documents = windows.tokenize(tokenizer, texts.splits["eval"])
+        documents = tokens.tokenize(tokenizer, texts.splits["eval"])
         sampled = windows.sample_windows(documents, n_sequences=4, length=64, positions=4, seed=0)
         assert len(sampled)
         assert sampled.valid.any()

@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from tuned_lens.nn.lenses import TunedLens
 
-from lensbench.data import corpus, reading
-from lensbench.data.windows import sample_windows, tokenize
+from lensbench.data import corpus, reading, sample_windows, tokenize
 from lensbench.models import pretrained
 from lensbench.results import schema as results
 from lensbench.results.folder import read_run

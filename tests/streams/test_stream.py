@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from lensbench.data.windows import TokenizedDocument, Windows, sample_windows
+from lensbench.data.tokens import TokenizedDocument
+from lensbench.data.windows import Windows, sample_windows
 from lensbench.errors import LensbenchError
 from lensbench.models import build
 from lensbench.models.predictive_coding import PredictionNorm
