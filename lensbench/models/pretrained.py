@@ -27,6 +27,7 @@ from transformers.utils import hub as transformers_hub
 from transformers.utils import logging as transformers_logging
 
 from lensbench.errors import LensbenchError
+from lensbench.models.gguf import quick_reading
 from lensbench.runtime.environment import needs
 from lensbench.runtime.files import sha256
 
@@ -62,7 +63,10 @@ class Located:
         try:
             # lensbench reports missing weights in one line; the report of transformers would repeat it.
             transformers_logging.set_verbosity_error()
-            with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+            with (
+                contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext(),
+                quick_reading() if "gguf_file" in self.options else contextlib.nullcontext(),
+            ):
                 # Explicitly False: by default transformers asks at the terminal, and runs the code after a yes.
                 return loader.from_pretrained(self.name, trust_remote_code=False, **self.options, **options)
         except Exception as error:  # every reader has its own exceptions, and tokenizers raises plain Exception
