@@ -19,9 +19,18 @@ FEWEST_CLUSTERS = 64
 """With fewer clusters than this, intervals are not to be trusted."""
 
 
-def few_clusters(clusters: int) -> str:
-    """The warning next to an interval over so many clusters; empty where there are enough."""
-    return f"only {clusters} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
+def few_clusters(clusters: float) -> str:
+    """The warning next to an interval over so many (effective) clusters; empty where there are enough."""
+    return f"only {clusters:.3g} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
+
+
+def effective_clusters(clusters: NDArray[np.int64], sizes: Array | None = None) -> float:
+    """Effective number of clusters, ``(sum n)^2 / sum n^2`` (Kish 1965): their number where they are of one size.
+
+    ``clusters`` ``[S]`` numbers the cluster of each window, ``sizes`` ``[S]`` counts what it holds (one, if left out).
+    """
+    n = np.bincount(np.unique(clusters, return_inverse=True)[1], sizes)
+    return float(n.sum() ** 2 / max(np.square(n).sum(), 1e-300))
 
 
 # Bootstrap over clusters

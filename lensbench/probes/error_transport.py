@@ -17,18 +17,26 @@ from torch import Tensor
 from lensbench.data.windows import Windows
 from lensbench.probes.catalogue import SAME_TOKENIZER, WITH_ITS_NULL, Probe, Quantity
 from lensbench.probes.subject import Subject
-from lensbench.probes.tools.crossfit import Estimates, FoldSums, Jackknifed, in_folds
-from lensbench.probes.tools.heads import EAGER, Heads, check_heads, sets_attention
+from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, in_folds
+from lensbench.probes.tools.heads import EAGER, check_heads, sets_attention
 from lensbench.probes.tools.predictions import RANK, Constant, Directions, PredictionBatch, after, batches
 from lensbench.probes.tools.transport import Scores, score_layer
-from lensbench.statistics import Array, few_clusters, jackknife, leaving_one_out
+from lensbench.statistics import Array, effective_clusters, few_clusters, jackknife, leaving_one_out
 
 FIRST = 2
 """First position that is used"""
 
 
-MEMORY_GIB = 4.0
-"""Most memory for the sums of all heads; with very many heads fewer directions are used"""
+MEMORY_GIB = 6.0
+"""Most memory for what is kept of all heads, and half of it for the sums of one layer"""
+
+
+SHARE = 0.95
+"""Least share of the unembedding's variance that the directions hold"""
+
+
+ROWS_PER_DIRECTION = 12
+"""Least number of kept positions for each direction: regressions have three maps of all directions"""
 
 
 LEVEL = 0.05
@@ -57,6 +65,11 @@ def error_transport(subject: Subject) -> Jackknifed:
     give; it is below 0 where they have the tokens' own sign. ``error_transport_p`` is the larger of two one-sided p: of as
     large a sum under such coins, and of a cosine above 0 (jackknife), corrected over all heads (Holm).
 
+    All is seen in the principal directions of the unembedding that hold :data:`SHARE` of its variance over the text, and at
+    least in :data:`RANK`. Heads are kept at evenly spread positions, as many as memory allows, since neighbours mix nearly
+    the same; the sums are made layer by layer. Where too few positions are left for so many directions (a model of which
+    nearly all directions count, on a short text), fewer are used, and the reason of ``error_directions_share`` says so.
+
     ``layer`` is the block, ``other`` the head. Attention weights are read with ``attn_implementation="eager"``, which is set
     back; the probe reports that. A predictive-coding model is read at its known places: expectations are those of its
     layer's own prediction.
@@ -73,56 +86,95 @@ def error_transport(subject: Subject) -> Jackknifed:
     windows, fold = in_folds(subject.windows)
     if fold.max() < 3:
         return Jackknifed(name, reason="its windows come from fewer than four documents: nothing to cross-fit on")
-    layers, warning = gather(subject, windows, fold)
-    clusters = few_clusters(len(np.unique(windows.clusters)))
-    return estimate(layers, subject, warning or clusters, nothing=bool(warning))
+    plan = planned(subject, windows)
+    kept, warning = gather(subject, windows, fold, plan)
+    clusters = few_clusters(effective_clusters(windows.clusters))
+    return estimate(kept, subject, plan, warning or clusters, nothing=bool(warning))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """In which directions heads are seen, and at every how many positions they are kept."""
+
+    directions: Directions
+    stride: int
+    reason: str = ""
+    """Why the directions hold less than :data:`SHARE`"""
+
+
+def planned(subject: Subject, windows: Windows) -> Plan:
+    """The directions and positions that memory allows, see :func:`error_transport`."""
+    (batch,) = batches(subject.stream, windows.spread(1), Directions.none(subject.stream), heads=True)
+    heads = sum(h.weights.shape[1] for h in batch.heads)
+    size = max(h.mixed.shape[-1] for h in batch.heads)
+    most = int(MEMORY_GIB * 2**30)
+    positions = int((windows.lengths - FIRST).clip(min=0).sum())
+    stride = -(-positions * heads * (windows.ids.shape[1] + size) * 4 // most)
+    directions = Directions.holding(subject.stream, subject.words.fit_windows, SHARE)
+    largest = max(h.weights.shape[1] for h in batch.heads)
+    columns = int((most / 2 / (8 * FOLDS * largest)) ** 0.5)
+    rank = min((columns - 3 - size) // 4, max(RANK, positions // stride // ROWS_PER_DIRECTION))
+    if rank >= directions.rank:
+        return Plan(directions, stride)
+    wanted, directions = directions.rank, Directions.of(subject.stream, subject.words.fit_windows, rank)
+    reason = f"{wanted} directions would hold {SHARE:.0%}; memory and the kept positions allow {rank}"
+    return Plan(directions, stride, reason)
 
 
 @dataclass
-class Layer:
-    """Sums by fold for the heads of one layer, of the columns that :mod:`lensbench.probes.tools.transport` describes."""
+class Kept:
+    """What is kept of the heads of one layer, batch by batch, of B windows and n positions each."""
 
-    sums: FoldSums
     written: Tensor  # [H, dh, d]
+    weights: list[Tensor]  # [B, H, n, T]
+    mixed: list[Tensor]  # [B, H, n, dh]
+    expected: list[Tensor | None]  # [B, T, r]: of its layer's own prediction
 
 
-def directions_for(subject: Subject) -> Directions:
-    """As many principal directions as the memory for the sums of all heads allows."""
-    stream = subject.stream
-    heads, size = head_shape(subject)
-    rank = RANK
-    while rank > 16 and heads * (3 + 4 * rank + size) ** 2 * 8 * 8 > MEMORY_GIB * 2**30:
-        rank -= 16
-    return Directions.of(stream, subject.words.fit_windows, rank)
+@dataclass
+class Batch:
+    """What all heads of a batch may have carried, the kept positions that are tokens ``[B, n]``, and the folds ``[B]``."""
+
+    carried: "Carried"
+    looked: Tensor
+    fold: NDArray[np.int64]
 
 
-def head_shape(subject: Subject) -> tuple[int, int]:
-    """Number of heads of the whole model, and the largest size of a head."""
-    (batch,) = batches(subject.stream, subject.windows.spread(1), Directions.none(subject.stream), heads=True)
-    return sum(h.weights.shape[1] for h in batch.heads), max(h.mixed.shape[-1] for h in batch.heads)
+@dataclass
+class Gathered:
+    """Layer -> what is kept of its heads; and of each batch what they may have carried."""
+
+    layers: dict[int, Kept]
+    batches: list[Batch]
+    folds: int
+
+    def sums(self, layer: int) -> Tensor:
+        """Raw sums ``[K, H, F, F]`` of a layer, of the columns that :mod:`lensbench.probes.tools.transport` describes."""
+        kept, sums = self.layers[layer], FoldSums(self.folds)
+        for of, weights, mixed, own in zip(self.batches, kept.weights, kept.mixed, kept.expected, strict=True):
+            columns = head_columns(weights, mixed, of.carried, own)  # [H, B, n, F]
+            for k in np.unique(of.fold):
+                sums.add(int(k), columns[:, of.looked & torch.from_numpy(of.fold == k)[:, None]])
+        return sums.sums
 
 
-def gather(subject: Subject, windows: Windows, fold: NDArray[np.int64]) -> tuple[dict[int, Layer], str]:
-    """Layer -> the sums of its heads, from one pass over the windows; and a warning where there is hardly a prediction."""
-    stream = subject.stream
-    directions = directions_for(subject)
+def gather(subject: Subject, windows: Windows, fold: NDArray[np.int64], plan: Plan) -> tuple[Gathered, str]:
+    """What is kept of all heads, from one pass over the windows; and a warning where there is hardly a prediction."""
     generator = torch.Generator().manual_seed(0)
-    layers: dict[int, Layer] = {}
-    constant = Constant()
+    found, constant = Gathered({}, [], int(fold.max()) + 1), Constant()
+    positions = slice(FIRST, None, plan.stride)
     with subject.task("error_transport", windows) as task:
-        for batch in batches(stream, windows, directions, heads=True, task=task):
+        for batch in batches(subject.stream, windows, plan.directions, heads=True, task=task):
             constant.add(batch)
-            carried = carried_vectors(batch, directions, generator)
-            looked = batch.inside.clone()
-            looked[:, :FIRST] = False
+            carried = carried_vectors(batch, plan.directions, generator)
+            found.batches.append(Batch(carried, batch.inside[:, positions].cpu(), fold[batch.rows]))
             for heads in batch.heads:
-                if heads.layer not in layers:
-                    layers[heads.layer] = Layer(FoldSums(int(fold.max()) + 1), stream.seen(heads.written))
-                columns = head_columns(heads, carried, directions)  # [H, B, T, F]
-                for k in np.unique(fold[batch.rows]):
-                    chosen = looked & torch.from_numpy(fold[batch.rows] == k).to(looked.device)[:, None]
-                    layers[heads.layer].sums.add(int(k), columns[:, chosen])
-    return layers, constant.warning()
+                own = None if heads.expected is None else after(plan.directions.seen(heads.expected)).cpu()
+                of = found.layers.setdefault(heads.layer, Kept(subject.stream.seen(heads.written), [], [], []))
+                of.weights.append(heads.weights[:, :, positions].cpu().clone())
+                of.mixed.append(heads.mixed[:, :, positions].cpu().clone())
+                of.expected.append(own)
+    return found, constant.warning()
 
 
 @dataclass(frozen=True)
@@ -143,20 +195,22 @@ def carried_vectors(batch: PredictionBatch, directions: Directions, generator: t
     for row, count in enumerate(batch.inside.sum(1).tolist()):
         order[row, 1:count] = 1 + torch.randperm(count - 1, generator=generator)
     previous = after(directions.rows[batch.ids])
-    return Carried(token, previous, after(batch.expected), order.to(batch.ids.device))
+    return Carried(token.cpu(), previous.cpu(), after(batch.expected).cpu(), order)
 
 
-def head_columns(heads: Heads, carried: Carried, directions: Directions) -> Tensor:
-    """The columns of :class:`Layer` for every head and position: ``[H, B, T, F]``."""
-    expected = carried.expected if heads.expected is None else after(directions.seen(heads.expected))
+def head_columns(weights: Tensor, mixed: Tensor, carried: Carried, own: Tensor | None) -> Tensor:
+    """The columns of every head at n positions ``[H, B, n, F]``, from its weights and what it mixed there.
+
+    ``own`` ``[B, T, r]`` takes the place of the model's expectations.
+    """
+    expected = carried.expected if own is None else own
     order = carried.order[..., None].expand_as(expected)
     values = torch.cat([carried.previous, carried.token, expected, expected.gather(1, order)], -1)
-    mixed = heads.weights.transpose(0, 1) @ values  # [H, B, T, 4 r]
-    weights = heads.weights.transpose(0, 1)
+    weights = weights.transpose(0, 1)  # [H, B, n, T]
     first = weights[..., 0]
     others = weights[..., 1:].sum(-1)
     attention = torch.stack([torch.ones_like(first), first, others], -1)
-    return torch.cat([attention, mixed, heads.mixed.transpose(0, 1)], -1)
+    return torch.cat([attention, weights @ values, mixed.transpose(0, 1)], -1)
 
 
 @dataclass(frozen=True)
@@ -174,21 +228,21 @@ class HeadTests:
     """The gain beyond the null has an interval above 0"""
 
 
-def estimate(layers: dict[int, Layer], subject: Subject, warning: str, *, nothing: bool) -> Jackknifed:
-    """All quantities from the sums of all heads; where ``nothing`` is predicted, no head is found."""
+def estimate(gathered: Gathered, subject: Subject, plan: Plan, warning: str, *, nothing: bool) -> Jackknifed:
+    """All quantities from what is kept of all heads; where ``nothing`` is predicted, no head is found."""
     readout, d = subject.stream.readout, subject.stream.d_model
     gain = readout.gain(d)
-    folds = next(iter(layers.values())).sums.folds
-    found = Estimates("error_transport", folds, warning)
+    found = Estimates("error_transport", gathered.folds, warning)
     tests: list[HeadTests] = []
-    for layer, of in sorted(layers.items()):
-        size = of.written.shape[1]
-        rank = (of.sums.sums.shape[-1] - 3 - size) // 4
-        seen = of.written.double().cpu() @ subject.lenses.matrix[layer].double().cpu().T
+    for layer in sorted(gathered.layers):
+        sums = gathered.sums(layer)
+        seen = gathered.layers.pop(layer).written.double().cpu() @ subject.lenses.matrix[layer].double().cpu().T
         if gain is not None:
             seen = seen @ gain.double().cpu().T
-        scores = score_layer(of.sums.sums, seen @ seen.transpose(1, 2), rank)
+        scores = score_layer(sums, seen @ seen.transpose(1, 2), plan.directions.rank)
         tests += [add_head(found, scores, layer, head) for head in range(len(seen))]
+    found.add("error_directions", plan.directions.rank)
+    found.add("error_directions_share", plan.directions.share, reason=plan.reason)
     corrected = multipletests([test.p for test in tests], method="holm")[1]
     hits = (corrected < LEVEL) & np.array([test.ahead for test in tests]) & (not nothing)
     for test, p, hit in zip(tests, corrected, hits, strict=True):
@@ -316,6 +370,23 @@ ERROR_TRANSPORT = Probe(
             "1 where p < 0.05, beta / alpha has an interval above 0, the gain exceeds its null, and the model predicts",
             "head",
             "1 says that the head carries errors, 0 that this is not shown.",
+        ),
+        Quantity(
+            "error_directions",
+            "directions of errors",
+            "number of principal directions of the unembedding in which tokens and expectations are seen",
+            "model",
+            "The fewest that hold 95 % of the variance, but no fewer than 128 (or all).",
+            SAME_TOKENIZER,
+        ),
+        Quantity(
+            "error_directions_share",
+            "variance in the directions of errors",
+            "share of the unembedding's variance, over the text, in these directions",
+            "model",
+            "Below 0.95 its reason says what kept the directions from holding more.",
+            SAME_TOKENIZER,
+            "models",
         ),
         Quantity(
             "heads_found",

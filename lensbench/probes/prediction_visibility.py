@@ -20,7 +20,7 @@ from lensbench.probes.tools.predictions import (
     after,
     batches,
 )
-from lensbench.statistics import Array, few_clusters
+from lensbench.statistics import Array, effective_clusters, few_clusters
 
 FIRST = 2
 """First position that is used: its prediction was made at a position that has a token before it"""
@@ -45,7 +45,7 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
     if fold.max() < 2:
         return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
     sums, constant = _gathered(subject, directions, baseline, windows, fold)
-    warning = constant.warning() or few_clusters(len(np.unique(windows.clusters)))
+    warning = constant.warning() or few_clusters(effective_clusters(windows.clusters))
     found = Estimates(name, sums.folds, warning)
     found.add("prediction_directions", directions.share)
     rank = directions.rows.shape[1]
@@ -167,11 +167,15 @@ class VisibilitySums:
         """Held-out squared errors and totals ``[K, O]`` of the baseline, or of baseline and state of a layer."""
         known = torch.arange(1, 1 + self.known)
         outputs = torch.arange(1 + self.known, self.common.shape[-1])
+        # Directions of one prediction share a ridge; the surprise, which is a number, has its own.
+        rank = self.targets // 2
+        together = [0] * rank + [1] + [2] * rank
         if layer is None:
-            return cross_fitted(self.common, known, outputs, RIDGES)
+            return cross_fitted(self.common, known, outputs, RIDGES, together)
         cross, own = self.cross[layer], self.own[layer]
         whole = torch.cat([torch.cat([self.common, cross.transpose(1, 2)], 2), torch.cat([cross, own], 2)], 1)
-        return cross_fitted(whole, torch.cat([known, torch.arange(self.common.shape[-1], whole.shape[-1])]), outputs)
+        inputs = torch.cat([known, torch.arange(self.common.shape[-1], whole.shape[-1])])
+        return cross_fitted(whole, inputs, outputs, RIDGES, together)
 
 
 PREDICTION_VISIBILITY = Probe(

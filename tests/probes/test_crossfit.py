@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from lensbench.probes.measured import load_measurement
-from lensbench.probes.tools.crossfit import Estimates, FoldSums, centred, cross_fitted, folds_of, ridge_map
+from lensbench.probes.tools.crossfit import Estimates, FoldSums, centred, cross_fitted, folds_of, RidgeMaps
 from lensbench.statistics import jackknife, leaving_one_out
 
 
@@ -55,8 +55,8 @@ def test_what_an_input_is_measured_in_changes_no_ridge_prediction(seed, factor):
     x = torch.from_numpy(rng.standard_normal((40, 4)))
     y = torch.from_numpy(rng.standard_normal((40, 1)))
     scale = torch.tensor([factor, 1.0, 1.0, 1.0], dtype=torch.float64)
-    plain = x @ ridge_map(x.T @ x, x.T @ y, 0.3)
-    scaled = (x * scale) @ ridge_map((x * scale).T @ (x * scale), (x * scale).T @ y, 0.3)
+    plain = x @ RidgeMaps.of(x.T @ x, x.T @ y).map(0.3)
+    scaled = (x * scale) @ RidgeMaps.of((x * scale).T @ (x * scale), (x * scale).T @ y).map(0.3)
     torch.testing.assert_close(plain, scaled, rtol=1e-8, atol=1e-10)
 
 

@@ -27,8 +27,8 @@ FOLDS = 8
 COLUMNS = ["probe", "quantity", "layer", "other", "value", "ci_low", "ci_high", "reason"]
 
 
-RIDGES = (1e-3, 1e-2, 0.1, 1.0)
-"""Ridges that are tried, in units of the median eigenvalue of the standardised inputs"""
+RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+"""Ridges that are tried, in units of the variance of an input: inputs are standardised"""
 
 
 def folds_of(windows: Windows, folds: int = FOLDS) -> NDArray[np.int64]:
@@ -83,63 +83,137 @@ def centred(moments: Tensor) -> Tensor:
     return moments[..., 1:, 1:] - moments[..., 0, :1, None] * mean[..., :, None] * mean[..., None, :]
 
 
-def ridge_map(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """The ridge map ``(C + ridge m D)^-1 cross`` of inputs with covariance C ``[F, F]`` and diagonal D.
+@dataclass(frozen=True)
+class RidgeMaps:
+    """Ridge maps ``(C + ridge D)^-1 cross`` of inputs with covariance C ``[I, I]`` and diagonal D, one for each ridge.
 
-    m is the median eigenvalue of the standardised covariance. The unit of a column changes no prediction.
+    The ridge is a share of the variance of each input, which is the mean eigenvalue of the standardised covariance, for any
+    number of inputs. So the unit of a column changes no prediction, and inputs that are added to a baseline do not change
+    the penalty of the baseline's own (with the median eigenvalue they would).
     """
-    scale = covariance.diagonal().clamp(min=1e-300).sqrt()
-    used = covariance.diagonal() > 1e-12 * covariance.diagonal().max()
-    scale = torch.where(used, scale, torch.inf)  # a constant column is not used
-    standard = covariance / scale[:, None] / scale
-    median = torch.linalg.eigvalsh(standard).median() if len(standard) <= 512 else standard.diagonal().mean()
-    system = standard + torch.eye(len(standard), dtype=standard.dtype) * max(ridge * float(median), 1e-10)
-    return torch.cholesky_solve(cross / scale[:, None], torch.linalg.cholesky(system)) / scale[:, None]
+
+    standard: Tensor  # [I, I]: the covariance of the standardised inputs
+    cross: Tensor  # [I, O]: theirs with the outputs
+    scale: Tensor  # [I]
+
+    @classmethod
+    def of(cls, covariance: Tensor, cross: Tensor) -> "RidgeMaps":
+        """The maps of inputs with a covariance ``[I, I]``, and cross moments ``[I, O]`` with the outputs."""
+        variance = covariance.diagonal()
+        used = variance > 1e-12 * variance.max()
+        scale = torch.where(used, variance.clamp(min=1e-300).sqrt(), torch.inf)  # a constant column is not used
+        return cls(covariance / scale[:, None] / scale, cross / scale[:, None], scale)
+
+    def map(self, ridge: float) -> Tensor:
+        """The map ``[I, O]`` with a ridge."""
+        system = self.standard.clone()
+        system.diagonal().add_(max(ridge, 1e-10))
+        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(system)) / self.scale[:, None]
 
 
-def held_out(moments: Tensor, fitted: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error of held-out tokens ``[O]``, and their squared distance from the training mean ``[O]``.
+@dataclass(frozen=True)
+class Regression:
+    """Ridge regressions of outputs on inputs, from raw sums ``[F, F]`` whose column 0 is one."""
 
-    ``moments`` ``[F, F]`` are raw sums of the held-out tokens, whose column 0 is one; ``fitted`` ``[2 + I, O]`` is what
-    :func:`with_intercept` returns.
-    """
-    columns = torch.cat([torch.zeros(1, dtype=torch.long), inputs])
-    weights, mean = fitted[1:], fitted[0]
-    square = moments[outputs, outputs]
-    xx, xy = moments[columns][:, columns], moments[columns][:, outputs]
-    residual = square - 2 * (weights * xy).sum(0) + (weights * (xx @ weights)).sum(0)
-    return residual, square - 2 * mean * moments[0, outputs] + moments[0, 0] * mean.square()
+    mean: Tensor  # [F]: of all columns
+    maps: RidgeMaps
+    inputs: Tensor
+    outputs: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor, inputs: Tensor, outputs: Tensor) -> "Regression":
+        """The regressions of some tokens, of the columns ``outputs`` on the columns ``inputs``."""
+        mean = moments[0] / moments[0, 0]
+        about = moments[inputs] - moments[0, 0] * mean[inputs, None] * mean
+        return cls(mean, RidgeMaps.of(about[:, inputs], about[:, outputs]), inputs, outputs)
+
+    def some(self, outputs: Tensor) -> "Regression":
+        """The same for some of the outputs."""
+        maps = RidgeMaps(self.maps.standard, self.maps.cross[:, outputs], self.maps.scale)
+        return Regression(self.mean, maps, self.inputs, self.outputs[outputs])
+
+    def fitted(self, ridge: float) -> Tensor:
+        """Intercept and map ``[1 + I, O]`` with a ridge."""
+        slope = self.maps.map(ridge)
+        return torch.cat([(self.mean[self.outputs] - self.mean[self.inputs] @ slope)[None], slope])
 
 
-def with_intercept(moments: Tensor, inputs: Tensor, outputs: Tensor, ridge: float) -> Tensor:
-    """The outputs' mean, the intercept and the ridge map ``[2 + I, O]``, fitted to raw sums ``[F, F]``."""
-    mean = moments[0] / moments[0, 0]
-    about = centred(moments)
-    slope = ridge_map(about[inputs - 1][:, inputs - 1], about[inputs - 1][:, outputs - 1], ridge)
-    return torch.cat([mean[outputs][None], (mean[outputs] - mean[inputs] @ slope)[None], slope])
+@dataclass(frozen=True)
+class HeldOut:
+    """What judges maps on held-out tokens, from their raw sums ``[F, F]``."""
+
+    xx: Tensor  # [1 + I, 1 + I]: of one and the inputs
+    xy: Tensor  # [1 + I, O]
+    yy: Tensor  # [O]
+
+    @classmethod
+    def of(cls, moments: Tensor, inputs: Tensor, outputs: Tensor) -> "HeldOut":
+        """The sums of the columns ``inputs`` and ``outputs``."""
+        rows = moments[torch.cat([torch.zeros(1, dtype=torch.long), inputs])]
+        return cls(rows[:, torch.cat([torch.zeros(1, dtype=torch.long), inputs])], rows[:, outputs], moments[outputs, outputs])
+
+    def error(self, fitted: Tensor, some: Tensor | None = None) -> Tensor:
+        """Squared error ``[O]`` of maps ``[1 + I, O]``, of all outputs or of some."""
+        xy, yy = (self.xy, self.yy) if some is None else (self.xy[:, some], self.yy[some])
+        return yy - 2 * (fitted * xy).sum(0) + (fitted * (self.xx @ fitted)).sum(0)
+
+    def around(self, mean: Tensor) -> Tensor:
+        """Squared distance ``[O]`` of the outputs from a mean ``[O]``."""
+        return self.yy - 2 * mean * self.xy[0] + self.xx[0, 0] * mean.square()
 
 
 def cross_fitted(
-    sums: Tensor, inputs: Tensor, outputs: Tensor, ridges: Sequence[float] = RIDGES
+    sums: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    ridges: Sequence[float] = RIDGES,
+    together: Sequence[int] | None = None,
 ) -> tuple[Array, Array]:
     """Held-out squared errors and totals of each fold, ``[K, O]`` each, of ridge maps fitted on the other folds.
 
-    ``sums`` ``[K, F, F]`` are raw, and their column 0 is one. The ridge of a fold is the best one on the next fold, fitted
-    on the rest.
+    ``sums`` ``[K, F, F]`` are raw, and their column 0 is one. The ridge of a fold is the best one on its partner, fitted on
+    all folds but these two. Each output has a ridge of its own; outputs with the same number in ``together`` ``[O]`` are one
+    quantity and share theirs.
     """
-    total, folds = sums.sum(0), len(sums)
+    of = torch.arange(len(outputs)) if together is None else torch.as_tensor(list(together))
+    judges = [HeldOut.of(held, inputs, outputs) for held in sums]
+    chosen, total = _best_ridges(sums, judges, inputs, outputs, ridges, of), sums.sum(0)
     errors, totals = [], []
-    for k in range(folds):
-        judge = (k + 1) % folds
-        rest = total - sums[k] - sums[judge]
-        ridge = ridges[0]
-        if len(ridges) > 1 and folds > 2:
-            lost = [held_out(sums[judge], with_intercept(rest, inputs, outputs, r), inputs, outputs)[0] for r in ridges]
-            ridge = ridges[int(torch.stack([x.sum() for x in lost]).argmin())]
-        error, around = held_out(sums[k], with_intercept(total - sums[k], inputs, outputs, ridge), inputs, outputs)
+    for k, judge in enumerate(judges):
+        rest = Regression.of(total - sums[k], inputs, outputs)
+        error = torch.zeros(len(outputs), dtype=sums.dtype)
+        for number in chosen[k].unique().tolist():
+            some = (chosen[k] == number).nonzero()[:, 0]
+            error[some] = judge.error(rest.some(some).fitted(ridges[number]), some)
         errors.append(error)
-        totals.append(around)
+        totals.append(judge.around(rest.mean[outputs]))
     return torch.stack(errors).numpy(), torch.stack(totals).numpy()
+
+
+def _best_ridges(
+    sums: Tensor, judges: Sequence[HeldOut], inputs: Tensor, outputs: Tensor, ridges: Sequence[float], of: Tensor
+) -> Tensor:
+    """For each fold and output ``[K, O]``, the number of the ridge that is best for the outputs of its quantity."""
+    folds, total = len(sums), sums.sum(0)
+    chosen = torch.zeros(folds, len(outputs), dtype=torch.long)
+    if len(ridges) < 2 or folds < 3:
+        return chosen
+    for pair in dict.fromkeys(tuple(sorted((k, partner(k, folds)))) for k in range(folds)):
+        rest = Regression.of(total - sums[list(pair)].sum(0), inputs, outputs)
+        maps = [rest.fitted(ridge) for ridge in ridges]
+        for k in range(folds):
+            if k not in pair or partner(k, folds) not in pair:
+                continue  # two folds that are each other's partners are left out together, and fitted on once
+            lost = torch.stack([judges[partner(k, folds)].error(fitted) for fitted in maps])
+            by_quantity = torch.zeros(len(ridges), int(of.max()) + 1, dtype=lost.dtype).index_add_(1, of, lost)
+            chosen[k] = by_quantity.argmin(0)[of]
+    return chosen
+
+
+def partner(fold: int, folds: int) -> int:
+    """The fold that chooses the ridge of another: 0 and 1, 2 and 3, ... of each other, and of an odd last one the first."""
+    other = fold ^ 1
+    return other if other < folds else 0
 
 
 def by_group(values: Array, group: NDArray[np.int64]) -> Array:

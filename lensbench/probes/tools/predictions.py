@@ -4,7 +4,7 @@
 and ``eps_s = e_{x_s} - ebar_{s-1}`` is the error that token s reveals.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +45,17 @@ class Directions:
     @classmethod
     def of(cls, stream: ResidualStream, windows: Windows, rank: int = RANK) -> "Directions":
         """The first ``rank`` principal directions over the tokens of the windows."""
+        return cls._first(stream, windows, lambda _: rank)
+
+    @classmethod
+    def holding(cls, stream: ResidualStream, windows: Windows, share: float) -> "Directions":
+        """As many principal directions as hold a share of the variance, and no fewer than :data:`RANK` (or all)."""
+        # A share of 1 - 1e-12 is all of it: rounding must not ask for directions that do not exist.
+        return cls._first(stream, windows, lambda held: max(RANK, int((held < min(share, 1 - 1e-12)).sum()) + 1))
+
+    @classmethod
+    def _first(cls, stream: ResidualStream, windows: Windows, number: Callable[[Tensor], int]) -> "Directions":
+        """The first directions, as many as ``number`` says of the shares ``[d_read]`` that the first 1, 2, ... hold."""
         weight = stream.readout.weight.detach().float().cpu()
         counts = torch.from_numpy(np.bincount(windows.ids[windows.inside], minlength=len(weight))).double()
         used = counts > 0
@@ -52,11 +63,18 @@ class Directions:
         mean = (share * kept).sum(0)
         about = kept - mean
         values, vectors = torch.linalg.eigh(about.T @ (share * about))
+        held = values.clamp(min=0).flip(0).cumsum(0) / values.clamp(min=0).sum()
+        rank = min(number(held), len(held))
         basis = vectors[:, -rank:].flip(1)
         rows = (weight - mean.float()) @ basis.float()
-        held = values.clamp(min=0)[-rank:].sum() / values.clamp(min=0).sum()
         on = stream.device
-        return cls(rows.to(on), mean.float().to(on), basis.float().contiguous().to(on), float(held))
+        basis = basis.float().contiguous().to(on)
+        return cls(rows.to(on), mean.float().to(on), basis, float(held[rank - 1]))
+
+    @property
+    def rank(self) -> int:
+        """Number r of directions."""
+        return self.rows.shape[1]
 
     @classmethod
     def none(cls, stream: ResidualStream) -> "Directions":

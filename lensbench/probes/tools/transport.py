@@ -14,7 +14,7 @@ from torch import Tensor
 from lensbench.probes.tools.crossfit import centred
 from lensbench.statistics import Array
 
-ANGLES = 36
+ANGLES = 18
 """Values of atan(beta / alpha) that are tried before the best one is refined"""
 
 
