@@ -33,6 +33,17 @@ def effective_clusters(clusters: NDArray[np.int64], sizes: Array | None = None) 
     return float(n.sum() ** 2 / max(np.square(n).sum(), 1e-300))
 
 
+FEWEST_FOR_INTERVAL = 6.0
+"""With fewer effective clusters than this, there is no interval."""
+
+
+def too_few_clusters(clusters: float) -> str:
+    """Why there is no interval over so many effective clusters; empty where there is one."""
+    if clusters >= FEWEST_FOR_INTERVAL:
+        return ""
+    return f"no interval: its documents count for {clusters:.2g} clusters of one size, and {FEWEST_FOR_INTERVAL:g} are needed"
+
+
 # Bootstrap over clusters
 def bootstrap_weights(clusters: int, draws: int, seed: int) -> Array:
     """How often each cluster is drawn: ``[draws, clusters]``, the same for every model measured on the same clusters."""
@@ -43,6 +54,18 @@ def interval(draws: Array) -> tuple[Array, Array]:
     """95 % percentile interval along the first axis."""
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     return low, high
+
+
+def small_sample_interval(value: Array, draws: Array, clusters: float) -> tuple[Array, Array]:
+    """95 % percentile interval of ``draws`` ``[draws, Q]``, its reach from ``value`` ``[Q]`` corrected for few clusters.
+
+    A bootstrap of G clusters has a variance of (G - 1) / G of the right one, and normal quantiles where Student's t with
+    G - 1 degrees of freedom has the right ones (Cameron, Gelbach & Miller 2008). G is the effective number of clusters
+    (Carter, Schnepel & Steigerwald 2017). With 64 clusters the interval is 3 % longer, with 6 it is 44 %.
+    """
+    low, high = interval(draws)
+    reach = stats.t.ppf(0.975, clusters - 1) / stats.norm.ppf(0.975) * (clusters / (clusters - 1)) ** 0.5
+    return value + reach * (low - value), value + reach * (high - value)
 
 
 def ratio_with_interval(sums: Array, per: Array, weights: Array) -> tuple[Array, Array, Array]:
@@ -94,9 +117,13 @@ def leaving_one_out(top: Array, bottom: Array) -> tuple[float, Array]:
         return float(top.sum() / bottom.sum()), (top.sum() - top) / (bottom.sum() - bottom)
 
 
-def jackknife(value: Array, without: Array) -> tuple[Array, Array]:
-    """95 % intervals ``[Q]`` of values ``[Q]`` whose estimates without each of K groups are ``[K, Q]`` (t, K - 1)."""
+def jackknife(value: Array, without: Array, groups: float | None = None) -> tuple[Array, Array]:
+    """95 % intervals ``[Q]`` of values ``[Q]`` whose estimates without each of K groups are ``[K, Q]``.
+
+    Student's t has one degree of freedom less than there are ``groups``: K, or fewer for groups of unequal size (see
+    :func:`effective_clusters`).
+    """
     folds = len(without)
     spread = np.sqrt((folds - 1) / folds * np.square(without - without.mean(0)).sum(0))
-    reach = stats.t.ppf(0.975, folds - 1) * spread
+    reach = stats.t.ppf(0.975, (folds if groups is None else groups) - 1) * spread
     return value - reach, value + reach

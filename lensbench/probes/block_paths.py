@@ -133,4 +133,5 @@ BLOCK_PATHS = Probe(
     ),
     images=True,
     topic="blocks",
+    version=2,
 )

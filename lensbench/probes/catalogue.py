@@ -76,6 +76,8 @@ class Probe:
     """Its null, or its control"""
     topic: str = ""
     """What its panels show, for the title of the figure"""
+    version: int = 1
+    """It is raised where the numbers change: results of another version are not reused, and not compared"""
 
     def quantity(self, name: str) -> Quantity | None:
         """The quantity of this name; None where the probe has no such quantity."""

@@ -6,6 +6,7 @@ weighted by the model's probabilities (Aitchison geometry).
 """
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,9 @@ def causal_fidelity(subject: Subject) -> Measured:
     """For every layer l: ``h_l`` of a token is moved by one standard deviation; does the output move as the lens reads?
 
     The shared lens's directions are those that move its logits most, among moves that are equally usual (of Mahalanobis
-    length 1 under the layer's covariance). Random directions are equally usual.
+    length 1 under the layer's covariance). Random directions are equally usual, and each window draws its own, so that
+    intervals over windows hold what the draw matters. The sign of a direction means nothing, so the null, of the response to
+    another direction, is the mean size of its cosines.
     """
     name = "causal_fidelity"
     stream = subject.stream
@@ -62,13 +65,13 @@ def causal_fidelity(subject: Subject) -> Measured:
     if not stream.blocks:
         return Measured(name, reason="its layers are not blocks of their own, whose inputs could be moved")
     few = subject.windows.spread(WINDOWS)
-    steps = directions(subject)  # [L, 2 D, d]: the lens's, then random ones
-    scores = {what: np.zeros((len(few.ids), *steps.shape[:2])) for what in SCORES}
+    moves = Moves.of(subject)
+    scores = {what: np.zeros((len(few.ids), stream.layers, 2 * DIRECTIONS)) for what in SCORES}
     with subject.task(name, few) as task:
         for row, ids in enumerate(few.ids):
             last = int(few.positions[row][few.valid[row]].max())
             prefix = torch.from_numpy(ids[: last + 1])[None].to(stream.input_device)
-            for what, values in scores_after(subject, prefix, steps).items():
+            for what, values in scores_after(subject, prefix, moves.of_window(row)).items():
                 scores[what][row] = values
             task.update(row + 1)
     one = np.ones(len(few.ids))
@@ -111,7 +114,7 @@ def scores_after(subject: Subject, prefix: Tensor, moves: Tensor) -> dict[str, A
                     x.numpy() for x in (covariance, left, right)
                 )
         covariance, left, right = aitchison(read_as["shared"], other[some], p)
-        found["null"][some] = (covariance / (left * right).sqrt()).numpy()
+        found["null"][some] = (covariance / (left * right).sqrt()).abs().numpy()
     return {name: values.reshape(len(moves), kinds) for name, values in found.items()}
 
 
@@ -134,14 +137,45 @@ def _add_layer(sums: Sums, scores: dict[str, Array], layer: int, one: Array) -> 
     sums.add("response_ratio", response[:, read].sum(1), response[:, random].sum(1), layer=layer)
 
 
-def directions(subject: Subject) -> Tensor:
-    """Moves ``[L, 2 D, d]`` of Mahalanobis length 1: the D that the shared lens reads most, then D random ones.
+@dataclass(frozen=True)
+class Moves:
+    """Moves of Mahalanobis length 1: the D that the shared lens reads most at each layer, and what makes random ones.
 
-    The length is under the covariance of the layer's states over all positions of some windows. What the lens reads most is
-    what gives its logits the largest variance under the text's token frequencies.
+    ``leading`` ``[L, D, d]``; ``root`` ``[L, d, d]`` is the root of each layer's covariance.
     """
-    stream, readout = subject.stream, subject.stream.readout
-    d = stream.d_model
+
+    leading: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, subject: Subject) -> "Moves":
+        """The moves at all layers.
+
+        The length is under the covariance of the layer's states over all positions of some windows. What the lens reads most
+        is what gives its logits the largest variance under the text's token frequencies. The largest entry of a direction is
+        positive: its sign, which means nothing, is then the same on all machines.
+        """
+        metric = _read_metric(subject)
+        leading, roots = [], []
+        for covariance in _covariances(subject):
+            values, vectors = torch.linalg.eigh(covariance)
+            root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+            most = torch.linalg.eigh(root @ metric @ root).eigenvectors[:, -DIRECTIONS:].flip(1).T
+            largest = most.gather(1, most.abs().argmax(1, keepdim=True))
+            leading.append(most * largest.sign() @ root)
+            roots.append(root)
+        return cls(torch.stack(leading).float(), torch.stack(roots).float())
+
+    def of_window(self, number: int) -> Tensor:
+        """Moves ``[L, 2 D, d]`` of a window: the lens's, then random ones of its own."""
+        generator = torch.Generator().manual_seed(number)
+        drawn = torch.randn(self.leading.shape, generator=generator)
+        return torch.cat([self.leading, F.normalize(drawn, dim=-1) @ self.root], 1)
+
+
+def _read_metric(subject: Subject) -> Tensor:
+    """Quadratic form ``[d, d]`` of moves of a state: the variance of the shared lens's logits over the text's tokens."""
+    readout, d = subject.stream.readout, subject.stream.d_model
     gain = readout.gain(d)
     read = subject.shared.matrix[0].double().cpu()
     if gain is not None:
@@ -150,25 +184,19 @@ def directions(subject: Subject) -> Tensor:
     counts = np.bincount(subject.words.fit_windows.ids[subject.words.fit_windows.inside], minlength=len(weight)) + 1.0
     p = torch.from_numpy(counts / counts.sum())
     mean = p @ weight
-    metric = weight.T @ (p[:, None] * weight) - mean[:, None] * mean
-    sums = FoldSums(1)
+    return read.T @ (weight.T @ (p[:, None] * weight) - mean[:, None] * mean) @ read
+
+
+def _covariances(subject: Subject) -> Tensor:
+    """Covariances ``[L, d, d]`` of the states before each block, over all positions of some windows."""
+    stream, sums = subject.stream, FoldSums(1)
     for batch in batches(stream, subject.windows.spread(COVARIANCE_WINDOWS), Directions.none(stream)):
         looked = batch.inside.clone()
         looked[:, :FIRST] = False
         h = batch.states[:-1, looked]
         sums.add(0, torch.cat([torch.ones_like(h[..., :1]), h], -1))
     total = sums.sums[0]
-    covariances = centred(total) / total[:, :1, :1]
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for covariance in covariances:
-        values, vectors = torch.linalg.eigh(covariance)
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        seen = root @ read.T @ metric @ read @ root
-        leading = torch.linalg.eigh(seen).eigenvectors[:, -DIRECTIONS:].flip(1).T
-        random = F.normalize(torch.randn(DIRECTIONS, d, generator=generator, dtype=torch.float64), dim=-1)
-        found.append(torch.cat([leading, random]) @ root)
-    return torch.stack(found).float().to(stream.device)
+    return centred(total) / total[:, :1, :1]
 
 
 def stimulus(readout: ReadOut, h: Tensor, move: Tensor, maps: AffineMaps | None, which: Tensor) -> Tensor:
@@ -268,9 +296,9 @@ CAUSAL_FIDELITY = Probe(
         Quantity(
             "fidelity_null",
             "fidelity, null",
-            "the same with the response to another direction of the lens",
+            "mean size of the cosine of stimulus and response to another direction of the lens",
             "layer",
-            "Only its size tells: its sign is that of arbitrary eigenvectors.",
+            "Only its size tells, since the sign of a direction means nothing.",
             WITH_ITS_NULL,
             "layers",
         ),
@@ -325,4 +353,5 @@ CAUSAL_FIDELITY = Probe(
     ),
     control="response to another direction; random directions",
     topic="what is used",
+    version=2,
 )

@@ -88,8 +88,15 @@ def error_transport(subject: Subject) -> Jackknifed:
         return Jackknifed(name, reason="its windows come from fewer than four documents: nothing to cross-fit on")
     plan = planned(subject, windows)
     kept, warning = gather(subject, windows, fold, plan)
-    clusters = few_clusters(effective_clusters(windows.clusters))
-    return estimate(kept, subject, plan, warning or clusters, nothing=bool(warning))
+    clusters = effective_clusters(windows.clusters)
+    found = Estimates(
+        name,
+        kept.folds,
+        warning or few_clusters(clusters),
+        groups=effective_clusters(fold),
+        clusters=clusters,
+    )
+    return estimate(found, kept, subject, plan, nothing=bool(warning))
 
 
 @dataclass(frozen=True)
@@ -228,11 +235,10 @@ class HeadTests:
     """The gain beyond the null has an interval above 0"""
 
 
-def estimate(gathered: Gathered, subject: Subject, plan: Plan, warning: str, *, nothing: bool) -> Jackknifed:
-    """All quantities from what is kept of all heads; where ``nothing`` is predicted, no head is found."""
+def estimate(found: Estimates, gathered: Gathered, subject: Subject, plan: Plan, *, nothing: bool) -> Jackknifed:
+    """``found`` with all quantities, from what is kept of all heads; where ``nothing`` is predicted, no head is found."""
     readout, d = subject.stream.readout, subject.stream.d_model
     gain = readout.gain(d)
-    found = Estimates("error_transport", gathered.folds, warning)
     tests: list[HeadTests] = []
     for layer in sorted(gathered.layers):
         sums = gathered.sums(layer)
@@ -266,8 +272,8 @@ def add_head(found: Estimates, scores: Scores, layer: int, head: int) -> HeadTes
     found.share("error_gain_null", copying - null, total, **where)
     found.share("error_gain_beyond_null", null - free, total, **where)
     gain, without_each = leaving_one_out(null - free, total)
-    beyond_null = bool(jackknife(np.array([gain]), without_each[:, None])[0][0] > 0)
-    p = max(float(scores.p[head]), above_zero(scores.cosine[head], scores.cosine_without[:, head]))
+    beyond_null = bool(jackknife(np.array([gain]), without_each[:, None], found.groups)[0][0] > 0)
+    p = max(float(scores.p[head]), above_zero(scores.cosine[head], scores.cosine_without[:, head], found.groups))
     score = float(scores.score[head])
     found.add("error_score", score, scores.score_without[:, head], **where)
     found.add("error_alignment", float(scores.cosine[head]), scores.cosine_without[:, head], **where)
@@ -277,18 +283,18 @@ def add_head(found: Estimates, scores: Scores, layer: int, head: int) -> HeadTes
     ratio, ratio_without = (np.nan, np.full(folds, np.nan)) if steep else (np.tan(angle), np.tan(without))
     reason = "undefined: expectations alone, hardly the token" if steep else ""
     found.add("error_ratio", float(ratio), ratio_without, reason=reason, **where)
-    low, _ = jackknife(np.array([ratio]), ratio_without[:, None])
+    low, _ = jackknife(np.array([ratio]), ratio_without[:, None], found.groups)
     ahead = bool(low[0] > 0) and bool((null - free).sum() > 0)
     return HeadTests(layer, head, p, score, ahead, beyond_null)
 
 
-def above_zero(value: float, without: Array) -> float:
+def above_zero(value: float, without: Array, groups: float | None = None) -> float:
     """One-sided p that an estimate is above 0, by the t of the jackknife; 1 where it is undefined."""
     if not np.isfinite(without).all() or not np.isfinite(value):
         return 1.0
     folds = len(without)
     spread = np.sqrt((folds - 1) / folds * np.square(without - without.mean()).sum())
-    return float(stats.t.sf(value / max(spread, 1e-12), folds - 1))
+    return float(stats.t.sf(value / max(spread, 1e-12), (folds if groups is None else groups) - 1))
 
 
 ERROR_TRANSPORT = Probe(
@@ -424,4 +430,5 @@ ERROR_TRANSPORT = Probe(
         ),
     ),
     control="copying (beta = 0), the previous token, expectations permuted over positions, random signs of directions",
+    version=2,
 )

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lensbench.probes.catalogue import SAME_TOKENIZER, WITH_ITS_NULL, Probe, Quantity
 from lensbench.probes.subject import Subject
+from lensbench.probes.tools.averaging import add_beyond_averaging, averaging_columns, counts_before
 from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, by_group, cross_fitted
 from lensbench.statistics import Array, jackknife
 from lensbench.streams.stream import ResidualStream
@@ -52,6 +53,12 @@ def few_shot(subject: Subject) -> Jackknifed:
     At the same query, the prompt up to the answer without example k is the context from which p was predicted. So logits
     minus log p regress on p whatever moves them: attention that averages the labels shown, and holds no prediction, has a
     ratio well above 0 and a gain above the null. Neither tells errors from that.
+
+    The control is in what p adds to the labels shown before: their means, at each query and over all, and how a label
+    changes these (:mod:`lensbench.probes.tools.averaging`). The prediction is taken from a prompt with the same labels in
+    another order, after exchanged queries. ``few_shot_error_beyond_averaging_`` is beta of that regression, in logits: that
+    of an update by the error is alpha, that of an average is 0. An average whose strength differs from prompt to prompt, or
+    whose prior is inside its logarithm (which is an update by the error at a falling rate), is not told apart by it.
     """
     name = "few_shot"
     if subject.rotated:
@@ -67,12 +74,29 @@ def few_shot(subject: Subject) -> Jackknifed:
     prompts = draw_prompts(words, min(EXAMPLES, room), np.random.default_rng(0))
     found = Estimates(name, FOLDS)
     changes, shown, predicted, learned = measure(subject.stream, prompts, form)
+    elsewhere = predicted_elsewhere(subject.stream, prompts, form)
     group = np.arange(PROMPTS) % FOLDS
     found.share("few_shot_learned", by_group(learned, group), by_group(np.ones(PROMPTS), group))
     for same, kind in ((True, "same"), (False, "other")):
         of = prompts.same == same
         _add_regression(found, kind, changes[of], shown[of], predicted[of], group[of])
+        columns = label_columns(prompts, same)[of]
+        add_beyond_averaging(found, kind, columns, predicted[of], elsewhere[of], changes[of], group[of])
     return found.done()
+
+
+def label_columns(prompts: "Prompts", same: bool) -> Tensor:
+    """What averages of labels move by when a label is shown ``[S, m, C]``: at the asked query, and over all examples.
+
+    Where the next example asks another query, its labels count beside those of the query at ``at``.
+    """
+    row = np.arange(len(prompts.at))
+    numbers = (prompts.labels[..., None] == prompts.choices[:, None]).argmax(-1)
+    shown = torch.from_numpy(np.eye(LABELS)[prompts.place])
+    asked = [prompts.queries[row, prompts.at]] + ([] if same else [prompts.queries[row, prompts.at + 1]])
+    scopes = [prompts.queries == query[:, None] for query in asked] + [np.ones_like(prompts.queries, dtype=bool)]
+    counts = [counts_before(numbers, prompts.at, of, LABELS) for of in scopes]
+    return torch.cat([(shown - 1 / LABELS)[..., None], *(averaging_columns(n, shown) for n in counts)], -1)
 
 
 def _add_regression(found: Estimates, kind: str, change: Tensor, shown: Tensor, predicted: Tensor, group: Ids) -> None:
@@ -137,6 +161,7 @@ class Prompts:
 
     ``at`` ``[S]`` is the example that is taken out, ``same`` ``[S]`` whether the next one asks the same query. ``mapped``
     and ``place`` ``[S]`` are numbers of labels: of the one to which the last query maps, and of the one shown at ``at``.
+    ``exchanged`` ``[S, k]`` are the queries with each replaced by another one of the prompt's own.
     """
 
     queries: Ids
@@ -146,6 +171,7 @@ class Prompts:
     same: NDArray[np.bool_]
     mapped: Ids
     place: Ids
+    exchanged: Ids
 
 
 def draw_prompts(words: Ids, examples: int, rng: np.random.Generator) -> Prompts:
@@ -171,6 +197,7 @@ def draw_prompts(words: Ids, examples: int, rng: np.random.Generator) -> Prompts
         same,
         np.take_along_axis(mapping, which[:, -1:], 1)[:, 0],
         label[row, at],
+        np.take_along_axis(np.roll(asked, 1, 1), which, 1),
     )
 
 
@@ -204,6 +231,29 @@ def measure(stream: ResidualStream, prompts: Prompts, form: Form) -> tuple[Tenso
     return change - change.mean(-1, keepdim=True), shown - 1 / LABELS, p - 1 / LABELS, learned
 
 
+@torch.no_grad()
+def predicted_elsewhere(stream: ResidualStream, prompts: Prompts, form: Form) -> Tensor:
+    """Predictions of the label at ``at`` ``[S, m]``, about their means, after the same labels in another order.
+
+    The queries of each prompt are exchanged for one another throughout.
+    """
+    rng, found = np.random.default_rng(1), []
+    count, examples = prompts.queries.shape
+    order = np.tile(np.arange(examples), (count, 1))
+    for row, at in zip(order, prompts.at, strict=True):
+        row[:at] = rng.permutation(at)
+    queries = np.take_along_axis(prompts.exchanged, order, 1)
+    ids = form.written(queries, np.take_along_axis(prompts.labels, order, 1))
+    size = max(1, TOKENS_AT_ONCE // ids.shape[1])
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        answers = form.tokens * prompts.at[rows, None] + form.answer
+        found.append(
+            label_logits(stream, ids[rows, : answers.max() + 1], answers, prompts.choices[rows])[:, 0].softmax(-1)
+        )
+    return torch.cat(found) - 1 / LABELS
+
+
 def label_logits(stream: ResidualStream, ids: Ids, answers: Ids, choices: Ids) -> Tensor:
     """Log-probabilities ``[s, a, m]`` of m labels at a answers ``[s, a]`` of prompts ``[s, T]``, float64."""
     rows = torch.arange(len(ids)).repeat_interleave(answers.shape[1])
@@ -224,9 +274,13 @@ def moments(change: Tensor, shown: Tensor, predicted: Tensor, group: Ids) -> Ten
 
 
 def coefficients(moments: Tensor) -> tuple[float, float]:
-    """alpha and beta of ``change ~ alpha 1[y] - beta p``, from raw sums ``[4, 4]``."""
-    alpha, minus_beta = torch.linalg.lstsq(moments[1:3, 1:3], moments[1:3, 3:]).solution[:, 0].tolist()
-    return alpha, -minus_beta
+    """alpha and beta of ``change ~ alpha 1[y] - beta p``, from raw sums ``[4, 4]``; beta is nan for a constant p."""
+    (ss, sp), (_, pp) = moments[1:3, 1:3].tolist()
+    sc, pc = moments[1:3, 3].tolist()
+    determinant = ss * pp - sp * sp
+    if not determinant > 1e-12 * ss * pp:
+        return sc / ss, np.nan
+    return (pp * sc - sp * pc) / determinant, (sp * sc - ss * pc) / determinant
 
 
 def encode(tokenizer: Tokenizer | PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -300,6 +354,23 @@ def _of_kind(kind: str, where: str, same: bool) -> tuple[Quantity, ...]:
             WITH_ITS_NULL,
             "models" if same else None,
         ),
+        Quantity(
+            f"few_shot_error_beyond_averaging_{kind}",
+            f"few-shot, {kind} query: beta beyond averaging (logits)",
+            f"beta at {where}, with the means of the labels shown before as further regressors, p from exchanged prompts",
+            "model",
+            "It is alpha for an update by the error, 0 for an average of the labels shown.",
+            SAME_TOKENIZER,
+            "models",
+        ),
+        Quantity(
+            f"few_shot_gain_beyond_averaging_{kind}",
+            f"few-shot, {kind} query: gain beyond averaging",
+            f"held-out R^2 that p from exchanged prompts adds to the means of the labels shown before at {where}",
+            "model",
+            "Above 0, predictions say more of the change than the labels shown before do.",
+            SAME_TOKENIZER,
+        ),
     )
 
 
@@ -320,5 +391,6 @@ FEW_SHOT = Probe(
         *_of_kind("same", "the same query", True),
         *_of_kind("other", "another query", False),
     ),
-    control="prediction of another prompt, a weak null: logits regress to the prediction of the same context",
+    control="prediction of another prompt, a weak null; averages of the labels shown before",
+    version=2,
 )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, from_numpy, nn
 
 from lensbench.data.samples import Samples
+from lensbench.data.windows import Windows
 from lensbench.probes.catalogue import SAME_WIDTH, WITH_ITS_NULL, Panel, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject
@@ -18,13 +19,18 @@ TOKENS_AT_ONCE = 2048
 IMAGES_AT_ONCE = 64
 
 
+IGNORED = -100
+"""The target of a prediction that counts for no loss"""
+
+
 def states_and_gradients(
-    stream: ResidualStream, inputs: Tensor, classes: Tensor | None = None
+    stream: ResidualStream, inputs: Tensor, classes: Tensor | None = None, inside: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """States h_0..h_L, and minus the gradient of the summed cross-entropy with respect to h_0..h_{L-1}.
 
     Of token ids ``[B, T]``: ``[L+1, B, T, d]`` and ``[L, B, T, d]``. The sum runs over all positions, so that a state is
-    judged by all predictions that depend on it, later ones too. Of images ``[B, C, H, W]`` with ``classes`` ``[B]``:
+    judged by all predictions that depend on it, later ones too, but those of padding: ``inside`` ``[B, T]`` is false there
+    (left out: there is none). Of images ``[B, C, H, W]`` with ``classes`` ``[B]``:
     ``[L+1, B, 1, D]`` and ``[L, B, 1, D]``, the whole state of an image as one vector (arXiv 1710.04773).
     """
     trainable = [p for p in stream.model.parameters() if p.requires_grad]
@@ -33,7 +39,7 @@ def states_and_gradients(
     try:
         with torch.enable_grad():
             if stream.pooling is None:
-                states, gradients = _text_gradients(stream, inputs)
+                states, gradients = _text_gradients(stream, inputs, inside)
             else:
                 assert classes is not None
                 states, gradients = _image_gradients(stream, inputs, classes)
@@ -44,7 +50,7 @@ def states_and_gradients(
     return torch.stack(seen[0]), torch.stack(seen[1])
 
 
-def _text_gradients(stream: ResidualStream, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _text_gradients(stream: ResidualStream, ids: Tensor, inside: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
     def leaf(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
@@ -53,8 +59,10 @@ def _text_gradients(stream: ResidualStream, ids: Tensor) -> tuple[list[Tensor], 
         states, logits = stream.graph(ids)
         for h in states[:-1]:
             h.retain_grad()
-        targets = ids[:, 1:].to(logits.device)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        targets = ids[:, 1:] if inside is None else ids[:, 1:].masked_fill(~inside[:, 1:].to(ids.device), IGNORED)
+        targets = targets.to(logits.device)
+        predicted = logits[:, :-1].flatten(0, 1).float()
+        loss = F.cross_entropy(predicted, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         torch.autograd.backward(loss)
     finally:
         hook.remove()
@@ -115,7 +123,8 @@ def _cosines(stream: ResidualStream, samples: Samples) -> tuple[list[Tensor], li
     for start, end in zip(starts, [*starts[1:], len(samples)], strict=True):
         rows = slice(start, end)
         ids, row, at = map(from_numpy, samples.scored(rows))
-        states, descent = states_and_gradients(stream, ids, from_numpy(samples.targets(rows)))
+        inside = from_numpy(samples.inside[rows]) if isinstance(samples, Windows) else None
+        states, descent = states_and_gradients(stream, ids, from_numpy(samples.targets(rows)), inside)
         change, descent = (states[1:] - states[:-1])[:, row, at].float(), descent[:, row, at].float()
         # Another token of the batch: a shift by a random amount leaves no token its own gradient.
         shift = int(torch.randint(1, max(2, len(row)), (1,), generator=generator))
@@ -161,4 +170,5 @@ GRADIENT_ALIGNMENT = Probe(
     images=True,
     control="another token's gradient",
     topic="gradients",
+    version=2,
 )

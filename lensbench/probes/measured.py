@@ -15,7 +15,15 @@ from lensbench.data.corpus import clusters_of
 from lensbench.data.samples import Samples
 from lensbench.measures.means import SMALLEST_DENOMINATOR
 from lensbench.probes.tools.crossfit import COLUMNS, Jackknifed
-from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval
+from lensbench.statistics import (
+    Array,
+    bootstrap_weights,
+    effective_clusters,
+    few_clusters,
+    interval,
+    small_sample_interval,
+    too_few_clusters,
+)
 from lensbench.streams.capture import Capture
 
 
@@ -78,26 +86,39 @@ class Measured:
             value = top.sum(0) / bottom.sum(0)
             per_token = (weights @ bottom) / (weights @ tokens)
         least, _ = interval(per_token)
-        warning = few_clusters(len(names))
-        return pd.DataFrame(self._rows(value, drawn, least, warning), columns=COLUMNS)
+        clusters = effective_clusters(np.arange(len(names)), tokens[:, 0])
+        return pd.DataFrame(self._rows(value, drawn, least, clusters), columns=COLUMNS)
 
-    def _rows(self, value: Array, drawn: Array, least: Array, warning: str) -> Iterator[dict[str, Any]]:
+    def _rows(self, value: Array, drawn: Array, least: Array, clusters: float) -> Iterator[dict[str, Any]]:
         """Rows of :meth:`frame` from values ``[K]``, bootstrap draws ``[draws, K]`` and least denominators ``[K]``."""
-        low, high = interval(drawn)
+        low, high = small_sample_interval(value, drawn, max(clusters, 2.0))
         for k, quantity in enumerate(self.quantity):
             row = {"probe": self.probe, "quantity": quantity, "layer": self.layer[k], "other": self.other[k]}
-            if least[k] < self.floor[k] or not np.isfinite(value[k]):
-                reason = f"undefined: the interval of its denominator reaches below {self.floor[k]:.3g}"
-                yield row | {"value": None, "ci_low": None, "ci_high": None, "reason": reason}
-            elif np.ptp(drawn[:, k]) <= 1e-9 * abs(value[k]):
-                yield row | {
-                    "value": value[k],
-                    "ci_low": None,
-                    "ci_high": None,
-                    "reason": "the same for every document",
-                }
+            row |= {"value": None, "ci_low": None, "ci_high": None}
+            reason = self._undefined(k, value[k], least[k])
+            if reason:
+                yield row | {"reason": reason}
+            elif reason := _no_interval(value[k], drawn[:, k], clusters):
+                yield row | {"value": value[k], "reason": reason}
             else:
-                yield row | {"value": value[k], "ci_low": low[k], "ci_high": high[k], "reason": warning}
+                yield row | {"value": value[k], "ci_low": low[k], "ci_high": high[k], "reason": few_clusters(clusters)}
+
+    def _undefined(self, k: int, value: float, least: float) -> str:
+        """Why a quantity has no value; empty where it has one."""
+        if not (np.isfinite(self.top[:, k]).all() and np.isfinite(self.bottom[:, k]).all()):
+            return "undefined: it is not a number in some windows"
+        if least < self.floor[k]:
+            return f"undefined: the interval of its denominator reaches below {self.floor[k]:.3g}"
+        return "" if np.isfinite(value) else "undefined: nothing to take a share of"
+
+
+def _no_interval(value: float, drawn: Array, clusters: float) -> str:
+    """Why a value has no interval, by its draws ``[draws]``; empty where it has one."""
+    if reason := too_few_clusters(clusters):
+        return reason
+    if not np.isfinite(drawn).all():
+        return "no interval: in some draws of documents there is nothing to take a share of"
+    return "the same for every document" if np.ptp(drawn) <= 1e-9 * abs(value) else ""
 
 
 class Sums:

@@ -45,8 +45,9 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
     if fold.max() < 2:
         return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
     sums, constant = _gathered(subject, directions, baseline, windows, fold)
-    warning = constant.warning() or few_clusters(effective_clusters(windows.clusters))
-    found = Estimates(name, sums.folds, warning)
+    clusters = effective_clusters(windows.clusters)
+    warning = constant.warning() or few_clusters(clusters)
+    found = Estimates(name, sums.folds, warning, groups=effective_clusters(fold), clusters=clusters)
     found.add("prediction_directions", directions.share)
     rank = directions.rows.shape[1]
     parts = {"prediction": slice(0, rank), "surprise": slice(rank, rank + 1), "expectation": slice(rank + 1, None)}
@@ -275,4 +276,5 @@ PREDICTION_VISIBILITY = Probe(
     ),
     control="a baseline that knows both tokens: embeddings, bigram, means of the model's predictions. Layer 0 holds no more",
     topic="what stays visible",
+    version=2,
 )

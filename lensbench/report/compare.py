@@ -27,6 +27,7 @@ from lensbench.measures.indices import (
 )
 from lensbench.measures.means import Means
 from lensbench.measures.verdict import VerdictRule
+from lensbench.report.probe_versions import of_one_version
 from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.folder import SEQUENCES, Run, read_run
 from lensbench.results.manifest import Manifest
@@ -65,7 +66,8 @@ class Comparison:
     another loss that a lens's ridge may cost, which the note names), or *learning curve* (a difference in cross-entropy; the
     note names the budget and the part of the context). ``seed = all``: over seeds, differences paired by seed, with
     Student-t intervals and the p of the paired t-test; ``p_holm`` is corrected over all claims of the suite. ``runs``: the
-    runs read, parts of one run joined. ``reproduction``: a line for each run after the first.
+    runs read, parts of one run joined. ``reproduction``: a line for each probe
+    that is left out, since the runs hold different versions of it, and one for each run after the first.
     """
 
     table: pd.DataFrame
@@ -111,7 +113,7 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
 
     Raises :class:`LensbenchError` for damaged folders, and for runs that do not measure the same thing.
     """
-    runs = read_distinct(folders)
+    runs, left_out = of_one_version(read_distinct(folders))
     for one, other in itertools.combinations(runs, 2):
         refuse_unlike(one, other)
     groups, names = grouped(runs), compared_quantities()
@@ -129,7 +131,7 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
         rows += sensitivity_rows(claims, whole[number])
         rows += curve_rows(whole[number])
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return Comparison(table, [reproduction(runs[0], run) for run in runs[1:]], whole)
+    return Comparison(table, left_out + [reproduction(runs[0], run) for run in runs[1:]], whole)
 
 
 def read_distinct(folders: list[Path]) -> list[Run]:

@@ -90,6 +90,8 @@ class Manifest(_Facts):
     tokenizers: dict[str, Any] = {}
     sources: dict[str, dict[str, str]] = {}
     """Of pretrained models: ``source``, and checksums or the commit"""
+    probe_versions: dict[str, int] = {}
+    """Version of each of the suite's probes; one that is not named has version 1"""
     left_out: dict[str, str] = {}
     """Models of earlier commands that could not be read: name -> reason"""
     files: dict[str, str]

@@ -275,6 +275,8 @@ def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
         row = dict(zip(what, cast(tuple[Any, ...], key), strict=True)) | {"seed": "all", "reason": ""}
         if len(known) < len(rows):
             row["reason"] = f"undefined for {len(rows) - len(known)} of {len(rows)} seeds"
+        elif known.nunique() == 1:  # no seed plays a part in it
+            row |= {"value": known.iloc[0], "reason": "the same for every seed"}
         else:
             row["value"], row["ci_low"], row["ci_high"] = mean_over_seeds(list(known))
         over.append(row)

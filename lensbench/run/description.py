@@ -7,6 +7,7 @@ from typing import Any
 
 from lensbench.data.inputs import Texts, documents_of
 from lensbench.models.pretrained import named
+from lensbench.probes.registry import PROBES
 from lensbench.results.manifest import SCHEMA_VERSION, Manifest
 from lensbench.run.context import CODE_VERSION, Context
 from lensbench.run.inputs import identity_of, source_of
@@ -63,6 +64,8 @@ def describe(
         "git_revision": context.revision,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if suite.probes:
+        content["probe_versions"] = {name: PROBES[name].version for name in suite.probes}
     if left_out:
         content["left_out"] = left_out
     if plans:

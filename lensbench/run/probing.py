@@ -38,6 +38,8 @@ def probing(context: Context, model: ModelRecipe, seed: int) -> list[Measurement
     found = []
     for name in context.suite.probes:
         key = {"fit": fitted.digest, "probe": name, "evaluate": {"probe_sequences": count, **evaluate}}
+        if PROBES[name].version > 1:  # a key without one is of version 1
+            key["version"] = PROBES[name].version
 
         def measure(folder: Path, name: str = name) -> None:
             PROBES[name].measure(subject()).save(folder)

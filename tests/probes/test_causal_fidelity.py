@@ -6,7 +6,7 @@ import torch
 from helpers.planted import D, L, V, planted, subject_of
 
 from lensbench.models import build
-from lensbench.probes.causal_fidelity import DIRECTIONS, aitchison, cache_of, directions, responses
+from lensbench.probes.causal_fidelity import DIRECTIONS, Moves, aitchison, cache_of, responses
 from lensbench.probes.registry import PROBES
 from lensbench.streams.stream import ResidualStream
 
@@ -43,7 +43,7 @@ def test_responses_are_those_of_a_forward_pass_with_the_moved_state(family):
 
 def test_directions_are_equally_usual_and_the_lenss_move_its_logits_most():
     subject = subject_of(planted("none"))
-    moves = directions(subject).double()
+    moves = Moves.of(subject).of_window(0).double()
     assert moves.shape == (L, 2 * DIRECTIONS, D)
     states = subject.stream.forward(torch.from_numpy(subject.windows.ids))[0]
     h = states[1, :, 2:].flatten(0, 1).double()

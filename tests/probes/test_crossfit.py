@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from lensbench.probes.measured import load_measurement
-from lensbench.probes.tools.crossfit import Estimates, FoldSums, centred, cross_fitted, folds_of, RidgeMaps
+from lensbench.probes.tools.crossfit import Estimates, FoldSums, RidgeMaps, centred, cross_fitted, folds_of
 from lensbench.statistics import jackknife, leaving_one_out
 
 

@@ -18,10 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, from_numpy
 
 from lensbench.data.windows import Windows
-from lensbench.statistics import Array, jackknife, leaving_one_out
+from lensbench.statistics import Array, jackknife, leaving_one_out, too_few_clusters
 
 FOLDS = 8
 """Groups of documents: a map is fitted on seven and judged on the eighth; intervals have seven degrees of freedom"""
+
+
+NO_INTERVAL = "no interval is made of it"
+"""The reason of a value without an interval"""
 
 
 COLUMNS = ["probe", "quantity", "layer", "other", "value", "ci_low", "ci_high", "reason"]
@@ -149,8 +153,9 @@ class HeldOut:
     @classmethod
     def of(cls, moments: Tensor, inputs: Tensor, outputs: Tensor) -> "HeldOut":
         """The sums of the columns ``inputs`` and ``outputs``."""
-        rows = moments[torch.cat([torch.zeros(1, dtype=torch.long), inputs])]
-        return cls(rows[:, torch.cat([torch.zeros(1, dtype=torch.long), inputs])], rows[:, outputs], moments[outputs, outputs])
+        columns = torch.cat([torch.zeros(1, dtype=torch.long), inputs])
+        rows = moments[columns]
+        return cls(rows[:, columns], rows[:, outputs], moments[outputs, outputs])
 
     def error(self, fitted: Tensor, some: Tensor | None = None) -> Tensor:
         """Squared error ``[O]`` of maps ``[1 + I, O]``, of all outputs or of some."""
@@ -227,7 +232,8 @@ class Jackknifed:
 
     ``value`` ``[Q]``; ``without`` ``[K, Q]`` is not a number where a quantity has no interval. ``layer`` and ``other`` say
     what each belongs to (None: the whole model), ``reasons`` holds a warning of each. A ``reason`` says why the probe does
-    not apply; all other fields are then empty.
+    not apply; all other fields are then empty. ``groups`` is the effective number of the groups (None: K), and ``clusters``
+    that of the clusters of documents that they hold (None: enough).
     """
 
     probe: str
@@ -238,6 +244,8 @@ class Jackknifed:
     value: Array = field(default_factory=lambda: np.zeros(0))
     without: Array = field(default_factory=lambda: np.zeros((0, 0)))
     reason: str = ""
+    groups: float | None = None
+    clusters: float | None = None
 
     def save(self, folder: Path) -> None:
         """Write ``estimates.safetensors`` and ``labels.json`` into the folder."""
@@ -246,7 +254,8 @@ class Jackknifed:
             folder / "estimates.safetensors",
         )
         labels = {k: list(getattr(self, k)) for k in ("quantity", "layer", "other", "reasons")}
-        (folder / "labels.json").write_text(json.dumps({"probe": self.probe, "reason": self.reason, **labels}))
+        alone = {k: getattr(self, k) for k in ("probe", "reason", "groups", "clusters")}
+        (folder / "labels.json").write_text(json.dumps(alone | labels))
 
     @classmethod
     def load(cls, folder: Path) -> "Jackknifed":
@@ -260,7 +269,10 @@ class Jackknifed:
         if self.reason:
             row = dict.fromkeys(COLUMNS) | {"probe": self.probe, "quantity": self.probe, "reason": self.reason}
             return pd.DataFrame([row], columns=COLUMNS)
-        low, high = jackknife(self.value, self.without)
+        low, high = jackknife(self.value, self.without, self.groups)
+        few = "" if self.clusters is None else too_few_clusters(self.clusters)
+        if few:
+            low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
         table = pd.DataFrame(
             {
                 "probe": self.probe,
@@ -273,17 +285,32 @@ class Jackknifed:
                 "reason": list(self.reasons),
             }
         ).astype(object)
-        undefined = ~np.isfinite(self.value)
+        undefined, open_ended = ~np.isfinite(self.value), ~(np.isfinite(low) & np.isfinite(high))
         table.loc[undefined & (table["reason"] == ""), "reason"] = "undefined: nothing to take a share of"
+        if few:
+            table.loc[~undefined & np.isfinite(self.without).all(0), "reason"] = few
+        table.loc[open_ended & (table["reason"] == ""), "reason"] = NO_INTERVAL
         numbers = dict.fromkeys(["value", "ci_low", "ci_high"], float)
         return table.where(table.notna(), None).astype(numbers)[COLUMNS]
 
 
 class Estimates:
-    """Collects the quantities of a :class:`Jackknifed`; ``warning`` is the reason of all that have none of their own."""
+    """Collects the quantities of a :class:`Jackknifed`; ``warning`` is the reason of all that have none of their own.
 
-    def __init__(self, probe: str, folds: int, warning: str = ""):
+    ``groups`` and ``clusters``: see there.
+    """
+
+    def __init__(
+        self,
+        probe: str,
+        folds: int,
+        warning: str = "",
+        *,
+        groups: float | None = None,
+        clusters: float | None = None,
+    ):
         self.probe, self.folds, self.warning = probe, folds, warning
+        self.groups, self.clusters = groups, clusters
         self.rows: list[tuple[str, int | None, int | None, str, float, Array]] = []
 
     def add(
@@ -309,5 +336,13 @@ class Estimates:
         """All that was added."""
         quantity, layer, other, reasons, value, without = zip(*self.rows, strict=True)
         return Jackknifed(
-            self.probe, quantity, layer, other, reasons, np.array(value), np.stack(without, 1).astype(np.float64)
+            self.probe,
+            quantity,
+            layer,
+            other,
+            reasons,
+            np.array(value, dtype=np.float64),
+            np.stack(without, 1).astype(np.float64),
+            groups=self.groups,
+            clusters=self.clusters,
         )
