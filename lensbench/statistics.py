@@ -41,7 +41,8 @@ def too_few_clusters(clusters: float) -> str:
     """Why there is no interval over so many effective clusters; empty where there is one."""
     if clusters >= FEWEST_FOR_INTERVAL:
         return ""
-    return f"no interval: its documents count for {clusters:.2g} clusters of one size, and {FEWEST_FOR_INTERVAL:g} are needed"
+    needed = f"{FEWEST_FOR_INTERVAL:g} are needed"
+    return f"no interval: its documents count for {clusters:.2g} clusters of one size, and {needed}"
 
 
 # Bootstrap over clusters

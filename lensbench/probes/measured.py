@@ -86,8 +86,8 @@ class Measured:
             value = top.sum(0) / bottom.sum(0)
             per_token = (weights @ bottom) / (weights @ tokens)
         least, _ = interval(per_token)
-        clusters = effective_clusters(np.arange(len(names)), tokens[:, 0])
-        return pd.DataFrame(self._rows(value, drawn, least, clusters), columns=COLUMNS)
+        effective = effective_clusters(np.arange(len(names)), tokens[:, 0])
+        return pd.DataFrame(self._rows(value, drawn, least, effective), columns=COLUMNS)
 
     def _rows(self, value: Array, drawn: Array, least: Array, clusters: float) -> Iterator[dict[str, Any]]:
         """Rows of :meth:`frame` from values ``[K]``, bootstrap draws ``[draws, K]`` and least denominators ``[K]``."""

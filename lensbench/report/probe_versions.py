@@ -15,7 +15,7 @@ def of_one_version(runs: list[Run]) -> tuple[list[Run], list[str]]:
             found.setdefault(str(probe), set()).add(run.manifest.probe_versions.get(str(probe), 1))
     unlike = {probe: sorted(versions) for probe, versions in found.items() if len(versions) > 1}
     lines = [
-        f"probe {probe} is left out: versions {' and '.join(map(str, versions))} of it measured these runs; run the older again"
+        f"probe {probe} is left out: the runs hold its versions {' and '.join(map(str, versions))}; run the older again"
         for probe, versions in unlike.items()
     ]
     kept = [run.tables[TABLE]["probe"].isin(list(unlike)) for run in runs]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lensbench.data.inputs import Texts
 from lensbench.data.samples import Samples
@@ -37,7 +38,7 @@ def probing(context: Context, model: ModelRecipe, seed: int) -> list[Measurement
     subject = cache(lambda: subject_of(context, model, seed))  # loaded when the first unfinished probe asks
     found = []
     for name in context.suite.probes:
-        key = {"fit": fitted.digest, "probe": name, "evaluate": {"probe_sequences": count, **evaluate}}
+        key: dict[str, Any] = {"fit": fitted.digest, "probe": name, "evaluate": {"probe_sequences": count, **evaluate}}
         if PROBES[name].version > 1:  # a key without one is of version 1
             key["version"] = PROBES[name].version
 
