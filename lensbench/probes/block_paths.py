@@ -13,6 +13,7 @@ from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity
 from lensbench.probes.gradient_alignment import IMAGES_AT_ONCE
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject
+from lensbench.probes.tools.block_places import swapped, why_not_swapped
 from lensbench.statistics import Array
 from lensbench.streams.parts import block_input
 from lensbench.streams.stream import ResidualStream
@@ -40,23 +41,13 @@ def skipping(blocks: list[nn.Module]) -> Iterator[None]:
             hook.remove()
 
 
-@contextmanager
-def swapped(stream: ResidualStream, first: int) -> Iterator[None]:
-    """A context in which blocks ``first`` and ``first + 1`` (from 0) have changed places."""
-    blocks = stream.block_list
-    blocks[first], blocks[first + 1] = blocks[first + 1], blocks[first]
-    try:
-        yield
-    finally:
-        blocks[first], blocks[first + 1] = blocks[first + 1], blocks[first]
-
-
 def block_paths(subject: Subject) -> Measured:
     """Rise of the model's own cross-entropy, nats/token, with a block deleted, two neighbours swapped, n blocks skipped.
 
     An ensemble of shallow paths loses little by any of these; a chain of steps that build on each other loses everything. A
-    deleted block returns all that it receives, even if its skip connections carry less. For each n four random sets of
-    blocks are drawn; intervals hold them fixed.
+    deleted block returns all that it receives, even if its skip connections carry less; keys and values that later blocks
+    share with it stay. A swapped block keeps the mask, the rotary embedding and the inputs of its own layer. For each n four
+    random sets of blocks are drawn; intervals hold them fixed.
     """
     stream, windows = subject.stream, subject.samples
     blocks = list(stream.blocks)
@@ -71,6 +62,9 @@ def block_paths(subject: Subject) -> Measured:
         with skipping([block]):
             sums.add("ce_rise_deleted", cross_entropy(stream, windows) - whole, layer=k)
     for k in range(len(blocks) - 1):
+        if reason := why_not_swapped(stream, k):
+            sums.undefined("ce_rise_swapped", reason, layer=k, other=k + 1)
+            continue
         with swapped(stream, k):
             sums.add("ce_rise_swapped", cross_entropy(stream, windows) - whole, layer=k, other=k + 1)
     rng = np.random.default_rng(0)

@@ -33,8 +33,8 @@ class Measured:
 
     ``layer`` and ``other`` say what each belongs to (None: the whole model). ``floor`` is the mean denominator per token, in
     nats, below which the ratio is undefined; it is 0 where the denominator is no loss. ``tokens`` ``[S]`` counts scored
-    tokens, ``documents`` ``[S]`` names the document of each window. A ``reason`` says why the probe does not apply; all
-    other fields are then empty.
+    tokens, ``documents`` ``[S]`` names the document of each window. ``reasons`` say why single quantities are undefined
+    (empty: they are defined). A ``reason`` says why the probe does not apply; all other fields are then empty.
     """
 
     probe: str
@@ -47,12 +47,13 @@ class Measured:
     tokens: Array = field(default_factory=lambda: np.zeros(0))
     documents: Sequence[str] = ()
     reason: str = ""
+    reasons: Sequence[str] = ()
 
     def save(self, folder: Path) -> None:
         """Write ``sums.safetensors`` and ``labels.json`` into the folder."""
         arrays = {"top": self.top, "bottom": self.bottom, "tokens": self.tokens}
         save_file({k: from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}, folder / "sums.safetensors")
-        labels = {k: list(getattr(self, k)) for k in ("quantity", "layer", "other", "floor", "documents")}
+        labels = {k: list(getattr(self, k)) for k in ("quantity", "layer", "other", "floor", "documents", "reasons")}
         (folder / "labels.json").write_text(json.dumps({"probe": self.probe, "reason": self.reason, **labels}))
 
     @classmethod
@@ -105,6 +106,8 @@ class Measured:
 
     def _undefined(self, k: int, value: float, least: float) -> str:
         """Why a quantity has no value; empty where it has one."""
+        if self.reasons and self.reasons[k]:
+            return self.reasons[k]
         if not (np.isfinite(self.top[:, k]).all() and np.isfinite(self.bottom[:, k]).all()):
             return "undefined: it is not a number in some windows"
         if least < self.floor[k]:
@@ -129,6 +132,7 @@ class Sums:
         names = samples.document_names
         self.documents = [str(names[k]) for k in samples.documents]
         self.columns: list[tuple[str, int | None, int | None, float, Array, Array]] = []
+        self.reasons: list[str] = []
 
     def add(
         self,
@@ -142,6 +146,12 @@ class Sums:
     ) -> None:
         """Add one quantity from sums per window ``[S]``; without ``bottom`` it is a mean over tokens."""
         self.columns.append((quantity, layer, other, floor, top, self.tokens if bottom is None else bottom))
+        self.reasons.append("")
+
+    def undefined(self, quantity: str, reason: str, *, layer: int | None = None, other: int | None = None) -> None:
+        """Add one quantity that has no value, and why."""
+        self.add(quantity, np.full(len(self.tokens), np.nan), layer=layer, other=other)
+        self.reasons[-1] = reason
 
     def measured(self) -> Measured:
         """All that was added."""
@@ -156,6 +166,7 @@ class Sums:
             np.stack(bottom, 1),
             self.tokens,
             self.documents,
+            reasons=self.reasons,
         )
 
 

@@ -237,16 +237,19 @@ class ResidualStream:
             hooks = [entry.register_forward_pre_hook(lambda _, args: last.append(args[0]), prepend=True)]
         else:
             hooks = [b.register_forward_hook(lambda *call: last.append(_returned(call[-1]))) for b in self._blocks[-1:]]
-        given = inputs.to(self.input_device)
-        if inputs.is_floating_point():
-            given = given.to(self.model.dtype)  # pixels; not every model casts them itself
-        asked = {self._argument: given, "output_hidden_states": wanted, "return_dict": True}
         try:
-            output = self.model(**asked, **self._options)
+            output = self.model(**self.asked(inputs, wanted=wanted))
         finally:
             for hook in hooks:
                 hook.remove()
         return output.hidden_states or (), last[-1] if last else output.hidden_states[-1], output.logits
+
+    def asked(self, inputs: Tensor, *, wanted: bool = False) -> dict[str, Any]:
+        """The arguments of a call of the model with these inputs; ``wanted``: with the hidden states that it reports."""
+        given = inputs.to(self.input_device)
+        if inputs.is_floating_point():
+            given = given.to(self.model.dtype)  # pixels; not every model casts them itself
+        return {self._argument: given, "output_hidden_states": wanted, "return_dict": True, **self._options}
 
 
 def _returned(output: Any) -> Tensor:

@@ -91,7 +91,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def small_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """With gains and biases that are not all one and zero, so that a norm left out would show."""
-    config = AutoConfig.for_model(architecture.split()[0], **{**CONFIGS[architecture], **changes})
+    config = AutoConfig.for_model(architecture.split()[0], **{**CONFIGS.get(architecture, {}), **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).eval()

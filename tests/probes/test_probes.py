@@ -14,12 +14,13 @@ from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.ridge import RidgePath
 from lensbench.models import build
-from lensbench.probes.block_paths import cross_entropy, skipping, swapped
+from lensbench.probes.block_paths import cross_entropy, skipping
 from lensbench.probes.gradient_alignment import states_and_gradients
 from lensbench.probes.measured import Measured
 from lensbench.probes.registry import PROBES
 from lensbench.probes.representation import covariance_similarity
 from lensbench.probes.subject import Subject
+from lensbench.probes.tools.block_places import swapped
 from lensbench.streams.stream import ResidualStream
 
 SHAPE = {"vocab_size": 61, "d_model": 24, "layers": 4, "heads": 2, "context": 32, "parameters": 40_000}
