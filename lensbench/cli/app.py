@@ -100,6 +100,11 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def noted(line: str) -> None:
+    """Show something that the user has to know, next to the results."""
+    console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
 def show_version(asked: bool) -> None:
     """Print the version and exit, where it is asked for."""
     if asked:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lensbench.cli.app import Debug, Device, Dtype, Source, answerable, app, console
+from lensbench.cli.app import Debug, Device, Dtype, Source, answerable, app, console, noted
 from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import Bars
 
@@ -56,7 +56,7 @@ def bits(
     if len(documents) != 1:
         raise LensbenchError(f"{text} holds {len(documents)} documents: give one text file")
     with without_progress_bars():
-        loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device))
+        loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device), say=noted)
     length = length or min(512, context_length(loaded.model.config) or 512)
     check_context(model, loaded.model.config, length, "set --length to {} or less")
     with Bars() as bars:
@@ -132,7 +132,7 @@ def trace(
         raise LensbenchError(f"--out {out} is a folder: name a file, {out / 'trace.html'} say")
     named = traced_model(model, lens, run, seed)
     with without_progress_bars():
-        loaded = load_pretrained(named.model, dtype=dtype_named(dtype), device=choose_device(device))
+        loaded = load_pretrained(named.model, dtype=dtype_named(dtype), device=choose_device(device), say=noted)
     trajectory = traced(loaded, text, named.lens, tokens, named.view)
     for table in trace_tables(trajectory, tokens, console.width):
         console.print(table)

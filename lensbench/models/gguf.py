@@ -8,10 +8,12 @@ import functools
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 ALREADY_READ = -1
 """In place of the type of a field: transformers converts values by type, and leaves one of an unknown type as it is"""
@@ -44,6 +46,30 @@ def quick_reading() -> Iterator[None]:
         finally:
             for name, original in originals.items():
                 setattr(gguf, name, original)
+
+
+def tensors(file: Path, model: PreTrainedModel) -> tuple[list[str], list[str] | None]:
+    """The names of a file's tensors, and of those that transformers has a place for in ``model``.
+
+    None for the second where it gives weights names in a way of its own (mixtures of experts, and families whose files
+    it reads without the package gguf, and reports on itself).
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as converted
+
+    with quick_reading():
+        read = gguf.GGUFReader(file)
+        names = [tensor.name for tensor in read.tensors]
+        family = str(read.fields["general.architecture"].contents())
+        kind = converted.TENSOR_PROCESSORS.get(family, converted.TensorProcessor)
+        own = kind.perform_fallback_tensor_mapping is not converted.TensorProcessor.perform_fallback_tensor_mapping
+        if own or family not in converted.GGUF_SUPPORTED_ARCHITECTURES:
+            return names, None
+        try:
+            places: dict[str, str] = converted.get_gguf_hf_weights_map(model, kind(config={}))  # type: ignore[no-untyped-call]
+            return names, list(places)
+        except NotImplementedError:
+            return names, None
 
 
 def _reader(gguf: Any) -> type:

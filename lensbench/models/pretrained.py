@@ -5,7 +5,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +28,8 @@ from transformers.utils import hub as transformers_hub
 from transformers.utils import logging as transformers_logging
 
 from lensbench.errors import LensbenchError
-from lensbench.models.gguf import quick_reading
+from lensbench.models.gguf import quick_reading, tensors
+from lensbench.models.unused import beside, refuse_adapter, unused_tensors, unused_weights
 from lensbench.runtime.environment import needs
 from lensbench.runtime.files import sha256
 
@@ -159,13 +161,17 @@ def load_model(
     device: torch.device | str = "cpu",
     device_map: str | dict[str, Any] | None = None,
     loader: Any = AutoModelForCausalLM,
+    say: Callable[[str], None] = warnings.warn,
 ) -> PreTrainedModel:
     """The causal LM of ``source`` on ``device``, or spread over devices by accelerate's ``device_map``.
 
-    ``loader``: another Auto class of transformers, for other kinds of models. Raises :class:`LensbenchError` for a model
-    that cannot be loaded or lacks weights.
+    ``loader``: another Auto class of transformers, for other kinds of models. ``say`` is told, in a line each, what lies in
+    the checkpoint and is not used. Raises :class:`LensbenchError` for a model that cannot be loaded, lacks weights, or has
+    weights that its config has no place for.
     """
     where = locate(source)
+    if Path(where.name).is_dir():
+        refuse_adapter(source, Path(where.name))
     if device_map is not None:
         needs("hub", "accelerate")
     options = {} if device_map is None else {"device_map": device_map}
@@ -176,9 +182,23 @@ def load_model(
         missing = sorted(report["missing_keys"])
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise LensbenchError(f"{source} lacks the weight {missing[0]}{more}: it is damaged, or no {KIND[loader]}")
+    for line in _unused(where, model, report["unexpected_keys"]):
+        say(line)
     model.eval()
     network: PreTrainedModel = model if device_map is not None else torch.nn.Module.to(model, device)
     return network
+
+
+def _unused(where: Located, model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """A line each on what lies in the checkpoint and is not used; raises :class:`LensbenchError` for parts of the model."""
+    folder, file = Path(where.name), where.options.get("gguf_file")
+    lines = [unused_weights(where.source, model, unexpected)]
+    if file is not None:
+        names, mapped = tensors(folder / file, model)
+        lines.append(unused_tensors(where.source, names, mapped, model.config.get_text_config().num_hidden_layers))
+    elif folder.is_dir():
+        lines += beside(where.source, folder, model)
+    return [line for line in lines if line is not None]
 
 
 KIND = {AutoModelForCausalLM: "causal language model", AutoModelForImageClassification: "image classifier"}
@@ -208,6 +228,7 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     device_map: str | dict[str, Any] | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> Pretrained:
     """The causal LM that ``source`` names, with its tokenizer.
 
@@ -216,10 +237,10 @@ def load_pretrained(
     - ``gguf:FILE``: a GGUF file, or a folder with exactly one.
     - ``package:NAME``: the GGUF file that an installed package ships.
 
-    Code that comes with a model is never run. Raises :class:`LensbenchError` for a source that cannot be read, and for a
-    tokenizer that does not fit the model's vocabulary.
+    Code that comes with a model is never run. ``say`` is told of what is not used. Raises :class:`LensbenchError` for a
+    source that cannot be read, and for a tokenizer that does not fit the model's vocabulary.
     """
-    model = load_model(source, dtype=dtype, device=device, device_map=device_map)
+    model = load_model(source, dtype=dtype, device=device, device_map=device_map, say=say)
     tokenizer = load_tokenizer(source)
     check_vocabulary(source, tokenizer, model.config.get_text_config().vocab_size)
     return Pretrained(source, model, tokenizer, locate(source).own_tokenizer is not None)

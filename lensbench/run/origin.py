@@ -76,6 +76,7 @@ def _load(context: Context, owner: ModelRecipe, source: str, device: torch.devic
             device=device,
             device_map=owner.device_map,
             loader=loader_of(context),
+            say=partial(_say_once, context),
         )
         data = data_of(context, owner)
         if isinstance(data, Texts):
@@ -84,6 +85,13 @@ def _load(context: Context, owner: ModelRecipe, source: str, device: torch.devic
             data.within(network)
         task.update(1)
     return network
+
+
+def _say_once(context: Context, line: str) -> None:
+    """Tell the user, the first time: a model may be loaded several times in a run."""
+    if line not in context.cache.warned:
+        context.cache.warned.add(line)
+        context.progress.say(line)
 
 
 def trained_on_this(context: Context, source: str) -> bool:

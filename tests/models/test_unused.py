@@ -1,0 +1,232 @@
+"""What lies in a checkpoint and is not used is refused, or said."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lensbench.errors import LensbenchError
+from lensbench.models.pretrained import load_model
+
+
+def llama(folder: Path, **changes) -> Path:
+    """A model of three blocks."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=3, **changes)).save_pretrained(folder)
+    return folder
+
+
+def gpt2(folder: Path, *, prefix=True) -> Path:
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2, n_positions=16)).save_pretrained(folder)
+    if not prefix:
+        rewrite(folder, lambda weights: {k.removeprefix("transformer."): v for k, v in weights.items()})
+    return folder
+
+
+def rewrite(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def configure(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def lines_of(folder: Path) -> list[str]:
+    """What the user is told when the model is loaded."""
+    told = []
+    load_model(f"path:{folder}", say=told.append)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "first"),
+    [
+        (llama, "num_hidden_layers", "model.layers.2.input_layernorm.weight and 8 more"),
+        (gpt2, "n_layer", "transformer.h.2.attn"),
+        (lambda folder: gpt2(folder, prefix=False), "n_layer", "h.2.attn"),
+    ],
+)
+def test_a_checkpoint_of_more_layers_than_its_config_is_refused(tmp_path, make, key, first):
+    folder = make(tmp_path / "m")
+    configure(folder, **{key: 2})
+    with pytest.raises(LensbenchError, match=first):
+        load_model(f"path:{folder}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.1.mlp.router.experts.0.weight",
+        "model.norm.bias",
+        "model.embed_positions.weight",
+        "lm_head.bias",
+    ],
+)
+def test_a_weight_inside_the_model_that_it_does_not_take_is_refused(tmp_path, name):
+    folder = llama(tmp_path / "m")
+    rewrite(folder, lambda weights: {**weights, name: torch.ones(16)})
+    with pytest.raises(LensbenchError, match=f"holds the weight {name}, which its config has no place for"):
+        load_model(f"path:{folder}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.masked_bias",
+        "model.layers.0.attention.bias",
+        "model.embeddings.position_ids",
+    ],
+)
+def test_buffers_that_older_versions_saved_pass(tmp_path, name):
+    folder = llama(tmp_path / "m")
+    rewrite(folder, lambda weights: {**weights, name: torch.ones(4)})
+    assert lines_of(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("vision_tower.encoder.layers.0.weight", "vision_tower.encoder.layers"),
+        ("mtp.layers.0.weight", "mtp.layers"),
+        ("score.weight", "score"),
+        ("multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_1"),
+    ],
+)
+def test_weights_of_other_parts_are_named_in_one_line(tmp_path, name, kind):
+    folder = llama(tmp_path / "m")
+    rewrite(folder, lambda weights: {**weights, name: torch.ones(4)})
+    (line,) = lines_of(folder)
+    assert "1 weights are not read" in line
+    assert line.endswith(f": {kind}")
+
+
+def test_layers_that_predict_later_tokens_are_named(tmp_path):
+    folder = llama(tmp_path / "m")
+    configure(folder, num_hidden_layers=2, num_nextn_predict_layers=1)
+    (line,) = lines_of(folder)
+    assert "9 weights are not read" in line
+    assert "model.layers" in line
+
+
+def test_a_head_of_its_own_in_the_file_is_the_one_that_is_read(tmp_path):
+    folder = llama(tmp_path / "m")
+    configure(folder, tie_word_embeddings=True)
+    stored = load_file(folder / "model.safetensors")
+    model = load_model(f"path:{folder}")
+    assert torch.equal(model.get_output_embeddings().weight, stored["lm_head.weight"])
+    assert not torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path):
+    folder = llama(tmp_path / "m")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(LensbenchError, match=r"holds an adapter.*merge"):
+        load_model(f"path:{folder}")
+
+
+def test_other_files_of_weights_are_named_and_those_of_a_trainer_are_not(tmp_path):
+    folder = llama(tmp_path / "m")
+    for name in ("pytorch_model.bin", "model-q4.gguf", "optimizer.pt", "training_args.bin", "rng_state.pth"):
+        (folder / name).write_bytes(b"")
+    assert [line.partition(": ")[2] for line in lines_of(folder)] == [
+        f"{folder}: model-q4.gguf and 1 more beside the weights: not read".partition(": ")[2]
+    ]
+
+
+def test_an_index_that_names_a_file_that_is_not_there_is_refused(tmp_path):
+    folder = llama(tmp_path / "m")
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = {n: f"model-0000{1 + (n == names[0])}-of-00002.safetensors" for n in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    with pytest.raises(LensbenchError, match="model-00002-of-00002"):
+        load_model(f"path:{folder}")
+
+
+def test_code_of_its_own_and_a_quantization_that_is_not_applied_are_named(tmp_path):
+    folder = llama(tmp_path / "m")
+    configure(folder, auto_map={"AutoModelForCausalLM": "modeling_x.X"}, quantization_config={"quant_method": "odd"})
+    code, quantization = lines_of(folder)
+    assert "its own code (auto_map in config.json) is not run: it is read as LlamaForCausalLM" in code
+    assert "its quantization (odd) is not applied" in quantization
+
+
+def test_a_whole_checkpoint_says_nothing_and_python_users_are_warned(tmp_path):
+    folder = llama(tmp_path / "m")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(f"path:{folder}")
+    rewrite(folder, lambda weights: {**weights, "score.weight": torch.ones(4)})
+    with pytest.warns(UserWarning, match="1 weights are not read"):
+        load_model(f"path:{folder}")
+
+
+# GGUF
+
+
+def smaller(path: Path, *, blocks=3, extra: str | None = None) -> Path:
+    """A GGUF file of two blocks whose metadata say ``blocks``."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (
+        ("block_count", blocks), ("embedding_length", 16), ("feed_forward_length", 24), ("attention.head_count", 2),
+        ("attention.head_count_kv", 2), ("context_length", 32), ("vocab_size", 40),
+    ):  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd.weight": (40, 16), "output.weight": (40, 16), "output_norm.weight": (16,)}
+    for block in range(2):
+        shapes |= {f"blk.{block}.attn_{part}.weight": (16, 16) for part in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{block}.ffn_{part}.weight": (24, 16) for part in ("gate", "up")}
+        shapes |= {f"blk.{block}.{part}_norm.weight": (16,) for part in ("attn", "ffn")}
+        shapes[f"blk.{block}.ffn_down.weight"] = (16, 24)
+    for name, shape in {**shapes, **({extra: (8,)} if extra else {})}.items():
+        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_whole_gguf_file_says_nothing(tmp_path):
+    told = []
+    model = load_model(f"gguf:{smaller(tmp_path / 'm.gguf', blocks=2)}", say=told.append)
+    assert model.config.num_hidden_layers == 2
+    assert told == []
+
+
+def test_a_gguf_file_of_more_blocks_than_its_metadata_say_is_refused(tmp_path):
+    with pytest.raises(LensbenchError, match=r"blk\.1\.attn_q\.weight and 8 more.*of 1 blocks"):
+        load_model(f"gguf:{smaller(tmp_path / 'm.gguf', blocks=1)}")
+
+
+def test_a_gguf_file_of_fewer_blocks_than_its_metadata_say_is_refused(tmp_path):
+    with pytest.raises(LensbenchError, match=r"lacks the weight model\.layers\.2"):
+        load_model(f"gguf:{smaller(tmp_path / 'm.gguf', blocks=3)}")
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_q.bias", "blk.0.attn_q_norm.weight"])
+def test_a_tensor_of_a_block_that_the_model_does_not_take_is_refused(tmp_path, name):
+    with pytest.raises(LensbenchError, match=f"holds the tensor {name}, "):
+        load_model(f"gguf:{smaller(tmp_path / 'm.gguf', blocks=2, extra=name)}")
+
+
+def test_factors_of_rotary_frequencies_that_are_not_read_are_named(tmp_path):
+    told = []
+    load_model(f"gguf:{smaller(tmp_path / 'm.gguf', blocks=2, extra='rope_freqs.weight')}", say=told.append)
+    (line,) = told
+    assert "1 tensors are not read: rope_freqs.weight; without its factors" in line
