@@ -64,7 +64,8 @@ def small_sample_interval(value: Array, draws: Array, clusters: float) -> tuple[
     G - 1 degrees of freedom has the right ones (Cameron, Gelbach & Miller 2008). G is the effective number of clusters
     (Carter, Schnepel & Steigerwald 2017). With 64 clusters the interval is 3 % longer, with 6 it is 44 %.
     """
-    low, high = interval(draws)
+    with np.errstate(invalid="ignore"):  # infinite draws have no interval
+        low, high = interval(draws)
     reach = stats.t.ppf(0.975, clusters - 1) / stats.norm.ppf(0.975) * (clusters / (clusters - 1)) ** 0.5
     return value + reach * (low - value), value + reach * (high - value)
 
@@ -125,6 +126,7 @@ def jackknife(value: Array, without: Array, groups: float | None = None) -> tupl
     :func:`effective_clusters`).
     """
     folds = len(without)
-    spread = np.sqrt((folds - 1) / folds * np.square(without - without.mean(0)).sum(0))
+    with np.errstate(invalid="ignore"):  # an infinite estimate has no interval
+        spread = np.sqrt((folds - 1) / folds * np.square(without - without.mean(0)).sum(0))
     reach = stats.t.ppf(0.975, (folds if groups is None else groups) - 1) * spread
     return value - reach, value + reach

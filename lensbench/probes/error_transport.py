@@ -27,7 +27,7 @@ FIRST = 2
 """First position that is used"""
 
 
-MEMORY_GIB = 6.0
+MEMORY_GIB = 4.0
 """Most memory for what is kept of all heads, and half of it for the sums of one layer"""
 
 

@@ -277,11 +277,16 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def seed_means(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of seed ``all``: the mean over seeds with its Student-t interval; none with a single seed."""
+    """Rows of seed ``all``: the mean over seeds with its Student-t interval; none with a single seed.
+
+    What is the same for every seed (a rival's own error: the tasks are the same) keeps its interval over tasks.
+    """
     if table["seed"].nunique() < 2:
         return table.iloc[:0]
     rows = []
     for key, of in table.groupby(KEYS, sort=False):
         value, low, high = mean_over_seeds(list(of["value"]))
+        if of["value"].nunique() == 1:
+            value, low, high = of[["value", "ci_low", "ci_high"]].iloc[0]
         rows.append(dict(zip(KEYS, key, strict=True)) | {"seed": "all", "value": value, "ci_low": low, "ci_high": high})
     return pd.DataFrame(rows, columns=list(table.columns))

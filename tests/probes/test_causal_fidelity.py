@@ -6,7 +6,7 @@ import torch
 from helpers.planted import D, L, V, planted, subject_of
 
 from lensbench.models import build
-from lensbench.probes.causal_fidelity import DIRECTIONS, Moves, aitchison, cache_of, responses
+from lensbench.probes.causal_fidelity import DIRECTIONS, Moves, aitchison, cache_of, responses, scores_after
 from lensbench.probes.registry import PROBES
 from lensbench.streams.stream import ResidualStream
 
@@ -88,3 +88,40 @@ def test_what_has_no_blocks_or_is_rotated_says_so():
     assert (
         "rotated" in PROBES["causal_fidelity"].measure(subject_of(planted("none"), rotated=True)).frame()["reason"][0]
     )
+
+
+def test_every_window_draws_random_directions_of_its_own_and_shares_the_lenss():
+    subject = subject_of(planted("none"), count=32)
+    moves = Moves.of(subject)
+    first, second = moves.of_window(0), moves.of_window(1)
+    assert torch.equal(first, moves.of_window(0)), "a window's draw is its own, whatever was drawn before"
+    assert torch.equal(first[:, :DIRECTIONS], second[:, :DIRECTIONS])
+    random, others = first[:, DIRECTIONS:].flatten(0, 1), second[:, DIRECTIONS:].flatten(0, 1)
+    assert torch.nn.functional.cosine_similarity(random, others, dim=-1).abs().max() < 0.99
+    few = subject_of(planted("none"), windows=subject.windows.take(np.arange(8)))
+    frames = [PROBES["causal_fidelity"].measure(s) for s in (subject, few)]
+    column = list(frames[0].quantity).index("fidelity_random")
+    assert frames[0].top[:, column].std() > 0
+
+
+def test_random_directions_are_usual_ones_of_the_layer():
+    """Over many windows they have the layer's covariance: their mean square along any direction is its variance by d."""
+    subject = subject_of(planted("none"), count=64)
+    moves = Moves.of(subject)
+    drawn = torch.stack([moves.of_window(k)[1, DIRECTIONS:] for k in range(600)]).flatten(0, 1).double()
+    covariance = moves.root[1].double() @ moves.root[1].double()
+    torch.testing.assert_close(
+        drawn.T @ drawn / len(drawn) * D, covariance, rtol=0, atol=0.15 * float(covariance.max())
+    )
+
+
+def test_the_sign_of_a_direction_changes_no_null():
+    """To first order: with later blocks that do nothing, and small moves, the null is the same for both signs."""
+    subject = subject_of(planted("none"), count=16)
+    prefix = torch.from_numpy(subject.windows.ids[:1, :12])
+    moves = 1e-2 * Moves.of(subject).of_window(0)
+    turned = moves.clone()
+    turned[:, ::2] *= -1
+    plain, other = (scores_after(subject, prefix, m)["null"] for m in (moves, turned))
+    assert (plain > 0).all()
+    np.testing.assert_allclose(plain, other, atol=0.05)

@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from lensbench.probes.measured import load_measurement
-from lensbench.probes.tools.crossfit import Estimates, FoldSums, RidgeMaps, centred, cross_fitted, folds_of
+from lensbench.probes.tools.crossfit import Estimates, FoldSums, RidgeMaps, centred, cross_fitted, folds_of, partner
 from lensbench.statistics import jackknife, leaving_one_out
 
 
@@ -119,3 +119,90 @@ def test_estimates_come_back_from_their_folder_and_say_what_is_undefined(tmp_pat
     assert by.loc["y", "reason"] == "undefined: because"
     assert np.isnan(by.loc["z", "ci_low"])
     assert (by.loc["x", "layer"], by.loc["x", "other"]) == (1, 2)
+
+
+def ridge_by_hand(x, y, ridge):
+    """Weights of ``(C + ridge D)^-1 cross``, D the variances, by numpy."""
+    covariance = x.T @ x
+    return np.linalg.solve(covariance + ridge * np.diag(np.diag(covariance)), x.T @ y)
+
+
+@pytest.mark.parametrize("inputs", [20, 512, 513])
+def test_the_unit_of_the_ridge_is_an_inputs_variance_for_any_number_of_inputs(inputs):
+    rng = np.random.default_rng(inputs)
+    x = rng.standard_normal((900, inputs)) @ np.diag(rng.uniform(0.5, 3, inputs)) + rng.standard_normal((900, 1))
+    y = rng.standard_normal((900, 2))
+    found = RidgeMaps.of(torch.from_numpy(x.T @ x), torch.from_numpy(x.T @ y)).map(0.1).numpy()
+    np.testing.assert_allclose(found, ridge_by_hand(x, y, 0.1), rtol=1e-6, atol=1e-9)
+
+
+def weak_and_strong(seed=4, folds=8, count=60):
+    """A number that its inputs determine, beside a large prediction of which they say nothing: they want other ridges."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((folds, count, 30))
+    number = x @ rng.standard_normal(30) + 0.1 * rng.standard_normal((folds, count))
+    return x, np.concatenate([number[..., None], 30 * rng.standard_normal((folds, count, 6))], -1)
+
+
+def test_an_output_has_the_ridge_that_it_has_alone_and_outputs_of_one_quantity_share_theirs():
+    x, y = weak_and_strong()
+    inputs, outputs = torch.arange(1, 31), torch.arange(31, 38)
+    sums = sums_of(x, y)
+    together = [0] + [1] * 6
+    errors, totals = cross_fitted(sums, inputs, outputs, together=together)
+    alone, _ = cross_fitted(sums, inputs, outputs[:1])
+    np.testing.assert_allclose(errors[:, :1], alone, rtol=1e-9)
+    rest, _ = cross_fitted(sums, inputs, outputs[1:], together=[0] * 6)
+    np.testing.assert_allclose(errors[:, 1:], rest, rtol=1e-9)
+    assert errors[:, 0].sum() / totals[:, 0].sum() < 0.002
+    one_for_all, _ = cross_fitted(sums, inputs, outputs, together=[0] * 7)
+    assert one_for_all[:, 0].sum() > 10 * errors[:, 0].sum(), "one ridge for all is that of the prediction"
+
+
+def test_the_ridge_of_a_fold_is_the_best_on_its_partner_by_regressions_by_hand():
+    x, y = weak_and_strong(5)
+    ridges = (1e-3, 0.1, 10.0)
+    errors, _ = cross_fitted(sums_of(x, y), torch.arange(1, 31), torch.arange(31, 38), ridges)
+
+    def lost(fitted_on, judged, output, ridge):
+        of_x, of_y = (a[fitted_on].reshape(-1, a.shape[-1]) for a in (x, y))
+        mean_x, mean_y = of_x.mean(0), of_y[:, output].mean()
+        weights = ridge_by_hand(of_x - mean_x, of_y[:, output] - mean_y, ridge)
+        return np.square(y[judged, :, output] - mean_y - (x[judged] - mean_x) @ weights).sum()
+
+    for fold, judge in ((0, 1), (1, 0), (6, 7)):
+        for output in (0, 3):
+            without_two = [k for k in range(8) if k not in (fold, judge)]
+            best = min(ridges, key=lambda ridge: lost(without_two, judge, output, ridge))
+            expected = lost([k for k in range(8) if k != fold], fold, output, best)
+            assert errors[fold, output] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_odd_number_of_folds_has_a_judge_for_each():
+    x, y = weak_and_strong(6, folds=5)
+    errors, _ = cross_fitted(sums_of(x, y), torch.arange(1, 31), torch.arange(31, 38))
+    assert np.isfinite(errors).all()
+    assert [partner(k, 5) for k in range(5)] == [1, 0, 3, 2, 0]
+
+
+def test_groups_of_unequal_size_have_fewer_degrees_of_freedom_and_few_clusters_no_interval():
+    value, without = np.array([1.0]), np.random.default_rng(0).standard_normal((8, 1))
+    narrow, wide = (jackknife(value, without, groups) for groups in (None, 3.0))
+    ratio = stats.t.ppf(0.975, 2) / stats.t.ppf(0.975, 7)
+    assert wide[1] - value == pytest.approx(ratio * (narrow[1] - value))
+    found = Estimates("a", 8, groups=8.0, clusters=4.2)
+    found.share("x", np.arange(8.0), np.ones(8))
+    row = found.done().frame().iloc[0]
+    assert np.isnan(row["ci_low"])
+    assert "4.2 clusters" in row["reason"]
+
+
+def test_every_value_without_an_interval_and_every_missing_value_has_a_reason():
+    found = Estimates("a", 4)
+    found.add("alone", 2.0)
+    found.share("nothing", np.zeros(4), np.zeros(4))
+    found.share("nothing without one", np.ones(4), np.array([1.0, 0, 0, 0]))
+    frame = found.done().frame()
+    for _, row in frame.iterrows():
+        assert row["reason"], row["quantity"]
+        assert np.isnan(row["ci_low"])

@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.planted import PLANTED, H, L, planted, subject_of
+from helpers.planted import PLANTED, D, H, L, planted, subject_of, text
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LinearRegression
 
 from lensbench.models import build
+from lensbench.probes import error_transport
 from lensbench.probes.registry import PROBES
+from lensbench.probes.tools import predictions
 from lensbench.probes.tools.transport import Alignment, Rivals, columns_kept
+from lensbench.streams.stream import ResidualStream
 
 SHAPE = {"vocab_size": 97, "d_model": 32, "layers": 3, "heads": 4, "context": 64, "parameters": 60_000}
 
@@ -134,6 +137,44 @@ def test_short_windows_and_padding_count_for_nothing():
         frames.append(frame_of(model, windows=windows)["value"].astype(float).to_numpy())
     np.testing.assert_allclose(*frames, rtol=1e-4, atol=1e-6)
     assert np.isfinite(frames[0]).mean() > 0.9
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.95, 4), (0.5, 4), (0.95, 30), (1.0, 4)])
+def test_the_directions_hold_the_share_that_is_asked_for_and_no_more(share, least, monkeypatch):
+    monkeypatch.setattr(predictions, "RANK", least)
+    stream, windows = ResidualStream(planted("none")), text(0, 20)
+    found = predictions.Directions.holding(stream, windows, share)
+    rows = stream.readout.weight.detach().double().numpy()[windows.ids.ravel()]
+    variance = np.sort(np.linalg.eigvalsh(np.cov(rows.T)))[::-1]
+    held = np.cumsum(variance) / variance.sum()
+    expected = max(least, int(np.argmax(held >= min(share, held[-1] - 1e-9))) + 1)
+    assert found.rank == min(expected, D)
+    assert found.share == pytest.approx(held[found.rank - 1], abs=1e-6)
+    assert found.share >= share - 1e-6
+
+
+def test_too_few_positions_for_the_directions_are_reported(monkeypatch):
+    subject = subject_of(planted("none"))
+    whole = error_transport.planned(subject, subject.windows)
+    assert (whole.directions.rank, whole.stride, whole.reason) == (D, 1, "")
+    monkeypatch.setattr(error_transport, "RANK", 4)
+    monkeypatch.setattr(error_transport, "ROWS_PER_DIRECTION", 1000)
+    limited = error_transport.planned(subject, subject.windows)
+    assert limited.directions.rank == 4
+    assert limited.directions.share < 0.5
+    assert limited.reason == f"{D} directions would hold 95%; memory and the kept positions allow 4"
+
+
+def test_heads_kept_at_every_third_position_still_show_the_planted_one(monkeypatch):
+    """Little memory keeps fewer positions, and the regressions are of these alone."""
+    subject = subject_of(planted("error", 10.0))
+    kept = 128 * 38 * L * H * (40 + D // H) * 4
+    monkeypatch.setattr(error_transport, "MEMORY_GIB", 0.4 * kept / 2**30)
+    plan = error_transport.planned(subject, subject.windows)
+    assert plan.stride == 3
+    frame = PROBES["error_transport"].measure(subject).frame()
+    assert at(frame, "error_score").idxmax() == PLANTED
+    assert at(frame, "error_transport_found")[PLANTED] == 1
 
 
 # The regressions, from the data themselves

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import learners
+from helpers.learners import KnownLearner, known_prompts
 from helpers.planted import V, planted, subject_of
 
 from lensbench.probes.few_shot import (
@@ -16,11 +18,14 @@ from lensbench.probes.few_shot import (
     draw_prompts,
     frequent_words,
     is_word,
+    label_columns,
     measure,
     moments,
+    predicted_elsewhere,
 )
 from lensbench.probes.registry import PROBES
-from lensbench.probes.tools.crossfit import FOLDS
+from lensbench.probes.tools.averaging import add_beyond_averaging, averaging_columns, counts_before, instrumented
+from lensbench.probes.tools.crossfit import FOLDS, Estimates
 
 FORM = Form([V - 2], [V - 1])
 
@@ -113,3 +118,96 @@ def test_too_few_words_and_rotated_views_are_skipped_with_the_reason():
     few = PROBES["few_shot"].measure(subject_of(planted("none"), tokenizer=silent)).frame()
     assert "too few" in few["reason"][0]
     assert "not rotated" in PROBES["few_shot"].measure(subject_of(planted("none"), rotated=True)).frame()["reason"][0]
+
+
+# Averaging of labels against errors
+
+
+def beyond_averaging(learner, seed=0):
+    """alpha, the ratio, and what lies beyond averaging, of the prompts with the same query; and what was learned."""
+    prompts, group = known_prompts(seed), np.arange(PROMPTS) % FOLDS
+    change, shown, p, learned = measure(learner, prompts, learners.FORM)
+    of = prompts.same
+    alpha, beta = coefficients(moments(change[of], shown[of], p[of], group[of]).sum(0))
+    elsewhere, found = predicted_elsewhere(learner, prompts, learners.FORM), Estimates("few_shot", FOLDS)
+    columns = label_columns(prompts, True)
+    add_beyond_averaging(found, "same", columns[of], p[of], elsewhere[of], change[of], group[of])
+    return alpha, beta / alpha, found.done().frame().set_index("quantity"), learned.mean()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize(("kind", "size"), [("average", 4.0), ("log", 1.5), ("error", 1.5)])
+def test_averages_of_labels_and_updates_by_errors_fall_on_two_sides(kind, size, noise):
+    """They learn alike, and the ratio is well above 0 for all three."""
+    _, ratio, frame, learned = beyond_averaging(KnownLearner(kind, size, noise))
+    assert ratio > 0.4
+    assert 0.6 < learned < 0.75
+    beta, gain = frame.loc["few_shot_error_beyond_averaging_same"], frame.loc["few_shot_gain_beyond_averaging_same"]
+    if kind == "error":
+        assert beta["ci_low"] > 0.8
+        assert beta["value"] == pytest.approx(size, abs=1e-6 if noise == 0 else 0.4)
+        assert gain["ci_low"] > 0
+    else:
+        assert abs(beta["value"]) < (1e-6 if noise == 0 else 0.3)
+        assert beta["ci_low"] < 1e-6
+        assert gain["value"] < (1e-6 if noise == 0 else 0.003)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size"), [("average", 4.0), ("log", 1.5), ("error", 1.5)])
+def test_intervals_of_what_lies_beyond_averaging_are_right_under_noise(kind, size):
+    """Noise of one nat is larger than most updates: nothing may be found of an average."""
+    true = size if kind == "error" else 0.0
+    right, found = 0, 0
+    for seed in range(12):
+        beta = beyond_averaging(KnownLearner(kind, size, 1.0, seed), seed)[2].loc[
+            "few_shot_error_beyond_averaging_same"
+        ]
+        right += beta["ci_low"] <= true <= beta["ci_high"]
+        found += beta["ci_low"] > 0
+    assert right >= 10
+    assert found >= 6 if kind == "error" else found <= 2
+
+
+def test_what_a_mean_of_labels_moves_by_is_in_its_columns():
+    labels = np.array([[0, 1, 1, 3, 2]])
+    counts = counts_before(labels, np.array([4]), np.array([[True, True, False, True, True]]), 4)
+    assert counts.tolist() == [[1, 1, 0, 1]]
+    shown = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    mean, step, log_step = averaging_columns(counts, shown)[0].unbind(-1)
+    before, after = np.array([1, 1, 0, 1]) / 3, np.array([1, 2, 0, 1]) / 4
+    np.testing.assert_allclose(mean, before - before.mean(), atol=1e-12)
+    np.testing.assert_allclose(step, after - before, atol=1e-12)
+    smooth = np.log((np.array([1, 2, 0, 1]) + 0.25) / (np.array([1, 1, 0, 1]) + 0.25))
+    np.testing.assert_allclose(log_step, smooth - smooth.mean(), atol=1e-12)
+
+
+def test_the_instruments_beta_is_that_of_two_stages_of_least_squares():
+    rng = np.random.default_rng(0)
+    known, z, hidden = rng.standard_normal((200, 2)), rng.standard_normal(200), rng.standard_normal(200)
+    p = known @ [1.0, -1.0] + z + hidden
+    change = known @ [0.5, 2.0] - 0.7 * p + hidden  # what is hidden moves both: least squares alone is wrong
+    one = np.ones((200, 1))
+    x = np.concatenate([one, known, p[:, None], z[:, None], change[:, None]], 1)
+    first = np.concatenate([one, known, z[:, None]], 1)
+    told = first @ np.linalg.lstsq(first, p, rcond=None)[0]
+    second = np.concatenate([one, known, told[:, None]], 1)
+    beta = -np.linalg.lstsq(second, change, rcond=None)[0][-1]
+    assert instrumented(torch.from_numpy(x.T @ x), 2)[0] == pytest.approx(beta, rel=1e-6)
+    assert beta == pytest.approx(0.7, abs=0.2)
+
+
+def test_alpha_and_beta_are_the_same_to_the_last_digit_and_a_constant_prediction_has_no_beta():
+    rng = np.random.default_rng(3)
+    x = torch.from_numpy(rng.standard_normal((50, 4)))
+    sums = x.T @ x
+    (ss, sp), (_, pp) = sums[1:3, 1:3].tolist()
+    sc, pc = sums[1:3, 3].tolist()
+    assert coefficients(sums) == ((pp * sc - sp * pc) / (ss * pp - sp**2), (sp * sc - ss * pc) / (ss * pp - sp**2))
+    weights = np.linalg.lstsq(x[:, 1:3].numpy(), x[:, 3].numpy(), rcond=None)[0]
+    assert coefficients(sums) == pytest.approx((weights[0], -weights[1]))
+    constant = sums.clone()
+    constant[2] = constant[:, 2] = 0
+    alpha, beta = coefficients(constant)
+    assert alpha == pytest.approx(sc / ss)
+    assert np.isnan(beta)

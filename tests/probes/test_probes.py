@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.gpt_windows import windows
-from helpers.planted import subject_of
+from helpers.planted import planted, subject_of
 from helpers.synthetic import SyntheticStream, capture_of, orthogonal, random_maps, true_token_kl, windows_of
 
 from lensbench.lenses.maps import AffineMaps
@@ -292,3 +292,33 @@ def test_sums_are_saved_and_loaded(tmp_path):
     found = PROBES["representation"].measure(known("fresh"))
     found.save(tmp_path)
     assert Measured.load(tmp_path).frame(100).equals(found.frame(100))
+
+
+def test_what_is_written_in_the_padding_changes_no_gradient():
+    """Of a padded window, the gradients are those of its tokens alone, without padding."""
+    stream = ResidualStream(planted("none"))
+    ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    inside = torch.arange(20) < torch.tensor([[20], [9]])
+    found = []
+    for filling in (0, 5):
+        padded = torch.where(inside, ids, filling)
+        _, descent = states_and_gradients(stream, padded, inside=inside)
+        found.append(descent[:, 1, :9])
+    _, alone = states_and_gradients(stream, ids[1:, :9])
+    for descent in found:
+        torch.testing.assert_close(descent, alone[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_alignment_of_short_windows_is_the_same_whatever_pads_them():
+    whole = subject_of(planted("none"), count=16)
+    lengths = whole.windows.lengths.copy()
+    lengths[::2] = 12
+    valid = whole.windows.positions < lengths[:, None] - 1
+    values = []
+    for filling in (0, 5):
+        ids = whole.windows.ids.copy()
+        ids[np.arange(ids.shape[1]) >= lengths[:, None]] = filling
+        windows = replace(whole.windows, ids=ids, lengths=lengths, valid=valid)
+        frame = PROBES["gradient_alignment"].measure(replace(whole, samples=windows)).frame(50)
+        values.append(frame["value"].astype(float).to_numpy())
+    np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6)
