@@ -28,7 +28,7 @@ def test_the_effective_number_of_clusters_is_kishs():
     assert effective_clusters(np.array([0, 1, 0]), np.array([1.0, 3.0, 2.0])) == pytest.approx(2)
 
 
-@pytest.mark.parametrize("sizes", [[10] * 6, [10] * 8, [100] * 4 + [5] * 40], ids=["six", "eight", "unequal"])
+@pytest.mark.parametrize("sizes", [[10] * 5, [10] * 8, [100] * 4 + [5] * 40], ids=["five", "eight", "unequal"])
 def test_intervals_over_few_or_unequal_clusters_are_right_as_often_as_they_say(sizes):
     sizes = np.array(sizes, float)
     clusters = effective_clusters(np.arange(len(sizes)), sizes)
@@ -38,14 +38,14 @@ def test_intervals_over_few_or_unequal_clusters_are_right_as_often_as_they_say(s
     value = tops.sum(1) / sizes.sum()
     for k, (low, high) in enumerate((interval(drawn), small_sample_interval(value, drawn, clusters))):
         right[k] = ((low <= 0) & (high >= 0)).mean()
-    assert 0.93 <= right[1] <= 0.98
+    assert 0.92 <= right[1] <= 0.98
     assert right[0] < 0.92, "percentiles alone are too short"
 
 
 def test_the_correction_of_many_clusters_is_small_and_of_few_that_of_students_t():
     value, drawn = np.zeros(1), np.random.default_rng(0).standard_normal((4000, 1))
     low, high = interval(drawn)
-    for clusters in (6, 64):
+    for clusters in (5, 64):
         found = small_sample_interval(value, drawn, clusters)
         factor = stats.t.ppf(0.975, clusters - 1) / stats.norm.ppf(0.975) * np.sqrt(clusters / (clusters - 1))
         assert (found[0] / low, found[1] / high) == pytest.approx((factor, factor))
