@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lensbench.cli.app import Debug, Device, Dtype, Source, answerable, app, console, noted
+from lensbench.cli.app import Debug, Device, Dtype, Source, answerable, app, console, noted, say
 from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import Bars
 
@@ -52,7 +52,7 @@ def bits(
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.statistics import bootstrap_weights, interval
 
-    documents = read_documents(f"file:{text}", max_bytes)
+    documents = read_documents(f"file:{text}", max_bytes, say=say)
     if len(documents) != 1:
         raise LensbenchError(f"{text} holds {len(documents)} documents: give one text file")
     with without_progress_bars():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from lensbench.data.reading import BLOCK_BYTES, MIN_LONE_BYTES, Document, _n_bytes, read_documents
+from lensbench.data.reading import BLOCK_BYTES, MIN_LONE_BYTES, Document, Say, _n_bytes, read_documents, warn
 from lensbench.errors import LensbenchError
 from lensbench.statistics import FEWEST_CLUSTERS
 
@@ -66,17 +66,23 @@ def clusters_of(names: Iterable[str]) -> dict[str, str]:
 
 # Splitting
 def load_corpus(
-    spec: str, *, fractions: Mapping[str, float] = FRACTIONS, seed: int = 0, max_bytes: int | None = None
+    spec: str,
+    *,
+    fractions: Mapping[str, float] = FRACTIONS,
+    seed: int = 0,
+    max_bytes: int | None = None,
+    say: Say = warn,
 ) -> Corpus:
     """The corpus of ``spec``, read and split.
 
     ``fractions`` are shares of the bytes, one for each of ``SPLITS``; only that of train may be 0. Whole documents are
     assigned to a split, near-duplicates together. Fewer than 20 documents are cut into blocks of 8192 bytes. The blocks
-    form four contiguous sections with one block dropped at each border; the seed then has no effect. Raises LensbenchError
-    for a corpus that cannot be read or is too short, and for fractions that are not shares.
+    form four contiguous sections with one block dropped at each border; the seed then has no effect.
+    ``say`` gets one line on texts that are left out. Raises LensbenchError for a corpus that cannot be read or is too short, and for fractions that are not
+    shares.
     """
     _check_fractions(fractions)
-    documents = read_documents(spec, max_bytes)
+    documents = read_documents(spec, max_bytes, say=say)
     if len(documents) < MIN_DOCUMENTS:
         splits = _split_blocks(spec, documents, fractions)
     else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
+import errno
 import math
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import detect_encoding
@@ -16,6 +17,7 @@ from typing import Any
 
 from lensbench.errors import LensbenchError
 from lensbench.runtime.environment import needs
+from lensbench.runtime.texts import decode, kind_of, lines_of, parse_json, printable, read_bytes, reason
 
 BLOCK_BYTES = 8192  # about 2048 tokens of 4 bytes
 
@@ -30,6 +32,9 @@ MIN_STDLIB_BYTES = 200
 
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".py")
+
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
@@ -48,30 +53,61 @@ class Document:
     text: str
 
 
-def read_documents(spec: str, max_bytes: int | None = None) -> list[Document]:
+Say = Callable[[str], None]
+
+
+def warn(line: str) -> None:
+    """Say a line as a warning of Python."""
+    warnings.warn(line, stacklevel=3)
+
+
+@dataclass
+class Oddities:
+    """What reading leaves out or changes: counted, and said in one line."""
+
+    nulls: int = 0
+    halves: int = 0
+    others: int = 0
+
+    def line(self, spec: str) -> str:
+        """What was left out and changed; empty where nothing was."""
+        counts = (
+            (self.nulls, "text(s) that are null, left out"),
+            (self.halves, "text(s) with half of a surrogate pair, replaced by U+FFFD"),
+            (self.others, "file(s) of other kinds, left out"),
+        )
+        found = [f"{count} {what}" for count, what in counts if count]
+        return f"{printable(spec)}: {'; '.join(found)}" if found else ""
+
+
+def read_documents(spec: str, max_bytes: int | None = None, *, say: Say = warn) -> list[Document]:
     """The documents of a corpus, in a fixed order and without blank ones.
 
     Reading stops at ``max_bytes`` bytes of text (UTF-8) and cuts the last document between two characters. By default
-    there is no limit; for ``hf:`` it is 50 MB. Raises LensbenchError for a spec that cannot be read.
+    there is no limit; for ``hf:`` it is 50 MB. Texts that are null are left out; ``say`` gets one line on how many, by
+    default a warning. Raises LensbenchError for a spec that cannot be read.
     """
     if max_bytes is not None and max_bytes < 1:
         raise LensbenchError(f"max_bytes is {max_bytes}: it must be at least 1")
     kind, _, rest = spec.partition(":")
+    odd = Oddities()
     if spec == "stdlib":
         found = _read_stdlib()
     elif kind == "file" and rest:
-        found = _read_path(rest, max_bytes)
+        found = _read_path(rest, max_bytes, odd)
     elif kind == "hf" and rest:
-        found = _read_hub(rest)
+        found = _read_hub(rest, odd)
         max_bytes = HF_MAX_BYTES if max_bytes is None else max_bytes
     else:
         raise LensbenchError(_unknown_spec(spec))
     try:
         documents = list(_take_bytes((d for d in found if d.text and not d.text.isspace()), max_bytes))
     except OSError as error:
-        raise LensbenchError(f"{spec} cannot be read: {error.strerror}") from error
+        raise LensbenchError(f"{printable(spec)} cannot be read: {reason(error)}") from error
+    if line := odd.line(spec):
+        say(line)
     if not documents:
-        raise LensbenchError(f"{spec} holds no text: every document is blank")
+        raise LensbenchError(f"{printable(spec)} holds no text: every document is blank")
     return documents
 
 
@@ -117,48 +153,110 @@ def _read_stdlib() -> Iterator[Document]:
         yield Document(name, text.replace("\r\n", "\n"))
 
 
-def _read_path(rest: str, max_bytes: int | None) -> Iterator[Document]:
-    path, field = Path(rest).expanduser(), None
-    if not os.path.exists(path) and "#" in rest:  # a '#' may belong to an existing path
+def _exists(path: Path) -> bool:
+    """Whether a path leads to something; raises where the system does not let one look."""
+    try:
+        path.stat()
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return False
+        raise LensbenchError(f"{printable(str(path))} cannot be read: {reason(error)}") from error
+
+
+def _expanded(rest: str) -> Path:
+    try:
+        return Path(rest).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise LensbenchError(f"file:{printable(rest)}: {error}") from error
+
+
+def _read_path(rest: str, max_bytes: int | None, odd: Oddities) -> Iterator[Document]:
+    path, field = _expanded(rest), None
+    if not _exists(path) and "#" in rest:  # a '#' may belong to an existing path
         before, _, field = rest.rpartition("#")
-        path = Path(before).expanduser()
-    if not os.path.exists(path):
-        raise LensbenchError(f"file:{rest}: there is no such file or folder")
+        path = _expanded(before)
+    name, whole = printable(path.name), printable(rest)
+    if not _exists(path):
+        raise LensbenchError(f"file:{whole}: there is no such file or folder")
     if field == "":
-        raise LensbenchError(f"file:{rest}: the field after '#' is empty; give its name or leave the '#' out")
+        raise LensbenchError(f"file:{whole}: the field after '#' is empty; give its name or leave the '#' out")
     if path.is_dir():
-        yield from _read_folder(path, field, max_bytes)
-    elif path.suffix == ".jsonl":
-        yield from _read_jsonl(path, path.name, field or "text")
+        yield from _read_folder(path, field, max_bytes, odd)
+    elif path.suffix.lower() in JSONL_SUFFIXES:
+        yield from _read_jsonl(path, name, field or "text", max_bytes, odd)
+    elif path.suffix.lower() == ".json":
+        raise LensbenchError(f"{name} is one JSON document: give a .jsonl file, one object per line (jq -c '.[]')")
     elif field is not None:
-        raise LensbenchError(f"file:{rest}: only .jsonl files have fields; leave '#{field}' out")
+        raise LensbenchError(f"file:{whole}: only .jsonl files have fields; leave '#{printable(field)}' out")
     else:
-        text = _decode(_beginning(path, max_bytes), path.name)
-        if not text.strip():
-            raise LensbenchError(f"{path.name} is empty: a corpus needs at least {MIN_LONE_BYTES} bytes of text")
-        yield Document(path.name, text)
+        yield _read_text(path, name, max_bytes, lone=True)
 
 
-def _read_folder(folder: Path, field: str | None, max_bytes: int | None) -> Iterator[Document]:
-    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    names = [n for n in sorted(found) if not any(part.startswith(".") for part in n.split("/"))]
-    names = [n for n in names if found[n].suffix in (*TEXT_SUFFIXES, ".jsonl")]
-    if not names:
-        raise LensbenchError(f"folder {folder.name!r} holds no texts: expected {', '.join(TEXT_SUFFIXES)} or .jsonl")
-    for name in names:
-        if found[name].suffix != ".jsonl":
-            yield Document(name, _decode(_beginning(found[name], max_bytes), name))
-        elif found[name].stat().st_size:
-            yield from _read_jsonl(found[name], name, field or "text")
+def _read_text(path: Path, name: str, max_bytes: int | None, *, lone: bool = False) -> Document:
+    text = decode(_beginning(path, name, max_bytes), name)
+    if lone and not text.strip():
+        raise LensbenchError(f"{name} is empty: a corpus needs at least {MIN_LONE_BYTES} bytes of text")
+    first = text[: 1 << 20].lstrip().partition("\n")[0].strip()
+    if first.startswith('{"') and first.endswith("}") and _is_object(first):
+        raise LensbenchError(f"{name} holds lines of JSON: name it .jsonl, so that each is read as a document")
+    return Document(name, text)
 
 
-def _beginning(path: Path, max_bytes: int | None) -> bytes:
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(parse_json(line, ""), dict)
+    except LensbenchError:
+        return False
+
+
+def _read_folder(folder: Path, field: str | None, max_bytes: int | None, odd: Oddities) -> Iterator[Document]:
+    found = _files_in(folder)
+    known = [n for n in sorted(found) if found[n].suffix.lower() in (*TEXT_SUFFIXES, *JSONL_SUFFIXES)]
+    if not known:
+        raise LensbenchError(
+            f"folder {printable(folder.name)!r} holds no texts: expected {', '.join(TEXT_SUFFIXES)} or .jsonl"
+        )
+    odd.others += len(found) - len(known)
+    for place in known:
+        name, path = printable(place), found[place]
+        if path.suffix.lower() not in JSONL_SUFFIXES:
+            yield _read_text(path, name, max_bytes)
+        elif _exists(path) and not path.stat().st_size:
+            continue
+        else:
+            yield from _read_jsonl(path, name, field or "text", max_bytes, odd)
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    """All that a folder holds other than folders and hidden things, by place; links are followed, each folder once."""
+    found: dict[str, Path] = {}
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        place = printable(os.path.relpath(error.filename or folder, folder.parent))
+        raise LensbenchError(f"folder {place!r} cannot be read: {reason(error)}") from error
+
+    for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        about = os.stat(where)
+        if (about.st_dev, about.st_ino) in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(where, name) for name in files if not name.startswith("."))
+        found |= {path.relative_to(folder).as_posix(): path for path in paths}
+    return found
+
+
+def _beginning(path: Path, name: str, max_bytes: int | None) -> bytes:
     """The bytes of a file; of a long one slightly more than ``max_bytes``, up to the end of a character."""
     if max_bytes is None:
-        return path.read_bytes()
+        return read_bytes(path, name)
     size = max_bytes + 8  # a byte order mark and the character that is cut
-    with path.open("rb") as file:
-        raw = file.read(size)
+    raw = read_bytes(path, name, size)
     if len(raw) < size:
         return raw
     last = len(raw) - 1
@@ -167,49 +265,48 @@ def _beginning(path: Path, max_bytes: int | None) -> bytes:
     return raw[:last]
 
 
-def _decode(raw: bytes, name: str) -> str:
-    if b"\0" in raw:
-        raise LensbenchError(f"{name} is binary (it holds NUL bytes): a corpus is UTF-8 text")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LensbenchError(f"{name} is not UTF-8 (byte {error.start}): a corpus is UTF-8 text") from error
-
-
-def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, name: str, field: str, max_bytes: int | None, odd: Oddities) -> Iterator[Document]:
     empty = True
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            line = _decode(raw, f"{name} line {number}")
-            if not line.strip():
-                continue
-            empty = False
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise LensbenchError(f"{name} line {number} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise LensbenchError(f"{name} line {number} is a JSON {type(row).__name__}: expected an object")
-            if field not in row:
-                raise LensbenchError(f"{name} line {number} has no field {field!r}: {_fields_hint(row)}")
-            if not isinstance(row[field], str):
-                kind = type(row[field]).__name__
-                raise LensbenchError(f"{name} line {number}: field {field!r} is a {kind}, and must be a string")
-            yield Document(f"{name}:{number}", _mend_surrogates(row[field]))
+    once = frozenset((field, *field.split(".")))
+    for number, line in lines_of(path, name, max_bytes):
+        if not line.strip():
+            continue
+        empty, place = False, f"{name} line {number}"
+        row = parse_json(line, place, once)
+        if not isinstance(row, dict):
+            raise LensbenchError(f"{place} is a JSON {type(row).__name__}: expected an object on each line")
+        text = _text_of(row, field, place, odd)
+        if text is not None:
+            yield Document(f"{name}:{number}", text)
     if empty:
         raise LensbenchError(f"{name} is empty: give one JSON object per line, with a field {field!r}")
+
+
+def _text_of(row: Mapping[str, Any], field: str, place: str, odd: Oddities) -> str | None:
+    """The text in a field of a row, ``a.b`` for one within another; None for null, which is counted."""
+    found: Any = row
+    for key in [field] if field in row else field.split("."):
+        if found is None:
+            break
+        if not isinstance(found, Mapping) or key not in found:
+            raise LensbenchError(f"{place} has no field {field!r}: {_fields_hint(row)}")
+        found = found[key]
+    if found is None:
+        odd.nulls += 1
+        return None
+    if not isinstance(found, str):
+        raise LensbenchError(f"{place}: field {field!r} is {kind_of(found)}, and must be a string")
+    # JSON can escape half a character ("\\ud83d"), which UTF-8 cannot encode: it becomes U+FFFD.
+    text = found.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    odd.halves += any("\ud800" <= c <= "\udfff" for c in found) and "\ufffd" in text
+    return text
 
 
 def _fields_hint(row: Mapping[str, Any]) -> str:
     return f"it has {', '.join(map(repr, row)) or 'none'}; name the one to use after a '#'"
 
 
-def _mend_surrogates(text: str) -> str:
-    # JSON can escape half a character ("\ud83d"), which UTF-8 cannot encode: it becomes U+FFFD.
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _read_hub(rest: str) -> Iterator[Document]:
+def _read_hub(rest: str, odd: Oddities) -> Iterator[Document]:
     match = re.fullmatch(r"(?P<path>[^@#]+)(@(?P<split>[^#]+))?(#(?P<field>.+))?", rest)
     parts = match["path"].split("/") if match else []
     if match and Path(match["path"]).is_dir():
@@ -226,14 +323,9 @@ def _read_hub(rest: str) -> Iterator[Document]:
     split, field = match["split"] or "train", match["field"] or "text"
     rows = _hub_rows(rest, candidates, split)
     for number, row in enumerate(rows):
-        if field not in row:
-            raise LensbenchError(f"hf:{rest} has no field {field!r}: {_fields_hint(row)}")
-        if row[field] is None:  # datasets of web pages have some null texts
-            continue
-        if not isinstance(row[field], str):
-            kind = type(row[field]).__name__
-            raise LensbenchError(f"hf:{rest} row {number}: field {field!r} is a {kind}, and must be a string")
-        yield Document(f"{split}:{number}", _mend_surrogates(row[field]))
+        text = _text_of(row, field, f"hf:{rest} row {number}", odd)
+        if text is not None:
+            yield Document(f"{split}:{number}", text)
 
 
 def _hub_rows(rest: str, candidates: list[tuple[str, str | None]], split: str) -> Iterator[Mapping[str, Any]]:

@@ -26,7 +26,11 @@ def corpus_of(context: Context) -> Corpus:
     if cache.corpus is None:
         with context.progress.task("corpus", 1, "steps") as task:
             cache.corpus = load_corpus(
-                recipe.spec, fractions=recipe.fractions, seed=recipe.seed, max_bytes=recipe.max_bytes
+                recipe.spec,
+                fractions=recipe.fractions,
+                seed=recipe.seed,
+                max_bytes=recipe.max_bytes,
+                say=context.progress.say,
             )
             task.update(1)
     return cache.corpus

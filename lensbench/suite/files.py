@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from lensbench.errors import LensbenchError, nearest
 from lensbench.models import fitting_width
 from lensbench.models.pretrained import check_source
+from lensbench.runtime.texts import decode, read_bytes
 from lensbench.studies.calibration import Calibration
 from lensbench.studies.in_context import InContext
 from lensbench.studies.regression import RegressionRecipe
@@ -40,8 +41,10 @@ def read_toml(name: str) -> tuple[str, dict[str, Any]]:
             raise LensbenchError(f"there is no suite file {name}")
         raise LensbenchError(f"unknown suite {name!r}; {nearest(name, list(known))}")
     try:
-        return path.name, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        return path.name, tomllib.loads(decode(read_bytes(path, path.name), path.name))
+    except RecursionError as error:
+        raise LensbenchError(f"{path.name} is nested too deeply to be read") from error
+    except ValueError as error:  # TOMLDecodeError, and numbers with too many digits
         raise LensbenchError(f"{path.name} is not valid TOML: {error}") from error
 
 
