@@ -15,6 +15,7 @@ from lensbench.data.tokens import BeginSetting, TokenizedDocument, check_ids, to
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.runtime.progress import QUIET, Progress
+from lensbench.streams.parts import evaluating
 from lensbench.streams.stream import refuse_non_finite
 
 
@@ -104,7 +105,8 @@ def scoring_windows(document: TokenizedDocument, length: int) -> list[tuple[NDAr
 @torch.no_grad()
 def token_nats(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Negative log-probability of ids ``[T]`` from the second on, each given those before it: nats ``[T - 1]``, float64."""
-    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    with evaluating(model):
+        logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").double()
 
 

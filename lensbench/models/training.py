@@ -309,7 +309,6 @@ def train(
         )
     torch.nn.Module.to(model, device).train()
     readout = find_readout(model) if recipe.deep_supervision else None
-    model.requires_grad_(True)  # find_readout froze norm and head, as lenses need it
     optimizers = optimizers_of(model, recipe)
     start = load_checkpoint(checkpoints, model, optimizers, ranks)
     own = ranks.share(recipe.batch)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lensbench.probes.measured import Measurement
 from lensbench.probes.subject import Subject
+from lensbench.streams.parts import evaluating
 
 Owner = Literal["model", "layer", "pair", "head", "blocks"]
 """What a value belongs to. The columns ``layer`` and ``other`` of ``probes.csv`` say which one: a layer or block
@@ -67,7 +68,7 @@ class Probe:
     """
 
     name: str
-    measure: Callable[[Subject], Measurement]
+    function: Callable[[Subject], Measurement]
     measures: str
     """What it measures, in one line"""
     quantities: tuple[Quantity, ...]
@@ -78,6 +79,11 @@ class Probe:
     """What its panels show, for the title of the figure"""
     version: int = 1
     """It is raised where the numbers change: results of another version are not reused, and not compared"""
+
+    def measure(self, subject: Subject) -> Measurement:
+        """What the probe finds in a subject; its model is in evaluation mode, and then as it was."""
+        with evaluating(subject.stream.model):
+            return self.function(subject)
 
     def quantity(self, name: str) -> Quantity | None:
         """The quantity of this name; None where the probe has no such quantity."""

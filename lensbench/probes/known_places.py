@@ -57,7 +57,8 @@ def known_places(subject: Subject) -> Measured:
 def uniform_twin(model: PredictiveCodingForCausalLM) -> PredictiveCodingForCausalLM:
     """The non-causal variant of the model, with the same weights."""
     config = PredictiveCodingConfig(**{**model.config.to_dict(), "causal": False})
-    twin = PredictiveCodingForCausalLM(config)
+    with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and replaced
+        twin = PredictiveCodingForCausalLM(config)
     torch.nn.Module.to(twin, model.device)
     twin.train(False)
     twin.load_state_dict(model.state_dict())

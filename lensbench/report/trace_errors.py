@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM, PredictiveCodingLayer
+from lensbench.streams.parts import evaluating
 
 MOST_MOVES = 10
 """Errors that are named."""
@@ -47,7 +48,8 @@ def errors_of(model: PredictiveCodingForCausalLM, ids: Tensor) -> PredictionErro
         raise LensbenchError("this predictive-coding model is the control without errors: there is none to show")
     if config.delta_rule or not config.causal:
         raise LensbenchError("with the delta rule, or without causality, an update is no sum over earlier errors")
-    output = model(ids[None].to(model.device), output_hidden_states=True)
+    with evaluating(model):
+        output = model(ids[None].to(model.device), output_hidden_states=True)
     assert output.predictions is not None
     assert output.errors is not None
     assert output.hidden_states is not None

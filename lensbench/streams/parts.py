@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lensbench.errors import LensbenchError
-from lensbench.streams.readout import ReadOut
+from lensbench.streams.readout import ReadOut, frozen
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,19 @@ def first_tensor(value: Any) -> Tensor | None:
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which every module of a model is in evaluation mode; each is then in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -327,7 +340,7 @@ def _norm_and_pooling(
         if pooled[0] == CLASS_TOKEN and torch.allclose(inside(pooling(last)), pooling(inside(last)), atol=1e-5):
             norm = _in_a_row(before + after)
         else:
-            pooling = Pooling(f"{pooled[0]}, each position normalised", pooled[1], inside.requires_grad_(False))
+            pooling = Pooling(f"{pooled[0]}, each position normalised", pooled[1], frozen(inside))
     return norm, pooling
 
 

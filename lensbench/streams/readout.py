@@ -8,12 +8,25 @@ from torch import Tensor, nn
 from tuned_lens.nn.unembed import Unembed
 
 
+def frozen(module: nn.Module) -> nn.Module:
+    """A module with the same weights, in the same memory, that take no gradient; the given one stays as it is."""
+    other: nn.Module = module.__new__(type(module))
+    other.__dict__ = module.__dict__.copy()
+    other._parameters = {
+        name: None if p is None else nn.Parameter(p.detach(), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    other._buffers = module._buffers.copy()
+    other._modules = {name: None if child is None else frozen(child) for name, child in module._modules.items()}
+    return other
+
+
 class ReadOut(Unembed):
     """``R(h) = head(norm(h))`` of any model; it can replace the ``Unembed`` of tuned-lens.
 
     ``final_norm`` maps ``[..., d]`` to ``[..., d_read]``, ``unembedding`` maps that to logits ``[..., V]``. They are
     multiplied by ``scale`` and capped, ``softcap tanh(. / softcap)``, where the model does so. The modules are the model's
-    own, frozen and not copied.
+    own, as they are; see :meth:`frozen`.
     """
 
     def __init__(self, final_norm: nn.Module, unembedding: nn.Linear, scale: float = 1.0, softcap: float | None = None):
@@ -22,7 +35,6 @@ class ReadOut(Unembed):
         self.unembedding = unembedding
         self.scale, self.softcap = scale, softcap
         self.product_dtype: torch.dtype | None = None  # of log-partitions on a GPU; None: that of the states
-        self.requires_grad_(False)
         self._scaled: tuple[Tensor, Tensor | None] | None = None
         self._gains: dict[tuple[int, torch.dtype, torch.device], Tensor | None] = {}
 
@@ -47,15 +59,23 @@ class ReadOut(Unembed):
             self._scaled = weight * self.scale, None if bias is None else bias * self.scale
         return self._scaled
 
+    def frozen(self) -> "ReadOut":
+        """This read-out with weights that take no gradient, in the same memory; the model's own modules stay as they are."""
+        other = copy.copy(self)
+        other._scaled, other._gains = None, {}
+        other._modules = {name: frozen(module) for name, module in self._modules.items() if module is not None}
+        return other
+
     def in_float32(self) -> "ReadOut":
         """This read-out if it is in float32, else a float32 copy of it."""
         if self.unembedding.weight.dtype == torch.float32 and all(
             p.dtype == torch.float32 for p in self.final_norm.parameters()
         ):
             return self
-        return ReadOut(
+        wide = ReadOut(
             copy.deepcopy(self.final_norm).float(), copy.deepcopy(self.unembedding).float(), self.scale, self.softcap
         )
+        return wide.frozen()
 
     def with_products_in(self, dtype: torch.dtype | None) -> "ReadOut":
         """This read-out, its modules shared, with the products of log-partitions in ``dtype``; None: that of the states."""

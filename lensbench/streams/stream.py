@@ -17,6 +17,7 @@ from lensbench.errors import LensbenchError
 from lensbench.streams.parts import (
     after_the_head,
     block_input,
+    evaluating,
     example_inputs,
     find_parts,
     first_tensor,
@@ -35,6 +36,9 @@ class ResidualStream:
     which norm and head see (for the predictive-coding LM: z). A prediction is made from one state: that of a token in a
     LM, in an image classifier that of an image, pooled as the model pools its last one.
 
+    The model stays as it is: its passes are in evaluation mode, and it is then in the mode that it was in; the read-out
+    shares the memory of its weights, but takes no gradient.
+
     Raises :class:`LensbenchError` for a model that cannot be read, with weights that are not finite, whose read-out does
     not give its logits, or that is not causal.
     """
@@ -46,12 +50,17 @@ class ResidualStream:
         if argument not in ("input_ids", "pixel_values"):
             raise LensbenchError(f"{type(model).__name__} reads {argument}: lensbench is for token ids and images")
         refuse_non_finite(model)
-        model.eval()
         self.model = model
+        with evaluating(model):
+            self._find(argument, view)
+
+    def _find(self, argument: str, view: str) -> None:
+        """Find the parts of the model, which is in evaluation mode, and check that they give its logits."""
+        model = self.model
         self.input_device = input_device(model)
         self._argument = argument
         found = find_parts(model)
-        self.readout, self.pooling, self._entry = found.readout, found.pooling, found.entry
+        self.readout, self.pooling, self._entry = found.readout.frozen(), found.pooling, found.entry
         self._head, self._blocks, self._block_list = found.readout.unembedding, found.members, found.blocks
         self.device = self._head.weight.device
         self.view = view
@@ -69,8 +78,8 @@ class ResidualStream:
         if self.pooling is None:
             self._check_causal(inputs, logits, allowed)
         # Lenses compute in float32, whatever type the model computes in.
-        self.readout = self.readout.in_float32()
-        self.float32 = self.readout.unembedding is self._head
+        own, self.readout = self.readout, self.readout.in_float32()
+        self.float32 = self.readout is own
         rows = torch.arange(len(inputs))
         self.layers = len(self._blocks or reported[1:])
         self.d_model = self.seen(self.places(last, rows, torch.zeros_like(rows))).shape[-1]
@@ -238,7 +247,8 @@ class ResidualStream:
         else:
             hooks = [b.register_forward_hook(lambda *call: last.append(_returned(call[-1]))) for b in self._blocks[-1:]]
         try:
-            output = self.model(**self.asked(inputs, wanted=wanted))
+            with evaluating(self.model):
+                output = self.model(**self.asked(inputs, wanted=wanted))
         finally:
             for hook in hooks:
                 hook.remove()

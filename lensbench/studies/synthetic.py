@@ -73,7 +73,7 @@ def read_out(
         head.weight.copy_(weight * logits / spectrum.norm())
         if bias:
             head.bias.copy_(torch.randn(vocab, generator=random))
-    made: ReadOut = ReadOut(module, head).to(dtype)
+    made: ReadOut = ReadOut(module, head).requires_grad_(False).to(dtype)
     return made
 
 

@@ -190,7 +190,8 @@ def synthetic_subject(states_of, stream) -> Subject:
     lenses = AffineMaps(lenses.matrix.float(), lenses.offset.float())
     scored = windows_of(captures["eval"])
     return Subject(
-        SimpleNamespace(readout=stream.readout), scored, list(range(layers)), lenses, False, captures.__getitem__,
+        SimpleNamespace(readout=stream.readout, model=torch.nn.Identity()),
+        scored, list(range(layers)), lenses, False, captures.__getitem__,
         lenses, lenses,
     )  # fmt: skip
 

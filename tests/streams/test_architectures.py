@@ -23,7 +23,7 @@ def documented() -> dict[str, tuple[str, str]]:
 
 
 def described(stream: ResidualStream) -> tuple[str, str]:
-    norm = stream.readout.final_norm
+    norm = find_parts(stream.model).readout.final_norm
     names = {module: name for name, module in stream.model.named_modules()}
     parts = [norm] if norm in names else list(norm.children())
     behind = []
