@@ -141,6 +141,7 @@ def evaluate(
     facts: dict[str, Any] = {
         "family": stream.model.config.model_type,
         "source": lenses.texts.name,
+        "weights": None,
         "dtype": str(stream.model.dtype).removeprefix("torch."),
         "train_tokens": np.nan,
         "parameters": count_parameters(stream.model),

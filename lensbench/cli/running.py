@@ -110,10 +110,10 @@ def run(
     from lensbench.run.suite import run_suite
     from lensbench.runtime.environment import choose_device
     from lensbench.runtime.ranks import join_ranks, leave_ranks
-    from lensbench.suite.files import load_suite, name_of, on_request, text_name
+    from lensbench.suite.files import load_suite, names_of, on_request, text_name
 
     chosen = on_request(load_suite(suite), model or [], corpus)
-    default = "-".join([chosen.name, *map(name_of, model or []), *([text_name(corpus)] if corpus else [])])
+    default = "-".join([chosen.name, *names_of(model or []), *([text_name(corpus)] if corpus else [])])
     if seed is not None:
         chosen = chosen.model_copy(update={"seeds": (seed,)})
     names, wanted = ([n for given in several or [] for n in given.split(",") if n] for several in (only, probes))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
+from transformers import modeling_gguf_pytorch_utils as converted
 
 ALREADY_READ = -1
 """In place of the type of a field: transformers converts values by type, and leaves one of an unknown type as it is"""
@@ -55,7 +56,6 @@ def tensors(file: Path, model: PreTrainedModel) -> tuple[list[str], list[str] | 
     it reads without the package gguf, and reports on itself).
     """
     import gguf
-    from transformers import modeling_gguf_pytorch_utils as converted
 
     with quick_reading():
         read = gguf.GGUFReader(file)

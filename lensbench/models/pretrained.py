@@ -1,7 +1,9 @@
 """Pretrained models and their tokenizers, loaded from a source: one string, the same in every command."""
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -135,6 +137,11 @@ def identity(source: str) -> dict[str, str]:
     if where.own_tokenizer is not None:
         files.append(where.own_tokenizer)
     return {file.name: sha256(file) for file in files}
+
+
+def digest(identified: dict[str, str]) -> str:
+    """The first 12 hex digits of the SHA-256 of what :func:`identity` returns: the same files anywhere, the same digest."""
+    return hashlib.sha256(json.dumps(identified, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_tokenizer(source: str) -> Tokenizer | PreTrainedTokenizerBase:

@@ -443,6 +443,8 @@ def reproduction(reference: Run, run: Run) -> str:
         return f"{who}: another corpus ({a.corpus.spec} with other texts): compare the intervals of the differences"
     if a.suite != b.suite or a.seeds != b.seeds:
         return f"{who}: same corpus, other settings"
+    if others := [name for name in a.models if name in b.models and other_weights(a, b, name)]:
+        return f"{who}: model {others[0]!r} has other weights: compare the intervals of the differences"
     if parts_of_one(reference, run):
         return f"{who}: other models of the same suite ({', '.join(b.models)}): read as one run"
     if a.models != b.models:
@@ -452,6 +454,12 @@ def reproduction(reference: Run, run: Run) -> str:
     if not changed:
         return f"{who}: identical, every CSV byte for byte"
     return f"{who}: {largest_difference(reference, run, changed)}"
+
+
+def other_weights(a: Manifest, b: Manifest, name: str) -> bool:
+    """Whether a pretrained model of two runs is not the same, by what its sources held; so is one with another lens."""
+    one, other = (m.sources.get(name, {}) | {f"lens {k}": v for k, v in m.lenses.get(name, {}).items()} for m in (a, b))
+    return any(one[key] != other[key] for key in {*one} & {*other})
 
 
 def largest_difference(reference: Run, run: Run, changed: list[str]) -> str:

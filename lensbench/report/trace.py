@@ -20,7 +20,7 @@ from lensbench.data.tokens import check_ids, tokenize
 from lensbench.errors import LensbenchError
 from lensbench.lenses.trajectory import prediction_trajectory
 from lensbench.lenses.tuned import SharedLens, load_tuned_lens
-from lensbench.models.pretrained import Pretrained, check_context, check_source, named
+from lensbench.models.pretrained import Pretrained, check_context, check_source, identity, named
 from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.files import name_of
@@ -102,12 +102,25 @@ def _name_in(run: Path, manifest: Manifest, model: str) -> str:
     if ":" in model:
         name, source = name_of(model), named(model)
         same = [m["name"] for m in models if m.get("source") == source]
-        if len(same) > 1 and name not in same:
-            raise LensbenchError(f"{run} has {source} under several names; give one of them: {', '.join(same)}")
-        name = same[0] if same and name not in same else name
+        alike = [n for n in same if not _other_files(manifest, n, model)]
+        if len(alike) > 1 and name not in alike:
+            raise LensbenchError(f"{run} has {source} under several names; give one of them: {', '.join(alike)}")
+        if same and not alike:
+            raise LensbenchError(
+                f"{run} holds {same[0]!r} from a {source} of other weights: its lenses are not of {model}; give the model "
+                "that was run"
+            )
+        name = alike[0] if alike and name not in alike else name
     if name not in {m["name"] for m in models}:
         raise LensbenchError(f"{run} has no model {name!r}; it has {', '.join(manifest.models)}")
     return name
+
+
+def _other_files(manifest: Manifest, name: str, source: str) -> bool:
+    """Whether ``source`` holds other files, or another commit, than the run's model ``name`` did."""
+    held = manifest.sources.get(name, {})
+    now = identity(source) if held else {}
+    return any(held[file] != now[file] for file in {*held} & {*now})
 
 
 def _stage(run: Path, kind: str, name: str, seed: int, what: str) -> Path:

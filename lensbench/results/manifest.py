@@ -92,6 +92,10 @@ class Manifest(_Facts):
     """Of pretrained models: ``source``, and checksums or the commit"""
     probe_versions: dict[str, int] = {}
     """Version of each of the suite's probes; one that is not named has version 1"""
+    weights: dict[str, str] = {}
+    """``MODEL-seedN`` -> the digest of its weights, as in ``models.csv``"""
+    lenses: dict[str, dict[str, str]] = {}
+    """Of models with lenses that others fitted: the lens, and checksums"""
     left_out: dict[str, str] = {}
     """Models of earlier commands that could not be read: name -> reason"""
     files: dict[str, str]

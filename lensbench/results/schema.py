@@ -43,6 +43,9 @@ SCHEMA: dict[str, dict[str, str]] = {
         **_WHO,
         "family": "How the model is built; for a pretrained model, its model type.",
         "source": "Where a pretrained model comes from; empty for models trained here.",
+        "weights": "What tells models of one name apart: the first 12 hex digits of a SHA-256 over the files of a "
+        "checkpoint (weights, config, tokenizer), its commit on the hub, or the weights of a model trained here; empty in "
+        "Python.",
         "dtype": "The data type that the model computes in; lenses are always float32.",
         "parameters": "The number of parameters, tied tensors counted once.",
         "layers": "The number of blocks, L.",
@@ -221,6 +224,7 @@ def no_rows(name: str) -> pd.DataFrame:
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
     "probe", "quantity", "scope", "verdict", "known", "positions", "begin_token", "begin",
+    "weights",
 }  # fmt: skip
 
 
@@ -244,7 +248,7 @@ MEASURED_TIME = ("timings.csv",)
 
 
 ADDED_COLUMNS = {
-    "models.csv": ("begin_token", "begin", "begin_gain", "begin_gain_ci_low", "begin_gain_ci_high"),
+    "models.csv": ("weights", "begin_token", "begin", "begin_gain", "begin_gain_ci_low", "begin_gain_ci_high"),
     "verdicts.csv": ("known",),
 }
 """Columns that older tables lack: read as empty."""

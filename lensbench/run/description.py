@@ -11,6 +11,7 @@ from lensbench.probes.registry import PROBES
 from lensbench.results.manifest import SCHEMA_VERSION, Manifest
 from lensbench.run.context import CODE_VERSION, Context
 from lensbench.run.inputs import identity_of, source_of
+from lensbench.run.sources import lens_identity
 from lensbench.runtime.environment import hardware, versions
 from lensbench.runtime.files import sha256
 from lensbench.suite.recipes import ModelRecipe
@@ -24,11 +25,13 @@ def describe(
     drawn: list[str],
     plans: dict[str, dict[str, Any]] | None = None,
     left_out: dict[str, str] | None = None,
+    weights: dict[str, str] | None = None,
 ) -> Manifest:
     """The manifest of a finished run.
 
     ``counted``: what :func:`lensbench.run.baselines.baselines` found for each tokenizer; the first one's stands at the top.
     ``plans``: what each model and seed needed for the suite's precision. ``left_out``: models that could not be read.
+    ``weights``: the digest of the weights of each model and seed.
     """
     suite = context.suite
     first = next(iter(counted.values()))
@@ -66,6 +69,10 @@ def describe(
     }
     if suite.probes:
         content["probe_versions"] = {name: PROBES[name].version for name in suite.probes}
+    if lenses := {m.name: lens_identity(m.lens) for m in models if m.lens is not None}:
+        content["lenses"] = lenses
+    if weights:
+        content["weights"] = weights
     if left_out:
         content["left_out"] = left_out
     if plans:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lensbench.data.inputs import Texts
 from lensbench.errors import LensbenchError
-from lensbench.models.pretrained import check_context, check_vocabulary, load_model, locate, named
+from lensbench.models.pretrained import check_context, check_vocabulary, digest, load_model, locate, named
 from lensbench.results.manifest import MANIFEST
 from lensbench.run.context import Context, digest_of
 from lensbench.run.inputs import corpus_of, data_of, identity_of
@@ -31,7 +31,7 @@ class Origin:
     digest: str
     load: Callable[[], PreTrainedModel]
     facts: dict[str, Any]
-    """``family, source, dtype, train_tokens`` of ``models.csv``."""
+    """``family, source, weights, dtype, train_tokens`` of ``models.csv``."""
 
 
 def origin_of(context: Context, model: ModelRecipe, seed: int) -> Origin:
@@ -44,6 +44,7 @@ def origin_of(context: Context, model: ModelRecipe, seed: int) -> Origin:
     facts = {
         "family": owner.family,
         "source": None,
+        "weights": digest(stage.checksums(".safetensors")),
         "dtype": "float32",
         "train_tokens": 0 if owner.untrained else recipe.steps * recipe.batch * recipe.length,
     }
@@ -59,11 +60,18 @@ def _pretrained(context: Context, owner: ModelRecipe, source: str) -> Origin:
             f"model {owner.name} was trained by a run of lensbench on this text, split another way: some of what it "
             "is scored on here it was trained on; give --corpus another text, or the suite that run's corpus settings"
         )
-    key: dict[str, Any] = {"source": identity_of(context, source), "dtype": owner.dtype}
+    identified = identity_of(context, source)
+    key: dict[str, Any] = {"source": identified, "dtype": owner.dtype}
     if owner.device is not None:
         key["device"] = device.type
     # What was trained elsewhere was not trained on tokens that can be counted here.
-    facts = {"family": None, "source": named(source), "dtype": owner.dtype, "train_tokens": None}
+    facts = {
+        "family": None,
+        "source": named(source),
+        "weights": digest(identified),
+        "dtype": owner.dtype,
+        "train_tokens": None,
+    }
     return Origin(owner.name, digest_of(key), partial(_load, context, owner, source, device), facts)
 
 

@@ -16,7 +16,16 @@ from lensbench.models.pretrained import locate, without_progress_bars
 from lensbench.report.figures.draw import draw_figures
 from lensbench.report.page import PAGE, write_page
 from lensbench.results import tables
-from lensbench.results.folder import SEQUENCES, Run, claimed, read_run, read_table, write_sequences, write_table
+from lensbench.results.folder import (
+    SEQUENCES,
+    Run,
+    claimed,
+    earlier_manifest,
+    read_run,
+    read_table,
+    write_sequences,
+    write_table,
+)
 from lensbench.results.manifest import Manifest, write_manifest
 from lensbench.results.schema import SCHEMA, no_rows
 from lensbench.results.sums import joined_clusters, summed_by_cluster
@@ -137,25 +146,51 @@ def measured_models(context: Context, asked: list[ModelRecipe]) -> tuple[list[Me
     """The models of the suite in its order, and those left out with the reason.
 
     Models that are asked for are measured; others stay in the tables as earlier runs left them. One that cannot be read
-    is left out, and reported.
+    is left out, and reported; raises :class:`LensbenchError` where the tables hold it, so that its rows would be lost.
     """
-    suite, left_out = context.suite, {}
-    found = {m.name: measured_model(context, m) for m in asked}
-    for model in suite.models:
-        if model in asked:
-            continue
-        try:
-            found[model.name] = measured_model(read_only(context), model)
-        except NotFinished as missing:
-            left_out[model.name] = f"stage {missing} is not finished with these settings"
-        except LensbenchError as error:
-            left_out[model.name] = str(error)
+    suite = context.suite
+    others = [m for m in suite.models if m not in asked]
+    reported = earlier_manifest(context.folder)
+    kept = () if reported is None else reported.models
+    # What is damaged is told before anything is computed; what is missing may be made by the models that are asked for.
+    found, damaged = read_again(context, others, missing=False)
+    refuse_losing(context, damaged, kept)
+    found |= {m.name: measured_model(context, m) for m in asked}
+    late, left_out = read_again(context, [m for m in others if m.name not in found], missing=True)
+    found |= late
+    refuse_losing(context, left_out, kept)
     for name, reason in left_out.items():
         context.progress.say(f"model {name} is left out: {reason}")
     measured = [found[m.name] for m in suite.models if m.name in found and found[m.name].parts]
     if not measured:
         raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")
     return measured, left_out
+
+
+def read_again(
+    context: Context, models: list[ModelRecipe], *, missing: bool
+) -> tuple[dict[str, MeasuredModel], dict[str, str]]:
+    """Models as earlier runs left them, and why others cannot be read: damaged, or with ``missing`` not finished either."""
+    found, unread = {}, {}
+    for model in models:
+        try:
+            found[model.name] = measured_model(read_only(context), model)
+        except NotFinished as stage:
+            if missing:
+                unread[model.name] = f"stage {stage} is not finished with these settings"
+        except LensbenchError as error:
+            unread[model.name] = str(error)
+    return found, unread
+
+
+def refuse_losing(context: Context, unread: dict[str, str], kept: Sequence[str]) -> None:
+    """Raise :class:`LensbenchError` where a model that cannot be read is one of those ``kept`` in the folder's tables."""
+    for name, reason in unread.items():
+        if name in kept:
+            raise LensbenchError(
+                f"the tables in {context.folder} hold model {name}, which cannot be read again: {reason}. They are left as "
+                f"they are: mend that, run without --only (or with --only {name} too), or give --out another folder"
+            )
 
 
 def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
@@ -205,7 +240,8 @@ def write_run(
         task.update(2)
     files = [*(name for name in SCHEMA if name in written), SEQUENCES]
     models = [m.model for m in measured]
-    manifest = describe(context, counted, models, files, [p.name for p in drawn], plans, left_out)
+    weights = {f"{part.model}-seed{part.seed}": part.facts["weights"] for m in measured for part in m.parts}
+    manifest = describe(context, counted, models, files, [p.name for p in drawn], plans, left_out, weights)
     write_manifest(folder, manifest)
     write_page([folder], folder / PAGE)
 

@@ -50,6 +50,11 @@ class Stage:
     digest: str
     reused: bool
 
+    def checksums(self, ending: str) -> dict[str, str]:
+        """The SHA-256 (hex) of those of its files whose names end so, by name."""
+        files: dict[str, str] = json.loads((self.folder / RECORD).read_text())["files"]
+        return {name: checksum for name, checksum in files.items() if name.endswith(ending)}
+
 
 @dataclass
 class Stages:

@@ -89,22 +89,44 @@ def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
         section = "corpus" if suite.images is None else "images"
         content[section] = {**content.get(section, {}), "spec": text}
     if models:
-        names = [name_of(source) for source in models]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise LensbenchError(f"command line: two models are named {twice!r}: give them names in a suite's file")
+        names = names_of(models)
         content["models"] = [{"name": name, "source": source} for name, source in zip(names, models, strict=True)]
         content.pop("claims", None)  # they are about the models of the suite
     return validated(Suite, "command line", content)
 
 
-def name_of(source: str) -> str:
-    """What tables call a model from a source: the last part of its name."""
+def names_of(sources: list[str]) -> list[str]:
+    """What tables call models from sources: the last part of each name, and the parts before it where two are alike.
+
+    ``step1000/hf`` and ``step2000/hf`` are ``step1000-hf`` and ``step2000-hf``. Raises :class:`LensbenchError` for a
+    source that is given twice.
+    """
+    parts = [1] * len(sources)
+    while True:
+        names = [name_of(source, k) for source, k in zip(sources, parts, strict=True)]
+        alike = [n for n, name in enumerate(names) if names.count(name) > 1]
+        longer = [n for n in alike if name_of(sources[n], parts[n] + 1) != names[n]]
+        if alike and not longer:
+            raise LensbenchError(
+                f"command line: two models are named {names[alike[0]]!r}: give them names in a suite's file"
+            )
+        if not alike:
+            return names
+        for n in longer:
+            parts[n] += 1
+
+
+def name_of(source: str, parts: int = 1) -> str:
+    """What tables call a model from a source: the last ``parts`` of its name."""
     check_source(source)
     kind, _, rest = source.partition(":")
-    # On the hub, the revision belongs to the name: people compare checkpoints of one model.
-    last = rest.rpartition("/")[2] if kind == "hub" else Path(rest).resolve().name.removesuffix(".gguf")
-    return plain(last) or "model"
+    if kind == "hub":
+        # The revision belongs to the name: people compare checkpoints of one model.
+        given = rest.partition("@")[0].split("/")
+        given[-1] += rest[len("/".join(given)) :]
+    else:
+        given = str(Path(rest).resolve()).removesuffix(".gguf").split("/")
+    return plain("-".join(given[-parts:])) or "model"
 
 
 def text_name(spec: str) -> str:

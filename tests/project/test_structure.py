@@ -11,7 +11,7 @@ import lensbench
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted((ROOT / "lensbench").rglob("*.py"))}
 LONG = {"lensbench/models/predictive_coding.py"}
-OPTIONAL = {"accelerate", "datasets", "ray"}
+OPTIONAL = {"accelerate", "datasets", "ray", "gguf"}
 LATE = ("lensbench/__init__.py", "lensbench/cli/")
 """Where functions may import lensbench itself: torch takes seconds, and `lensbench --help` is to answer at once."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef

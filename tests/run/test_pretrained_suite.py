@@ -267,7 +267,41 @@ def test_a_second_run_loads_no_model(made, monkeypatch):
     assert csv_bytes(made.folder) == before
 
 
-def test_other_weights_in_the_folder_are_fitted_and_scored_anew(made):
+def test_other_weights_in_the_folder_do_not_replace_a_finished_run(made):
+    before = csv_bytes(made.folder)
+    made.change_weights(lambda weights: weights["gpt_neox.layers.1.mlp.dense_4h_to_h.weight"].mul_(0.5))
+    for only in ((), ("--only", "neox"), ("--only", "gpt2")):
+        refused(
+            run("run", made.suite, "--out", made.folder, *only), "model 'neox', of which model.safetensors is another"
+        )
+    assert csv_bytes(made.folder) == before
+
+
+def test_checkpoints_whose_folders_have_one_name_are_told_apart(made, monkeypatch):
+    """``step1000/hf`` and ``step2000/hf``: by name in one command, by a refusal in two."""
+    monkeypatch.chdir(made.root)
+    for step in ("step1000", "step2000"):
+        shutil.copytree(made.root / "neox", made.root / step / "hf")
+    made.change_weights(lambda weights: weights["gpt_neox.final_layer_norm.bias"].add_(1))
+    shutil.copy(made.root / "neox" / "model.safetensors", made.root / "step2000" / "hf")
+    sources = ["path:step1000/hf", "path:step2000/hf"]
+    assert run("run", made.suite, "--model", sources[0]).exit_code == 0
+    first = made.root / "runs" / "pretrained-hf"
+    before = csv_bytes(first)
+    refused(
+        run("run", made.suite, "--model", sources[1]), "holds a finished run", "model.safetensors is another one now"
+    )
+    assert csv_bytes(first) == before
+    assert run("run", made.suite, "--model", sources[0], "--model", sources[1]).exit_code == 0
+    both = read_run(made.root / "runs" / "pretrained-step1000-hf-step2000-hf")
+    assert both.manifest.models == ["step1000-hf", "step2000-hf"]
+    told = both.tables["models.csv"].set_index("model")["weights"]
+    assert told["step1000-hf"] == table(first, "models.csv")["weights"][0] != told["step2000-hf"]
+    assert both.manifest.weights["step2000-hf-seed0"] == told["step2000-hf"]
+
+
+def test_other_weights_under_a_new_name_of_the_run_are_fitted_and_scored_anew(made):
+    (made.folder / "manifest.json").unlink()  # what the refusal says
     before = {name: table(made.folder, f"{name}.csv") for name in ("models", "transfer", "lenses", "indices")}
     made.change_weights(lambda weights: weights["gpt_neox.layers.1.mlp.dense_4h_to_h.weight"].mul_(0.5))
     done = computed(run("run", made.suite, "--out", made.folder))
@@ -283,6 +317,7 @@ def test_other_weights_in_the_folder_are_fitted_and_scored_anew(made):
 
 
 def test_another_tokenizer_in_the_folder_is_another_text(made):
+    (made.folder / "manifest.json").unlink()
     byte_tokenizer(made.texts, 290).save_pretrained(made.root / "neox")
     assert {"fit-neox-seed0", "baselines-neox"} <= computed(run("run", made.suite, "--out", made.folder))
 
@@ -414,6 +449,8 @@ def test_a_model_of_the_hub_is_known_by_its_commit(original, cached, tmp_path):
     assert computed(run("run", suite, "--out", tmp_path / "run")) == set()
 
     cached("b")
+    refused(run("run", suite, "--out", tmp_path / "run"), "model 'neox', of which commit is another one now")
+    (tmp_path / "run" / "manifest.json").unlink()
     assert {"fit-neox-seed0", "score-neox-seed0"} <= computed(run("run", suite, "--out", tmp_path / "run"))
     assert table(tmp_path / "run", "models.csv").iloc[0]["ce"] != first["ce"]
 

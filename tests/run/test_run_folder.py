@@ -91,8 +91,24 @@ def test_a_finished_run_is_not_replaced_by_one_of_other_models(tiny_run, tmp_pat
     assert csv_bytes(out) == csv_bytes(tiny_run)
 
 
-def test_a_damaged_model_that_is_not_asked_for_is_left_out_by_name(tiny_suite, tiny_run, tmp_path):
+def test_rows_of_a_damaged_model_that_is_not_asked_for_are_not_lost(tiny_suite, tiny_run, tmp_path):
     out = copied(tiny_run, tmp_path / "run")
+    (out / "stages" / "fit-pc-seed0" / "fit.json").unlink()
+    refused(run("run", tiny_suite, "--out", out, "--only", "gpt"), "hold model pc", "fit.json is missing", "--only pc")
+    assert csv_bytes(out) == csv_bytes(tiny_run)
+    assert (out / "manifest.json").read_bytes() == (tiny_run / "manifest.json").read_bytes()
+
+
+def test_rows_of_a_model_whose_stage_is_gone_are_not_lost(tiny_suite, tiny_run, tmp_path):
+    out = copied(tiny_run, tmp_path / "run")
+    shutil.rmtree(out / "stages" / "score-pc-seed0")
+    refused(run("run", tiny_suite, "--out", out, "--only", "gpt"), "hold model pc", "score-pc-seed0 is not finished")
+    assert csv_bytes(out) == csv_bytes(tiny_run)
+
+
+def test_a_damaged_model_whose_rows_no_table_holds_is_left_out_by_name(tiny_suite, tiny_run, tmp_path):
+    out = copied(tiny_run, tmp_path / "run")
+    (out / "manifest.json").unlink()  # a run that was cut short before its tables
     (out / "stages" / "fit-pc-seed0" / "fit.json").unlink()
     result = run("run", tiny_suite, "--out", out, "--only", "gpt")
     assert result.exit_code == 0
@@ -101,6 +117,13 @@ def test_a_damaged_model_that_is_not_asked_for_is_left_out_by_name(tiny_suite, t
     finished = read_run(out)
     assert finished.manifest.models == ["gpt", "pc+state"]
     assert set(finished.manifest.left_out) == {"pc"}
+
+
+def test_weights_of_models_trained_here_are_told_apart(tiny_run):
+    finished = read_run(tiny_run)
+    told = finished.tables["models.csv"].set_index("model")["weights"]
+    assert told["gpt"] != told["pc"] == told["pc+state"]
+    assert finished.manifest.weights == {f"{name}-seed0": value for name, value in told.items()}
 
 
 def test_every_stage_of_a_run_is_counted_beforehand(tiny_suite, tiny_run, tmp_path):

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from lensbench.errors import LensbenchError
 from lensbench.results.folder import read_run
 from lensbench.run import suite as run_module
-from lensbench.suite.files import load_suite, name_of, named_files, on_request
+from lensbench.suite.files import load_suite, name_of, named_files, names_of, on_request
 
 pytestmark = pytest.mark.run
 
@@ -101,10 +101,18 @@ def test_models_and_texts_of_the_command_line_take_the_place_of_the_suites(texts
     assert changed.fit == load_suite("pretrained").fit
     assert changed.corpus.fractions == load_suite("pretrained").corpus.fractions
     assert on_request(load_suite("quick"), [], None) == load_suite("quick")
-    with pytest.raises(LensbenchError, match="two models are named 'x'"):
-        on_request(load_suite("pretrained"), ["hub:a/x", "hub:b/x"], None)
+    with pytest.raises(LensbenchError, match="two models are named 'a-x'"):
+        on_request(load_suite("pretrained"), ["hub:a/x", "hub:a/x"], None)
     with pytest.raises(LensbenchError, match="unknown model 'x'"):
         on_request(load_suite("pretrained"), ["x"], None)
+
+
+def test_models_whose_names_are_alike_are_called_by_more_of_their_paths(tmp_path):
+    folders = [tmp_path / name for name in ("run/step1000/hf", "run/step2000/hf", "other/step2000/hf", "alone")]
+    assert names_of([f"path:{f}" for f in folders]) == ["step1000-hf", "run-step2000-hf", "other-step2000-hf", "alone"]
+    assert names_of(["hub:a/x", "hub:b/x", "hub:c/y@refs/pr/1"]) == ["a-x", "b-x", "y-refs-pr-1"]
+    with pytest.raises(LensbenchError, match="two models are named"):
+        names_of(["path:a/../b", "path:b"])
 
 
 def test_a_source_that_has_no_name_of_its_own_gets_one(monkeypatch, tmp_path):
