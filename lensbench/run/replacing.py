@@ -38,9 +38,9 @@ def refuse_replacing(context: Context) -> None:
         file = _changed(earlier.sources.get(name, {}), model.source, partial(identity_of, context))
         lens = _changed(earlier.lenses.get(name, {}), model.lens, lens_identity)
         if changed := file or lens:
-            whose = "" if file else "the lens's "
+            now = model.source if file else model.lens
             raise LensbenchError(
-                f"{holds}with model {name!r}, of which {whose}{changed} is another one now: its results would be replaced "
+                f"{holds}with model {name!r}, of which {changed} is another one now ({now}): its results would be replaced "
                 f"by those of another model; give --out another folder, or delete {context.folder / MANIFEST} first"
             )
 

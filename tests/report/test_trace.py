@@ -1,8 +1,10 @@
 """Traces: the numbers of a page are those of the distributions, what errors did sums up, and any text can be shown."""
 
 import io
+import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from tuned_lens.plotting import PredictionTrajectory
 
 from lensbench.errors import LensbenchError
 from lensbench.models import build
-from lensbench.models.pretrained import load_pretrained
+from lensbench.models.pretrained import identity, load_pretrained
 from lensbench.report.render import shade
 from lensbench.report.trace import TracedModel, traced, traced_model, words_of
 from lensbench.report.trace_errors import errors_of, largest_moves
@@ -370,3 +372,25 @@ def test_focus_tells_a_cell_and_a_phone_scrolls_the_table_alone(browser, tiny_ru
     assert told == []
     assert asked == [f"file://{path}"]
     tab.close()
+
+
+def test_a_model_of_the_runs_name_but_other_weights_is_refused_and_of_two_the_right_one_is_taken(tiny_run, tmp_path):
+    def checkpoint(place: str, weights: bytes) -> Path:
+        (tmp_path / place / "hf").mkdir(parents=True)
+        (tmp_path / place / "hf" / "config.json").write_text("{}")
+        (tmp_path / place / "hf" / "model.safetensors").write_bytes(weights)
+        return tmp_path / place / "hf"
+
+    first, second, third = (checkpoint(f"step{k}", b"%d" % k) for k in (1, 2, 3))
+    both = {"one": {"source": "path:hf"}, "two": {"source": "path:hf"}}
+    folder = changed_run(tiny_run, tmp_path / "run", **both)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sources"] = {
+        name: {"source": "path:hf", **identity(f"path:{at}")} for name, at in (("one", first), ("two", second))
+    }
+    write_manifest(folder, manifest)
+    for at, name in ((first, "one"), (second, "two")):
+        with pytest.raises(LensbenchError, match=f"no lenses of '{name}'"):
+            traced_model(f"path:{at}", None, folder, None)
+    with pytest.raises(LensbenchError, match="of other weights: its lenses are not of path:"):
+        traced_model(f"path:{third}", None, folder, None)
