@@ -1,42 +1,19 @@
 """Does an example in a few-shot prompt move the next prediction by its error, or by its label alone?"""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lensbench.probes.catalogue import SAME_TOKENIZER, WITH_ITS_NULL, Probe, Quantity
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.averaging import add_beyond_averaging, averaging_columns, counts_before
 from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, by_group, cross_fitted
+from lensbench.probes.tools.prompts import LABELS, PROMPTS, Form, Prompts, prompts_of
 from lensbench.statistics import Array, jackknife
 from lensbench.streams.stream import ResidualStream
 
 Ids = NDArray[np.int64]
-
-
-PROMPTS = 512
-"""Number of prompts"""
-
-
-EXAMPLES = 16
-"""Examples in a prompt, at most"""
-
-
-QUERIES, LABELS = 4, 4
-"""Number of different queries and labels in a prompt; each prompt draws its own, and its own map between them"""
-
-
-POOL = 64
-"""Number of the text's most frequent words from which queries and labels are drawn"""
-
-
-NOISE = 0.2
-"""Share of examples with a random label, so that errors go on when the map is known"""
 
 
 TOKENS_AT_ONCE = 4096
@@ -44,6 +21,9 @@ TOKENS_AT_ONCE = 4096
 
 def few_shot(subject: Subject) -> Jackknifed:
     """In few-shot prompts ``query:label``, each with a random map: the change by example k against the error at example k.
+
+    Prompts are whole texts: they begin with the model's beginning-of-text token, and their ids are those that its tokenizer
+    makes of their text (:mod:`lensbench.probes.tools.prompts`).
 
     The change is that of the labels' logits (about their mean) at the answer of example k+1 when example k is taken out of
     the prompt and everything else is kept. The error is ``1[y] - p`` over the labels, where p is the model's prediction at
@@ -63,15 +43,10 @@ def few_shot(subject: Subject) -> Jackknifed:
     name = "few_shot"
     if subject.rotated:
         return Jackknifed(name, reason="the same as in the view that is not rotated: it is about the model's output")
-    words = frequent_words(subject)
-    if len(words) < QUERIES + LABELS:
-        return Jackknifed(name, reason=f"its tokenizer has {len(words)} words of one token in this text: too few")
-    colon, newline = (encode(subject.words.tokenizer, text) for text in (":", "\n"))
-    form = Form(colon, newline)
-    room = subject.windows.ids.shape[1] // form.tokens
-    if room < 4:
-        return Jackknifed(name, reason=f"its windows have room for {room} examples: too few")
-    prompts = draw_prompts(words, min(EXAMPLES, room), np.random.default_rng(0))
+    drawn = prompts_of(subject.words.tokenizer, subject.words.fit_windows, subject.windows.ids.shape[1])
+    if isinstance(drawn, str):
+        return Jackknifed(name, reason=drawn)
+    form, prompts = drawn
     found = Estimates(name, FOLDS)
     changes, shown, predicted, learned = measure(subject.stream, prompts, form)
     elsewhere = predicted_elsewhere(subject.stream, prompts, form)
@@ -85,7 +60,7 @@ def few_shot(subject: Subject) -> Jackknifed:
     return found.done()
 
 
-def label_columns(prompts: "Prompts", same: bool) -> Tensor:
+def label_columns(prompts: Prompts, same: bool) -> Tensor:
     """What averages of labels move by when a label is shown ``[S, m, C]``: at the asked query, and over all examples.
 
     Where the next example asks another query, its labels count beside those of the query at ``at``.
@@ -124,81 +99,6 @@ def _add_regression(found: Estimates, kind: str, change: Tensor, shown: Tensor, 
 def summed(parts: tuple[Array, Array]) -> tuple[Array, Array]:
     """Errors and totals ``[K]`` of a regression with one output, from ``[K, 1]``."""
     return parts[0][:, 0], parts[1][:, 0]
-
-
-@dataclass(frozen=True)
-class Form:
-    """How an example is written: query, ``colon``, label, ``newline``; queries and labels are one token each."""
-
-    colon: list[int]
-    newline: list[int]
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of an example."""
-        return 2 + len(self.colon) + len(self.newline)
-
-    def written(self, queries: Ids, labels: Ids) -> Ids:
-        """Token ids ``[S, k * tokens]`` of k examples ``[S, k]``."""
-        shape = (*queries.shape, 1)
-        parts = [
-            queries[..., None],
-            np.broadcast_to(self.colon, (*queries.shape, len(self.colon))),
-            labels.reshape(shape),
-            np.broadcast_to(self.newline, (*queries.shape, len(self.newline))),
-        ]
-        return np.concatenate(parts, -1).reshape(len(queries), -1)
-
-    @property
-    def answer(self) -> int:
-        """Position, within an example, at which the label is predicted."""
-        return len(self.colon)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """S prompts of k examples: token ids of queries and labels ``[S, k]``, and of the labels of each prompt ``[S, m]``.
-
-    ``at`` ``[S]`` is the example that is taken out, ``same`` ``[S]`` whether the next one asks the same query. ``mapped``
-    and ``place`` ``[S]`` are numbers of labels: of the one to which the last query maps, and of the one shown at ``at``.
-    ``exchanged`` ``[S, k]`` are the queries with each replaced by another one of the prompt's own.
-    """
-
-    queries: Ids
-    labels: Ids
-    choices: Ids
-    at: Ids
-    same: NDArray[np.bool_]
-    mapped: Ids
-    place: Ids
-    exchanged: Ids
-
-
-def draw_prompts(words: Ids, examples: int, rng: np.random.Generator) -> Prompts:
-    """:data:`PROMPTS` random prompts of token ids ``words`` ``[W]``."""
-    count = PROMPTS
-    drawn = np.stack([rng.permutation(len(words))[: QUERIES + LABELS] for _ in range(count)])
-    asked, choices = words[drawn[:, :QUERIES]], words[drawn[:, QUERIES:]]
-    mapping = rng.integers(0, LABELS, (count, QUERIES))
-    which = rng.integers(0, QUERIES, (count, examples))
-    at = rng.integers(1, examples - 1, count)  # at least one example before it and one after it
-    same = np.arange(count) // FOLDS % 2 == 0
-    row = np.arange(count)
-    other = (which[row, at] + rng.integers(1, QUERIES, count)) % QUERIES
-    which[row, at + 1] = np.where(same, which[row, at], other)
-    label = np.take_along_axis(mapping, which, 1)
-    noisy = rng.random((count, examples)) < NOISE
-    label = np.where(noisy, rng.integers(0, LABELS, label.shape), label)
-    return Prompts(
-        np.take_along_axis(asked, which, 1),
-        np.take_along_axis(choices, label, 1),
-        choices,
-        at,
-        same,
-        np.take_along_axis(mapping, which[:, -1:], 1)[:, 0],
-        label[row, at],
-        np.take_along_axis(np.roll(asked, 1, 1), which, 1),
-    )
 
 
 @torch.no_grad()
@@ -281,28 +181,6 @@ def coefficients(moments: Tensor) -> tuple[float, float]:
     if not determinant > 1e-12 * ss * pp:
         return sc / ss, np.nan
     return (pp * sc - sp * pc) / determinant, (sp * sc - ss * pc) / determinant
-
-
-def encode(tokenizer: Tokenizer | PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, without special tokens."""
-    if isinstance(tokenizer, Tokenizer):
-        return list(tokenizer.encode(text).ids)
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def frequent_words(subject: Subject) -> Ids:
-    """Ids of the fit split's most frequent tokens that are words, with or without a space before them."""
-    ids = subject.words.fit_windows.ids[subject.words.fit_windows.inside]
-    tokens, counts = np.unique(ids, return_counts=True)
-    words = [
-        t for t in tokens[np.argsort(-counts, kind="stable")] if is_word(str(subject.words.tokenizer.decode([int(t)])))
-    ]
-    return np.array(words[:POOL], dtype=np.int64)
-
-
-def is_word(text: str) -> bool:
-    """Whether a token is a word: two ASCII letters or more."""
-    return len(text.strip()) > 1 and text.strip().isalpha() and text.strip().isascii()
 
 
 def _of_kind(kind: str, where: str, same: bool) -> tuple[Quantity, ...]:

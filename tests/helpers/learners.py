@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lensbench.probes.few_shot import LABELS, PROMPTS, Form, Prompts, draw_prompts
+from lensbench.probes.tools.prompts import LABELS, PROMPTS, Form, Prompts, draw_prompts
 
 FIRST_LABEL = 100
 V = FIRST_LABEL + LABELS * PROMPTS

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -123,8 +125,13 @@ def text(seed: int, windows: int = 128) -> Windows:
 
 
 def words() -> Tokenizer:
-    letters = [a + b for a in "abcdefghij" for b in "klmnopqrst"]
-    return Tokenizer(WordLevel({**{w: k for k, w in enumerate(letters[: V - 2])}, ":": V - 2, "\n": V - 1}))
+    """Words of two letters, with and without a space before them, and what stands between them in prompts."""
+    bare = [a + b for a in "abcdefg" for b in "klmnopq"][: (V - 3) // 2]
+    entries = [*(f" {word}" for word in bare), *bare, "?", ":", "\n"]
+    tokenizer = Tokenizer(WordLevel({w: k for k, w in enumerate(entries)}, unk_token="?"))
+    tokenizer.pre_tokenizer = Split(Regex(" ?[a-z]+|:|\n"), "isolated")
+    tokenizer.decoder = Fuse()
+    return tokenizer
 
 
 def subject_of(model: Any, seed: int = 0, count: int = 128, **changes: Any) -> Subject:

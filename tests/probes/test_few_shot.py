@@ -1,7 +1,6 @@
 """Few-shot error transport of learners whose update is known: by the error, by the label alone, or not at all."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,22 +9,11 @@ from helpers import learners
 from helpers.learners import KnownLearner, known_prompts
 from helpers.planted import V, planted, subject_of
 
-from lensbench.probes.few_shot import (
-    LABELS,
-    PROMPTS,
-    Form,
-    coefficients,
-    draw_prompts,
-    frequent_words,
-    is_word,
-    label_columns,
-    measure,
-    moments,
-    predicted_elsewhere,
-)
+from lensbench.probes.few_shot import coefficients, label_columns, measure, moments, predicted_elsewhere
 from lensbench.probes.registry import PROBES
 from lensbench.probes.tools.averaging import add_beyond_averaging, averaging_columns, counts_before, instrumented
 from lensbench.probes.tools.crossfit import FOLDS, Estimates
+from lensbench.probes.tools.prompts import LABELS, PROMPTS, Form, draw_prompts
 
 FORM = Form([V - 2], [V - 1])
 
@@ -96,27 +84,11 @@ def test_a_model_that_learns_nothing_from_its_prompt_says_so():
         alpha = frame.loc[f"few_shot_alpha_{kind}"]
         undefined = np.isnan(frame.loc[f"few_shot_ratio_{kind}", "value"])
         assert undefined == (alpha["ci_low"] <= 0 <= alpha["ci_high"])
-        assert float(frame.loc[f"few_shot_error_gain_{kind}", "value"]) < 0.05
+        assert float(frame.loc[f"few_shot_error_gain_{kind}", "value"]) < 0.1
+        assert float(frame.loc[f"few_shot_gain_beyond_averaging_{kind}", "value"]) < 0.01
 
 
-def test_words_are_letters_and_the_most_frequent_come_first():
-    assert is_word(" the")
-    assert is_word("def")
-    assert not is_word("x")
-    assert not is_word("a_b")
-    assert not is_word("\n\n")
-    subject = subject_of(planted("none"))
-    words = frequent_words(subject)
-    counts = np.bincount(subject.words.fit_windows.ids.ravel(), minlength=V)
-    assert (np.diff(counts[words]) <= 0).all()
-    assert len(words) == 64
-    assert not ({V - 1, V - 2} & set(words.tolist()))
-
-
-def test_too_few_words_and_rotated_views_are_skipped_with_the_reason():
-    silent = SimpleNamespace(decode=lambda ids: "?", encode=lambda *a, **k: [0])
-    few = PROBES["few_shot"].measure(subject_of(planted("none"), tokenizer=silent)).frame()
-    assert "too few" in few["reason"][0]
+def test_rotated_views_are_skipped_with_the_reason():
     assert "not rotated" in PROBES["few_shot"].measure(subject_of(planted("none"), rotated=True)).frame()["reason"][0]
 
 
