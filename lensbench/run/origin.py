@@ -17,6 +17,7 @@ from lensbench.run.context import Context, digest_of
 from lensbench.run.inputs import corpus_of, data_of, identity_of
 from lensbench.run.training import loader_of, trained_network, training
 from lensbench.runtime.environment import choose_device, dtype_named
+from lensbench.streams.rotary import depends_on_length
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.recipes import ModelRecipe
 
@@ -89,6 +90,13 @@ def _load(context: Context, owner: ModelRecipe, source: str, device: torch.devic
         data = data_of(context, owner)
         if isinstance(data, Texts):
             check_context(f"model {owner.name}", network.config, context.suite.length, REMEDY)
+            limit = depends_on_length(network.config)
+            if limit is not None and context.suite.length > limit:
+                _say_once(
+                    context,
+                    f"model {owner.name}: beyond {limit} tokens its rotary frequencies depend on the length; all windows, "
+                    f"shorter ones too, are read with those of {context.suite.length} tokens",
+                )
             check_vocabulary(source, data.tokenizer, network.config.get_text_config().vocab_size)
             data.within(network)
         task.update(1)

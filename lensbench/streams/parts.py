@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lensbench.errors import LensbenchError
 from lensbench.streams.readout import ReadOut, frozen
+from lensbench.streams.rotary import same_after_any_text
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,16 @@ def first_tensor(value: Any) -> Tensor | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which every module of a model is in evaluation mode; each is then in the mode that it was in."""
+    """A context in which every module of a model is in evaluation mode; each is then in the mode that it was in.
+
+    What the model read before changes nothing, see :func:`same_after_any_text`.
+    """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        yield
+        with same_after_any_text(model):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -209,7 +214,7 @@ def find_text_parts(model: PreTrainedModel) -> FoundParts:
 
     # From the head back to the last block: usually one norm, in some models also a projection after it.
     chain: list[nn.Module] = []
-    wanted = head_inputs[-1]
+    scale, wanted = _before_scaling(calls, head_inputs[-1])
     while True:
         call = next((c for c in calls if _same(c.returned, wanted)), None)
         if call is None or (blocks is not None and call.name.startswith(blocks + ".")):
@@ -227,7 +232,26 @@ def find_text_parts(model: PreTrainedModel) -> FoundParts:
             f"no module of {name} produces its head's input; lensbench cannot tell what its head reads"
         )
     members = _members(model, calls, blocks, wanted.shape)
-    return FoundParts(ReadOut(_in_a_row(chain), head), chain[0] if chain else None, blocks, members)
+    return FoundParts(ReadOut(_in_a_row(chain), head, scale), chain[0] if chain else None, blocks, members)
+
+
+def _before_scaling(calls: list[_Call], wanted: Tensor) -> tuple[float, Tensor]:
+    """The factor that a model multiplies a module's output by for its head's input ``wanted``, and that output.
+
+    1 and ``wanted`` where the head reads what a module returned, or no multiple of it. A factor differs from one in at least
+    one part in a thousand.
+    """
+    if any(_same(c.returned, wanted) for c in calls):
+        return 1.0, wanted
+    for call in reversed(calls):
+        returned = call.returned
+        if returned.shape != wanted.shape or not returned.is_floating_point():
+            continue
+        x, y = returned.to(wanted.device).double().flatten(), wanted.double().flatten()
+        scale = float(x @ y / (x @ x))
+        if scale > 0 and bool(torch.allclose(scale * x, y, rtol=4 * torch.finfo(wanted.dtype).eps, atol=0)):
+            return (float(f"{scale:.6g}"), returned) if abs(scale - 1) > 1e-3 else (1.0, wanted)
+    return 1.0, wanted
 
 
 def _text_head(model: PreTrainedModel) -> nn.Linear:

@@ -68,7 +68,8 @@ class ResidualStream:
         # Image classifiers accept any keyword too, but some pass it on to modules that do not know it.
         self._options = {"use_cache": False} if {"use_cache", "kwargs"} & set(accepted) and not self.pooling else {}
         inputs = example_inputs(model, 2)
-        self.readout.scale, self.readout.softcap = after_the_head(model, self._head, {self._argument: inputs})
+        after, self.readout.softcap = after_the_head(model, self._head, {self._argument: inputs})
+        self.readout.scale *= after  # some models scale the head's input, others its output
         reported, last, logits = self._reported(inputs)
         # The same operations in another order, in a type that may have three digits only.
         allowed = max(IDENTITY_TOLERANCE, 4 * torch.finfo(self._head.weight.dtype).eps)

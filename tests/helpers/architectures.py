@@ -52,7 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": _GROUPED,
     "starcoder2": _GROUPED,
     "cohere": _GROUPED,
-    "granite": {**_GROUPED, "logits_scaling": 8.0},
+    "granite": {**_GROUPED, "logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "olmo": _GROUPED,
     "olmo2": _GROUPED,
     "persimmon": _COMMON,
