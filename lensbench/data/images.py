@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from lensbench.data.corpus import SPLITS
 from lensbench.errors import LensbenchError
 from lensbench.runtime.environment import needs
+from lensbench.runtime.texts import open_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -183,7 +184,7 @@ def _folder(folder: Path, max_images: int | None) -> _Read:
         found = [found[k] for k in np.sort(np.random.default_rng(0).permutation(len(found))[:max_images])]
     for path, _ in found:
         try:
-            with Image.open(path) as picture:
+            with open_file(path, str(path)) as file, Image.open(file) as picture:  # a pipe may never end
                 picture.verify()
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise LensbenchError(f"{path} is not an image that can be read: {error}") from error
@@ -194,6 +195,17 @@ def _folder(folder: Path, max_images: int | None) -> _Read:
     return names, labels, tuple(p.name for p in inside), contents, lambda k: _opened(found[k][0], found[k][0])
 
 
+def _path_and_config(name: str) -> tuple[str, str | None]:
+    """A data set's name or folder, and its config: ``ORG/NAME[/CONFIG]``, or a path, ``FOLDER[/CONFIG]``, of any depth."""
+    if Path(name).is_dir():
+        return name, None
+    folder, _, config = name.rpartition("/")
+    if name.startswith(("/", "./", "../")):  # a path, which no name on the hub looks like
+        return (folder, config) if config and Path(folder).is_dir() else (name, None)
+    place = name.split("/")
+    return ("/".join(place[:2]), "/".join(place[2:]) or None) if len(place) > 1 else (name, None)
+
+
 def _hub(spec: str, max_images: int | None) -> _Read:
     needs("hub", "datasets")
     from datasets import ClassLabel, load_dataset
@@ -201,8 +213,7 @@ def _hub(spec: str, max_images: int | None) -> _Read:
 
     name, _, columns = spec.removeprefix("hf:").partition("#")
     name, _, split = name.partition("@")
-    place = name.split("/")
-    path, config = ("/".join(place[:2]), "/".join(place[2:]) or None) if len(place) > 1 else (name, None)
+    path, config = _path_and_config(name)
     try:
         table = load_dataset(path, config, split=split or "train")
     except Exception as error:  # the hub's client raises what its transport does

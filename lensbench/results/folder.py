@@ -132,7 +132,7 @@ def owner_of(folder: Path) -> str | None:
             for key in keys:
                 found = found[key]
             return str(found)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # missing, or not of lensbench: the next one may say
     return None
 

@@ -147,7 +147,7 @@ class Stages:
             return None
         try:
             content = json.loads(path.read_text())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise LensbenchError(f"{path} is damaged ({error}); delete {folder} to compute it anew") from error
         if name == RECORD and not (isinstance(content, dict) and set(content) == RECORDED):
             raise LensbenchError(

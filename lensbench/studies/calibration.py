@@ -305,7 +305,7 @@ def measured_streams(recipe: Calibration, kept: Path, workers: int, progress: Pr
                 task.update(number)
     try:
         return pd.DataFrame([json.loads(place(job).read_text()) for job in jobs])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LensbenchError(f"{kept} is damaged ({error}); delete it to measure anew") from error
 
 

@@ -497,6 +497,22 @@ def test_what_a_models_own_tokenizer_puts_in_front(tokenizer, special, first):
     assert document.n_bytes.sum() == 21
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizer_that_pads_gives_no_padding_whatever_its_side(tokenizer, side):
+    model = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", pad_token="a", padding_side=side
+    )
+    model(["short", "longer than that"], padding="max_length", max_length=40)  # leaves padding on in the backend
+    (document,) = tokenize(model, [Document("x", "import this, not that")])
+    assert document.ids[1:].tolist() == tokenizer.encode("import this, not that").ids
+    windows = sample_windows(
+        tokenize(model, [Document("x", "import this, " * 40)]), n_sequences=9, length=64, positions=4, seed=0
+    )
+    for row, length in zip(windows.ids, windows.lengths, strict=True):
+        assert tokenizer.token_to_id("a") not in row[:length]
+        assert not row[length:].any()
+
+
 def test_nothing_in_front_where_there_is_nothing_to_put():
     backend = Tokenizer(tokenizer_models.WordLevel({"[UNK]": 0, "b": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,5 +1,7 @@
 """Images: what is read, how it is split, what models are fed with, and refusals that a user can act on."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,9 @@ def test_images_that_cannot_be_used_are_refused_with_what_would_be_right(tmp_pat
     broken = write_folder(tmp_path / "broken")
     (broken / "cat" / "5.png").write_bytes(b"\x89PNG but no more")
     refused(f"folder:{broken}", "5.png is not an image")
+    piped = write_folder(tmp_path / "piped")
+    os.mkfifo(piped / "cat" / "zz.png")  # it would be waited for without end
+    refused(f"folder:{piped}", "zz.png is no file but a folder, pipe or device")
 
 
 def test_classes_are_matched_by_name_and_by_order_where_a_model_has_no_names():
@@ -177,3 +182,28 @@ def test_a_data_set_of_the_hub_is_read_by_its_image_and_label_columns(monkeypatc
     assert tagged.labels[4] == 1
     with pytest.raises(LensbenchError, match="no column of labels 'name'; it has img, kind, tag"):
         load_images("hf:org/pets#img,name", parts=(6, 6, 6, 6), seed=0)
+
+
+def test_a_local_data_set_may_lie_at_any_depth(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def ask(*args, **_):
+        asked.append(args)
+        raise OSError("nothing was loaded")
+
+    monkeypatch.setattr(datasets, "load_dataset", ask)
+    deep = tmp_path / "a" / "b" / "pets"
+    deep.mkdir(parents=True)
+    for name in (f"{deep}", f"{deep}/small", f"{tmp_path}/none/b", "org/pets", "org/pets/small", "digits"):
+        with pytest.raises(LensbenchError, match="nothing was loaded"):
+            load_images(f"hf:{name}@train", parts=(6, 6, 6, 6), seed=0)
+    assert asked == [
+        (str(deep), None),
+        (str(deep), "small"),
+        (f"{tmp_path}/none/b", None),
+        ("org/pets", None),
+        ("org/pets", "small"),
+        ("digits", None),
+    ]

@@ -192,6 +192,7 @@ DAMAGES = {
     "config without width": lambda f: edit(f / "config.json", lambda c: c.pop("d_model")),
     "config without hash": lambda f: edit(f / "config.json", lambda c: c.pop("unembed_hash")),
     "truncated config": lambda f: (f / "config.json").write_text((f / "config.json").read_text()[:-9]),
+    "config without end": lambda f: (f / "config.json").write_text("[" * 200_000),
     "config is a list": lambda f: (f / "config.json").write_text("[]"),
     "binary config": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
     "no config": lambda f: (f / "config.json").unlink(),

@@ -67,10 +67,11 @@ def test_a_damaged_file_is_named_and_nothing_is_overwritten(tmp_path, damage):
     assert damage == "remove" or path.read_text() != "new"
 
 
-def test_a_damaged_record_is_named(tmp_path):
+@pytest.mark.parametrize("record", ["{", "[" * 200_000, '{"key": ' * 200_000], ids=["cut", "lists", "objects"])
+def test_a_damaged_record_is_named(tmp_path, record):
     stages = Stages(tmp_path)
     stages.run("a", {"x": 1}, write("one"))
-    (tmp_path / "a" / "stage.json").write_text("{")
+    (tmp_path / "a" / "stage.json").write_text(record)
     with pytest.raises(LensbenchError, match=r"stage\.json is damaged"):
         stages.run("a", {"x": 1}, write("two"))
 
