@@ -10,15 +10,17 @@ import pytest
 import torch
 from helpers.planted import planted, subject_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lensbench.data import sample_windows, tokenize
 from lensbench.data.corpus import Corpus
 from lensbench.data.reading import Document
 from lensbench.data.tokens import backend_of, beginning, train_tokenizer
 from lensbench.models.pretrained import load_tokenizer
-from lensbench.probes.few_shot import measure
+from lensbench.probes.few_shot import measure, predicted_elsewhere
 from lensbench.probes.registry import PROBES
-from lensbench.probes.tools.prompts import EXAMPLES, Form, draw_prompts, prompts_of, unlike_text, whole_words
+from lensbench.probes.tools.prompts import EXAMPLES, LABELS, Form, draw_prompts, prompts_of, unlike_text, whole_words
+from lensbench.streams.stream import ResidualStream
 
 WORDS = ["the", "was", "his", "open", "by", "under", "they", "said", "with", "house", "some", "until", "new", "where"]
 LONGER = ["openly", "opening", "newer", "bytes", "wither", "scientific", "dependent", "d'en", "ic_ly", "naïve"]
@@ -116,10 +118,8 @@ def check(tokenizer, windows, allowed):
 def test_a_prompt_is_what_the_tokenizer_makes_of_its_text(kind):
     tokenizer = KINDS[kind]()
     form = check(tokenizer, windows_of(tokenizer), set(WORDS))
-    end_of_text = [
-        0
-    ]  # which a tokenizer that lensbench trains puts before no text; documents begin with it all the same
-    assert list(form.front) == {"byte-level": end_of_text, "unigram": []}.get(kind, [tokenizer.token_to_id("<bos>")])
+    # A tokenizer that lensbench trains puts its end-of-text (id 0) before no text; documents begin with it all the same.
+    assert list(form.front) == {"byte-level": [0], "unigram": []}.get(kind, [tokenizer.token_to_id("<bos>")])
     assert tokenizer.encode("the").ids[: len(form.front)] == list(form.front) or kind == "byte-level"
     assert bool(form.first) == (kind in ("unigram", "llama"))
     separators = [tokenizer.id_to_token(i) for i in (*form.colon, *form.newline)]
@@ -129,10 +129,8 @@ def test_a_prompt_is_what_the_tokenizer_makes_of_its_text(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_are_whole_words_of_the_text_and_the_most_frequent_come_first(kind):
     tokenizer = KINDS[kind]()
-    text = (
-        "".join(f"{word} " * (60 - k) for k, word in enumerate([*WORDS, "openly", "wither"])) + "new-ish a1 b_c 1the "
-    )
-    windows = windows_of(tokenizer, text * 3, 64)
+    text = "".join(f"{word} " * (60 - k) for k, word in enumerate([*WORDS, "openly", "wither"]))
+    windows = windows_of(tokenizer, (text + "new-ish a1 b_c 1the ") * 3, 64)
     found = whole_words(backend_of(tokenizer), windows)
     assert found[:10] == WORDS[:10]
     assert set(found) == {*WORDS, "openly", "wither"}
@@ -163,6 +161,8 @@ def test_a_front_moves_no_number_and_is_part_of_every_prompt():
     after = After(moved)
     for a, b in zip(measure(After(plain), drawn, plain), measure(after, drawn, moved), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    elsewhere = [predicted_elsewhere(After(form), drawn, form).numpy() for form in (plain, moved)]
+    np.testing.assert_array_equal(*elsewhere)
     assert all((front == torch.tensor([7, 8, 9])).all() for front in after.seen)
     assert (moved.written(drawn.queries, drawn.labels)[:, 3] == drawn.queries[:, 0] + 100).all()
     assert (moved.written(drawn.queries, drawn.labels)[:, 3 + 4 :: 4] == drawn.queries[:, 1:]).all()
@@ -193,10 +193,46 @@ def test_prompts_that_their_text_does_not_give_back_are_named():
     assert unlike_text(tokenizer, form, words, prompts) == ""
     split = replace(form, colon=(tokenizer.token_to_id("▁"), *form.colon))
     assert "is read as" in unlike_text(tokenizer, split, words, prompts)
-    # The ids of two halves spell the same text, and are not those that the tokenizer makes of it.
-    halves = tokenizer.token_to_id("t"), tokenizer.token_to_id("h")
-    other = replace(form, newline=(*form.newline, *halves))
-    assert "does not give" in unlike_text(tokenizer, other, words, prompts)
+    colon = tokenizer.token_to_id("<0x3A>")  # the byte of a colon spells the same text
+    assert "it encodes as other ids" in unlike_text(tokenizer, replace(form, colon=(colon,)), words, prompts)
+
+
+@torch.no_grad()
+def test_labels_are_read_where_a_plain_loop_over_texts_reads_them():
+    """Each prompt is written as text here, with and without the example that is taken out."""
+    tokenizer = bpe_of_pieces(prefix=True)
+    found = prompts_of(tokenizer, windows_of(tokenizer), 128)
+    assert not isinstance(found, str)
+    form, drawn = found
+    kept = slice(0, 512, 64)
+    prompts = replace(drawn, **{name: getattr(drawn, name)[kept] for name in drawn.__dataclass_fields__})
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    model = LlamaForCausalLM(config).eval()
+    change, _, predicted, learned = measure(ResidualStream(model), prompts, form)
+
+    def read(pairs, choices):
+        text = "".join(f"{query}:{label}\n" for query, label in pairs[:-1]) + f"{pairs[-1][0]}:"
+        logits = model(torch.tensor([tokenizer.encode(text).ids])).logits[0, -1, choices].double()
+        return (logits - logits.mean()).numpy()
+
+    for row, at in enumerate(prompts.at):
+        queries, labels = ([tokenizer.decode([i]) for i in ids[row]] for ids in (prompts.queries, prompts.labels))
+        pairs = list(zip(queries, labels, strict=True))
+        before, choices = pairs[: at + 1], prompts.choices[row]
+        whole, without = read(pairs[: at + 2], choices), read([*pairs[:at], pairs[at + 1]], choices)
+        np.testing.assert_allclose(change[row], whole - without, atol=1e-4)
+        p = np.exp(read(before, choices))
+        np.testing.assert_allclose(predicted[row], p / p.sum() - 1 / LABELS, atol=1e-5)
+        last = np.exp(read(pairs, choices))
+        assert learned[row] == pytest.approx(last[prompts.mapped[row]] / last.sum(), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -200,6 +200,8 @@ def unlike_text(backend: Tokenizer, form: Form, words: Mapping[int, str], prompt
         decoded = backend.decode_batch(ids, skip_special_tokens=False)
         again = [e.ids for e in backend.encode_batch(decoded, add_special_tokens=False)]
         for text, spelled, made, remade in zip(texts, decoded, ids, again, strict=True):
-            if spelled.lstrip(" ") != text or remade != made:
-                return f"its tokenizer does not give a prompt's ids for its text: {text[:40]!r} is read as {spelled[:40]!r}"
+            if spelled.lstrip(" ") != text:
+                return f"its tokenizer does not keep the text of a prompt: {text[:40]!r} is read as {spelled[:40]!r}"
+            if remade != made:
+                return f"its tokenizer does not keep the ids of a prompt: it encodes as other ids what spells {text[:40]!r}"
     return ""
