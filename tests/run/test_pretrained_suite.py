@@ -751,3 +751,21 @@ def test_a_model_of_a_run_that_was_trained_on_this_text_is_told(tiny_run, tiny_s
     told = run("run", suite, "--out", tmp_path / "run")
     assert told.exit_code == 0
     assert "it was trained on" in told.stderr
+
+
+def test_a_run_says_where_frequencies_depend_on_the_length(original, tmp_path):
+    """LongRoPE reads windows beyond the model's original context, and their padding, with other frequencies."""
+    rope = {"rope_theta": 10000.0, "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    folder = save_model(
+        tmp_path / "phi", "phi3", original.texts, 300, rope_parameters=rope, original_max_position_embeddings=16
+    )
+    result = run(
+        "run",
+        write_suite(tmp_path / "suite.toml", original.texts, phi={"source": f"path:{folder}"}),
+        "--out",
+        tmp_path / "run",
+    )
+    assert result.exit_code == 0, result.output
+    said = "model phi: beyond 16 tokens its rotary frequencies depend on the length; all windows"
+    assert result.stderr.count(said) == 1
