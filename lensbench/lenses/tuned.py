@@ -25,7 +25,8 @@ class SharedLens(Lens):
     def __init__(self, unembed: Unembed, d_model: int, layers: int | None = None):
         super().__init__(unembed)
         dtype = unembed.unembedding.weight.dtype
-        self.translator = nn.Linear(d_model, d_model, bias=layers is None, dtype=dtype)
+        # No random weights: a caller's random numbers go on as they would.
+        self.translator = nn.utils.skip_init(nn.Linear, d_model, d_model, bias=layers is None, dtype=dtype)
         nn.init.zeros_(self.translator.weight)
         if layers is None:
             nn.init.zeros_(self.translator.bias)
@@ -95,12 +96,18 @@ class SharedLens(Lens):
 def tuned_lens(unembed: Unembed, maps: AffineMaps, *, model_name: str) -> TunedLens:
     """tuned-lens's own class with our maps of layers 0..L-1 as its translators."""
     layers, d = maps.offset.shape
-    lens = TunedLens(unembed, TunedLensConfig(model_name, d_model=d, num_hidden_layers=layers))
+    lens = _blank(unembed, TunedLensConfig(model_name, d_model=d, num_hidden_layers=layers))
     with torch.no_grad():
         for translator, matrix, offset in zip(lens.layer_translators, maps.matrix, maps.offset, strict=True):
             translator.weight.copy_(matrix - torch.eye(d))
             translator.bias.copy_(offset)
     return lens
+
+
+def _blank(unembed: Unembed, config: TunedLensConfig) -> TunedLens:
+    """A lens before its weights are set; tuned-lens draws initial ones, which leaves a caller's random numbers alone."""
+    with torch.random.fork_rng(devices=[]):
+        return TunedLens(unembed, config)
 
 
 def lens_files(source: str) -> tuple[Path, Path]:
@@ -149,7 +156,7 @@ def load_tuned_lens(unembed: Unembed, source: str) -> TunedLens:
     try:
         config = TunedLensConfig.from_dict(json.loads(config_path.read_text()))
         wanted = config.unembed_hash
-        lens = TunedLens(unembed, config)  # writes the model's own hash into the config
+        lens = _blank(unembed, config)  # writes the model's own hash into the config
         state = torch.load(parameters, map_location="cpu", weights_only=True)
         lens.layer_translators.load_state_dict(state)
     except Exception as error:  # json, pickle and torch each raise their own

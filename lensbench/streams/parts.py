@@ -203,7 +203,7 @@ def find_text_parts(model: PreTrainedModel) -> FoundParts:
     name, head = type(model).__name__, _text_head(model)
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(4) % vocabulary)[None].to(input_device(model))
-    with _watching(model, head) as watched:
+    with evaluating(model), _watching(model, head) as watched:
         reported = model(input_ids=ids, output_hidden_states=True, return_dict=True).hidden_states
     calls, head_inputs = watched.calls, watched.head_inputs
     if not head_inputs:
@@ -296,7 +296,7 @@ def find_image_parts(model: PreTrainedModel) -> FoundParts:
     read-out. Where it averages normalised positions, the norm belongs to the pooling.
     """
     name = type(model).__name__
-    with _watching(model, None) as watched:
+    with evaluating(model), _watching(model, None) as watched:
         images = example_inputs(model, 3)
         try:
             output = model(pixel_values=images, output_hidden_states=True, return_dict=True)
@@ -314,7 +314,8 @@ def find_image_parts(model: PreTrainedModel) -> FoundParts:
     blocks = _blocks(calls, reported)
     members = _members(model, calls, blocks, None)
     last = next(c.returned for c in calls if c.module is members[-1]) if members else reported[-1]
-    norm, pooling = _norm_and_pooling(name, calls, last, final.received, len(images))
+    with evaluating(model):
+        norm, pooling = _norm_and_pooling(name, calls, last, final.received, len(images))
     return FoundParts(ReadOut(norm, final.module), None, blocks, members, pooling)  # type: ignore[arg-type]
 
 
@@ -412,7 +413,8 @@ def after_the_head(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Te
 
     hook = head.register_forward_hook(ramp)
     try:
-        got = model(**inputs, return_dict=True).logits.double()
+        with evaluating(model):
+            got = model(**inputs, return_dict=True).logits.double()
     finally:
         hook.remove()
     x, y = (values.flatten(0, -2)[0] for values in (sent[-1].to(got.device).double(), got))

@@ -21,6 +21,7 @@ from torch import from_numpy, nn
 
 from lensbench.data.windows import Windows
 from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval, mean_over_seeds
+from lensbench.streams.parts import evaluating
 
 TOKENS_AT_ONCE = 8192
 
@@ -89,8 +90,8 @@ class CurvePoint:
 def score_positions(model: nn.Module, windows: Windows, first: tuple[int, ...]) -> PositionSums:
     """The cross-entropy of a causal LM at **every** position of the windows, summed over parts of the context.
 
-    At position n the model predicts token n+1. Part k begins at ``first[k]`` and ends before ``first[k+1]``, the last part
-    at the end of the window. Positions before ``first[0]`` are not scored.
+    The model is in evaluation mode, and then as it was. At position n it predicts token n+1. Part k begins at ``first[k]``
+    and ends before ``first[k+1]``, the last part at the end of the window. Positions before ``first[0]`` are not scored.
     """
     device = next(model.parameters()).device
     length = windows.ids.shape[1]
@@ -101,7 +102,8 @@ def score_positions(model: nn.Module, windows: Windows, first: tuple[int, ...]) 
     rows = max(1, TOKENS_AT_ONCE // length)
     for start in range(0, len(windows.ids), rows):
         ids = from_numpy(windows.ids[start : start + rows]).to(device)
-        logits = model(input_ids=ids).logits[:, :-1]
+        with evaluating(model):
+            logits = model(input_ids=ids).logits[:, :-1]
         target = ids[:, 1:, None]
         ce = -logits.float().log_softmax(-1).gather(-1, target)[..., 0].double().cpu()
         known = from_numpy(np.arange(1, length) < windows.lengths[start : start + rows, None]).double()

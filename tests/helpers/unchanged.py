@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+from helpers.callers import settings_of_the_process
+
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def condition(model: Any) -> dict[str, Any]:
@@ -17,33 +24,37 @@ def condition(model: Any) -> dict[str, Any]:
     for name, module in model.named_modules():
         found[f"mode of {name}"] = module.training
         found[f"module {name}"] = id(module)
-        found[f"attributes of {name}"] = sorted(k for k in vars(module) if k != "_is_hf_initialized")
-        for kind in HOOKS:
-            found[f"{kind} of {name}"] = list(getattr(module, kind).values())
+        for kind, held in vars(module).items():
+            if kind in HOOKS:
+                found[f"{kind} of {name}"] = list(held.items())
+            elif kind not in ("_is_hf_initialized", "training"):
+                found[f"attribute {kind} of {name}"] = held if isinstance(held, PLAIN) else id(held)
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             found[f"{kind} {name}"] = tensor.detach().clone()
             found[f"{kind} {name}: what it is"] = (
                 id(tensor), tensor.data_ptr(), tensor.dtype, str(tensor.device), tensor.requires_grad,
-                None if tensor.grad is None else tensor.grad.clone(),
+                list((tensor._backward_hooks or {}).values()),
             )  # fmt: skip
+            found[f"{kind} {name}: gradient"] = None if tensor.grad is None else tensor.grad.clone()
     found["config"] = copy.deepcopy(model.config.to_dict())
     found["attention"] = getattr(model.config, "_attn_implementation", None)
     found["outputs"] = model.config.output_attentions, model.config.output_hidden_states
     generation = getattr(model, "generation_config", None)
     found["generation"] = None if generation is None else copy.deepcopy(generation.to_dict())
-    found["process"] = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
-    found["random numbers"] = torch.get_rng_state()
-    return found
+    return found | {f"process: {name}": value for name, value in settings_of_the_process().items()}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Names of what differs between two conditions of a model."""
 
     def same(a: Any, b: Any) -> bool:
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else bool(a == b)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return torch.equal(a, b)
+        return not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and bool(a == b)
 
-    return [name for name in {**before, **after} if name not in before or not same(before[name], after.get(name))]
+    missing = [name for name in {**before, **after} if name not in before or name not in after]
+    return missing + [name for name in before if name in after and not same(before[name], after[name])]
 
 
 @contextmanager
@@ -53,19 +64,5 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        assert differences(before, condition(model)) == []
-
-
-def as_a_caller_has_it(model: Any) -> Any:
-    """Between two steps of a training: in training mode but for one block, with some weights frozen."""
-    with torch.no_grad():  # transformers leaves hooks of its own at the first such call
-        ids = torch.ones(1, 4, dtype=torch.long)
-        for asked in ("output_hidden_states", "output_attentions"):
-            model(input_ids=ids, **{asked: True})
-    model.train()
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    blocks[0].eval()
-    for number, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(number % 3 != 1)
-    model.get_output_embeddings().weight.requires_grad_(True)
-    return model
+        changed = differences(before, condition(model))
+        assert not changed, f"changed: {', '.join(changed)}"
