@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
+from lensbench.data import reading
 from lensbench.data.corpus import FRACTIONS, SPLITS, Corpus, clusters_of, duplicate_groups, load_corpus
 from lensbench.data.reading import Document, read_documents
 from lensbench.data.tokens import TokenizedDocument, tokenize, train_tokenizer, training_stream
@@ -70,8 +71,8 @@ def test_stdlib_splits_are_of_one_kind_and_no_document_is_most_of_one(stdlib):
         assert 0.4 < np.median(sizes[split]) / np.median(sizes["train"]) < 2.5
 
 
-def test_splits_depend_on_the_seed_alone():
-    first, again, other = (load_corpus("stdlib", seed=s, max_bytes=1_500_000) for s in (3, 3, 4))
+def test_splits_depend_on_the_seed_alone(planted):
+    first, again, other = (load_corpus(f"file:{planted}", seed=s) for s in (3, 3, 4))
     assert first == again
     assert first.splits["eval"] != other.splits["eval"]
     assert first.checksum == other.checksum
@@ -383,12 +384,14 @@ def test_hub_specs(hub, spec, key):
     assert calls[-1] == key
 
 
-def test_hub_reading_stops_at_the_limit(hub):
+def test_hub_reading_stops_at_the_limit(hub, monkeypatch):
     rows, _ = hub
     rows["a", None, "train"] = ({"text": "x" * 1000} for _ in itertools.count())
     assert sum(len(d.text) for d in read_documents("hf:a", max_bytes=5500)) == 5500
+    assert reading.HF_MAX_BYTES == 50_000_000
+    monkeypatch.setattr(reading, "HF_MAX_BYTES", 2_500_000)
     rows["b", None, "train"] = ({"body": "x" * 1_000_000} for _ in itertools.count())
-    assert sum(len(d.text) for d in read_documents("hf:b#body")) == 50_000_000
+    assert sum(len(d.text) for d in read_documents("hf:b#body")) == 2_500_000
 
 
 @pytest.mark.parametrize(

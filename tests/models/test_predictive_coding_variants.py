@@ -495,6 +495,7 @@ def train_with_trainer(folder, accumulate):
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_it_and_accumulated_gradients_give_the_same_losses(tmp_path):
     model, losses = train_with_trainer(tmp_path / "whole", 1)
     _, accumulated = train_with_trainer(tmp_path / "parts", 4)

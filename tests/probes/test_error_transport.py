@@ -27,7 +27,7 @@ def at(frame, quantity, column="value"):
     return frame[frame["quantity"] == quantity].set_index(["layer", "other"])[column].astype(float)
 
 
-@pytest.mark.parametrize("snr", [10.0, 3.0, 1.0, 0.3, 0.1])
+@pytest.mark.parametrize("snr", [0.1, *(pytest.param(snr, marks=pytest.mark.slow) for snr in (10.0, 3.0, 1.0, 0.3))])
 def test_a_planted_head_that_carries_errors_is_found_first(snr):
     frame = frame_of(planted("error", snr))
     score = at(frame, "error_score")
@@ -44,7 +44,7 @@ def test_a_planted_head_that_carries_errors_is_found_first(snr):
         assert at(frame, "error_alignment")[PLANTED] > 0.75
 
 
-@pytest.mark.parametrize("share", [0.5, 2.0])
+@pytest.mark.parametrize("share", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_the_ratio_is_the_one_that_was_planted(share):
     frame = frame_of(planted("error", 10.0, share=share))
     low, high = at(frame, "error_ratio", "ci_low")[PLANTED], at(frame, "error_ratio", "ci_high")[PLANTED]
@@ -52,7 +52,7 @@ def test_the_ratio_is_the_one_that_was_planted(share):
     assert high - low < 0.4 * share
 
 
-@pytest.mark.parametrize("snr", [10.0, 1.0])
+@pytest.mark.parametrize("snr", [1.0, pytest.param(10.0, marks=pytest.mark.slow)])
 def test_a_planted_copying_head_has_ratio_nothing(snr):
     frame = frame_of(planted("copy", snr))
     assert at(frame, "error_ratio", "ci_low")[PLANTED] <= 0 <= at(frame, "error_ratio", "ci_high")[PLANTED]
@@ -85,7 +85,7 @@ def sharp(model, seed=3):
     return model.eval()
 
 
-@pytest.mark.parametrize("kernel", ["exp", "linear", "softmax"])
+@pytest.mark.parametrize("kernel", ["exp", *(pytest.param(k, marks=pytest.mark.slow) for k in ("linear", "softmax"))])
 def test_every_head_of_a_predictive_coding_model_has_ratio_one_at_its_own_places(kernel):
     model = sharp(build("predictive-coding", seed=1, kernel=kernel, error_gradient=False, **SHAPE))
     frame = frame_of(model)
@@ -104,7 +104,7 @@ def test_every_head_of_its_control_without_errors_has_ratio_nothing():
     assert at(frame, "error_transport_found").sum() == 0
 
 
-@pytest.mark.parametrize("family", ["gpt", "gpt-conv", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt-conv", "gpt2"))])
 def test_an_untrained_gpt_has_no_head_found_and_says_that_there_is_no_prediction(family):
     frame = frame_of(build(family, seed=2, **SHAPE).eval())
     assert at(frame, "error_transport_found").sum() == 0
@@ -126,7 +126,8 @@ def test_models_without_attention_weights_are_skipped_with_the_reason():
 
 def test_short_windows_and_padding_count_for_nothing():
     """Windows of two tokens among the others, and any ids behind the end of a window: the same numbers."""
-    model, whole = planted("error", 10.0), subject_of(planted("error", 10.0))
+    model = planted("none")
+    whole = subject_of(model, count=48)
     lengths = whole.windows.lengths.copy()
     lengths[::8], lengths[1::8] = 2, 25
     frames = []
@@ -134,7 +135,7 @@ def test_short_windows_and_padding_count_for_nothing():
         ids = whole.windows.ids.copy()
         ids[np.arange(ids.shape[1]) >= lengths[:, None]] = filling
         windows = replace(whole.windows, ids=ids, lengths=lengths)
-        frames.append(frame_of(model, windows=windows)["value"].astype(float).to_numpy())
+        frames.append(frame_of(model, count=48, windows=windows)["value"].astype(float).to_numpy())
     np.testing.assert_allclose(*frames, rtol=1e-4, atol=1e-6)
     assert np.isfinite(frames[0]).mean() > 0.9
 
@@ -165,6 +166,7 @@ def test_too_few_positions_for_the_directions_are_reported(monkeypatch):
     assert limited.reason == f"{D} directions would hold 95%; memory and the kept positions allow 4"
 
 
+@pytest.mark.slow
 def test_heads_kept_at_every_third_position_still_show_the_planted_one(monkeypatch):
     """Little memory keeps fewer positions, and the regressions are of these alone."""
     subject = subject_of(planted("error", 10.0))

@@ -368,13 +368,16 @@ def test_a_loaded_model_stays_as_it_was_loaded(name, texts, tmp_path):
 
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 5}
+RESNET = {
+    "num_channels": 1, "embedding_size": 16, "hidden_sizes": [16] * 3, "depths": [1] * 3, "layer_type": "basic",
+    "num_labels": 5,
+}  # fmt: skip
+"""With batch norm: a pass in training mode changes its buffers"""
 IMAGE_MODELS = {
     "vit": lambda: ViTForImageClassification(
         ViTConfig(**VIT, image_size=8, patch_size=4, num_channels=1, hidden_dropout_prob=0.2)
     ),
-    "resnet": lambda: ResNetForImageClassification(  # batch norm: a pass in training mode changes its buffers
-        ResNetConfig(num_channels=1, embedding_size=16, hidden_sizes=[16], depths=[3], layer_type="basic", num_labels=5)
-    ),
+    "resnet": lambda: ResNetForImageClassification(ResNetConfig(**RESNET)),
     "cnn": lambda: build(
         "cnn-residual", vocab_size=5, d_model=16, layers=3, heads=2, context=8, channels=1, parameters=20_400
     ),
