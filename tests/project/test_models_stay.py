@@ -41,6 +41,7 @@ from lensbench.report import trace
 from lensbench.report.trace_errors import errors_of
 from lensbench.run import capturing, fitting, scoring
 from lensbench.streams import ResidualStream, capture, parts
+from lensbench.streams.rotary import same_after_any_text
 from lensbench.streams.stream import refuse_non_finite
 from lensbench.studies.curves import score_positions
 
@@ -152,6 +153,7 @@ CALLS = {
     "lensbench.streams.parts.after_the_head": lambda c: parts.after_the_head(
         c.model, c.model.get_output_embeddings(), {"input_ids": IDS[None]}
     ),
+    "lensbench.streams.rotary.same_after_any_text": lambda c: unaware(c.model),
     "lensbench.streams.stream.ResidualStream": lambda c: ResidualStream(c.model),
     "lensbench.streams.stream.ResidualStream.with_readout": lambda c: c.stream.with_readout(c.stream.readout),
     "lensbench.streams.stream.ResidualStream.vocab_size": lambda c: c.stream.vocab_size,
@@ -226,6 +228,11 @@ def evaluated(model):
         model(input_ids=IDS[None])
 
 
+def unaware(model):
+    with same_after_any_text(model), torch.random.fork_rng(devices=[]):
+        model(input_ids=IDS[None], use_cache=False)
+
+
 def of_probes() -> dict[str, str]:
     """The full name of a function -> the probe that it is tried with."""
     own = {f"{p.function.__module__}.{p.function.__name__}": name for name, p in PROBES.items()}
@@ -252,7 +259,7 @@ def test_a_new_function_that_takes_a_model_would_be_seen(monkeypatch):
 
     brand_new.__module__ = "lensbench.models.likelihood"
     monkeypatch.setattr(likelihood, "brand_new", brand_new, raising=False)
-    with pytest.raises(AssertionError, match=r"brand_new takes a model .* add a call of it to CALLS"):
+    with pytest.raises(AssertionError, match=r"brand_new.* takes a model .* add a call of it to CALLS"):
         test_every_function_that_takes_a_model_is_tried()
 
 
