@@ -187,7 +187,7 @@ PARTS_OF_PROBES = {
         "tools.heads.check_heads", "tools.predictions.Directions.holding", "tools.predictions.batches",
     ],
     "few_shot": [
-        "few_shot.measure", "few_shot.predicted_elsewhere", "few_shot.label_logits", "few_shot.frequent_words",
+        "few_shot.measure", "few_shot.predicted_elsewhere", "few_shot.label_logits",
     ],
     "gradient_alignment": ["gradient_alignment.states_and_gradients"],
     "gradient_steps": ["gradient_steps.updates_and_steps"],
@@ -247,8 +247,8 @@ def test_every_function_that_takes_a_model_is_tried():
         "of a probe: to PARTS_OF_PROBES), so that the model is compared before and after; or, where it is meant to change "
         "the model, name it in NOT_TRIED with the reason"
     )
-    gone = sorted(set(NOT_TRIED) - set(public))
-    assert not gone, f"no public function that takes a model: {', '.join(gone)}; remove it from NOT_TRIED"
+    gone = sorted(set(known) - set(public) - {"lensbench.lenses.fit.Fit.export"})  # it takes a read-out
+    assert not gone, f"no public function that takes a model: {', '.join(gone)}; remove it from {Path(__file__).name}"
     twice = (set(CALLS) | set(of_probes())) & set(NOT_TRIED)
     assert not twice, f"tried and yet in NOT_TRIED: {', '.join(sorted(twice))}"
 
