@@ -82,7 +82,7 @@ def describe(
 
 def begin_of(context: Context, tokenizer: str) -> dict[str, dict[str, str | None]]:
     """The token that texts of a tokenizer begin with, and in which windows it stands; nothing for images."""
-    data = context.cache.data[tokenizer]
+    data = next(data for data in context.cache.data.values() if data.name == tokenizer)
     return {"begin": data.beginning.facts} if isinstance(data, Texts) else {}
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.architectures import CONTEXT, D, L, V, small_model
+from helpers.commands import refused
 from helpers.pretrained import run, save_model, write_suite
 from helpers.suites import write_texts
 from tokenizers import Tokenizer
@@ -197,12 +198,14 @@ def test_a_suite_measures_a_lens_of_tuned_lens(fitted, tmp_path, monkeypatch, na
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["suite"]["models"][0]["lens"] == "path:lens"
 
-    # Another lens in the same folder is another fit; the same one is not.
+    # Another lens under the same name replaces no results, and elsewhere it is another fit; the same one is not.
     before = (tmp_path / "run" / "transfer.csv").read_bytes()
     assert "done in" not in run("run", suite, "--out", tmp_path / "run").stderr
     random_lens(lens, seed=1).save(tmp_path / "lens")
-    assert "fit-m-seed0: done in" in run("run", suite, "--out", tmp_path / "run").stderr
-    assert (tmp_path / "run" / "transfer.csv").read_bytes() != before
+    refused(run("run", suite, "--out", tmp_path / "run"), "is another one now", "give --out another folder")
+    assert (tmp_path / "run" / "transfer.csv").read_bytes() == before
+    assert "fit-m-seed0: done in" in run("run", suite, "--out", tmp_path / "other").stderr
+    assert (tmp_path / "other" / "transfer.csv").read_bytes() != before
 
 
 # The hub
@@ -256,9 +259,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nto load the files.")
 
     monkeypatch.setattr("tuned_lens.load_artifacts.hf_hub_download", unreachable)
-    with pytest.raises(LensbenchError) as refused:
+    with pytest.raises(LensbenchError) as found:
         load_tuned_lens(ResidualStream(small_model("gpt2")).readout, "hub:no/where@v1")
-    line = str(refused.value)
+    line = str(found.value)
     assert line.startswith("hub:no/where@v1")
     assert "connect" in line
     assert "\n" not in line
@@ -266,9 +269,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("source", ["", "gpt2", "hub:", "path:", "file:lens", "package:lens"])
 def test_what_names_no_lens_is_refused_with_what_does(source):
-    with pytest.raises(LensbenchError, match=r"path:FOLDER or hub:RESOURCE") as refused:
+    with pytest.raises(LensbenchError, match=r"path:FOLDER or hub:RESOURCE") as found:
         load_tuned_lens(ResidualStream(small_model("gpt2")).readout, source)
-    assert repr(source) in str(refused.value)
+    assert repr(source) in str(found.value)
 
 
 # Hashes
@@ -327,10 +330,10 @@ def test_code_in_a_lens_is_refused_and_not_run(tmp_path, kind):
         torch.save(state, tmp_path / "lens" / "params.pt")
     else:
         (tmp_path / "lens" / "params.pt").write_bytes(pickle.dumps({"0.weight": Writes(marker)}, protocol=2))
-    with pytest.raises(LensbenchError) as refused:
+    with pytest.raises(LensbenchError) as found:
         load_tuned_lens(ResidualStream(model).readout, f"path:{tmp_path / 'lens'}")
     assert not marker.exists()
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(found.value)
     # The file does run when it is read without care: what is refused here is no dud.
     with contextlib.suppress(RuntimeError):
         torch.load(tmp_path / "lens" / "params.pt", weights_only=False)
