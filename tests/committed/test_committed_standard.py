@@ -12,6 +12,7 @@ from lensbench.results.manifest import MANIFEST
 from lensbench.runtime import files
 from lensbench.studies.calibration import JUDGED, midpoints, summarise
 from lensbench.suite.files import load_calibration, load_suite
+from lensbench.suite.recipes import Suite
 
 pytestmark = pytest.mark.results
 
@@ -40,7 +41,9 @@ def test_the_parts_are_the_suite_and_its_rule_is_the_one_that_was_calibrated(par
     models = [name for run in parts for name in run.manifest.models]
     assert sorted(models) == sorted(m.name for m in suite.models)
     for run in parts:
-        assert run.manifest.suite.content() == suite.described()
+        assert (
+            Suite.model_validate(run.manifest.suite.content()).described() == suite.described()
+        )  # new settings: defaults
         assert not run.manifest.git_revision.endswith("dirty")
         assert sum(run.manifest.seconds.values()) < 75 * 60 * 2, "75 minutes on two cores, of one thread each"
     assert load_calibration("calibration").rule == suite.verdict
