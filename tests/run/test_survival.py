@@ -57,11 +57,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny_su
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_fifty_kills_change_no_byte_of_a_result(tiny_suite, tmp_path):
-    table = killed(tiny_suite, tmp_path, 50)
-    assert len(table) == 50
+def test_twenty_kills_change_no_byte_of_a_result(tiny_suite, tmp_path):
+    table = killed(tiny_suite, tmp_path, 20)
+    assert len(table) == 20
     assert set(table["how"]) == {"after seconds", "before change", "after change"}
-    assert table["stages_finished"].nunique() > 5, "kills at many places of a run"
+    assert table["stages_finished"].nunique() > 4, "kills at many places of a run"
 
 
 def test_a_folder_that_holds_no_more_than_a_lock_is_a_new_one(tiny_suite, tmp_path):
