@@ -146,7 +146,7 @@ def trace(
             errors = errors_of(loaded.model, ids)
         except LensbenchError as error:
             note = str(error)
-            console.print(f"note: {note}", highlight=False, markup=False)
+            noted(note)
         else:
             words, word = words_of(trajectory, ids.tolist()), words_of(trajectory, [errors.word])[0]
             for part in error_tables(errors, words, word, tokens, console.width):

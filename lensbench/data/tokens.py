@@ -65,6 +65,20 @@ class TokenizedDocument:
     every_window: bool = False
     """Whether every window of the document begins with these ids; else its first window alone"""
 
+    @property
+    def repeated(self) -> int:
+        """How many ids at the front stand in front of each window"""
+        return self.front if self.every_window else 0
+
+    def pieces(self, length: int) -> list[tuple[int, int]]:
+        """Where windows of ``length`` tokens begin and end in ``ids``, without what is repeated in front of each."""
+        step, end = length - self.repeated, len(self.ids)
+        return [(start, min(start + step, end)) for start in range(self.repeated, end, step)]
+
+    def window(self, piece: tuple[int, int]) -> NDArray[np.int32]:
+        """The ids of a window: those in front of it, and a piece of :meth:`pieces`."""
+        return np.concatenate([self.ids[: self.repeated], self.ids[slice(*piece)]])
+
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer of exactly ``vocab_size`` entries, trained on the train split.
@@ -141,7 +155,9 @@ def beginning(tokenizer: Tokenizer | PreTrainedTokenizerBase, setting: BeginSett
     They are what the tokenizer puts in front of a text by itself (what it puts after it is left out). Where it adds nothing,
     they are its bos, else its eos, else ``<|endoftext|>``, else there are none. Raises LensbenchError for a slow tokenizer.
     """
-    backend = backend_of(tokenizer)
+    backend = fast_tokenizer(tokenizer)
+    if backend.truncation is not None or backend.padding is not None:
+        backend = backend_of(tokenizer)
     ids = added_in_front(backend)
     every_window = setting == "every" or (setting == "auto" and bool(ids))
     if not ids:
@@ -154,7 +170,7 @@ def beginning(tokenizer: Tokenizer | PreTrainedTokenizerBase, setting: BeginSett
 
 def spelled_out(tokenizer: Tokenizer | PreTrainedTokenizerBase, text: str) -> dict[str, int]:
     """How often a text spells out each special token, which is read as ordinary text here; others may read the token."""
-    added = backend_of(tokenizer).get_added_tokens_decoder().values()
+    added = fast_tokenizer(tokenizer).get_added_tokens_decoder().values()
     counts = {token.content: text.count(token.content) for token in added if token.special and token.content}
     return {word: count for word, count in counts.items() if count}
 
@@ -171,17 +187,23 @@ def added_in_front(backend: Tokenizer) -> tuple[int, ...]:
     return ()
 
 
-def backend_of(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the fast tokenizer, without truncation or padding, for which special tokens in a text are plain text.
-
-    Raises LensbenchError for a slow tokenizer.
-    """
+def fast_tokenizer(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer of the tokenizers library itself; raises LensbenchError for a slow tokenizer, which has none."""
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise LensbenchError(
             f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer (tokenizers library) is needed"
         )
-    copy = Tokenizer.from_str(backend.to_str())  # the caller's tokenizer keeps its truncation and padding
+    return backend
+
+
+def backend_of(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the fast tokenizer, without truncation or padding, for which special tokens in a text are plain text.
+
+    Raises LensbenchError for a slow tokenizer.
+    """
+    # The caller's tokenizer keeps its truncation and padding. A copy of a large vocabulary takes seconds.
+    copy = Tokenizer.from_str(fast_tokenizer(tokenizer).to_str())
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = True

@@ -113,11 +113,12 @@ def sample_windows(
     _check_window_arguments(n_sequences, length, positions, max_share, first_position, earliest)
     rng = np.random.default_rng(seed)
     shortest = max(MIN_WINDOW, earliest + 2)
+    pieces = [document.pieces(length) for document in documents]
     cut = [
         (d, k)
         for d, document in enumerate(documents)
-        for k, (begin, end) in enumerate(_pieces(document, length))
-        if repeated(document) + end - begin >= shortest
+        for k, (begin, end) in enumerate(pieces[d])
+        if document.repeated + end - begin >= shortest
     ]
     if not cut:
         longest = max((len(d.ids) for d in documents), default=0)
@@ -140,9 +141,8 @@ def sample_windows(
     valid = np.zeros(shape, dtype=np.bool_)
     next_bytes = np.zeros(shape, dtype=np.int32)
     for row, (d, k) in enumerate(windows):
-        document, head = documents[d], repeated(documents[d])
-        begin, end = _pieces(document, length)[k]
-        tokens = np.concatenate([document.ids[:head], document.ids[begin:end]])
+        document, piece = documents[d], pieces[d][k]
+        tokens = document.window(piece)
         ids[row, : len(tokens)] = tokens
         lengths[row] = len(tokens)
         eligible = np.arange(earliest, len(tokens) - 1)
@@ -150,22 +150,10 @@ def sample_windows(
         scored[row] = chosen[-1]
         scored[row, : len(chosen)] = chosen
         valid[row, : len(chosen)] = True
-        next_bytes[row, : len(chosen)] = document.n_bytes[begin - head + chosen + 1]
+        next_bytes[row, : len(chosen)] = document.n_bytes[piece[0] - document.repeated + chosen + 1]
     used, index = np.unique(windows[:, 0], return_inverse=True)
     names = tuple(documents[d].name for d in used)
     return Windows(ids, lengths, scored, valid, index.astype(np.int64), names, windows[:, 1].copy(), next_bytes)
-
-
-def repeated(document: TokenizedDocument) -> int:
-    """How many ids of a document's front stand in front of each of its windows."""
-    return document.front if document.every_window else 0
-
-
-def _pieces(document: TokenizedDocument, length: int) -> list[tuple[int, int]]:
-    """Where the windows of a document begin and end in its ids, without the ids that are repeated in front of each."""
-    head = repeated(document)
-    starts = range(head, len(document.ids), length - head)
-    return [(start, min(start + length - head, len(document.ids))) for start in starts]
 
 
 def _check_window_arguments(

@@ -91,10 +91,8 @@ def scoring_windows(document: TokenizedDocument, length: int) -> list[tuple[NDAr
         raise LensbenchError(f"windows of {length} tokens have no room after the {front} that a text begins with")
     if count < max(2, front + 1):
         raise LensbenchError("the text has no token to predict: give a longer one")
-    if document.every_window and front:
-        step = length - front
-        starts = range(front, count, step)
-        return [(np.concatenate([ids[:front], ids[s : s + step]]), front, sizes[s : s + step]) for s in starts]
+    if document.repeated:
+        return [(document.window(piece), front, sizes[slice(*piece)]) for piece in document.pieces(length)]
     windows = []
     for start in range(0, count - 1, length - 1):
         scored = max(1, front) if start == 0 else 1
