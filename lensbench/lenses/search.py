@@ -233,6 +233,27 @@ class DevSearch:
                 return known[here]
             here = best
 
+    def strongest(
+        self,
+        solve: Callable[[float], AffineMaps],
+        layers: Sequence[int],
+        tolerance: float,
+        near: Choice | None = None,
+    ) -> tuple[Choice, Choice]:
+        """The best ridge (see :meth:`best`), and the strongest one that the tolerance allows (see :meth:`within`).
+
+        The second is found by going up from the best, as far as the loss stays within what is allowed.
+        """
+        best = self.best(solve, layers, near)
+        allowed = best.dev_kl + tolerance * max(0.0, self.constant_kl - best.dev_kl)
+        chosen = best
+        for ridge in self.recipe.ridges[self.recipe.ridges.index(best.ridge) + 1 :]:
+            pad, kl = self.best_pad(solve(ridge), layers, self.recipe.pads.index(chosen.pad))
+            if kl > allowed:
+                break
+            chosen = Choice(ridge, self.recipe.pads[pad], kl)
+        return best, chosen
+
     def within_one_error(self, path: Sequence[Choice], solve: Callable[[float], AffineMaps], layer: int) -> Choice:
         """The strongest ridge whose dev KL exceeds the best's by at most one standard error of the paired difference.
 

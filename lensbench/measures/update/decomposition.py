@@ -1,0 +1,268 @@
+"""The update decomposition of a stream: how much of what later layers add shows in the readings of earlier lenses."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lensbench.errors import LensbenchError
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.moments import Moments
+from lensbench.lenses.read import own_layer_sums
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.lenses.ridge import RidgePath
+from lensbench.lenses.search import Choice, DevSearch, pad_direction
+from lensbench.measures.update.chance import principal_space, spreads_of
+from lensbench.measures.update.folds import Readings, deal_documents, fold_moments, readings, resampled
+from lensbench.measures.update.gates import Losses, falls, gates, has_room, merged_blocks
+from lensbench.measures.update.metric import Metric, MetricKind
+from lensbench.measures.update.news import news_sums
+from lensbench.measures.update.products import (
+    Pairs,
+    Products,
+    SecondMoments,
+    cluster_products,
+    layer_products_of_moments,
+    means_of,
+    pairs_of,
+    products_of_moments,
+)
+from lensbench.measures.update.quantities import Chance, Quantities, quantities
+from lensbench.statistics import Array, bootstrap_weights, effective_clusters
+from lensbench.streams.capture import Capture
+from lensbench.streams.readout import ReadOut
+
+DRAWS = 1000
+"""Bootstrap draws of the clusters"""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FullLenses:
+    """The lenses of all fitting documents, prior zero, one per layer."""
+
+    best: AffineMaps
+    """At the best ridge on dev, without a pad"""
+    within: AffineMaps
+    """At the strongest ridge that the tolerance allows, with its pad: what the gates judge"""
+    ridges: tuple[float, ...]
+    """The ridges of ``within``, in median eigenvalues"""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Everything that the update decomposition of one stream says, with its draws.
+
+    Pairs are positions in ``layers``. Draws ``[draws, P]`` are over clusters of eval; refits ``[refits, P]`` are the
+    estimates with lenses of resampled documents.
+    """
+
+    layers: tuple[int, ...]
+    metric: str
+    pairs: Pairs
+    point: Quantities
+    draws: Quantities
+    refits: Quantities | None
+    chance: Chance
+    gate: list[str]
+    blocks: list[tuple[int, int]]
+    """Pairs of positions: neighbours, merged on dev until there is room"""
+    news_sums: tuple[Array, Array]
+    """Gains in explained power by cluster: in directions that the earlier lens does not read, and all; ``[clusters, P]``"""
+    ridges: tuple[float, ...]
+    weights: Array
+    """``[draws, clusters]``: how often a draw takes each cluster of eval"""
+    clusters: float
+    """Effective number of clusters of eval"""
+    seed: int
+
+    def news(self) -> Array:
+        """The share of the gain of each pair that is news, ``[P]``; NaN or infinite where there is no gain."""
+        new, whole = self.news_sums
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share: Array = new.sum(0) / whole.sum(0)
+        return share
+
+    def news_draws(self) -> Array:
+        """:meth:`news` at every draw, ``[draws, P]``."""
+        new, whole = self.news_sums
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (self.weights @ new) / (self.weights @ whole)
+
+
+def full_lenses(search: DevSearch, moments: Moments, layers: Sequence[int], tolerance: float) -> FullLenses:
+    """The lens of each layer at its best ridge, and at the strongest ridge that the tolerance allows."""
+    best, within, ridges = [], [], []
+    near: Choice | None = None
+    for at, layer in enumerate(layers):
+        path = RidgePath(moments.layer([at]), "zero")
+        near, chosen = search.strongest(path.solve, [layer], tolerance, near)
+        best.append(path.solve(near.ridge))
+        within.append(search.padded(path.solve(chosen.ridge), chosen.pad))
+        ridges.append(chosen.ridge)
+    return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(ridges))
+
+
+def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
+    """The moments of all folds together, exactly, from each fold's own and its number of tokens."""
+    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    mean = torch.stack([s * m.mean for s, m in zip(share, moments, strict=True)]).sum(0)
+    target = torch.stack([s * m.target_mean for s, m in zip(share, moments, strict=True)]).sum(0)
+    covariance, cross = torch.zeros_like(moments[0].covariance), torch.zeros_like(moments[0].cross)
+    for s, m in zip(share, moments, strict=True):
+        shift, moved = m.mean - mean, m.target_mean - target
+        covariance += s * (m.covariance + shift[:, :, None] * shift[:, None, :])
+        cross += s * (m.cross + moved[None, :, None] * shift[:, None, :])
+    return Moments(mean, covariance, cross, target)
+
+
+def cluster_numbers(captured: Capture) -> tuple[Tensor, int]:
+    """The number of each token's document among those of the capture, ``[N]``, and how many documents there are."""
+    known, number = np.unique(captured.document, return_inverse=True)
+    return torch.from_numpy(number), len(known)
+
+
+@torch.no_grad()
+def decompose(
+    readout: ReadOut,
+    fit: Capture,
+    dev: Capture,
+    held_out: Capture,
+    recipe: FitRecipe,
+    *,
+    layers: Sequence[int] | None = None,
+    metric: MetricKind = "fisher",
+    tolerance: float | None = None,
+    refits: int | None = None,
+    seed: int = 0,
+    say: Say = lambda _: None,
+) -> Decomposition:
+    """The decomposition of the layers ``layers`` (all before the last, by default) of one stream.
+
+    Lenses are fitted on ``fit``, ridges chosen and gates decided on ``dev``, everything else is measured on ``held_out``.
+    ``tolerance`` and ``refits``: in place of the recipe's.
+
+    Raises :class:`LensbenchError` where the norm is no gain over a scale, and where there are fewer than three fitting
+    documents or two layers.
+    """
+    chosen = tuple(range(fit.layers)) if layers is None else tuple(layers)
+    if len(chosen) < 2:
+        raise LensbenchError("undefined: an update needs two layers before the last")
+    coordinates = Metric.of(metric, readout, fit)
+    folds = deal_documents(fit, seed)
+    say("moments")
+    moments = fold_moments(fit, chosen, folds)
+    sizes = [int((folds[fit.document] == fold).sum()) for fold in range(len(moments))]
+    search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
+    say("ridges")
+    allowed = recipe.tolerance if tolerance is None else tolerance
+    lenses = full_lenses(search, pooled_folds(moments, sizes), chosen, allowed)
+    maps = readings(moments, coordinates, lenses.ridges)
+    pairs = pairs_of(len(chosen))
+    say("gates")
+    gated = _gates(readout, dev, chosen, lenses, maps, pairs, seed)
+    say("products")
+    means = means_of(held_out.states, [*chosen, held_out.layers])
+    cluster, clusters = cluster_numbers(held_out)
+    sums = cluster_products(held_out.states, chosen, means, cluster, clusters, maps)
+    weights = bootstrap_weights(clusters, DRAWS, seed)
+    again = [
+        readings(fold_moments(fit, chosen, folds, resampled(folds, [seed, number])), coordinates, lenses.ridges)
+        for number in range(recipe.refits if refits is None else refits)
+    ]
+    chance, at_refits = _of_moments(SecondMoments.of(held_out.states, chosen, means), maps, again, pairs)
+    point = quantities(sums.total(), pairs, chance)
+    draws = quantities(sums.drawn(weights), pairs, chance)
+    refitted = [quantities(one, pairs, chance) for one in at_refits]
+    say("news")
+    gains = news_sums(held_out.states, chosen, cluster, clusters, lenses.best)
+    return Decomposition(
+        layers=chosen, metric=coordinates.name, pairs=pairs, point=point, draws=draws,
+        refits=_stacked(refitted) if refitted else None, chance=chance, gate=gated[0], blocks=gated[1],
+        news_sums=gains, ridges=lenses.ridges, weights=weights, clusters=effective_clusters(cluster.numpy()), seed=seed,
+    )  # fmt: skip
+
+
+def _stacked(parts: Sequence[Quantities]) -> Quantities:
+    return Quantities(**{f.name: np.stack([getattr(p, f.name) for p in parts]) for f in fields(Quantities)})
+
+
+def _gates(
+    readout: ReadOut,
+    dev: Capture,
+    layers: Sequence[int],
+    lenses: FullLenses,
+    maps: Readings,
+    pairs: Pairs,
+    seed: int,
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The gate of each pair, and the blocks merged until there is room; all on dev."""
+    cluster, clusters = cluster_numbers(dev)
+    means = means_of(dev.states, [*layers, dev.layers])
+    sums = cluster_products(dev.states, layers, means, cluster, clusters, maps)
+    moments = SecondMoments.of(dev.states, layers, means)
+    chance, _ = _of_moments(moments, maps, [], pairs)
+    weights = bootstrap_weights(clusters, DRAWS, seed)
+    point = quantities(sums.total(), pairs, chance)
+    room = has_room(point, quantities(sums.drawn(weights), pairs, chance))
+    kl, ce = own_layer_sums(readout, dev, lenses.within, layers)
+    # Sums are by window: those of a document are added up.
+    first = np.flatnonzero(np.diff(dev.window, prepend=dev.window[0] - 1))
+    number = cluster.numpy()[first]
+    by_cluster = [np.zeros((clusters, len(layers))) for _ in range(2)]
+    for into, values in zip(by_cluster, (kl, ce), strict=True):
+        np.add.at(into, number, values)
+    tokens = np.bincount(cluster.numpy(), minlength=clusters).astype(float)
+    losses = Losses(by_cluster[0], by_cluster[1], tokens)
+    fall = falls(losses, pairs, weights)
+    return gates(fall, room, point, chance), merged_blocks(room, pairs, len(layers))
+
+
+def _of_moments(
+    moments: SecondMoments,
+    maps: Readings,
+    again: Sequence[Readings],
+    pairs: Pairs,
+) -> tuple[Chance, list[Products]]:
+    """Chance under random bases, and the products of other sets of lenses: one pass over the states for each layer."""
+    space = principal_space(moments)
+    layer, _ = layer_products_of_moments(moments, maps)
+    loading = layer["rr"] / layer["rf"]
+    others = [layer_products_of_moments(moments, one) for one in again]
+    rows: list[list[dict[str, Array]]] = [[] for _ in again]
+    spread, unscaled = [], []
+    count = len(loading)
+    scale = []
+    for i in range(count - 1):
+        later = moments.later(i)
+        s, c = spreads_of(moments, i, later, maps, space, layer["rf"], loading)
+        spread.append(s)
+        unscaled.append(c)
+        here = products_of_moments(moments, i, later, maps)
+        scale.append(np.abs(loading[i] - here["jr"] / here["jf"]) * np.abs(here["sf"] / layer["rf"][i]))
+        for into, one in zip(rows, again, strict=True):
+            into.append(products_of_moments(moments, i, later, one))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        chance = Chance(np.concatenate(spread), np.concatenate(unscaled) / np.concatenate(scale))
+    products = [
+        Products(
+            {name: np.concatenate([row[name] for row in of_rows]) for name in of_rows[0]}, values, np.asarray(target)
+        )
+        for of_rows, (values, target) in zip(rows, others, strict=True)
+    ]
+    return chance, products
+
+
+def spread_by_refits(draws: Array, refits: Array | None, seed: Sequence[int]) -> Array:
+    """Draws ``[draws, ...]`` with the spread of refits ``[R, ...]`` in them, as a Student-t deviation for each."""
+    if refits is None or len(refits) < 2:
+        return draws
+    rng = np.random.default_rng(list(seed))
+    deviation = stats.t.ppf(rng.uniform(size=len(draws)), len(refits) - 1)
+    spread = refits.std(0, ddof=1)
+    result: Array = draws + deviation.reshape(-1, *[1] * (draws.ndim - 1)) * spread
+    return result

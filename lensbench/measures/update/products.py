@@ -1,0 +1,246 @@
+"""Inner products of readings, the only thing that the update decomposition is made of.
+
+They are sums over tokens, kept by cluster, so that intervals and paired comparisons need no state again. States are passed
+once, block by block; a second way computes the same products from second moments, for many sets of lenses at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lensbench.measures.update.folds import Readings
+from lensbench.statistics import Array
+
+PAIR_PRODUCTS = ("sr", "sf", "ss", "sj", "jr", "jf")
+"""Of two layers i < j: s_ij with r_i, f_i, itself and r_j; r_j with r_i and with f_i"""
+
+LAYER_PRODUCTS = ("rr", "rf", "ff", "rT", "fT")
+"""Of one layer: r_i and its signal f_i, with themselves, with one another, and with T"""
+
+TOKEN_BLOCK = 1024
+
+
+Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
+"""Positions i and j of pairs of layers, i < j, each ``[P]``"""
+
+
+def pairs_of(count: int) -> Pairs:
+    """Positions (i, j), i < j, of all pairs among ``count`` layers, each ``[P]``."""
+    first, second = np.triu_indices(count, 1)
+    return first, second
+
+
+@dataclass(frozen=True)
+class Products:
+    """Inner products: of pairs ``[..., P]``, of layers ``[..., n]``, of the final state ``[...]``.
+
+    Every product is between the readings of two folds' lenses, the mean of both orders. Leading axes are clusters (sums),
+    or draws, or none (means).
+    """
+
+    pair: dict[str, Array]
+    layer: dict[str, Array]
+    target: Array
+    """T with T"""
+
+    def drawn(self, weights: Array) -> "Products":
+        """Sums over clusters, weighted: ``weights`` ``[draws, clusters]`` gives ``[draws, ...]``."""
+        return Products(
+            {name: weights @ values for name, values in self.pair.items()},
+            {name: weights @ values for name, values in self.layer.items()},
+            weights @ self.target,
+        )
+
+    def total(self) -> "Products":
+        """Sums over clusters."""
+        return Products(
+            {name: values.sum(0) for name, values in self.pair.items()},
+            {name: values.sum(0) for name, values in self.layer.items()},
+            self.target.sum(0),
+        )
+
+
+def means_of(states: Tensor, rows: Sequence[int]) -> Tensor:
+    """Mean state of each row of ``[L+1, N, d]``, float64 ``[n, d]``."""
+    return torch.stack([states[row].mean(0, dtype=torch.float64) for row in rows])
+
+
+@torch.no_grad()
+def cluster_products(
+    states: Tensor, layers: Sequence[int], means: Tensor, cluster: Tensor, clusters: int, maps: Readings
+) -> Products:
+    """The products of ``states`` ``[L+1, N, d]``, summed over the tokens of each of ``clusters``.
+
+    ``cluster`` ``[N]`` numbers the cluster of each token; ``means`` ``[n + 1, d]`` are taken off the states of ``layers``
+    and of the last one.
+    """
+    rows, count = [*layers, len(states) - 1], len(layers)
+    maps = maps.to(states)
+    i_of, _ = pairs_of(count)
+    pair = {name: np.zeros((clusters, len(i_of))) for name in PAIR_PRODUCTS}
+    layer = {name: np.zeros((clusters, count)) for name in LAYER_PRODUCTS}
+    target = np.zeros(clusters)
+    first_of = np.searchsorted(i_of, np.arange(count))  # where the pairs (i, i + 1), (i, i + 2), ... begin
+    for number, centred in enumerate(_blocks(states, rows, means)):
+        at = cluster[number * TOKEN_BLOCK : (number + 1) * TOKEN_BLOCK].numpy()
+        for name, values in _of_layers(centred, maps).items():
+            _add(layer[name], at, values)
+        goal = centred[-1] @ maps.target.T
+        _add(target[:, None], at, (goal * goal).sum(-1)[None])
+        for i, values_of in enumerate(_of_pairs(centred, maps)):
+            columns = slice(first_of[i], first_of[i] + count - 1 - i)
+            for name, values in values_of.items():
+                _add(pair[name][:, columns], at, values)
+    return Products(pair, layer, target)
+
+
+def _add(sums: Array, at: NDArray[np.int64], values: Tensor) -> None:
+    """Add values ``[Q, n]`` of n tokens to the sums ``[clusters, Q]`` of their clusters ``at``."""
+    # Clusters are contiguous in a capture, so that a few sums of runs are added and not n rows.
+    wide = values.double().cpu().numpy()
+    starts = np.flatnonzero(np.r_[True, np.diff(at) != 0])
+    np.add.at(sums, at[starts], np.add.reduceat(wide, starts, axis=1).T)
+
+
+def _of_layers(centred: Tensor, maps: Readings) -> dict[str, Tensor]:
+    """:data:`LAYER_PRODUCTS` of centred states ``[n + 1, tokens, d]``: each ``[n, tokens]``."""
+    found: dict[str, list[Tensor]] = {name: [] for name in LAYER_PRODUCTS}
+    goal = centred[-1] @ maps.target.T
+    for i in range(len(centred) - 1):
+        r = [centred[i] @ maps.read[fold, i].T for fold in (0, 1)]
+        f = [centred[-1] @ maps.signal[fold, i].T for fold in (0, 1)]
+        found["rr"].append(_dot(r[0], r[1]))
+        found["rf"].append((_dot(r[0], f[1]) + _dot(r[1], f[0])) / 2)
+        found["ff"].append(_dot(f[0], f[1]))
+        found["rT"].append((_dot(r[0], goal) + _dot(r[1], goal)) / 2)
+        found["fT"].append((_dot(f[0], goal) + _dot(f[1], goal)) / 2)
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _of_pairs(centred: Tensor, maps: Readings) -> Iterator[dict[str, Tensor]]:
+    """:data:`PAIR_PRODUCTS` of each layer i with all later ones: each ``[n - 1 - i, tokens]``."""
+    count = len(centred) - 1
+    own = [torch.bmm(centred[:count], maps.read[fold].transpose(-1, -2)) for fold in (0, 1)]  # r_l [n, tokens, k]
+    for i in range(count - 1):
+        later = centred[i + 1 : count]
+        r = [own[fold][i] for fold in (0, 1)]
+        f = [centred[-1] @ maps.signal[fold, i].T for fold in (0, 1)]
+        s = [later @ maps.read[fold, i].T for fold in (0, 1)]
+        j = [own[fold][i + 1 :] for fold in (0, 1)]
+
+        def crossed(left: list[Tensor], right: list[Tensor]) -> Tensor:
+            return (_dot(left[0], right[1]) + _dot(left[1], right[0])) / 2
+
+        yield {
+            "sr": crossed(s, r),
+            "sf": crossed(s, f),
+            "ss": _dot(s[0], s[1]),
+            "sj": crossed(s, j),
+            "jr": crossed(j, r),
+            "jf": crossed(j, f),
+        }
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Covariances of the states of n layers with themselves and with the final state; of two layers on demand."""
+
+    states: Tensor
+    layers: Sequence[int]
+    means: Tensor
+    own: Tensor
+    """``[n, d, d]``: Cov h_j"""
+    goal: Tensor
+    """``[n, d, d]``: Cov(h_j, h_L)"""
+    last: Tensor
+    """``[d, d]``: Cov h_L"""
+
+    @classmethod
+    def of(cls, states: Tensor, layers: Sequence[int], means: Tensor) -> "SecondMoments":
+        """Of ``states`` ``[L+1, N, d]``, ``means`` ``[n + 1, d]`` taken off those of ``layers`` and of the last one."""
+        count, d = len(layers), states.shape[-1]
+        own, goal = (torch.zeros(count, d, d, dtype=torch.float64) for _ in range(2))
+        last = torch.zeros(d, d, dtype=torch.float64)
+        for centred in _blocks(states, [*layers, len(states) - 1], means):
+            for j in range(count):
+                own[j] += (centred[j].T @ centred[j]).double().cpu()
+                goal[j] += (centred[j].T @ centred[-1]).double().cpu()
+            last += (centred[-1].T @ centred[-1]).double().cpu()
+        tokens = states.shape[1]
+        return cls(states, layers, means, own / tokens, goal / tokens, last / tokens)
+
+    def later(self, i: int) -> Tensor:
+        """Cov(h_j, h_i) of the later layers j, ``[n - 1 - i, d, d]``: one pass over the states."""
+        count, d = len(self.layers), self.states.shape[-1]
+        found = torch.zeros(count - 1 - i, d, d, dtype=torch.float64)
+        means = torch.cat([self.means[i:count]])
+        for centred in _blocks(self.states, self.layers[i:], means):
+            for at in range(count - 1 - i):
+                found[at] += (centred[at + 1].T @ centred[0]).double().cpu()
+        return found / self.states.shape[1]
+
+
+def _blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tensor]:
+    """Centred states ``[n, tokens, d]`` of some rows, block by block."""
+    for start in range(0, states.shape[1], TOKEN_BLOCK):
+        tokens = slice(start, start + TOKEN_BLOCK)
+        yield torch.stack(
+            [
+                (states[row][tokens].double() - mean.to(states.device)).to(states.dtype)
+                for row, mean in zip(rows, means, strict=True)
+            ]
+        )
+
+
+def products_of_moments(moments: SecondMoments, i: int, later: Tensor, maps: Readings) -> dict[str, Array]:
+    """:data:`PAIR_PRODUCTS` of layer i with all later ones, means over tokens, each ``[n - 1 - i]``.
+
+    ``later``: what :meth:`SecondMoments.later` gives for i; ``maps`` in float64.
+    """
+    after = slice(i + 1, None)
+    read, signal = maps.read, maps.signal
+    own, goal = moments.own[after], moments.goal[after]
+
+    def crossed(values: dict[tuple[int, int], Tensor]) -> Array:
+        found: Array = ((values[0, 1] + values[1, 0]) / 2).numpy()
+        return found
+
+    orders = ((0, 1), (1, 0))
+    there = {a: read[a, i] @ later for a in (0, 1)}  # F A_i Cov(h_j, h_i)
+    still = {a: read[a, i] @ own for a in (0, 1)}  # F A_i Cov h_j
+    return {
+        "sr": crossed({(a, b): _inner(there[a], read[b, i]) for a, b in orders}),
+        "sf": crossed({(a, b): _inner(read[a, i] @ goal, signal[b, i]) for a, b in orders}),
+        "ss": crossed({(a, b): _inner(still[a], read[b, i]) for a, b in orders}),
+        "sj": crossed({(a, b): _inner(still[a], read[b, after]) for a, b in orders}),
+        "jr": crossed({(a, b): _inner(read[a, after] @ later, read[b, i]) for a, b in orders}),
+        "jf": crossed({(a, b): _inner(read[a, after] @ goal, signal[b, i]) for a, b in orders}),
+    }
+
+
+def layer_products_of_moments(moments: SecondMoments, maps: Readings) -> tuple[dict[str, Array], float]:
+    """:data:`LAYER_PRODUCTS` ``[n]`` and the square of the final state, means over tokens."""
+    read, signal, target = maps.read, maps.signal, maps.target
+    along = [read[a] @ moments.goal for a in (0, 1)]  # F A_i Cov(h_i, h_L)
+    held = [signal[a] @ moments.last for a in (0, 1)]
+    found = {
+        "rr": _inner(read[0] @ moments.own, read[1]),
+        "rf": (_inner(along[0], signal[1]) + _inner(along[1], signal[0])) / 2,
+        "ff": _inner(held[0], signal[1]),
+        "rT": (_inner(along[0], target) + _inner(along[1], target)) / 2,
+        "fT": (_inner(held[0], target) + _inner(held[1], target)) / 2,
+    }
+    return {name: values.numpy() for name, values in found.items()}, float(_inner(target @ moments.last, target))
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of the elementwise products of matrices ``[..., k, d]``."""
+    return (left * right).sum((-1, -2))
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return torch.einsum("...k,...k->...", left, right)

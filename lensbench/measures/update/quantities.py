@@ -1,0 +1,81 @@
+"""The quantities of the update decomposition as formulas of inner products, for point estimates and draws alike."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lensbench.measures.update.products import Pairs, Products
+from lensbench.statistics import Array
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Spreads under random bases, analytic: ``E tr(QX)^2 = |X|^2 / r`` for a Haar rotation Q of a space of rank r.
+
+    A variance over bases that might have been, not an error of sampling.
+    """
+
+    persistence: Array
+    """``[P]``: sd of S, were h_j in a basis of its own"""
+    carried: Array
+    """``[P]``: sd of c, were what was added in random directions"""
+
+
+@dataclass(frozen=True)
+class Quantities:
+    """Quantities of pairs of layers i < j, each ``[..., P]``; NaN where a ratio has no denominator.
+
+    ``commission`` ``[..., n]`` is of layers.
+    """
+
+    persistence: Array
+    """S: how much of the signal in reading i is still there at j; holds the growth of the stream"""
+    carried: Array
+    """c: the share of what was added that went elsewhere; ``1 - c`` shows in the reading of lens i"""
+    room: Array
+    """1 - B: the share of lens i's error loading that lens j no longer has"""
+    clarity: Array
+    """R: share of reading i at layer j, as an amplitude, that readings of the two layers explain beyond chance"""
+    drowned: Array
+    """1 - R where S >= 1, else NaN: what is neither kept nor, for sure, in another basis"""
+    kept_low: Array
+    kept_high: Array
+    commission: Array
+    """Share of a lens's error that is loading on what is no signal"""
+    remainder: Array
+    """``E|T-r|^2 - E|e|^2 - E|T-f|^2`` over ``E|T-r|^2``: zero for the population's signal"""
+
+
+def quantities(products: Products, pairs: Pairs, chance: Chance) -> Quantities:
+    """All quantities of (sums or means of) products; ``pairs`` gives the positions (i, j) of each pair, ``[P]`` each."""
+    i, j = pairs
+    pair, layer = products.pair, products.layer
+    rr, rf = layer["rr"], layer["rf"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = (rr / rf)[..., i]  # a(r_i)
+        new, old = pair["jr"] / pair["jf"], pair["sr"] / pair["sf"]  # a(r_j), a(s_ij)
+        persistence = pair["sf"] / rf[..., i]
+        baseline = 2 * chance.persistence**2 * rf[..., i] / pair["ss"]
+        explained = _explained(pair["sr"], pair["sj"], rr[..., i], pair["jr"], rr[..., j]) / pair["ss"]
+        clarity = np.sqrt(np.maximum(0, (np.clip(explained, 0, 1) - baseline) / (1 - baseline)))
+        kept = persistence > 2 * chance.persistence
+        error = rr - 2 * rf + layer["ff"]
+        target = products.target[..., None]
+        missed = target - 2 * layer["rT"] + rr
+        unread = target - 2 * layer["fT"] + layer["ff"]
+        return Quantities(
+            persistence=persistence,
+            carried=(old - new) / (own - new),
+            room=1 - (new - 1) / (own - 1),
+            clarity=clarity,
+            drowned=np.where(persistence >= 1, 1 - clarity, np.nan),
+            kept_low=np.where(kept, clarity, 0.0),
+            kept_high=np.where(kept, np.minimum(1, persistence), 0.0),
+            commission=error / missed,
+            remainder=(missed - error - unread) / missed,
+        )
+
+
+def _explained(first: Array, second: Array, a: Array, ab: Array, b: Array) -> Array:
+    """``v^T M^-1 v``: what two readings with squares a, b and product ab explain, from their products with a third."""
+    return (first**2 * b - 2 * first * second * ab + second**2 * a) / (a * b - ab**2)

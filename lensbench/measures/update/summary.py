@@ -1,0 +1,183 @@
+"""What the update decomposition comes to: a row for each pair and each block, and the model's indices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lensbench.measures.means import Estimate
+from lensbench.measures.update.decomposition import Decomposition, spread_by_refits
+from lensbench.measures.update.gates import REASONS
+from lensbench.measures.update.quantities import Quantities
+from lensbench.statistics import Array, few_clusters, small_sample_interval, too_few_clusters
+
+FEWEST_PAIRS, SMALLEST_SHARE = 3, 0.2
+"""A model's shares are undetermined unless so many of its pairs pass the gates, and such a share of them"""
+
+EXTRA_SPREAD = 0.1
+"""Added to the spread of every pair's carried share before pairs are weighted: no pair decides alone"""
+
+WITHOUT_LAYER_0 = "_without_layer0"
+
+PAIR_COLUMNS = ("carried", "persistence", "clarity", "room", "kept_low", "kept_high")
+"""Quantities of a pair that have an interval in its row"""
+
+
+def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
+    """A row for each pair of layers: its gate, and every quantity with its interval. Undefined values are None."""
+    i, j = found.pairs
+    drawn = {name: _drawn(found, name) for name in PAIR_COLUMNS}
+    news = found.news_draws()
+    rows = []
+    for at in range(len(i)):
+        row: dict[str, Any] = {
+            "from_layer": found.layers[i[at]],
+            "to_layer": found.layers[j[at]],
+            "metric": found.metric,
+            "ridge": found.ridges[i[at]],
+            "gate": found.gate[at],
+        }
+        for name in PAIR_COLUMNS:
+            row |= _columns(name, _estimate(getattr(found.point, name)[at], drawn[name][:, at], found))
+        row["carried_chance"] = _number(found.chance.carried[at])
+        row["persistence_chance"] = _number(found.chance.persistence[at])
+        row["drowned"] = _number(found.point.drowned[at])
+        row |= _columns("news", _estimate(found.news()[at], news[:, at], found))
+        row["commission"] = _number(found.point.commission[i[at]])
+        rows.append(row)
+    return rows
+
+
+def block_rows(found: Decomposition) -> list[dict[str, Any]]:
+    """A row for each block, or group of neighbours that were merged on dev: what it keeps, adds in place, adds elsewhere."""
+    at_pair = {(int(i), int(j)): at for at, (i, j) in enumerate(zip(*found.pairs, strict=True))}
+    of_pair = pair_rows(found)
+    rows = []
+    for i, j in found.blocks:
+        row = dict(of_pair[at_pair[i, j]])
+        row["blocks"] = found.layers[j] - found.layers[i]
+        rows.append(row)
+    return rows
+
+
+def index_estimates(found: Decomposition) -> dict[str, Estimate]:
+    """Every index of the decomposition, over all pairs of layers and over those without layer 0."""
+    estimates: dict[str, Estimate] = {}
+    for suffix, first in (("", 0), (WITHOUT_LAYER_0, 1)):
+        pairs = np.array([found.layers[i] >= first for i in found.pairs[0]])
+        estimates |= {name + suffix: value for name, value in _indices(found, pairs).items()}
+    return estimates
+
+
+def passing(found: Decomposition, pairs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of some pairs pass the gates, ``[P]``."""
+    passed: NDArray[np.bool_] = pairs & np.array([not gate for gate in found.gate])
+    return passed
+
+
+def undetermined(found: Decomposition, pairs: NDArray[np.bool_]) -> str:
+    """Why the shares over some pairs are undetermined, with the gate that stops most of them; empty where they are not."""
+    passed, asked = int(passing(found, pairs).sum()), int(pairs.sum())
+    needed = max(FEWEST_PAIRS, int(np.ceil(SMALLEST_SHARE * asked)))
+    if passed >= needed:
+        return ""
+    stopped = [gate for gate, inside in zip(found.gate, pairs, strict=True) if inside and gate]
+    most = max(REASONS, key=stopped.count) if stopped else ""
+    why = f"; of {stopped.count(most)} {REASONS[most]}" if most else ""
+    return f"undetermined: {passed} of {asked} pairs of layers pass the gates and {needed} are needed{why}"
+
+
+def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, Estimate]:
+    none = Estimate(None, None, None, "undetermined: one layer is left")
+    passed = passing(found, pairs)
+    if not pairs.any():
+        return dict.fromkeys(NAMES, none)
+    reason = undetermined(found, pairs)
+    carried, in_place = Estimate(None, None, None, reason), Estimate(None, None, None, reason)
+    if not reason:
+        spread = np.nanvar(_drawn(found, "carried")[:, passed], axis=0)
+        weight = 1 / (found.chance.carried[passed] ** 2 + spread + EXTRA_SPREAD**2)
+
+        def mean(q: Quantities) -> Array:
+            result: Array = q.carried[..., passed] @ (weight / weight.sum())
+            return result
+
+        carried = _of(found, mean)
+        in_place = _of(found, lambda q: 1 - mean(q))
+    plain = {name: _of(found, _plain_mean(name, pairs)) for name in ("clarity", "persistence", "kept_low", "kept_high")}
+    layers = np.unique(found.pairs[0][pairs])
+    return {
+        "in_place": in_place,
+        "carried": carried,
+        **plain,
+        "news": _news(found, pairs),
+        "commission": _of(found, lambda q: q.commission[..., layers].mean(-1)),
+        "drowned": _drowned(found, pairs),
+        "pairs_passed": Estimate(
+            float(passed.sum() / pairs.sum()), None, None, f"{passed.sum()} of {pairs.sum()} pairs"
+        ),
+    }
+
+
+NAMES = (
+    "in_place", "carried", "clarity", "persistence", "kept_low", "kept_high", "news", "commission", "drowned",
+    "pairs_passed",
+)  # fmt: skip
+"""The indices, each also with :data:`WITHOUT_LAYER_0` at its end"""
+
+
+def _plain_mean(name: str, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
+    def mean(q: Quantities) -> Array:
+        result: Array = getattr(q, name)[..., pairs].mean(-1)
+        return result
+
+    return mean
+
+
+def _drowned(found: Decomposition, pairs: NDArray[np.bool_]) -> Estimate:
+    """The mean of 1 - R over pairs whose signal did not shrink: there a basis that changed and interference look alike."""
+    grown = pairs & (found.point.persistence >= 1)
+    if not grown.any():
+        return Estimate(None, None, None, "undefined: the signal of every pair shrinks (S < 1)")
+    return _of(found, lambda q: (1 - q.clarity[..., grown]).mean(-1))
+
+
+def _news(found: Decomposition, pairs: NDArray[np.bool_]) -> Estimate:
+    """News of all pairs together: gains are added up first, so that a pair with hardly any gain does not decide."""
+    new, whole = found.news_sums
+    weights = found.weights
+    total = weights @ whole[:, pairs].sum(1)
+    point = whole[:, pairs].sum()
+    if not point > 0 or np.percentile(total, 2.5) <= 0:
+        return Estimate(None, None, None, "undetermined: later lenses do not surely explain more of the final state")
+    drawn = (weights @ new[:, pairs].sum(1)) / total
+    return _estimate(new[:, pairs].sum() / point, drawn, found)
+
+
+def _of(found: Decomposition, value: Callable[[Quantities], Array]) -> Estimate:
+    """An index that is a function of quantities, with documents and refits in its interval."""
+    refits = None if found.refits is None else value(found.refits)
+    return _estimate(float(value(found.point)), spread_by_refits(value(found.draws), refits, (found.seed, 1)), found)
+
+
+def _drawn(found: Decomposition, name: str) -> Array:
+    refits = None if found.refits is None else getattr(found.refits, name)
+    return spread_by_refits(getattr(found.draws, name), refits, (found.seed, 1))
+
+
+def _estimate(value: float, draws: Array, found: Decomposition) -> Estimate:
+    if not np.isfinite(value) or not np.isfinite(draws).all():
+        return Estimate(None, None, None, "undefined: its denominator is zero")
+    if reason := too_few_clusters(found.clusters):
+        return Estimate(float(value), None, None, reason)
+    low, high = small_sample_interval(np.asarray([value]), draws[:, None], found.clusters)
+    return Estimate(float(value), float(low[0]), float(high[0]), few_clusters(found.clusters))
+
+
+def _columns(name: str, one: Estimate) -> dict[str, float | None]:
+    return {name: one.value, f"{name}_ci_low": one.low, f"{name}_ci_high": one.high}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
