@@ -9,11 +9,16 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from logging import CRITICAL
 from pathlib import Path
 from tokenize import detect_encoding
 from typing import Any
+
+from pyarrow import ArrowException, parquet, types
 
 from lensbench.errors import LensbenchError
 from lensbench.runtime.environment import needs
@@ -318,33 +323,106 @@ def _read_hub(rest: str, odd: Oddities) -> Iterator[Document]:
     elif len(parts) == 3 and all(parts):
         candidates = [("/".join(parts[:2]), parts[2])]
     else:
-        raise LensbenchError(f"hf:{rest} is no dataset: expected hf:NAME[/CONFIG][@SPLIT][#FIELD]")
+        raise LensbenchError(f"hf:{printable(rest)} is no dataset: expected hf:NAME[/CONFIG][@SPLIT][#FIELD]")
     assert match is not None
     split, field = match["split"] or "train", match["field"] or "text"
-    rows = _hub_rows(rest, candidates, split)
-    for number, row in enumerate(rows):
-        text = _text_of(row, field, f"hf:{rest} row {number}", odd)
-        if text is not None:
-            yield Document(f"{split}:{number}", text)
+    if Path(match["path"]).is_dir():
+        _check_folder(Path(match["path"]), rest, field, odd)
+    with closing(_hub_rows(rest, candidates, split)) as rows:
+        for number, row in enumerate(rows):
+            text = _text_of(row, field, f"hf:{printable(rest)} row {number}", odd)
+            if text is not None:
+                yield Document(f"{split}:{number}", text)
 
 
-def _hub_rows(rest: str, candidates: list[tuple[str, str | None]], split: str) -> Iterator[Mapping[str, Any]]:
+def _hub_rows(
+    rest: str, candidates: list[tuple[str, str | None]], split: str
+) -> Generator[Mapping[str, Any], None, None]:
     needs("hub", "datasets")
     import datasets  # takes a second to import, and only this function needs it
 
     # The hub's client raises errors of its HTTP and file system libraries, of parsers and of its own, without a common
     # class. Every failure becomes one line; the cause is chained for --debug.
     reasons = []
-    for name, config in candidates:
-        try:
-            yield from datasets.load_dataset(name, config, split=split, streaming=True)
-            return
-        except datasets.exceptions.DatasetNotFoundError as error:
-            reasons.append(" ".join(str(error).split())[:300])
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise LensbenchError(f"hf:{rest} cannot be read: {type(error).__name__}: {reason}") from error
-    raise LensbenchError(f"hf:{rest} cannot be read: {'; '.join(reasons)}")
+    verbosity = datasets.logging.get_verbosity()
+    try:
+        datasets.logging.set_verbosity(CRITICAL)  # it would say errors in lines of its own
+        for name, config in candidates:
+            try:
+                yield from datasets.load_dataset(name, config, split=split, streaming=True)
+                return
+            except datasets.exceptions.DatasetNotFoundError as error:
+                reasons.append(_hub_reason(error))
+            except Exception as error:
+                what = _hub_reason(error)
+                raise LensbenchError(f"hf:{printable(rest)} cannot be read: {type(error).__name__}: {what}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+    raise LensbenchError(f"hf:{printable(rest)} cannot be read: {'; '.join(reasons)}")
+
+
+UNCLEAR = {
+    "BatchSize must be greater than 0": "a file of it has no rows: take the file away",
+    "Multiple matches for FieldRef": "a column of that name stands twice in a file: rename one of them",
+    "codec can't decode": "a file of it is not UTF-8: save it as UTF-8",
+    "saved using `save_to_disk`": "it was written by save_to_disk: write it with to_parquet into a folder of its own",
+    "column names don't match": "its files have different columns: keep files of the same columns in it",
+    "maximum recursion depth": "a row of it is nested too deeply to be read",
+}
+"""Parts of messages of datasets that say nothing to a user -> what to say"""
+
+
+def _hub_reason(error: Exception) -> str:
+    """The reason that the reader of datasets gives, in one line."""
+    line = printable(" ".join(str(error).split()))
+    return next((said for part, said in UNCLEAR.items() if part in line), line[:300])
+
+
+HF_KINDS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".txt": "text",
+}
+"""Ending of a file in a local folder of ``hf:`` -> the kind that datasets reads it as; it reads files of one kind only"""
+
+
+NO_DATA = frozenset(("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
+
+
+def _check_folder(folder: Path, rest: str, field: str, odd: Oddities) -> None:
+    """Count the files of a local folder that datasets leaves out in silence, and refuse one whose texts it would turn.
+
+    It reads the kind of file that most are of. Numbers in one Parquet file become texts where another has texts.
+    """
+    card = folder / "README.md"
+    if card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace"):
+        return  # it names its files itself
+    found = {place: path for place, path in _files_in(folder).items() if path.name not in NO_DATA}
+    kinds = Counter(kind for path in found.values() if (kind := HF_KINDS.get(path.suffix.lower())))
+    odd.others += kinds.total() - max(kinds.values(), default=0)
+    for place, path in sorted(found.items()):
+        if path.suffix.lower() == ".parquet" and (other := _other_type(path, field)):
+            raise LensbenchError(
+                f"hf:{printable(rest)}: field {field!r} of {printable(place)} is {other}, and must be a string"
+            )
+
+
+def _other_type(path: Path, field: str) -> str | None:
+    """The type of a column of a Parquet file where it is one of numbers; None for others and files that are damaged."""
+    try:
+        schema = parquet.read_schema(path)
+    except (ArrowException, OSError):
+        return None  # datasets says what is wrong with it
+    if schema.names.count(field) != 1:
+        return None
+    kind = schema.field(field).type
+    primitive = types.is_primitive(kind) and not types.is_null(kind)
+    return f"of type {kind}" if primitive else None
 
 
 def _n_bytes(document: Document) -> int:

@@ -140,11 +140,12 @@ KINDS = {
     str: "a string",
     list: "a list",
     dict: "an object",
+    bytes: "bytes",
 }
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value."""
+    """What JSON calls a value; the name of its type where JSON has none like it."""
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 

@@ -55,15 +55,20 @@ def logits_by_hand(
     ids: Tensor,
     order: Sequence[int],
     enter: Callable[[int, Tensor], Tensor] = lambda block, h: h,
+    *,
+    by_place: bool = False,
 ) -> Tensor:
-    """Logits ``[B, T, V]`` of the blocks ``order``, each of its own kind; block k receives ``enter(k, h)``."""
+    """Logits ``[B, T, V]`` of the blocks ``order``; block k receives ``enter(k, h)``.
+
+    Each is of its own kind, or ``by_place`` of the kind of the block that stands there in the model: the fault.
+    """
     inner, config = model.model, model.config
     h = inner.embed_tokens(ids)
     if config.model_type == "gemma2" and not hasattr(inner.embed_tokens, "embed_scale"):
         h = h * torch.tensor(config.hidden_size**0.5)
     places = torch.arange(ids.shape[1])[None]
-    for k in order:
-        kind = config.layer_types[k]
+    for place, k in enumerate(order):
+        kind = config.layer_types[place if by_place else k]
         by_kind = config.model_type in ("gemma3_text", "olmo3")
         rotary = inner.rotary_emb(h, places, *([kind] if by_kind else []))
         out = inner.layers[k](

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers.architectures import V, small_model
@@ -54,6 +55,27 @@ def test_swapped_blocks_keep_the_kind_of_their_attention(model):
     close(stream.forward(ids)[1], logits_by_hand(model, ids, ALL))
     assert not model._forward_pre_hooks
     assert not any(block._forward_pre_hooks for block in stream.blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gemma2"])
+def test_rises_of_swapped_blocks_are_far_from_those_of_kinds_by_place(architecture):
+    model, texts = mixed_model(architecture), windows()
+    model.lm_head.weight.mul_(10)  # also the embedding: predictions far from uniform
+    frame = PROBES["block_paths"].measure(subject_of(model, windows=texts)).frame(20)
+    found = frame[frame["quantity"] == "ce_rise_swapped"]["value"]
+    ids = torch.from_numpy(texts.ids)
+
+    def ce(order, by_place=False):
+        log_p = logits_by_hand(model, ids, order, by_place=by_place).double().log_softmax(-1)
+        scored = zip(*texts.valid.nonzero(), strict=True)
+        nats = [-log_p[w, t := texts.positions[w, j], ids[w, t + 1]] for w, j in scored]
+        return torch.stack(nats).mean().item()
+
+    orders = [[1, 0, 2, 3], [0, 2, 1, 3], [0, 1, 3, 2]]
+    rises, by_place = (np.array([ce(order, way) - ce(ALL) for order in orders]) for way in (False, True))
+    assert found.to_numpy() == pytest.approx(rises, abs=1e-4)
+    assert abs(by_place - rises).max() > 0.02
 
 
 @torch.no_grad()
