@@ -77,7 +77,7 @@ class Located:
             transformers_logging.set_verbosity_error()
             with (
                 contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext(),
-                quick_reading() if "gguf_file" in self.options else contextlib.nullcontext(),
+                self.reading(),
             ):
                 # Explicitly False: by default transformers asks at the terminal, and runs the code after a yes.
                 return loader.from_pretrained(self.name, trust_remote_code=False, **self.options, **options)
@@ -85,6 +85,10 @@ class Located:
             raise self.unreadable(part, error) from error
         finally:
             transformers_logging.set_verbosity(verbosity)
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """What is loaded inside reads a GGUF file's vocabulary once, however many parts are loaded."""
+        return quick_reading() if "gguf_file" in self.options else contextlib.nullcontext()
 
     def unreadable(self, part: str, error: Exception) -> LensbenchError:
         """The error to raise for a ``part`` that cannot be loaded, with its reason in one line."""
@@ -184,7 +188,7 @@ def load_tokenizer(source: str) -> Tokenizer | PreTrainedTokenizerBase:
     if where.own_tokenizer is None:
         loaded: PreTrainedTokenizerBase = where.load("tokenizer", AutoTokenizer)
         # Without tokenizer files transformers returns a tokenizer that has added tokens only.
-        if len(loaded.get_vocab()) <= len(loaded.get_added_vocab()):
+        if len(loaded) <= len(loaded.get_added_vocab()):
             raise LensbenchError(
                 f"{source} has no tokenizer: its vocabulary is empty; save_pretrained the tokenizer into the same folder"
             )
@@ -218,21 +222,22 @@ def load_model(
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     # Weights of another shape are refused below: the message of transformers does not say which they are.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded: Any = where.load("model", loader, dtype=dtype, **options)
-    model, report = loaded
-    if mismatched := sorted(report["mismatched_keys"]):
-        name, stored, expected = mismatched[0]
-        raise LensbenchError(
-            f"{source}: its weight {name}{more(mismatched)} has shape {list(stored)}, its config says {list(expected)}"
-        )
-    if report["missing_keys"]:
-        # transformers would initialise them at random and continue.
-        missing = sorted(report["missing_keys"])
-        raise LensbenchError(
-            f"{source} lacks the weight {missing[0]}{more(missing)}: it is damaged, or no {KIND[loader]}"
-        )
-    for line in _unused(where, model, report["unexpected_keys"]):
-        say(line)
+    with where.reading():
+        loaded: Any = where.load("model", loader, dtype=dtype, **options)
+        model, report = loaded
+        if mismatched := sorted(report["mismatched_keys"]):
+            name, stored, expected = mismatched[0]
+            raise LensbenchError(
+                f"{source}: its weight {name}{more(mismatched)} has shape {list(stored)}, its config says {list(expected)}"
+            )
+        if report["missing_keys"]:
+            # transformers would initialise them at random and continue.
+            missing = sorted(report["missing_keys"])
+            raise LensbenchError(
+                f"{source} lacks the weight {missing[0]}{more(missing)}: it is damaged, or no {KIND[loader]}"
+            )
+        for line in _unused(where, model, report["unexpected_keys"]):
+            say(line)
     model.eval()
     network: PreTrainedModel = model if device_map is not None else torch.nn.Module.to(model, device)
     return network
@@ -289,8 +294,9 @@ def load_pretrained(
     Code that comes with a model is never run. ``say`` is told of what is not used. Raises :class:`LensbenchError` for a
     source that cannot be read, and for a tokenizer that does not fit the model's vocabulary.
     """
-    model = load_model(source, dtype=dtype, device=device, device_map=device_map, say=say)
-    tokenizer = load_tokenizer(source)
+    with locate(source).reading():
+        model = load_model(source, dtype=dtype, device=device, device_map=device_map, say=say)
+        tokenizer = load_tokenizer(source)
     check_vocabulary(source, tokenizer, model.config.get_text_config().vocab_size)
     return Pretrained(source, model, tokenizer, locate(source).own_tokenizer is not None)
 
