@@ -7,9 +7,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
@@ -24,6 +23,7 @@ from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
 from lensbench.lenses.shared import SHARED_BIAS_LENS
 from lensbench.lenses.tuned import SharedLens, save_tuned_lens, tuned_lens
 from lensbench.runtime.files import write_json
+from lensbench.runtime.sealed import read_tensors
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
@@ -61,7 +61,7 @@ class FitSummary(BaseModel):
         """From ``fit.json``; raises :class:`LensbenchError` for a damaged file."""
         try:
             return cls.model_validate_json(path.read_text())
-        except (OSError, ValidationError, LensbenchError) as error:
+        except (OSError, ValueError, LensbenchError) as error:
             raise LensbenchError(f"{path} is damaged; delete its folder to fit anew") from error
 
     def curve(self) -> list[LensId]:
@@ -115,13 +115,13 @@ class Fit:
         """Inverse of :meth:`save`; raises :class:`LensbenchError` for damaged files."""
         summary, path = FitSummary.load(folder / FIT_SUMMARY), folder / MAPS
         try:
-            tensors = load_file(path)
+            tensors = read_tensors(path)
             lenses = {
                 lens: FittedLens(record, AffineMaps(tensors[f"{lens}.matrix"], tensors[f"{lens}.offset"]))
                 for lens, record in summary.records.items()
             }
             views = [RotatedView(tensors[_view_name(k)], summary.rotated_rank) for k in range(summary.rotations)]
-        except (OSError, KeyError, SafetensorError) as error:
+        except (KeyError, LensbenchError) as error:
             raise LensbenchError(f"lens file {path} is damaged ({error}); delete its folder to fit anew") from error
         return cls(lenses, views, summary)
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tuned_lens import load_artifacts
 from tuned_lens.nn.lenses import Lens, TunedLens, TunedLensConfig
@@ -17,6 +16,8 @@ from tuned_lens.utils import tensor_hash
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
+from lensbench.runtime.sealed import read_tensors
+from lensbench.runtime.texts import read_json
 
 
 class SharedLens(Lens):
@@ -76,19 +77,19 @@ class SharedLens(Lens):
         """Raises :class:`LensbenchError` for a folder that is damaged or belongs to another model."""
         folder = Path(folder)
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = read_json(folder / "config.json")
             if config["unembed_hash"] not in _unembedding_hashes(unembed):
                 raise LensbenchError(
                     f"the lens in {folder} was fitted to another model (its unembedding's hash differs)"
                 )
             lens = cls(unembed, config["d_model"], config["layer_biases"])
-            tensors = load_file(folder / "params.safetensors")
+            tensors = read_tensors(folder / "params.safetensors")
             expected = {key for key in lens.state_dict() if not key.startswith("unembed.")}
             if set(tensors) != expected:
                 raise ValueError(f"it holds {sorted(tensors)} where its config says {sorted(expected)}")
             lens.load_state_dict(tensors, strict=False)  # all that is left out is the unembedding, which is the model's
             refuse_not_finite(f"the lens in {folder}", tensors)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise LensbenchError(f"{folder} does not hold a shared lens: {error}") from error
         return lens
 
@@ -154,7 +155,7 @@ def load_tuned_lens(unembed: Unembed, source: str) -> TunedLens:
     """
     config_path, parameters = lens_files(source)
     try:
-        config = TunedLensConfig.from_dict(json.loads(config_path.read_text()))
+        config = TunedLensConfig.from_dict(read_json(config_path, ours=False))
         wanted = config.unembed_hash
         lens = _blank(unembed, config)  # writes the model's own hash into the config
         state = torch.load(parameters, map_location="cpu", weights_only=True)

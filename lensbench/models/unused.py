@@ -1,6 +1,5 @@
 """What lies in a checkpoint and is not used: refused where it belongs to the model, said in one line where it does not."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lensbench.errors import LensbenchError
+from lensbench.runtime.texts import read_json
 
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|position_ids|causal_mask|masked_bias|(attn|attention|self_attn|crossattention)\.bias)$"
@@ -123,7 +123,7 @@ def more(names: list[str]) -> str:
 def beside(source: str, folder: Path, model: PreTrainedModel) -> list[str]:
     """A line each on what lies in a model's folder and is not used."""
     lines = []
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "config.json", ours=False)
     if "transformers_weights" not in content and (others := _other_weights(folder)):
         lines.append(f"{source}: {others[0]}{more(others)} beside the weights: not read")
     if content.get("auto_map"):
@@ -163,5 +163,5 @@ def _files_read(folder: Path) -> set[str]:
             return {name}
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return set(read_json(index, ours=False)["weight_map"].values())
     return set()

@@ -12,7 +12,7 @@ from lensbench.data.samples import Samples
 from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity
 from lensbench.probes.gradient_alignment import IMAGES_AT_ONCE
 from lensbench.probes.measured import Measured, Sums
-from lensbench.probes.subject import Subject
+from lensbench.probes.subject import Subject, no_blocks
 from lensbench.probes.tools.block_places import swapped, why_not_swapped
 from lensbench.statistics import Array
 from lensbench.streams.parts import block_input
@@ -52,9 +52,7 @@ def block_paths(subject: Subject) -> Measured:
     stream, windows = subject.stream, subject.samples
     blocks = list(stream.blocks)
     if subject.rotated or not blocks:
-        what = (
-            "a rotated view has no blocks of its own" if subject.rotated else "its layers are not blocks of their own"
-        )
+        what = "a rotated view has no blocks of its own" if subject.rotated else no_blocks(stream)
         return Measured("block_paths", reason=what)
     whole = cross_entropy(stream, windows)
     sums = Sums("block_paths", windows, windows.valid.sum(1).astype(float))

@@ -18,7 +18,7 @@ from torch import Tensor
 from lensbench.lenses.maps import AffineMaps
 from lensbench.probes.catalogue import WITH_ITS_NULL, Panel, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
-from lensbench.probes.subject import Subject
+from lensbench.probes.subject import Subject, no_blocks
 from lensbench.probes.tools.crossfit import FoldSums, centred
 from lensbench.probes.tools.interventions import entering
 from lensbench.probes.tools.predictions import Directions, batches
@@ -63,7 +63,7 @@ def causal_fidelity(subject: Subject) -> Measured:
     if subject.rotated:
         return Measured(name, reason="a rotated view has no states of its own to move")
     if not stream.blocks:
-        return Measured(name, reason="its layers are not blocks of their own, whose inputs could be moved")
+        return Measured(name, reason=f"{no_blocks(stream)}: there are no inputs to move")
     few = subject.windows.spread(WINDOWS)
     moves = Moves.of(subject)
     scores = {what: np.zeros((len(few.ids), stream.layers, 2 * DIRECTIONS)) for what in SCORES}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
 from lensbench.probes.catalogue import SAME_TOKENIZER, WITH_ITS_NULL, Probe, Quantity
-from lensbench.probes.subject import Subject
+from lensbench.probes.subject import Subject, no_blocks
 from lensbench.probes.tools.crossfit import FOLDS, Estimates, Jackknifed, by_group
 from lensbench.probes.tools.heads import EAGER, check_heads, reading_heads, sets_attention
 from lensbench.probes.tools.interventions import entering
@@ -49,9 +49,7 @@ def head_weights(subject: Subject) -> Jackknifed:
     if sets_attention(stream):
         subject.say(EAGER)
     if not stream.blocks:
-        return Jackknifed(
-            name, reason="its layers are not blocks of their own, which could be handed a token's embedding"
-        )
+        return Jackknifed(name, reason=f"{no_blocks(stream)}, and could not be handed a token's embedding")
     tokens, association = _frequent_tokens(subject)
     group = np.random.default_rng(0).permutation(len(tokens)) % FOLDS
     size = by_group(np.ones(len(tokens)), group)

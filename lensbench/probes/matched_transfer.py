@@ -10,6 +10,7 @@ from lensbench.measures.transfer import transfer_sums
 from lensbench.probes.catalogue import SAME_TOKENIZER, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums, smallest_gain
 from lensbench.probes.subject import Subject
+from lensbench.probes.tools.crossfit import NOTHING
 from lensbench.streams.kl import sum_by_window
 
 
@@ -33,6 +34,10 @@ def matched_transfer(subject: Subject) -> Measured:
     for a, i in enumerate(layers):
         for b, j in enumerate(layers):
             sums.add("matched_penalty", matched[:, a, b] - own[:, b], layer=i, other=j)
+    if len(layers) < 2:
+        for name in ("offset_and_scale_share", "gain_visibility_matched"):
+            sums.undefined(name, NOTHING)
+        return sums.measured()
     off = ~np.eye(len(layers), dtype=bool)
     floor = smallest_gain(scored)
     penalty = (raw.kl - own[:, None, :])[:, off].mean(1)

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import from_numpy
 
 from lensbench.data.corpus import clusters_of
 from lensbench.data.samples import Samples
+from lensbench.errors import LensbenchError
 from lensbench.measures.means import SMALLEST_DENOMINATOR
-from lensbench.probes.tools.crossfit import COLUMNS, Jackknifed
+from lensbench.probes.tools.crossfit import COLUMNS, NOTHING, Jackknifed
+from lensbench.runtime.sealed import read_tensors
+from lensbench.runtime.stages import ANEW
+from lensbench.runtime.texts import read_json
 from lensbench.statistics import (
     Array,
     bootstrap_weights,
@@ -59,8 +63,12 @@ class Measured:
     @classmethod
     def load(cls, folder: Path) -> "Measured":
         """What :meth:`save` wrote into the folder."""
-        arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
-        return cls(**json.loads((folder / "labels.json").read_text()), **arrays)
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in read_tensors(folder / "sums.safetensors", ANEW).items()}
+        labels = read_json(folder / "labels.json", ANEW)
+        try:
+            return cls(**labels, **arrays)
+        except TypeError as error:
+            raise LensbenchError(f"{folder} is damaged: {error}; {ANEW}") from error
 
     def frame(self, draws: int = 2000, clusters: Mapping[str, str] | None = None) -> pd.DataFrame:
         """A row per quantity with its 95 % bootstrap interval over clusters of documents.
@@ -154,7 +162,9 @@ class Sums:
         self.reasons[-1] = reason
 
     def measured(self) -> Measured:
-        """All that was added."""
+        """All that was added; undefined as a whole where nothing was."""
+        if not self.columns:
+            return Measured(self.probe, reason=NOTHING)
         quantity, layer, other, floor, top, bottom = zip(*self.columns, strict=True)
         return Measured(
             self.probe,

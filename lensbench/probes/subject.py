@@ -18,6 +18,13 @@ from lensbench.streams.capture import Capture, capture
 from lensbench.streams.stream import ResidualStream
 
 
+def no_blocks(stream: ResidualStream) -> str:
+    """Why a stream has no blocks that can be taken apart."""
+    if stream.layers == 1:
+        return "it has one layer, which cannot be told from the model around it"
+    return "its layers are not blocks of their own"
+
+
 @dataclass(frozen=True)
 class ReadText:
     """What probes of language need in addition to a stream."""

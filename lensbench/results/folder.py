@@ -1,12 +1,12 @@
 """The run folder: tables in and out, checked, and the lock that one run holds on it."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from lensbench.results.schema import ADDED, ADDED_COLUMNS, SCHEMA, TEXT_COLUMNS,
 from lensbench.runtime.files import sha256, write_atomically, write_json
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import BEGUN
+from lensbench.runtime.texts import read_json
 
 OWNER = "run.json"
 """Whose folder it is"""
@@ -128,11 +129,11 @@ def owner_of(folder: Path) -> str | None:
     # What is finished counts, whoever claimed the folder since.
     for name, keys in ((MANIFEST, ("suite_name",)), (MANIFEST, ("calibration", "name")), (OWNER, ("suite",))):
         try:
-            found = json.loads((folder / name).read_text())
+            found: Any = read_json(folder / name)
             for key in keys:
                 found = found[key]
             return str(found)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (LensbenchError, KeyError, TypeError):
             continue  # missing, or not of lensbench: the next one may say
     return None
 

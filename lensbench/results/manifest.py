@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lensbench.errors import LensbenchError
 from lensbench.runtime.files import write_json
+from lensbench.runtime.texts import read_json
 
 SCHEMA_VERSION = 3
 
@@ -151,9 +152,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise LensbenchError(f"{folder} is not a run folder: it has no {MANIFEST}")
-    content: Any = None
+    content: Any = read_json(path)
     try:
-        content = json.loads(path.read_text())
         version = content["schema_version"]
         manifest = Manifest.model_validate(content) if version == SCHEMA_VERSION else None
         if content.get(CHECKSUM, whole := seal(content)) != whole:
@@ -164,7 +164,7 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise LensbenchError(f"{path} is damaged: {place}: {first['msg']}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, KeyError) and "in_context" in content:
             raise LensbenchError(f"{folder} holds tasks (`lensbench in-context`), not a run of a suite") from error
         raise LensbenchError(f"{path} is damaged: {error}") from error

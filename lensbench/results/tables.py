@@ -1,7 +1,6 @@
 """The tables of a run folder, from the per-sequence sums of its models: means, penalties, indices, with intervals."""
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
 from lensbench.data.corpus import clusters_of
 from lensbench.lenses.fit import FIT_SUMMARY, FitSummary
@@ -39,6 +37,8 @@ from lensbench.probes.registry import quantity_of
 from lensbench.probes.tools.crossfit import COLUMNS
 from lensbench.results.schema import ADDED_COLUMNS
 from lensbench.results.sums import ClusterSums, MatrixSums, by_document, clustered
+from lensbench.runtime.sealed import read_tensors
+from lensbench.runtime.texts import read_json
 from lensbench.statistics import bootstrap_weights, interval, mean_over_seeds, ratio_with_interval
 
 
@@ -72,13 +72,13 @@ class Part:
 
         ``known``: what its construction says of its stream.
         """
-        kept = {name: values.numpy() for name, values in load_file(scoring / "refits.safetensors").items()}
+        kept = {name: values.numpy() for name, values in read_tensors(scoring / "refits.safetensors").items()}
         sequences = pd.read_parquet(scoring / "sequences.parquet")
         return cls(
             model,
             seed,
             sequences,
-            json.loads((scoring / "model.json").read_text()) | {k: v for k, v in origin.items() if v is not None},
+            read_json(scoring / "model.json") | {k: v for k, v in origin.items() if v is not None},
             FitSummary.load(fitting / FIT_SUMMARY),
             kept,
             probes,

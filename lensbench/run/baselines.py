@@ -1,18 +1,20 @@
 """The stage that scores predictions by counting alone."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lensbench.data.inputs import IMAGES, TRAINED_HERE, Data
 from lensbench.results.tables import baseline_table
 from lensbench.run.context import Context
 from lensbench.run.inputs import eval_samples
 from lensbench.runtime.files import write_json
+from lensbench.runtime.sealed import read_tensors
+from lensbench.runtime.stages import ANEW
+from lensbench.runtime.texts import read_json
 
 
 def baselines(context: Context, data: Data) -> dict[str, Any]:
@@ -44,8 +46,8 @@ def baselines(context: Context, data: Data) -> dict[str, Any]:
     }
     name = "baselines" if data.name in (TRAINED_HERE, IMAGES) else f"baselines-{data.name}"
     folder = context.stage(name, key, compute).folder
-    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
-    known = {k: v.numpy() for k, v in load_file(folder / "tokens.safetensors").items()}
+    facts = read_json(folder / "facts.json", ANEW)
+    known = {k: v.numpy() for k, v in read_tensors(folder / "tokens.safetensors", ANEW).items()}
     table = baseline_table(
         {name: known[name] for name in facts.pop("baselines", ("unigram", "bigram"))},
         known["document"],

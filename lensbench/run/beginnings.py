@@ -1,6 +1,5 @@
 """The stage that measures what the beginning-of-text token in front of every window is worth to a pretrained model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from lensbench.run.context import Context
 from lensbench.run.inputs import data_of
 from lensbench.run.origin import origin_of, stream_of
 from lensbench.runtime.files import write_json
+from lensbench.runtime.stages import ANEW
+from lensbench.runtime.texts import read_json
 from lensbench.statistics import bootstrap_weights, ratio_with_interval
 from lensbench.suite.recipes import ModelRecipe
 
@@ -33,7 +34,7 @@ def beginning_facts(context: Context, model: ModelRecipe, seed: int) -> dict[str
     facts = data.beginning.facts
     if owner.source is None:
         return facts
-    found = json.loads(_worth(context, model, seed, data).read_text())
+    found = read_json(_worth(context, model, seed, data), ANEW)
     if not found["windows"]:
         return facts
     gain, said = found["begin_gain"], f"beginning of {owner.name}"

@@ -1,13 +1,13 @@
 """The stages of a learning curve: trainings of several budgets, scored by position."""
 
-import json
 from pathlib import Path
 
 from lensbench.data.windows import Windows
 from lensbench.run.context import Context
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.training import TRAINING, trained_network, training
-from lensbench.runtime.stages import Stage
+from lensbench.runtime.stages import ANEW, Stage
+from lensbench.runtime.texts import read_json
 from lensbench.studies.curves import CurvePoint, PositionSums, score_positions
 from lensbench.suite.recipes import ModelRecipe
 
@@ -39,6 +39,6 @@ def learning_curve(context: Context, model: ModelRecipe, seed: int) -> list[Curv
         timed = trained.folder / TRAINING
         # A stage of an earlier version knows only what it took as a whole.
         whole = context.stages.seconds[timed.parent.name]
-        seconds = json.loads(timed.read_text())["seconds"] if timed.exists() else whole
+        seconds = read_json(timed, ANEW)["seconds"] if timed.exists() else whole
         points.append(CurvePoint(model.name, seed, tokens, seconds, scored))
     return points

@@ -1,6 +1,5 @@
 """Where a model of a run comes from: trained here, or loaded from a source."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from lensbench.run.context import Context, digest_of
 from lensbench.run.inputs import corpus_of, data_of, identity_of
 from lensbench.run.training import loader_of, trained_network, training
 from lensbench.runtime.environment import choose_device, dtype_named
+from lensbench.runtime.texts import read_json
 from lensbench.streams.rotary import depends_on_length
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.recipes import ModelRecipe
@@ -116,9 +116,9 @@ def trained_on_this(context: Context, source: str) -> bool:
     if own_tokenizer is None:
         return False
     try:
-        manifest = json.loads((own_tokenizer.parents[2] / MANIFEST).read_text())
+        manifest = read_json(own_tokenizer.parents[2] / MANIFEST)
         theirs, checksum = manifest["suite"]["corpus"], manifest["corpus"]["checksum"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (LensbenchError, KeyError, TypeError):
         return True  # a run that has not finished does not say
     split = {"train", "fit", "dev", "eval", "seed"}
     same_split = {k: theirs[k] for k in split} == context.suite.corpus.model_dump(include=split)

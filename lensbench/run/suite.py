@@ -1,6 +1,5 @@
 """The one loop that runs a suite: corpus -> models -> stream -> lenses -> transfer -> tables -> figures."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +45,8 @@ from lensbench.run.scoring import scoring
 from lensbench.run.stage_names import stage_names
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.ranks import ALONE, Ranks
-from lensbench.runtime.stages import NotFinished, Stages
+from lensbench.runtime.stages import ANEW, NotFinished, Stages
+from lensbench.runtime.texts import read_json
 from lensbench.studies.curves import CurvePoint, curve_table, timing_table
 from lensbench.suite.recipes import ModelRecipe, Suite
 
@@ -135,7 +135,7 @@ def planned(
         try:
             for seed in suite.seeds_of(model):
                 path = planning(on, model, seed).folder / "plan.json"
-                plans[f"{model.name}-seed{seed}"] = json.loads(path.read_text())
+                plans[f"{model.name}-seed{seed}"] = read_json(path, ANEW)
         except (NotFinished, LensbenchError):
             if model in asked:
                 raise

@@ -12,9 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lensbench.errors import LensbenchError
 from lensbench.runtime.files import write_atomically
 
 SEAL = "sha256"
+
+
+def read_tensors(path: Path, remedy: str = "") -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises :class:`LensbenchError` that names it for one that is damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LensbenchError(f"{path} is damaged: {reason}{remedy and '; '}{remedy}") from error
 
 
 class Damaged(Exception):

@@ -19,11 +19,16 @@ from lensbench.errors import LensbenchError
 from lensbench.runtime.files import sha256, write_json
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
+from lensbench.runtime.texts import read_json
 
 RECORD = "stage.json"
 
 
-RECORDED = {"key", "seconds", "peak_gib", "files"}
+RECORDED: dict[str, Any] = {"key": str, "seconds": int | float, "peak_gib": int | float, "files": dict}
+"""What a stage's record says, and its types"""
+
+
+ANEW = "delete its folder to compute it anew"
 
 
 OLD = ".old"
@@ -52,7 +57,7 @@ class Stage:
 
     def checksums(self, ending: str) -> dict[str, str]:
         """The SHA-256 (hex) of those of its files whose names end so, by name."""
-        files: dict[str, str] = json.loads((self.folder / RECORD).read_text())["files"]
+        files: dict[str, str] = _said(self.folder, RECORD)["files"]
         return {name: checksum for name, checksum in files.items() if name.endswith(ending)}
 
 
@@ -142,18 +147,7 @@ class Stages:
         _move_into_place(partial, folder)
 
     def _record(self, folder: Path, name: str = RECORD) -> dict[str, Any] | None:
-        path = folder / name
-        if not path.is_file():
-            return None
-        try:
-            content = json.loads(path.read_text())
-        except (ValueError, OSError, RecursionError) as error:
-            raise LensbenchError(f"{path} is damaged ({error}); delete {folder} to compute it anew") from error
-        if name == RECORD and not (isinstance(content, dict) and set(content) == RECORDED):
-            raise LensbenchError(
-                f"{path} is damaged (it does not say what a stage's record says); delete {folder} to compute it anew"
-            )
-        return content if isinstance(content, dict) else None
+        return _said(folder, name) if (folder / name).is_file() else None
 
     def _verify(self, folder: Path, record: dict[str, Any]) -> None:
         for name, checksum in record["files"].items():
@@ -161,6 +155,16 @@ class Stages:
             if not path.is_file() or sha256(path) != checksum:
                 what = "is missing" if not path.is_file() else "is damaged (its checksum differs)"
                 raise LensbenchError(f"{path} {what}; delete {folder} to compute it anew")
+
+
+def _said(folder: Path, name: str) -> dict[str, Any]:
+    """What the record of a stage says; raises :class:`LensbenchError` for a damaged one."""
+    path, remedy = folder / name, f"delete {folder} to compute it anew"
+    content = read_json(path, remedy)
+    kinds = RECORDED if name == RECORD else {key: RECORDED[key] for key in ("key", "seconds")}
+    if set(content) != set(kinds) or not all(isinstance(content[key], kind) for key, kind in kinds.items()):
+        raise LensbenchError(f"{path} is damaged: it does not say what a stage's record says; {remedy}")
+    return content
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:

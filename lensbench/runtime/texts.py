@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -149,8 +150,25 @@ def kind_of(value: Any) -> str:
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-def parse_json(text: str, name: str, once: frozenset[str] = frozenset()) -> Any:
-    """A JSON document. Raises :class:`LensbenchError` for anything else, and where a key of ``once`` stands twice.
+def read_json(path: Path, remedy: str = "", *, ours: bool = True) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises :class:`LensbenchError` that names the file, and ends with the ``remedy``, for anything else; a file that is
+    ``ours`` has no field twice.
+    """
+    try:
+        content = parse_json(decode(read_bytes(path, "it"), "it"), "it", None if ours else frozenset())
+        if not isinstance(content, dict):
+            raise LensbenchError(f"it holds {kind_of(content)} where an object is expected")
+    except LensbenchError as error:
+        raise LensbenchError(f"{path} is damaged: {error}{remedy and '; '}{remedy}") from error
+    return content
+
+
+def parse_json(text: str, name: str, once: frozenset[str] | None = frozenset()) -> Any:
+    """A JSON document.
+
+    Raises :class:`LensbenchError` for anything else, and where a key of ``once`` stands twice; None: where any does.
 
     Numbers of any length are read: of very long ones only the size is kept.
     """
@@ -159,7 +177,8 @@ def parse_json(text: str, name: str, once: frozenset[str] = frozenset()) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next((key for key in keys if key in once and keys.count(key) > 1), None)
+            seen = Counter(keys)
+            twice = next((key for key in keys if (once is None or key in once) and seen[key] > 1), None)
             if twice is not None:
                 raise LensbenchError(f"{name} has the field {twice!r} twice: take one of them out")
         return found
@@ -167,7 +186,7 @@ def parse_json(text: str, name: str, once: frozenset[str] = frozenset()) -> Any:
     try:
         return json.loads(
             text,
-            object_pairs_hook=row if once else None,
+            object_pairs_hook=row if once is None or once else None,
             parse_int=lambda digits: int(digits) if len(digits) < 400 else float(digits),
         )
     except RecursionError as error:

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lensbench.runtime.sealed import read_tensors
 from lensbench.streams.capture import Capture
 
 
@@ -51,7 +52,7 @@ class RotatedView:
     @classmethod
     def load(cls, path: Path) -> "RotatedView":
         """The view that :meth:`save` wrote."""
-        kept = load_file(path)
+        kept = read_tensors(path)
         return cls(kept["maps"], int(kept["rank"]))
 
     def apply(self, captured: Capture) -> Capture:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from scipy.stats import binomtest
 
-from lensbench.errors import LensbenchError
 from lensbench.lenses.closed import fit_rotated
 from lensbench.lenses.fit import Fit, fit
 from lensbench.lenses.maps import AffineMaps, rotated_maps
@@ -43,6 +42,7 @@ from lensbench.results.manifest import write_manifest
 from lensbench.results.sums import ClusterSums
 from lensbench.runtime.files import sha256, write_atomically
 from lensbench.runtime.progress import QUIET, Progress
+from lensbench.runtime.texts import read_json
 from lensbench.statistics import bootstrap_weights
 from lensbench.streams.capture import Capture
 from lensbench.streams.rotated import RotatedView
@@ -303,10 +303,7 @@ def measured_streams(recipe: Calibration, kept: Path, workers: int, progress: Pr
             for number, future in enumerate(as_completed(running), done + 1):
                 write_atomically(place(running[future]), partial(_write_row, row=future.result()))
                 task.update(number)
-    try:
-        return pd.DataFrame([json.loads(place(job).read_text()) for job in jobs])
-    except (OSError, ValueError, RecursionError) as error:
-        raise LensbenchError(f"{kept} is damaged ({error}); delete it to measure anew") from error
+    return pd.DataFrame([read_json(place(job), "delete it to measure anew") for job in jobs])
 
 
 def _write_row(path: Path, *, row: dict[str, Any]) -> None:

@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy import stats
 from torch import from_numpy, nn
 
 from lensbench.data.windows import Windows
+from lensbench.runtime.sealed import read_tensors
 from lensbench.statistics import Array, bootstrap_weights, few_clusters, interval, mean_over_seeds
 from lensbench.streams.parts import evaluating
 
@@ -71,7 +72,7 @@ class PositionSums:
     @classmethod
     def load(cls, folder: Path) -> "PositionSums":
         """The sums that :meth:`save` wrote."""
-        arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "sums.safetensors").items()}
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in read_tensors(folder / "sums.safetensors").items()}
         return cls(**arrays)
 
 

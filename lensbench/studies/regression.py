@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
 from lensbench.runtime.files import sha256, write_atomically
 from lensbench.runtime.progress import QUIET, Progress, Task
+from lensbench.runtime.sealed import read_tensors
 from lensbench.runtime.stages import Stage, Stages
 from lensbench.statistics import Array, bootstrap_weights, interval, mean_over_seeds
 
@@ -237,7 +238,7 @@ def run_regression(
         for layers, attention, seed in every:
             model = InContextRegressor(recipe.dimensions, layers, attention)
             trained = training(recipe, stages, layers, attention, seed, progress)
-            model.load_state_dict(load_file(trained.folder / "model.safetensors"))
+            model.load_state_dict(read_tensors(trained.folder / "model.safetensors"))
             rows += compared(recipe, layers, attention, seed, model)
         table = pd.DataFrame(rows)
         table = pd.concat([table, seed_means(table)], ignore_index=True)

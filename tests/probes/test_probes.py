@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.architectures import small_model
 from helpers.gpt_windows import windows
 from helpers.planted import planted, subject_of
 from helpers.synthetic import SyntheticStream, capture_of, orthogonal, random_maps, true_token_kl, windows_of
@@ -323,3 +324,22 @@ def test_gradient_alignment_of_short_windows_is_the_same_whatever_pads_them():
         frame = PROBES["gradient_alignment"].measure(replace(whole, samples=windows)).frame(50)
         values.append(frame["value"].astype(float).to_numpy())
     np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_every_probe_measures_a_model_of_few_layers_or_says_why_not(layers):
+    it = subject_of(small_model("llama", num_hidden_layers=layers), count=16)
+    for name in (
+        "representation",
+        "block_paths",
+        "known_places",
+        "matched_transfer",
+        "head_weights",
+        "causal_fidelity",
+    ):
+        frame = PROBES[name].measure(it).frame(20)
+        assert len(frame)
+        assert (frame["value"].notna() | (frame["reason"].fillna("") != "")).all(), name
+        if layers == 1 and name in ("representation", "matched_transfer"):
+            undefined = frame.loc[frame["value"].isna(), "reason"]
+            assert set(undefined) == {"undefined: the model has too few layers to compare"}

@@ -14,10 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, from_numpy
 
 from lensbench.data.windows import Windows
+from lensbench.errors import LensbenchError
+from lensbench.runtime.sealed import read_tensors
+from lensbench.runtime.stages import ANEW
+from lensbench.runtime.texts import read_json
 from lensbench.statistics import Array, jackknife, leaving_one_out, too_few_clusters
 
 FOLDS = 8
@@ -260,8 +264,12 @@ class Jackknifed:
     @classmethod
     def load(cls, folder: Path) -> "Jackknifed":
         """What :meth:`save` wrote into the folder."""
-        arrays: dict[str, Any] = {k: v.numpy() for k, v in load_file(folder / "estimates.safetensors").items()}
-        return cls(**json.loads((folder / "labels.json").read_text()), **arrays)
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in read_tensors(folder / "estimates.safetensors", ANEW).items()}
+        labels = read_json(folder / "labels.json", ANEW)
+        try:
+            return cls(**labels, **arrays)
+        except TypeError as error:
+            raise LensbenchError(f"{folder} is damaged: {error}; {ANEW}") from error
 
     def frame(self, draws: int = 0, clusters: Any = None) -> pd.DataFrame:
         """A row per quantity with its 95 % jackknife interval over groups of documents; the arguments change nothing."""
@@ -292,6 +300,9 @@ class Jackknifed:
         table.loc[open_ended & (table["reason"] == ""), "reason"] = NO_INTERVAL
         numbers = dict.fromkeys(["value", "ci_low", "ci_high"], float)
         return table.where(table.notna(), None).astype(numbers)[COLUMNS]
+
+
+NOTHING = "undefined: the model has too few layers to compare"
 
 
 class Estimates:
@@ -333,7 +344,9 @@ class Estimates:
         self.add(quantity, value, without, **where)
 
     def done(self) -> Jackknifed:
-        """All that was added."""
+        """All that was added; undefined as a whole where nothing was."""
+        if not self.rows:
+            return Jackknifed(self.probe, reason=NOTHING)
         quantity, layer, other, reasons, value, without = zip(*self.rows, strict=True)
         return Jackknifed(
             self.probe,
