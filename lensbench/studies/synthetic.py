@@ -77,6 +77,14 @@ def read_out(
     return made
 
 
+def answers(tokens: int, width: int, random: torch.Generator, *, per_document: int, shared: float = 0.2) -> Tensor:
+    """Standard normal answers ``[tokens, width]``; the tokens of a document correlate by ``shared``, documents do not."""
+    of_document = torch.randn(-(-tokens // per_document), width, generator=random)
+    own = torch.randn(tokens, width, generator=random)
+    made: Tensor = (1 - shared) ** 0.5 * own + shared**0.5 * of_document.repeat_interleave(per_document, 0)[:tokens]
+    return made
+
+
 @dataclass(frozen=True)
 class Shape:
     """Size of a stream, and the noise of its first and last layers (standard deviations)."""
@@ -128,8 +136,7 @@ class SyntheticStream:
         def normal() -> Tensor:
             return torch.randn(tokens, self.width, generator=random)
 
-        shared = torch.randn(-(-tokens // per_document), self.width, generator=random)
-        answer = 0.8**0.5 * normal() + 0.2**0.5 * shared.repeat_interleave(per_document, 0)[:tokens]
+        answer = answers(tokens, self.width, random, per_document=per_document)
         return torch.stack(STREAM_FAMILIES[self.family].draw(self, answer, normal))
 
     def capture(self, tokens: int, *, seed: int, per_document: int = 8, constant: Tensor | None = None) -> Capture:
