@@ -163,7 +163,7 @@ class HeldOutStream:
 
     @cached_property
     def metric(self) -> Array:
-        """G ``[width, width]`` of the answer's entries (:mod:`lensbench.studies.shares`); p of :data:`METRIC_TOKENS` answers."""
+        """The metric G ``[width, width]`` of :mod:`lensbench.studies.shares`; p of :data:`METRIC_TOKENS` answers."""
         random = torch.Generator().manual_seed(METRIC_SEED)
         answer = answers(METRIC_TOKENS, self.width, random, per_document=8, shared=SHARED) * self.size
         state = torch.nn.functional.pad(answer, (0, self.extra))

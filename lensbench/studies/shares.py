@@ -1,11 +1,12 @@
 """What the construction of a synthetic stream declares: where each pair of layers gains, and what becomes of the gain.
 
-Channels (:mod:`lensbench.studies.channels`) are independent and have rooms of their own, so the error that the best reading of
-layer l leaves is a sum over channels. A channel's **gain** from layer i to j is ``tr G (X_j - X_i)``. X_l is the covariance of
-``E[y | x_l]``, in closed form. G is the read-out's mean Fisher metric without the norm's scale,
-``D^T (W^T diag(mean p) W - mean(e e^T)) D`` with ``e = W^T p`` and D the norm's gain. A channel says for every pair which share
-of its gain the old reading shows (1 in place, the cosine of a turned basis, 0 in a new basis) and which goes elsewhere (1 where
-copies are carried). Shares of the stream are those of its channels, weighted by their gains. No lens is fitted.
+Channels (:mod:`lensbench.studies.channels`) are independent and have rooms of their own, so the error that the best
+reading of layer l leaves is a sum over channels. A channel's **gain** from layer i to j is ``tr G (X_j - X_i)``. X_l is the
+covariance of ``E[y | x_l]``, in closed form. G is the read-out's mean Fisher metric without the norm's scale,
+``D^T (W^T diag(mean p) W - mean(e e^T)) D`` with ``e = W^T p`` and D the norm's gain. A channel says for every pair which
+share of its gain the old reading shows (1 in place, the cosine of a turned basis, 0 in a new basis) and which goes
+elsewhere (1 where copies are carried). Shares of the stream are those of its channels, weighted by their gains. No lens
+is fitted.
 """
 
 from collections.abc import Sequence
