@@ -15,6 +15,7 @@ from lensbench.data.samples import Samples
 from lensbench.errors import LensbenchError
 from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.ranks import ALONE, Ranks
+from lensbench.streams.readout import ReadOut
 from lensbench.streams.stream import ResidualStream
 
 
@@ -85,6 +86,33 @@ class Capture:
         return self.take(tokens[(tokens >= before) & (tokens < before + len(self))] - before)
 
 
+def predictions(
+    readout: ReadOut, logits: Tensor, target: Tensor, constant: Tensor | None, log_z: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What a :class:`Capture` keeps of the logits ``[n, V]`` of n tokens, by field, and the sum of p, float64 ``[V]``.
+
+    The logits are overwritten. ``target`` ``[n]``: next tokens. ``constant`` ``[V]``: logarithm of the constant
+    distribution; without it ``constant_kl`` lacks the term sum mean_p log mean_p, the same for all tokens. ``log_z``
+    ``[n, 1]``: log-partitions, if they are known.
+    """
+    log_z = logits.logsumexp(-1, keepdim=True) if log_z is None else log_z
+    bias = readout.bias
+    best, losses = logits.argmax(-1), (log_z - logits.gather(-1, target[:, None]))[:, 0]
+    p = logits.sub_(log_z).exp_()  # in place: fresh memory for [n, V] costs as much as filling it
+    # logsumexp over many words has an error of 1e-5; a p that sums to 1 + 1e-5 would move every KL by 1e-5 log Z.
+    p.div_(p.sum(-1, keepdim=True))
+    negative_entropy = -torch.special.entr(p).sum(-1)
+    found = {
+        "expected": p @ readout.weight,
+        "entropy_term": negative_entropy - (p @ bias if bias is not None and readout.linear else 0.0),
+        "targets": target,
+        "top": best,
+        "model_ce": losses,
+        "constant_kl": negative_entropy - (p @ constant if constant is not None else 0.0),
+    }
+    return found, p.sum(0).double()
+
+
 @dataclass
 class _Collector:
     """Collects the tokens of one capture, batch by batch."""
@@ -106,32 +134,17 @@ class _Collector:
     def add(self, rows: slice) -> None:
         """Run the model on some samples and keep what it says at their scored positions."""
         stream, samples = self.stream, self.samples
-        weight, bias = stream.readout.weight, stream.readout.bias
         inputs, row_at, at = (torch.from_numpy(x).to(stream.device) for x in samples.scored(rows))
         h, logits = stream.at(inputs, row_at, at, read_out=stream.float32)
         if not stream.float32:  # the model's own logits have two or three digits, its states give more
             logits = stream.readout(h[-1].float())
         target = torch.from_numpy(samples.targets(rows)).to(stream.device)
         log_z = logits.logsumexp(-1, keepdim=True)
-        best, losses = logits.argmax(-1), (log_z - logits.gather(-1, target[:, None]))[:, 0]
-        p = logits.sub_(log_z).exp_()  # in place: fresh memory for [n, V] costs as much as filling it
-        # logsumexp over many words has an error of 1e-5; a p that sums to 1 + 1e-5 would move every KL by 1e-5 log Z.
-        p.div_(p.sum(-1, keepdim=True))
-        negative_entropy = -torch.special.entr(p).sum(-1)
+        found, total_p = predictions(stream.readout, logits, target, self.constant, log_z)
         if self.done == 0:
             shape = (stream.layers + 1, self.tokens, stream.d_model)
             self.states = room_for(shape, stream.device, self.memory_gib)
         refuse_overflow(h, log_z, rows.start)
-        aim, total_p = p @ weight, p.sum(0).double()
-        found = {
-            "expected": aim,
-            "entropy_term": negative_entropy - (p @ bias if bias is not None and stream.readout.linear else 0.0),
-            "targets": target,
-            "top": best,
-            "model_ce": losses,
-            # Without a given constant, :func:`capture` adds the term sum mean_p log mean_p, the same for all tokens.
-            "constant_kl": negative_entropy - (p @ self.constant if self.constant is not None else 0.0),
-        }
         # From here on nothing can run out of memory and leave half of a batch in the capture.
         self.states[:, self.done : self.done + len(at)] = h
         self.done += len(at)
