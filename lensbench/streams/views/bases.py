@@ -54,7 +54,7 @@ class BasisView:
 
 
 def principal_halves(covariances: Tensor, variance: float) -> tuple[Tensor, Tensor]:
-    """Bases ``[d, r]`` of the principal subspace that holds a share ``variance`` of all variance, ``[d, d - r]`` of the rest.
+    """Bases ``[d, r]`` of the principal subspace with a share ``variance`` of all variance, ``[d, d - r]`` of the rest.
 
     ``covariances`` ``[n, d, d]`` of the layers, float64, are pooled. r is rounded up to an even number: planes turn.
     """
