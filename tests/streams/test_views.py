@@ -1,20 +1,19 @@
 """Views of a stream's own states, against their definitions written out in numpy."""
 
 import itertools
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers.gpt_windows import windows
 from helpers.synthetic import SyntheticStream, capture_of, in_double, read_out
+from helpers.two_processes import in_two
 from PIL import Image
 
 from lensbench.data.images import Images, ImageSet, pixels_of_size
 from lensbench.errors import LensbenchError
 from lensbench.models import build
-from lensbench.runtime.ranks import Ranks
 from lensbench.streams.capture import capture
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.stream import ResidualStream
@@ -225,45 +224,16 @@ def test_shuffles_are_the_same_for_a_seed_and_differ_between_splits_blocks_and_s
     torch.testing.assert_close(some.expected, first.expected)
 
 
-@dataclass(frozen=True)
-class Threads(Ranks):
-    """Two processes, each in a thread of its own."""
-
-    box: tuple[list, threading.Barrier] = None
-
-    def joined(self, values, axis=0):
-        held, barrier = self.box
-        held[self.rank] = values
-        barrier.wait()
-        found = np.concatenate(held, axis)
-        barrier.wait()
-        return found
-
-    def sum(self, values):
-        return torch.from_numpy(self.joined(values.numpy()[None]).sum(0))
-
-    def span(self, count):
-        counts = self.joined(np.array([count]))
-        return int(counts[: self.rank].sum()), int(counts.sum())
-
-
 @pytest.mark.parametrize("first", [200, 0])
 def test_processes_that_share_the_tokens_have_the_same_views_as_one(first):
     alone = ShuffledView.fitted(CAPTURED, STREAM.readout, layers=LAYERS, seed=0)
     whole, shapes, bases = alone.apply(CAPTURED, "fit"), spectrum(CAPTURED), random_bases(COVARIANCE, seed=1)
-    found, box = [None, None], ([None, None], threading.Barrier(2, timeout=30))
 
-    def work(rank):
-        share = (slice(first), slice(first, None))[rank]
-        own = replace(CAPTURED.take(torch.arange(len(CAPTURED))[share]), ranks=Threads(rank, 2, box))
+    def work(own):
         view = ShuffledView.fitted(own, STREAM.readout, layers=LAYERS, seed=0)
-        found[rank] = view.apply(own, "fit"), view.constant, covariances(own, LAYERS)[0], spectrum(own)
+        return view.apply(own, "fit"), view.constant, covariances(own, LAYERS)[0], spectrum(own)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = in_two(work, (CAPTURED, first))
     torch.testing.assert_close(torch.cat([f[0].states for f in found], 1), whole.states)
     for name in ("expected", "entropy_term", "model_ce", "constant_kl"):
         torch.testing.assert_close(

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
-from lensbench.lenses.moments import Moments
+from lensbench.lenses.moments import MOMENT_BLOCK, MomentSums
 from lensbench.lenses.read import score
 from lensbench.lenses.recipe import FitRecipe, spread_layers
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
 from lensbench.statistics import half_width
-from lensbench.streams.capture import Capture
+from lensbench.streams.capture import Capture, room_for
 from lensbench.streams.kl import sums_of_all
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.views import BasisView, ShuffledView, View, covariances, random_bases, turning_bases
@@ -99,7 +99,9 @@ def drifting(context: ViewContext) -> FittedView:
 
 def shuffled(context: ViewContext) -> FittedView:
     """Every block's update from a token of another document."""
-    view = ShuffledView.fitted(context.fit, context.readout, layers=context.layers, seed=context.seed)
+    view = ShuffledView.fitted(
+        context.fit, context.readout, layers=context.layers, seed=context.seed, memory_gib=context.recipe.memory_gib
+    )
     return FittedView("shuffled", view)
 
 
@@ -136,13 +138,17 @@ class _CopyJudge:
         pad = pad_direction(context.readout, context.fit.states[-1], context.fit.ranks)
         return cls(context, pad, dev)
 
-    def losses(self, fit: Tensor, dev: Tensor) -> Tensor:
-        """KL and cross-entropy ``[2, n]`` of the lens of fitting states ``[N, d]`` at dev states ``[n, d]``, nats."""
-        context = self.context
-        at_fit = replace(context.fit, states=torch.stack([fit, context.fit.states[-1]]))
+    def losses(self, fit: Callable[[slice], Tensor], dev: Tensor) -> Tensor:
+        """KL and cross-entropy ``[2, n]`` of the lens of fitting states at dev states ``[n, d]``, nats.
+
+        ``fit`` gives the fitting states ``[rows, d]`` of some tokens: all of them may not fit into memory.
+        """
+        context, sums = self.context, MomentSums(self.context.fit.ranks)
+        for rows in token_blocks(len(context.fit)):
+            sums.add(torch.stack([fit(rows), context.fit.states[-1, rows]]))
         at_dev = replace(self.dev, states=torch.stack([dev, self.dev.states[-1]]))
         search = DevSearch(context.readout, at_dev, context.recipe, self.pad)
-        path = RidgePath(Moments.of(at_fit), "zero")
+        path = RidgePath(sums.moments(), "zero")
         self.near, chosen = search.strongest(path.solve, [0], context.recipe.tolerance, self.near)
         maps: AffineMaps = search.padded(path.solve(chosen.ridge), chosen.pad)
         scores = score(context.readout, dev, maps, at_dev)
@@ -167,28 +173,41 @@ def grown_copies(
     a_0 = 1; a_k is a_(k-1) times the smallest growth with which KL and cross-entropy surely fall from layer k - 1 of the
     new stream to layer k, where those of the model's own layers do. All is chosen on the dev tokens.
     """
-    judge = _CopyJudge.of(context)
-    sizes, drowned = [1.0], []
-    carried: tuple[Tensor, Tensor] | None = None
+    judge, fit = _CopyJudge.of(context), context.fit
+    dev = judge.dev
+    (carried,) = room_for((1, *fit.states[0].shape), fit.states.device, context.recipe.memory_gib).to(fit.states.dtype)
+    so_far = [carried.zero_(), torch.zeros_like(dev.states[0])]
+    sizes: list[float] = []
+    drowned: list[int] = []
     own = now = torch.empty(0)
     for k, layer in enumerate(context.layers):
-        states = context.fit.states[layer], judge.dev.states[layer]
-        copies = tuple(h @ bases[k].to(h).T for h in states)
-        own_before, own = own, judge.losses(*states)
-        if carried is None:
-            carried, now = (copies[0], copies[1]), own
-            continue
-        falls, before, so_far = judge.fall(own_before, own), now, carried
-        for growth in growths:
-            size = sizes[-1] * growth
-            carried = so_far[0] + size * copies[0], so_far[1] + size * copies[1]
-            now = judge.losses(*carried)
+        h = fit.states[layer], dev.states[layer]
+        own_before, own, before = own, judge.losses(h[0].__getitem__, h[1]), now
+        falls = k > 0 and judge.fall(own_before, own)
+        for growth in growths if k else (1.0,):
+            size = growth * sizes[-1] if k else growth
+            turn = size * bases[k].to(h[0]).T
+            new = [with_copy(x, copy, turn) for x, copy in zip(so_far, h, strict=True)]
+            now = judge.losses(new[0], new[1](slice(None))) if k else own
             if not falls or judge.fall(before, now):
                 break
         else:
             drowned.append(layer)
         sizes.append(size)
+        for x, grown in zip(so_far, new, strict=True):
+            for rows in token_blocks(len(x)):
+                x[rows] = grown(rows)
     return tuple(sizes), drowned
+
+
+def with_copy(so_far: Tensor, h: Tensor, turn: Tensor) -> Callable[[slice], Tensor]:
+    """The states ``[rows, d]`` of some tokens of a carried stream, ``so_far`` ``[N, d]``, when a copy of h is added."""
+    return lambda rows: so_far[rows] + h[rows] @ turn
+
+
+def token_blocks(count: int) -> list[slice]:
+    """Tokens that are worked on together."""
+    return [slice(start, start + MOMENT_BLOCK) for start in range(0, count, MOMENT_BLOCK)]
 
 
 @dataclass(frozen=True)

@@ -76,14 +76,16 @@ class ShuffledView:
 
     @classmethod
     @torch.no_grad()
-    def fitted(cls, fit: Capture, readout: ReadOut, *, layers: tuple[int, ...], seed: int) -> "ShuffledView":
+    def fitted(
+        cls, fit: Capture, readout: ReadOut, *, layers: tuple[int, ...], seed: int, memory_gib: float = float("inf")
+    ) -> "ShuffledView":
         """The view whose constant distribution is that of the shuffled fitting tokens.
 
         Raises :class:`LensbenchError` where their documents cannot be shuffled, see :func:`donors`.
         """
         total = torch.zeros(len(readout.weight), dtype=torch.float64, device=fit.states.device)
         view = cls(layers, readout, seed, torch.empty(0))
-        end = view.end_of(fit, "fit")
+        *_, end = view.states_of(fit, "fit", memory_gib)
 
         def one(rows: slice) -> None:
             total.add_(readout(end[rows]).softmax(-1).sum(0).double())
@@ -91,12 +93,7 @@ class ShuffledView:
         in_pieces(slice(0, len(end)), token_block(readout), one, what="a token of the shuffled stream")
         return replace(view, constant=(fit.ranks.sum(total) / fit.tokens).float())
 
-    def end_of(self, captured: Capture, split: Split) -> Tensor:
-        """The new last states ``[N, d]``."""
-        *_, end = self.states_of(captured, split)
-        return end
-
-    def states_of(self, captured: Capture, split: Split) -> Iterator[Tensor]:
+    def states_of(self, captured: Capture, split: Split, memory_gib: float) -> Iterator[Tensor]:
         """The new states ``[N, d]`` of every layer 0..L, one after the other, in the same memory.
 
         With several processes a donor may be another's token; all of them are asked for states together.
@@ -104,7 +101,8 @@ class ShuffledView:
         ranks, states = captured.ranks, captured.states
         document = ranks.joined(captured.document)
         sizes = ranks.joined(np.array([len(captured)]))
-        h = states[0].clone()
+        (h,) = room_for((1, *states[0].shape), states.device, memory_gib).to(states.dtype)
+        h.copy_(states[0])
         yield h
         for block in range(captured.layers):
             order = donors(document, np.random.default_rng([self.seed, SPLITS[split], block]))
@@ -121,7 +119,7 @@ class ShuffledView:
         """
         shape = (len(self.layers) + 1, len(captured), captured.states.shape[-1])
         states = room_for(shape, captured.states.device, memory_gib).to(captured.states.dtype)
-        for layer, h in enumerate(self.states_of(captured, split)):
+        for layer, h in enumerate(self.states_of(captured, split, memory_gib)):
             if layer in self.layers:
                 states[self.layers.index(layer)] = h
         states[-1] = h
@@ -133,14 +131,15 @@ class ShuffledView:
         """What the read-out says of the last states, and the mean p of all processes."""
         constant = self.constant.to(end.device).double().clamp(min=1e-300).log().to(end.dtype)
 
-        def one(rows: slice) -> tuple[dict[str, Tensor], Tensor]:
-            return predictions(self.readout, self.readout(end[rows]), captured.targets[rows], constant)
+        total = torch.zeros(len(self.readout.weight), dtype=torch.float64, device=end.device)
+
+        def one(rows: slice) -> dict[str, Tensor]:
+            found, p = predictions(self.readout, self.readout(end[rows]), captured.targets[rows], constant)
+            total.add_(p)  # last: nothing can run out of memory any more and be done again
+            return found
 
         parts = in_pieces(slice(0, len(end)), token_block(self.readout), one, what="a token of the shuffled stream")
-        total = torch.zeros(len(self.readout.weight), dtype=torch.float64, device=end.device)
-        for _, p in parts:
-            total += p
-        said = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]} if parts else {}
+        said = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
         return said, captured.ranks.sum(total) / captured.tokens
 
     def tensors(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.two_processes import in_two
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import FitRecipe
@@ -156,3 +157,27 @@ def test_by_default_a_view_has_evenly_spread_layers():
     readout, fit, dev, _ = ADDED
     recipe = RECIPE.model_copy(update={"layers": 2})
     assert fit_view("rotated", readout, fit, dev, recipe).view.layers == (0, 3)
+
+
+def test_processes_that_share_the_tokens_choose_the_same_copies_as_one():
+    readout, fit, dev, held_out = captures("fresh")
+    alone = fit_view("carried", readout, fit, dev, RECIPE)
+
+    def work(fit, dev, held_out):
+        fitted = fit_view("carried", readout, fit, dev, RECIPE)
+        return fitted.sizes, fitted.view.apply(held_out, "eval").states
+
+    found = in_two(work, (fit, 800), (dev, 1000), (held_out, 16))
+    assert max(alone.sizes) > 1
+    assert found[0][0] == found[1][0] == alone.sizes
+    states = alone.view.apply(held_out, "eval").states
+    torch.testing.assert_close(torch.cat([f[1] for f in found], 1), states, rtol=1e-3, atol=1e-3)
+
+
+def test_states_in_a_file_give_the_same_views():
+    readout, fit, dev, held_out = ADDED
+    in_file = RECIPE.model_copy(update={"memory_gib": 1e-6})
+    for name in ("carried", "shuffled"):
+        one, other = (fit_view(name, readout, fit, dev, recipe) for recipe in (RECIPE, in_file))
+        seen = [one.view.apply(held_out, "eval"), other.view.apply(held_out, "eval", memory_gib=1e-6)]
+        assert torch.equal(seen[0].states, seen[1].states)
