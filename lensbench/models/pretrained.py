@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from tokenizers import Tokenizer
 from transformers import (
@@ -31,7 +32,15 @@ from transformers.utils import logging as transformers_logging
 
 from lensbench.errors import LensbenchError
 from lensbench.models.gguf import quick_reading, tensors
-from lensbench.models.unused import beside, more, refuse_adapter, unused_tensors, unused_weights
+from lensbench.models.unused import (
+    beside,
+    check_index,
+    check_stored,
+    more,
+    refuse_adapter,
+    unused_tensors,
+    unused_weights,
+)
 from lensbench.runtime.environment import needs
 from lensbench.runtime.files import sha256
 
@@ -215,8 +224,9 @@ def load_model(
     weights that its config has no place for.
     """
     where = locate(source)
-    if Path(where.name).is_dir():
-        refuse_adapter(source, Path(where.name))
+    refuse_adapter(source, _files_of(where))
+    if Path(where.name).is_dir() and "gguf_file" not in where.options:
+        check_index(Path(where.name))
     if device_map is not None:
         needs("hub", "accelerate")
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
@@ -243,6 +253,27 @@ def load_model(
     return network
 
 
+def _files_of(where: Located) -> list[str]:
+    """The names of a model's files; of one on the hub those of its copy here where the hub cannot be asked."""
+    folder = Path(where.name)
+    if not folder.is_dir():
+        try:
+            return huggingface_hub.list_repo_files(where.name, revision=where.options.get("revision"))
+        except Exception:  # of HTTP libraries too; a repository that does not exist is refused when it is loaded
+            folder = _copy_of(where)
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def _copy_of(where: Located) -> Path:
+    """The folder of the local copy of a model on the hub; one that does not exist where there is none."""
+    revision = where.options.get("revision")
+    try:
+        found = huggingface_hub.try_to_load_from_cache(where.name, "config.json", revision=revision)
+    except ValueError:  # no name of a repository
+        found = None
+    return Path(found).parent if isinstance(found, str) else Path(where.name)
+
+
 def _unused(where: Located, model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
     """A line each on what lies in the checkpoint and is not used; raises :class:`LensbenchError` for parts of the model."""
     folder, file = Path(where.name), where.options.get("gguf_file")
@@ -250,8 +281,11 @@ def _unused(where: Located, model: PreTrainedModel, unexpected: Iterable[str]) -
     if file is not None:
         names, mapped = tensors(folder / file, model)
         lines.append(unused_tensors(where.source, names, mapped, model.config.get_text_config().num_hidden_layers))
-    elif folder.is_dir():
-        lines += beside(where.source, folder, model)
+    else:
+        folder = folder if folder.is_dir() else _copy_of(where)
+        if (folder / "config.json").is_file():
+            check_stored(where.source, folder, model)
+            lines += beside(where.source, folder, model)
     return [line for line in lines if line is not None]
 
 

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -134,14 +136,81 @@ def beside(source: str, folder: Path, model: PreTrainedModel) -> list[str]:
     if asked and getattr(model, "hf_quantizer", None) is None:
         method = asked.get("quant_method", "unknown") if isinstance(asked, dict) else "unknown"
         lines.append(f"{source}: its quantization ({method}) is not applied: weights are read as they are stored")
+    elif not asked and (beside_it := next((name for name in QUANTIZATIONS if (folder / name).is_file()), None)):
+        lines.append(f"{source}: {beside_it} is not read: no quantization is applied")
+    return lines + _contradictions(source, content, model)
+
+
+QUANTIZATIONS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files in which older tools say how weights are quantized"""
+
+
+CHANGES = (
+    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling", "embedding_multiplier",
+    "residual_multiplier", "attention_multiplier", "sliding_window", "query_pre_attn_scalar",
+)  # fmt: skip
+"""Settings of some architectures that change what a model computes"""
+
+
+def _contradictions(source: str, content: dict[str, Any], model: PreTrainedModel) -> list[str]:
+    """A line each on what config.json says that the model does not do."""
+    lines = []
+    named = [name for name in content.get("architectures") or () if str(name).endswith(("ForCausalLM", "LMHeadModel"))]
+    if named and type(model).__name__ not in named and not content.get("auto_map"):
+        lines.append(f"{source}: config.json names {named[0]} and its model_type is read as {type(model).__name__}")
+    known = model.config.__class__().to_dict()
+    unknown = [key for key in CHANGES if content.get(key) not in (None, False, 1) and key not in known]
+    if unknown:
+        lines.append(f"{source}: {unknown[0]}{more(unknown)} in config.json is not a setting of {type(model).__name__}")
+    rope = content.get("rope_parameters")
+    theta = content.get("rope_theta")
+    if isinstance(rope, dict) and theta is not None and rope.get("rope_theta", theta) != theta:
+        lines.append(
+            f"{source}: rope_theta {theta} in config.json is not read: rope_parameters say {rope['rope_theta']}"
+        )
     return lines
 
 
-def refuse_adapter(source: str, folder: Path) -> None:
-    """Raise :class:`LensbenchError` where an adapter lies in a model's folder; transformers applies it only with peft."""
-    if (folder / ADAPTER).is_file():
+def check_stored(source: str, folder: Path, model: PreTrainedModel) -> None:
+    """Raise :class:`LensbenchError` where a weight is stored as whole numbers, with no quantization to say their scale."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    wanted = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for name in sorted(_files_read(folder)):
+        if not name.endswith(".safetensors") or not (folder / name).is_file():
+            continue
+        with safe_open(folder / name, framework="pt") as file:
+            for weight in file.keys():  # noqa: SIM118  # it is no dictionary
+                kind = file.get_slice(weight).get_dtype()
+                if weight in wanted and kind[0] in "IU":
+                    raise LensbenchError(
+                        f"{source}: its weight {weight} is stored as whole numbers ({kind}), and no quantization in "
+                        "config.json says their scale: save the model with weights in floating point"
+                    )
+
+
+def check_index(folder: Path) -> None:
+    """Raise :class:`LensbenchError` for an index of weights in several files that does not say where they are."""
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        path = folder / name
+        if not path.is_file() or (folder / name.removesuffix(".index.json")).is_file():
+            continue
+        content = read_json(path, ours=False)
+        places = content.get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+            raise LensbenchError(f"{path} is damaged: its weight_map must say in which file each weight is")
+        if lost := sorted({place for place in places.values() if not (folder / place).is_file()}):
+            raise LensbenchError(f"{path} names {lost[0]}{more(lost)}, which is not there")
+        if not isinstance(content.get("metadata"), dict):
+            raise LensbenchError(f"{path} is damaged: it has no metadata")
+        return
+
+
+def refuse_adapter(source: str, names: Iterable[str]) -> None:
+    """Raise :class:`LensbenchError` where an adapter is among a model's files; transformers applies it only with peft."""
+    if ADAPTER in names:
         raise LensbenchError(
-            f"{source}: {folder} holds an adapter ({ADAPTER}): merge it into the model (merge_and_unload of peft, then "
+            f"{source} holds an adapter ({ADAPTER}): merge it into the model (merge_and_unload of peft, then "
             "save_pretrained), or move it away"
         )
 

@@ -173,6 +173,106 @@ def test_a_whole_checkpoint_says_nothing_and_python_users_are_warned(tmp_path):
         load_model(f"path:{folder}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_theta": 77.0}, "rope_theta 77.0 in config.json is not read"),
+        ({"attn_logit_softcapping": 5.0}, "attn_logit_softcapping in config.json is not a setting of LlamaForCausalLM"),
+        (
+            {"model_type": "mistral"},
+            "config.json names LlamaForCausalLM and its model_type is read as MistralForCausalLM",
+        ),
+    ],
+)
+def test_settings_that_the_model_does_not_follow_are_named(tmp_path, changes, says):
+    folder = llama(tmp_path / "m")
+    configure(folder, **changes)
+    (line,) = lines_of(folder)
+    assert says in line
+
+
+def test_a_quantization_that_lies_in_a_file_of_its_own_is_named(tmp_path):
+    folder = llama(tmp_path / "m")
+    (folder / "hf_quant_config.json").write_text("{}")
+    assert "hf_quant_config.json is not read" in lines_of(folder)[0]
+
+
+def test_weights_of_whole_numbers_without_a_scale_are_refused(tmp_path):
+    folder = llama(tmp_path / "m")
+    rewrite(folder, lambda weights: {k: v.mul(99).to(torch.int8) if "proj" in k else v for k, v in weights.items()})
+    with pytest.raises(LensbenchError, match=r"stored as whole numbers \(I8\)"):
+        load_model(f"path:{folder}")
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("[1]", "holds a list"),
+        ("{}", "its weight_map must say"),
+        ('{"weight_map": {"a": 1}}', "its weight_map must say"),
+        ('{"weight_map": {"a": "x.safetensors"}}', "names x.safetensors, which is not there"),
+        ('{"weight_map": {}}', "it has no metadata"),
+    ],
+)
+def test_a_damaged_index_of_weights_is_one_line_that_names_it(tmp_path, index, says):
+    folder = llama(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(LensbenchError) as error:
+        load_model(f"path:{folder}")
+    assert "model.safetensors.index.json" in str(error.value)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A repository ``org/name`` on the hub, with a copy here; returns the copy and the names of its files there."""
+    folder, names = llama(tmp_path / "m"), []
+    original = LlamaForCausalLM.from_pretrained.__func__
+
+    def load(name, **options):
+        assert name == "org/name"
+        options = {k: v for k, v in options.items() if k not in ("trust_remote_code", "revision")}
+        return original(LlamaForCausalLM, folder, **options)
+
+    def listed(name, *, revision):
+        if not names:
+            raise ConnectionError("no network")
+        return names
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", listed)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(folder / "config.json"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    return folder, names
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_an_adapter_in_a_repository_of_the_hub_is_refused(hub, online):
+    folder, names = hub
+    if online:
+        names += ["config.json", "adapter_config.json", "adapter_model.safetensors"]
+    else:
+        (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(LensbenchError, match=r"hub:org/name@v1 holds an adapter.*merge"):
+        load_model("hub:org/name@v1")
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_what_a_repository_of_the_hub_says_and_the_model_does_not_do_is_named(hub, online):
+    folder, names = hub
+    if online:
+        names += ["config.json", "model.safetensors"]
+    configure(folder, auto_map={"AutoModelForCausalLM": "modeling_x.X"}, attn_logit_softcapping=5.0)
+    told = []
+    load_model("hub:org/name", say=told.append)
+    assert ["auto_map" in told[0], "attn_logit_softcapping" in told[1], len(told)] == [True, True, 2]
+
+
 # GGUF
 
 

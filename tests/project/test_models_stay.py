@@ -129,6 +129,7 @@ CALLS = {
     ),
     "lensbench.models.unused.unused_weights": lambda c: unused.unused_weights("m", c.model, ["tower.encoder.weight"]),
     "lensbench.models.unused.beside": in_folder,
+    "lensbench.models.unused.check_stored": lambda c: unused.check_stored("m", c.folder, c.model),
     "lensbench.probes.catalogue.Probe.measure": lambda c: PROBES["accuracy"].measure(c.subject),
     "lensbench.probes.subject.Subject.plain": lambda c: subject_of(c.model, count=8, stream=c.stream),
     "lensbench.report.trace.load_lens": lambda c: trace.load_lens(c.stream, f"path:{c.exported / 'shared'}"),
