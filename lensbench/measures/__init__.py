@@ -1,6 +1,7 @@
 """What lenses read at every layer, and what follows: transfer, indices, verdicts."""
 
-from lensbench.measures.indices import INDICES, Index
+from lensbench.measures.index import Index
+from lensbench.measures.indices import INDICES
 from lensbench.measures.means import Means, Value
 from lensbench.measures.transfer import TransferSums, transfer_sums
 

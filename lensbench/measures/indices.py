@@ -6,10 +6,8 @@ suite may make, the schema and the README's table are made from the catalogue.
 
 import hashlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,67 +33,13 @@ from lensbench.measures.formulas import (
     similarity_correlation,
     similarity_correlation_given_distance,
 )
+from lensbench.measures.index import WITHOUT_LAYER_0, Index
 from lensbench.measures.means import Estimate, Means, Value, estimate, nothing_to_gain
+from lensbench.measures.update.catalogue import OF_UPDATES
 from lensbench.statistics import Array, interval
 
 LARGEST_ROTATED_RETENTION = 0.9
 """Consistency is undefined where the null's upper bound exceeds this: one map then serves all random bases."""
-
-
-Stage = Literal["none", "closed", "refined", "matrix"]
-"""Lenses that an index is read off: none at all, those of the closed form, those refined on KL, or the transfer matrix."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """One number about a model's layers, with all that tables, figures and documentation say of it.
-
-    Exactly one of ``compute``, ``at_distance``, ``of_similarity`` and ``fact`` says where its value comes from.
-    """
-
-    name: str
-    """In ``indices.csv``; ``K`` at its end stands for a distance of layers."""
-    label: str
-    """What figures and tables call it."""
-    formula: str
-    reading: str
-    """How to read it: one plain sentence."""
-    stage: Stage = "closed"
-    unit: str = "share"
-    comparable: str = "models of like depth and width"
-    """Between what its values can be compared."""
-    source: str = "lensbench"
-    """arXiv number of the paper that defines it, or ``lensbench``."""
-    compute: Callable[[Means], Value] | None = None
-    made_of: tuple[str, str] | None = None
-    """Two earlier indices, a share kept and its null, whose values (and the null's spread) it is made of."""
-    each_view: Callable[[Means], Value] | None = None
-    """The values in each random basis ``[views]``, whose spread enters the interval of their mean."""
-    at_distance: Callable[[int], Callable[[Means], Value]] | None = None
-    """For a family of indices, one for every distance K of layers."""
-    of_similarity: Callable[[Means, Array], Value] | None = None
-    """Needs the similarity of every two layers ``[L, L]``, which a probe measures."""
-    fact: bool = False
-    """Known of the stream without an estimate: the tables give its value."""
-    variant_of: str = ""
-    variant: str = ""
-    """What to call it next to the index that it is a variant of."""
-    shown: int | None = None
-    """Its place among the indices that the terminal prints, ``compare`` compares and a suite may claim; None: in none."""
-    on_the_curve: bool = False
-    """Whether ``tolerances.csv`` follows it over the loss that a lens's ridge may cost."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError unless it is clear where the value comes from."""
-        sources = (self.compute, self.at_distance, self.of_similarity, self.fact or None)
-        if sum(source is not None for source in sources) != 1:
-            raise ValueError(f"index {self.name!r} needs one of compute, at_distance, of_similarity and fact")
-
-    def value(self, m: Means) -> Value:
-        """The index of means; raises :class:`LensbenchError` for an index that needs more than means."""
-        if self.compute is None:
-            raise LensbenchError(f"index {self.name} is not made of means alone")
-        return self.compute(m)
 
 
 def _pairs_from_1(i: Layers, j: Layers) -> NDArray[np.bool_]:
@@ -106,10 +50,8 @@ def _pairs_apart(k: int) -> Keep:
     return lambda i, j: j - i == k
 
 
-WITHOUT_LAYER_0 = "without layer 0"
-
-
 CATALOGUE = (
+    *OF_UPDATES,
     Index(
         "constant_kl", "K_0", "K_0",
         "KL of the best constant distribution to the model's own: what there is to gain.",
@@ -118,24 +60,24 @@ CATALOGUE = (
     Index(
         "shared_retention", "R", "1 - sum_j (K_shared,j - K_jj) / sum_j (K_0 - K_jj)",
         "R: the share of the per-layer lenses' information that one lens for all layers keeps.",
-        compute=lambda m: retention(m.own, m.shared, m.constant), shown=1,
+        compute=lambda m: retention(m.own, m.shared, m.constant), shown=11,
     ),
     Index(
         "rotated_retention", "R in random bases", "R of lenses fitted with every layer in a random basis; mean over bases",
         "R_rot, the random-basis null: R where every layer is in a random basis. It is not zero, because a wide stream can "
         "serve several bases at once.",
-        compute=rotated_retention, each_view=retention_by_view, shown=2,
+        compute=rotated_retention, each_view=retention_by_view, shown=12,
     ),
     Index(
         "loo_shared_retention", "R, layer left out", "R of lenses fitted without the layer they read",
         "R where the lens that reads a layer was fitted without data of this layer.",
-        compute=loo_retention, shown=6,
+        compute=loo_retention, shown=16,
     ),
     Index(
         "shared_retention_refined", "R, refined", "R of lenses refined on KL",
         "R of lenses that were refined on KL. It has no refined null.", stage="refined",
         compute=lambda m: retention(m.own_refined, m.shared_refined, m.constant),
-        variant_of="shared_retention", variant="refined", shown=5,
+        variant_of="shared_retention", variant="refined", shown=15,
     ),
     Index(
         "shared_retention_without_layer0", "R without layer 0", "R with sums over j >= 1",
@@ -152,42 +94,42 @@ CATALOGUE = (
     Index(
         "pair_penalty", "pair penalty", "mean over i < j of M_ij = ((K(T_ij, i) - K_ii) + (K(T_ij, j) - K_jj)) / 2",
         "M: what one lens for two layers costs over a lens for each, mean over pairs.", unit="nats",
-        comparable="models with the same tokens and the same layers chosen", compute=mean_pair_penalty, shown=7,
+        comparable="models with the same tokens and the same layers chosen", compute=mean_pair_penalty, shown=17,
     ),
     Index(
         "pair_penalty_rotated", "pair penalty in random bases", "the mean M_ij in random bases",
         "M where each of the two layers is in a random basis.", unit="nats",
         comparable="models with the same tokens and the same layers chosen", compute=mean_rotated_pair_penalty,
-        variant_of="pair_penalty", variant="in random bases", shown=8,
+        variant_of="pair_penalty", variant="in random bases", shown=18,
     ),
     Index(
         "pair_consistency", "pair consistency", "1 - mean M_ij / mean M_ij in random bases",
         "Near 1: two layers share a lens at no cost. 0: they have no more in common than in random bases. It does not "
         "depend on directions that a layer leaves undetermined.",
-        comparable="models of like depth, with the same layers chosen", compute=pair_consistency, shown=9,
+        comparable="models of like depth, with the same layers chosen", compute=pair_consistency, shown=19,
     ),
     Index(
         "pair_consistency_without_layer0", "pair consistency without layer 0", "pair consistency over 1 <= i < j",
         "Pair consistency from layer 1 on.", comparable="models of like depth, with the same layers chosen",
-        compute=partial(pair_consistency, first=1), variant_of="pair_consistency", variant=WITHOUT_LAYER_0, shown=10,
+        compute=partial(pair_consistency, first=1), variant_of="pair_consistency", variant=WITHOUT_LAYER_0, shown=20,
     ),
     Index(
         "gain_tracking", "gain tracking", "slope of K_shared,j+1 - K_shared,j on K_j+1,j+1 - K_jj",
         "Slope of the shared lens's steps on the per-layer lenses' own. Never read it alone: it misorders synthetic streams "
-        "of known answer.", unit="slope", compute=gain_tracking, shown=11,
+        "of known answer.", unit="slope", compute=gain_tracking, shown=21,
     ),
     Index(
         "gain_visibility", "gain visibility", "sum (K_ii - K_ij) / sum (K_ii - K_jj) over i < j < L",
         "The share of later layers' gain that a lens fixed at an earlier layer sees. Above 0: fixed lenses see gains. Below "
         "0: the representation changes, or new information overlaps what is carried along.",
         stage="matrix", comparable="lenses of the same tolerance", compute=gain_visibility, variant="all pairs of layers",
-        shown=12, on_the_curve=True,
+        shown=22, on_the_curve=True,
     ),
     Index(
         "gain_visibility_adjacent", "gain visibility, adjacent layers", "gain visibility over j = i + 1",
         "Gain visibility between adjacent layers.", stage="matrix", comparable="lenses of the same tolerance",
         compute=partial(gain_visibility, keep=lambda i, j: j == i + 1),
-        variant_of="gain_visibility", variant="adjacent layers", shown=13,
+        variant_of="gain_visibility", variant="adjacent layers", shown=23,
     ),
     Index(
         "gain_visibility_adjacent_without_layer0", "gain visibility, adjacent layers without layer 0",
@@ -201,12 +143,12 @@ CATALOGUE = (
         "gain_visibility_without_layer0", "gain visibility without layer 0", "gain visibility over 1 <= i < j < L",
         "Gain visibility from layer 1 on: the step away from the embedding is often most of the sum.",
         stage="matrix", comparable="lenses of the same tolerance", compute=partial(gain_visibility, keep=_pairs_from_1),
-        variant_of="gain_visibility", variant=WITHOUT_LAYER_0, shown=14, on_the_curve=True,
+        variant_of="gain_visibility", variant=WITHOUT_LAYER_0, shown=24, on_the_curve=True,
     ),
     Index(
         "movement", "movement", "sum D_ij / sum (K_ii - K_jj) over i < j < L, D_ij = E KL(q_ii || q_ij)",
         "How much changes under fixed lenses, per nat of gain. Visibility 0 with movement 0: carry-along.",
-        stage="matrix", unit="nats per nat", comparable="lenses of the same tolerance", compute=movement, shown=15,
+        stage="matrix", unit="nats per nat", comparable="lenses of the same tolerance", compute=movement, shown=25,
         on_the_curve=True,
     ),
     Index(
@@ -217,7 +159,7 @@ CATALOGUE = (
     Index(
         "distance_trend", "penalty with distance", "Spearman correlation of C_ij - C_jj with |i - j|, i != j",
         "Rank correlation of the published transfer penalty with the distance between layers.", stage="matrix",
-        unit="rank correlation", source="2303.08112", compute=distance_trend, shown=16,
+        unit="rank correlation", source="2303.08112", compute=distance_trend, shown=26,
     ),
     Index(
         "distance_trend_forward", "penalty with distance, forward", "distance trend over i < j",
@@ -237,7 +179,7 @@ CATALOGUE = (
         "held-out text better than lenses per layer, which are fitted to less. Blind to information that is carried along "
         "unchanged.",
         compute=lambda m: consistency(retention(m.own, m.shared, m.constant), rotated_retention(m)),
-        made_of=("shared_retention", "rotated_retention"), shown=3,
+        made_of=("shared_retention", "rotated_retention"), shown=13,
     ),
     Index(
         "shared_consistency_without_layer0", "consistency without layer 0", "consistency of R and R_rot without layer 0",
@@ -246,7 +188,7 @@ CATALOGUE = (
             retention(m.own[..., 1:], m.shared[..., 1:], m.constant), rotated_retention(m, first=1)
         ),
         made_of=("shared_retention_without_layer0", "rotated_retention_without_layer0"),
-        variant_of="shared_consistency", variant=WITHOUT_LAYER_0, shown=4,
+        variant_of="shared_consistency", variant=WITHOUT_LAYER_0, shown=14,
     ),
     Index(
         "gain_visibility_distance_K", "gain visibility at distance K", "gain visibility over j = i + K",
@@ -319,6 +261,11 @@ def curve_indices() -> tuple[str, ...]:
 def similarity_indices() -> tuple[str, ...]:
     """The names of the indices that need the similarity of layers, which not every suite measures."""
     return tuple(index.name for index in INDICES.values() if index.of_similarity is not None)
+
+
+def update_indices() -> tuple[str, ...]:
+    """The names of the indices of the update decomposition."""
+    return tuple(index.name for index in INDICES.values() if index.of_updates)
 
 
 def fact_indices() -> tuple[str, ...]:

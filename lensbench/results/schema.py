@@ -38,6 +38,39 @@ _OF_PROBES = "the 95 % interval: bootstrap or jackknife over documents; for seed
 _OF_CURVES = "the 95 % interval: bootstrap over documents; for seed 'all', Student's t over seeds"
 
 
+_OF_UPDATES = "its 95 % interval: bootstrap over documents, and refits on resampled fitting documents"
+
+
+_OF_PAIR = {
+    **_WHO,
+    "from_layer": "The earlier layer i.",
+    "to_layer": "The later layer j.",
+    "metric": "The metric of readings: fisher (with the slope of the cap, where logits are soft-capped), logit, euclidean "
+    "or whitened.",
+    "ridge": "The ridge of lens i, the strongest within the tolerance, in median eigenvalues of its fold's covariance.",
+    "gate": "Why the shares of this pair are undetermined: no fall (of KL and cross-entropy), no room, not kept; empty "
+    "where it passes.",
+    "carried": "c: the share of what was added (and of error taken off) that went elsewhere; 1 - c is added in place.",
+    **_bounds("carried", _OF_UPDATES),
+    "persistence": "S: how much of the signal in reading i is there at j, growth of the stream included.",
+    **_bounds("persistence", _OF_UPDATES),
+    "clarity": "R: how much of reading i at layer j the readings of both layers explain, beyond chance.",
+    **_bounds("clarity", _OF_UPDATES),
+    "room": "1 - B: the share of lens i's error loading that lens j no longer has.",
+    **_bounds("room", _OF_UPDATES),
+    "kept_low": "The least that is kept: R, or 0 where S is within chance.",
+    **_bounds("kept_low", _OF_UPDATES),
+    "kept_high": "The most that is kept: S up to 1, or 0 where S is within chance.",
+    **_bounds("kept_high", _OF_UPDATES),
+    "carried_chance": "Standard deviation of c, were what was added in random directions (analytic; no error of sampling).",
+    "persistence_chance": "Standard deviation of S, were layer j in a random basis (analytic).",
+    "drowned": "1 - R where S is at least 1.",
+    "news": "The share of the gain in explained power that lies where lens i explains less than a tenth.",
+    **_bounds("news", "its 95 % interval: bootstrap over documents"),
+    "commission": "The share of lens i's error that is loading on what is no signal.",
+}
+
+
 SCHEMA: dict[str, dict[str, str]] = {
     "models.csv": {
         **_WHO,
@@ -132,6 +165,11 @@ SCHEMA: dict[str, dict[str, str]] = {
         "rotated_penalty": "M_ij where each layer has a random basis of its own, mean over bases.",
         **_bounds("rotated_penalty"),
     },
+    "update.csv": _OF_PAIR,
+    "blocks.csv": {
+        **_OF_PAIR,
+        "blocks": "How many blocks the row is of: neighbours are merged on dev until there is room.",
+    },
     "verdicts.csv": {
         **_WHO,
         "scope": "What the verdict is on: all layers, or without layer 0.",
@@ -223,7 +261,7 @@ def no_rows(name: str) -> pd.DataFrame:
 
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
-    "probe", "quantity", "scope", "verdict", "known", "positions", "begin_token", "begin",
+    "probe", "quantity", "scope", "metric", "gate", "verdict", "known", "positions", "begin_token", "begin",
     "weights",
 }  # fmt: skip
 
@@ -235,7 +273,7 @@ ON_REQUEST = ("curves.csv", "timings.csv")
 """Tables that are written where a suite asks for learning curves."""
 
 
-ADDED = ("verdicts.csv", "probes.csv", *ON_REQUEST)
+ADDED = ("update.csv", "blocks.csv", "verdicts.csv", "probes.csv", *ON_REQUEST)
 """Tables that a folder may lack, because it is of an earlier version or nobody asked for them: read as empty."""
 
 

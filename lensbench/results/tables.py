@@ -31,11 +31,12 @@ from lensbench.measures.indices import (
     values_of,
 )
 from lensbench.measures.means import Estimate, Means, estimate, nothing_to_gain, of_layers
+from lensbench.measures.update import UpdateResult
 from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agreement_of_seeds, decide_on, spans_on
 from lensbench.probes.measured import Measured, Measurement
 from lensbench.probes.registry import quantity_of
 from lensbench.probes.tools.crossfit import COLUMNS
-from lensbench.results.schema import ADDED_COLUMNS
+from lensbench.results.schema import ADDED_COLUMNS, no_rows
 from lensbench.results.sums import ClusterSums, MatrixSums, by_document, clustered
 from lensbench.runtime.sealed import read_tensors
 from lensbench.runtime.texts import read_json
@@ -56,6 +57,8 @@ class Part:
     known: str | None = None
     clusters: Mapping[str, str] | None = None
     """Cluster of every scored document: probes look at some of them."""
+    updates: UpdateResult | None = None
+    """The update decomposition, where the suite asks for it"""
 
     @classmethod
     def load(
@@ -67,6 +70,7 @@ class Part:
         origin: dict[str, Any],
         probes: Sequence[Measurement] = (),
         known: str | None = None,
+        updates: UpdateResult | None = None,
     ) -> "Part":
         """From the stages of a model and seed; ``origin``: what is known of where the model comes from.
 
@@ -84,6 +88,7 @@ class Part:
             probes,
             known,
             clusters_of(sequences["document"].astype(str).unique()),
+            updates,
         )
 
 
@@ -131,6 +136,7 @@ def tables(
     rows: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv", "tolerances.csv", "pairs.csv")
     }
+    rows |= {"update.csv": [], "blocks.csv": []}
     found: dict[str, list[dict[str, Estimate]]] = {}
     names = {part.model for part in parts}
     for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
@@ -143,6 +149,9 @@ def tables(
         rows["tolerances.csv"] += [who | row for row in tolerance_rows(part, sample, largest_ridge)]
         rows["pairs.csv"] += [who | row for row in pair_rows(part, sample.point, sample.drawn)]
         of_part = index_estimates(part, sample)
+        if part.updates is not None:
+            rows["update.csv"] += [who | row for row in part.updates.pairs]
+            rows["blocks.csv"] += [who | row for row in part.updates.blocks]
         found.setdefault(part.model, []).append(of_part)
         rows["indices.csv"] += [who | row for row in index_rows(of_part, part)]
     matrices = {part.model: part.fit.headline for part in parts}
@@ -150,7 +159,7 @@ def tables(
         if len(per_seed) > 1:
             means = rows_over_seeds(per_seed, matrices[model])
             rows["indices.csv"] += [{"model": model, "seed": "all"} | row for row in means]
-    found_tables = {name: pd.DataFrame(content) for name, content in rows.items()}
+    found_tables = {name: pd.DataFrame(content) if content else no_rows(name) for name, content in rows.items()}
     known = {part.model: part.known for part in parts}
     found_tables["verdicts.csv"] = verdict_table(found_tables["indices.csv"], known, rule or VerdictRule())
     return found_tables | {"probes.csv": probe_table(parts, draws)}
@@ -195,6 +204,8 @@ def index_estimates(part: Part, sample: Sample) -> dict[str, Estimate]:
     found = estimates(point, drawn, seed=seed_of_rotations(part.model, part.seed), clusters=sample.clusters)
     found |= distance_estimates(point, drawn, sample.clusters)
     similarity = similarity_of(part)
+    if part.updates is not None:
+        found = part.updates.estimates() | found
     if similarity is not None:
         found |= similarity_estimates(point, drawn, similarity, sample.clusters)
     return found

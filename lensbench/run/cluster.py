@@ -26,6 +26,7 @@ from lensbench.run.inputs import data_of
 from lensbench.run.planning import planning
 from lensbench.run.probing import probing
 from lensbench.run.scoring import scoring
+from lensbench.run.updating import updating
 from lensbench.runtime.environment import choose_device
 from lensbench.runtime.stages import Stages
 from lensbench.suite.recipes import ModelRecipe, Suite
@@ -87,6 +88,7 @@ class ClusterTask:
                 planning(context, model, self.seed)
                 continue
             learning_curve(context, model, self.seed)
+            updating(context, model, self.seed)
             scoring(context, model, self.seed)
             probing(context, model, self.seed)
 

@@ -15,6 +15,7 @@ from lensbench.run.inputs import data_of
 from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.run.sources import lens_identity
 from lensbench.runtime.stages import Pieces, Stage
+from lensbench.streams.capture import Capture
 from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.recipes import ModelRecipe
@@ -44,8 +45,7 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
             context, stream, samples, name=f"capture-dev-{who}", constant=constant, ranks=context.ranks
         )
         if model.rotated:
-            covariance = Moments.of(captured).covariance
-            view = RotatedView.random(covariance, seed=ROTATED_MODELS + seed, variance=recipe.variance)
+            view = random_bases(context, captured, seed)
             view.save(folder / ROTATION)
             captured, dev = view.apply(captured), view.apply(dev)
         pieces = Pieces(folder / "pieces", context.ranks)
@@ -72,6 +72,12 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
     if model.lens is not None:
         key["lens"] = lens_identity(model.lens)
     return context.stage(f"fit-{who}", key, compute, together=True)
+
+
+def random_bases(context: Context, captured: Capture, seed: int) -> RotatedView:
+    """The random bases of a rotated view that is a model of the suite, from its fitting tokens."""
+    covariance = Moments.of(captured).covariance
+    return RotatedView.random(covariance, seed=ROTATED_MODELS + seed, variance=context.suite.fit.variance)
 
 
 def label_of(context: Context, model: ModelRecipe, origin: Origin) -> str:

@@ -21,6 +21,8 @@ def stage_names(suite: Suite, models: list[ModelRecipe], probes: tuple[str, ...]
             names |= {f"probe-{name}-{who}" for name in probes or suite.probes}
             if owner.source is None:
                 names.add(f"train-{owner.name}-seed{seed}")
+            if suite.update is not None:
+                names.add(f"update-{who}")
             if suite.evaluate.precision is not None:
                 names.add(f"plan-{who}")
             if suite.curve is not None and owner is model and owner.source is None and not owner.untrained:

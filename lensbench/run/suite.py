@@ -43,6 +43,7 @@ from lensbench.run.probing import probing
 from lensbench.run.replacing import refuse_replacing
 from lensbench.run.scoring import scoring
 from lensbench.run.stage_names import stage_names
+from lensbench.run.updating import updating
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import ANEW, NotFinished, Stages
@@ -200,9 +201,12 @@ def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
     points = [point for seed in seeds for point in learning_curve(context, model, seed)]
     for seed in seeds:
         begins = beginning_facts(context, model, seed)
+        updates = updating(context, model, seed)
         fitted, scored = fitting(context, model, seed), scoring(context, model, seed)
         found, facts = probing(context, model, seed), origin_of(context, model, seed).facts
-        part = Part.load(model.name, seed, fitted.folder, scored.folder, {**facts, **begins}, found, suite.known(model))
+        part = Part.load(
+            model.name, seed, fitted.folder, scored.folder, {**facts, **begins}, found, suite.known(model), updates
+        )
         parts.append(by_cluster(part, suite.evaluate.groups) if suite.evaluate.sums == "cluster" else part)
     if not seeds:
         context.progress.say(f"{model.name}: not run at this seed, its suite says")

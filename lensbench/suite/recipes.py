@@ -11,6 +11,7 @@ from lensbench.data.tokens import BeginSetting
 from lensbench.errors import LensbenchError, nearest
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.indices import compared_quantities
+from lensbench.measures.update import UpdateRecipe
 from lensbench.measures.verdict import VerdictRule
 from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
@@ -262,6 +263,9 @@ class Suite(_Strict):
     training: TrainingRecipe = TrainingRecipe()
     fit: FitRecipe = FitRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    update: UpdateRecipe | None = Field(
+        UpdateRecipe(), description="the update decomposition, on by default; `update = false` leaves it out"
+    )
     curve: CurveRecipe | None = Field(None, description="learning curves of the models that are trained")
     probes: tuple[str, ...] = Field((), description="measurements next to the lenses, by name")
     verdict: VerdictRule = VerdictRule()
@@ -277,6 +281,11 @@ class Suite(_Strict):
         if len(set(names)) < len(names):
             raise ValueError("a probe is named twice")
         return names
+
+    @field_validator("update", mode="before")
+    @classmethod
+    def _left_out(cls, given: Any) -> Any:
+        return None if given is False else given
 
     @model_validator(mode="before")
     @classmethod

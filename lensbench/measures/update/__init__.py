@@ -1,6 +1,19 @@
 """The update decomposition: of what later layers add to the prediction, how much shows where it was kept before."""
 
-from lensbench.measures.update.decomposition import Decomposition, decompose
+from lensbench.measures.update.decomposition import STEPS, Decomposition, decompose
+from lensbench.measures.update.recipe import UpdateRecipe
+from lensbench.measures.update.result import UpdateResult
 from lensbench.measures.update.summary import block_rows, index_estimates, pair_rows
+from lensbench.measures.update.undefined import Undefined
 
-__all__ = ["Decomposition", "block_rows", "decompose", "index_estimates", "pair_rows"]
+__all__ = [
+    "STEPS",
+    "Decomposition",
+    "Undefined",
+    "UpdateRecipe",
+    "UpdateResult",
+    "block_rows",
+    "decompose",
+    "index_estimates",
+    "pair_rows",
+]

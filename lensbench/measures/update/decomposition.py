@@ -8,7 +8,6 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.read import own_layer_sums
@@ -31,12 +30,16 @@ from lensbench.measures.update.products import (
     products_of_moments,
 )
 from lensbench.measures.update.quantities import Chance, Quantities, quantities
+from lensbench.measures.update.undefined import Undefined
 from lensbench.statistics import Array, bootstrap_weights, effective_clusters
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
 
 DRAWS = 1000
 """Bootstrap draws of the clusters"""
+
+STEPS = ("moments", "ridges", "gates", "products", "refits", "news")
+"""What :func:`decompose` says that it does, in this order"""
 
 Say = Callable[[str], None]
 
@@ -146,12 +149,12 @@ def decompose(
     Lenses are fitted on ``fit``, ridges chosen and gates decided on ``dev``, everything else is measured on ``held_out``.
     ``tolerance`` and ``refits``: in place of the recipe's.
 
-    Raises :class:`LensbenchError` where the norm is no gain over a scale, and where there are fewer than three fitting
+    Raises :class:`Undefined` where the norm is no gain over a scale, and where there are fewer than three fitting
     documents or two layers.
     """
     chosen = tuple(range(fit.layers)) if layers is None else tuple(layers)
     if len(chosen) < 2:
-        raise LensbenchError("undefined: an update needs two layers before the last")
+        raise Undefined("undefined: an update needs two layers before the last")
     coordinates = Metric.of(metric, readout, fit)
     folds = deal_documents(fit, seed)
     say("moments")
@@ -170,6 +173,7 @@ def decompose(
     cluster, clusters = cluster_numbers(held_out)
     sums = cluster_products(held_out.states, chosen, means, cluster, clusters, maps)
     weights = bootstrap_weights(clusters, DRAWS, seed)
+    say("refits")
     again = [
         readings(fold_moments(fit, chosen, folds, resampled(folds, [seed, number])), coordinates, lenses.ridges)
         for number in range(recipe.refits if refits is None else refits)

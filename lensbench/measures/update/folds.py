@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lensbench.errors import LensbenchError
 from lensbench.lenses.moments import MOMENT_BLOCK, Moments, MomentSums
 from lensbench.lenses.ridge import RidgePath
 from lensbench.measures.update.metric import SMALLEST_EIGENVALUE, Metric
+from lensbench.measures.update.undefined import Undefined
 from lensbench.streams.capture import Capture
 
 FOLDS = 3
@@ -43,13 +43,11 @@ class Readings:
 def deal_documents(captured: Capture, seed: int) -> NDArray[np.int64]:
     """The fold of each document, ``[documents]``: dealt at random, as many to each of :data:`FOLDS`.
 
-    Raises :class:`LensbenchError` where there are fewer documents than folds.
+    Raises :class:`Undefined` where there are fewer documents than folds.
     """
     documents = captured.ranks.most(int(captured.document.max())) + 1
     if documents < FOLDS:
-        raise LensbenchError(
-            f"undefined: {documents} fitting documents, and lenses and signal need {FOLDS} folds of them"
-        )
+        raise Undefined(f"undefined: {documents} fitting documents, and lenses and signal need {FOLDS} folds of them")
     order = np.random.default_rng([seed, documents]).permutation(documents)
     folds = np.empty(documents, dtype=np.int64)
     folds[order] = np.arange(documents) % FOLDS

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lensbench.errors import LensbenchError
+from lensbench.measures.update.undefined import Undefined
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
 
@@ -38,13 +38,11 @@ class Metric:
         the mean p and ``e = W^T p``; the scale of the norm is left out, all products being compared with one another. With
         soft-capped logits z their slope ``t = 1 - (z / cap)^2`` enters: ``E[W^T diag(t) (diag p - p p^T) diag(t) W]``.
 
-        Raises :class:`LensbenchError` where the norm is no gain over a scale.
+        Raises :class:`Undefined` where the norm is no gain over a scale.
         """
         gain = readout.gain(captured.states.shape[-1])
         if gain is None:
-            raise LensbenchError(
-                "undefined: the final norm is not a matrix over a scale, so that readings have no metric"
-            )
+            raise Undefined("undefined: the final norm is not a matrix over a scale, so that readings have no metric")
         gain, name = gain.double().cpu(), str(kind)
         if kind == "euclidean":
             inner = torch.eye(len(gain), dtype=torch.float64)

@@ -1,0 +1,115 @@
+"""The stage that decomposes the updates of a model: the first numbers of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from lensbench.lenses.recipe import spread_layers
+from lensbench.measures.update import STEPS, Undefined, UpdateResult, decompose
+from lensbench.report.formatting import number
+from lensbench.run.capturing import captured_states
+from lensbench.run.context import Context
+from lensbench.run.fitting import random_bases
+from lensbench.run.inputs import data_of, eval_samples
+from lensbench.run.origin import origin_of, stream_of
+from lensbench.runtime.stages import NotFinished
+from lensbench.suite.recipes import ModelRecipe
+
+UPDATE_FORMAT = 1
+"""Version of the numbers of this stage: part of its key"""
+
+OF_LENSES = (
+    "sequences", "positions", "dev_sequences", "dev_positions", "ridges", "pads", "tolerance", "pooled_dev_tokens",
+    "variance",
+)  # fmt: skip
+"""The settings of the fit that the decomposition shares"""
+
+
+def updating(context: Context, model: ModelRecipe, seed: int) -> UpdateResult | None:
+    """The update decomposition of a model, for one view and seed.
+
+    None where the suite asks for none, and where this context computes nothing and no earlier run has left one.
+    """
+    settings = context.suite.update
+    if settings is None:
+        return None
+    origin, data, recipe = origin_of(context, model, seed), data_of(context, model), context.suite.fit
+    who = f"{model.name}-seed{seed}"
+
+    def compute(folder: Path) -> None:
+        stream = stream_of(context, origin, model.view)
+        fit, _ = captured_states(
+            context, stream, data.samples("fit", recipe.sequences, recipe.positions), name=f"capture-update-fit-{who}"
+        )
+        rotation = random_bases(context, fit, seed) if model.rotated else None
+        dev, held_out = (
+            captured_states(
+                context, stream, samples, name=f"capture-update-{split}-{who}", constant=fit.mean_p, rotation=rotation
+            )
+            for split, samples in (
+                ("dev", data.samples("dev", recipe.dev_sequences, recipe.dev_positions)),
+                ("eval", eval_samples(context, data)),
+            )
+        )
+        done = iter(range(len(STEPS)))
+        with context.progress.task(f"update-{who}", len(STEPS), "steps") as task:
+            try:
+                found = decompose(
+                    held_out[1],
+                    fit if rotation is None else rotation.apply(fit),
+                    dev[0],
+                    held_out[0],
+                    recipe,
+                    layers=spread_layers(stream.layers, settings.layers) if stream.layers > 1 else [0],
+                    metric=settings.metric,
+                    refits=settings.refits,
+                    seed=seed,
+                    say=lambda step: task.update(next(done), step),
+                )
+            except Undefined as error:
+                result = UpdateResult.undefined(str(error))
+            else:
+                result = UpdateResult.of(found)
+        result.save(folder)
+
+    key: dict[str, Any] = {
+        "trained": origin.digest,
+        "texts": data.digest,
+        "length": context.suite.length,
+        "view": model.view,
+        "fit": recipe.model_dump(include=set(OF_LENSES)),
+        "update": settings.model_dump(),
+        "evaluate": context.suite.evaluate.model_dump(
+            include={"sequences", "positions", "first_position", "max_share"}
+        ),
+        "seed": seed,
+        "rotated": model.rotated,
+        "version": UPDATE_FORMAT,
+    }
+    if context.sequences is not None:
+        key["sequences"] = context.sequences
+    try:
+        stage = context.stage(f"update-{who}", key, compute)
+    except NotFinished:
+        if context.compute:
+            raise
+        return None
+    result = UpdateResult.load(stage.folder)
+    if context.compute:
+        context.progress.say(f"update-{who}: {first_words(result)}")
+    return result
+
+
+def first_words(result: UpdateResult) -> str:
+    """The first numbers of a model in one line."""
+    found = result.estimates()
+    in_place, clarity = (found[f"{name}_without_layer0"] for name in ("in_place", "clarity"))
+    if in_place.value is None:
+        return in_place.reason
+    share = number(in_place.value)
+    if in_place.low is not None and in_place.high is not None:
+        share += f" [{number(in_place.low)}, {number(in_place.high)}]"
+    clear = "" if clarity.value is None else f"clarity {number(clarity.value)}; "
+    return (
+        f"from layer 1 on {share} of what later layers add shows in earlier lenses' readings; {clear}"
+        f"{found['pairs_passed_without_layer0'].reason} pass the gates"
+    )
