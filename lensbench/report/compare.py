@@ -28,6 +28,7 @@ from lensbench.measures.indices import (
 from lensbench.measures.means import Means
 from lensbench.measures.verdict import VerdictRule
 from lensbench.report.probe_versions import of_one_version
+from lensbench.report.updates import Found, not_measured, updates_of
 from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.folder import SEQUENCES, Run, read_run
 from lensbench.results.manifest import Manifest
@@ -232,18 +233,21 @@ def difference_of_measure(a: Manifest, b: Manifest) -> str:
 def compared_models(run: Run, group: int) -> list[ComparedModel]:
     """Every model and seed of a run; raises :class:`LensbenchError` where its sums are damaged."""
     sequences, draws = run.sequences(), run.manifest.suite.evaluate.draws
-    found = []
+    found, updates = [], updates_of(run)
     try:
         for key, rows in sequences.groupby(["model", "seed"], observed=True, sort=False):
             model, seed = cast(tuple[str, int], key)
-            found.append(compared_model(run, group, str(model), int(seed), clustered(rows), draws))
+            of_updates = updates.get((str(model), int(seed)), not_measured())
+            found.append(compared_model(run, group, str(model), int(seed), clustered(rows), draws, of_updates))
     except (KeyError, ValueError) as error:
         raise LensbenchError(f"{run.folder / SEQUENCES} is damaged: {error}") from error
     return found
 
 
-def compared_model(run: Run, group: int, model: str, seed: int, rows: pd.DataFrame, draws: int) -> ComparedModel:
-    """One model and seed of a run, from its ``rows`` of sums by cluster."""
+def compared_model(
+    run: Run, group: int, model: str, seed: int, rows: pd.DataFrame, draws: int, updates: Found
+) -> ComparedModel:
+    """One model and seed of a run, from its ``rows`` of sums by cluster and its update decomposition."""
     sums = ClusterSums.of(rows)
     weights = bootstrap_weights(len(sums.tokens), draws, 0)
     means = Means.of_clusters(sums.totals, sums.tokens), Means.of_clusters(sums.totals, sums.tokens, weights)
@@ -252,6 +256,7 @@ def compared_model(run: Run, group: int, model: str, seed: int, rows: pd.DataFra
     point = {name: float(value.value) for name, value in at_point.items()}
     values = {name: value.value for name, value in at_draws.items()}
     reasons = {name: e.reason for name, e in estimates.items() if e.value is None}
+    point, values, reasons = point | updates[0], values | updates[1], reasons | updates[2]
     ce = by_document(rows, lens="model")["ce"].to_numpy(float)
     for name, per in (("ce", sums.tokens), ("bits_per_byte", sums.bytes * np.log(2))):
         if per.any():

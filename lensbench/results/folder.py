@@ -158,6 +158,15 @@ def write_sequences(path: Path, sequences: pd.DataFrame) -> None:
     write_atomically(path, write)
 
 
+UPDATE_DRAWS = "update_draws.parquet"
+
+
+def write_update_draws(path: Path, draws: pd.DataFrame) -> None:
+    """``update_draws.parquet``: columns model, seed, index, value; a model's draws of an index in their order."""
+    write = partial(draws.to_parquet, index=False, compression="zstd", compression_level=15)
+    write_atomically(path, write)
+
+
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV of a run folder; raises :class:`LensbenchError` where it is missing, unreadable or not what its name says."""
     if not path.is_file():
@@ -195,6 +204,16 @@ class Run:
         path = self.folder / SEQUENCES
         if not path.is_file():
             raise LensbenchError(f"{self.folder} has no {SEQUENCES}: its runs cannot be compared sequence by sequence")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+    def update_draws(self) -> pd.DataFrame:
+        """``update_draws.parquet``; empty where the run has none. Raises :class:`LensbenchError` for a damaged file."""
+        path = self.folder / UPDATE_DRAWS
+        if not path.is_file():
+            return pd.DataFrame(columns=["model", "seed", "index", "value"])
         try:
             return pd.read_parquet(path)
         except (OSError, ValueError) as error:

@@ -34,8 +34,7 @@ from lensbench.measures.means import Estimate, Means, estimate, nothing_to_gain,
 from lensbench.measures.update import UpdateResult
 from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agreement_of_seeds, decide_on, spans_on
 from lensbench.probes.measured import Measured, Measurement
-from lensbench.probes.registry import quantity_of
-from lensbench.probes.tools.crossfit import COLUMNS
+from lensbench.results.probes import probe_table
 from lensbench.results.schema import ADDED_COLUMNS, no_rows
 from lensbench.results.sums import ClusterSums, MatrixSums, by_document, clustered
 from lensbench.runtime.sealed import read_tensors
@@ -162,7 +161,7 @@ def tables(
     found_tables = {name: pd.DataFrame(content) if content else no_rows(name) for name, content in rows.items()}
     known = {part.model: part.known for part in parts}
     found_tables["verdicts.csv"] = verdict_table(found_tables["indices.csv"], known, rule or VerdictRule())
-    return found_tables | {"probes.csv": probe_table(parts, draws)}
+    return found_tables | {"probes.csv": probe_table([(p.model, p.seed, p.probes, p.clusters) for p in parts], draws)}
 
 
 @dataclass(frozen=True)
@@ -187,6 +186,18 @@ class Sample:
     def clusters(self) -> int:
         """How many clusters there are."""
         return len(self.sums.tokens)
+
+
+def update_draws(parts: list[Part]) -> pd.DataFrame:
+    """The draws of the update decomposition's indices, of all models and seeds: model, seed, index, value."""
+    frames = [
+        pd.DataFrame({"model": part.model, "seed": part.seed, "index": name, "value": np.asarray(values, np.float32)})
+        for part in parts
+        if part.updates is not None
+        for name, values in part.updates.draws.items()
+        if INDICES[name].shown is not None
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["model", "seed", "index", "value"])
 
 
 def model_row(part: Part, sample: Sample) -> dict[str, Any]:
@@ -258,42 +269,6 @@ def similarity_of(part: Part) -> NDArray[np.float64] | None:
             i, j = cast(tuple[int, int], (found.layer[k], found.other[k]))
             matrix[i, j] = matrix[j, i] = value[k]
     return matrix
-
-
-def probe_table(parts: list[Part], draws: int) -> pd.DataFrame:
-    """``probes.csv``; for a model with several seeds also the mean over them, with its Student-t interval.
-
-    Quantities of single heads have no mean over seeds: head 2 of another training is another head.
-    """
-    frames = []
-    for part in parts:
-        for found in part.probes:
-            frame = found.frame(draws, part.clusters)
-            frame.insert(0, "model", part.model)
-            frame.insert(1, "seed", part.seed)
-            frames.append(frame)
-    columns = ["model", "seed", *COLUMNS]
-    if not frames:
-        return pd.DataFrame(columns=columns)
-    table = pd.concat([f.astype(object) for f in frames], ignore_index=True)
-    over = []
-    what = ["model", "probe", "quantity", "layer", "other"]
-    for key, rows in table.groupby(what, dropna=False, sort=False):
-        known = rows["value"].dropna().astype(float)
-        quantity = quantity_of(rows["probe"].iloc[0], rows["quantity"].iloc[0])
-        if len(rows) < 2 or (quantity is not None and quantity.of == "head"):
-            continue
-        row = dict(zip(what, cast(tuple[Any, ...], key), strict=True)) | {"seed": "all", "reason": ""}
-        if len(known) < len(rows):
-            row["reason"] = f"undefined for {len(rows) - len(known)} of {len(rows)} seeds"
-        elif known.nunique() == 1:  # no seed plays a part in it
-            row |= {"value": known.iloc[0], "reason": "the same for every seed"}
-        else:
-            row["value"], row["ci_low"], row["ci_high"] = mean_over_seeds(list(known))
-        over.append(row)
-    if over:
-        table = pd.concat([table, pd.DataFrame(over, columns=columns).astype(object)], ignore_index=True)
-    return table[columns]
 
 
 def lens_rows(part: Part, weights: NDArray[np.float64], *, with_null: bool = True) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from lensbench.report.page import PAGE, write_page
 from lensbench.results import tables
 from lensbench.results.folder import (
     SEQUENCES,
+    UPDATE_DRAWS,
     Run,
     claimed,
     earlier_manifest,
@@ -24,6 +25,7 @@ from lensbench.results.folder import (
     read_table,
     write_sequences,
     write_table,
+    write_update_draws,
 )
 from lensbench.results.manifest import Manifest, write_manifest
 from lensbench.results.schema import SCHEMA, no_rows
@@ -243,6 +245,7 @@ def write_run(
         seconds["figures"] = round(time.perf_counter() - start, 2)
         task.update(2)
     files = [*(name for name in SCHEMA if name in written), SEQUENCES]
+    files += [UPDATE_DRAWS] if (folder / UPDATE_DRAWS).is_file() else []
     models = [m.model for m in measured]
     weights = {f"{part.model}-seed{part.seed}": part.facts["weights"] for m in measured for part in m.parts}
     manifest = describe(context, counted, models, files, [p.name for p in drawn], plans, left_out, weights)
@@ -270,4 +273,6 @@ def write_tables(
     if evaluate.sums == "cluster":
         everything = everything[everything["lens"].map(tolerance_in).isna()]
     write_sequences(folder / SEQUENCES, everything)
+    if any(part.updates is not None for part in parts):
+        write_update_draws(folder / UPDATE_DRAWS, tables.update_draws(parts))
     return found

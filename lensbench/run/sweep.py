@@ -22,7 +22,7 @@ from lensbench.statistics import mean_with_interval
 from lensbench.streams.capture import capture
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.files import load_suite
-from lensbench.suite.recipes import Sweep
+from lensbench.suite.sweep import Sweep
 
 
 def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Progress) -> pd.DataFrame:

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from lensbench.data.inputs import Data
 from lensbench.lenses.recipe import spread_layers
-from lensbench.measures.update import STEPS, Undefined, UpdateResult, decompose
+from lensbench.measures.indices import seed_of_rotations
+from lensbench.measures.update import STEPS, Undefined, UpdateRecipe, UpdateResult, decompose
 from lensbench.report.formatting import number
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
 from lensbench.run.fitting import random_bases
 from lensbench.run.inputs import data_of, eval_samples
-from lensbench.run.origin import origin_of, stream_of
+from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.runtime.stages import NotFinished
 from lensbench.suite.recipes import ModelRecipe
 
@@ -36,40 +38,7 @@ def updating(context: Context, model: ModelRecipe, seed: int) -> UpdateResult | 
     who = f"{model.name}-seed{seed}"
 
     def compute(folder: Path) -> None:
-        stream = stream_of(context, origin, model.view)
-        fit, _ = captured_states(
-            context, stream, data.samples("fit", recipe.sequences, recipe.positions), name=f"capture-update-fit-{who}"
-        )
-        rotation = random_bases(context, fit, seed) if model.rotated else None
-        dev, held_out = (
-            captured_states(
-                context, stream, samples, name=f"capture-update-{split}-{who}", constant=fit.mean_p, rotation=rotation
-            )
-            for split, samples in (
-                ("dev", data.samples("dev", recipe.dev_sequences, recipe.dev_positions)),
-                ("eval", eval_samples(context, data)),
-            )
-        )
-        done = iter(range(len(STEPS)))
-        with context.progress.task(f"update-{who}", len(STEPS), "steps") as task:
-            try:
-                found = decompose(
-                    held_out[1],
-                    fit if rotation is None else rotation.apply(fit),
-                    dev[0],
-                    held_out[0],
-                    recipe,
-                    layers=spread_layers(stream.layers, settings.layers) if stream.layers > 1 else [0],
-                    metric=settings.metric,
-                    refits=settings.refits,
-                    seed=seed,
-                    say=lambda step: task.update(next(done), step),
-                )
-            except Undefined as error:
-                result = UpdateResult.undefined(str(error))
-            else:
-                result = UpdateResult.of(found)
-        result.save(folder)
+        decomposed(context, model, seed, origin, data, settings).save(folder)
 
     key: dict[str, Any] = {
         "trained": origin.digest,
@@ -97,6 +66,45 @@ def updating(context: Context, model: ModelRecipe, seed: int) -> UpdateResult | 
     if context.compute:
         context.progress.say(f"update-{who}: {first_words(result)}")
     return result
+
+
+def decomposed(
+    context: Context, model: ModelRecipe, seed: int, origin: Origin, data: Data, settings: UpdateRecipe
+) -> UpdateResult:
+    """The decomposition itself: states of three splits, and what follows from them."""
+    stream, recipe, who = stream_of(context, origin, model.view), context.suite.fit, f"{model.name}-seed{seed}"
+    samples = data.samples("fit", recipe.sequences, recipe.positions)
+    fit, _ = captured_states(context, stream, samples, name=f"capture-update-fit-{who}")
+    rotation = random_bases(context, fit, seed) if model.rotated else None
+    others = {
+        "dev": data.samples("dev", recipe.dev_sequences, recipe.dev_positions),
+        "eval": eval_samples(context, data),
+    }
+    (dev, _), (held_out, readout) = (
+        captured_states(
+            context, stream, samples, name=f"capture-update-{split}-{who}", constant=fit.mean_p, rotation=rotation
+        )
+        for split, samples in others.items()
+    )
+    done = iter(range(len(STEPS)))
+    with context.progress.task(f"update-{who}", len(STEPS), "steps") as task:
+        try:
+            found = decompose(
+                readout,
+                fit if rotation is None else rotation.apply(fit),
+                dev,
+                held_out,
+                recipe,
+                layers=spread_layers(stream.layers, settings.layers) if stream.layers > 1 else [0],
+                metric=settings.metric,
+                refits=settings.refits,
+                seed=seed,
+                spread=seed_of_rotations(model.name, seed),
+                say=lambda step: task.update(next(done), step),
+            )
+        except Undefined as error:
+            return UpdateResult.undefined(str(error))
+    return UpdateResult.of(found)
 
 
 def first_words(result: UpdateResult) -> str:

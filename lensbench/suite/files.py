@@ -16,7 +16,8 @@ from lensbench.runtime.texts import decode, read_bytes
 from lensbench.studies.calibration import Calibration
 from lensbench.studies.in_context import InContext
 from lensbench.studies.regression import RegressionRecipe
-from lensbench.suite.recipes import Suite, Sweep
+from lensbench.suite.recipes import Suite
+from lensbench.suite.sweep import Sweep
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
 

@@ -481,28 +481,3 @@ class Suite(_Strict):
     def trained(self, model: ModelRecipe) -> ModelRecipe:
         """The model itself, or the one it is a view of."""
         return model if model.view_of is None else next(m for m in self.models if m.name == model.view_of)
-
-
-class Trial(_Strict):
-    """One setting to try for one model of a suite."""
-
-    model: str
-    training: dict[str, Any] = Field(default_factory=dict)
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-
-class Sweep(_Strict):
-    """Declared trials, equally many for each model, judged by cross-entropy on the dev split."""
-
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    question: str = Field(min_length=1)
-    suite: str = Field(description="the suite whose corpus and model sizes the trials use")
-    tokens: int = Field(gt=0, description="training tokens of each trial")
-    trials: tuple[Trial, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _fair(self) -> "Sweep":
-        counts = {t.model: sum(u.model == t.model for u in self.trials) for t in self.trials}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"every model must get equally many trials, not {counts}")
-        return self

@@ -81,7 +81,8 @@ class Decomposition:
     """``[draws, clusters]``: how often a draw takes each cluster of eval"""
     clusters: float
     """Effective number of clusters of eval"""
-    seed: int
+    spread: tuple[int, ...]
+    """Seed of what refits add to the draws"""
 
     def news(self) -> Array:
         """The share of the gain of each pair that is news, ``[P]``; NaN or infinite where there is no gain."""
@@ -142,12 +143,14 @@ def decompose(
     tolerance: float | None = None,
     refits: int | None = None,
     seed: int = 0,
+    spread: Sequence[int] = (0,),
     say: Say = lambda _: None,
 ) -> Decomposition:
     """The decomposition of the layers ``layers`` (all before the last, by default) of one stream.
 
     Lenses are fitted on ``fit``, ridges chosen and gates decided on ``dev``, everything else is measured on ``held_out``.
-    ``tolerance`` and ``refits``: in place of the recipe's.
+    ``tolerance`` and ``refits``: in place of the recipe's. ``seed`` deals and resamples the fitting documents; the draws of
+    the held-out documents are the same for every model. ``spread``: the seed of what refits add to the draws, a model's own.
 
     Raises :class:`Undefined` where the norm is no gain over a scale, and where there are fewer than three fitting
     documents or two layers.
@@ -167,12 +170,12 @@ def decompose(
     maps = readings(moments, coordinates, lenses.ridges)
     pairs = pairs_of(len(chosen))
     say("gates")
-    gated = _gates(readout, dev, chosen, lenses, maps, pairs, seed)
+    gated = _gates(readout, dev, chosen, lenses, maps, pairs)
     say("products")
     means = means_of(held_out.states, [*chosen, held_out.layers])
     cluster, clusters = cluster_numbers(held_out)
     sums = cluster_products(held_out.states, chosen, means, cluster, clusters, maps)
-    weights = bootstrap_weights(clusters, DRAWS, seed)
+    weights = bootstrap_weights(clusters, DRAWS, 0)
     say("refits")
     again = [
         readings(fold_moments(fit, chosen, folds, resampled(folds, [seed, number])), coordinates, lenses.ridges)
@@ -187,7 +190,8 @@ def decompose(
     return Decomposition(
         layers=chosen, metric=coordinates.name, pairs=pairs, point=point, draws=draws,
         refits=_stacked(refitted) if refitted else None, chance=chance, gate=gated[0], blocks=gated[1],
-        news_sums=gains, ridges=lenses.ridges, weights=weights, clusters=effective_clusters(cluster.numpy()), seed=seed,
+        news_sums=gains, ridges=lenses.ridges, weights=weights, clusters=effective_clusters(cluster.numpy()),
+        spread=tuple(spread),
     )  # fmt: skip
 
 
@@ -202,7 +206,6 @@ def _gates(
     lenses: FullLenses,
     maps: Readings,
     pairs: Pairs,
-    seed: int,
 ) -> tuple[list[str], list[tuple[int, int]]]:
     """The gate of each pair, and the blocks merged until there is room; all on dev."""
     cluster, clusters = cluster_numbers(dev)
@@ -210,7 +213,7 @@ def _gates(
     sums = cluster_products(dev.states, layers, means, cluster, clusters, maps)
     moments = SecondMoments.of(dev.states, layers, means)
     chance, _ = _of_moments(moments, maps, [], pairs)
-    weights = bootstrap_weights(clusters, DRAWS, seed)
+    weights = bootstrap_weights(clusters, DRAWS, 0)
     point = quantities(sums.total(), pairs, chance)
     room = has_room(point, quantities(sums.drawn(weights), pairs, chance))
     kl, ce = own_layer_sums(readout, dev, lenses.within, layers)

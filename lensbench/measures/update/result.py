@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lensbench.errors import LensbenchError
 from lensbench.measures.means import Estimate
 from lensbench.measures.update.decomposition import Decomposition
-from lensbench.measures.update.summary import NAMES, WITHOUT_LAYER_0, block_rows, index_estimates, pair_rows
+from lensbench.measures.update.summary import NAMES, WITHOUT_LAYER_0, block_rows, drawn_indices, pair_rows
 from lensbench.runtime.files import write_json
 
 RESULT = "update.json"
@@ -24,12 +24,23 @@ class UpdateResult(BaseModel):
     blocks: list[dict[str, Any]] = []
     indices: dict[str, tuple[float | None, float | None, float | None, str]] = {}
     """Name -> value, lower and upper end of its interval, reason"""
+    draws: dict[str, list[float]] = {}
+    """Name -> its draws, of those that have an interval"""
 
     @classmethod
     def of(cls, found: Decomposition) -> "UpdateResult":
         """All that is kept of a decomposition."""
-        indices = {name: (one.value, one.low, one.high, one.reason) for name, one in index_estimates(found).items()}
-        return cls(pairs=pair_rows(found), blocks=block_rows(found), indices=indices)
+        drawn = drawn_indices(found)
+        return cls(
+            pairs=pair_rows(found),
+            blocks=block_rows(found),
+            indices={n: (e.value, e.low, e.high, e.reason) for n, e in ((n, one.estimate) for n, one in drawn.items())},
+            draws={
+                name: [float(f"{x:.6g}") for x in one.draws]
+                for name, one in drawn.items()
+                if one.draws is not None and one.estimate.low is not None
+            },
+        )
 
     @classmethod
     def undefined(cls, reason: str) -> "UpdateResult":

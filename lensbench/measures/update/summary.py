@@ -1,6 +1,7 @@
 """What the update decomposition comes to: a row for each pair and each block, and the model's indices."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,22 @@ def block_rows(found: Decomposition) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class DrawnIndex:
+    """An index with its interval, and its draws ``[draws]`` where it has any."""
+
+    estimate: Estimate
+    draws: Array | None = None
+
+
 def index_estimates(found: Decomposition) -> dict[str, Estimate]:
     """Every index of the decomposition, over all pairs of layers and over those without layer 0."""
-    estimates: dict[str, Estimate] = {}
+    return {name: one.estimate for name, one in drawn_indices(found).items()}
+
+
+def drawn_indices(found: Decomposition) -> dict[str, DrawnIndex]:
+    """The same with their draws, which are over the same documents for every model."""
+    estimates: dict[str, DrawnIndex] = {}
     for suffix, first in (("", 0), (WITHOUT_LAYER_0, 1)):
         pairs = np.array([found.layers[i] >= first for i in found.pairs[0]])
         estimates |= {name + suffix: value for name, value in _indices(found, pairs).items()}
@@ -88,13 +102,13 @@ def undetermined(found: Decomposition, pairs: NDArray[np.bool_]) -> str:
     return f"undetermined: {passed} of {asked} pairs of layers pass the gates and {needed} are needed{why}"
 
 
-def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, Estimate]:
-    none = Estimate(None, None, None, "undetermined: one layer is left")
+def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnIndex]:
+    none = _without("undetermined: one layer is left")
     passed = passing(found, pairs)
     if not pairs.any():
         return dict.fromkeys(NAMES, none)
     reason = undetermined(found, pairs)
-    carried, in_place = Estimate(None, None, None, reason), Estimate(None, None, None, reason)
+    carried = in_place = _without(reason)
     if not reason:
         spread = np.nanvar(_drawn(found, "carried")[:, passed], axis=0)
         weight = 1 / (found.chance.carried[passed] ** 2 + spread + EXTRA_SPREAD**2)
@@ -114,8 +128,8 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, Estima
         "news": _news(found, pairs),
         "commission": _of(found, lambda q: q.commission[..., layers].mean(-1)),
         "drowned": _drowned(found, pairs),
-        "pairs_passed": Estimate(
-            float(passed.sum() / pairs.sum()), None, None, f"{passed.sum()} of {pairs.sum()} pairs"
+        "pairs_passed": DrawnIndex(
+            Estimate(float(passed.sum() / pairs.sum()), None, None, f"{passed.sum()} of {pairs.sum()} pairs")
         ),
     }
 
@@ -135,35 +149,40 @@ def _plain_mean(name: str, pairs: NDArray[np.bool_]) -> Callable[[Quantities], A
     return mean
 
 
-def _drowned(found: Decomposition, pairs: NDArray[np.bool_]) -> Estimate:
+def _without(reason: str) -> DrawnIndex:
+    return DrawnIndex(Estimate(None, None, None, reason))
+
+
+def _drowned(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
     """The mean of 1 - R over pairs whose signal did not shrink: there a basis that changed and interference look alike."""
     grown = pairs & (found.point.persistence >= 1)
     if not grown.any():
-        return Estimate(None, None, None, "undefined: the signal of every pair shrinks (S < 1)")
+        return _without("undefined: the signal of every pair shrinks (S < 1)")
     return _of(found, lambda q: (1 - q.clarity[..., grown]).mean(-1))
 
 
-def _news(found: Decomposition, pairs: NDArray[np.bool_]) -> Estimate:
+def _news(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
     """News of all pairs together: gains are added up first, so that a pair with hardly any gain does not decide."""
     new, whole = found.news_sums
     weights = found.weights
     total = weights @ whole[:, pairs].sum(1)
     point = whole[:, pairs].sum()
     if not point > 0 or np.percentile(total, 2.5) <= 0:
-        return Estimate(None, None, None, "undetermined: later lenses do not surely explain more of the final state")
+        return _without("undetermined: later lenses do not surely explain more of the final state")
     drawn = (weights @ new[:, pairs].sum(1)) / total
-    return _estimate(new[:, pairs].sum() / point, drawn, found)
+    return DrawnIndex(_estimate(new[:, pairs].sum() / point, drawn, found), drawn)
 
 
-def _of(found: Decomposition, value: Callable[[Quantities], Array]) -> Estimate:
+def _of(found: Decomposition, value: Callable[[Quantities], Array]) -> DrawnIndex:
     """An index that is a function of quantities, with documents and refits in its interval."""
     refits = None if found.refits is None else value(found.refits)
-    return _estimate(float(value(found.point)), spread_by_refits(value(found.draws), refits, (found.seed, 1)), found)
+    draws = spread_by_refits(value(found.draws), refits, found.spread)
+    return DrawnIndex(_estimate(float(value(found.point)), draws, found), draws)
 
 
 def _drawn(found: Decomposition, name: str) -> Array:
     refits = None if found.refits is None else getattr(found.refits, name)
-    return spread_by_refits(getattr(found.draws, name), refits, (found.seed, 1))
+    return spread_by_refits(getattr(found.draws, name), refits, found.spread)
 
 
 def _estimate(value: float, draws: Array, found: Decomposition) -> Estimate:

@@ -1,0 +1,34 @@
+"""The update decomposition's indices of a run, as comparisons need them: values, draws, and reasons."""
+
+import numpy as np
+
+from lensbench.measures.indices import update_indices
+from lensbench.measures.update.decomposition import DRAWS
+from lensbench.results.folder import Run
+from lensbench.statistics import Array
+
+Found = tuple[dict[str, float], dict[str, Array], dict[str, str]]
+"""Values, draws and reasons of undefined ones, by index"""
+
+
+def updates_of(run: Run) -> dict[tuple[str, int], Found]:
+    """Of each model and seed of a run; empty for a run without the decomposition."""
+    indices, names = run.tables["indices.csv"], update_indices()
+    rows = indices[indices["index"].isin(names) & (indices["seed"] != "all")]
+    drawn = {key: part.to_numpy(float) for key, part in run.update_draws().groupby(["model", "seed", "index"])["value"]}
+    found: dict[tuple[str, int], Found] = {}
+    for row in rows.to_dict("records"):
+        who, name, value = (str(row["model"]), int(row["seed"])), str(row["index"]), float(row["value"])
+        values, draws, reasons = found.setdefault(who, ({}, {}, {}))
+        if np.isnan(value):
+            reasons[name] = str(row["reason"])
+        else:
+            values[name] = value
+            draws[name] = drawn.get((*who, name), np.full(DRAWS, value))
+    return found
+
+
+def not_measured() -> Found:
+    """Of a model whose run has no decomposition."""
+    reason = "not measured: a run without the update decomposition"
+    return {}, {}, dict.fromkeys(update_indices(), reason)
