@@ -202,6 +202,7 @@ PARTS_OF_PROBES = {
 HOLDS = "it is made of a model, or of what holds one, and does nothing with it"
 TRAINS = "it is a step of a training, which changes the model"
 NOT_TRIED = {
+    "lensbench.probes.subject.no_blocks": "it asks for the names of what a stream has",
     "lensbench.api.Lenses": HOLDS,
     "lensbench.models.pretrained.Pretrained": HOLDS,
     "lensbench.probes.subject.Subject": HOLDS,
