@@ -5,10 +5,7 @@ what a lens reads at a layer. A *response* is the change of the model's output b
 weighted by the model's probabilities (Aitchison geometry).
 """
 
-import copy
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +17,7 @@ from lensbench.probes.catalogue import WITH_ITS_NULL, Panel, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject, no_blocks
 from lensbench.probes.tools.crossfit import FoldSums, centred
-from lensbench.probes.tools.interventions import entering
+from lensbench.probes.tools.interventions import MOVES_AT_ONCE, after_moves
 from lensbench.probes.tools.predictions import Directions, batches
 from lensbench.statistics import Array
 from lensbench.streams.readout import ReadOut
@@ -40,14 +37,6 @@ WINDOWS = 96
 
 DIRECTIONS = 4
 """Directions of each kind at a layer: of the shared lens, and random ones"""
-
-
-MOVES_AT_ONCE = 32
-"""Moved states in a batch"""
-
-
-CACHED_TOLERANCE = 1e-3
-"""Largest relative difference of a token's log-probabilities computed from a cache and from the whole prefix"""
 
 
 def causal_fidelity(subject: Subject) -> Measured:
@@ -221,62 +210,12 @@ def aitchison(a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (a * b) @ p, (a * a) @ p, (b * b) @ p
 
 
-@torch.no_grad()
 def responses(stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor, before: Tensor) -> Tensor:
     """The model's log-probabilities ``[n, V]`` after a prefix ``[1, T]`` whose last state before block ``layers[i]`` moved.
 
-    Only the last token is computed again, if the model has a cache of the prefix and gives with it the log-probabilities
-    ``before`` ``[V]`` that it gives without.
+    ``before`` ``[V]`` are those without a move; see :func:`after_moves`.
     """
-    cached = cache_of(stream, ids)
-    if cached is not None:
-        off = (after_cache(stream, ids, cached, 1).float().log_softmax(-1)[0] - before).abs().max()
-        if not off < CACHED_TOLERANCE * before.abs().max():
-            cached = None
-    found = []
-    for start in range(0, len(layers), MOVES_AT_ONCE):
-        of, move = (x[start : start + MOVES_AT_ONCE] for x in (layers, moves))
-        count = len(of)
-        with entering(stream, partial(moved, layers=of, moves=move)):
-            if cached is not None:
-                logits = after_cache(stream, ids, cached, count)
-            else:
-                last = torch.full((count,), ids.shape[1] - 1)
-                _, logits = stream.at(ids.expand(count, -1), torch.arange(count), last)
-        found.append(logits.float().log_softmax(-1))
-    return torch.cat(found)
-
-
-def cache_of(stream: ResidualStream, ids: Tensor) -> tuple[str, Any] | None:
-    """The model's name of its cache, and the cache of all tokens ``[1, T]`` but the last; None for a model without one."""
-    if ids.shape[1] < 2:
-        return None
-    out = stream.model(input_ids=ids[:, :-1], use_cache=True, return_dict=True)
-    for name in ("cache", "past_key_values"):
-        cache = getattr(out, name, None)
-        if hasattr(cache, "reorder_cache"):
-            return name, cache
-    return None
-
-
-def after_cache(stream: ResidualStream, ids: Tensor, cached: tuple[str, Any], count: int) -> Tensor:
-    """Logits ``[count, V]`` of the last token of ``[1, T]``, ``count`` times, from a cache of the other tokens."""
-    name, cache = cached[0], copy.deepcopy(cached[1])
-    cache.reorder_cache(torch.zeros(count, dtype=torch.long, device=ids.device))
-    last = ids[:, -1:].expand(count, 1)
-    out = stream.model(input_ids=last, use_cache=True, return_dict=True, **{name: cache})
-    logits: Tensor = out.logits[:, -1].to(stream.device)
-    return logits
-
-
-def moved(layer: int, h: Tensor, layers: Tensor, moves: Tensor) -> Tensor | None:
-    """States ``[n, T, d]``, the last one of sequence i moved by ``moves[i]`` if ``layers[i]`` is this one; None if none."""
-    here = (layers == layer).nonzero()[:, 0]
-    if not len(here):
-        return None
-    change = torch.zeros_like(h)
-    change[here.to(h.device), -1, : moves.shape[1]] = moves[here].to(h)
-    return h + change
+    return torch.cat([log_p for _, log_p in after_moves(stream, ids, layers, moves, before)])
 
 
 CAUSAL_FIDELITY = Probe(

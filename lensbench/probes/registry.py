@@ -1,6 +1,7 @@
 """The probes by name. A new probe is a file of its own and one line here."""
 
 from lensbench.probes.accuracy import ACCURACY
+from lensbench.probes.block_order import BLOCK_ORDER
 from lensbench.probes.block_paths import BLOCK_PATHS
 from lensbench.probes.catalogue import Probe, Quantity
 from lensbench.probes.causal_fidelity import CAUSAL_FIDELITY
@@ -9,6 +10,7 @@ from lensbench.probes.few_shot import FEW_SHOT
 from lensbench.probes.gradient_alignment import GRADIENT_ALIGNMENT
 from lensbench.probes.gradient_steps import GRADIENT_STEPS
 from lensbench.probes.head_weights import HEAD_WEIGHTS
+from lensbench.probes.injection_survival import INJECTION_SURVIVAL
 from lensbench.probes.known_places import KNOWN_PLACES
 from lensbench.probes.matched_transfer import MATCHED_TRANSFER
 from lensbench.probes.prediction_visibility import PREDICTION_VISIBILITY
@@ -21,6 +23,7 @@ PROBES: dict[str, Probe] = {
         ACCURACY,
         GRADIENT_ALIGNMENT,
         BLOCK_PATHS,
+        BLOCK_ORDER,
         KNOWN_PLACES,
         REPRESENTATION,
         MATCHED_TRANSFER,
@@ -29,6 +32,7 @@ PROBES: dict[str, Probe] = {
         HEAD_WEIGHTS,
         FEW_SHOT,
         CAUSAL_FIDELITY,
+        INJECTION_SURVIVAL,
         GRADIENT_STEPS,
         PREFIX_READ_OUT,
     )

@@ -62,6 +62,8 @@ class Subject:
     name: str = ""
     """What progress and messages call it"""
     progress: Progress = QUIET
+    ridges: tuple[float, ...] = ()
+    """The ridge of each of ``own``, in median eigenvalues of the layer's covariance; empty where they were not fitted"""
 
     @classmethod
     def plain(

@@ -103,4 +103,5 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
         else None,
         who,
         context.progress,
+        tuple(ridge or 0.0 for ridge in fit[OWN].record.ridge),
     )

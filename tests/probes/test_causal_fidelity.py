@@ -6,8 +6,9 @@ import torch
 from helpers.planted import D, L, V, planted, subject_of
 
 from lensbench.models import build
-from lensbench.probes.causal_fidelity import DIRECTIONS, Moves, aitchison, cache_of, responses, scores_after
+from lensbench.probes.causal_fidelity import DIRECTIONS, Moves, aitchison, responses, scores_after
 from lensbench.probes.registry import PROBES
+from lensbench.probes.tools.interventions import cache_of
 from lensbench.streams.stream import ResidualStream
 
 SHAPE = {"vocab_size": 97, "d_model": 32, "layers": 3, "heads": 4, "context": 64, "parameters": 60_000}

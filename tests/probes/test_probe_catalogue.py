@@ -32,7 +32,10 @@ def subjects():
 @pytest.mark.parametrize("name", PROBES)
 def test_a_probe_writes_the_quantities_of_its_catalogue_and_no_others(name, subjects):
     probe, written = PROBES[name], set()
-    for subject in subjects:
+    deeper = (
+        [subject_of(build("gpt", seed=1, **SHAPE | {"layers": 4}).eval(), count=8)] if name == "block_order" else []
+    )
+    for subject in [*subjects, *deeper]:
         measured = probe.measure(subject)
         if measured.reason:
             continue

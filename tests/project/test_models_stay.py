@@ -177,10 +177,13 @@ ONLY = {"lensbench.report.trace_errors.errors_of": [PC]}
 """Functions of some models"""
 
 PARTS_OF_PROBES = {
-    "block_paths": ["block_paths.cross_entropy", "tools.block_places.swapped", "tools.block_places.why_not_swapped"],
+    "block_paths": [
+        "block_paths.cross_entropy", "tools.block_places.swapped", "tools.block_places.why_not_swapped",
+        "tools.block_places.reordered", "tools.block_places.why_not_reordered",
+    ],
     "causal_fidelity": [
         "causal_fidelity.scores_after", "causal_fidelity.Moves.of", "causal_fidelity.responses",
-        "causal_fidelity.cache_of", "causal_fidelity.after_cache", "tools.interventions.entering",
+        "tools.interventions.cache_of", "tools.interventions.after_cache", "tools.interventions.entering",
     ],
     "error_transport": [
         "error_transport.planned", "error_transport.gather", "error_transport.estimate",
@@ -194,6 +197,10 @@ PARTS_OF_PROBES = {
     "gradient_steps": ["gradient_steps.updates_and_steps"],
     "head_weights": ["head_weights.previous_attention", "head_weights.written_by"],
     "known_places": ["known_places.uniform_twin", "known_places.against_uniform", "known_places.at_places"],
+    "injection_survival": [
+        "injection_survival.Lenses.of", "injection_survival.answers_of", "tools.interventions.after_moves",
+        "tools.interventions.last_states",
+    ],
     "prediction_visibility": ["prediction_visibility.Baseline.of", "tools.predictions.Directions.of"],
     "prefix_read_out": ["prefix_read_out.prefix_against_full"],
 }  # fmt: skip

@@ -5,8 +5,8 @@ Gemma, Qwen 3, OLMo 3; per-layer inputs of Gemma 3n). A block that changes place
 sliding attention would otherwise run with the full mask. What a block is handed is seen in a pass of the model as it is.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class _Onlooker(nn.Module):
         return self.returned * self.stretch
 
 
-def _handed(stream: ResidualStream, first: int, call: Given, stretch: float = 1.0) -> tuple[_Onlooker, _Onlooker]:
-    """What blocks ``first`` and ``first + 1`` receive and return when the model is called; hooks of blocks do not run.
+def _handed(stream: ResidualStream, call: Given, first: int = 0, stretch: float = 1.0) -> list[_Onlooker]:
+    """What every block receives and returns when the model is called; hooks of blocks do not run.
 
     The state that block ``first`` returns is multiplied by ``stretch``.
     """
@@ -60,7 +60,7 @@ def _handed(stream: ResidualStream, first: int, call: Given, stretch: float = 1.
     finally:
         for k, block in enumerate(before):
             blocks[k] = block
-    return seen[first], seen[first + 1]
+    return seen
 
 
 def _others(given: Given) -> dict[int | str, Any]:
@@ -90,7 +90,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _own(given: Given, other: Given) -> dict[int | str, Any]:
-    """The arguments of a block that its neighbour is not given."""
+    """The arguments of a block that the other one is not given."""
     shared = _others(other)
     return {k: v for k, v in _others(given).items() if k not in shared or not _identical(v, shared[k])}
 
@@ -115,16 +115,21 @@ def _handing(block: nn.Module, given: Given, other: Given) -> Any:
 
 
 @contextmanager
-def swapped(stream: ResidualStream, first: int) -> Iterator[None]:
-    """A context in which blocks ``first`` and ``first + 1`` (from 0) have changed places.
+def reordered(stream: ResidualStream, order: Sequence[int]) -> Iterator[None]:
+    """A context in which block ``order[k]`` (from 0) runs in place k; ``order`` ``[L]`` names every block once.
 
-    Each takes with it what the model hands to it alone: mask, rotary embedding, inputs of its layer. Where the two are
-    given different things, each call of the model costs a second pass. See :func:`why_not_swapped`.
+    Each takes with it what the model hands to it alone: mask, rotary embedding, inputs of its layer. Where blocks that
+    change places are given different things, each call of the model costs a second pass. See :func:`why_not_reordered`.
     """
     blocks = stream.block_list
-    pair = blocks[first], blocks[first + 1]
+    before = list(blocks)
+    moved = _moved(order)
     alike: set[tuple[int, ...]] = set()
     handles: list[Any] = []
+
+    def put(places: Sequence[int]) -> None:
+        for place, number in enumerate(places):
+            blocks[place] = before[number]
 
     def set_apart(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         while handles:
@@ -133,45 +138,80 @@ def swapped(stream: ResidualStream, first: int) -> Iterator[None]:
         assert inputs is not None
         if inputs.shape[1:] in alike:
             return
-        blocks[first], blocks[first + 1] = pair
+        put(range(len(before)))
         try:
-            one, two = _handed(stream, first, (args, kwargs))
+            seen = _handed(stream, (args, kwargs))
         finally:
-            blocks[first], blocks[first + 1] = pair[1], pair[0]
-        if not _own(one.given, two.given) and not _own(two.given, one.given):
+            put(order)
+        if not any(_own(seen[order[place]].given, seen[place].given) for place in moved):
             alike.add(tuple(inputs.shape[1:]))
             return
-        handles.append(_handing(pair[0], one.given, two.given))
-        handles.append(_handing(pair[1], two.given, one.given))
+        for place in moved:
+            own = seen[order[place]].given
+            handles.append(_handing(before[order[place]], own, seen[place].given))
 
     with ExitStack() as stack:
         stack.callback(stream.model.register_forward_pre_hook(set_apart, with_kwargs=True).remove)
         stack.callback(lambda: [handle.remove() for handle in handles])
-        blocks[first], blocks[first + 1] = pair[1], pair[0]
+        put(order)
         try:
             yield
         finally:
-            blocks[first], blocks[first + 1] = pair
+            put(range(len(before)))
+
+
+def _moved(order: Sequence[int]) -> list[int]:
+    """The places at which another block runs."""
+    return [place for place, number in enumerate(order) if place != number]
+
+
+def _earlier(first: int, number: int) -> str:
+    """The blocks from ``first`` on that run before block ``number``."""
+    return f"block {first}" if number == first + 1 else f"blocks {first} to {number - 1}"
+
+
+def exchanged(layers: int, first: int) -> list[int]:
+    """The order of blocks in which ``first`` and ``first + 1`` have changed places."""
+    order = list(range(layers))
+    order[first], order[first + 1] = order[first + 1], order[first]
+    return order
+
+
+def swapped(stream: ResidualStream, first: int) -> AbstractContextManager[None]:
+    """A context in which blocks ``first`` and ``first + 1`` (from 0) have changed places; see :func:`reordered`."""
+    return reordered(stream, exchanged(len(stream.block_list), first))
+
+
+def why_not_swapped(stream: ResidualStream, first: int) -> str:
+    """Why blocks ``first`` and ``first + 1`` have no meaning in each other's place; empty where they have one."""
+    return why_not_reordered(stream, exchanged(len(stream.block_list), first))
 
 
 @torch.no_grad()
-def why_not_swapped(stream: ResidualStream, first: int) -> str:
-    """Why blocks ``first`` and ``first + 1`` have no meaning in each other's place; empty where they have one.
+def why_not_reordered(stream: ResidualStream, order: Sequence[int]) -> str:
+    """Why blocks have no meaning in the places that an order gives them; empty where they have one.
 
-    The second may take more of the first than its state (values, a residual, keys that are shared): nothing could be handed
-    to it in the first place.
+    A block may take more of an earlier one than its state (values, a residual, keys that are shared): nothing could be
+    handed to it before that one has run.
     """
+    moved = _moved(order)
+    if not moved:
+        return ""
     inputs = example_inputs(stream.model, 1)
     call: Given = (), stream.asked(inputs)
-    one, two = _handed(stream, first, call)
-    if isinstance(one.returned, tuple) != isinstance(two.returned, tuple):
-        return f"undefined: blocks {first} and {first + 1} return different things"
-    own = _own(two.given, one.given)
-    changed = _others(_handed(stream, first, call, stretch=1.5)[1].given)
-    if own and not all(_equal(v, changed.get(k)) for k, v in own.items()):
-        return f"undefined: block {first + 1} is given more from block {first} than its state"
+    first = moved[0]
+    seen = _handed(stream, call)
+    changed = _handed(stream, call, first, stretch=1.5)
+    for place in moved:
+        number = order[place]
+        if isinstance(seen[number].returned, tuple) != isinstance(seen[place].returned, tuple):
+            return f"undefined: blocks {min(number, place)} and {max(number, place)} return different things"
+        own = _own(seen[number].given, seen[place].given)
+        given = _others(changed[number].given)
+        if number > first and not all(_equal(value, given.get(k)) for k, value in own.items()):
+            return f"undefined: block {number} is given more from {_earlier(first, number)} than its state"
     try:
-        with swapped(stream, first):
+        with reordered(stream, order):
             stream.forward(inputs)
     except torch.OutOfMemoryError:
         raise

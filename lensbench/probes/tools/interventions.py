@@ -1,12 +1,23 @@
-"""Changing what a block receives while a model runs."""
+"""Changing what a block receives while a model runs, and what the model makes of it."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lensbench.streams.parts import block_input
 from lensbench.streams.stream import ResidualStream
+
+CACHED_TOLERANCE = 1e-3
+"""Largest relative difference of a token's log-probabilities computed from a cache and from the whole prefix"""
+
+
+MOVES_AT_ONCE = 32
+"""Moved states in a batch"""
 
 
 @contextmanager
@@ -28,3 +39,81 @@ def entering(stream: ResidualStream, change: Callable[[int, Tensor], Tensor | No
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def after_moves(
+    stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor, before: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the model makes of moves ``[n, d]`` of the last state of a prefix ``[1, T]`` before blocks ``layers`` ``[n]``.
+
+    Batch by batch of m moves: the states before each block ``[L, m, d]`` and the log-probabilities ``[m, V]`` of the last
+    token. Only the last token is computed again, if the model has a cache of the prefix and gives with it the
+    log-probabilities ``before`` ``[V]`` that it gives without. A batch holds :data:`MOVES_AT_ONCE` copies of the cache, or
+    of the prefix.
+    """
+    cached = cache_of(stream, ids)
+    if cached is not None:
+        off = (after_cache(stream, ids, cached, 1).float().log_softmax(-1)[0] - before).abs().max()
+        if not off < CACHED_TOLERANCE * before.abs().max():
+            cached = None
+    for start in range(0, len(layers), MOVES_AT_ONCE):
+        of, move = (x[start : start + MOVES_AT_ONCE] for x in (layers, moves))
+        count = len(of)
+        with entering(stream, partial(moved, layers=of, moves=move)), last_states(stream) as states:
+            if cached is not None:
+                logits = after_cache(stream, ids, cached, count)
+            else:
+                last = torch.full((count,), ids.shape[1] - 1)
+                _, logits = stream.at(ids.expand(count, -1), torch.arange(count), last)
+        yield torch.stack(states), logits.float().log_softmax(-1)
+
+
+@contextmanager
+def last_states(stream: ResidualStream) -> Iterator[list[Tensor]]:
+    """A context that collects the last state ``[B, d]`` that each block receives, changes by earlier hooks included."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        h = block_input(args, kwargs)
+        assert h is not None
+        found.append(stream.seen(h[:, -1]).clone())
+
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in stream.blocks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def cache_of(stream: ResidualStream, ids: Tensor) -> tuple[str, Any] | None:
+    """The model's name of its cache, and the cache of all tokens ``[1, T]`` but the last; None for a model without one."""
+    if ids.shape[1] < 2:
+        return None
+    out = stream.model(input_ids=ids[:, :-1], use_cache=True, return_dict=True)
+    for name in ("cache", "past_key_values"):
+        cache = getattr(out, name, None)
+        if hasattr(cache, "reorder_cache"):
+            return name, cache
+    return None
+
+
+def after_cache(stream: ResidualStream, ids: Tensor, cached: tuple[str, Any], count: int) -> Tensor:
+    """Logits ``[count, V]`` of the last token of ``[1, T]``, ``count`` times, from a cache of the other tokens."""
+    name, cache = cached[0], copy.deepcopy(cached[1])
+    cache.reorder_cache(torch.zeros(count, dtype=torch.long, device=ids.device))
+    last = ids[:, -1:].expand(count, 1)
+    out = stream.model(input_ids=last, use_cache=True, return_dict=True, **{name: cache})
+    logits: Tensor = out.logits[:, -1].to(stream.device)
+    return logits
+
+
+def moved(layer: int, h: Tensor, layers: Tensor, moves: Tensor) -> Tensor | None:
+    """States ``[n, T, d]``, the last one of sequence i moved by ``moves[i]`` if ``layers[i]`` is this one; None if none."""
+    here = (layers == layer).nonzero()[:, 0]
+    if not len(here):
+        return None
+    change = torch.zeros_like(h)
+    change[here.to(h.device), -1, : moves.shape[1]] = moves[here].to(h)
+    return h + change
