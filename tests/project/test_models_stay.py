@@ -198,7 +198,8 @@ PARTS_OF_PROBES = {
     "head_weights": ["head_weights.previous_attention", "head_weights.written_by"],
     "known_places": ["known_places.uniform_twin", "known_places.against_uniform", "known_places.at_places"],
     "injection_survival": [
-        "injection_survival.Lenses.of", "injection_survival.answers_of", "tools.interventions.after_moves",
+        "injection_survival.Lenses.of", "injection_survival.Injected.drawn",
+        "injection_survival.answers_of", "tools.interventions.after_moves",
         "tools.interventions.last_states",
     ],
     "prediction_visibility": ["prediction_visibility.Baseline.of", "tools.predictions.Directions.of"],
@@ -213,6 +214,7 @@ NOT_TRIED = {
     "lensbench.api.Lenses": HOLDS,
     "lensbench.models.pretrained.Pretrained": HOLDS,
     "lensbench.probes.subject.Subject": HOLDS,
+    "lensbench.probes.subject.no_blocks": "it gives the number of layers that a stream has in words",
     "lensbench.probes.subject.Subject.windows": "it gives the windows that the subject holds",
     "lensbench.probes.subject.Subject.words": "it gives the text that the subject holds",
     "lensbench.probes.subject.Subject.task": "it reports progress",
