@@ -259,9 +259,9 @@ CAUSAL_FIDELITY = Probe(
         Quantity(
             "fidelity_random",
             "fidelity, random directions",
-            "as `fidelity`, along four random directions, drawn once for a layer",
+            "as `fidelity`, along four random directions that each window draws anew",
             "layer",
-            "Below `fidelity`, the lens reads its own directions best; intervals do not hold the draw of directions.",
+            "Below `fidelity`, the lens reads its own directions best.",
             table="layers",
         ),
         Quantity(

@@ -17,7 +17,7 @@ from torch import Tensor
 from lensbench.data.windows import Windows
 from lensbench.probes.catalogue import SAME_TOKENIZER, WITH_ITS_NULL, Probe, Quantity
 from lensbench.probes.subject import Subject
-from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, in_folds
+from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, in_folds, joined_clusters
 from lensbench.probes.tools.heads import EAGER, check_heads, sets_attention
 from lensbench.probes.tools.predictions import RANK, Constant, Directions, PredictionBatch, after, batches
 from lensbench.probes.tools.transport import Scores, score_layer
@@ -88,7 +88,7 @@ def error_transport(subject: Subject) -> Jackknifed:
         return Jackknifed(name, reason="its windows come from fewer than four documents: nothing to cross-fit on")
     plan = planned(subject, windows)
     kept, warning = gather(subject, windows, fold, plan)
-    clusters = effective_clusters(windows.clusters)
+    clusters = effective_clusters(joined_clusters(windows))
     found = Estimates(
         name,
         kept.folds,

@@ -37,8 +37,14 @@ def few_shot(subject: Subject) -> Jackknifed:
     The control is in what p adds to the labels shown before: their means, at each query and over all, and how a label
     changes these (:mod:`lensbench.probes.tools.averaging`). The prediction is taken from a prompt with the same labels in
     another order, after exchanged queries. ``few_shot_error_beyond_averaging_`` is beta of that regression, in logits: that
-    of an update by the error is alpha, that of an average is 0. An average whose strength differs from prompt to prompt, or
-    whose prior is inside its logarithm (which is an update by the error at a falling rate), is not told apart by it.
+    of an update by the error is alpha, that of an average is 0.
+
+    Three kinds of averages are not told apart by it. One has a strength that differs from prompt to prompt: the sharper
+    prediction then goes with the larger change. Of strengths that vary by a factor of e, 3 of 14 sets of prompts had an
+    interval above 0, and 3 of 14 one below where the average was inside a logarithm. In the other two the prior counts as a
+    label, or is inside the logarithm; that is an update by the error at a falling rate. A prediction without any example
+    would be blind to the strength, but once labels are shown hardly anything of it is left: in SmolLM2-135M it has a
+    correlation of 0.08 with the prediction, too little to stand for it.
     """
     name = "few_shot"
     if subject.rotated:

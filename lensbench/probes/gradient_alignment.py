@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, from_numpy, nn
@@ -79,8 +80,9 @@ def _image_gradients(stream: ResidualStream, images: Tensor, classes: Tensor) ->
 def gradient_alignment(subject: Subject) -> Measured:
     """Mean over tokens of ``cos(h_{l+1} - h_l, -dCE/dh_l)`` per block; its null takes another token's gradient.
 
-    Of an image classifier it is the mean over images, with the states of all positions as one vector. The other image is
-    of the same class as often as chance has it, so the null is larger where classes share a gradient.
+    The other token is of another document where the batch holds one, since tokens of one text share more of their gradients
+    than all tokens do. Of an image classifier it is the mean over images, with the states of all positions as one vector.
+    The other image is of the same class as often as chance has it, so the null is larger where classes share a gradient.
     """
     samples = subject.samples
     if reason := _why_not(subject):
@@ -110,25 +112,44 @@ def _why_not(subject: Subject) -> str:
     return ""
 
 
+def elsewhere(document: Tensor, window: Tensor, generator: torch.Generator) -> Tensor:
+    """For each of n tokens of a batch the number of another one, drawn from all of other documents: ``[n]``.
+
+    ``document`` and ``window`` ``[n]`` say where a token is from. Tokens of one document, and of one window all the more,
+    have gradients in common that other texts have not. Where the batch has one document, the other token is of another
+    window; where it has one window, any other.
+    """
+    token = torch.arange(len(window))
+    for of in (document, window, token):
+        of = of.unique(return_inverse=True)[1]
+        if len(window) == 1 or of.max() > 0:
+            break
+    order = of.argsort(stable=True)
+    size = of.bincount()
+    # The tokens of a group stand together in this order: those of others begin behind its last one.
+    behind = size.cumsum(0)[of]
+    drawn = (torch.rand(len(of), generator=generator) * (len(of) - size[of])).long()
+    return order[(behind + drawn) % len(of)]
+
+
 def _cosines(stream: ResidualStream, samples: Samples) -> tuple[list[Tensor], list[Tensor]]:
     """Sums of cosines per block and window ``[L, n]``, batch by batch, and those with another token's gradient."""
-    # Two windows at least: the other token, whose gradient is the null, is then not always of the same text.
+    # Two windows at least, so that another token's gradient can be that of another window.
     per_batch = max(2, TOKENS_AT_ONCE // samples.positions_read) if stream.pooling is None else IMAGES_AT_ONCE
     generator = torch.Generator().manual_seed(0)
     aligned: list[Tensor] = []
     null: list[Tensor] = []
-    counts = samples.valid.sum(1)
-    # A prediction that would be alone in the last batch, and so its own null, belongs to the batch before.
-    starts = [k for k in range(0, len(samples), per_batch) if k == 0 or counts[k:].sum() > 1]
+    scored = samples.valid.sum(1) > 0
+    # A window that would be alone in the last batch belongs to the batch before.
+    starts = [k for k in range(0, len(samples), per_batch) if k == 0 or np.count_nonzero(scored[k:]) > 1]
     for start, end in zip(starts, [*starts[1:], len(samples)], strict=True):
         rows = slice(start, end)
         ids, row, at = map(from_numpy, samples.scored(rows))
         inside = from_numpy(samples.inside[rows]) if isinstance(samples, Windows) else None
         states, descent = states_and_gradients(stream, ids, from_numpy(samples.targets(rows)), inside)
         change, descent = (states[1:] - states[:-1])[:, row, at].float(), descent[:, row, at].float()
-        # Another token of the batch: a shift by a random amount leaves no token its own gradient.
-        shift = int(torch.randint(1, max(2, len(row)), (1,), generator=generator))
-        for kept, other in ((aligned, descent), (null, descent.roll(shift, 1))):
+        others = elsewhere(from_numpy(samples.documents[rows])[row], row, generator)
+        for kept, other in ((aligned, descent), (null, descent[:, others.to(descent.device)])):
             cosine = F.cosine_similarity(change, other, dim=-1).double().cpu()  # [L, n]
             kept.append(torch.zeros(len(cosine), len(ids), dtype=torch.float64).index_add_(1, row, cosine))
     return aligned, null
@@ -152,7 +173,7 @@ GRADIENT_ALIGNMENT = Probe(
         Quantity(
             "gradient_alignment_null",
             "its null",
-            "the same with the gradient of another token (or image)",
+            "the same with the gradient of a token of another document (or another image)",
             "layer",
             "It is the cosine that a direction common to all tokens gives.",
             WITH_ITS_NULL,
@@ -168,7 +189,7 @@ GRADIENT_ALIGNMENT = Probe(
         ),
     ),
     images=True,
-    control="another token's gradient",
+    control="a gradient of another document",
     topic="gradients",
     version=2,
 )

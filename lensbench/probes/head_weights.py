@@ -39,6 +39,9 @@ def head_weights(subject: Subject) -> Jackknifed:
     train split) about the same means. Nulls take another token's entry or row. What a head makes of x as the *previous*
     token is measured on what the head of an earlier layer that looks at the previous token most writes of x: a head that
     carries errors has the identity and, there, minus the bigram. Intervals are over groups of tokens.
+
+    They hold the weights fixed. In a model whose embedding is its unembedding an untrained head has an identity too, about
+    ``1 / sqrt(d)`` on either side of 0 for a width d, and its interval may leave 0 out.
     """
     name = "head_weights"
     stream = subject.stream
@@ -202,7 +205,7 @@ HEAD_WEIGHTS = Probe(
             "weights: identity",
             "entry of x itself in standard deviations of row x, mean over x",
             "head",
-            "Above 0 the head copies, below 0 it suppresses.",
+            "Above 0 the head copies, below 0 it suppresses. With tied embeddings untrained heads reach `1 / sqrt(d)`.",
             SAME_TOKENIZER,
             "heads",
         ),

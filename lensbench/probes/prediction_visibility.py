@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lensbench.data.windows import Windows
 from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity
 from lensbench.probes.subject import Subject
-from lensbench.probes.tools.crossfit import RIDGES, Estimates, Jackknifed, cross_fitted, in_folds
+from lensbench.probes.tools.crossfit import RIDGES, Estimates, Jackknifed, in_folds, joined_clusters, refitted
 from lensbench.probes.tools.predictions import (
     BigramPredictions,
     Constant,
@@ -33,7 +33,10 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
     All are cross-fitted ridge regressions on the same tokens. The baseline knows the token at s and the one before it: their
     input embeddings, the expectation and surprise of an interpolated bigram (Kneser-Ney, train split), and the means of what
     the model itself predicted of the same token and the same pair of tokens (fit split, interpolated). What a function of
-    these two tokens can give is no prediction that the stream keeps.
+    these two tokens can give is no prediction that the stream keeps. Of tokens that are rare in the fit split the means know
+    little, so a stream that holds which token came before can gain a little, though it keeps no prediction.
+
+    Intervals are those of a jackknife that fits all maps again without each fold of documents, at the same ridges.
     """
     name = "prediction_visibility"
     if subject.rotated:
@@ -45,25 +48,25 @@ def prediction_visibility(subject: Subject) -> Jackknifed:
     if fold.max() < 2:
         return Jackknifed(name, reason="its windows come from fewer than three documents: nothing to cross-fit on")
     sums, constant = _gathered(subject, directions, baseline, windows, fold)
-    clusters = effective_clusters(windows.clusters)
+    clusters = effective_clusters(joined_clusters(windows))
     warning = constant.warning() or few_clusters(clusters)
     found = Estimates(name, sums.folds, warning, groups=effective_clusters(fold), clusters=clusters)
     found.add("prediction_directions", directions.share)
     rank = directions.rows.shape[1]
     parts = {"prediction": slice(0, rank), "surprise": slice(rank, rank + 1), "expectation": slice(rank + 1, None)}
-    base, total = sums.cross_fitted(None)
+    base, total = sums.held_out(None)
     for what in ("prediction", "surprise"):
-        top, bottom = (total - base)[:, parts[what]].sum(1), total[:, parts[what]].sum(1)
-        found.share(f"{what}_baseline_r2", top, bottom)
+        top, bottom = (total - base)[..., parts[what]].sum(-1), total[..., parts[what]].sum(-1)
+        found.refitted_share(f"{what}_baseline_r2", top, bottom)
     for layer in range(subject.stream.layers + 1):
-        full, _ = sums.cross_fitted(layer)
+        full, _ = sums.held_out(layer)
         for what in ("prediction", "surprise"):
-            b, f, t = (x[:, parts[what]].sum(1) for x in (base, full, total))
-            found.share(f"{what}_r2", t - f, t, layer=layer)
-            found.share(f"{what}_gain", b - f, t, layer=layer)
-            found.share(f"{what}_gain_of_rest", b - f, b, layer=layer)
-        f, t = (x[:, parts["expectation"]].sum(1) for x in (full, total))
-        found.share("expectation_r2", t - f, t, layer=layer)
+            b, f, t = (x[..., parts[what]].sum(-1) for x in (base, full, total))
+            found.refitted_share(f"{what}_r2", t - f, t, layer=layer)
+            found.refitted_share(f"{what}_gain", b - f, t, layer=layer)
+            found.refitted_share(f"{what}_gain_of_rest", b - f, b, layer=layer)
+        f, t = (x[..., parts["expectation"]].sum(-1) for x in (full, total))
+        found.refitted_share("expectation_r2", t - f, t, layer=layer)
     return found.done()
 
 
@@ -164,19 +167,22 @@ class VisibilitySums:
             self.cross[layer][fold] += h.T @ x
             self.own[layer][fold] += h.T @ h
 
-    def cross_fitted(self, layer: int | None) -> tuple[Array, Array]:
-        """Held-out squared errors and totals ``[K, O]`` of the baseline, or of baseline and state of a layer."""
+    def held_out(self, layer: int | None) -> tuple[Array, Array]:
+        """Held-out squared errors and totals ``[K, K, O]`` of the baseline, or of baseline and state of a layer.
+
+        Those of fold j by maps fitted without j and k, see :func:`refitted`.
+        """
         known = torch.arange(1, 1 + self.known)
         outputs = torch.arange(1 + self.known, self.common.shape[-1])
         # Directions of one prediction share a ridge; the surprise, which is a number, has its own.
         rank = self.targets // 2
         together = [0] * rank + [1] + [2] * rank
         if layer is None:
-            return cross_fitted(self.common, known, outputs, RIDGES, together)
+            return refitted(self.common, known, outputs, RIDGES, together)
         cross, own = self.cross[layer], self.own[layer]
         whole = torch.cat([torch.cat([self.common, cross.transpose(1, 2)], 2), torch.cat([cross, own], 2)], 1)
         inputs = torch.cat([known, torch.arange(self.common.shape[-1], whole.shape[-1])])
-        return cross_fitted(whole, inputs, outputs, RIDGES, together)
+        return refitted(whole, inputs, outputs, RIDGES, together)
 
 
 PREDICTION_VISIBILITY = Probe(
@@ -276,5 +282,5 @@ PREDICTION_VISIBILITY = Probe(
     ),
     control="a baseline that knows both tokens: embeddings, bigram, means of the model's predictions. Layer 0 holds no more",
     topic="what stays visible",
-    version=2,
+    version=3,
 )

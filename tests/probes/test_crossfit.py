@@ -1,5 +1,7 @@
 """Regressions from streamed sums against scikit-learn on the data themselves, and the coverage of the intervals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,17 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from lensbench.probes.measured import load_measurement
-from lensbench.probes.tools.crossfit import Estimates, FoldSums, RidgeMaps, centred, cross_fitted, folds_of, partner
+from lensbench.probes.tools.crossfit import (
+    Estimates,
+    FoldSums,
+    RidgeMaps,
+    centred,
+    cross_fitted,
+    folds_of,
+    joined_clusters,
+    partner,
+    refitted,
+)
 from lensbench.statistics import jackknife, leaving_one_out
 
 
@@ -206,3 +218,66 @@ def test_every_value_without_an_interval_and_every_missing_value_has_a_reason():
     for _, row in frame.iterrows():
         assert row["reason"], row["quantity"]
         assert np.isnan(row["ci_low"])
+
+
+def test_refitted_errors_are_those_of_least_squares_without_two_folds():
+    x, y = data()
+    sums, inputs, outputs = sums_of(x, y), torch.arange(1, 6), torch.tensor([6, 7])
+    errors, totals = refitted(sums, inputs, outputs, (1e-12,))
+    for fold in range(len(x)):
+        for other in range(len(x)):
+            rest = [k for k in range(len(x)) if k not in (fold, other)]
+            x_rest, y_rest = x[rest].reshape(-1, 5), y[rest].reshape(-1, 2)
+            predicted = LinearRegression().fit(x_rest, y_rest).predict(x[fold])
+            np.testing.assert_allclose(errors[fold, other], np.square(y[fold] - predicted).sum(0), rtol=1e-6)
+            np.testing.assert_allclose(totals[fold, other], np.square(y[fold] - y_rest.mean(0)).sum(0), rtol=1e-8)
+    found = Estimates("a", 4)
+    found.refitted_share("x", (totals - errors)[..., 0], totals[..., 0])
+    left, total = cross_fitted(sums, inputs, outputs, (1e-12,))
+    assert found.rows[0][4] == pytest.approx(1 - left[:, 0].sum() / total[:, 0].sum(), rel=1e-9)
+    without = [1 - sum(errors[j, k, 0] for j in range(4) if j != k) / sum(totals[j, k, 0] for j in range(4) if j != k)
+               for k in range(4)]  # fmt: skip
+    np.testing.assert_allclose(found.rows[0][5], without, rtol=1e-9)
+
+
+def shrunk_shares(rng):
+    """A share that a strong ridge leaves, of 8 folds of 4 documents that differ in scale, with two intervals of it."""
+    scale = np.exp(0.7 * np.repeat(rng.standard_normal((8, 4, 1)), 12, 1))
+    x = rng.standard_normal((8, 48, 20)) * scale
+    y = x.sum(2, keepdims=True) / 20**0.5 + 0.3 * rng.standard_normal((8, 48, 1))
+    columns = np.concatenate([np.ones((8, 48, 1)), x, y], 2)
+    sums = torch.from_numpy(np.einsum("kni,knj->kij", columns, columns))
+    errors, totals = (a[..., 0] for a in refitted(sums, torch.arange(1, 21), torch.tensor([21]), (1.0,)))
+    found = Estimates("a", 8)
+    found.share("folds", np.diag(totals - errors), np.diag(totals))
+    found.refitted_share("refitted", totals - errors, totals)
+    return found.done().frame()[["value", "ci_low", "ci_high"]].to_numpy(float)
+
+
+@pytest.mark.slow
+def test_intervals_of_cross_fitted_shares_cover_as_often_as_they_say_when_maps_are_fitted_again():
+    """Over folds alone they cover their expectation in 67 % of the texts."""
+    rng = np.random.default_rng(0)
+    found = np.stack([shrunk_shares(rng) for _ in range(150)])
+    covered = [((f[:, 1] <= f[:, 0].mean()) & (f[:, 0].mean() <= f[:, 2])).mean() for f in found.transpose(1, 0, 2)]
+    assert covered[0] < 0.8
+    assert 0.92 <= covered[1] <= 0.99
+
+
+def test_an_interval_holds_what_the_fits_of_all_folds_have_in_common():
+    folds, again = np.mean([shrunk_shares(np.random.default_rng(k)) for k in range(12)], 0)
+    assert again[2] - again[1] > 1.5 * (folds[2] - folds[1])
+    assert again[0] == pytest.approx(folds[0])
+
+
+def test_a_document_that_a_text_holds_twice_is_in_one_fold():
+    once = text(3, 32)
+    twice = once.take(np.concatenate([np.arange(32), np.arange(0, 32, 2)]))
+    names = tuple(
+        f"{name} again" if k >= 16 else name for k, name in enumerate((*once.document_names, *once.document_names))
+    )
+    twice = replace(twice, documents=np.concatenate([once.documents, once.documents[::2] + 16]), document_names=names)
+    fold = folds_of(twice)
+    assert (fold[32:] == fold[:32:2]).all()
+    assert len(set(joined_clusters(twice))) == 16
+    assert (joined_clusters(once) == np.unique(once.clusters, return_inverse=True)[1]).all()

@@ -7,6 +7,7 @@ tokens. Folds hold whole clusters of documents, and intervals come from leaving 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, from_numpy
 
 from lensbench.data.windows import Windows
@@ -39,12 +42,26 @@ RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 """Ridges that are tried, in units of the variance of an input: inputs are standardised"""
 
 
+def joined_clusters(windows: Windows) -> NDArray[np.int64]:
+    """Number of the cluster of each window ``[S]``; clusters that have a window in common are one.
+
+    Of a document that a text holds twice, a map would else be judged on windows to which it was fitted.
+    """
+    clusters, cluster = np.unique(windows.clusters, return_inverse=True)
+    whole = np.concatenate([windows.lengths[:, None], np.where(windows.inside, windows.ids, 0)], 1)
+    content = np.unique(whole, axis=0, return_inverse=True)[1].reshape(-1)
+    size = len(clusters) + len(whole)
+    edges = coo_array((np.ones(len(whole), dtype=np.int8), (cluster, len(clusters) + content)), shape=(size, size))
+    joined: NDArray[np.int64] = connected_components(edges, directed=False)[1].astype(np.int64)
+    return joined[cluster]
+
+
 def folds_of(windows: Windows, folds: int = FOLDS) -> NDArray[np.int64]:
     """Fold of each window ``[S]``: the largest cluster of documents goes first, each into the smallest fold so far.
 
-    With fewer clusters than folds there are as many folds as clusters.
+    With fewer clusters than folds there are as many folds as clusters. See :func:`joined_clusters`.
     """
-    names, cluster, count = np.unique(windows.clusters, return_inverse=True, return_counts=True)
+    names, cluster, count = np.unique(joined_clusters(windows), return_inverse=True, return_counts=True)
     held = np.zeros(min(folds, len(names)), dtype=np.int64)
     fold = np.zeros(len(names), dtype=np.int64)
     for k in np.argsort(-count, kind="stable"):
@@ -184,19 +201,62 @@ def cross_fitted(
     all folds but these two. Each output has a ridge of its own; outputs with the same number in ``together`` ``[O]`` are one
     quantity and share theirs.
     """
-    of = torch.arange(len(outputs)) if together is None else torch.as_tensor(list(together))
     judges = [HeldOut.of(held, inputs, outputs) for held in sums]
-    chosen, total = _best_ridges(sums, judges, inputs, outputs, ridges, of), sums.sum(0)
-    errors, totals = [], []
-    for k, judge in enumerate(judges):
-        rest = Regression.of(total - sums[k], inputs, outputs)
-        error = torch.zeros(len(outputs), dtype=sums.dtype)
-        for number in chosen[k].unique().tolist():
-            some = (chosen[k] == number).nonzero()[:, 0]
-            error[some] = judge.error(rest.some(some).fitted(ridges[number]), some)
-        errors.append(error)
-        totals.append(judge.around(rest.mean[outputs]))
+    chosen = _best_ridges(sums, judges, inputs, outputs, ridges, _quantities(outputs, together))
+    each = [_held_out(sums, judges, chosen, (k,), inputs, outputs, ridges) for k in range(len(sums))]
+    errors, totals = zip(*(found[0] for found in each), strict=True)
     return torch.stack(errors).numpy(), torch.stack(totals).numpy()
+
+
+def refitted(
+    sums: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    ridges: Sequence[float] = RIDGES,
+    together: Sequence[int] | None = None,
+) -> tuple[Array, Array]:
+    """As :func:`cross_fitted`, with all maps fitted again without each further fold: ``[K, K, O]`` each.
+
+    Entry j, k is of fold j by maps fitted without j and k; entry j, j is that of :func:`cross_fitted`. The maps of all folds
+    are fitted on nearly the same tokens, so that their errors have in common what these tokens happen to be. The errors of
+    single folds do not show it, and a jackknife over them alone is too narrow. Ridges are those of the whole.
+    """
+    judges = [HeldOut.of(held, inputs, outputs) for held in sums]
+    chosen = _best_ridges(sums, judges, inputs, outputs, ridges, _quantities(outputs, together))
+    folds = len(sums)
+    errors, totals = torch.zeros(2, folds, folds, len(outputs), dtype=sums.dtype)
+    for j, k in combinations_with_replacement(range(folds), 2):
+        left_out = (j, k) if j != k else (j,)
+        found = _held_out(sums, judges, chosen, left_out, inputs, outputs, ridges)
+        for fold, other, (error, total) in zip(left_out, reversed(left_out), found, strict=True):
+            errors[fold, other], totals[fold, other] = error, total
+    return errors.numpy(), totals.numpy()
+
+
+def _quantities(outputs: Tensor, together: Sequence[int] | None) -> Tensor:
+    """The number of the quantity that each output belongs to: ``[O]``."""
+    return torch.arange(len(outputs)) if together is None else torch.as_tensor(list(together))
+
+
+def _held_out(
+    sums: Tensor,
+    judges: Sequence[HeldOut],
+    chosen: Tensor,
+    left_out: Sequence[int],
+    inputs: Tensor,
+    outputs: Tensor,
+    ridges: Sequence[float],
+) -> list[tuple[Tensor, Tensor]]:
+    """Squared errors and totals ``[O]`` of each fold that is left out, of maps with its ridges fitted on all others."""
+    rest = Regression.of(sums.sum(0) - sums[list(left_out)].sum(0), inputs, outputs)
+    found = []
+    for fold in left_out:
+        error = torch.zeros(len(outputs), dtype=sums.dtype)
+        for number in chosen[fold].unique().tolist():
+            some = (chosen[fold] == number).nonzero()[:, 0]
+            error[some] = judges[fold].error(rest.some(some).fitted(ridges[number]), some)
+        found.append((error, judges[fold].around(rest.mean[outputs])))
+    return found
 
 
 def _best_ridges(
@@ -342,6 +402,16 @@ class Estimates:
         """Add ``sum(top) / sum(bottom)``, both ``[K]`` sums of the groups."""
         value, without = leaving_one_out(top, bottom)
         self.add(quantity, value, without, **where)
+
+    def refitted_share(self, quantity: str, top: Array, bottom: Array, **where: Any) -> None:
+        """Add ``sum(top) / sum(bottom)`` of the diagonals of sums ``[K, K]``: group j, fitted without j and k.
+
+        Its values without group k are those of the other groups, fitted without k.
+        """
+        whole, other = np.eye(len(top), dtype=bool), ~np.eye(len(top), dtype=bool)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(top[whole].sum() / bottom[whole].sum())
+            self.add(quantity, value, top.sum(0, where=other) / bottom.sum(0, where=other), **where)
 
     def done(self) -> Jackknifed:
         """All that was added; undefined as a whole where nothing was."""
