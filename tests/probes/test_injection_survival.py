@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,9 @@ from helpers.planted import V, planted, subject_of, text
 
 from lensbench.models import build
 from lensbench.probes import injection_survival
-from lensbench.probes.injection_quantities import DIFFERENCES, KINDS, fate_of_errors
+from lensbench.probes.injection_quantities import DIFFERENCES, KINDS, add_quantities, fate_of_errors
 from lensbench.probes.injection_survival import Injected, Lenses, answers_of
+from lensbench.probes.measured import Sums
 from lensbench.probes.registry import PROBES
 
 LAYERS = 4
@@ -283,31 +285,41 @@ def test_of_many_layers_a_few_are_looked_at_evenly_spread(monkeypatch):
     assert list(by_pair(frame, "survival_error")) == [(0, 2), (0, 3), (2, 3)]
 
 
-def gated(seed):
-    """Blocks that keep a share of the state that the token says: survivals differ from token to token."""
-    seen, share = observations(LAYERS), torch.sigmoid(2 * drawn(77, V, 1)) + 0.3
-    return known_model([lambda h, ids, k=k: share[ids] * h + seen[k + 1][ids] for k in range(LAYERS)], seen[0], seed)
+def planted_products(seed, documents=80):
+    """Products of 3 layers and 3 kinds for two tokens a document; survivals and sizes vary by document and go together.
+
+    A size is ``exp(x)``, x normal with variance 1/2; a share is ``mean + (x + normal) / 5``: the ratio of sums is then
+    ``mean + 1 / 10`` in the long run.
+    """
+    rng = np.random.default_rng(seed)
+    of_document, own = rng.standard_normal((2, documents, 1, 3)), rng.standard_normal((2, documents, 2, 3))
+    x = (of_document[0] + own[0]) / 2
+    share = (x + (of_document[1] + own[1]) / 2) / 5
+    found = np.zeros((documents, 2, 2, 3, 5))
+    for i in range(2):
+        for j in range(i, 3):
+            found[:, :, i, :, j] = np.exp(x) * (1 if i == j else np.array(MEANS) + share)
+    found[..., 3:] = 1.0
+    return found.reshape(2 * documents, 2, 3, 5), np.arange(2 * documents) // 2
+
+
+MEANS = (0.6, 0.9, 0.8)
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_survival_of_the_same_lenses_on_very_much_text():
-    """About 95 of 100 texts, of 64 documents each; the truth is that of 6400 documents, whose tokens are of 97 kinds."""
-    plain = subject_of(gated(0), count=128)
-    fit = plain.fit
-    names = ("mean_survival_error", "mean_survival_signal", "mean_error_minus_signal", "mean_error_minus_noise")
-
-    def frame(seed, count, draws):
-        subject = subject_of(plain.stream.model, stream=plain.stream, seed=seed, count=count)
-        read = subject.read
-        subject = replace(subject, read=lambda split: fit if split == "fit" else read(split))
-        return PROBES["injection_survival"].measure(subject).frame(draws).set_index("quantity")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(injection_survival, "WINDOWS", 12_800)
-        truth = frame(10_000, 6_400, 10)["value"]
-    covered = dict.fromkeys(names, 0)
-    for seed in range(100):
-        found = frame(20_000 + seed, 128, 500)
-        for name in names:
-            covered[name] += bool(found["ci_low"][name] <= truth[name] <= found["ci_high"][name])
-    assert all(88 <= count <= 100 for count in covered.values()), covered
+def test_intervals_cover_the_survivals_that_are_planted():
+    """Means, and paired differences of ratios, in about 95 of 100 draws of 80 documents."""
+    truth = dict(zip((f"survival_{kind}" for kind in KINDS), (m + 0.1 for m in MEANS), strict=True))
+    truth |= {"error_minus_signal": MEANS[0] - MEANS[1], "error_minus_noise": MEANS[0] - MEANS[2]}
+    covered = dict.fromkeys(truth, 0)
+    for seed in range(200):
+        found, document = planted_products(seed)
+        names = tuple(f"doc{k}" for k in range(80))
+        samples = SimpleNamespace(documents=document, document_names=names)
+        sums = Sums("injection_survival", samples, np.ones(len(found)))
+        add_quantities(sums, [0, 1, 2], found, document, 1.0)
+        rows = sums.measured().frame(400).set_index("quantity")
+        for name, value in truth.items():
+            row = rows.loc[f"mean_{name}"]
+            covered[name] += bool(row["ci_low"] <= value <= row["ci_high"])
+    assert all(180 <= count <= 199 for count in covered.values()), covered

@@ -214,7 +214,6 @@ NOT_TRIED = {
     "lensbench.api.Lenses": HOLDS,
     "lensbench.models.pretrained.Pretrained": HOLDS,
     "lensbench.probes.subject.Subject": HOLDS,
-    "lensbench.probes.subject.no_blocks": "it gives the number of layers that a stream has in words",
     "lensbench.probes.subject.Subject.windows": "it gives the windows that the subject holds",
     "lensbench.probes.subject.Subject.words": "it gives the text that the subject holds",
     "lensbench.probes.subject.Subject.task": "it reports progress",
