@@ -13,7 +13,7 @@ from lensbench.models import build
 from lensbench.probes import error_transport
 from lensbench.probes.registry import PROBES
 from lensbench.probes.tools import predictions
-from lensbench.probes.tools.transport import Alignment, Rivals, columns_kept
+from lensbench.probes.tools.transport import Alignment, Rivals, columns_kept, damped, solve_damped
 from lensbench.streams.stream import ResidualStream
 
 SHAPE = {"vocab_size": 97, "d_model": 32, "layers": 3, "heads": 4, "context": 64, "parameters": 60_000}
@@ -234,3 +234,14 @@ def test_alignment_is_the_cosine_of_what_is_made_of_expectations_and_of_tokens(b
     assert np.sign(float(aligned.score())) == sign
     # Three directions: chance alone has all three signs right once in eight.
     assert float(aligned.p_values()[0]) == pytest.approx(0.125 if sign > 0 else 1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_directions_are_solved_with_any_number_of_threads(threads):
+    """torch's batched LU fails with two threads of MKL from some 200 columns on; numpy's solution is the reference."""
+    torch.set_num_threads(threads)
+    random = torch.Generator().manual_seed(0)
+    root, right = (torch.randn(3, 256, n, generator=random, dtype=torch.float64) for n in (300, 5))
+    covariance = root @ root.mT / 300
+    expected = np.linalg.solve(damped(covariance).numpy(), right.numpy())
+    np.testing.assert_allclose(solve_damped(covariance, right).numpy(), expected, rtol=1e-6, atol=1e-8)

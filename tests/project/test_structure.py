@@ -81,3 +81,11 @@ def test_every_extra_that_a_message_names_exists():
         re.findall(r"install (?:-e )?'(?:lensbench|\.)\[([a-z,]+)\]", t) for t in texts
     )
     assert {extra for group in named for extra in group.split(",")} <= set(extras)
+
+
+def test_no_module_solves_batches_by_lu():
+    """It fails with two threads of MKL from some 200 columns on, whatever the matrices: Cholesky or eigenvectors do not."""
+    banned = re.compile(r"linalg\.(solve|inv|lu\w*)\(")
+    lines = ((path, n, line) for path, text in MODULES.items() for n, line in enumerate(text.splitlines(), 1))
+    found = [f"{path}:{n}" for path, n, line in lines if banned.search(line)]
+    assert found == []

@@ -46,7 +46,7 @@ class Rivals:
         about = centred(moments)[:, kept[1:, None] - 1, kept[1:] - 1]
         nuisances = 2 + rank
         n, x = slice(0, nuisances), slice(nuisances, None)
-        free = torch.linalg.solve(damped(about[:, n, n]), about[:, n, x])
+        free = solve_damped(about[:, n, n], about[:, n, x])
         left = about[:, x, x] - about[:, x, n] @ free
         return cls((moments[:, 0] / moments[:, 0, :1])[:, kept], free, left, rank)
 
@@ -66,7 +66,7 @@ class Rivals:
             + s * s * self.left[:, expected, expected]
         )
         cross = c * self.left[:, token, 2 * r :] - s * self.left[:, expected, 2 * r :]
-        return covariance, cross, torch.cholesky_solve(cross, torch.linalg.cholesky(damped(covariance)))
+        return covariance, cross, solve_damped(covariance, cross)
 
     def best_angle(self, metric: Tensor) -> Tensor:
         """The best ``atan(beta / alpha)`` of each head ``[H]``, in (-pi/2, pi/2]: a grid, then golden sections."""
@@ -124,6 +124,14 @@ def damped(covariance: Tensor) -> Tensor:
     return covariance + 1e-9 * size[..., None, None] * identity
 
 
+def solve_damped(covariance: Tensor, right: Tensor) -> Tensor:
+    """``C^-1 B`` of :func:`damped` covariances ``[H, n, n]`` and right sides ``[H, n, m]``.
+
+    By Cholesky: torch's batched LU fails with more than one thread of MKL from some 200 columns on, whatever the matrices.
+    """
+    return torch.cholesky_solve(right, torch.linalg.cholesky(damped(covariance)))
+
+
 def squared_error(moments: Tensor, fitted: Tensor | None, metric: Tensor, mean: Tensor) -> Tensor:
     """Squared error ``[H]`` of maps ``[H, F'-dh, dh]`` on held-out sums ``[H, F', F']``; None: of ``mean`` ``[H, dh]``."""
     size = metric.shape[-1]
@@ -156,13 +164,13 @@ class Alignment:
         r = rank
         both = Rivals.of(halves[0] + halves[1], rank, False).left
         token, expected = slice(0, r), slice(r, 2 * r)
-        explained = torch.linalg.solve(damped(both[:, token, token]), both[:, token, expected])
+        explained = solve_damped(both[:, token, token], both[:, token, expected])
         left = both[:, expected, expected] - both[:, expected, token] @ explained
         values, vectors = torch.linalg.eigh(left)
         maps = []
         for half in halves:
             moments = Rivals.of(half, rank, False).left
-            free = torch.linalg.solve(damped(moments[:, : 2 * r, : 2 * r]), moments[:, : 2 * r, 2 * r :])
+            free = solve_damped(moments[:, : 2 * r, : 2 * r], moments[:, : 2 * r, 2 * r :])
             maps.append([vectors.transpose(1, 2) @ free[:, part] for part in (token, expected)])
 
         def product(a: Tensor, b: Tensor) -> Tensor:
