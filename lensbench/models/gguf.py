@@ -6,6 +6,7 @@ stay in, and merges are sorted at once. Names, values, weights and token ids are
 
 import contextlib
 import functools
+import gc
 import importlib
 import struct
 import threading
@@ -55,6 +56,9 @@ def quick_reading() -> Iterator[None]:
         replaced = list(_quick(gguf, lists))
         originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
         _READ.append(lists)
+        # Hundreds of thousands of strings are made and kept: there is nothing to collect, and looking takes a while.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             for module, name, quick in replaced:
                 setattr(module, name, quick)
@@ -63,6 +67,8 @@ def quick_reading() -> Iterator[None]:
             for module, name, original in originals:
                 setattr(module, name, original)
             _READ.clear()
+            if collecting:
+                gc.enable()
 
 
 def _quick(gguf: Any, lists: "_Lists") -> Iterator[tuple[ModuleType, str, Any]]:

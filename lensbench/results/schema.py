@@ -67,6 +67,9 @@ _OF_PAIR = {
     "drowned": "1 - R where S is at least 1.",
     "news": "The share of the gain in explained power that lies where lens i explains less than a tenth.",
     **_bounds("news", "its 95 % interval: bootstrap over documents"),
+    "readable_gain": "V: the share of the cross-entropy gain from i to j that lens i can read at j, at least; empty for "
+    "pairs that were not looked at, and where there is no gain.",
+    **_bounds("readable_gain", "its 95 % interval: bootstrap over documents"),
     "commission": "The share of lens i's error that is loading on what is no signal.",
 }
 

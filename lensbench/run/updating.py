@@ -1,9 +1,13 @@
 """The stage that decomposes the updates of a model: the first numbers of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lensbench.data.inputs import Data
+from lensbench.data.samples import Samples
 from lensbench.lenses.recipe import spread_layers
 from lensbench.measures.indices import seed_of_rotations
 from lensbench.measures.update import STEPS, Undefined, UpdateRecipe, UpdateResult, decompose
@@ -14,6 +18,7 @@ from lensbench.run.fitting import random_bases
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.runtime.stages import NotFinished
+from lensbench.streams.capture import Capture
 from lensbench.suite.recipes import ModelRecipe
 
 UPDATE_FORMAT = 1
@@ -75,6 +80,7 @@ def decomposed(
     stream, recipe, who = stream_of(context, origin, model.view), context.suite.fit, f"{model.name}-seed{seed}"
     samples = data.samples("fit", recipe.sequences, recipe.positions)
     fit, _ = captured_states(context, stream, samples, name=f"capture-update-fit-{who}")
+    fit = in_clusters(fit, samples)
     rotation = random_bases(context, fit, seed) if model.rotated else None
     others = {
         "dev": data.samples("dev", recipe.dev_sequences, recipe.dev_positions),
@@ -92,12 +98,13 @@ def decomposed(
             found = decompose(
                 readout,
                 fit if rotation is None else rotation.apply(fit),
-                dev,
-                held_out,
+                in_clusters(dev, others["dev"]),
+                in_clusters(held_out, others["eval"]),
                 recipe,
                 layers=spread_layers(stream.layers, settings.layers) if stream.layers > 1 else [0],
                 metric=settings.metric,
                 refits=settings.refits,
+                readable=settings.readable,
                 seed=seed,
                 spread=seed_of_rotations(model.name, seed),
                 say=lambda step: task.update(next(done), step),
@@ -105,6 +112,12 @@ def decomposed(
         except Undefined as error:
             return UpdateResult.undefined(str(error))
     return UpdateResult.of(found)
+
+
+def in_clusters(captured: Capture, samples: Samples) -> Capture:
+    """The capture with clusters in place of documents: folds, gates and intervals take whole ones."""
+    cluster = np.unique(samples.clusters[captured.window], return_inverse=True)[1].astype(np.int64)
+    return replace(captured, document=cluster)
 
 
 def first_words(result: UpdateResult) -> str:

@@ -23,17 +23,17 @@ OF_UPDATES: tuple[Index, ...] = (
         "in_place", "added in place", "1 - c, c = (a(s_ij) - a(r_j)) / (a(r_i) - a(r_j)), a(z) = <z, r_i> / <z, f_i>",
         "Of what later layers add to the prediction and take off its error, the share that shows in the reading of the "
         "earlier lens as it does in the new one's. 1: added up in one representation, as in any stack of additions. 0: it "
-        "went elsewhere (carried along). Over pairs that pass the gates.", shown=(6, 1),
+        "went elsewhere (carried along). Over pairs that pass the gates.", shown=(7, 1),
     ),
     *_both("carried", "carried along", "c", "One minus what is added in place.", shown=(None, None)),
     *_both(
         "clarity", "clarity", "sqrt of R2 of s_ij on (r_i, r_j), less chance", "How much of what the earlier lens reads at "
         "a later layer the two layers' own readings explain. Near 1: it reads the same prediction. Near 0: another basis, "
-        "or drowned in interference.", shown=(7, 2),
+        "or drowned in interference.", shown=(8, 2),
     ),
     *_both(
         "persistence", "persistence", "S = <s_ij, f_i> / <r_i, f_i>", "How much of the signal in the earlier reading is "
-        "still there at the later layer; growth of the stream is in it.", shown=(8, 3),
+        "still there at the later layer; growth of the stream is in it.", shown=(9, 3),
     ),
     *_both(
         "kept_low", "kept, lower end", "clarity where S is above chance, else 0", "The least that is kept of the earlier "
@@ -45,7 +45,13 @@ OF_UPDATES: tuple[Index, ...] = (
     ),
     *_both(
         "news", "news", "share of the gain in explained power where lens i explains < 10 %", "The share of the gain that "
-        "lies in directions of the prediction which the earlier lens does not read.", shown=(9, 4),
+        "lies in directions of the prediction which the earlier lens does not read.", shown=(10, 4),
+    ),
+    *_both(
+        "readable_gain", "readable gain", "V = sum (CE_base - CE_old) / sum (CE_base - CE_new)", "The share of the "
+        "cross-entropy gain that the earlier lens can read where it looked, at least. Well above 0: what is added in place "
+        "is what predicts. It lumps together what is carried along, re-represented, news, and interference that depends "
+        "on the answer.", shown=(11, 5),
     ),
     *_both(
         "commission", "commission", "E|r_i - f_i|^2 / E|T - r_i|^2", "The share of a lens's error that is loading on what "
@@ -58,7 +64,7 @@ OF_UPDATES: tuple[Index, ...] = (
     *_both(
         "pairs_passed", "pairs that pass the gates", "share of pairs i < j", "The share of pairs of layers of which the "
         "decomposition may speak: losses fall, the later lens has less error loading, the signal is above chance.",
-        shown=(10, 5),
+        shown=(12, 6),
     ),
 )  # fmt: skip
 """Two for each quantity: over all pairs of layers, and without layer 0"""

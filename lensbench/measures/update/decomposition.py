@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from lensbench.measures.update.products import (
     products_of_moments,
 )
 from lensbench.measures.update.quantities import Chance, Quantities, quantities
+from lensbench.measures.update.readable import Gains, readable_gains
 from lensbench.measures.update.undefined import Undefined
 from lensbench.statistics import Array, bootstrap_weights, effective_clusters
 from lensbench.streams.capture import Capture
@@ -38,7 +40,7 @@ from lensbench.streams.readout import ReadOut
 DRAWS = 1000
 """Bootstrap draws of the clusters"""
 
-STEPS = ("moments", "ridges", "gates", "products", "refits", "news")
+STEPS = ("moments", "ridges", "gates", "products", "refits", "news", "readable gain")
 """What :func:`decompose` says that it does, in this order"""
 
 Say = Callable[[str], None]
@@ -76,6 +78,8 @@ class Decomposition:
     """Pairs of positions: neighbours, merged on dev until there is room"""
     news_sums: tuple[Array, Array]
     """Gains in explained power by cluster: in directions that the earlier lens does not read, and all; ``[clusters, P]``"""
+    gains: Gains | None
+    """Cross-entropy gains of some pairs, and what of them the earlier lens can read; None where nobody asked"""
     ridges: tuple[float, ...]
     weights: Array
     """``[draws, clusters]``: how often a draw takes each cluster of eval"""
@@ -130,6 +134,49 @@ def cluster_numbers(captured: Capture) -> tuple[Tensor, int]:
     return torch.from_numpy(number), len(known)
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What is fitted to the tokens of fit, and chosen on dev, before anything is measured."""
+
+    layers: tuple[int, ...]
+    metric: Metric
+    folds: NDArray[np.int64]
+    moments: Moments
+    """Of all folds"""
+    lenses: FullLenses
+    maps: Readings
+    pad: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        readout: ReadOut,
+        fit: Capture,
+        dev: Capture,
+        recipe: FitRecipe,
+        layers: tuple[int, ...],
+        metric: MetricKind,
+        tolerance: float,
+        seed: int,
+        say: Say,
+    ) -> "Fitted":
+        """See :func:`decompose`."""
+        coordinates, folds = Metric.of(metric, readout, fit), deal_documents(fit, seed)
+        say("moments")
+        moments = fold_moments(fit, layers, folds)
+        pooled = pooled_folds(moments, [int((folds[fit.document] == fold).sum()) for fold in range(len(moments))])
+        search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
+        say("ridges")
+        lenses = full_lenses(search, pooled, layers, tolerance)
+        maps = readings(moments, coordinates, lenses.ridges)
+        return cls(layers, coordinates, folds, pooled, lenses, maps, search.pad)
+
+    def again(self, fit: Capture, seed: tuple[int, ...]) -> Readings:
+        """The maps fitted to documents that are drawn anew within each fold, at the same ridges."""
+        moments = fold_moments(fit, self.layers, self.folds, resampled(self.folds, seed))
+        return readings(moments, self.metric, self.lenses.ridges)
+
+
 @torch.no_grad()
 def decompose(
     readout: ReadOut,
@@ -142,6 +189,7 @@ def decompose(
     metric: MetricKind = "fisher",
     tolerance: float | None = None,
     refits: int | None = None,
+    readable: bool = True,
     seed: int = 0,
     spread: Sequence[int] = (0,),
     say: Say = lambda _: None,
@@ -150,7 +198,8 @@ def decompose(
 
     Lenses are fitted on ``fit``, ridges chosen and gates decided on ``dev``, everything else is measured on ``held_out``.
     ``tolerance`` and ``refits``: in place of the recipe's. ``seed`` deals and resamples the fitting documents; the draws of
-    the held-out documents are the same for every model. ``spread``: the seed of what refits add to the draws, a model's own.
+    the held-out documents are the same for every model. ``readable`` asks for the readable gain, which takes most of the
+    time. ``spread``: the seed of what refits add to the draws, a model's own.
 
     Raises :class:`Undefined` where the norm is no gain over a scale, and where there are fewer than three fitting
     documents or two layers.
@@ -158,39 +207,34 @@ def decompose(
     chosen = tuple(range(fit.layers)) if layers is None else tuple(layers)
     if len(chosen) < 2:
         raise Undefined("undefined: an update needs two layers before the last")
-    coordinates = Metric.of(metric, readout, fit)
-    folds = deal_documents(fit, seed)
-    say("moments")
-    moments = fold_moments(fit, chosen, folds)
-    sizes = [int((folds[fit.document] == fold).sum()) for fold in range(len(moments))]
-    search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
-    say("ridges")
-    allowed = recipe.tolerance if tolerance is None else tolerance
-    lenses = full_lenses(search, pooled_folds(moments, sizes), chosen, allowed)
-    maps = readings(moments, coordinates, lenses.ridges)
+    fitted = Fitted.of(
+        readout, fit, dev, recipe, chosen, metric, recipe.tolerance if tolerance is None else tolerance, seed, say
+    )
     pairs = pairs_of(len(chosen))
     say("gates")
-    gated = _gates(readout, dev, chosen, lenses, maps, pairs)
+    gated = _gates(readout, dev, chosen, fitted.lenses, fitted.maps, pairs)
     say("products")
     means = means_of(held_out.states, [*chosen, held_out.layers])
     cluster, clusters = cluster_numbers(held_out)
-    sums = cluster_products(held_out.states, chosen, means, cluster, clusters, maps)
+    sums = cluster_products(held_out.states, chosen, means, cluster, clusters, fitted.maps)
     weights = bootstrap_weights(clusters, DRAWS, 0)
     say("refits")
-    again = [
-        readings(fold_moments(fit, chosen, folds, resampled(folds, [seed, number])), coordinates, lenses.ridges)
-        for number in range(recipe.refits if refits is None else refits)
-    ]
-    chance, at_refits = _of_moments(SecondMoments.of(held_out.states, chosen, means), maps, again, pairs)
+    again = [fitted.again(fit, (seed, number)) for number in range(recipe.refits if refits is None else refits)]
+    chance, at_refits = _of_moments(SecondMoments.of(held_out.states, chosen, means), fitted.maps, again, pairs)
     point = quantities(sums.total(), pairs, chance)
     draws = quantities(sums.drawn(weights), pairs, chance)
     refitted = [quantities(one, pairs, chance) for one in at_refits]
     say("news")
-    gains = news_sums(held_out.states, chosen, cluster, clusters, lenses.best)
+    gains = news_sums(held_out.states, chosen, cluster, clusters, fitted.lenses.best)
+    gained = None
+    if readable:
+        say("readable gain")
+        lenses, moments, of = fitted.lenses.within, fitted.moments, fitted.metric
+        gained = readable_gains(readout, dev, held_out, chosen, lenses, moments, of, fitted.pad, cluster, clusters)
     return Decomposition(
-        layers=chosen, metric=coordinates.name, pairs=pairs, point=point, draws=draws,
+        layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws,
         refits=_stacked(refitted) if refitted else None, chance=chance, gate=gated[0], blocks=gated[1],
-        news_sums=gains, ridges=lenses.ridges, weights=weights, clusters=effective_clusters(cluster.numpy()),
+        news_sums=gains, gains=gained, ridges=fitted.lenses.ridges, weights=weights, clusters=effective_clusters(cluster.numpy()),
         spread=tuple(spread),
     )  # fmt: skip
 

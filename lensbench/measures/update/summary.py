@@ -30,6 +30,8 @@ def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
     i, j = found.pairs
     drawn = {name: _drawn(found, name) for name in PAIR_COLUMNS}
     news = found.news_draws()
+    gained = _readable_by_pair(found)
+    nothing = Estimate(None, None, None)
     rows = []
     for at in range(len(i)):
         row: dict[str, Any] = {
@@ -45,9 +47,19 @@ def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
         row["persistence_chance"] = _number(found.chance.persistence[at])
         row["drowned"] = _number(found.point.drowned[at])
         row |= _columns("news", _estimate(found.news()[at], news[:, at], found))
+        of_pair = gained.get((int(i[at]), int(j[at])))
+        row |= _columns("readable_gain", nothing if of_pair is None else of_pair)
         row["commission"] = _number(found.point.commission[i[at]])
         rows.append(row)
     return rows
+
+
+def _readable_by_pair(found: Decomposition) -> dict[tuple[int, int], Estimate]:
+    """The readable gain of each pair that was looked at."""
+    gains = found.gains
+    if gains is None:
+        return {}
+    return {pair: _ratio(found, gains.old[:, q], gains.new[:, q]).estimate for q, pair in enumerate(gains.pairs)}
 
 
 def block_rows(found: Decomposition) -> list[dict[str, Any]]:
@@ -126,6 +138,7 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
         "carried": carried,
         **plain,
         "news": _news(found, pairs),
+        "readable_gain": _readable(found, pairs),
         "commission": _of(found, lambda q: q.commission[..., layers].mean(-1)),
         "drowned": _drowned(found, pairs),
         "pairs_passed": DrawnIndex(
@@ -135,8 +148,8 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
 
 
 NAMES = (
-    "in_place", "carried", "clarity", "persistence", "kept_low", "kept_high", "news", "commission", "drowned",
-    "pairs_passed",
+    "in_place", "carried", "clarity", "persistence", "kept_low", "kept_high", "news", "readable_gain", "commission",
+    "drowned", "pairs_passed",
 )  # fmt: skip
 """The indices, each also with :data:`WITHOUT_LAYER_0` at its end"""
 
@@ -171,6 +184,26 @@ def _news(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
         return _without("undetermined: later lenses do not surely explain more of the final state")
     drawn = (weights @ new[:, pairs].sum(1)) / total
     return DrawnIndex(_estimate(new[:, pairs].sum() / point, drawn, found), drawn)
+
+
+def _readable(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
+    """The share of the cross-entropy gain of some pairs that the earlier lens can read where it looked: a lower bound."""
+    if found.gains is None:
+        return _without("not measured: the suite leaves it out")
+    inside = {(int(i), int(j)) for i, j in np.stack(found.pairs, 1)[pairs]}
+    at = [number for number, pair in enumerate(found.gains.pairs) if pair in inside]
+    if not at:
+        return _without("not measured: no pair of these layers was looked at")
+    return _ratio(found, found.gains.old[:, at].sum(1), found.gains.new[:, at].sum(1))
+
+
+def _ratio(found: Decomposition, old: Array, new: Array) -> DrawnIndex:
+    """``sum old / sum new`` over clusters; undetermined unless the gain is above 0 with its interval."""
+    whole = found.weights @ new
+    if not new.sum() > 0 or np.percentile(whole, 2.5) <= 0:
+        return _without("undetermined: no cross-entropy gain of the later lens over the earlier one, with its interval")
+    drawn = (found.weights @ old) / whole
+    return DrawnIndex(_estimate(old.sum() / new.sum(), drawn, found), drawn)
 
 
 def _of(found: Decomposition, value: Callable[[Quantities], Array]) -> DrawnIndex:

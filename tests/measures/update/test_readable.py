@@ -1,0 +1,97 @@
+"""Readable gain: streams of known answer, and its losses by definition."""
+
+import numpy as np
+import pytest
+import torch
+
+from lensbench.lenses.recipe import FitRecipe
+from lensbench.measures.update import decompose, index_estimates, pair_rows
+from lensbench.measures.update import readable as module
+from lensbench.measures.update.readable import chosen_pairs
+from lensbench.studies.synthetic import Shape, SyntheticStream, read_out
+
+RECIPE = FitRecipe(ridges=(1e-2, 0.1, 1.0, 10.0), pads=(0.0, 0.2, 0.4, 0.6))
+
+
+def decomposed(family, seed=0):
+    stream = SyntheticStream(family, Shape(d=32, layers=4, vocab=100), seed=seed)
+    fit = stream.capture(3000, seed=1)
+    dev, held_out = (stream.capture(n, seed=k, constant=fit.mean_p) for n, k in ((1024, 2), (2048, 3)))
+    return decompose(stream.readout, fit, dev, held_out, RECIPE, refits=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "low", "high"),
+    [("fresh", 0.9, 1.02), ("overlapping", -0.05, 0.1), ("rebased", -0.05, 0.05), ("disjoint", -0.02, 0.02)],
+)
+def test_what_an_earlier_lens_can_read_of_a_gain_is_what_the_stream_was_made_with(family, low, high):
+    found = decomposed(family)
+    value = index_estimates(found)["readable_gain_without_layer0"]
+    assert value.value is not None, value.reason
+    assert low <= value.value <= high
+    assert value.low <= value.value <= value.high
+
+
+def test_an_untold_gain_is_undetermined():
+    """Layers that hold the same state: no later lens predicts better."""
+    stream = SyntheticStream("removed", Shape(d=16, layers=3, vocab=60, first_noise=0.8, last_noise=0.8))
+    fit = stream.capture(2000, seed=1)
+    dev, held_out = (stream.capture(800, seed=k, constant=fit.mean_p) for k in (2, 3))
+    found = index_estimates(decompose(stream.readout, fit, dev, held_out, RECIPE, refits=0))
+    assert "0 of 3 pairs of layers pass the gates" in found["carried"].reason
+    assert "no cross-entropy gain" in found["readable_gain"].reason
+
+
+def test_losses_are_cross_entropies_of_the_read_out_of_the_sum_of_parts():
+    torch.manual_seed(0)
+    stream = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40))
+    captured = stream.capture(64, seed=1)
+    readout = read_out(12, 40, bias=True)
+    reader = module._Reader.of(captured, [0, 1, 2], lenses(3, 12), 64)
+    parts = [torch.randn(64, 2, 12), torch.randn(64, 2, 12)]
+    theta, centre, pad = np.array([0.5, -0.2, 0.3, 0.1, 0.7]), torch.randn(12), torch.randn(12)
+    found = module._losses(readout, reader, parts, centre, pad, theta)
+    x = centre + 0.7 * pad
+    for weight, part in zip(theta, (parts[0][:, 0], parts[0][:, 1], parts[1][:, 0], parts[1][:, 1]), strict=False):
+        x = x + weight * part
+    expected = torch.nn.functional.cross_entropy(readout(x.float()), captured.targets, reduction="none")
+    torch.testing.assert_close(found, expected.double(), atol=1e-5, rtol=1e-5)
+
+
+def lenses(count, d):
+    from lensbench.lenses.maps import AffineMaps
+
+    return AffineMaps(torch.randn(count, d, d), torch.randn(count, d))
+
+
+def test_coefficients_that_are_added_are_never_negative_and_never_make_dev_worse():
+    torch.manual_seed(0)
+    stream = SyntheticStream("overlapping", Shape(d=12, layers=3, vocab=40))
+    captured = stream.capture(256, seed=1)
+    words = module._Words.of(stream.readout, captured, torch.arange(256))
+    own, other = captured.states[1][:, None].repeat(1, 2, 1), captured.states[0][:, None].repeat(1, 2, 1)
+    centre, pad = torch.zeros(12), torch.ones(12)
+    base = words.fitted([own], centre, pad, np.array([1.0, 0.0, 0.0]))
+    both = words.fitted([own, other], centre, pad, np.array([*base[:2], 0.0, 0.0, base[2]]))
+    assert (both[2:4] >= 0).all()
+
+    def loss(parts, theta):
+        return float(words._loss(module._state(parts, centre, pad, torch.from_numpy(theta))))
+
+    assert loss([own, other], both) <= loss([own], base) + 1e-6
+
+
+def test_all_neighbours_and_twelve_others_are_looked_at():
+    assert chosen_pairs(4) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    many = chosen_pairs(30)
+    assert {(i, i + 1) for i in range(29)} <= set(many)
+    assert len(many) == 29 + 12
+    assert len(set(many)) == len(many)
+
+
+def test_a_pair_has_its_own_readable_gain_and_others_are_empty(monkeypatch):
+    monkeypatch.setattr(module, "FURTHER_PAIRS", 1)
+    rows = pair_rows(decomposed("fresh"))
+    looked_at = [(r["from_layer"], r["to_layer"]) for r in rows if r["readable_gain"] is not None]
+    assert set(looked_at) <= {(0, 1), (0, 2), (1, 2), (2, 3), (1, 3), (0, 3)}
+    assert len(looked_at) == 4
