@@ -234,8 +234,8 @@ def decompose(
     return Decomposition(
         layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws,
         refits=_stacked(refitted) if refitted else None, chance=chance, gate=gated[0], blocks=gated[1],
-        news_sums=gains, gains=gained, ridges=fitted.lenses.ridges, weights=weights, clusters=effective_clusters(cluster.numpy()),
-        spread=tuple(spread),
+        news_sums=gains, gains=gained, ridges=fitted.lenses.ridges, weights=weights,
+        clusters=effective_clusters(cluster.numpy()), spread=tuple(spread),
     )  # fmt: skip
 
 

@@ -73,7 +73,8 @@ class _Reader:
     def at(self, i: int, j: int) -> Tensor:
         """``z_ij = A_i (h_j - mean)``, ``[n, d]``."""
         states = self.captured.states[self.layers[j]][self.tokens]
-        return (states - self.means[j].to(states)) @ self.lenses.matrix[i].T
+        read: Tensor = (states - self.means[j].to(states)) @ self.lenses.matrix[i].T
+        return read
 
     def parts(self, i: int, j: int, discount: Tensor) -> dict[str, Tensor]:
         """The readings of base, old and new, each with its discounted copy: ``[n, 2, d]``."""
