@@ -173,6 +173,18 @@ SCHEMA: dict[str, dict[str, str]] = {
         **_OF_PAIR,
         "blocks": "How many blocks the row is of: neighbours are merged on dev until there is room.",
     },
+    "landmarks.csv": {
+        **_WHO,
+        "landmark": "A null or landmark made of the model's own states: rotated (every layer in a random basis), carried "
+        "(every layer's state added in a random basis of its own), drifting (the basis turns by 45 degrees in all), "
+        "shuffled (every block's update from a token of another document).",
+        "known": "What is known of it: re-represented, carried along, mixed, or undetermined.",
+        "index": "The index of the update decomposition, as in indices.csv; layers count from the view's first.",
+        "value": "The value; empty where it is undefined.",
+        **_bounds("", "the 95 % interval: bootstrap over documents"),
+        "participation": "The participation ratio of each layer's covariance, and of the end's.",
+        "reason": "Why the index is undefined, or what is to be known of the view.",
+    },
     "verdicts.csv": {
         **_WHO,
         "scope": "What the verdict is on: all layers, or without layer 0.",
@@ -264,7 +276,8 @@ def no_rows(name: str) -> pd.DataFrame:
 
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
-    "probe", "quantity", "scope", "metric", "gate", "verdict", "known", "positions", "begin_token", "begin",
+    "probe", "quantity", "scope", "metric", "gate", "landmark",
+    "participation", "verdict", "known", "positions", "begin_token", "begin",
     "weights",
 }  # fmt: skip
 
@@ -276,7 +289,7 @@ ON_REQUEST = ("curves.csv", "timings.csv")
 """Tables that are written where a suite asks for learning curves."""
 
 
-ADDED = ("update.csv", "blocks.csv", "verdicts.csv", "probes.csv", *ON_REQUEST)
+ADDED = ("update.csv", "blocks.csv", "landmarks.csv", "verdicts.csv", "probes.csv", *ON_REQUEST)
 """Tables that a folder may lack, because it is of an earlier version or nobody asked for them: read as empty."""
 
 

@@ -32,6 +32,7 @@ from lensbench.measures.indices import (
 )
 from lensbench.measures.means import Estimate, Means, estimate, nothing_to_gain, of_layers
 from lensbench.measures.update import UpdateResult
+from lensbench.measures.update.views import LANDMARKS
 from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agreement_of_seeds, decide_on, spans_on
 from lensbench.probes.measured import Measured, Measurement
 from lensbench.results.probes import probe_table
@@ -135,7 +136,7 @@ def tables(
     rows: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv", "tolerances.csv", "pairs.csv")
     }
-    rows |= {"update.csv": [], "blocks.csv": []}
+    rows |= {"update.csv": [], "blocks.csv": [], "landmarks.csv": []}
     found: dict[str, list[dict[str, Estimate]]] = {}
     names = {part.model for part in parts}
     for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
@@ -151,6 +152,7 @@ def tables(
         if part.updates is not None:
             rows["update.csv"] += [who | row for row in part.updates.pairs]
             rows["blocks.csv"] += [who | row for row in part.updates.blocks]
+            rows["landmarks.csv"] += [who | row for row in landmark_rows(part.updates)]
         found.setdefault(part.model, []).append(of_part)
         rows["indices.csv"] += [who | row for row in index_rows(of_part, part)]
     matrices = {part.model: part.fit.headline for part in parts}
@@ -186,6 +188,16 @@ class Sample:
     def clusters(self) -> int:
         """How many clusters there are."""
         return len(self.sums.tokens)
+
+
+def landmark_rows(updates: UpdateResult) -> Iterator[dict[str, Any]]:
+    """``landmarks.csv`` of one model and seed."""
+    for name, found in updates.landmarks.items():
+        ratios = " ".join(f"{ratio:.3g}" for ratio in found.participation)
+        for index, (value, low, high, reason) in found.indices.items():
+            row = {"landmark": name, "known": LANDMARKS[name].truth, "index": index, "value": value}
+            row |= {"ci_low": low, "ci_high": high, "participation": ratios}
+            yield row | {"reason": "; ".join(said for said in (reason, found.note) if said)}
 
 
 def update_draws(parts: list[Part]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from lensbench.data.inputs import Data
 from lensbench.data.samples import Samples
 from lensbench.lenses.recipe import spread_layers
 from lensbench.measures.indices import seed_of_rotations
-from lensbench.measures.update import STEPS, Undefined, UpdateRecipe, UpdateResult, decompose
+from lensbench.measures.update import STEPS, Undefined, UpdateRecipe, UpdateResult, decompose, landmark_results
 from lensbench.report.formatting import number
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
@@ -21,7 +21,7 @@ from lensbench.runtime.stages import NotFinished
 from lensbench.streams.capture import Capture
 from lensbench.suite.recipes import ModelRecipe
 
-UPDATE_FORMAT = 1
+UPDATE_FORMAT = 2
 """Version of the numbers of this stage: part of its key"""
 
 OF_LENSES = (
@@ -92,14 +92,17 @@ def decomposed(
         )
         for split, samples in others.items()
     )
-    done = iter(range(len(STEPS)))
-    with context.progress.task(f"update-{who}", len(STEPS), "steps") as task:
+    fit = fit if rotation is None else rotation.apply(fit)
+    dev, held_out = in_clusters(dev, others["dev"]), in_clusters(held_out, others["eval"])
+    steps = [*STEPS, "landmarks"]
+    done = iter(range(len(steps)))
+    with context.progress.task(f"update-{who}", len(steps), "steps") as task:
         try:
             found = decompose(
                 readout,
-                fit if rotation is None else rotation.apply(fit),
-                in_clusters(dev, others["dev"]),
-                in_clusters(held_out, others["eval"]),
+                fit,
+                dev,
+                held_out,
                 recipe,
                 layers=spread_layers(stream.layers, settings.layers) if stream.layers > 1 else [0],
                 metric=settings.metric,
@@ -111,7 +114,11 @@ def decomposed(
             )
         except Undefined as error:
             return UpdateResult.undefined(str(error))
-    return UpdateResult.of(found)
+        result = UpdateResult.of(found)
+        if not settings.landmarks or model.rotated:
+            return result
+        task.update(len(steps) - 1, "landmarks")
+        return result.beside(landmark_results(readout, fit, dev, held_out, recipe, metric=settings.metric, seed=seed))
 
 
 def in_clusters(captured: Capture, samples: Samples) -> Capture:

@@ -2,7 +2,7 @@
 
 from lensbench.measures.update.decomposition import STEPS, Decomposition, decompose
 from lensbench.measures.update.recipe import UpdateRecipe
-from lensbench.measures.update.result import UpdateResult
+from lensbench.measures.update.result import UpdateResult, landmark_results
 from lensbench.measures.update.summary import block_rows, index_estimates, pair_rows
 from lensbench.measures.update.undefined import Undefined
 
@@ -15,5 +15,6 @@ __all__ = [
     "block_rows",
     "decompose",
     "index_estimates",
+    "landmark_results",
     "pair_rows",
 ]

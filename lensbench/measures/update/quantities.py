@@ -57,7 +57,10 @@ def quantities(products: Products, pairs: Pairs, chance: Chance) -> Quantities:
         persistence = pair["sf"] / rf[..., i]
         baseline = 2 * chance.persistence**2 * rf[..., i] / pair["ss"]
         explained = _explained(pair["sr"], pair["sj"], rr[..., i], pair["jr"], rr[..., j]) / pair["ss"]
-        clarity = np.sqrt(np.maximum(0, (np.clip(explained, 0, 1) - baseline) / (1 - baseline)))
+        # A reading that is no longer than chance makes it says nothing.
+        told = (pair["ss"] > 0) & (baseline < 1)
+        beyond = (np.clip(explained, 0, 1) - baseline) / np.where(told, 1 - baseline, 1)
+        clarity = np.where(told, np.sqrt(np.maximum(0, beyond)), 0.0)
         kept = persistence > 2 * chance.persistence
         error = rr - 2 * rf + layer["ff"]
         target = products.target[..., None]

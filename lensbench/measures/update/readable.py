@@ -73,8 +73,8 @@ class _Reader:
     def at(self, i: int, j: int) -> Tensor:
         """``z_ij = A_i (h_j - mean)``, ``[n, d]``."""
         states = self.captured.states[self.layers[j]][self.tokens]
-        read: Tensor = (states - self.means[j].to(states)) @ self.lenses.matrix[i].T
-        return read
+        states = states - self.means[j].to(states)
+        return torch.nn.functional.linear(states, self.lenses.matrix[i])
 
     def parts(self, i: int, j: int, discount: Tensor) -> dict[str, Tensor]:
         """The readings of base, old and new, each with its discounted copy: ``[n, 2, d]``."""
@@ -93,7 +93,8 @@ def discount_of(metric: Metric, moments: Moments, lens: Tensor, i: int, j: int) 
     maps = metric.factor @ lens.double().cpu()
     before, after = (maps @ moments.covariance[k] @ maps.T for k in (i, j))
     middle = before @ pseudo_inverse(after)
-    return torch.linalg.pinv(metric.factor) @ middle @ metric.factor
+    discount: Tensor = torch.linalg.pinv(metric.factor) @ middle @ metric.factor
+    return discount
 
 
 @torch.no_grad()

@@ -6,12 +6,36 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.means import Estimate
-from lensbench.measures.update.decomposition import Decomposition
-from lensbench.measures.update.summary import NAMES, WITHOUT_LAYER_0, block_rows, drawn_indices, pair_rows
+from lensbench.measures.update.decomposition import Decomposition, decompose
+from lensbench.measures.update.metric import MetricKind
+from lensbench.measures.update.summary import (
+    NAMES,
+    WITHOUT_LAYER_0,
+    block_rows,
+    drawn_indices,
+    index_estimates,
+    pair_rows,
+)
+from lensbench.measures.update.views import LANDMARKS, fit_view
 from lensbench.runtime.files import write_json
+from lensbench.streams.capture import Capture
+from lensbench.streams.readout import ReadOut
+from lensbench.streams.views.spectrum import spectrum
 
 RESULT = "update.json"
+
+
+class LandmarkResult(BaseModel):
+    """The decomposition's indices of a view of the model, and what a reader has to know of the view."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    note: str = ""
+    indices: dict[str, tuple[float | None, float | None, float | None, str]] = {}
+    participation: list[float] = []
+    """Participation ratio of the covariance of each layer of the view, and of its end"""
 
 
 class UpdateResult(BaseModel):
@@ -24,6 +48,8 @@ class UpdateResult(BaseModel):
     blocks: list[dict[str, Any]] = []
     indices: dict[str, tuple[float | None, float | None, float | None, str]] = {}
     """Name -> value, lower and upper end of its interval, reason"""
+    landmarks: dict[str, LandmarkResult] = {}
+    """Name of a view -> its indices"""
     draws: dict[str, list[float]] = {}
     """Name -> its draws, of those that have an interval"""
 
@@ -34,7 +60,7 @@ class UpdateResult(BaseModel):
         return cls(
             pairs=pair_rows(found),
             blocks=block_rows(found),
-            indices={n: (e.value, e.low, e.high, e.reason) for n, e in ((n, one.estimate) for n, one in drawn.items())},
+            indices=_written({name: one.estimate for name, one in drawn.items()}),
             draws={
                 name: [float(f"{x:.6g}") for x in one.draws]
                 for name, one in drawn.items()
@@ -47,6 +73,10 @@ class UpdateResult(BaseModel):
         """No pair, and every index without a value."""
         names = [name + suffix for suffix in ("", WITHOUT_LAYER_0) for name in NAMES]
         return cls(reason=reason, indices=dict.fromkeys(names, (None, None, None, reason)))
+
+    def beside(self, landmarks: dict[str, LandmarkResult]) -> "UpdateResult":
+        """The same with landmarks."""
+        return self.model_copy(update={"landmarks": landmarks})
 
     def estimates(self) -> dict[str, Estimate]:
         """The indices."""
@@ -64,3 +94,37 @@ class UpdateResult(BaseModel):
             return cls.model_validate_json(path.read_text())
         except (OSError, ValueError, ValidationError) as error:
             raise LensbenchError(f"{path} is damaged; delete its folder to compute it anew") from error
+
+
+def _written(estimates: dict[str, Estimate]) -> dict[str, tuple[float | None, float | None, float | None, str]]:
+    return {name: (one.value, one.low, one.high, one.reason) for name, one in estimates.items()}
+
+
+def landmark_results(
+    readout: ReadOut, fit: Capture, dev: Capture, held_out: Capture, recipe: FitRecipe, *, metric: MetricKind, seed: int
+) -> dict[str, LandmarkResult]:
+    """The decomposition of every landmark of a model, at 8 of its layers at most (``recipe.layers``)."""
+    found = {}
+    for name in LANDMARKS:
+        try:
+            fitted = fit_view(name, readout, fit, dev, recipe, seed=seed)
+            room = recipe.memory_gib
+            seen = (
+                fitted.view.apply(fit, "fit", memory_gib=room),
+                fitted.view.apply(dev, "dev", memory_gib=room),
+                fitted.view.apply(held_out, "eval", memory_gib=room),
+            )
+            one = decompose(
+                readout, seen[0], seen[1], seen[2], recipe, metric=metric, refits=0, readable=False, seed=seed
+            )
+        except LensbenchError as error:
+            reason = str(error)
+            found[name] = LandmarkResult(note=reason, indices=UpdateResult.undefined(reason).indices)
+        else:
+            ratios = [layer.participation for layer in spectrum(seen[0])]
+            found[name] = LandmarkResult(
+                note=fitted.note,
+                indices=_written(index_estimates(one)),
+                participation=[float(f"{r:.6g}") for r in ratios],
+            )
+    return found

@@ -12,6 +12,7 @@ from lensbench.measures.update.chance import principal_space
 from lensbench.measures.update.folds import deal_documents, fold_moments, readings
 from lensbench.measures.update.metric import Metric
 from lensbench.measures.update.products import (
+    Products,
     SecondMoments,
     cluster_products,
     layer_products_of_moments,
@@ -19,6 +20,7 @@ from lensbench.measures.update.products import (
     pairs_of,
     products_of_moments,
 )
+from lensbench.measures.update.quantities import Chance, quantities
 from lensbench.streams.readout import ReadOut
 from lensbench.studies.synthetic import Shape, SyntheticStream, capture_of
 
@@ -266,3 +268,14 @@ def test_the_same_seed_gives_the_same_numbers():
 def test_pairs_come_in_the_order_of_their_first_layer():
     i, j = pairs_of(4)
     assert list(zip(i.tolist(), j.tolist(), strict=True)) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+def test_a_reading_that_chance_could_make_has_no_clarity():
+    """Were chance alone to explain more than there is, or were the square of the reading noise below 0, R is 0."""
+    layer = {name: np.array([1.0, 1.0]) for name in ("rr", "rf", "ff", "rT", "fT")}
+    pair = {"sr": 0.9, "sf": 0.5, "ss": 1.0, "sj": 0.9, "jr": 0.9, "jf": 0.8}
+    pairs = pairs_of(2)
+    for square, chance in ((1.0, 3.0), (-0.1, 0.1)):
+        products = Products({k: np.array([v]) for k, v in (pair | {"ss": square}).items()}, layer, np.array(2.0))
+        found = quantities(products, pairs, Chance(np.array([chance]), np.array([0.1])))
+        assert found.clarity[0] == 0
