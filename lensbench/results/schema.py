@@ -285,16 +285,20 @@ TEXT_COLUMNS = {
 TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 
 
+OF_UPDATES = ("update.csv", "blocks.csv", "landmarks.csv")
+"""Tables of the update decomposition, which a suite may leave out."""
+
+
 ON_REQUEST = ("curves.csv", "timings.csv")
 """Tables that are written where a suite asks for learning curves."""
 
 
-ADDED = ("update.csv", "blocks.csv", "landmarks.csv", "verdicts.csv", "probes.csv", *ON_REQUEST)
+ADDED = ("verdicts.csv", "probes.csv", *OF_UPDATES, *ON_REQUEST)
 """Tables that a folder may lack, because it is of an earlier version or nobody asked for them: read as empty."""
 
 
 WRITTEN = tuple(name for name in SCHEMA if name not in ON_REQUEST)
-"""Tables of every run."""
+"""Tables of every run; one that leaves the update decomposition out has none of its three."""
 
 
 MEASURED_TIME = ("timings.csv",)

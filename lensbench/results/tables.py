@@ -36,7 +36,7 @@ from lensbench.measures.update.views import LANDMARKS
 from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agreement_of_seeds, decide_on, spans_on
 from lensbench.probes.measured import Measured, Measurement
 from lensbench.results.probes import probe_table
-from lensbench.results.schema import ADDED_COLUMNS, no_rows
+from lensbench.results.schema import ADDED_COLUMNS, OF_UPDATES, no_rows
 from lensbench.results.sums import ClusterSums, MatrixSums, by_document, clustered
 from lensbench.runtime.sealed import read_tensors
 from lensbench.runtime.texts import read_json
@@ -136,7 +136,8 @@ def tables(
     rows: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("models.csv", "lenses.csv", "transfer.csv", "indices.csv", "tolerances.csv", "pairs.csv")
     }
-    rows |= {"update.csv": [], "blocks.csv": [], "landmarks.csv": []}
+    if any(part.updates is not None for part in parts):
+        rows |= {name: [] for name in OF_UPDATES}
     found: dict[str, list[dict[str, Estimate]]] = {}
     names = {part.model for part in parts}
     for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
