@@ -36,7 +36,7 @@ def landmarks():
     for name in LANDMARKS:
         view = fit_view(name, readout, fit, dev, RECIPE).view
         seen = [view.apply(c, s) for c, s in ((fit, "fit"), (dev, "dev"), (held_out, "eval"))]
-        found[name] = decompose(readout, *seen, RECIPE)
+        found[name] = decompose(readout, *seen, RECIPE, readable=False)
     return found
 
 
@@ -46,7 +46,7 @@ def of_passed(found, what):
 
 
 def test_what_is_added_up_is_read_as_such_until_its_copies_have_bases_of_their_own(landmarks):
-    own = decompose(*ADDED, RECIPE)
+    own = decompose(*ADDED, RECIPE, readable=False)
     c, passed = of_passed(own, "carried")
     assert abs(c) < 0.05
     assert passed == 1
