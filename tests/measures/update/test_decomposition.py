@@ -179,7 +179,7 @@ def test_what_a_reading_says_does_not_depend_on_the_coordinates_of_a_layer():
     [("fresh", 0.0, 1.0), ("averaged", 0.0, 1.0), ("disjoint", 1.0, 1.0), ("overlapping", 1.0, None)],
 )
 def test_families_of_known_answer_get_it(family, carried, clarity):
-    readout, fit, dev, held_out = captures(family, Shape(d=48, layers=4), (3072, 1024, 2048))
+    readout, fit, dev, held_out = captures(family, Shape(d=48, layers=5), (4096, 1024, 2048))
     found = index_estimates(decompose(readout, fit, dev, held_out, WIDE, refits=2, readable=False))
     assert found["carried_without_layer0"].value == pytest.approx(carried, abs=0.15)
     assert found["in_place_without_layer0"].value == pytest.approx(1 - carried, abs=0.15)
