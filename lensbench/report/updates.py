@@ -20,15 +20,13 @@ def updates_of(run: Run) -> dict[tuple[str, int], Found]:
     for row in rows.to_dict("records"):
         who, name, value = (str(row["model"]), int(row["seed"])), str(row["index"]), float(row["value"])
         values, draws, reasons = found.setdefault(who, ({}, {}, {}))
+        values[name], draws[name] = value, drawn.get((*who, name), np.full(DRAWS, value))
         if np.isnan(value):
             reasons[name] = str(row["reason"])
-        else:
-            values[name] = value
-            draws[name] = drawn.get((*who, name), np.full(DRAWS, value))
     return found
 
 
 def not_measured() -> Found:
     """Of a model whose run has no decomposition."""
-    reason = "not measured: a run without the update decomposition"
-    return {}, {}, dict.fromkeys(update_indices(), reason)
+    names, reason = update_indices(), "not measured: a run without the update decomposition"
+    return dict.fromkeys(names, np.nan), dict.fromkeys(names, np.full(DRAWS, np.nan)), dict.fromkeys(names, reason)

@@ -182,7 +182,7 @@ SCHEMA: dict[str, dict[str, str]] = {
         "index": "The index of the update decomposition, as in indices.csv; layers count from the view's first.",
         "value": "The value; empty where it is undefined.",
         **_bounds("", "the 95 % interval: bootstrap over documents"),
-        "participation": "The participation ratio of each layer's covariance, and of the end's.",
+        "participation": "The participation ratio of each layer's covariance, and of the end's; - for constant states.",
         "reason": "Why the index is undefined, or what is to be known of the view.",
     },
     "verdicts.csv": {

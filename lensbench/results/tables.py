@@ -194,7 +194,7 @@ class Sample:
 def landmark_rows(updates: UpdateResult) -> Iterator[dict[str, Any]]:
     """``landmarks.csv`` of one model and seed."""
     for name, found in updates.landmarks.items():
-        ratios = " ".join(f"{ratio:.3g}" for ratio in found.participation)
+        ratios = " ".join("-" if ratio is None else f"{ratio:.3g}" for ratio in found.participation)
         for index, (value, low, high, reason) in found.indices.items():
             row = {"landmark": name, "known": LANDMARKS[name].truth, "index": index, "value": value}
             row |= {"ci_low": low, "ci_high": high, "participation": ratios}

@@ -96,8 +96,9 @@ def test_a_second_run_reuses_everything_and_a_changed_setting_reruns_what_depend
 
     suite.write_text(suite.read_text().replace("sequences = 96", "sequences = 90"))
     done = [line.split(":")[0] for line in run("run", suite, "--out", folder).output.splitlines() if "done in" in line]
-    assert sorted(name for name in done if not name.startswith("capture-eval-")) == [
+    assert sorted(name for name in done if not name.startswith("capture-")) == [
         "baselines", "score-gpt-seed0", "score-pc+state-seed0", "score-pc-seed0",
+        "update-gpt-seed0", "update-pc+state-seed0", "update-pc-seed0",
     ]  # fmt: skip
 
     suite.write_text(suite.read_text().replace("draws = 200", "draws = 300"))

@@ -1,5 +1,6 @@
 """What is kept of an update decomposition: rows, indices, and the draws that paired comparisons need."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class LandmarkResult(BaseModel):
 
     note: str = ""
     indices: dict[str, tuple[float | None, float | None, float | None, str]] = {}
-    participation: list[float] = []
-    """Participation ratio of the covariance of each layer of the view, and of its end"""
+    participation: list[float | None] = []
+    """Participation ratio of the covariance of each layer of the view, and of its end; None for a state without variance"""
 
 
 class UpdateResult(BaseModel):
@@ -121,10 +122,14 @@ def landmark_results(
             reason = str(error)
             found[name] = LandmarkResult(note=reason, indices=UpdateResult.undefined(reason).indices)
         else:
-            ratios = [layer.participation for layer in spectrum(seen[0])]
+            ratios = [_known(layer.participation) for layer in spectrum(seen[0])]
             found[name] = LandmarkResult(
                 note=fitted.note,
                 indices=_written(index_estimates(one)),
-                participation=[float(f"{r:.6g}") for r in ratios],
+                participation=ratios,
             )
     return found
+
+
+def _known(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
