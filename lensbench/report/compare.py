@@ -28,7 +28,7 @@ from lensbench.measures.indices import (
 from lensbench.measures.means import Means
 from lensbench.measures.verdict import VerdictRule
 from lensbench.report.probe_versions import of_one_version
-from lensbench.report.updates import Found, not_measured, updates_of
+from lensbench.report.updates import Found, indices_of_none, not_measured, updates_of
 from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.folder import SEQUENCES, Run, read_run
 from lensbench.results.manifest import Manifest
@@ -131,7 +131,8 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
         rows += claim_rows(claims, rows, [str(run.folder) for run in parts])
         rows += sensitivity_rows(claims, whole[number])
         rows += curve_rows(whole[number])
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    absent = indices_of_none(runs)
+    table = pd.DataFrame([row for row in rows if row["index"] not in absent], columns=list(COLUMNS))
     return Comparison(table, left_out + [reproduction(runs[0], run) for run in runs[1:]], whole)
 
 

@@ -1,5 +1,7 @@
 """The update decomposition's indices of a run, as comparisons need them: values, draws, and reasons."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lensbench.measures.indices import update_indices
@@ -30,3 +32,8 @@ def not_measured() -> Found:
     """Of a model whose run has no decomposition."""
     names, reason = update_indices(), "not measured: a run without the update decomposition"
     return dict.fromkeys(names, np.nan), dict.fromkeys(names, np.full(DRAWS, np.nan)), dict.fromkeys(names, reason)
+
+
+def indices_of_none(runs: Sequence[Run]) -> set[str]:
+    """The decomposition's indices that no run has: there is nothing to compare, and nothing to say of it."""
+    return set(update_indices()).difference(*(run.tables["indices.csv"]["index"] for run in runs))
