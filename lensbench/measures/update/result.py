@@ -57,10 +57,10 @@ class UpdateResult(BaseModel):
     @classmethod
     def of(cls, found: Decomposition) -> "UpdateResult":
         """All that is kept of a decomposition."""
-        drawn = drawn_indices(found)
+        drawn, pairs = drawn_indices(found), pair_rows(found)
         return cls(
-            pairs=pair_rows(found),
-            blocks=block_rows(found),
+            pairs=pairs,
+            blocks=block_rows(found, pairs),
             indices=_written({name: one.estimate for name, one in drawn.items()}),
             draws={
                 name: [float(f"{x:.6g}") for x in one.draws]

@@ -1,6 +1,6 @@
 """What the update decomposition comes to: a row for each pair and each block, and the model's indices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
     """A row for each pair of layers: its gate, and every quantity with its interval. Undefined values are None."""
     i, j = found.pairs
     drawn = {name: _drawn(found, name) for name in PAIR_COLUMNS}
-    news = found.news_draws()
+    news, news_draws = found.news(), found.news_draws()
     gained = _readable_by_pair(found)
     nothing = Estimate(None, None, None)
     rows = []
@@ -46,7 +46,7 @@ def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
         row["carried_chance"] = _number(found.chance.carried[at])
         row["persistence_chance"] = _number(found.chance.persistence[at])
         row["drowned"] = _number(found.point.drowned[at])
-        row |= _columns("news", _estimate(found.news()[at], news[:, at], found))
+        row |= _columns("news", _estimate(news[at], news_draws[:, at], found))
         of_pair = gained.get((int(i[at]), int(j[at])))
         row |= _columns("readable_gain", nothing if of_pair is None else of_pair)
         row["commission"] = _number(found.point.commission[i[at]])
@@ -62,10 +62,9 @@ def _readable_by_pair(found: Decomposition) -> dict[tuple[int, int], Estimate]:
     return {pair: _ratio(found, gains.old[:, q], gains.new[:, q]).estimate for q, pair in enumerate(gains.pairs)}
 
 
-def block_rows(found: Decomposition) -> list[dict[str, Any]]:
-    """A row for each block, or group of neighbours that were merged on dev: what it keeps, adds in place, adds elsewhere."""
+def block_rows(found: Decomposition, of_pair: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each block, or group of neighbours that were merged on dev, out of the rows of all pairs."""
     at_pair = {(int(i), int(j)): at for at, (i, j) in enumerate(zip(*found.pairs, strict=True))}
-    of_pair = pair_rows(found)
     rows = []
     for i, j in found.blocks:
         row = dict(of_pair[at_pair[i, j]])
