@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lensbench.measures.update.verdict import ADDED, CARRIED, MIXED, REPRESENTED, UNDETERMINED
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
 from lensbench.studies.channels import (
@@ -32,12 +33,6 @@ from lensbench.studies.channels import (
 )
 from lensbench.studies.shares import DeclaredShares, declared
 from lensbench.studies.synthetic import answers, capture_of, read_out
-
-ADDED = "added up in one representation"
-CARRIED = "carried along"
-REPRESENTED = "re-represented"
-MIXED = "mixed"
-UNDETERMINED = "undetermined"
 
 VOCAB = 200
 SHARED = 0.2

@@ -18,7 +18,9 @@ from lensbench.measures.update.summary import (
     drawn_indices,
     index_estimates,
     pair_rows,
+    ungated_in_place,
 )
+from lensbench.measures.update.verdict import SUFFIXES, UpdateFacts
 from lensbench.measures.update.views import LANDMARKS, fit_view
 from lensbench.runtime.files import write_json
 from lensbench.streams.capture import Capture
@@ -27,6 +29,11 @@ from lensbench.streams.views.spectrum import spectrum
 
 RESULT = "update.json"
 
+GATE_COLUMNS = ("from_layer", "to_layer", "gate")
+
+Triples = dict[str, tuple[float | None, float | None, float | None, str]]
+"""Name -> value, lower and upper end of its interval, reason"""
+
 
 class LandmarkResult(BaseModel):
     """The decomposition's indices of a view of the model, and what a reader has to know of the view."""
@@ -34,9 +41,20 @@ class LandmarkResult(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     note: str = ""
-    indices: dict[str, tuple[float | None, float | None, float | None, str]] = {}
+    indices: Triples = {}
+    pairs: list[dict[str, Any]] = []
+    """Rows of :data:`GATE_COLUMNS`: which pairs pass"""
+    blocks: list[dict[str, Any]] = []
+    """Rows as those of ``blocks.csv``"""
+    ungated: Triples = {}
+    """What is added in place over all pairs, gates or not: of a view without a gain none passes"""
     participation: list[float | None] = []
     """Participation ratio of the covariance of each layer of the view, and of its end; None for a state without variance"""
+
+    def facts(self, scope: str) -> UpdateFacts:
+        """What a verdict on the view looks at, on one of :data:`~lensbench.measures.update.verdict.SUFFIXES`."""
+        indices = {name: Estimate(*values) for name, values in self.indices.items()}
+        return UpdateFacts.of(scope, indices, self.pairs, self.blocks, reason="" if self.pairs else self.note)
 
 
 class UpdateResult(BaseModel):
@@ -47,10 +65,11 @@ class UpdateResult(BaseModel):
     reason: str = ""
     pairs: list[dict[str, Any]] = []
     blocks: list[dict[str, Any]] = []
-    indices: dict[str, tuple[float | None, float | None, float | None, str]] = {}
-    """Name -> value, lower and upper end of its interval, reason"""
+    indices: Triples = {}
     landmarks: dict[str, LandmarkResult] = {}
     """Name of a view -> its indices"""
+    of_refits: dict[str, float] = {}
+    """Name of an index -> the share of lens refits in the variance behind its interval"""
     draws: dict[str, list[float]] = {}
     """Name -> its draws, of those that have an interval"""
 
@@ -62,6 +81,7 @@ class UpdateResult(BaseModel):
             pairs=pairs,
             blocks=block_rows(found, pairs),
             indices=_written({name: one.estimate for name, one in drawn.items()}),
+            of_refits={name: float(f"{one.of_refits:.3g}") for name, one in drawn.items() if one.of_refits is not None},
             draws={
                 name: [float(f"{x:.6g}") for x in one.draws]
                 for name, one in drawn.items()
@@ -74,6 +94,12 @@ class UpdateResult(BaseModel):
         """No pair, and every index without a value."""
         names = [name + suffix for suffix in ("", WITHOUT_LAYER_0) for name in NAMES]
         return cls(reason=reason, indices=dict.fromkeys(names, (None, None, None, reason)))
+
+    def facts(self, scope: str) -> UpdateFacts:
+        """What a verdict on one of :data:`~lensbench.measures.update.verdict.SUFFIXES` looks at."""
+        of_refits = self.of_refits.get("in_place" + SUFFIXES[scope])
+        indices = self.estimates()
+        return UpdateFacts.of(scope, indices, self.pairs, self.blocks, of_refits=of_refits, reason=self.reason)
 
     def beside(self, landmarks: dict[str, LandmarkResult]) -> "UpdateResult":
         """The same with landmarks."""
@@ -97,7 +123,7 @@ class UpdateResult(BaseModel):
             raise LensbenchError(f"{path} is damaged; delete its folder to compute it anew") from error
 
 
-def _written(estimates: dict[str, Estimate]) -> dict[str, tuple[float | None, float | None, float | None, str]]:
+def _written(estimates: dict[str, Estimate]) -> Triples:
     return {name: (one.value, one.low, one.high, one.reason) for name, one in estimates.items()}
 
 
@@ -122,10 +148,14 @@ def landmark_results(
             reason = str(error)
             found[name] = LandmarkResult(note=reason, indices=UpdateResult.undefined(reason).indices)
         else:
+            rows = pair_rows(one)
             ratios = [_known(layer.participation) for layer in spectrum(seen[0])]
             found[name] = LandmarkResult(
                 note=fitted.note,
                 indices=_written(index_estimates(one)),
+                pairs=[{column: row[column] for column in GATE_COLUMNS} for row in rows],
+                blocks=block_rows(one, rows),
+                ungated=_written(ungated_in_place(one)),
                 participation=ratios,
             )
     return found

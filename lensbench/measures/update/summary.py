@@ -79,6 +79,8 @@ class DrawnIndex:
 
     estimate: Estimate
     draws: Array | None = None
+    of_refits: float | None = None
+    """The share of the variance behind the interval that lens refits bring; None where there are none"""
 
 
 def index_estimates(found: Decomposition) -> dict[str, Estimate]:
@@ -121,13 +123,7 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
     reason = undetermined(found, pairs)
     carried = in_place = _without(reason)
     if not reason:
-        spread = np.nanvar(_drawn(found, "carried")[:, passed], axis=0)
-        weight = 1 / (found.chance.carried[passed] ** 2 + spread + EXTRA_SPREAD**2)
-
-        def mean(q: Quantities) -> Array:
-            result: Array = q.carried[..., passed] @ (weight / weight.sum())
-            return result
-
+        mean = _mean_carried(found, passed)
         carried = _of(found, mean)
         in_place = _of(found, lambda q: 1 - mean(q))
     plain = {name: _of(found, _plain_mean(name, pairs)) for name in ("clarity", "persistence", "kept_low", "kept_high")}
@@ -144,6 +140,31 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
             Estimate(float(passed.sum() / pairs.sum()), None, None, f"{passed.sum()} of {pairs.sum()} pairs")
         ),
     }
+
+
+def _mean_carried(found: Decomposition, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
+    """c over some pairs; those of a wide spread, by documents or by chance, weigh less."""
+    spread = np.nanvar(_drawn(found, "carried")[:, pairs], axis=0)
+    weight = 1 / (found.chance.carried[pairs] ** 2 + spread + EXTRA_SPREAD**2)
+
+    def mean(q: Quantities) -> Array:
+        result: Array = q.carried[..., pairs] @ (weight / weight.sum())
+        return result
+
+    return mean
+
+
+def ungated_in_place(found: Decomposition) -> dict[str, Estimate]:
+    """What is added in place over all pairs, gates or not: what a null without a gain has to say."""
+    estimates = {}
+    for suffix, first in (("", 0), (WITHOUT_LAYER_0, 1)):
+        pairs = np.array([found.layers[i] >= first for i in found.pairs[0]])
+        one = _without("undetermined: one layer is left")
+        if pairs.any():
+            mean = _mean_carried(found, pairs)
+            one = _of(found, lambda q, mean=mean: 1 - mean(q))  # type: ignore[misc]
+        estimates[f"in_place{suffix}"] = one.estimate
+    return estimates
 
 
 NAMES = (
@@ -207,9 +228,17 @@ def _ratio(found: Decomposition, old: Array, new: Array) -> DrawnIndex:
 
 def _of(found: Decomposition, value: Callable[[Quantities], Array]) -> DrawnIndex:
     """An index that is a function of quantities, with documents and refits in its interval."""
-    refits = None if found.refits is None else value(found.refits)
-    draws = spread_by_refits(value(found.draws), refits, found.spread)
-    return DrawnIndex(_estimate(float(value(found.point)), draws, found), draws)
+    refits, of_documents = None if found.refits is None else value(found.refits), value(found.draws)
+    draws = spread_by_refits(of_documents, refits, found.spread)
+    return DrawnIndex(_estimate(float(value(found.point)), draws, found), draws, _share_of(refits, of_documents))
+
+
+def _share_of(refits: Array | None, of_documents: Array) -> float | None:
+    """The share of refits in the variance of an index over both."""
+    if refits is None or len(refits) < 2:
+        return None
+    both = refits.var(ddof=1) + of_documents.var(ddof=1)
+    return float(refits.var(ddof=1) / both) if np.isfinite(both) and both > 0 else None
 
 
 def _drawn(found: Decomposition, name: str) -> Array:

@@ -21,6 +21,7 @@ from lensbench.lenses.read import score
 from lensbench.lenses.recipe import FitRecipe, spread_layers
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
+from lensbench.measures.update.verdict import CARRIED, MIXED, REPRESENTED, UNDETERMINED
 from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture, room_for
 from lensbench.streams.kl import sums_of_all
@@ -221,10 +222,10 @@ class Landmark:
 
 
 LANDMARKS: dict[str, Landmark] = {
-    "rotated": Landmark("every layer in a random basis of its own", "re-represented", rotated),
-    "carried": Landmark("every layer's state added in a random basis of its own", "carried along", carried),
-    "drifting": Landmark("the basis turns by 45 degrees in all", "mixed", drifting),
-    "shuffled": Landmark("every block's update from a token of another document", "undetermined", shuffled),
+    "rotated": Landmark("every layer in a random basis of its own", REPRESENTED, rotated),
+    "carried": Landmark("every layer's state added in a random basis of its own", CARRIED, carried),
+    "drifting": Landmark("the basis turns by 45 degrees in all", MIXED, drifting),
+    "shuffled": Landmark("every block's update from a token of another document", UNDETERMINED, shuffled),
 }
 """X of ``NAME+X`` -> the view."""
 

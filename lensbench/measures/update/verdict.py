@@ -1,0 +1,404 @@
+"""From an update decomposition to a verdict: added up, carried along, re-represented, mixed, or undetermined.
+
+A suite declares its :class:`UpdateRule` before it runs. Every condition is about a whole interval: one that reaches across
+a threshold leaves both sides possible, and a verdict is given only where a single answer is left. So a wider interval never
+commits where a narrower one did not. Words are in :mod:`lensbench.measures.update.sentences`.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lensbench.measures.means import Estimate
+from lensbench.measures.update.gates import NO_FALL, NO_ROOM, NOT_KEPT, REASONS, Gate
+
+UpdateAnswer = Literal[
+    "added up in one representation", "carried along", "re-represented", "mixed", "undetermined"
+]  # fmt: skip
+
+ADDED: UpdateAnswer = "added up in one representation"
+CARRIED: UpdateAnswer = "carried along"
+REPRESENTED: UpdateAnswer = "re-represented"
+MIXED: UpdateAnswer = "mixed"
+UNDETERMINED: UpdateAnswer = "undetermined"
+
+ANSWERS: tuple[UpdateAnswer, ...] = (ADDED, CARRIED, REPRESENTED, MIXED, UNDETERMINED)
+
+UNDEFINED = "undefined"
+BETWEEN = "between two answers"
+FEW_PAIRS = "few pairs"
+NO_INTERVAL = "no interval"
+NOT_CLEAR = "not clear"
+NOT_READABLE = "not readable"
+SEEDS_DIFFER = "seeds differ"
+
+VERDICT_GATES: dict[str, str] = {
+    UNDEFINED: "the decomposition is undefined here",
+    **REASONS,
+    FEW_PAIRS: "there are too few pairs of layers",
+    NO_INTERVAL: "there are too few clusters of documents for an interval",
+    NOT_CLEAR: "what the earlier lens reads at later layers is drowned in interference, or turned",
+    NOT_READABLE: "what is added in place is not what lowers the cross-entropy",
+    BETWEEN: "an interval reaches across a threshold of the rule",
+    SEEDS_DIFFER: "seeds get different verdicts",
+}
+"""Why a verdict is undetermined -> what it means; the gates of pairs are among them"""
+
+
+class UpdateRule(BaseModel):
+    """Thresholds of the verdict on the update decomposition, on whole intervals."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    added: float = Field(0.8, description="added up: what is added in place lies above this")
+    carried: float = Field(0.3, description="carried along: it lies below this; mixed: between the two")
+    changed: float = Field(0.5, description="a block changes the basis: it keeps less than this, by S and by clarity")
+    kept: float = Field(0.9, description="mixed: every block keeps less than this, by S and by clarity")
+    changing: float = Field(
+        0.5, ge=0, le=1, description="re-represented: more than this share of blocks change the basis"
+    )
+    drowned: float = Field(1.0, description="no change is claimed of a block where chance (2 sd of S) reaches this")
+    clear: float = Field(0.5, description="added up: clarity lies above this")
+    readable: float = Field(0.1, description="added up: readable gain lies above this, where it was measured ...")
+    news: float = Field(0.2, description="... or news above this")
+    fewest_pairs: int = Field(3, ge=1, description="the fewest pairs of layers that must pass the gates")
+    smallest_share: float = Field(0.2, ge=0, le=1, description="the smallest share of pairs that must pass them")
+
+    @model_validator(mode="after")
+    def _apart(self) -> "UpdateRule":
+        if self.carried > self.added:
+            raise ValueError("carried must not exceed added: a stream could be both")
+        if self.changed > self.kept:
+            raise ValueError("changed must not exceed kept: a block could be both")
+        return self
+
+    def pairs_needed(self, asked: int) -> int:
+        """How many of ``asked`` pairs of layers must pass the gates."""
+        return max(self.fewest_pairs, int(np.ceil(self.smallest_share * asked)))
+
+
+Row = Mapping[str, Any]
+"""A row of ``update.csv`` or ``blocks.csv``; unknown numbers are None or NaN"""
+
+NOTHING = Estimate(None, None, None)
+
+
+@dataclass(frozen=True)
+class PairFact:
+    """A pair of layers and the gate that stops it; empty where it passes."""
+
+    first: int
+    last: int
+    gate: Gate
+
+
+@dataclass(frozen=True)
+class BlockFact:
+    """What a verdict looks at of a block, or of neighbours that were merged until there was room."""
+
+    first: int
+    last: int
+    gate: Gate
+    persistence: Estimate
+    """S"""
+    clarity: Estimate
+    """R"""
+    kept_high: Estimate
+    """``min(1, S)``, 0 where S is within chance"""
+    chance: float
+    """Standard deviation of S, were the later layer in a random basis"""
+
+
+IN_FACTS = (
+    "in_place",
+    "clarity",
+    "persistence",
+    "kept_low",
+    "kept_high",
+    "news",
+    "readable_gain",
+    "commission",
+    "drowned",
+)
+"""The indices of the decomposition that verdicts and sentences look at"""
+
+ALL_LAYERS, WITHOUT_FIRST = "all layers", "without layer 0"
+
+SUFFIXES = {ALL_LAYERS: "", WITHOUT_FIRST: "_without_layer0"}
+"""What a verdict is on -> the suffix of its indices"""
+
+
+@dataclass(frozen=True)
+class UpdateFacts:
+    """All that a verdict on one scope of one model and seed looks at."""
+
+    scope: str
+    indices: Mapping[str, Estimate]
+    """Of :data:`IN_FACTS`, without a suffix"""
+    pairs: tuple[PairFact, ...]
+    blocks: tuple[BlockFact, ...]
+    first_block: BlockFact | None = None
+    """The block that begins at layer 0, in either scope"""
+    of_refits: float | None = None
+    """The share of the variance of what is added in place that lens refits bring; None where it is unknown"""
+    reason: str = ""
+    """Why the decomposition is undefined; empty where it is not"""
+
+    @classmethod
+    def of(
+        cls,
+        scope: str,
+        indices: Mapping[str, Estimate],
+        pairs: Sequence[Row],
+        blocks: Sequence[Row],
+        *,
+        of_refits: float | None = None,
+        reason: str = "",
+    ) -> "UpdateFacts":
+        """The facts on one of :data:`SUFFIXES`, from all indices of a model and seed and its rows of pairs and blocks."""
+        first = 0 if scope == ALL_LAYERS else 1
+        suffix = SUFFIXES[scope]
+        every = tuple(_block(row) for row in blocks)
+        return cls(
+            scope,
+            {name: indices.get(name + suffix, NOTHING) for name in IN_FACTS},
+            tuple(_pair(row) for row in pairs if int(row["from_layer"]) >= first),
+            tuple(block for block in every if block.first >= first),
+            next((block for block in every if block.first == 0), None),
+            of_refits,
+            reason,
+        )
+
+    def __getitem__(self, name: str) -> Estimate:
+        return self.indices.get(name, NOTHING)
+
+    @property
+    def passed(self) -> int:
+        """How many pairs pass the gates."""
+        return sum(not pair.gate for pair in self.pairs)
+
+    @property
+    def most_stopped_by(self) -> Gate:
+        """The gate that stops most pairs; empty where all pass."""
+        stopped = [pair.gate for pair in self.pairs if pair.gate]
+        return max(REASONS, key=stopped.count) if stopped else ""
+
+    @property
+    def steps(self) -> tuple[PairFact, ...]:
+        """The pairs of neighbouring layers."""
+        layers = sorted({layer for pair in self.pairs for layer in (pair.first, pair.last)})
+        following = dict(itertools.pairwise(layers))
+        return tuple(pair for pair in self.pairs if following.get(pair.first) == pair.last)
+
+
+def _pair(row: Row) -> PairFact:
+    return PairFact(int(row["from_layer"]), int(row["to_layer"]), _text(row["gate"]))
+
+
+def _block(row: Row) -> BlockFact:
+    pair, chance = _pair(row), _known(row["persistence_chance"])
+    return BlockFact(
+        pair.first,
+        pair.last,
+        pair.gate,
+        persistence=_of_columns(row, "persistence"),
+        clarity=_of_columns(row, "clarity"),
+        kept_high=_of_columns(row, "kept_high"),
+        chance=np.inf if chance is None else chance,
+    )
+
+
+def _of_columns(row: Row, name: str) -> Estimate:
+    return Estimate(_known(row[name]), _known(row[f"{name}_ci_low"]), _known(row[f"{name}_ci_high"]))
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or np.isnan(value) else float(value)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+# Decisions
+@dataclass(frozen=True)
+class UpdateVerdict:
+    """A verdict on one scope; ``gate`` is one of :data:`VERDICT_GATES` where it is undetermined, else empty."""
+
+    verdict: UpdateAnswer
+    gate: str = ""
+    between: tuple[UpdateAnswer, ...] = ()
+    """The answers that are left where no single one is"""
+    changes: tuple[int, int] = (0, 0)
+    """How many blocks surely change the basis, and how many may"""
+    blocks: int = 0
+    open: tuple[str, ...] = ()
+    """Indices whose intervals reach across a threshold and thereby leave the answer open"""
+
+
+ABOVE, WITHIN, BELOW = "above", "within", "below"
+
+
+def sides(one: Estimate, low: float, high: float | None = None) -> frozenset[str]:
+    """Where the interval of an estimate has a part: above ``high``, below ``low``, within the two; all where it has none.
+
+    Without ``high``: above or below ``low``.
+    """
+    high = low if high is None else high
+    if one.low is None or one.high is None:
+        return frozenset({ABOVE, BELOW} if low == high else {ABOVE, WITHIN, BELOW})
+    found = set()
+    if one.high > high:
+        found.add(ABOVE)
+    if one.low < low:
+        found.add(BELOW)
+    if low < high and one.low <= high and one.high >= low:
+        found.add(WITHIN)
+    # On the threshold itself, neither side is left out.
+    return frozenset(found or {ABOVE, BELOW})
+
+
+CHANGES, PARTIAL, KEEPS = "changes the basis", "keeps a part", "keeps"
+
+
+def block_kinds(rule: UpdateRule, block: BlockFact) -> frozenset[str]:
+    """What a block may be: it changes the basis, keeps a part of the earlier reading, or keeps it.
+
+    The more that S and clarity leave of it counts: a stream that shrinks lowers S, interference lowers clarity. Nothing is
+    claimed of a block whose losses do not fall, or that is drowned.
+    """
+    if block.gate == NO_FALL or not 2 * block.chance < rule.drowned:
+        return frozenset({KEEPS})
+    by_s = sides(block.kept_high, rule.changed, rule.kept)
+    if block.gate == NOT_KEPT:
+        by_s = frozenset({BELOW})
+    by_clarity = sides(block.clarity, rule.changed, rule.kept)
+    order = (BELOW, WITHIN, ABOVE)
+    most = {max(s, c, key=order.index) for s in by_s for c in by_clarity}
+    return frozenset({BELOW: CHANGES, WITHIN: PARTIAL, ABOVE: KEEPS}[side] for side in most)
+
+
+def decide_update(rule: UpdateRule, facts: UpdateFacts) -> UpdateVerdict:
+    """The verdict on one scope: the only answer that the intervals leave, or *undetermined* with the gate."""
+    if facts.reason or not facts.pairs:
+        return UpdateVerdict(UNDETERMINED, UNDEFINED)
+    kinds = [block_kinds(rule, block) for block in facts.blocks]
+    changes, blocks = (sum(kind == {CHANGES} for kind in kinds), sum(CHANGES in kind for kind in kinds)), len(kinds)
+    left = set(_possible(rule, facts, kinds, changes))
+    gates = [gate for gate in VERDICT_GATES if (UNDETERMINED, gate) in left]
+    answers = tuple(answer for answer in ANSWERS if any(answer == one for one, _ in left))
+    if len(answers) == 1:
+        return UpdateVerdict(answers[0], gates[0] if gates else "", changes=changes, blocks=blocks)
+    named = tuple(answer for answer in answers if answer != UNDETERMINED)
+    gate = BETWEEN if len(named) > 1 or not gates else gates[0]
+    return UpdateVerdict(UNDETERMINED, gate, named, changes, blocks, _open(rule, facts, kinds))
+
+
+def _possible(
+    rule: UpdateRule, facts: UpdateFacts, kinds: Sequence[frozenset[str]], changes: tuple[int, int]
+) -> Iterator[tuple[UpdateAnswer, str]]:
+    """Every answer, with its gate, that some values within the intervals would get."""
+    for count in range(changes[0], changes[1] + 1):
+        if count > rule.changing * len(kinds):
+            yield REPRESENTED, ""
+        elif facts.passed < rule.pairs_needed(len(facts.pairs)):
+            yield UNDETERMINED, facts.most_stopped_by or FEW_PAIRS
+        elif facts["in_place"].low is None:
+            yield UNDETERMINED, NO_INTERVAL
+        elif count:
+            yield MIXED, ""
+        else:
+            yield from _by_shares(rule, facts, kinds)
+
+
+def _by_shares(
+    rule: UpdateRule, facts: UpdateFacts, kinds: Sequence[frozenset[str]]
+) -> Iterator[tuple[UpdateAnswer, str]]:
+    """The answers where no block changes the basis and enough pairs pass."""
+    where = sides(facts["in_place"], rule.carried, rule.added)
+    if BELOW in where:
+        yield CARRIED, ""
+    if WITHIN in where:
+        yield MIXED, ""
+    if ABOVE not in where:
+        return
+    unchanged = [kind - {CHANGES} for kind in kinds]
+    if kinds and all(PARTIAL in kind for kind in unchanged):
+        yield MIXED, ""
+    if kinds and all(kind == {PARTIAL} for kind in unchanged):
+        return
+    if BELOW in sides(facts["clarity"], rule.clear):
+        yield UNDETERMINED, NOT_CLEAR
+    if ABOVE in sides(facts["clarity"], rule.clear):
+        seen = readings(rule, facts)
+        if True in seen:
+            yield ADDED, ""
+        if False in seen:
+            yield UNDETERMINED, NOT_READABLE
+
+
+def measured(one: Estimate) -> bool:
+    """Whether somebody looked: readable gain may be left out of a run, or be undetermined for want of a gain."""
+    return one.value is not None or not (not one.reason or one.reason.startswith("not measured"))
+
+
+def readings(rule: UpdateRule, facts: UpdateFacts) -> frozenset[bool]:
+    """Whether what is added in place is what predicts, as far as the intervals of readable gain and news tell.
+
+    Readable gain that was not measured does not stand against it.
+    """
+    gain = facts["readable_gain"]
+    if not measured(gain):
+        return frozenset({True})
+    read = frozenset({BELOW}) if gain.value is None else sides(gain, rule.readable)
+    new = frozenset({BELOW}) if facts["news"].value is None else sides(facts["news"], rule.news)
+    return frozenset(ABOVE in (r, n) for r in read for n in new)
+
+
+def _open(rule: UpdateRule, facts: UpdateFacts, kinds: Sequence[frozenset[str]]) -> tuple[str, ...]:
+    """The indices whose intervals reach across a threshold."""
+    found = ["in_place"] * (len(sides(facts["in_place"], rule.carried, rule.added)) > 1)
+    found += ["kept_high"] * any(len(kind) > 1 for kind in kinds)
+    found += ["clarity"] * (len(sides(facts["clarity"], rule.clear)) > 1)
+    found += ["readable_gain"] * (len(readings(rule, facts)) > 1)
+    return tuple(found)
+
+
+def agreement(verdicts: Sequence[UpdateVerdict]) -> UpdateVerdict:
+    """One verdict for a model: that of its seeds where they agree."""
+    first = verdicts[0]
+    blocks = sum(one.blocks for one in verdicts)
+    changes = sum(one.changes[0] for one in verdicts), sum(one.changes[1] for one in verdicts)
+    answers = {one.verdict for one in verdicts}
+    if len(answers) == 1:
+        gates = [one.gate for one in verdicts]
+        gate = max(VERDICT_GATES, key=gates.count) if first.verdict == UNDETERMINED else ""
+        between = tuple(answer for answer in ANSWERS if any(answer in one.between for one in verdicts))
+        opened = tuple(dict.fromkeys(name for one in verdicts for name in one.open))
+        return UpdateVerdict(first.verdict, gate, between, changes, blocks, opened)
+    between = tuple(answer for answer in ANSWERS if answer in answers)
+    return UpdateVerdict(UNDETERMINED, SEEDS_DIFFER, between, changes, blocks)
+
+
+def what_would_help(facts: UpdateFacts, found: UpdateVerdict) -> str:
+    """What an undetermined verdict needs, in words; empty for a verdict, and where nothing would help."""
+    if found.verdict != UNDETERMINED:
+        return ""
+    if found.gate in (BETWEEN, NO_INTERVAL, NOT_CLEAR, NOT_READABLE) and (found.between or found.gate == NO_INTERVAL):
+        if facts.of_refits is None:
+            return "more text to fit and to evaluate on narrows the interval"
+        if facts.of_refits > 0.5:
+            return "more fit text narrows the interval: most of its width comes from lens refits"
+        return "more eval text narrows the interval: most of its width comes from documents"
+    return {
+        NO_FALL: "more dev text makes a small fall sure; a stream whose losses do not fall has none to explain",
+        NO_ROOM: "more fit text makes lenses better; layers further apart have more room",
+        NOT_KEPT: "more fit text raises what the earlier lens reads above chance",
+        NOT_CLEAR: "a lens with less interference (more fit text, or layers from 1 on) reads more",
+        NOT_READABLE: "no amount of text does: look at which channel predicts",
+        SEEDS_DIFFER: "more seeds, or more text for each",
+    }.get(found.gate, "")
