@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lensbench.measures.means import Estimate
-from lensbench.measures.update.gates import NO_FALL, NO_ROOM, NOT_KEPT, REASONS, Gate
+from lensbench.measures.update.gates import NO_FALL, NOT_KEPT, REASONS, Gate
 
 UpdateAnswer = Literal[
     "added up in one representation", "carried along", "re-represented", "mixed", "undetermined"
@@ -28,6 +28,7 @@ UNDETERMINED: UpdateAnswer = "undetermined"
 
 ANSWERS: tuple[UpdateAnswer, ...] = (ADDED, CARRIED, REPRESENTED, MIXED, UNDETERMINED)
 
+NOT_MEASURED = "not measured"
 UNDEFINED = "undefined"
 BETWEEN = "between two answers"
 FEW_PAIRS = "few pairs"
@@ -37,6 +38,7 @@ NOT_READABLE = "not readable"
 SEEDS_DIFFER = "seeds differ"
 
 VERDICT_GATES: dict[str, str] = {
+    NOT_MEASURED: "the run has no update decomposition",
     UNDEFINED: "the decomposition is undefined here",
     **REASONS,
     FEW_PAIRS: "there are too few pairs of layers",
@@ -146,7 +148,7 @@ class UpdateFacts:
     of_refits: float | None = None
     """The share of the variance of what is added in place that lens refits bring; None where it is unknown"""
     reason: str = ""
-    """Why the decomposition is undefined; empty where it is not"""
+    """Why the decomposition is undefined, or :data:`NOT_MEASURED`; empty where there is one"""
 
     @classmethod
     def of(
@@ -171,6 +173,20 @@ class UpdateFacts:
             next((block for block in every if block.first == 0), None),
             of_refits,
             reason,
+        )
+
+    @classmethod
+    def over_seeds(cls, seeds: Sequence["UpdateFacts"], means: Mapping[str, Estimate]) -> "UpdateFacts":
+        """The facts of several seeds together; ``means``: all indices as means over seeds."""
+        first, suffix = seeds[0], SUFFIXES[seeds[0].scope]
+        return cls(
+            first.scope,
+            {name: means.get(name + suffix, NOTHING) for name in IN_FACTS},
+            tuple(pair for one in seeds for pair in one.pairs),
+            tuple(block for one in seeds for block in one.blocks),
+            first.first_block,
+            None,
+            next((one.reason for one in seeds if one.reason), ""),
         )
 
     def __getitem__(self, name: str) -> Estimate:
@@ -284,6 +300,8 @@ def block_kinds(rule: UpdateRule, block: BlockFact) -> frozenset[str]:
 
 def decide_update(rule: UpdateRule, facts: UpdateFacts) -> UpdateVerdict:
     """The verdict on one scope: the only answer that the intervals leave, or *undetermined* with the gate."""
+    if facts.reason == NOT_MEASURED:
+        return UpdateVerdict(UNDETERMINED, NOT_MEASURED)
     if facts.reason or not facts.pairs:
         return UpdateVerdict(UNDETERMINED, UNDEFINED)
     kinds = [block_kinds(rule, block) for block in facts.blocks]
@@ -382,23 +400,3 @@ def agreement(verdicts: Sequence[UpdateVerdict]) -> UpdateVerdict:
         return UpdateVerdict(first.verdict, gate, between, changes, blocks, opened)
     between = tuple(answer for answer in ANSWERS if answer in answers)
     return UpdateVerdict(UNDETERMINED, SEEDS_DIFFER, between, changes, blocks)
-
-
-def what_would_help(facts: UpdateFacts, found: UpdateVerdict) -> str:
-    """What an undetermined verdict needs, in words; empty for a verdict, and where nothing would help."""
-    if found.verdict != UNDETERMINED:
-        return ""
-    if found.gate in (BETWEEN, NO_INTERVAL, NOT_CLEAR, NOT_READABLE) and (found.between or found.gate == NO_INTERVAL):
-        if facts.of_refits is None:
-            return "more text to fit and to evaluate on narrows the interval"
-        if facts.of_refits > 0.5:
-            return "more fit text narrows the interval: most of its width comes from lens refits"
-        return "more eval text narrows the interval: most of its width comes from documents"
-    return {
-        NO_FALL: "more dev text makes a small fall sure; a stream whose losses do not fall has none to explain",
-        NO_ROOM: "more fit text makes lenses better; layers further apart have more room",
-        NOT_KEPT: "more fit text raises what the earlier lens reads above chance",
-        NOT_CLEAR: "a lens with less interference (more fit text, or layers from 1 on) reads more",
-        NOT_READABLE: "no amount of text does: look at which channel predicts",
-        SEEDS_DIFFER: "more seeds, or more text for each",
-    }.get(found.gate, "")

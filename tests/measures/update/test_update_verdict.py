@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lensbench.measures.means import Estimate
+from lensbench.measures.update.sentences import what_would_help
 from lensbench.measures.update.verdict import (
     ADDED,
     ANSWERS,
@@ -31,7 +32,6 @@ from lensbench.measures.update.verdict import (
     UpdateVerdict,
     agreement,
     decide_update,
-    what_would_help,
 )
 
 RULE = UpdateRule()
@@ -288,7 +288,7 @@ def widened(one, by):
     return one if one.low is None or one.high is None else replace(one, low=one.low - by, high=one.high + by)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(any_facts())
 def test_every_stream_gets_a_verdict_or_a_gate(given_):
     found = decide_update(RULE, given_)
@@ -298,7 +298,7 @@ def test_every_stream_gets_a_verdict_or_a_gate(given_):
     assert found.verdict == UNDETERMINED or not found.gate
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(any_facts(), st.floats(0, 1))
 def test_a_wider_interval_commits_nowhere_that_a_narrower_one_did_not(given_, by):
     wide = replace(
