@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from lensbench.measures.update.folds import Readings
-from lensbench.measures.update.products import SecondMoments
+from lensbench.measures.update.products import Covariances
 from lensbench.statistics import Array
 
 VARIANCE = 0.99
 """Share of the layers' pooled variance in the space that random bases turn"""
 
 
-def principal_space(moments: SecondMoments) -> Tensor:
+def principal_space(moments: Covariances) -> Tensor:
     """Directions ``[d, r]`` that hold :data:`VARIANCE` of the layers' pooled within-layer variance."""
     values, vectors = torch.linalg.eigh(moments.own.mean(0))
     values = values.clamp(min=0).flip(0)
@@ -23,11 +23,11 @@ def principal_space(moments: SecondMoments) -> Tensor:
 
 
 def spreads_of(
-    moments: SecondMoments, i: int, later: Tensor, maps: Readings, space: Tensor, signal: Array, loading: Array
+    moments: Covariances, i: int, later: Tensor, maps: Readings, space: Tensor, signal: Array, loading: Array
 ) -> tuple[Array, Array]:
     """Spreads of S, and of c before it is divided by ``|a(r_i) - a(r_j)| |S|``, for layer i and all later ones, ``[n-1-i]``.
 
-    ``signal`` ``[n]``: ``<r_i, f_i>``; ``loading`` ``[n]``: a(r_i). See :meth:`SecondMoments.later` for ``later``.
+    ``signal`` ``[n]``: ``<r_i, f_i>``; ``loading`` ``[n]``: a(r_i). See :meth:`Covariances.later` for ``later``.
     """
     rank = space.shape[1]
     persistence, carried = np.zeros(len(later)), np.zeros(len(later))

@@ -18,9 +18,10 @@ from lensbench.lenses.search import Choice, DevSearch, pad_direction
 from lensbench.measures.update.chance import principal_space, spreads_of
 from lensbench.measures.update.folds import Readings, deal_documents, fold_moments, readings, resampled
 from lensbench.measures.update.gates import Losses, falls, gates, has_room, merged_blocks
-from lensbench.measures.update.metric import Metric, MetricKind
-from lensbench.measures.update.news import news_sums
+from lensbench.measures.update.metric import Metric, MetricKind, whitening
+from lensbench.measures.update.news import NewsSums, news_of_moments, news_sums
 from lensbench.measures.update.products import (
+    Covariances,
     Pairs,
     Products,
     SecondMoments,
@@ -56,6 +57,8 @@ class FullLenses:
     """At the strongest ridge that the tolerance allows, with its pad: what the gates judge"""
     ridges: tuple[float, ...]
     """The ridges of ``within``, in median eigenvalues"""
+    best_ridges: tuple[float, ...]
+    """Those of ``best``"""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ class Decomposition:
     gate: list[str]
     blocks: list[tuple[int, int]]
     """Pairs of positions: neighbours, merged on dev until there is room"""
-    news_sums: tuple[Array, Array]
-    """Gains in explained power by cluster: in directions that the earlier lens does not read, and all; ``[clusters, P]``"""
+    news_sums: NewsSums
+    news_refits: tuple[Array, Array] | None
+    """Gains in unread and in all directions with lenses of resampled documents, means over tokens: ``[refits, P]``"""
     gains: Gains | None
     """Cross-entropy gains of some pairs, and what of them the earlier lens can read; None where nobody asked"""
     ridges: tuple[float, ...]
@@ -88,23 +92,24 @@ class Decomposition:
     spread: tuple[int, ...]
     """Seed of what refits add to the draws"""
 
-    def news(self) -> Array:
-        """The share of the gain of each pair that is news, ``[P]``; NaN or infinite where there is no gain."""
-        new, whole = self.news_sums
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share: Array = new.sum(0) / whole.sum(0)
-        return share
+    def news(self, pairs: NDArray[np.bool_]) -> tuple[float, Array]:
+        """The share of the gain of some pairs together that is news, and its draws; NaN or infinite without a gain.
 
-    def news_draws(self) -> Array:
-        """:meth:`news` at every draw, ``[draws, P]``."""
-        new, whole = self.news_sums
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (self.weights @ new) / (self.weights @ whole)
+        The doubt about the sorting of directions enters the draws as a normal deviation.
+        """
+        one, _ = self.news_sums.share(np.ones(len(self.news_sums.whole)), pairs)
+        draws, _ = self.news_sums.share(self.weights, pairs)
+        refits = None
+        if self.news_refits is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                refits = self.news_refits[0][:, pairs].sum(1) / self.news_refits[1][:, pairs].sum(1)
+        deviation = np.random.default_rng([*self.spread, 1]).standard_normal(len(draws))
+        return float(one), spread_by_refits(draws, refits, self.spread) + deviation * self.news_sums.doubt(pairs)
 
 
 def full_lenses(search: DevSearch, moments: Moments, layers: Sequence[int], tolerance: float) -> FullLenses:
     """The lens of each layer at its best ridge, and at the strongest ridge that the tolerance allows."""
-    best, within, ridges = [], [], []
+    best, within, ridges, best_ridges = [], [], [], []
     near: Choice | None = None
     for at, layer in enumerate(layers):
         path = RidgePath(moments.layer([at]), "zero")
@@ -112,7 +117,8 @@ def full_lenses(search: DevSearch, moments: Moments, layers: Sequence[int], tole
         best.append(path.solve(near.ridge))
         within.append(search.padded(path.solve(chosen.ridge), chosen.pad))
         ridges.append(chosen.ridge)
-    return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(ridges))
+        best_ridges.append(near.ridge)
+    return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(ridges), tuple(best_ridges))
 
 
 def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
@@ -171,10 +177,20 @@ class Fitted:
         maps = readings(moments, coordinates, lenses.ridges)
         return cls(layers, coordinates, folds, pooled, lenses, maps, search.pad)
 
-    def again(self, fit: Capture, seed: tuple[int, ...]) -> Readings:
-        """The maps fitted to documents that are drawn anew within each fold, at the same ridges."""
-        moments = fold_moments(fit, self.layers, self.folds, resampled(self.folds, seed))
-        return readings(moments, self.metric, self.lenses.ridges)
+    def again(self, fit: Capture, seed: tuple[int, ...]) -> tuple[Readings, AffineMaps]:
+        """The maps fitted to documents that are drawn anew within each fold, and the best lenses of all of them.
+
+        At the same ridges.
+        """
+        counts = resampled(self.folds, seed)
+        moments = fold_moments(fit, self.layers, self.folds, counts)
+        fold_of = self.folds[fit.document]
+        pooled = pooled_folds(
+            moments, [int(counts[fit.document][fold_of == fold].sum()) for fold in range(len(moments))]
+        )
+        path = RidgePath(pooled.layer(range(len(self.layers))), "zero")
+        best = path.solve(torch.tensor(self.lenses.best_ridges, dtype=torch.float64))
+        return readings(moments, self.metric, self.lenses.ridges), best
 
 
 @torch.no_grad()
@@ -210,6 +226,28 @@ def decompose(
     fitted = Fitted.of(
         readout, fit, dev, recipe, chosen, metric, recipe.tolerance if tolerance is None else tolerance, seed, say
     )
+    return measured(
+        readout, fitted, fit, dev, held_out, recipe.refits if refits is None else refits,
+        readable=readable, seed=seed, spread=spread, say=say,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measured(
+    readout: ReadOut,
+    fitted: Fitted,
+    fit: Capture,
+    dev: Capture,
+    held_out: Capture,
+    refits: int,
+    *,
+    readable: bool = True,
+    seed: int = 0,
+    spread: Sequence[int] = (0,),
+    say: Say = lambda _: None,
+) -> Decomposition:
+    """The decomposition by lenses that are fitted already, on the same ``fit`` and ``dev``; see :func:`decompose`."""
+    chosen = fitted.layers
     pairs = pairs_of(len(chosen))
     say("gates")
     gated = _gates(readout, dev, chosen, fitted.lenses, fitted.maps, pairs)
@@ -219,28 +257,35 @@ def decompose(
     sums = cluster_products(held_out.states, chosen, means, cluster, clusters, fitted.maps)
     weights = bootstrap_weights(clusters, DRAWS, 0)
     say("refits")
-    again = [fitted.again(fit, (seed, number)) for number in range(recipe.refits if refits is None else refits)]
-    chance, at_refits = _of_moments(SecondMoments.of(held_out.states, chosen, means), fitted.maps, again, pairs)
+    again = [fitted.again(fit, (seed, number)) for number in range(refits)]
+    moments = SecondMoments.of(held_out.states, chosen, means)
+    chance, at_refits = chance_and_products(moments, fitted.maps, [maps for maps, _ in again], pairs)
     point = quantities(sums.total(), pairs, chance)
     draws = quantities(sums.drawn(weights), pairs, chance)
     refitted = [quantities(one, pairs, chance) for one in at_refits]
     say("news")
-    gains = news_sums(held_out.states, chosen, cluster, clusters, fitted.lenses.best)
+    white = whitening(moments.last)
+    gains = news_sums(held_out.states, chosen, means, cluster, clusters, fitted.lenses.best, white)
+    news_again = [news_of_moments(moments, lenses, white, pairs) for _, lenses in again]
     gained = None
     if readable:
         say("readable gain")
-        lenses, moments, of = fitted.lenses.within, fitted.moments, fitted.metric
-        gained = readable_gains(readout, dev, held_out, chosen, lenses, moments, of, fitted.pad, cluster, clusters)
+        lenses, of_fit, metric = fitted.lenses.within, fitted.moments, fitted.metric
+        gained = readable_gains(readout, dev, held_out, chosen, lenses, of_fit, metric, fitted.pad, cluster, clusters)
     return Decomposition(
         layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws,
         refits=_stacked(refitted) if refitted else None, chance=chance, gate=gated[0], blocks=gated[1],
-        news_sums=gains, gains=gained, ridges=fitted.lenses.ridges, weights=weights,
+        news_sums=gains, news_refits=_both(news_again), gains=gained, ridges=fitted.lenses.ridges, weights=weights,
         clusters=effective_clusters(cluster.numpy()), spread=tuple(spread),
     )  # fmt: skip
 
 
 def _stacked(parts: Sequence[Quantities]) -> Quantities:
     return Quantities(**{f.name: np.stack([getattr(p, f.name) for p in parts]) for f in fields(Quantities)})
+
+
+def _both(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array] | None:
+    return (np.stack([one for one, _ in parts]), np.stack([two for _, two in parts])) if parts else None
 
 
 def _gates(
@@ -256,7 +301,7 @@ def _gates(
     means = means_of(dev.states, [*layers, dev.layers])
     sums = cluster_products(dev.states, layers, means, cluster, clusters, maps)
     moments = SecondMoments.of(dev.states, layers, means)
-    chance, _ = _of_moments(moments, maps, [], pairs)
+    chance, _ = chance_and_products(moments, maps, [], pairs)
     weights = bootstrap_weights(clusters, DRAWS, 0)
     point = quantities(sums.total(), pairs, chance)
     room = has_room(point, quantities(sums.drawn(weights), pairs, chance))
@@ -273,8 +318,8 @@ def _gates(
     return gates(fall, room, point, chance), merged_blocks(room, pairs, len(layers))
 
 
-def _of_moments(
-    moments: SecondMoments,
+def chance_and_products(
+    moments: Covariances,
     maps: Readings,
     again: Sequence[Readings],
     pairs: Pairs,

@@ -1,76 +1,139 @@
 """News: the share of a gain that lies in directions of the prediction that the earlier lens does not read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.lenses.maps import AffineMaps
-from lensbench.measures.update.metric import covariance_of, whitening
-from lensbench.measures.update.products import TOKEN_BLOCK
+from lensbench.measures.update.products import TOKEN_BLOCK, Covariances, Pairs, blocks
 from lensbench.statistics import Array
 
 UNREAD = 0.1
 """A lens that explains less than this share of a direction of the final state does not read it"""
 
 
+@dataclass(frozen=True)
+class NewsSums:
+    """Gains in explained power of all pairs, summed by cluster, ``[clusters, P]`` each.
+
+    Sorted into read and unread on the very tokens that they are measured on, directions look unread too often, by about
+    c / tokens. Directions that are sorted on half of the clusters show it twice, so that it can be taken off.
+    """
+
+    all: Array
+    """In directions that are unread over all clusters"""
+    halves: Array
+    """In directions that are unread over those clusters that are of the same half"""
+    whole: Array
+    """In all directions"""
+
+    def share(self, weights: Array, pairs: NDArray[np.bool_]) -> tuple[Array, Array]:
+        """News of some pairs together, and the gain that it is a share of, for weights ``[..., clusters]``."""
+        whole = weights @ self.whole[:, pairs].sum(1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share: Array = (weights @ (2 * self.all - self.halves)[:, pairs].sum(1)) / whole
+        return share, whole
+
+    def doubt(self, pairs: NDArray[np.bool_]) -> float:
+        """What is taken off for the sorting of directions: how far off the correction itself may be."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.abs((self.halves - self.all)[:, pairs].sum() / self.whole[:, pairs].sum()))
+
+
+def unread_directions(explained: Tensor) -> Tensor:
+    """Projections ``[n, k, k]`` of the whitened final state on what the lens of each layer does not read."""
+    values, vectors = torch.linalg.eigh((explained + explained.transpose(-1, -2)) / 2)
+    projection: Tensor = (vectors * (values < UNREAD)[..., None, :]) @ vectors.transpose(-1, -2)
+    return projection
+
+
+def explained_power(moments: Covariances, lenses: AffineMaps, factor: Tensor) -> Tensor:
+    """What the lens of each layer explains of the whitened final state T, ``[n, k, k]``, in float64.
+
+    ``Cov(T_i, T) + Cov(T, T_i) - Cov T_i`` for ``T_i`` that lens i reads. Along a unit vector that is ``1 - E (T - T_i)^2``,
+    but where a lens reads nothing all its products are small, whatever the sample of T: directions that it reads and
+    directions that it does not are told apart at a few thousand tokens. ``factor`` ``[k, d]`` whitens the final state.
+    """
+    maps = factor @ lenses.matrix.double().cpu()
+    across = maps @ moments.goal @ factor.T
+    return across + across.transpose(-1, -2) - maps @ moments.own @ maps.transpose(-1, -2)
+
+
+def news_of_moments(moments: Covariances, lenses: AffineMaps, factor: Tensor, pairs: Pairs) -> tuple[Array, Array]:
+    """Gains in explained power of pairs, means over tokens: those in unread directions, and all; ``[P]`` each."""
+    explained = explained_power(moments, lenses, factor)
+    i, j = (torch.from_numpy(side) for side in pairs)
+    gain, unread = explained[j] - explained[i], unread_directions(explained)
+    new, whole = (unread[i] * gain).sum((-1, -2)), gain.diagonal(dim1=-1, dim2=-2).sum(-1)
+    return new.numpy(), whole.numpy()
+
+
 @torch.no_grad()
 def news_sums(
-    states: Tensor, layers: Sequence[int], cluster: Tensor, clusters: int, lenses: AffineMaps
-) -> tuple[Array, Array]:
-    """Gains in explained power of all pairs i < j, summed by cluster: those in unread directions, and all of them.
+    states: Tensor,
+    layers: Sequence[int],
+    means: Tensor,
+    cluster: Tensor,
+    clusters: int,
+    lenses: AffineMaps,
+    factor: Tensor,
+) -> NewsSums:
+    """The gains of all pairs i < j of ``layers`` in the final state T, whitened by ``factor`` ``[k, d]``.
 
-    Two arrays ``[clusters, P]``. The final state T is whitened. The power that lens i explains along a direction v is
-    ``1 - E (v.(T - T_i))^2``. Directions are the eigenvectors of explained power in one half of the clusters; what they
-    explain, and so which of them are unread, is measured in the other half, and the halves change places. ``lenses``: one
-    for each of ``layers``, with offset.
+    The power that lens i explains along a direction v is ``1 - E (v.(T - T_i))^2``. Directions are the eigenvectors of
+    :func:`explained_power`. ``lenses``: one for each of ``layers``; ``means`` ``[n + 1, d]`` are taken off their states and
+    off the last one.
     """
     like = states[-1]
-    factor = whitening(covariance_of(like)).to(like)
+    maps, goal = (factor @ lenses.matrix.double().cpu()).to(like), factor.to(like)
+    rows, half = [*layers, len(states) - 1], cluster % 2
     count, k = len(layers), len(factor)
-    lenses = lenses.to(like)
-    half = cluster % 2
-    missed = torch.zeros(2, count, k, k, dtype=torch.float64)  # Cov of T - T_i in each half
-    for rows in torch.arange(states.shape[1]).split(TOKEN_BLOCK):
-        for i, residual in enumerate(_residuals(states, layers, lenses, factor, rows)):
-            for side in (0, 1):
-                part = residual[half[rows] == side]
-                missed[side, i] += (part.T @ part).double().cpu()
-    sizes = [max(1, int((half == side).sum())) for side in (0, 1)]
-    eye = torch.eye(k, dtype=torch.float64)
-    unread = []  # of each half: per layer, the directions that its lens does not read there [k, m]
-    for side in (0, 1):
-        there, here = missed[1 - side] / sizes[1 - side], missed[side] / sizes[side]
-        vectors = torch.linalg.eigh(eye - there)[1]
-        explained = 1 - torch.einsum("nkm,nkl,nlm->nm", vectors, here, vectors)
-        unread.append([v[:, share < UNREAD].to(like) for v, share in zip(vectors, explained, strict=True)])
-    pairs = count * (count - 1) // 2
-    new, whole = np.zeros((clusters, pairs)), np.zeros((clusters, pairs))
-    for rows in torch.arange(states.shape[1]).split(TOKEN_BLOCK):
-        residuals = list(_residuals(states, layers, lenses, factor, rows))
+    explained = torch.zeros(2, count, k, k, dtype=torch.float64)
+    for at, (read, final) in _whitened(states, rows, means, maps, goal):
         for side in (0, 1):
-            at = half[rows] == side
-            _add_gains(new, whole, [r[at] for r in residuals], unread[side], cluster[rows][at])
-    return new, whole
+            mine = half[at] == side
+            t, r = final[mine], read[:, mine]
+            across = (r.transpose(-1, -2) @ t).double().cpu()
+            explained[side] += across + across.transpose(-1, -2) - (r.transpose(-1, -2) @ r).double().cpu()
+    sizes = torch.bincount(half, minlength=2)
+    unread = unread_directions(explained.sum(0) / len(cluster)).to(like)
+    of_half = torch.stack([unread_directions(e / max(1, int(n))) for e, n in zip(explained, sizes, strict=True)]).to(
+        like
+    )
+    pairs = count * (count - 1) // 2
+    sums = NewsSums(*(np.zeros((clusters, pairs)) for _ in range(3)))
+    for at, (read, final) in _whitened(states, rows, means, maps, goal):
+        number = cluster[at].numpy()
+        _add_gains(sums.all, final - read, unread, number)
+        _add_gains(sums.whole, final - read, None, number)
+        for side in (0, 1):
+            mine = half[at] == side
+            _add_gains(sums.halves, (final - read)[:, mine], of_half[side], number[mine.numpy()])
+    return sums
 
 
-def _residuals(states: Tensor, layers: Sequence[int], lenses: AffineMaps, factor: Tensor, rows: Tensor) -> list[Tensor]:
-    """What each lens misses of the whitened final state at some tokens: n of ``[tokens, k]``."""
-    final = states[-1][rows]
-    return [
-        (final - states[layer][rows] @ lenses.matrix[i].T - lenses.offset[i]) @ factor.T
-        for i, layer in enumerate(layers)
-    ]
+def _whitened(
+    states: Tensor, rows: Sequence[int], means: Tensor, maps: Tensor, goal: Tensor
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+    """Block by block: the tokens, what lenses read there ``[n, tokens, k]``, and the whitened final state."""
+    for number, centred in enumerate(blocks(states, rows, means)):
+        at = slice(number * TOKEN_BLOCK, (number + 1) * TOKEN_BLOCK)
+        yield at, (centred[:-1] @ maps.transpose(-1, -2), centred[-1] @ goal.T)
 
 
-def _add_gains(new: Array, whole: Array, residuals: list[Tensor], unread: list[Tensor], cluster: Tensor) -> None:
-    at, column = cluster.numpy(), 0
-    squares = [r.double().square().sum(-1) for r in residuals]
-    for i in range(len(residuals) - 1):
-        before = (residuals[i] @ unread[i]).double().square().sum(-1)
-        for j in range(i + 1, len(residuals)):
-            after = (residuals[j] @ unread[i]).double().square().sum(-1)
-            np.add.at(new[:, column], at, (before - after).cpu().numpy())
-            np.add.at(whole[:, column], at, (squares[i] - squares[j]).cpu().numpy())
-            column += 1
+def _add_gains(sums: Array, missed: Tensor, unread: Tensor | None, cluster: NDArray[np.int64]) -> None:
+    """Add the gains of all pairs, in unread directions of the earlier lens or in all, to the sums of their clusters.
+
+    ``missed`` ``[n, tokens, k]``: what each lens misses of the final state.
+    """
+    column, count = 0, len(missed)
+    for i in range(count - 1):
+        left = missed[i:] if unread is None else missed[i:] @ unread[i]
+        squares = left.double().square().sum(-1).cpu()
+        gains = (squares[0] - squares[1:]).numpy()
+        np.add.at(sums[:, column : column + count - 1 - i], cluster, gains.T)
+        column += count - 1 - i

@@ -6,6 +6,7 @@ once, block by block; a second way computes the same products from second moment
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def cluster_products(
     layer = {name: np.zeros((clusters, count)) for name in LAYER_PRODUCTS}
     target = np.zeros(clusters)
     first_of = np.searchsorted(i_of, np.arange(count))  # where the pairs (i, i + 1), (i, i + 2), ... begin
-    for number, centred in enumerate(_blocks(states, rows, means)):
+    for number, centred in enumerate(blocks(states, rows, means)):
         at = cluster[number * TOKEN_BLOCK : (number + 1) * TOKEN_BLOCK].numpy()
         for name, values in _of_layers(centred, maps).items():
             _add(layer[name], at, values)
@@ -145,6 +146,25 @@ def _of_pairs(centred: Tensor, maps: Readings) -> Iterator[dict[str, Tensor]]:
         }
 
 
+class Covariances(Protocol):
+    """Covariances of the states of n layers, with themselves, with later ones and with the final state."""
+
+    @property
+    def own(self) -> Tensor:
+        """``[n, d, d]``: Cov h_j."""
+
+    @property
+    def goal(self) -> Tensor:
+        """``[n, d, d]``: Cov(h_j, h_L)."""
+
+    @property
+    def last(self) -> Tensor:
+        """``[d, d]``: Cov h_L."""
+
+    def later(self, i: int) -> Tensor:
+        """Cov(h_j, h_i) of the later layers j, ``[n - 1 - i, d, d]``."""
+
+
 @dataclass(frozen=True)
 class SecondMoments:
     """Covariances of the states of n layers with themselves and with the final state; of two layers on demand."""
@@ -165,7 +185,7 @@ class SecondMoments:
         count, d = len(layers), states.shape[-1]
         own, goal = (torch.zeros(count, d, d, dtype=torch.float64) for _ in range(2))
         last = torch.zeros(d, d, dtype=torch.float64)
-        for centred in _blocks(states, [*layers, len(states) - 1], means):
+        for centred in blocks(states, [*layers, len(states) - 1], means):
             for j in range(count):
                 own[j] += (centred[j].T @ centred[j]).double().cpu()
                 goal[j] += (centred[j].T @ centred[-1]).double().cpu()
@@ -178,13 +198,13 @@ class SecondMoments:
         count, d = len(self.layers), self.states.shape[-1]
         found = torch.zeros(count - 1 - i, d, d, dtype=torch.float64)
         means = torch.cat([self.means[i:count]])
-        for centred in _blocks(self.states, self.layers[i:], means):
+        for centred in blocks(self.states, self.layers[i:], means):
             for at in range(count - 1 - i):
                 found[at] += (centred[at + 1].T @ centred[0]).double().cpu()
         return found / self.states.shape[1]
 
 
-def _blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tensor]:
+def blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tensor]:
     """Centred states ``[n, tokens, d]`` of some rows, block by block."""
     for start in range(0, states.shape[1], TOKEN_BLOCK):
         tokens = slice(start, start + TOKEN_BLOCK)
@@ -196,7 +216,7 @@ def _blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tens
         )
 
 
-def products_of_moments(moments: SecondMoments, i: int, later: Tensor, maps: Readings) -> dict[str, Array]:
+def products_of_moments(moments: Covariances, i: int, later: Tensor, maps: Readings) -> dict[str, Array]:
     """:data:`PAIR_PRODUCTS` of layer i with all later ones, means over tokens, each ``[n - 1 - i]``.
 
     ``later``: what :meth:`SecondMoments.later` gives for i; ``maps`` in float64.
@@ -222,7 +242,7 @@ def products_of_moments(moments: SecondMoments, i: int, later: Tensor, maps: Rea
     }
 
 
-def layer_products_of_moments(moments: SecondMoments, maps: Readings) -> tuple[dict[str, Array], float]:
+def layer_products_of_moments(moments: Covariances, maps: Readings) -> tuple[dict[str, Array], float]:
     """:data:`LAYER_PRODUCTS` ``[n]`` and the square of the final state, means over tokens."""
     read, signal, target = maps.read, maps.signal, maps.target
     along = [read[a] @ moments.goal for a in (0, 1)]  # F A_i Cov(h_i, h_L)

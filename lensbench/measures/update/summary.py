@@ -29,7 +29,7 @@ def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
     """A row for each pair of layers: its gate, and every quantity with its interval. Undefined values are None."""
     i, j = found.pairs
     drawn = {name: _drawn(found, name) for name in PAIR_COLUMNS}
-    news, news_draws = found.news(), found.news_draws()
+    news = [found.news(np.arange(len(i)) == at) for at in range(len(i))]
     gained = _readable_by_pair(found)
     nothing = Estimate(None, None, None)
     rows = []
@@ -46,7 +46,7 @@ def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
         row["carried_chance"] = _number(found.chance.carried[at])
         row["persistence_chance"] = _number(found.chance.persistence[at])
         row["drowned"] = _number(found.point.drowned[at])
-        row |= _columns("news", _estimate(news[at], news_draws[:, at], found))
+        row |= _columns("news", _estimate(*news[at], found))
         of_pair = gained.get((int(i[at]), int(j[at])))
         row |= _columns("readable_gain", nothing if of_pair is None else of_pair)
         row["commission"] = _number(found.point.commission[i[at]])
@@ -103,6 +103,14 @@ def passing(found: Decomposition, pairs: NDArray[np.bool_]) -> NDArray[np.bool_]
     return passed
 
 
+def pair_weights(found: Decomposition, passed: NDArray[np.bool_]) -> Array:
+    """Weights of the carried shares of the pairs that pass, which sum to 1: a sure share counts more than a vague one."""
+    spread = np.nanvar(_drawn(found, "carried")[:, passed], axis=0)
+    weight = 1 / (found.chance.carried[passed] ** 2 + spread + EXTRA_SPREAD**2)
+    result: Array = weight / weight.sum()
+    return result
+
+
 def undetermined(found: Decomposition, pairs: NDArray[np.bool_]) -> str:
     """Why the shares over some pairs are undetermined, with the gate that stops most of them; empty where they are not."""
     passed, asked = int(passing(found, pairs).sum()), int(pairs.sum())
@@ -144,11 +152,10 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
 
 def _mean_carried(found: Decomposition, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
     """c over some pairs; those of a wide spread, by documents or by chance, weigh less."""
-    spread = np.nanvar(_drawn(found, "carried")[:, pairs], axis=0)
-    weight = 1 / (found.chance.carried[pairs] ** 2 + spread + EXTRA_SPREAD**2)
+    weight = pair_weights(found, pairs)
 
     def mean(q: Quantities) -> Array:
-        result: Array = q.carried[..., pairs] @ (weight / weight.sum())
+        result: Array = q.carried[..., pairs] @ weight
         return result
 
     return mean
@@ -196,14 +203,12 @@ def _drowned(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
 
 def _news(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
     """News of all pairs together: gains are added up first, so that a pair with hardly any gain does not decide."""
-    new, whole = found.news_sums
-    weights = found.weights
-    total = weights @ whole[:, pairs].sum(1)
-    point = whole[:, pairs].sum()
-    if not point > 0 or np.percentile(total, 2.5) <= 0:
+    sums = found.news_sums
+    _, total = sums.share(found.weights, pairs)
+    if not sums.whole[:, pairs].sum() > 0 or np.percentile(total, 2.5) <= 0:
         return _without("undetermined: later lenses do not surely explain more of the final state")
-    drawn = (weights @ new[:, pairs].sum(1)) / total
-    return DrawnIndex(_estimate(new[:, pairs].sum() / point, drawn, found), drawn)
+    value, drawn = found.news(pairs)
+    return DrawnIndex(_estimate(value, drawn, found), drawn)
 
 
 def _readable(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
