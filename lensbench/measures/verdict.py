@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lensbench.measures.indices import INDICES
+from lensbench.measures.update.verdict import SUFFIXES, UpdateRule
 
 Answer = Literal["refinement", "carry-along", "re-representation", "cannot tell"]
 
@@ -20,12 +21,15 @@ Answer = Literal["refinement", "carry-along", "re-representation", "cannot tell"
 CANNOT_TELL: Answer = "cannot tell"
 
 
-SCOPES = {"all layers": "", "without layer 0": "_without_layer0"}
+SCOPES = SUFFIXES
 """What a verdict is on -> the suffix of the indices that it is made of."""
 
 
 class VerdictRule(BaseModel):
-    """Thresholds on whole intervals: where an interval reaches across one, we cannot tell."""
+    """Thresholds on whole intervals: of lenses held fixed, and, in ``update``, of the update decomposition.
+
+    Where an interval of the first reaches across a threshold, we cannot tell.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -34,6 +38,7 @@ class VerdictRule(BaseModel):
     still: float = Field(0.1, gt=0, description="carry-along: movement lies below this, gain visibility within +- this")
     inconsistent: float = Field(0.17, description="re-representation: consistency lies below this ...")
     unseen: float = Field(0.0, description="... and gain visibility below this")
+    update: UpdateRule = Field(UpdateRule(), description="the rule for the update decomposition")
 
     @model_validator(mode="after")
     def _apart(self) -> "VerdictRule":

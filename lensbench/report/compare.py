@@ -472,7 +472,10 @@ def largest_difference(reference: Run, run: Run, changed: list[str]) -> str:
     """How far apart the numbers of two runs' ``changed`` tables are, or that they do not hold the same rows or answers."""
     largest, where = 0.0, f"the text of {', '.join(changed)}"
     for name in changed:
-        if name == "verdicts.csv" and list(reference.tables[name]["verdict"]) != list(run.tables[name]["verdict"]):
+        if name == "verdicts.csv" and any(
+            list(reference.tables[name][column]) != list(run.tables[name][column])
+            for column in ("verdict", "fixed_lens_verdict")
+        ):
             return f"not reproduced, {name} has other verdicts"
         one, other = (r.tables[name].select_dtypes("number") for r in (reference, run))
         if one.shape != other.shape:

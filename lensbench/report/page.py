@@ -18,13 +18,14 @@ from markupsafe import Markup
 from scipy import stats
 
 from lensbench.errors import LensbenchError
+from lensbench.measures.update.sentences import update_rule_in_words
 from lensbench.measures.verdict import rule_in_words
 from lensbench.report.figures.frames import lens_frame
 from lensbench.report.formatting import shown_seeds
 from lensbench.report.render import render
 from lensbench.report.svg import heatmap, kl_curves, ruler
 from lensbench.report.terminal import doubts
-from lensbench.report.verdicts import Statement, rule_of, statements
+from lensbench.report.verdicts import Statement, UpdateStatement, rule_of, statements, update_statements
 from lensbench.results.folder import Run, read_run
 from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.results.schema import SCHEMA, unit
@@ -80,9 +81,10 @@ def names_of(runs: Sequence[Run]) -> list[dict[str, str]]:
 # Verdicts
 @dataclass(frozen=True)
 class ModelVerdicts:
-    """The verdicts on one model, one for each scope, and what is known of it by construction."""
+    """The verdicts on one model, for each scope one by each rule, and what is known of it by construction."""
 
     name: str
+    updates: list[UpdateStatement]
     statements: list[Statement]
     known: str | None
 
@@ -92,9 +94,11 @@ def verdict_list(runs: Sequence[Run], names: Sequence[dict[str, str]]) -> Markup
     models = []
     for run, called in zip(runs, names, strict=True):
         known = run.tables["verdicts.csv"].dropna(subset=["known"]).drop_duplicates("model").set_index("model")["known"]
-        said = statements(run)
+        updates, said = update_statements(run), statements(run)
         models += [
-            ModelVerdicts(name, [s for s in said if s.model == model], known.get(model))
+            ModelVerdicts(
+                name, [s for s in updates if s.model == model], [s for s in said if s.model == model], known.get(model)
+            )
             for model, name in called.items()
         ]
     return render("verdicts.html", models=models)
@@ -122,6 +126,7 @@ def run_section(run: Run, place: int, names: dict[str, str]) -> Markup:
         tables=[table_html(run, name, place) for name in SHOWN_TABLES],
         links=[csv_link(run.folder / name) for name in further],
         rule=rule_in_words(rule_of(run)),
+        update_rule=update_rule_in_words(rule_of(run).update),
         again=again(manifest),
         settings=settings(manifest),
     )
@@ -186,7 +191,7 @@ def table_cell(column: object, value: Any) -> TableCell:
         return TableCell("")
     if isinstance(value, float | int | np.number) and not isinstance(value, bool):
         return TableCell(number_text(float(value)), float(value))
-    return TableCell(str(value), wraps=column == "reason")
+    return TableCell(str(value), wraps=column in ("reason", "sentence", "fixed_lens_reason"))
 
 
 def number_text(value: float) -> str:

@@ -16,7 +16,7 @@ from lensbench.measures.verdict import INDEX_OF, SCOPES
 from lensbench.report.formatting import number, shown_seeds, with_interval, with_refits
 from lensbench.report.probe_tables import places_table, probe_tables
 from lensbench.report.study_tables import learning_table
-from lensbench.report.verdicts import statements
+from lensbench.report.verdicts import statements, update_statements
 from lensbench.results.folder import Run
 from lensbench.results.schema import unit
 
@@ -94,7 +94,7 @@ def tolerance_table(run: Run) -> Table:
 
 
 def ruler_table(run: Run) -> Table:
-    """Every model on the ruler: the three indices that a verdict rests on, what is known of it, and the verdicts."""
+    """Every model on the ruler: the three indices of lenses held fixed, what is known of it, and the verdicts on it."""
     shown = shown_seeds(run.tables["indices.csv"]).set_index(["model", "index"])
     judged = shown_seeds(run.tables["verdicts.csv"]).set_index(["model", "scope"])
     heads = {
@@ -105,13 +105,16 @@ def ruler_table(run: Run) -> Table:
     }
     table = Table(
         Column("model", no_wrap=True), "known by construction", *heads.values(), "verdict", "without layer 0",
+        "lenses held fixed", "without layer 0",
         title="the ruler [95 % intervals]",
     )  # fmt: skip
     for model in dict.fromkeys(shown.index.get_level_values(0)):
         cells = [with_interval(shown.loc[model, name]) for name in heads]
         rows = [judged.loc[(model, scope)] for scope in SCOPES if (model, scope) in judged.index]
         known = next((row["known"] for row in rows if pd.notna(row["known"])), "")
-        table.add_row(model, known, *cells, *(row["verdict"] for row in rows))
+        table.add_row(
+            model, known, *cells, *(row["verdict"] for row in rows), *(row["fixed_lens_verdict"] for row in rows)
+        )
     return table
 
 
@@ -231,5 +234,5 @@ def print_run(run: Run, console: Console) -> None:
     for table in (*(make(run) for make in shown), *probe_tables(run)):
         if table is not None:
             console.print(table)
-    for line in (*map(str, statements(run)), *doubts(run), *undefined_indices(run)):
+    for line in (*map(str, update_statements(run)), *map(str, statements(run)), *doubts(run), *undefined_indices(run)):
         console.print(line, highlight=False, markup=False)

@@ -1,14 +1,17 @@
-"""The verdicts of a run in words, for the terminal and the page: one statement for each model and scope.
+"""The verdicts of a run in words, for the terminal and the page: statements for each model and scope.
 
-The answer is that of ``verdicts.csv``; what it rests on is read from ``indices.csv`` and ``tolerances.csv``.
+The first is the sentence of ``verdicts.csv`` on the update decomposition. The second is about lenses held fixed: its answer
+is that of the table, and what it rests on is read from ``indices.csv`` and ``tolerances.csv``.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import pandas as pd
 
 from lensbench.errors import LensbenchError
+from lensbench.measures.update.verdict import NOT_MEASURED
 from lensbench.measures.verdict import (
     INDEX_OF,
     NAMES,
@@ -22,12 +25,37 @@ from lensbench.measures.verdict import (
 )
 from lensbench.report.formatting import shown_seeds, with_interval
 from lensbench.results.folder import Run
-from lensbench.results.tables import span_of, verdict_table
+from lensbench.results.verdicts import known_number, span_of, verdict_table
+
+
+@dataclass(frozen=True)
+class UpdateStatement:
+    """What the update decomposition says of one model on one scope."""
+
+    model: str
+    scope: str
+    answer: str
+    reasons: str
+    """The graded sentence"""
+
+    def __str__(self) -> str:
+        """One line of the terminal."""
+        return f"{self.model} ({self.scope}): {self.answer}. {self.reasons}"
+
+
+def update_statements(run: Run) -> list[UpdateStatement]:
+    """What the update decomposition says of every model of a run, by model and scope; none where it was not measured."""
+    return [
+        UpdateStatement(str(row["model"]), str(row["scope"]), row["verdict"], row["sentence"])
+        for _, rows in shown_seeds(run.tables["verdicts.csv"]).groupby("model", sort=False)
+        for _, row in rows.iterrows()
+        if row["gate"] != NOT_MEASURED
+    ]
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What is said of one model on one scope."""
+    """What lenses held fixed say of one model on one scope."""
 
     model: str
     scope: str
@@ -47,7 +75,7 @@ class Statement:
 
     def __str__(self) -> str:
         """One line of the terminal."""
-        return f"{self.model} ({self.scope}): {self.answer}. {self.reasons}"
+        return f"{self.model} ({self.scope}, lenses held fixed): {self.answer}. {self.reasons}"
 
 
 def rule_of(run: Run) -> VerdictRule:
@@ -60,23 +88,26 @@ def rule_of(run: Run) -> VerdictRule:
 
 def judged(run: Run, rule: VerdictRule) -> Run:
     """The run with verdicts by this rule."""
-    known = run.tables["verdicts.csv"].dropna(subset=["known"])
-    verdicts = verdict_table(run.tables["indices.csv"], dict(zip(known["model"], known["known"], strict=True)), rule)
+    before = run.tables["verdicts.csv"]
+    known = before.dropna(subset=["known"])
+    shares = before.set_index(["model", "seed", "scope"])["of_refits"]
+    of_refits = {cast(tuple[str, str, str], key): known_number(share) for key, share in shares.items()}
+    verdicts = verdict_table(run.tables, dict(zip(known["model"], known["known"], strict=True)), rule, of_refits)
     return replace(run, tables={**run.tables, "verdicts.csv": verdicts})
 
 
 def statements(run: Run) -> list[Statement]:
-    """What to say of every model of a run, by model and scope."""
+    """What lenses held fixed say of every model of a run, by model and scope."""
     verdicts, rule = shown_seeds(run.tables["verdicts.csv"]), rule_of(run)
     return [
-        statement(run, rule, str(row["model"]), str(row["scope"]), row["verdict"])
+        statement(run, rule, str(row["model"]), str(row["scope"]), row["fixed_lens_verdict"])
         for _, rows in verdicts.groupby("model", sort=False)
         for _, row in rows.iterrows()
     ]
 
 
 def statement(run: Run, rule: VerdictRule, model: str, scope: str, answer: Answer) -> Statement:
-    """What to say of one model on one scope."""
+    """What lenses held fixed say of one model on one scope."""
     indices = run.tables["indices.csv"]
     of_model = indices[indices["model"] == model]
     shown = shown_seeds(of_model).set_index("index")

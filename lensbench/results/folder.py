@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from lensbench.errors import LensbenchError
 from lensbench.results.manifest import MANIFEST, Manifest, read_manifest
 from lensbench.results.schema import ADDED, ADDED_COLUMNS, SCHEMA, TEXT_COLUMNS, TEXT_COLUMNS_OF, no_rows
+from lensbench.results.verdicts import as_now
 from lensbench.runtime.files import sha256, write_atomically, write_json
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import BEGUN
@@ -178,6 +179,8 @@ def read_table(path: Path) -> pd.DataFrame:
         )
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    if path.name == "verdicts.csv":
+        table = as_now(table)
     for column in ADDED_COLUMNS.get(path.name, ()):
         if column not in table:
             table[column] = None if column in text else float("nan")

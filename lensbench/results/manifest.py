@@ -53,7 +53,7 @@ class SuiteSettings(_Facts):
     evaluate: EvaluateSettings
     fit: dict[str, Any]
     models: list[ModelSettings]
-    verdict: dict[str, float] = {}
+    verdict: dict[str, Any] = {}
     claims: list[ClaimSettings] = []
     question: str = ""
     images: dict[str, Any] | None = None

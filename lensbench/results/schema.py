@@ -7,6 +7,7 @@ import pandas as pd
 
 from lensbench.lenses.kinds import kinds_in_words
 from lensbench.measures.indices import catalogue_table, curve_indices
+from lensbench.measures.update.verdict import VERDICT_GATES
 
 _WHO = {
     "model": "The model's name in the suite; MODEL+rotated is its first rotated view, whose tuned rows check the algebra.",
@@ -179,9 +180,12 @@ SCHEMA: dict[str, dict[str, str]] = {
         "(every layer's state added in a random basis of its own), drifting (the basis turns by 45 degrees in all), "
         "shuffled (every block's update from a token of another document).",
         "known": "What is known of it: re-represented, carried along, mixed, or undetermined.",
-        "index": "The index of the update decomposition, as in indices.csv; layers count from the view's first.",
+        "index": "The index of the update decomposition, as in indices.csv; layers count from the view's first. "
+        "in_place_losses_aside is in_place over all pairs that have room and keep the signal, whether losses fall or not.",
         "value": "The value; empty where it is undefined.",
         **_bounds("", "the 95 % interval: bootstrap over documents"),
+        "verdict": "The verdict on the view by the suite's rule, over the same layers as the index.",
+        "gate": "Why that verdict is undetermined; empty where it is not.",
         "participation": "The participation ratio of each layer's covariance, and of the end's; - for constant states.",
         "reason": "Why the index is undefined, or what is to be known of the view.",
     },
@@ -189,8 +193,14 @@ SCHEMA: dict[str, dict[str, str]] = {
         **_WHO,
         "scope": "What the verdict is on: all layers, or without layer 0.",
         "known": "What is known of the model by construction; empty where nothing is.",
-        "verdict": "refinement, carry-along, re-representation or cannot tell, by the suite's rule; seeds must agree.",
-        "reason": "The indices that the verdict rests on, their intervals widened by refits.",
+        "verdict": "By the update decomposition and the suite's rule: added up in one representation, carried along, "
+        "re-represented, mixed, or undetermined; seeds must agree.",
+        "sentence": "What was found, in words, whatever the verdict is.",
+        "gate": "Why the verdict is undetermined: {gates}; empty where it is not.",
+        "of_refits": "The share of lens refits in the variance of what is added in place; the rest is that of documents.",
+        "fixed_lens_verdict": "By lenses held fixed (consistency, movement, gain visibility): refinement, carry-along, "
+        "re-representation or cannot tell; seeds must agree.",
+        "fixed_lens_reason": "The indices that this verdict rests on, their intervals widened by refits.",
     },
     "probes.csv": {
         **_WHO,
@@ -256,7 +266,10 @@ def schema_text() -> str:
     for name, columns in SCHEMA.items():
         parts.append(f"\n## `{name}`\n\n| column | meaning |\n|---|---|\n")
         for column, meaning in columns.items():
-            written = meaning.replace("{curve}", ", ".join(curve_indices())).replace("|", r"\|")
+            written = meaning.replace("{curve}", ", ".join(curve_indices())).replace(
+                "{gates}", ", ".join(VERDICT_GATES)
+            )
+            written = written.replace("|", r"\|")
             parts.append(f"| `{column}` | {written} |\n")
         if name == "indices.csv":
             parts += [OF_INDICES, catalogue_table()]
@@ -277,8 +290,8 @@ def no_rows(name: str) -> pd.DataFrame:
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
     "probe", "quantity", "scope", "metric", "gate", "landmark",
-    "participation", "verdict", "known", "positions", "begin_token", "begin",
-    "weights",
+    "participation", "verdict", "known", "sentence", "fixed_lens_verdict", "fixed_lens_reason", "positions",
+    "begin_token", "begin", "weights",
 }  # fmt: skip
 
 
@@ -308,5 +321,6 @@ MEASURED_TIME = ("timings.csv",)
 ADDED_COLUMNS = {
     "models.csv": ("weights", "begin_token", "begin", "begin_gain", "begin_gain_ci_low", "begin_gain_ci_high"),
     "verdicts.csv": ("known",),
+    "landmarks.csv": ("verdict", "gate"),
 }
 """Columns that older tables lack: read as empty."""

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,12 +31,15 @@ from lensbench.measures.indices import (
 )
 from lensbench.measures.means import Estimate, Means, estimate, nothing_to_gain, of_layers
 from lensbench.measures.update import UpdateResult
+from lensbench.measures.update.summary import WITHOUT_LAYER_0
+from lensbench.measures.update.verdict import SUFFIXES
 from lensbench.measures.update.views import LANDMARKS
-from lensbench.measures.verdict import SCOPES, Span, Verdict, VerdictRule, agreement_of_seeds, decide_on, spans_on
+from lensbench.measures.verdict import VerdictRule
 from lensbench.probes.measured import Measured, Measurement
 from lensbench.results.probes import probe_table
 from lensbench.results.schema import ADDED_COLUMNS, OF_UPDATES, no_rows
 from lensbench.results.sums import ClusterSums, MatrixSums, by_document, clustered
+from lensbench.results.verdicts import landmark_verdicts, verdict_table
 from lensbench.runtime.sealed import read_tensors
 from lensbench.runtime.texts import read_json
 from lensbench.statistics import bootstrap_weights, interval, mean_over_seeds, ratio_with_interval
@@ -138,6 +140,7 @@ def tables(
     }
     if any(part.updates is not None for part in parts):
         rows |= {name: [] for name in OF_UPDATES}
+    rule = rule or VerdictRule()
     found: dict[str, list[dict[str, Estimate]]] = {}
     names = {part.model for part in parts}
     for part in (replace(part, sequences=clustered(part.sequences)) for part in parts):
@@ -153,7 +156,7 @@ def tables(
         if part.updates is not None:
             rows["update.csv"] += [who | row for row in part.updates.pairs]
             rows["blocks.csv"] += [who | row for row in part.updates.blocks]
-            rows["landmarks.csv"] += [who | row for row in landmark_rows(part.updates)]
+            rows["landmarks.csv"] += [who | row for row in landmark_rows(part.updates, rule)]
         found.setdefault(part.model, []).append(of_part)
         rows["indices.csv"] += [who | row for row in index_rows(of_part, part)]
     matrices = {part.model: part.fit.headline for part in parts}
@@ -163,8 +166,16 @@ def tables(
             rows["indices.csv"] += [{"model": model, "seed": "all"} | row for row in means]
     found_tables = {name: pd.DataFrame(content) if content else no_rows(name) for name, content in rows.items()}
     known = {part.model: part.known for part in parts}
-    found_tables["verdicts.csv"] = verdict_table(found_tables["indices.csv"], known, rule or VerdictRule())
-    return found_tables | {"probes.csv": probe_table([(p.model, p.seed, p.probes, p.clusters) for p in parts], draws)}
+    found_tables["probes.csv"] = probe_table([(p.model, p.seed, p.probes, p.clusters) for p in parts], draws)
+    of_refits = {
+        (part.model, part.seed, scope): part.updates.of_refits.get(f"in_place{suffix}")
+        for part in parts
+        for scope, suffix in SUFFIXES.items()
+        if part.updates is not None
+    }
+    empty = {name: no_rows(name) for name in OF_UPDATES}
+    found_tables["verdicts.csv"] = verdict_table(empty | found_tables, known, rule, of_refits)
+    return found_tables
 
 
 @dataclass(frozen=True)
@@ -191,13 +202,16 @@ class Sample:
         return len(self.sums.tokens)
 
 
-def landmark_rows(updates: UpdateResult) -> Iterator[dict[str, Any]]:
-    """``landmarks.csv`` of one model and seed."""
+def landmark_rows(updates: UpdateResult, rule: VerdictRule) -> Iterator[dict[str, Any]]:
+    """``landmarks.csv`` of one model and seed; each row has the verdict on its scope."""
+    verdicts = {(name, SUFFIXES[scope]): one for name, scope, one in landmark_verdicts(rule, updates)}
     for name, found in updates.landmarks.items():
         ratios = " ".join("-" if ratio is None else f"{ratio:.3g}" for ratio in found.participation)
-        for index, (value, low, high, reason) in found.indices.items():
+        for index, (value, low, high, reason) in (found.indices | found.losses_aside).items():
+            verdict = verdicts[name, WITHOUT_LAYER_0 if index.endswith(WITHOUT_LAYER_0) else ""]
             row = {"landmark": name, "known": LANDMARKS[name].truth, "index": index, "value": value}
             row |= {"ci_low": low, "ci_high": high, "participation": ratios}
+            row |= {"verdict": verdict.verdict, "gate": verdict.gate or None}
             yield row | {"reason": "; ".join(said for said in (reason, found.note) if said)}
 
 
@@ -233,37 +247,6 @@ def index_estimates(part: Part, sample: Sample) -> dict[str, Estimate]:
     if similarity is not None:
         found |= similarity_estimates(point, drawn, similarity, sample.clusters)
     return found
-
-
-def verdict_table(table: pd.DataFrame, known: Mapping[str, str | None], rule: VerdictRule) -> pd.DataFrame:
-    """``verdicts.csv`` from ``indices.csv``: intervals over documents, widened by what refits change; seeds must agree.
-
-    ``known``: model -> what its construction says of it.
-    """
-    rows: list[dict[str, Any]] = []
-    for key, indexed in table.groupby(["model", "seed"], sort=False):
-        model, seed = cast(tuple[str, Any], key)
-        span = partial(span_of, indexed.set_index("index"))
-        for scope in SCOPES:
-            if seed == "all":
-                each = [r for r in rows if (r["model"], r["scope"]) == (model, scope)]
-                verdicts = [Verdict(r["verdict"], r["reason"]) for r in each]
-                verdict = agreement_of_seeds(verdicts, spans_on(scope, span))
-            else:
-                verdict = decide_on(rule, scope, span)
-            who = {"model": model, "seed": seed, "scope": scope, "known": known.get(model)}
-            rows.append(who | {"verdict": verdict.answer, "reason": verdict.reason})
-    return pd.DataFrame(rows, columns=["model", "seed", "scope", "known", "verdict", "reason"])
-
-
-def span_of(indexed: pd.DataFrame, name: str) -> Span | None:
-    """An index of one model and seed; ``indexed``: its rows of ``indices.csv`` by index."""
-    columns = ["value", "ci_low", "ci_high", "fit_low", "fit_high"]
-    numbers = indexed.loc[[name], columns].to_numpy(float)[0].tolist()
-    value, low, high, fit_low, fit_high = (None if np.isnan(x) else x for x in numbers)
-    if value is None or low is None or high is None:
-        return None
-    return Span(value, low, high).wider(fit_low, fit_high)
 
 
 def similarity_of(part: Part) -> NDArray[np.float64] | None:

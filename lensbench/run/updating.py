@@ -21,7 +21,7 @@ from lensbench.runtime.stages import NotFinished
 from lensbench.streams.capture import Capture
 from lensbench.suite.recipes import ModelRecipe
 
-UPDATE_FORMAT = 2
+UPDATE_FORMAT = 3
 """Version of the numbers of this stage: part of its key"""
 
 OF_LENSES = (

@@ -16,9 +16,9 @@ from lensbench.measures.update.summary import (
     WITHOUT_LAYER_0,
     block_rows,
     drawn_indices,
+    in_place_losses_aside,
     index_estimates,
     pair_rows,
-    ungated_in_place,
 )
 from lensbench.measures.update.verdict import SUFFIXES, UpdateFacts
 from lensbench.measures.update.views import LANDMARKS, fit_view
@@ -46,8 +46,8 @@ class LandmarkResult(BaseModel):
     """Rows of :data:`GATE_COLUMNS`: which pairs pass"""
     blocks: list[dict[str, Any]] = []
     """Rows as those of ``blocks.csv``"""
-    ungated: Triples = {}
-    """What is added in place over all pairs, gates or not: of a view without a gain none passes"""
+    losses_aside: Triples = {}
+    """What is added in place, whether losses fall or not: of a view without a gain no pair passes the gates"""
     participation: list[float | None] = []
     """Participation ratio of the covariance of each layer of the view, and of its end; None for a state without variance"""
 
@@ -155,7 +155,7 @@ def landmark_results(
                 indices=_written(index_estimates(one)),
                 pairs=[{column: row[column] for column in GATE_COLUMNS} for row in rows],
                 blocks=block_rows(one, rows),
-                ungated=_written(ungated_in_place(one)),
+                losses_aside=_written(in_place_losses_aside(one)),
                 participation=ratios,
             )
     return found

@@ -30,7 +30,7 @@ from lensbench.measures.update.verdict import (
     measured,
 )
 
-NOT_RUN = "This run has no update decomposition."
+NOT_RUN = "The update decomposition was not measured."
 
 
 def sentence(
@@ -56,6 +56,19 @@ def sentence(
         what_would_help(facts, found),
     ]
     return f"{'; '.join(clause for clause in clauses if clause)}."
+
+
+def update_rule_in_words(rule: UpdateRule) -> str:
+    """The rule in one sentence."""
+    return (
+        f"{REPRESENTED} where more than {rule.changing:.0%} of the blocks whose losses fall keep less than {rule.changed:g} "
+        f"of the earlier reading, by S and by clarity; {MIXED} where fewer do, where every block keeps less than "
+        f"{rule.kept:g}, or where the share that is added in place lies between {rule.carried:g} and {rule.added:g}; "
+        f"{CARRIED} where it lies below, {ADDED} where it lies above, clarity is above {rule.clear:g}, and readable gain "
+        f"is above {rule.readable:g} or news are above {rule.news:g}; shares need {rule.fewest_pairs} pairs of layers, "
+        f"and {rule.smallest_share:.0%} of them, that pass the gates; {UNDETERMINED} where an interval leaves more than one "
+        "answer, or seeds differ."
+    )
 
 
 # Numbers

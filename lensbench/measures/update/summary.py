@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lensbench.measures.means import Estimate
 from lensbench.measures.update.decomposition import Decomposition, spread_by_refits
-from lensbench.measures.update.gates import REASONS
+from lensbench.measures.update.gates import LARGEST_BASELINE, REASONS
 from lensbench.measures.update.quantities import Quantities
 from lensbench.statistics import Array, few_clusters, small_sample_interval, too_few_clusters
 
@@ -133,7 +133,7 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
     if not reason:
         mean = _mean_carried(found, passed)
         carried = _of(found, mean)
-        in_place = _of(found, lambda q: 1 - mean(q))
+        in_place = _of(found, _in_place(mean))
     plain = {name: _of(found, _plain_mean(name, pairs)) for name in ("clarity", "persistence", "kept_low", "kept_high")}
     layers = np.unique(found.pairs[0][pairs])
     return {
@@ -161,17 +161,29 @@ def _mean_carried(found: Decomposition, pairs: NDArray[np.bool_]) -> Callable[[Q
     return mean
 
 
-def ungated_in_place(found: Decomposition) -> dict[str, Estimate]:
-    """What is added in place over all pairs, gates or not: what a null without a gain has to say."""
+LOSSES_ASIDE = "in_place_losses_aside"
+"""The index of :func:`in_place_losses_aside`, without a suffix"""
+
+
+def in_place_losses_aside(found: Decomposition) -> dict[str, Estimate]:
+    """What is added in place, whether losses fall or not: what a null without a gain has to say.
+
+    Over the pairs that have room and keep the signal, by point estimates.
+    """
     estimates = {}
+    point = found.point
+    kept = (1 - point.room <= LARGEST_BASELINE) & (point.persistence > 2 * found.chance.persistence)
     for suffix, first in (("", 0), (WITHOUT_LAYER_0, 1)):
-        pairs = np.array([found.layers[i] >= first for i in found.pairs[0]])
-        one = _without("undetermined: one layer is left")
+        pairs = kept & np.array([found.layers[i] >= first for i in found.pairs[0]])
+        one = _without("undetermined: no pair of layers has room and keeps the signal")
         if pairs.any():
-            mean = _mean_carried(found, pairs)
-            one = _of(found, lambda q, mean=mean: 1 - mean(q))  # type: ignore[misc]
-        estimates[f"in_place{suffix}"] = one.estimate
+            one = _of(found, _in_place(_mean_carried(found, pairs)))
+        estimates[LOSSES_ASIDE + suffix] = one.estimate
     return estimates
+
+
+def _in_place(mean: Callable[[Quantities], Array]) -> Callable[[Quantities], Array]:
+    return lambda q: 1 - mean(q)
 
 
 NAMES = (
