@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,8 +67,13 @@ def small_sample_interval(value: Array, draws: Array, clusters: float) -> tuple[
     """
     with np.errstate(invalid="ignore"):  # infinite draws have no interval
         low, high = interval(draws)
-    reach = stats.t.ppf(0.975, clusters - 1) / stats.norm.ppf(0.975) * (clusters / (clusters - 1)) ** 0.5
+    reach = _reach(clusters)
     return value + reach * (low - value), value + reach * (high - value)
+
+
+@cache
+def _reach(clusters: float) -> float:
+    return float(stats.t.ppf(0.975, clusters - 1) / stats.norm.ppf(0.975) * (clusters / (clusters - 1)) ** 0.5)
 
 
 def ratio_with_interval(sums: Array, per: Array, weights: Array) -> tuple[Array, Array, Array]:

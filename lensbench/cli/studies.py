@@ -1,11 +1,20 @@
 """Studies that need no suite: calibration, tasks in context, regression in context."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from lensbench.cli.app import Debug, Device, Out, answerable, app, console, run_folder
+from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import Bars
+
+
+class Only(StrEnum):
+    """Sets of families of a calibration of the update decomposition."""
+
+    tune = "tune"
+    held_out = "held_out"
 
 
 @app.command()
@@ -16,19 +25,33 @@ def calibrate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Streams at once; default: one per core.", show_default=False)
     ] = None,
+    only: Annotated[
+        Only | None, typer.Option(help="One set of families of update-calibration; default: both.", show_default=False)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
+    from lensbench.report.calibration_tables import update_calibration_tables
     from lensbench.report.study_tables import calibration_table
-    from lensbench.run.studies import calibration_study
-    from lensbench.studies.calibration import default_workers
+    from lensbench.run.studies import calibration_study, update_calibration_study
+    from lensbench.studies.calibration import Calibration, default_workers
     from lensbench.suite.files import load_calibration
 
     chosen = load_calibration(name)
-    folder = run_folder(out, chosen.name)
-    with Bars() as bars:
-        _, summary = calibration_study(chosen, folder, workers=workers or default_workers(), progress=bars)
-    console.print(calibration_table(summary))
+    folder, workers = run_folder(out, chosen.name), workers or default_workers()
+    if isinstance(chosen, Calibration):
+        if only is not None:
+            raise LensbenchError(f"--only is for update-calibration; {chosen.name} measures both sets of families")
+        with Bars() as bars:
+            _, summary = calibration_study(chosen, folder, workers=workers, progress=bars)
+        tables = [calibration_table(summary)]
+    else:
+        groups = ("tune", "held_out") if only is None else (only.value,)
+        with Bars() as bars:
+            written = update_calibration_study(chosen, folder, workers=workers, groups=groups, progress=bars)
+        tables = update_calibration_tables(written)
+    for table in tables:
+        console.print(table)
     console.print(f"Tables: {folder}", highlight=False)
 
 

@@ -16,6 +16,7 @@ from lensbench.studies.calibration import Calibration, run_calibration
 from lensbench.studies.curves import ALL, names_of
 from lensbench.studies.in_context import TABLE, InContext, run_in_context
 from lensbench.studies.regression import RegressionRecipe, run_regression
+from lensbench.studies.update_calibration import Group, UpdateCalibration, run_update_calibration
 
 
 def code_facts() -> dict[str, Any]:
@@ -46,3 +47,10 @@ def calibration_study(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Streams and summary of :func:`lensbench.studies.calibration.run_calibration`."""
     return run_calibration(recipe, folder, workers=workers, code=code_facts(), progress=progress)
+
+
+def update_calibration_study(
+    recipe: UpdateCalibration, folder: Path, *, workers: int, groups: tuple[Group, ...], progress: Progress = QUIET
+) -> dict[str, pd.DataFrame]:
+    """The tables of :func:`lensbench.studies.update_calibration.run_update_calibration`."""
+    return run_update_calibration(recipe, folder, workers=workers, groups=groups, code=code_facts(), progress=progress)

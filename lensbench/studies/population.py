@@ -18,7 +18,7 @@ from lensbench.studies.channels import Channel
 from lensbench.studies.held_out import HeldOutStream, Parts
 from lensbench.studies.synthetic import STREAM_FAMILIES, SyntheticStream
 
-METRIC_TOKENS, METRIC_BLOCK = 65_536, 8192
+METRIC_TOKENS, METRIC_BLOCK = 65_536, 2048
 """Final states whose predictions the metric is a mean of, and how many are drawn at once"""
 
 

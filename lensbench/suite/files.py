@@ -16,6 +16,7 @@ from lensbench.runtime.texts import decode, read_bytes
 from lensbench.studies.calibration import Calibration
 from lensbench.studies.in_context import InContext
 from lensbench.studies.regression import RegressionRecipe
+from lensbench.studies.update_calibration import UpdateCalibration
 from lensbench.suite.recipes import Suite
 from lensbench.suite.sweep import Sweep
 
@@ -186,10 +187,12 @@ def load_regression(name: str) -> RegressionRecipe:
     return validated(RegressionRecipe, file, content)
 
 
-def load_calibration(name: str) -> Calibration:
-    """A calibration by name or path."""
+def load_calibration(name: str) -> Calibration | UpdateCalibration:
+    """A calibration by name or path: of the update decomposition where it says how often readable gain is measured."""
     file, content = read_toml(name)
     expect(file, name, content, "calibrate")
+    if "readable_every" in content:
+        return validated(UpdateCalibration, file, content)
     return validated(Calibration, file, content)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -357,8 +358,14 @@ def spread_by_refits(draws: Array, refits: Array | None, seed: Sequence[int]) ->
     """Draws ``[draws, ...]`` with the spread of refits ``[R, ...]`` in them, as a Student-t deviation for each."""
     if refits is None or len(refits) < 2:
         return draws
-    rng = np.random.default_rng(list(seed))
-    deviation = stats.t.ppf(rng.uniform(size=len(draws)), len(refits) - 1)
+    deviation = _deviations(len(draws), len(refits), tuple(seed))
     spread = refits.std(0, ddof=1)
     result: Array = draws + deviation.reshape(-1, *[1] * (draws.ndim - 1)) * spread
     return result
+
+
+@lru_cache(maxsize=8)
+def _deviations(draws: int, refits: int, seed: tuple[int, ...]) -> Array:
+    """Student's t of ``refits`` - 1 degrees of freedom, ``[draws]``: the same for every quantity of a model."""
+    made: Array = stats.t.ppf(np.random.default_rng(list(seed)).uniform(size=draws), refits - 1)
+    return made
