@@ -15,7 +15,7 @@ from lensbench.report.page import page
 from lensbench.report.terminal import print_run
 from lensbench.report.verdicts import rule_of, statements
 from lensbench.results.folder import read_run
-from lensbench.results.tables import span_of
+from lensbench.results.verdicts import span_of
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.results
@@ -31,22 +31,24 @@ def committed(name):
 
 
 def answers(run):
-    """(model, scope) -> the answer of verdicts.csv."""
+    """(model, scope) -> the answer of verdicts.csv about lenses held fixed."""
     table = shown_seeds(run.tables["verdicts.csv"])
-    return {(row["model"], row["scope"]): row["verdict"] for _, row in table.iterrows()}
+    return {(row["model"], row["scope"]): row["fixed_lens_verdict"] for _, row in table.iterrows()}
 
 
 def said_by_the_terminal(run):
     printed = io.StringIO()
     print_run(run, Console(file=printed, width=2000))
-    lines = re.findall(r"^(\S+) \((all layers|without layer 0)\): ([a-z -]+)\. (.*)$", printed.getvalue(), re.M)
+    lines = re.findall(
+        r"^(\S+) \((all layers|without layer 0), lenses held fixed\): ([a-z -]+)\. (.*)$", printed.getvalue(), re.M
+    )
     return {(model, scope): (answer, reasons) for model, scope, answer, reasons in lines}
 
 
 def said_by_the_page(run):
     verdicts = r"<li><strong>(\S+)</strong>(?: \(by construction: [^)]*\))?\s*<ul>(.*?)</ul>"
     items = re.findall(verdicts, page([run]), re.S)
-    item = re.compile(r"<li>([^:]*): <span class=verdict>([^<]*)</span>\. (.*?)</li>")
+    item = re.compile(r"<li>([^:,]*), lenses held fixed: <span class=verdict>([^<]*)</span>\. (.*?)</li>")
     return {
         (html.unescape(model), scope): (answer, html.unescape(reasons))
         for model, content in items
@@ -70,7 +72,7 @@ def test_terminal_and_page_say_the_verdict_of_the_table_and_no_other(name):
 def test_the_rule_in_the_manifest_gives_the_verdicts_of_the_table(name):
     """So what a statement says of thresholds is what decided."""
     run = committed(name)
-    table = run.tables["verdicts.csv"].set_index(["model", "seed", "scope"])["verdict"]
+    table = run.tables["verdicts.csv"].set_index(["model", "seed", "scope"])["fixed_lens_verdict"]
     indices = run.tables["indices.csv"]
     for (model, seed), rows in indices[indices["seed"] != "all"].groupby(["model", "seed"], sort=False):
         indexed = rows.set_index("index")

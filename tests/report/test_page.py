@@ -67,7 +67,8 @@ def test_verdicts_settings_and_commands_are_told(vision):
     manifest = json.loads((RESULTS / "vision" / "manifest.json").read_text())
     assert "Do lenses transfer between the layers of image models" in vision
     assert re.search(
-        r"<strong>vit</strong>\s*<ul>\s*<li>all layers: <span class=verdict>refinement</span>\. Gain", vision
+        r"<strong>vit</strong>\s*<ul>\s*<li>all layers, lenses held fixed: <span class=verdict>refinement</span>\. Gain",
+        vision,
     )
     assert f"git checkout {manifest['git_revision']}" in vision
     assert "lensbench run vision" in vision

@@ -149,7 +149,7 @@ def test_a_model_at_its_initial_weights_has_nothing_to_compare(tables):
     assert rows["value"].isna().all()
     assert rows["reason"].str.contains("undefined").all()
     verdicts = tables["verdicts.csv"]
-    assert set(verdicts.loc[verdicts["model"] == "gpt-untrained", "verdict"]) == {"cannot tell"}
+    assert set(verdicts.loc[verdicts["model"] == "gpt-untrained", "fixed_lens_verdict"]) == {"cannot tell"}
 
 
 def test_nothing_moves_under_fixed_lenses_of_a_partitioned_stream(tables):
@@ -173,7 +173,7 @@ def test_probes_have_a_row_per_seed_and_one_for_all(tables):
     reasons = probes[(probes["model"] == "gpt-conv+rotated") & probes["value"].isna()]
     assert set(reasons["quantity"]) >= {"gradient_alignment", "block_paths"}
     assert reasons["reason"].notna().all()
-    verdicts = tables["verdicts.csv"].set_index(["model", "scope", "seed"])["verdict"]
+    verdicts = tables["verdicts.csv"].set_index(["model", "scope", "seed"])["fixed_lens_verdict"]
     assert verdicts["gpt-partitioned", "all layers", "all"] == "carry-along"
     carried = probes[(probes["model"] == "gpt-partitioned") & (probes["quantity"] == "carried_share")]
     assert len(carried) == 9

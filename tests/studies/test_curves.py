@@ -171,7 +171,8 @@ def test_the_last_point_of_a_curve_is_the_model_that_the_lenses_read(curve_run):
 
 @pytest.mark.run
 @pytest.mark.parametrize(
-    ("column", "said"), [("reason", "reproduced but for a largest absolute difference"), ("verdict", "other verdicts")]
+    ("column", "said"),
+    [("sentence", "reproduced but for a largest absolute difference"), ("verdict", "other verdicts")],
 )
 def test_tables_of_words_that_differ_are_compared_too(curve_run, tmp_path, column, said):
     folder, _, _ = curve_run
