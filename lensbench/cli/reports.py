@@ -41,11 +41,39 @@ def figures(
 
 @app.command()
 @answerable
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    to: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of its light form; an earlier one is replaced.")],
+    figure: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw this figure into FOLDER/figures; repeat it. Default: none.", show_default=False),
+    ] = None,
+    groups: Annotated[
+        int | None,
+        typer.Option(help="Join more clusters than this at random. Default: as the run.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the light form of a run: tables, sums by cluster, manifest. Other commands read it as they read a run."""
+    from lensbench.report.export import export_run
+
+    for path in export_run(folder, to, figures=figure or [], groups=groups):
+        console.print(f"removed: {path}", highlight=False, markup=False)
+    size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
+    console.print(f"{to}: {size / 1e6:.2f} MB", highlight=False, markup=False)
+
+
+@app.command()
+@answerable
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; the first is what the others are held against.")],
     out: Annotated[Path | None, typer.Option(help="Write the tidy table here as CSV.", show_default=False)] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Draw the figures of all models together into this folder.", show_default=False)
+    ] = None,
+    figure: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw this figure alone; repeat it for several. Default: all.", show_default=False),
     ] = None,
     rule: Annotated[
         str | None,
@@ -72,7 +100,7 @@ def compare(
     if figures is not None:
         from lensbench.report.figures.draw import draw_figures
 
-        draw_figures(together(comparison.runs), figures)
+        draw_figures(together(comparison.runs), figures, names=figure)
     print_comparison(comparison, console)
 
 

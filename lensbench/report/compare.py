@@ -30,7 +30,7 @@ from lensbench.measures.verdict import VerdictRule
 from lensbench.report.probe_versions import of_one_version
 from lensbench.report.updates import Found, indices_of_none, not_measured, updates_of
 from lensbench.report.verdicts import judged, rule_of
-from lensbench.results.folder import SEQUENCES, Run, read_run
+from lensbench.results.folder import Run, read_run
 from lensbench.results.manifest import Manifest
 from lensbench.results.schema import MEASURED_TIME, SCHEMA
 from lensbench.results.sums import ClusterSums, by_document, clustered
@@ -233,15 +233,15 @@ def difference_of_measure(a: Manifest, b: Manifest) -> str:
 
 def compared_models(run: Run, group: int) -> list[ComparedModel]:
     """Every model and seed of a run; raises :class:`LensbenchError` where its sums are damaged."""
-    sequences, draws = run.sequences(), run.manifest.suite.evaluate.draws
+    sums, draws = run.sums(), run.manifest.suite.evaluate.draws
     found, updates = [], updates_of(run)
     try:
-        for key, rows in sequences.groupby(["model", "seed"], observed=True, sort=False):
+        for key, rows in sums.groupby(["model", "seed"], observed=True, sort=False):
             model, seed = cast(tuple[str, int], key)
             of_updates = updates.get((str(model), int(seed)), not_measured())
             found.append(compared_model(run, group, str(model), int(seed), clustered(rows), draws, of_updates))
     except (KeyError, ValueError) as error:
-        raise LensbenchError(f"{run.folder / SEQUENCES} is damaged: {error}") from error
+        raise LensbenchError(f"the sums by cluster of {run.folder} are damaged: {error}") from error
     return found
 
 
@@ -456,7 +456,7 @@ def reproduction(reference: Run, run: Run) -> str:
     if a.models != b.models:
         return f"{who}: same settings, but {', '.join(a.models)} there and {', '.join(b.models)} here"
     alike = [name for name in SCHEMA if name not in MEASURED_TIME]
-    changed = [name for name in alike if a.files.get(name) != b.files.get(name)]
+    changed = [name for name in alike if a.checksums.get(name) != b.checksums.get(name)]
     if not changed:
         return f"{who}: identical, every CSV byte for byte"
     return f"{who}: {largest_difference(reference, run, changed)}"

@@ -26,7 +26,7 @@ from lensbench.report.render import render
 from lensbench.report.svg import heatmap, kl_curves, ruler
 from lensbench.report.terminal import doubts
 from lensbench.report.verdicts import Statement, UpdateStatement, rule_of, statements, update_statements
-from lensbench.results.folder import Run, read_run
+from lensbench.results.folder import PACKED, Run, read_run, table_bytes, table_file
 from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.results.schema import SCHEMA, unit
 from lensbench.runtime.files import write_atomically
@@ -112,7 +112,7 @@ def run_section(run: Run, place: int, names: dict[str, str]) -> Markup:
     cells, lines = mean_cells(run.tables["transfer.csv"]), lens_frame(run)
     off = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
     top = max(float(np.percentile(off.clip(lower=0), 95)), 1e-3)
-    further = [name for name in SCHEMA if name not in SHOWN_TABLES and (run.folder / name).is_file()]
+    further = [found for name in SCHEMA if name not in SHOWN_TABLES and (found := table_file(run.folder, name))]
     return render(
         "run.html",
         place=place,
@@ -124,7 +124,7 @@ def run_section(run: Run, place: int, names: dict[str, str]) -> Markup:
         maps=[heatmap(cells[cells["model"] == model], name, top, per) for model, name in names.items()],
         curves=[kl_curves(lines[lines["model"] == model], name, per) for model, name in names.items()],
         tables=[table_html(run, name, place) for name in SHOWN_TABLES],
-        links=[csv_link(run.folder / name) for name in further],
+        links=[csv_link(path) for path in further],
         rule=rule_in_words(rule_of(run)),
         update_rule=update_rule_in_words(rule_of(run).update),
         again=again(manifest),
@@ -157,16 +157,16 @@ class TableCell:
 
 
 def csv_link(path: Path) -> Markup:
-    """A link to a table that the page holds; of a large one its name and size."""
-    raw = path.read_bytes()
+    """A link to a table that the page holds; of a large one its name and size. ``path``: its file, packed or not."""
+    raw = table_bytes(path)
     data = None if len(raw) > LARGEST_CSV else base64.b64encode(raw).decode()
-    return render("csv_link.html", name=path.name, data=data, megabytes=len(raw) / 1e6)
+    return render("csv_link.html", name=path.name.removesuffix(PACKED), data=data, megabytes=len(raw) / 1e6)
 
 
 def table_html(run: Run, name: str, place: int) -> Markup:
     """A sortable table with a link to its CSV: rows over seeds where there are, else each; empty for a missing table."""
-    table = run.tables[name]
-    if table.empty or not (run.folder / name).is_file():
+    table, path = run.tables[name], table_file(run.folder, name)
+    if table.empty or path is None:
         return Markup()
     rows = shown_seeds(table) if {"model", "seed"} <= set(table) and name != "models.csv" else table
     shown = rows.head(MOST_ROWS).dropna(axis=1, how="all")
@@ -176,7 +176,7 @@ def table_html(run: Run, name: str, place: int) -> Markup:
         name=name,
         cut=MOST_ROWS if len(rows) > MOST_ROWS else None,
         opened=name in ("models.csv", "verdicts.csv"),
-        link=csv_link(run.folder / name),
+        link=csv_link(path),
         columns=list(shown),
         rows=[
             [table_cell(column, value) for column, value in zip(shown, row, strict=True)]

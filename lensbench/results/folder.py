@@ -1,7 +1,9 @@
 """The run folder: tables in and out, checked, and the lock that one run holds on it."""
 
 import contextlib
+import gzip
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -139,7 +141,21 @@ def owner_of(folder: Path) -> str | None:
     return None
 
 
+SUMS = "cluster_sums.parquet"
+"""The sums by cluster that comparisons read"""
+
+
 SEQUENCES = "per_sequence.parquet"
+"""All sums by sequence: where a suite asks for them, and in runs of earlier versions"""
+
+
+DIGITS = 9
+"""Digits of a number in a table: all that a float32 has"""
+
+
+def digits(value: float) -> str:
+    """A number as tables have it: :data:`DIGITS` digits, or all of a whole number."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.{DIGITS}g}"
 
 
 def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
@@ -148,14 +164,27 @@ def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
     unknown = set(table.columns) ^ set(columns)
     if unknown:
         raise ValueError(f"{name}: columns differ from the schema: {sorted(unknown)}")
-    write_atomically(folder / name, lambda path: table[columns].to_csv(path, index=False, lineterminator="\n"))
+    text = TEXT_COLUMNS | TEXT_COLUMNS_OF.get(name, set())
+    # Columns of numbers and gaps may be objects, which to_csv writes as they are.
+    numbers = {c: pd.to_numeric(table[c]) for c in columns if c not in text and table[c].dtype == object}
+    write = partial(table.assign(**numbers)[columns].to_csv, index=False, lineterminator="\n", float_format=digits)
+    write_atomically(folder / name, write)
 
 
 def write_sequences(path: Path, sequences: pd.DataFrame) -> None:
-    """``per_sequence.parquet``, small enough to be committed: sums are floats, everything else repeats itself."""
-    sums = ["kl", "ce", "movement", "top1"]
-    layout = {"use_byte_stream_split": sums, "use_dictionary": [c for c in sequences.columns if c not in sums]}
-    write = partial(sequences.to_parquet, index=False, compression="zstd", compression_level=15, **layout)
+    """Sums by sequence, as a file: sums are floats, everything else repeats itself."""
+    write_floats(path, sequences, ["kl", "ce", "movement", "top1"])
+
+
+def write_sums(path: Path, sums: pd.DataFrame) -> None:
+    """``cluster_sums.parquet`` from :func:`lensbench.results.sums.compared_sums`."""
+    write_floats(path, sums.rename(columns={"document": "cluster"}), ["kl", "ce", "movement"])
+
+
+def write_floats(path: Path, table: pd.DataFrame, floats: list[str]) -> None:
+    """A Parquet file of columns of ``floats``, which share their bytes' places, and others, which repeat themselves."""
+    layout = {"use_byte_stream_split": floats, "use_dictionary": [c for c in table.columns if c not in floats]}
+    write = partial(table.to_parquet, index=False, compression="zstd", compression_level=19, **layout)
     write_atomically(path, write)
 
 
@@ -164,21 +193,36 @@ UPDATE_DRAWS = "update_draws.parquet"
 
 def write_update_draws(path: Path, draws: pd.DataFrame) -> None:
     """``update_draws.parquet``: columns model, seed, index, value; a model's draws of an index in their order."""
-    write = partial(draws.to_parquet, index=False, compression="zstd", compression_level=15)
-    write_atomically(path, write)
+    write_floats(path, draws, ["value"])
+
+
+PACKED = ".gz"
+"""What the name of a packed table ends with"""
+
+
+def table_file(folder: Path, name: str) -> Path | None:
+    """The file of a table: ``NAME.csv``, or packed as ``NAME.csv.gz``; None where there is neither."""
+    return next((path for path in (folder / name, folder / f"{name}{PACKED}") if path.is_file()), None)
+
+
+def table_bytes(path: Path) -> bytes:
+    """The CSV of a table's file, packed or not."""
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == PACKED else content
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV of a run folder; raises :class:`LensbenchError` where it is missing, unreadable or not what its name says."""
-    if not path.is_file():
+    found = table_file(path.parent, path.name)
+    if found is None:
         raise LensbenchError(f"{path.parent} has no {path.name}: not a finished run of lensbench")
     text = TEXT_COLUMNS | TEXT_COLUMNS_OF.get(path.name, set())
     try:
         table = pd.read_csv(
-            path, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype=dict.fromkeys(text, str)
+            found, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype=dict.fromkeys(text, str)
         )
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError, EOFError, zlib.error, pd.errors.ParserError) as error:
+        raise LensbenchError(f"{found} is damaged: {str(error).splitlines()[0]}") from error
     if path.name == "verdicts.csv":
         table = as_now(table)
     for column in ADDED_COLUMNS.get(path.name, ()):
@@ -202,13 +246,15 @@ class Run:
     manifest: Manifest
     tables: dict[str, pd.DataFrame]
 
-    def sequences(self) -> pd.DataFrame:
-        """``per_sequence.parquet``: the sums that every number of the run is made of."""
-        path = self.folder / SEQUENCES
-        if not path.is_file():
-            raise LensbenchError(f"{self.folder} has no {SEQUENCES}: its runs cannot be compared sequence by sequence")
+    def sums(self) -> pd.DataFrame:
+        """The sums that comparisons read: of ``cluster_sums.parquet``, or by sequence in runs of earlier versions."""
+        path = next((p for p in (self.folder / SUMS, self.folder / SEQUENCES) if p.is_file()), None)
+        if path is None:
+            raise LensbenchError(
+                f"{self.folder} has no {SUMS}: `lensbench run` with the same suite writes it from the finished stages"
+            )
         try:
-            return pd.read_parquet(path)
+            return pd.read_parquet(path).rename(columns={"cluster": "document"})
         except (OSError, ValueError) as error:
             raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
@@ -237,10 +283,10 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
                 raise LensbenchError(f"{folder} is not complete: {name} is missing")
             if sha256(folder / name) != checksum:
                 raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
-    known = set(SCHEMA) if manifest is None else set(manifest.files)
+    known = set(SCHEMA) if manifest is None else {name.removesuffix(PACKED) for name in manifest.files}
     tables = {
         name: no_rows(name)
-        if name in ADDED and not (name in known and (folder / name).exists())
+        if name in ADDED and not (name in known and table_file(folder, name))
         else read_table(folder / name)
         for name in SCHEMA
     }

@@ -76,6 +76,15 @@ class ScoredCounts(_Facts):
     documents: int = 0
 
 
+class ExportFacts(_Facts):
+    """What a light folder holds of the run that it was made of."""
+
+    tables: dict[str, str]
+    """SHA-256 of each CSV, before some were packed"""
+    sums: str
+    """What the sums by cluster were made of"""
+
+
 class Manifest(_Facts):
     """Everything needed to run a run again, and to tell whether two runs measure the same thing."""
 
@@ -101,6 +110,8 @@ class Manifest(_Facts):
     """Models of earlier commands that could not be read: name -> reason"""
     files: dict[str, str]
     """Files of the run folder and their SHA-256 (hex)"""
+    exported: ExportFacts | None = None
+    """Of a folder that `lensbench export` wrote"""
     figures: list[str] = []
     seconds: dict[str, float] = {}
     """What each stage took"""
@@ -112,6 +123,11 @@ class Manifest(_Facts):
     precision: dict[str, Any] | None = None
     sweep: dict[str, Any] | None = None
     """Of a sweep's folder: its trials"""
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of every CSV, packed or not, and of the other files."""
+        return {**self.files, **({} if self.exported is None else self.exported.tables)}
 
     @classmethod
     def of_tables(cls, folder: Path, models: list[str]) -> "Manifest":

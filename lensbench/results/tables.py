@@ -215,18 +215,6 @@ def landmark_rows(updates: UpdateResult, rule: VerdictRule) -> Iterator[dict[str
             yield row | {"reason": "; ".join(said for said in (reason, found.note) if said)}
 
 
-def update_draws(parts: list[Part]) -> pd.DataFrame:
-    """The draws of the update decomposition's indices, of all models and seeds: model, seed, index, value."""
-    frames = [
-        pd.DataFrame({"model": part.model, "seed": part.seed, "index": name, "value": np.asarray(values, np.float32)})
-        for part in parts
-        if part.updates is not None
-        for name, values in part.updates.draws.items()
-        if INDICES[name].shown is not None
-    ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["model", "seed", "index", "value"])
-
-
 def model_row(part: Part, sample: Sample) -> dict[str, Any]:
     """``models.csv`` of one model and seed."""
     sums = sample.sums

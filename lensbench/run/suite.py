@@ -10,13 +10,14 @@ import pandas as pd
 import torch
 
 from lensbench.errors import LensbenchError
-from lensbench.lenses.lens import tolerance_in
 from lensbench.models.pretrained import locate, without_progress_bars
 from lensbench.report.figures.draw import draw_figures
 from lensbench.report.page import PAGE, write_page
 from lensbench.results import tables
+from lensbench.results.draws import update_draws
 from lensbench.results.folder import (
     SEQUENCES,
+    SUMS,
     UPDATE_DRAWS,
     Run,
     claimed,
@@ -24,12 +25,13 @@ from lensbench.results.folder import (
     read_run,
     read_table,
     write_sequences,
+    write_sums,
     write_table,
     write_update_draws,
 )
 from lensbench.results.manifest import Manifest, write_manifest
 from lensbench.results.schema import SCHEMA, no_rows
-from lensbench.results.sums import joined_clusters, summed_by_cluster
+from lensbench.results.sums import compared_sums, joined_clusters, summed_by_cluster
 from lensbench.results.tables import Part
 from lensbench.run.baselines import baselines
 from lensbench.run.beginnings import beginning_facts
@@ -62,6 +64,8 @@ class MeasuredModel:
     parts: list[Part]
     points: list[CurvePoint]
     """Of its learning curve"""
+    scores: list[Path]
+    """Files of its sums by sequence, one for each seed"""
 
 
 def run_suite(
@@ -198,7 +202,7 @@ def refuse_losing(context: Context, unread: dict[str, str], kept: Sequence[str])
 
 def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
     """One model over its seeds: trained, fitted, scored and probed."""
-    suite, parts = context.suite, []
+    suite, parts, scores = context.suite, [], []
     seeds = suite.seeds_of(model)
     points = [point for seed in seeds for point in learning_curve(context, model, seed)]
     for seed in seeds:
@@ -209,10 +213,11 @@ def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
         part = Part.load(
             model.name, seed, fitted.folder, scored.folder, {**facts, **begins}, found, suite.known(model), updates
         )
-        parts.append(by_cluster(part, suite.evaluate.groups) if suite.evaluate.sums == "cluster" else part)
+        parts.append(by_cluster(part, suite.evaluate.groups))
+        scores.append(scored.folder / "sequences.parquet")
     if not seeds:
         context.progress.say(f"{model.name}: not run at this seed, its suite says")
-    return MeasuredModel(model, parts, points)
+    return MeasuredModel(model, parts, points, scores)
 
 
 def by_cluster(part: Part, groups: int | None) -> Part:
@@ -244,8 +249,8 @@ def write_run(
         drawn = draw_figures(Run(folder, bare, tables_now), folder / "figures")
         seconds["figures"] = round(time.perf_counter() - start, 2)
         task.update(2)
-    files = [*(name for name in SCHEMA if name in written), SEQUENCES]
-    files += [UPDATE_DRAWS] if (folder / UPDATE_DRAWS).is_file() else []
+    files = [*(name for name in SCHEMA if name in written), SUMS]
+    files += [name for name in (SEQUENCES, UPDATE_DRAWS) if (folder / name).is_file()]
     models = [m.model for m in measured]
     weights = {f"{part.model}-seed{part.seed}": part.facts["weights"] for m in measured for part in m.parts}
     manifest = describe(context, counted, models, files, [p.name for p in drawn], plans, left_out, weights)
@@ -256,7 +261,7 @@ def write_run(
 def write_tables(
     context: Context, measured: list[MeasuredModel], counted: dict[str, dict[str, Any]]
 ) -> dict[str, pd.DataFrame]:
-    """The run's tables by file name, written; and ``per_sequence.parquet``."""
+    """The run's tables by file name, written; and the sums and draws that comparisons read."""
     suite, folder = context.suite, context.folder
     parts = [part for m in measured for part in m.parts]
     points = [point for m in measured for point in m.points]
@@ -269,10 +274,12 @@ def write_tables(
         found["timings.csv"] = timing_table(points)
     for name, table in found.items():
         write_table(folder, name, table)
-    everything = pd.concat([part.sequences for part in parts], ignore_index=True)
-    if evaluate.sums == "cluster":
-        everything = everything[everything["lens"].map(tolerance_in).isna()]
-    write_sequences(folder / SEQUENCES, everything)
+    write_sums(folder / SUMS, compared_sums(pd.concat([part.sequences for part in parts], ignore_index=True)))
+    if evaluate.sums == "sequence":
+        whole = [pd.read_parquet(path) for m in measured for path in m.scores]
+        write_sequences(folder / SEQUENCES, pd.concat(whole, ignore_index=True))
+    else:
+        (folder / SEQUENCES).unlink(missing_ok=True)  # of an earlier run with other settings
     if any(part.updates is not None for part in parts):
-        write_update_draws(folder / UPDATE_DRAWS, tables.update_draws(parts))
+        write_update_draws(folder / UPDATE_DRAWS, update_draws(parts))
     return found

@@ -77,6 +77,10 @@ class ImageRecipe(_Strict):
         return self.channels or (1 if digits else 3), self.size or (8 if digits else 32)
 
 
+LARGEST_GROUPS = 128
+"""More clusters than this are joined, unless a suite says otherwise: a bootstrap of so many tells its interval to 6 %."""
+
+
 class EvaluateRecipe(_Strict):
     """What is scored, and how intervals are computed."""
 
@@ -103,23 +107,17 @@ class EvaluateRecipe(_Strict):
     max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
     draws: int = Field(2000, ge=100, description="bootstrap draws")
     sums: Literal["sequence", "cluster"] = Field(
-        "sequence",
-        description="what per_sequence.parquet has rows for: clusters are enough for every interval and every paired "
-        "difference, and a fraction of the size; the curve over tolerances is then left out",
+        "cluster",
+        description="cluster: cluster_sums.parquet holds what comparisons read; sequence: per_sequence.parquet next to it "
+        "holds every sum of every sequence",
     )
 
     groups: int | None = Field(
-        None,
+        LARGEST_GROUPS,
         ge=FEWEST_CLUSTERS,
-        description="with sums = cluster: more clusters than this are joined at random into so many, which keeps "
-        "per_sequence.parquet small and leaves intervals as they are but for what a bootstrap of fewer can tell",
+        description="more clusters than this are joined at random into so many, which keeps cluster_sums.parquet small "
+        "and leaves intervals as they are but for what a bootstrap of fewer can tell",
     )
-
-    @model_validator(mode="after")
-    def _of_clusters(self) -> "EvaluateRecipe":
-        if self.groups is not None and self.sums != "cluster":
-            raise ValueError("groups are of clusters: it needs sums = 'cluster'")
-        return self
 
     @property
     def scored(self) -> dict[str, Any]:
@@ -469,7 +467,7 @@ class Suite(_Strict):
         """What a manifest says of the suite; without curves or images it says the same as before there were any."""
         absent = {name for name in ("curve", "images") if getattr(self, name) is None}
         settings = self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
-        if self.evaluate.groups is None:
+        if self.evaluate.groups == LARGEST_GROUPS:
             del settings["evaluate"]["groups"]
         return settings
 

@@ -50,7 +50,7 @@ def test_a_run_folder_holds_every_table_with_its_schema(tiny_run):
 
 def test_the_tables_are_sums_of_the_sequences(tiny_run):
     finished = read_run(tiny_run)
-    sequences = finished.sequences()
+    sequences = pd.concat(map(pd.read_parquet, tiny_run.glob("stages/score-*/sequences.parquet")))
     transfer = finished.tables["transfer.csv"]
     tuned = sequences[sequences["lens"].isin(["tuned", "logit"]) & (sequences["prior"] != "zero")]
     sums = tuned.groupby(["model", "lens_layer", "layer"], observed=True)[["kl", "ce", "tokens"]].sum()

@@ -75,7 +75,7 @@ def test_a_kind_in_one_file_is_fitted_and_scored(toy_run):
     assert lens.reads == [[0], [1], [2]]
     assert len(lens.record.dev_kl) == 3
     assert f"{MEAN_SHIFT}.matrix" in load_file(stage / "maps.safetensors")
-    rows = pd.read_parquet(toy_run / "per_sequence.parquet").query("lens == 'mean_shift'")
+    rows = pd.read_parquet(toy_run / "stages" / "score-gpt-seed0" / "sequences.parquet").query("lens == 'mean_shift'")
     assert sorted(rows["layer"].unique()) == [0, 1, 2]
     assert (rows["lens_layer"] == rows["layer"]).all()
 

@@ -71,7 +71,7 @@ def plain_losses(root: Path, every_window: bool) -> dict[tuple[str, int], float]
 @pytest.mark.parametrize("setting", ["auto", "first"])
 def test_losses_are_those_of_a_plain_loop_with_the_token_in_its_windows(made, setting):
     expected = plain_losses(made, setting == "auto")
-    rows = pd.read_parquet(made / setting / "per_sequence.parquet")
+    rows = pd.read_parquet(made / setting / "stages" / "score-gemma-seed0" / "sequences.parquet")
     rows = rows[rows["lens"] == "model"]
     assert len(rows) > 20
     for row in rows.itertuples():

@@ -58,7 +58,7 @@ def test_a_killed_workers_task_is_retried_and_every_table_is_that_of_a_local_run
     assert "task-gpt-seed0: finished after" in output
     assert "train-gpt-seed0: reused" in output
     assert csv_bytes(out) == csv_bytes(tiny_run)
-    assert (out / folder.SEQUENCES).read_bytes() == (tiny_run / folder.SEQUENCES).read_bytes()
+    assert (out / folder.SUMS).read_bytes() == (tiny_run / folder.SUMS).read_bytes()
 
 
 def test_models_that_share_a_training_are_one_task_and_every_seed_is_its_own(tiny_suite, tmp_path):

@@ -23,7 +23,7 @@ from lensbench.lenses.maps import AffineMaps
 from lensbench.measures.transfer import transfer_sums
 from lensbench.models import training
 from lensbench.results import schema as results
-from lensbench.results.folder import SEQUENCES, read_run
+from lensbench.results.folder import SUMS, read_run
 from lensbench.runtime import memory
 from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
@@ -36,7 +36,7 @@ TABLES = list(results.WRITTEN)
 
 
 def same_tables(folder: Path, reference: Path) -> bool:
-    names = [*TABLES, SEQUENCES]
+    names = [*TABLES, SUMS]
     return all((folder / n).read_bytes() == (reference / n).read_bytes() for n in names)
 
 

@@ -25,16 +25,24 @@ for module in iter_modules(figures.__path__, f"{figures.__name__}."):
 
 
 def draw_figures(
-    run: Run, folder: Path, *, formats: Sequence[str] = ("png",), dpi: int = DPI, columns: int | None = None
+    run: Run,
+    folder: Path,
+    *,
+    formats: Sequence[str] = ("png",),
+    dpi: int = DPI,
+    columns: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write every figure that the tables of ``run`` allow into ``folder``; return the paths, in the order of names.
 
     ``formats``: of :data:`FORMATS`; ``dpi``: dots per inch of PNG; ``columns``: 1 or 2 columns of a paper that the figures
-    fit into, or None for a screen. All are drawn before the first is written.
+    fit into, or None for a screen. ``names``: the figures to draw; None: all. All are drawn before the first is written.
 
-    Raises :class:`LensbenchError` for an unknown format or size, and for a table that cannot be drawn: then the folder
-    stays as it was.
+    Raises :class:`LensbenchError` for an unknown format, size or name, and for a table that cannot be drawn: then the
+    folder stays as it was.
     """
+    if missing := [name for name in names or () if name not in FIGURES]:
+        raise LensbenchError(f"there is no figure {missing[0]!r}; figures are {', '.join(sorted(FIGURES))}")
     if unknown := [kind for kind in formats if kind not in FORMATS]:
         raise LensbenchError(f"unknown format {unknown[0]!r}; figures are {', '.join(FORMATS)}")
     if not LOWEST_DPI <= dpi <= HIGHEST_DPI:
@@ -42,7 +50,10 @@ def draw_figures(
     if columns not in SHEETS:
         raise LensbenchError(f"{columns} columns: figures are as wide as 1 or 2")
     with on_sheet(SHEETS[columns]), style():
-        drawn = {name: drawing for name, each in sorted(FIGURES.items()) if (drawing := each.of_run(run)) is not None}
+        asked = {name: each for name, each in sorted(FIGURES.items()) if names is None or name in names}
+        drawn = {name: drawing for name, each in asked.items() if (drawing := each.of_run(run)) is not None}
+        if empty := [name for name in names or () if name not in drawn]:
+            raise LensbenchError(f"{run.folder} has nothing to draw in figure {empty[0]!r}")
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for name, drawing in drawn.items():
