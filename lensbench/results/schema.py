@@ -248,8 +248,18 @@ in nats/token (of image models nats/image) unless a column says otherwise. A mea
 means over seeds with Student's t. `manifest.json` has the suite, seeds, versions, hardware, corpus checksum, code revision,
 and the SHA-256 of every table and of itself.
 
-Folders here are what `lensbench run SUITE`, `lensbench sweep`, `lensbench calibrate`, `lensbench in-context` and
-`lensbench regression` wrote, unedited; `speed/` is described in `benchmarks/README.md`.
+Folders here hold runs in the light form that `lensbench export` writes, and what `lensbench sweep`, `lensbench calibrate`,
+`lensbench in-context` and `lensbench regression` wrote, unedited; `speed/` is described in `benchmarks/README.md`. A light
+folder has every table, the long ones packed (`transfer.csv.gz`: pandas reads it by its name), and of the figures those that
+a text shows. `lensbench figures FOLDER --out OUT` draws all of them, `lensbench report FOLDER --out PAGE` makes the page,
+`lensbench compare` compares it as it compares the run. Numbers have nine digits.
+
+`cluster_sums.parquet` holds the sums that comparisons read, a row for each `model`, `seed`, `lens`, `lens_layer` (that it
+was fitted at), `layer` (that it reads), `stage`, `prior`, `view` (random basis; -1: none) and `cluster` of documents:
+`tokens`, `bytes`, and sums of `kl`, `ce` and `movement` in nats. They are rounded to steps that move a mean over N tokens by
+about 0.0003 / sqrt(N) nats. `update_draws.parquet` holds 500 bootstrap draws of each index of the update decomposition, in
+steps of at most a 64th of their spread. `exported` in the manifest has the SHA-256 of each CSV and says what the sums were
+made of.
 """
 
 
