@@ -104,8 +104,8 @@ def ruler_table(run: Run) -> Table:
         INDEX_OF["movement"]: INDICES[INDEX_OF["movement"]].label,
     }
     table = Table(
-        Column("model", no_wrap=True), "known by construction", *heads.values(), "verdict", "without layer 0",
-        "lenses held fixed", "without layer 0",
+        Column("model", no_wrap=True), "known by construction", *heads.values(), "verdict", "verdict without layer 0",
+        "of lenses held fixed", "of lenses held fixed, without layer 0",
         title="the ruler [95 % intervals]",
     )  # fmt: skip
     for model in dict.fromkeys(shown.index.get_level_values(0)):

@@ -45,12 +45,30 @@ class UpdateStatement:
 
 def update_statements(run: Run) -> list[UpdateStatement]:
     """What the update decomposition says of every model of a run, by model and scope; none where it was not measured."""
+    beside = run.tables["landmarks.csv"]
     return [
-        UpdateStatement(str(row["model"]), str(row["scope"]), row["verdict"], row["sentence"])
+        UpdateStatement(
+            str(row["model"]),
+            str(row["scope"]),
+            row["verdict"],
+            " ".join(filter(None, [row["sentence"], landmarks_in_words(beside, row["model"], row["scope"])])),
+        )
         for _, rows in shown_seeds(run.tables["verdicts.csv"]).groupby("model", sort=False)
         for _, row in rows.iterrows()
         if row["gate"] != NOT_MEASURED
     ]
+
+
+def landmarks_in_words(table: pd.DataFrame, model: str, scope: str) -> str:
+    """The verdicts on a model's landmarks, several where seeds differ; empty where it has none."""
+    rows = table[(table["model"] == model) & (table["index"] == "in_place" + SCOPES[scope])].dropna(subset=["verdict"])
+    said = []
+    for landmark, of_landmark in rows.groupby("landmark", sort=False):
+        texts = of_landmark["verdict"] + of_landmark["gate"].map(
+            lambda gate: f" ({gate})" if isinstance(gate, str) else ""
+        )
+        said.append(f"{landmark}, {' or '.join(dict.fromkeys(texts))}")
+    return f"The same rule on landmarks made of its own states: {'; '.join(said)}." if said else ""
 
 
 @dataclass(frozen=True)

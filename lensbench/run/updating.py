@@ -10,8 +10,18 @@ from lensbench.data.inputs import Data
 from lensbench.data.samples import Samples
 from lensbench.lenses.recipe import spread_layers
 from lensbench.measures.indices import seed_of_rotations
-from lensbench.measures.update import STEPS, Undefined, UpdateRecipe, UpdateResult, decompose, landmark_results
-from lensbench.report.formatting import number
+from lensbench.measures.update import (
+    STEPS,
+    Undefined,
+    UpdateRecipe,
+    UpdateResult,
+    UpdateRule,
+    decide_update,
+    decompose,
+    landmark_results,
+)
+from lensbench.measures.update.sentences import sentence
+from lensbench.measures.update.verdict import WITHOUT_FIRST
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
 from lensbench.run.fitting import random_bases
@@ -69,7 +79,7 @@ def updating(context: Context, model: ModelRecipe, seed: int) -> UpdateResult | 
         return None
     result = UpdateResult.load(stage.folder)
     if context.compute:
-        context.progress.say(f"update-{who}: {first_words(result)}")
+        context.progress.say(f"update-{who}: {first_words(result, context.suite.verdict.update)}")
     return result
 
 
@@ -127,17 +137,9 @@ def in_clusters(captured: Capture, samples: Samples) -> Capture:
     return replace(captured, document=cluster)
 
 
-def first_words(result: UpdateResult) -> str:
-    """The first numbers of a model in one line."""
-    found = result.estimates()
-    in_place, clarity = (found[f"{name}_without_layer0"] for name in ("in_place", "clarity"))
-    if in_place.value is None:
-        return in_place.reason
-    share = number(in_place.value)
-    if in_place.low is not None and in_place.high is not None:
-        share += f" [{number(in_place.low)}, {number(in_place.high)}]"
-    clear = "" if clarity.value is None else f"clarity {number(clarity.value)}; "
-    return (
-        f"from layer 1 on {share} of what later layers add shows in earlier lenses' readings; {clear}"
-        f"{found['pairs_passed_without_layer0'].reason} pass the gates"
-    )
+def first_words(result: UpdateResult, rule: UpdateRule) -> str:
+    """The verdict on a model from layer 1 on, in a sentence; what becomes of errors is not known yet."""
+    facts = result.facts(WITHOUT_FIRST)
+    found = decide_update(rule, facts)
+    said = sentence(rule, facts, found, null=result.null(WITHOUT_FIRST))
+    return f"{found.verdict}. {said}"

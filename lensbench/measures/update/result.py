@@ -12,6 +12,7 @@ from lensbench.measures.means import Estimate
 from lensbench.measures.update.decomposition import Decomposition, decompose
 from lensbench.measures.update.metric import MetricKind
 from lensbench.measures.update.summary import (
+    LOSSES_ASIDE,
     NAMES,
     WITHOUT_LAYER_0,
     block_rows,
@@ -100,6 +101,12 @@ class UpdateResult(BaseModel):
         of_refits = self.of_refits.get("in_place" + SUFFIXES[scope])
         indices = self.estimates()
         return UpdateFacts.of(scope, indices, self.pairs, self.blocks, of_refits=of_refits, reason=self.reason)
+
+    def null(self, scope: str) -> Estimate | None:
+        """What is added in place in the model's own states with shuffled updates; None where it is unknown."""
+        shuffled = self.landmarks.get("shuffled")
+        one = None if shuffled is None else shuffled.losses_aside.get(LOSSES_ASIDE + SUFFIXES[scope])
+        return None if one is None or one[0] is None else Estimate(*one)
 
     def beside(self, landmarks: dict[str, LandmarkResult]) -> "UpdateResult":
         """The same with landmarks."""

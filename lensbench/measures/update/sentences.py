@@ -78,7 +78,7 @@ def percent(one: Estimate) -> str:
         return "an unknown share"
     if one.low is None or one.high is None:
         return f"{_digits(100 * one.value, 0)} %"
-    digits = 0 if one.high - one.low >= 0.01 else 1
+    digits = 1 if 0 < one.high - one.low < 0.01 else 0
     low, value, high = (_digits(100 * x, digits) for x in (one.low, one.value, one.high))
     return f"{value} %" if low == value == high else f"{value} % [{low}, {high}]"
 
@@ -89,7 +89,7 @@ def share(one: Estimate) -> str:
         return "unknown"
     if one.low is None or one.high is None:
         return _digits(one.value, 2)
-    digits = 2 if one.high - one.low >= 0.01 else 3
+    digits = 3 if 0 < one.high - one.low < 0.01 else 2
     low, value, high = (_digits(x, digits) for x in (one.low, one.value, one.high))
     return value if low == value == high else f"{value} [{low}, {high}]"
 

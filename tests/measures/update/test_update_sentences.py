@@ -198,7 +198,7 @@ def test_every_sentence_is_one_line_that_says_what_was_found(scope, in_place, ga
         (Estimate(0.9812, 0.9793, 0.9831), "98.1 % [97.9, 98.3]", "0.981 [0.979, 0.983]"),
         (Estimate(-0.0001, -0.02, 0.02), "0 % [-2, 2]", "0.00 [-0.02, 0.02]"),
         (Estimate(0.99, None, None), "99 %", "0.99"),
-        (Estimate(1.0, 1.0, 1.0), "100.0 %", "1.000"),
+        (Estimate(1.0, 1.0, 1.0), "100 %", "1.00"),
     ],
 )
 def test_numbers_have_the_digits_that_their_interval_allows(one, as_percent, as_share):
