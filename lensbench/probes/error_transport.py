@@ -21,7 +21,7 @@ from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknif
 from lensbench.probes.tools.heads import EAGER, check_heads, sets_attention
 from lensbench.probes.tools.predictions import RANK, Constant, Directions, PredictionBatch, after, batches
 from lensbench.probes.tools.transport import Scores, score_layer
-from lensbench.statistics import Array, effective_clusters, few_clusters, jackknife, leaving_one_out
+from lensbench.statistics import Array, effective_clusters, few_clusters, jackknife
 
 FIRST = 2
 """First position that is used"""
@@ -69,6 +69,9 @@ def error_transport(subject: Subject) -> Jackknifed:
     least in :data:`RANK`. Heads are kept at evenly spread positions, as many as memory allows, since neighbours mix nearly
     the same; the sums are made layer by layer. Where too few positions are left for so many directions (a model of which
     nearly all directions count, on a short text), fewer are used, and the reason of ``error_directions_share`` says so.
+
+    Intervals are those of a jackknife over folds of documents; those of the gains fit all maps again without each fold, with
+    beta / alpha kept.
 
     ``layer`` is the block, ``other`` the head. Attention weights are read with ``attn_implementation="eager"``, which is set
     back; the probe reports that. A predictive-coding model is read at its known places: expectations are those of its
@@ -256,8 +259,9 @@ def estimate(found: Estimates, gathered: Gathered, subject: Subject, plan: Plan,
         found.add("error_transport_found", float(hit), layer=test.layer, other=test.head)
     found.add("heads_found", float(hits.mean()))
     found.add("heads_beyond_permutation", float(np.mean([test.beyond_null for test in tests])))
-    found.add("error_score_top", max(test.score for test in tests))
-    found.add("error_score_median", float(np.median([test.score for test in tests])))
+    known = [test.score for test in tests if np.isfinite(test.score)] or [np.nan]
+    found.add("error_score_top", max(known))
+    found.add("error_score_median", float(np.median(known)))
     return found.done()
 
 
@@ -265,17 +269,18 @@ def add_head(found: Estimates, scores: Scores, layer: int, head: int) -> HeadTes
     """Add the quantities of one head to the estimates; returns what decides whether it is found."""
     where: dict[str, Any] = {"layer": layer, "other": head}
     total, nuisances, copying, free, null = (
-        x[:, head] for x in (scores.total, scores.nuisances, scores.copying, scores.free, scores.null_free)
+        x[..., head] for x in (scores.total, scores.nuisances, scores.copying, scores.free, scores.null_free)
     )
-    found.share("copying_gain", nuisances - copying, total, **where)
-    found.share("error_gain", copying - free, total, **where)
-    found.share("error_gain_null", copying - null, total, **where)
-    found.share("error_gain_beyond_null", null - free, total, **where)
-    gain, without_each = leaving_one_out(null - free, total)
+    found.refitted_share("copying_gain", nuisances - copying, total, **where)
+    found.refitted_share("error_gain", copying - free, total, **where)
+    found.refitted_share("error_gain_null", copying - null, total, **where)
+    found.refitted_share("error_gain_beyond_null", null - free, total, **where)
+    *_, gain, without_each = found.rows[-1]
     beyond_null = bool(jackknife(np.array([gain]), without_each[:, None], found.groups)[0][0] > 0)
     p = max(float(scores.p[head]), above_zero(scores.cosine[head], scores.cosine_without[:, head], found.groups))
     score = float(scores.score[head])
-    found.add("error_score", score, scores.score_without[:, head], **where)
+    reason = "" if np.isfinite(score) else "undefined: the map of tokens cannot be told from zero"
+    found.add("error_score", score, scores.score_without[:, head], reason=reason, **where)
     found.add("error_alignment", float(scores.cosine[head]), scores.cosine_without[:, head], **where)
     angle, without = scores.angle[head], scores.angle_without[:, head]
     steep = np.abs(np.append(without, angle)).max() > STEEPEST
@@ -284,7 +289,7 @@ def add_head(found: Estimates, scores: Scores, layer: int, head: int) -> HeadTes
     reason = "undefined: expectations alone, hardly the token" if steep else ""
     found.add("error_ratio", float(ratio), ratio_without, reason=reason, **where)
     low, _ = jackknife(np.array([ratio]), ratio_without[:, None], found.groups)
-    ahead = bool(low[0] > 0) and bool((null - free).sum() > 0)
+    ahead = bool(low[0] > 0) and gain > 0
     return HeadTests(layer, head, p, score, ahead, beyond_null)
 
 
@@ -430,5 +435,5 @@ ERROR_TRANSPORT = Probe(
         ),
     ),
     control="copying (beta = 0), the previous token, expectations permuted over positions, random signs of directions",
-    version=2,
+    version=3,
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from lensbench.probes.catalogue import SAME_TOKENIZER, WITH_ITS_NULL, Probe, Quantity
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.averaging import add_beyond_averaging, averaging_columns, counts_before
-from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, by_group, cross_fitted
+from lensbench.probes.tools.crossfit import FOLDS, Estimates, FoldSums, Jackknifed, by_group, refitted
 from lensbench.probes.tools.prompts import LABELS, PROMPTS, Form, Prompts, prompts_of
 from lensbench.statistics import Array, jackknife
 from lensbench.streams.stream import ResidualStream
@@ -84,12 +84,12 @@ def _add_regression(found: Estimates, kind: str, change: Tensor, shown: Tensor, 
     """Add the quantities of ``change ~ alpha 1[y] - beta p``, of S prompts and m labels ``[S, m]`` in groups ``[S]``."""
     columns = moments(change, shown, predicted, group)
     null = moments(change, shown, predicted.roll(1, 0), group)
-    copying, total = summed(cross_fitted(columns, torch.tensor([1]), torch.tensor([3]), (0.0,)))
-    free, _ = summed(cross_fitted(columns, torch.tensor([1, 2]), torch.tensor([3]), (0.0,)))
-    permuted, _ = summed(cross_fitted(null, torch.tensor([1, 2]), torch.tensor([3]), (0.0,)))
-    found.share(f"few_shot_copying_r2_{kind}", total - copying, total)
-    found.share(f"few_shot_error_gain_{kind}", copying - free, total)
-    found.share(f"few_shot_error_gain_null_{kind}", copying - permuted, total)
+    copying, total = summed(refitted(columns, torch.tensor([1]), torch.tensor([3]), (0.0,)))
+    free, _ = summed(refitted(columns, torch.tensor([1, 2]), torch.tensor([3]), (0.0,)))
+    permuted, _ = summed(refitted(null, torch.tensor([1, 2]), torch.tensor([3]), (0.0,)))
+    found.refitted_share(f"few_shot_copying_r2_{kind}", total - copying, total)
+    found.refitted_share(f"few_shot_error_gain_{kind}", copying - free, total)
+    found.refitted_share(f"few_shot_error_gain_null_{kind}", copying - permuted, total)
     whole = columns.sum(0)
     alpha, beta = coefficients(whole)
     each = [coefficients(whole - held) for held in columns]
@@ -103,8 +103,8 @@ def _add_regression(found: Estimates, kind: str, change: Tensor, shown: Tensor, 
 
 
 def summed(parts: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Errors and totals ``[K]`` of a regression with one output, from ``[K, 1]``."""
-    return parts[0][:, 0], parts[1][:, 0]
+    """Errors and totals ``[K, K]`` of a regression with one output, from ``[K, K, 1]``."""
+    return parts[0][..., 0], parts[1][..., 0]
 
 
 @torch.no_grad()
@@ -276,5 +276,5 @@ FEW_SHOT = Probe(
         *_of_kind("other", "another query", False),
     ),
     control="prediction of another prompt, a weak null; averages of the labels shown before",
-    version=2,
+    version=3,
 )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lensbench.probes.tools.crossfit import Estimates, FoldSums, cross_fitted
+from lensbench.probes.tools.crossfit import Estimates, FoldSums, refitted
 from lensbench.statistics import jackknife
 
 Ids = NDArray[np.int64]
@@ -54,9 +54,9 @@ def add_beyond_averaging(
     count = columns.shape[-1]
     sums = grouped(torch.cat([columns, torch.stack([predicted, elsewhere, change], -1)], -1), group, found.folds)
     known, output = torch.arange(1, count + 1), torch.tensor([count + 3])
-    base, total = (x[:, 0] for x in cross_fitted(sums, known, output, (0.0,)))
-    more, _ = (x[:, 0] for x in cross_fitted(sums, torch.cat([known, torch.tensor([count + 2])]), output, (0.0,)))
-    found.share(f"few_shot_gain_beyond_averaging_{kind}", base - more, total)
+    base, total = (x[..., 0] for x in refitted(sums, known, output, (0.0,)))
+    more, _ = (x[..., 0] for x in refitted(sums, torch.cat([known, torch.tensor([count + 2])]), output, (0.0,)))
+    found.refitted_share(f"few_shot_gain_beyond_averaging_{kind}", base - more, total)
     whole = sums.sum(0)
     each = np.array([instrumented(whole - held, count) for held in sums])
     slope, shared = instrumented(whole, count)

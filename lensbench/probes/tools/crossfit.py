@@ -188,26 +188,6 @@ class HeldOut:
         return self.yy - 2 * mean * self.xy[0] + self.xx[0, 0] * mean.square()
 
 
-def cross_fitted(
-    sums: Tensor,
-    inputs: Tensor,
-    outputs: Tensor,
-    ridges: Sequence[float] = RIDGES,
-    together: Sequence[int] | None = None,
-) -> tuple[Array, Array]:
-    """Held-out squared errors and totals of each fold, ``[K, O]`` each, of ridge maps fitted on the other folds.
-
-    ``sums`` ``[K, F, F]`` are raw, and their column 0 is one. The ridge of a fold is the best one on its partner, fitted on
-    all folds but these two. Each output has a ridge of its own; outputs with the same number in ``together`` ``[O]`` are one
-    quantity and share theirs.
-    """
-    judges = [HeldOut.of(held, inputs, outputs) for held in sums]
-    chosen = _best_ridges(sums, judges, inputs, outputs, ridges, _quantities(outputs, together))
-    each = [_held_out(sums, judges, chosen, (k,), inputs, outputs, ridges) for k in range(len(sums))]
-    errors, totals = zip(*(found[0] for found in each), strict=True)
-    return torch.stack(errors).numpy(), torch.stack(totals).numpy()
-
-
 def refitted(
     sums: Tensor,
     inputs: Tensor,
@@ -215,11 +195,15 @@ def refitted(
     ridges: Sequence[float] = RIDGES,
     together: Sequence[int] | None = None,
 ) -> tuple[Array, Array]:
-    """As :func:`cross_fitted`, with all maps fitted again without each further fold: ``[K, K, O]`` each.
+    """Held-out squared errors and totals ``[K, K, O]`` of ridge maps: entry j, k is of fold j, fitted without j and k.
 
-    Entry j, k is of fold j by maps fitted without j and k; entry j, j is that of :func:`cross_fitted`. The maps of all folds
-    are fitted on nearly the same tokens, so that their errors have in common what these tokens happen to be. The errors of
-    single folds do not show it, and a jackknife over them alone is too narrow. Ridges are those of the whole.
+    Entry j, j is of maps fitted on all other folds. These are fitted on nearly the same tokens, so that their errors have in
+    common what these tokens happen to be. The errors of single folds do not show it, and a jackknife over them alone is too
+    narrow: hence the further fold.
+
+    ``sums`` ``[K, F, F]`` are raw, and their column 0 is one. The ridge of a fold is the best one on its partner, fitted on
+    all folds but these two, and is kept where a further fold is left out. Each output has a ridge of its own; outputs with
+    the same number in ``together`` ``[O]`` are one quantity and share theirs.
     """
     judges = [HeldOut.of(held, inputs, outputs) for held in sums]
     chosen = _best_ridges(sums, judges, inputs, outputs, ridges, _quantities(outputs, together))

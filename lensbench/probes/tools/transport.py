@@ -28,14 +28,11 @@ FLIPS = 20_000
 
 @dataclass(frozen=True)
 class Rivals:
-    """Regressions of what each head of a layer mixes, on tokens C and expectations P, with N nuisances taken out.
+    """Regressions of what each head of a layer mixes, on tokens C and expectations P, with the nuisances taken out.
 
-    ``free`` ``[H, N, 2r+dh]`` maps the nuisances to ``[C, P, mixed]``; ``left`` ``[H, 2r+dh, 2r+dh]`` are the second moments
-    of what they leave.
+    ``left`` ``[H, 2r+dh, 2r+dh]`` are the second moments of what the nuisances leave of ``[C, P, mixed]``.
     """
 
-    mean: Tensor  # [H, F]: of all columns, the first of which is one
-    free: Tensor
     left: Tensor
     rank: int
 
@@ -47,8 +44,7 @@ class Rivals:
         nuisances = 2 + rank
         n, x = slice(0, nuisances), slice(nuisances, None)
         free = solve_damped(about[:, n, n], about[:, n, x])
-        left = about[:, x, x] - about[:, x, n] @ free
-        return cls((moments[:, 0] / moments[:, 0, :1])[:, kept], free, left, rank)
+        return cls(about[:, x, x] - about[:, x, n] @ free, rank)
 
     def explained(self, angle: Tensor, metric: Tensor) -> Tensor:
         """Squares ``[H]`` that the best M explains at angles ``atan(beta / alpha)`` ``[H]``, in a metric ``[H, dh, dh]``."""
@@ -91,23 +87,6 @@ class Rivals:
                 torch.where(left, at_a, at_new),
             )
         return (low + high) / 2
-
-    def fitted(self, angle: Tensor | None) -> Tensor:
-        """Map ``[H, F', dh]`` of all columns but the mixed ones, the intercept first; for None, of the nuisances alone."""
-        r = self.rank
-        of_mixed = self.free[..., 2 * r :]
-        if angle is None:
-            token = expected = of_mixed.new_zeros(len(of_mixed), r, of_mixed.shape[-1])
-            nuisances = of_mixed
-        else:
-            _, _, best = self.solved(angle)
-            c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
-            token, expected = c * best, -s * best
-            nuisances = of_mixed - self.free[..., :r] @ token - self.free[..., r : 2 * r] @ expected
-        slopes = torch.cat([nuisances, token, expected], 1)
-        size = of_mixed.shape[-1]
-        mean_in, mean_out = self.mean[:, 1:-size], self.mean[:, -size:]
-        return torch.cat([(mean_out - torch.einsum("hf,hfo->ho", mean_in, slopes))[:, None], slopes], 1)
 
 
 def columns_kept(columns: int, rank: int, permuted: bool) -> Tensor:
@@ -189,10 +168,12 @@ class Alignment:
     def score(self) -> Tensor:
         """Squares ``[H]`` that expectations explain in the shape of -M, beyond what random signs give.
 
-        It is below 0 where expectations are used with the tokens' own sign.
+        It is below 0 where expectations are used with the tokens' own sign, and not a number where the map of tokens cannot
+        be told from zero: it has no shape then.
         """
         signed = self.parts.sum(1)
-        return (signed * signed.abs() - self.parts.square().sum(1)) / self.tokens.clamp(min=1e-300)
+        beyond = signed * signed.abs() - self.parts.square().sum(1)
+        return torch.where(self.tokens > 0, beyond / self.tokens.clamp(min=1e-300), torch.nan)
 
     def p_values(self) -> Array:
         """One-sided p ``[H]`` of as large a sum of ``parts`` with a random sign along each direction."""
@@ -211,7 +192,11 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Scores:
-    """Held-out squared errors of each fold and head ``[K, H]``, and what all folds, or all but one, say of each head."""
+    """Held-out squared errors ``[K, K, H]`` of each head, and what all folds, or all but one, say of it.
+
+    Entry j, k of the errors is of fold j by maps fitted without j and k, as in
+    :func:`~lensbench.probes.tools.crossfit.refitted`; entry j, j is of fold j by maps fitted on all others.
+    """
 
     total: Array
     """About the mean"""
@@ -243,12 +228,13 @@ def score_layer(sums: Tensor, metric: Tensor, rank: int) -> Scores:
     # beta / alpha is the same half a turn further: take the nearest angle.
     without = angles - torch.pi * torch.round((angles - whole) / torch.pi)
     halves = sums[0::2].sum(0), sums[1::2].sum(0)
+    held_out = np.einsum("kkh->kh", found["total"])
     aligned = Alignment.of(halves, rank, metric)
     each = [
         Alignment.of((halves[0] - (held if k % 2 == 0 else 0), halves[1] - (held if k % 2 else 0)), rank, metric)
         for k, held in enumerate(sums)
     ]
-    scale = found["total"].sum(0)
+    scale = held_out.sum(0)
     return Scores(
         **found,
         angle=whole.numpy(),
@@ -256,29 +242,77 @@ def score_layer(sums: Tensor, metric: Tensor, rank: int) -> Scores:
         cosine=aligned.cosine().numpy(),
         cosine_without=torch.stack([a.cosine() for a in each]).numpy(),
         score=aligned.score().numpy() / scale,
-        score_without=np.stack([a.score().numpy() / (scale - t) for a, t in zip(each, found["total"], strict=True)]),
+        score_without=np.stack([a.score().numpy() / (scale - t) for a, t in zip(each, held_out, strict=True)]),
         p=aligned.p_values(),
     )
 
 
 def _held_out_errors(sums: Tensor, metric: Tensor, rank: int) -> tuple[dict[str, Array], Tensor]:
-    """Squared errors of every rival on each fold ``[K, H]``, fitted on the others, and the best angles ``[K, H]``."""
+    """Squared errors of every rival ``[K, K, H]``, as :class:`Scores` has them, and the best angles ``[K, H]``.
+
+    The angle of a fold is the best one on all others; it is kept where a further fold is left out, as a ridge is.
+    """
     total = sums.sum(0)
-    copying = torch.zeros(sums.shape[1], dtype=torch.float64)
-    angles: list[Tensor] = []
-    errors: dict[str, list[Tensor]] = {name: [] for name in ("total", "nuisances", "copying", "free", "null_free")}
-    for held in sums:
-        for permuted in (False, True):
-            kept = columns_kept(sums.shape[-1], rank, permuted)
-            rivals = Rivals.of(total - held, rank, permuted)
-            judged = held[:, kept[:, None], kept]
-            mean = rivals.mean[:, -metric.shape[-1] :]
-            angle = rivals.best_angle(metric)
-            free = squared_error(judged, rivals.fitted(angle), metric, mean)
-            errors["null_free" if permuted else "free"].append(free)
-            if not permuted:
-                errors["total"].append(squared_error(judged, None, metric, mean))
-                errors["nuisances"].append(squared_error(judged, rivals.fitted(None), metric, mean))
-                errors["copying"].append(squared_error(judged, rivals.fitted(copying), metric, mean))
-                angles.append(angle)
-    return {name: torch.stack(each).numpy() for name, each in errors.items()}, torch.stack(angles)
+    angles, null_angles = (
+        torch.stack([Rivals.of(total - held, rank, permuted).best_angle(metric) for held in sums])
+        for permuted in (False, True)
+    )
+    none, nuisances, both = 0, 2 + rank, 2 + 2 * rank  # numbers of inputs
+    copying = _refitted_errors(sums, metric, rank, torch.zeros_like(angles), (none, nuisances, both))
+    (free,) = _refitted_errors(sums, metric, rank, angles, (both,))
+    (null_free,) = _refitted_errors(sums, metric, rank, null_angles, (both,), permuted=True)
+    names = ("total", "nuisances", "copying", "free", "null_free")
+    return dict(zip(names, (*copying, free, null_free), strict=True)), angles
+
+
+def _refitted_errors(
+    sums: Tensor, metric: Tensor, rank: int, angles: Tensor, inputs: tuple[int, ...], permuted: bool = False
+) -> list[Array]:
+    """Squared errors ``[K, K, H]`` of fold j without j and k, for each number of inputs, at the fold's angle ``[K, H]``.
+
+    The inputs are the first of ``[a_0, sum a, D, cos C - sin P]``; without any, the error is about the mean.
+    """
+    total, errors = sums.sum(0), [torch.zeros_like(angles[:, None].expand(-1, len(sums), -1)) for _ in inputs]
+    for j, held in enumerate(sums):
+        judged = mixture(held, rank, angles[j], permuted)
+        others = mixture(total, rank, angles[j], permuted) - judged
+        for k, other in enumerate(sums):
+            rest = others if k == j else others - mixture(other, rank, angles[j], permuted)
+            for count, error in zip(inputs, errors, strict=True):
+                error[j, k] = _error_of_first(rest, judged, count, metric)
+    return [error.numpy() for error in errors]
+
+
+def _error_of_first(rest: Tensor, judged: Tensor, count: int, metric: Tensor) -> Tensor:
+    """Squared error ``[H]`` on the sums ``judged`` of least squares on the first inputs, fitted on the sums ``rest``."""
+    size = metric.shape[-1]
+    if 1 + count + size < rest.shape[-1]:
+        used = torch.cat([torch.arange(1 + count), torch.arange(rest.shape[-1] - size, rest.shape[-1])])
+        rest, judged = rest[:, used[:, None], used], judged[:, used[:, None], used]
+    mean = rest[:, 0] / rest[:, 0, :1]
+    if not count:
+        return squared_error(judged, None, metric, mean[:, -size:])
+    about = centred(rest)
+    slopes = solve_damped(about[:, :count, :count], about[:, :count, count:])
+    intercept = mean[:, None, -size:] - mean[:, None, 1 : 1 + count] @ slopes
+    return squared_error(judged, torch.cat([intercept, slopes], 1), metric, mean[:, -size:])
+
+
+def mixture(moments: Tensor, rank: int, angle: Tensor, permuted: bool) -> Tensor:
+    """Raw sums of ``[1, a_0, sum a, D, cos C - sin P, mixed]`` at angles ``[H]``, from sums ``[H, F, F]`` of all columns."""
+    first, size = 3 + rank, moments.shape[-1] - 3 - 4 * rank
+    start = first + (2 if permuted else 1) * rank
+    n, token, expected, z = (slice(first), slice(first, first + rank), slice(start, start + rank), slice(-size, None))
+    c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    found = moments.new_empty(len(moments), first + rank + size, first + rank + size)
+    x = token  # where the mixture stands
+    both = moments[:, token, expected]
+    found[:, x, x] = (
+        c * c * moments[:, token, token] - c * s * (both + both.mT) + s * s * moments[:, expected, expected]
+    )
+    for other in (n, z):
+        found[:, other, x] = c * moments[:, other, token] - s * moments[:, other, expected]
+        found[:, x, other] = found[:, other, x].mT
+        for another in (n, z):
+            found[:, other, another] = moments[:, other, another]
+    return found
