@@ -32,14 +32,16 @@ def accuracy(subject: Subject) -> Measured:
 
 @torch.no_grad()
 def hits(readout: ReadOut, captured: Capture, maps: AffineMaps, layer: int) -> Tensor:
-    """1 where the most probable word of a lens at a layer is the target, else 0: ``[N]``."""
+    """1 where the most probable word of a lens at a layer is the target, else 0: ``[N]``; NaN where its logits overflow."""
     maps = maps.to(captured.states)
     found = []
     for start in range(0, len(captured), TOKENS_AT_ONCE):
         rows = slice(start, start + TOKENS_AT_ONCE)
         read = captured.states[layer][rows] @ maps.matrix[0].T + maps.offset[0]
-        found.append(readout(read).argmax(-1) == captured.targets[rows])
-    return torch.cat(found).float()
+        highest, word = readout(read).max(-1)  # NaN if any is
+        hit = (word == captured.targets[rows]).float()
+        found.append(torch.where(highest.isfinite(), hit, torch.nan))
+    return torch.cat(found)
 
 
 ACCURACY = Probe(

@@ -45,7 +45,8 @@ def causal_fidelity(subject: Subject) -> Measured:
     The shared lens's directions are those that move its logits most, among moves that are equally usual (of Mahalanobis
     length 1 under the layer's covariance). Random directions are equally usual, and each window draws its own, so that
     intervals over windows hold what the draw matters. The sign of a direction means nothing, so the null, of the response to
-    another direction, is the mean size of its cosines.
+    another direction, is the mean size of its cosines. A direction along which neither the reading nor the output moves has
+    no cosine; one along which only one of them moves has 0.
     """
     name = "causal_fidelity"
     stream = subject.stream
@@ -63,10 +64,9 @@ def causal_fidelity(subject: Subject) -> Measured:
             for what, values in scores_after(subject, prefix, moves.of_window(row)).items():
                 scores[what][row] = values
             task.update(row + 1)
-    one = np.ones(len(few.ids))
-    sums = Sums(name, few, one)
+    sums = Sums(name, few, np.ones(len(few.ids)))
     for layer in range(stream.layers):
-        _add_layer(sums, {what: values[:, layer] for what, values in scores.items()}, layer, one)
+        _add_layer(sums, {what: values[:, layer] for what, values in scores.items()}, layer)
     return sums.measured()
 
 
@@ -97,18 +97,31 @@ def scores_after(subject: Subject, prefix: Tensor, moves: Tensor) -> dict[str, A
         }
         for what, change in read_as.items():
             covariance, left, right = aitchison(change, answer[some], p)
-            found[what][some] = (covariance / (left * right).sqrt()).numpy()
+            found[what][some] = cosine(covariance, left, right).numpy()
             if what == "shared":
                 found["covariance"][some], found["stimulus"][some], found["response"][some] = (
                     x.numpy() for x in (covariance, left, right)
                 )
         covariance, left, right = aitchison(read_as["shared"], other[some], p)
-        found["null"][some] = (covariance / (left * right).sqrt()).abs().numpy()
+        found["null"][some] = cosine(covariance, left, right).abs().numpy()
     return {name: values.reshape(len(moves), kinds) for name, values in found.items()}
 
 
-def _add_layer(sums: Sums, scores: dict[str, Array], layer: int, one: Array) -> None:
-    """Add the quantities of a layer from its scores ``[S, 2 D]``: the lens's directions first, then random ones."""
+def cosine(covariance: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Cosines ``[n]`` of stimulus and response from their covariance and variances ``[n]``.
+
+    It is 0 where one of the two does not move at all, not a number where neither does, and infinite where one overflows.
+    """
+    size = left + right
+    found = torch.where((left * right == 0) & (size > 0), 0.0, covariance / (left * right).sqrt())
+    return torch.where(size.isfinite(), found, torch.inf)
+
+
+def _add_layer(sums: Sums, scores: dict[str, Array], layer: int) -> None:
+    """Add the quantities of a layer from its scores ``[S, 2 D]``: the lens's directions first, then random ones.
+
+    Cosines that are not a number count for nothing.
+    """
     directions = scores["shared"].shape[1] // 2
     read, random = slice(0, directions), slice(directions, None)
     for quantity, what, which in (
@@ -118,7 +131,8 @@ def _add_layer(sums: Sums, scores: dict[str, Array], layer: int, one: Array) -> 
         ("fidelity_logit", "logit", read),
         ("fidelity_random", "shared", random),
     ):
-        sums.add(quantity, np.nan_to_num(scores[what][:, which]).mean(1), one, layer=layer)
+        defined = ~np.isnan(scores[what][:, which])
+        sums.add(quantity, scores[what][:, which].sum(1, where=defined), defined.sum(1).astype(float), layer=layer)
     covariance, stimulus, response = (scores[name] for name in ("covariance", "stimulus", "response"))
     stimulus_read, stimulus_random = stimulus[:, read].sum(1), stimulus[:, random].sum(1)
     sums.add("response_slope", covariance[:, read].sum(1), stimulus_read, layer=layer)

@@ -17,7 +17,8 @@ from lensbench.streams.kl import sum_by_window
 def matched_transfer(subject: Subject) -> Measured:
     """Transfer with offset and scale matched: lens i reads ``(s_i / s_j)(h_j - m_j) + m_i`` at layer j.
 
-    Means m and rms s are those of the fit split.
+    Means m and rms s are those of the fit split. A layer whose state is the same everywhere (a class token before the first
+    block) has no scale, and says nothing: lens i reads ``m_i`` there.
     """
     fit, scored = subject.fit, subject.eval
     layers, readout = subject.layers, subject.stream.readout
@@ -50,10 +51,18 @@ def matched_transfer(subject: Subject) -> Measured:
     return sums.measured()
 
 
+CONSTANT = 1e-6
+"""Share of the mean's size below which a layer's rms about it is that of rounding"""
+
+
 def matched_maps(lenses: AffineMaps, mean: Tensor, rms: Tensor, at: int) -> AffineMaps:
-    """Lenses i composed with ``h -> (s_i / s_j)(h - m_j) + m_i``, j being number ``at`` of ``mean`` and ``rms``."""
+    """Lenses i composed with ``h -> (s_i / s_j)(h - m_j) + m_i``, j being number ``at`` of ``mean`` and ``rms``.
+
+    The scale ``s_i / s_j`` is 0 where layer j is constant: to divide by what rounding leaves would give any numbers.
+    """
     matrix, offset = lenses.matrix.double(), lenses.offset.double()
-    scaled = (rms / rms[at])[:, None, None] * matrix
+    constant = bool(rms[at] <= CONSTANT * mean[at].norm())
+    scaled = (torch.zeros_like(rms) if constant else rms / rms[at])[:, None, None] * matrix
     moved = torch.einsum("mde,me->md", matrix, mean) + offset - torch.einsum("mde,e->md", scaled, mean[at])
     return AffineMaps(scaled.float(), moved.float())
 

@@ -13,9 +13,10 @@ from torch import from_numpy
 
 from lensbench.data.corpus import clusters_of
 from lensbench.data.samples import Samples
+from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.measures.means import SMALLEST_DENOMINATOR
-from lensbench.probes.tools.crossfit import COLUMNS, NOTHING, Jackknifed
+from lensbench.probes.tools.crossfit import COLUMNS, NOTHING, Jackknifed, joined_documents
 from lensbench.runtime.sealed import read_tensors
 from lensbench.runtime.stages import ANEW
 from lensbench.runtime.texts import read_json
@@ -133,12 +134,16 @@ def _no_interval(value: float, drawn: Array, clusters: float) -> str:
 
 
 class Sums:
-    """Collects the quantities of a :class:`Measured`; ``tokens`` ``[S]`` are the scored tokens of each window."""
+    """Collects the quantities of a :class:`Measured`; ``tokens`` ``[S]`` are the scored tokens of each window.
+
+    Documents that have a window in common go by one name: what a text holds twice tells an interval nothing new.
+    """
 
     def __init__(self, probe: str, samples: Samples, tokens: Array):
         self.probe, self.tokens = probe, tokens
         names = samples.document_names
-        self.documents = [str(names[k]) for k in samples.documents]
+        documents = joined_documents(samples) if isinstance(samples, Windows) else samples.documents
+        self.documents = [str(names[k]) for k in documents]
         self.columns: list[tuple[str, int | None, int | None, float, Array, Array]] = []
         self.reasons: list[str] = []
 

@@ -6,7 +6,17 @@ import torch
 from helpers.planted import D, L, V, planted, subject_of
 
 from lensbench.models import build
-from lensbench.probes.causal_fidelity import DIRECTIONS, Moves, aitchison, responses, scores_after
+from lensbench.probes.causal_fidelity import (
+    DIRECTIONS,
+    SCORES,
+    Moves,
+    _add_layer,
+    aitchison,
+    cosine,
+    responses,
+    scores_after,
+)
+from lensbench.probes.measured import Sums
 from lensbench.probes.registry import PROBES
 from lensbench.probes.tools.interventions import cache_of
 from lensbench.streams.stream import ResidualStream
@@ -126,3 +136,30 @@ def test_the_sign_of_a_direction_changes_no_null():
     plain, other = (scores_after(subject, prefix, m)["null"] for m in (moves, turned))
     assert (plain > 0).all()
     np.testing.assert_allclose(plain, other, atol=0.05)
+
+
+def test_a_direction_along_which_nothing_moves_has_no_cosine_and_is_no_evidence_of_unfaithfulness():
+    """Zero by zero is not zero; a stimulus without response is."""
+    covariance, left, right = (
+        torch.tensor(x).double() for x in ([0.0, 0, 0.5, torch.nan], [0.0, 1, 1, 1], [0.0, 0, 1, torch.nan])
+    )
+    assert cosine(covariance, left, right).tolist() == pytest.approx([np.nan, 0, 0.5, np.inf], nan_ok=True)
+    subject = subject_of(planted("none"), count=12)
+    with torch.no_grad():
+        subject.stream.model.lm_head.weight.zero_()
+    frame = PROBES["causal_fidelity"].measure(subject).frame(50)
+    assert frame["value"].astype(float).isna().all()
+    assert (frame["reason"] == "undefined: nothing to take a share of").all()
+
+
+def test_windows_without_a_cosine_do_not_pull_the_mean_to_zero_and_an_overflow_leaves_no_value():
+    subject = subject_of(planted("none"), count=12)
+    scores = {what: np.full((12, 2 * DIRECTIONS), 0.8) for what in SCORES}
+    scores["shared"][:6] = np.nan
+    scores["own"][3, 0] = np.inf
+    sums = Sums("causal_fidelity", subject.windows, np.ones(12))
+    _add_layer(sums, scores, 0)
+    rows = sums.measured().frame(50).set_index("quantity")
+    assert rows.loc["fidelity", "value"] == pytest.approx(0.8)
+    assert rows.loc["fidelity_logit", "value"] == pytest.approx(0.8)
+    assert rows.loc["fidelity_own", "reason"] == "undefined: it is not a number in some windows"

@@ -1,9 +1,11 @@
 """Intervals of probes over documents: as often right as they say, with few clusters and unequal ones; and reasons."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.planted import text
 from scipy import stats
 
 from lensbench.probes.measured import Sums
@@ -84,3 +86,22 @@ def test_whatever_is_not_a_number_says_why():
         assert reason in rows.loc[name, "reason"], name
         assert np.isfinite(float(rows.loc[name, "ci_low"] or np.nan)) == (name == "plain")
     assert set(rows.index[rows["value"].isna()]) == {"broken", "nothing", "small"}
+
+
+def test_a_text_that_holds_every_document_twice_has_no_shorter_intervals():
+    once = text(3, 40)
+    twice = replace(
+        once.take(np.tile(np.arange(40), 2)),
+        documents=np.concatenate([once.documents, once.documents + 20]),
+        document_names=(*once.document_names, *(f"{name} again" for name in once.document_names)),
+    )
+    values = np.random.default_rng(0).standard_normal(40)
+    widths = []
+    for windows, repeats in ((once, 1), (twice, 2)):
+        sums = Sums("a", windows, np.ones(40 * repeats))
+        sums.add("x", np.tile(values, repeats))
+        row = sums.measured().frame(400).iloc[0]
+        widths.append(row["ci_high"] - row["ci_low"])
+        assert row["value"] == pytest.approx(values.mean())
+        assert "only 20 clusters" in row["reason"]
+    assert widths[1] == pytest.approx(widths[0])

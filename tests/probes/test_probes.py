@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.architectures import small_model
 from helpers.gpt_windows import windows
-from helpers.planted import planted, subject_of
+from helpers.planted import D, planted, subject_of
 from helpers.synthetic import SyntheticStream, capture_of, orthogonal, random_maps, true_token_kl, windows_of
 
 from lensbench.lenses.maps import AffineMaps
@@ -288,6 +288,41 @@ def test_matched_transfer_is_transfer_of_matched_states():
     off = ~np.eye(4, dtype=bool)
     share = 1 - (kl - np.diag(raw))[off].sum() / (raw - np.diag(raw))[off].sum()
     assert frame.set_index("quantity").loc["offset_and_scale_share", "value"] == pytest.approx(share, rel=1e-3)
+
+
+def test_a_layer_that_is_the_same_everywhere_is_read_as_the_mean_of_the_lens_and_leaves_no_share_undefined():
+    """A class token before the first block: to divide by the rounding error of its rms would give any numbers."""
+    base = SyntheticStream("fresh", d=16, layers=3, vocab=40)
+    same = torch.randn(16, generator=torch.Generator().manual_seed(5))
+
+    def states(tokens, seed):
+        whole = base.states(tokens, seed=seed)
+        return torch.stack([same.expand_as(whole[0]), *whole[1:]])
+
+    it = synthetic_subject(states, base)
+    frame = PROBES["matched_transfer"].measure(it).frame(100).set_index(["quantity", "layer", "other"])["value"]
+    scored = it.eval
+    for i in (1, 2):
+        states_0 = scored.states.clone()
+        states_0[0] = it.fit.states[i].double().mean(0).float()
+        read, own = (
+            float(true_token_kl(it.stream.readout, of, it.lenses.matrix[k], it.lenses.offset[k], 0).mean())
+            for of, k in ((replace(scored, states=states_0), i), (scored, 0))
+        )
+        assert frame["matched_penalty", i, 0] == pytest.approx(read - own, abs=1e-4)
+    assert frame.loc["offset_and_scale_share"].notna().all()
+    carried = PROBES["representation"].measure(it).frame(100).set_index(["quantity", "layer", "other"])
+    assert "nothing to take a share of" in carried.loc[("carried_share", 0, 1), "reason"]
+
+
+def test_a_lens_that_overflows_has_no_accuracy():
+    it = subject_of(planted("none"), count=12)
+    broken = AffineMaps(torch.full((1, D, D), torch.inf), torch.zeros(1, D))
+    frame = PROBES["accuracy"].measure(replace(it, shared=broken)).frame(50)
+    overflowed = frame["quantity"] == "shared_accuracy"
+    assert frame.loc[overflowed, "value"].isna().all()
+    assert (frame.loc[overflowed, "reason"] == "undefined: it is not a number in some windows").all()
+    assert frame.loc[~overflowed, "value"].notna().all()
 
 
 def test_sums_are_saved_and_loaded(tmp_path):

@@ -47,7 +47,19 @@ def joined_clusters(windows: Windows) -> NDArray[np.int64]:
 
     Of a document that a text holds twice, a map would else be judged on windows to which it was fitted.
     """
-    clusters, cluster = np.unique(windows.clusters, return_inverse=True)
+    return _joined(windows, windows.clusters)
+
+
+def joined_documents(windows: Windows) -> NDArray[np.int64]:
+    """Index of the document of each window ``[S]``; of documents that have a window in common, that of the first."""
+    joined = _joined(windows, windows.documents)
+    _, first, number = np.unique(joined, return_index=True, return_inverse=True)
+    return windows.documents[first][number]
+
+
+def _joined(windows: Windows, group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The groups ``[S]`` of windows, numbered again; groups that have a window in common are one."""
+    clusters, cluster = np.unique(group, return_inverse=True)
     whole = np.concatenate([windows.lengths[:, None], np.where(windows.inside, windows.ids, 0)], 1)
     content = np.unique(whole, axis=0, return_inverse=True)[1].reshape(-1)
     size = len(clusters) + len(whole)
