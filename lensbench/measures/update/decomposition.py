@@ -17,7 +17,7 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
 from lensbench.measures.update.chance import principal_space, spreads_of
-from lensbench.measures.update.folds import Readings, deal_documents, fold_moments, readings, resampled
+from lensbench.measures.update.folds import Readings, deal_documents, fold_moments, readings, resampled, third_in_halves
 from lensbench.measures.update.gates import Losses, falls, gates, has_room, merged_blocks
 from lensbench.measures.update.metric import Metric, MetricKind, whitening
 from lensbench.measures.update.news import NewsSums, news_of_moments, news_sums
@@ -175,7 +175,7 @@ class Fitted:
         search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
         say("ridges")
         lenses = full_lenses(search, pooled, layers, tolerance)
-        maps = readings(moments, coordinates, lenses.ridges)
+        maps = readings(moments, coordinates, lenses.ridges, third_in_halves(fit, layers, folds))
         return cls(layers, coordinates, folds, pooled, lenses, maps, search.pad)
 
     def again(self, fit: Capture, seed: tuple[int, ...]) -> tuple[Readings, AffineMaps]:
@@ -191,7 +191,8 @@ class Fitted:
         )
         path = RidgePath(pooled.layer(range(len(self.layers))), "zero")
         best = path.solve(torch.tensor(self.lenses.best_ridges, dtype=torch.float64))
-        return readings(moments, self.metric, self.lenses.ridges), best
+        halves = third_in_halves(fit, self.layers, self.folds, counts)
+        return readings(moments, self.metric, self.lenses.ridges, halves), best
 
 
 @torch.no_grad()

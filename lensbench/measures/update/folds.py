@@ -28,16 +28,19 @@ class Readings:
     """Maps from centred states to readings in the coordinates of a metric of rank k, of n layers and of two folds.
 
     ``read`` ``[2, n, k, d]``: ``F A_i``, the lens of layer i. ``signal`` ``[2, n, k, d]``: ``K_i F``, from the final state
-    to the signal ``f_i`` in a reading. ``target`` ``[k, d]``: F, to the final state ``T`` itself.
+    to the signal ``f_i`` in a reading. ``target`` ``[k, d]``: F, to the final state ``T`` itself. ``apart``: as ``signal``,
+    each from one half of the third fold's documents: the square of a signal is taken between the two, since what one sample
+    has put into both of them by chance would make it too large, by a share of the error of k / tokens.
     """
 
     read: Tensor
     signal: Tensor
     target: Tensor
+    apart: Tensor
 
     def to(self, like: Tensor) -> "Readings":
         """The same maps with the type and the place of ``like``."""
-        return Readings(self.read.to(like), self.signal.to(like), self.target.to(like))
+        return Readings(*(maps.to(like) for maps in (self.read, self.signal, self.target, self.apart)))
 
 
 def deal_documents(captured: Capture, seed: int) -> NDArray[np.int64]:
@@ -61,18 +64,34 @@ def fold_moments(
 
     ``counts`` ``[documents]``: how often each document was drawn; once each, if left out.
     """
+    return [_moments_of(captured, layers, folds == fold, counts) for fold in range(FOLDS)]
+
+
+def third_in_halves(
+    captured: Capture, layers: Sequence[int], folds: NDArray[np.int64], counts: NDArray[np.int64] | None = None
+) -> tuple[Moments, Moments]:
+    """The moments of each half of the third fold's documents, of one of two or more; see :func:`fold_moments`."""
+    third = folds == FOLDS - 1
+    side = np.cumsum(third) % 2
+    if third.sum() < 2 or (counts is not None and min(counts[third & (side == k)].sum() for k in (0, 1)) == 0):
+        whole = _moments_of(captured, layers, third, counts)
+        return whole, whole
+    first, second = (_moments_of(captured, layers, third & (side == k), counts) for k in (0, 1))
+    return first, second
+
+
+def _moments_of(
+    captured: Capture, layers: Sequence[int], chosen: NDArray[np.bool_], counts: NDArray[np.int64] | None
+) -> Moments:
+    """The moments of some documents, ``chosen`` ``[documents]``."""
     rows = [*layers, captured.layers, captured.layers]  # the last is the target
-    fold_of = folds[captured.document]
     drawn = None if counts is None else counts[captured.document]
-    found = []
-    for fold in range(FOLDS):
-        sums = MomentSums(captured.ranks)
-        at = torch.from_numpy(np.flatnonzero(fold_of == fold))
-        for tokens in at.split(MOMENT_BLOCK):
-            weights = None if drawn is None else torch.from_numpy(drawn[tokens.numpy()])
-            sums.add(torch.stack([captured.states[row][tokens] for row in rows]), weights)
-        found.append(sums.moments())
-    return found
+    sums = MomentSums(captured.ranks)
+    at = torch.from_numpy(np.flatnonzero(chosen[captured.document]))
+    for tokens in at.split(MOMENT_BLOCK):
+        weights = None if drawn is None else torch.from_numpy(drawn[tokens.numpy()])
+        sums.add(torch.stack([captured.states[row][tokens] for row in rows]), weights)
+    return sums.moments()
 
 
 def resampled(folds: NDArray[np.int64], seed: Sequence[int]) -> NDArray[np.int64]:
@@ -85,25 +104,42 @@ def resampled(folds: NDArray[np.int64], seed: Sequence[int]) -> NDArray[np.int64
     return counts
 
 
-def readings(moments: Sequence[Moments], metric: Metric, ridges: Sequence[float]) -> Readings:
+def readings(
+    moments: Sequence[Moments],
+    metric: Metric,
+    ridges: Sequence[float],
+    halves: tuple[Moments, Moments] | None = None,
+) -> Readings:
     """The maps of two folds' lenses, prior zero, at the given ridge for each layer, with the signal of the third fold.
 
-    A ridge is in units of the median eigenvalue of the fold's own covariance.
+    A ridge is in units of the median eigenvalue of the fold's own covariance. ``halves``: those of the third fold
+    (:func:`third_in_halves`); its whole in their place, if left out.
     """
     factor = metric.factor
     layers = range(len(ridges))
-    read, signal = [], []
-    third = moments[2]
-    target = third.covariance[-1]
-    inverse = pseudo_inverse(factor @ target @ factor.T)
+    read, signal, apart = [], [], []
+    inverse = _inverse_target(moments[2], factor)
     for fold in (0, 1):
         own = moments[fold].layer(layers)
         lenses = RidgePath(own, "zero").solve(torch.tensor(ridges, dtype=torch.float64)).matrix
         maps = factor @ lenses.cpu()
-        along = maps @ third.cross[: len(ridges)].transpose(-1, -2) @ factor.T  # Cov(r_i, T)
         read.append(maps)
-        signal.append(along @ inverse @ factor)
-    return Readings(torch.stack(read), torch.stack(signal), factor)
+        signal.append(_signal(maps, moments[2], inverse, factor))
+        if halves is not None:
+            apart.append(_signal(maps, halves[fold], _inverse_target(halves[fold], factor), factor))
+    along = torch.stack(signal)
+    return Readings(torch.stack(read), along, factor, torch.stack(apart) if apart else along)
+
+
+def _inverse_target(moments: Moments, factor: Tensor) -> Tensor:
+    return pseudo_inverse(factor @ moments.covariance[-1] @ factor.T)
+
+
+def _signal(maps: Tensor, moments: Moments, inverse: Tensor, factor: Tensor) -> Tensor:
+    """``K_i F`` of lenses ``[n, k, d]``: ``Cov(r_i, T) Cov(T)^+ F``."""
+    along = maps @ moments.cross[: len(maps)].transpose(-1, -2) @ factor.T  # Cov(r_i, T)
+    signal: Tensor = along @ inverse @ factor
+    return signal
 
 
 def pseudo_inverse(covariance: Tensor) -> Tensor:

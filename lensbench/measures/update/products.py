@@ -116,7 +116,7 @@ def _of_layers(centred: Tensor, maps: Readings) -> dict[str, Tensor]:
         f = [centred[-1] @ maps.signal[fold, i].T for fold in (0, 1)]
         found["rr"].append(_dot(r[0], r[1]))
         found["rf"].append((_dot(r[0], f[1]) + _dot(r[1], f[0])) / 2)
-        found["ff"].append(_dot(f[0], f[1]))
+        found["ff"].append(_dot(*(centred[-1] @ maps.apart[fold, i].T for fold in (0, 1))))
         found["rT"].append((_dot(r[0], goal) + _dot(r[1], goal)) / 2)
         found["fT"].append((_dot(f[0], goal) + _dot(f[1], goal)) / 2)
     return {name: torch.stack(values) for name, values in found.items()}
@@ -247,10 +247,11 @@ def layer_products_of_moments(moments: Covariances, maps: Readings) -> tuple[dic
     read, signal, target = maps.read, maps.signal, maps.target
     along = [read[a] @ moments.goal for a in (0, 1)]  # F A_i Cov(h_i, h_L)
     held = [signal[a] @ moments.last for a in (0, 1)]
+    apart = maps.apart[0] @ moments.last
     found = {
         "rr": _inner(read[0] @ moments.own, read[1]),
         "rf": (_inner(along[0], signal[1]) + _inner(along[1], signal[0])) / 2,
-        "ff": _inner(held[0], signal[1]),
+        "ff": _inner(apart, maps.apart[1]),
         "rT": (_inner(along[0], target) + _inner(along[1], target)) / 2,
         "fT": (_inner(held[0], target) + _inner(held[1], target)) / 2,
     }

@@ -53,7 +53,7 @@ def by_definition(readout, fit, held_out, ridges, folds):
         return (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
 
     read = np.empty((2, count), dtype=object)
-    signal = np.empty((2, count), dtype=object)
+    signal, apart = np.empty((2, count), dtype=object), np.empty((2, count), dtype=object)
     third = states[:, fold_of == 2]
     of_target = np.linalg.pinv(cov(third[-1] @ factor.T, third[-1] @ factor.T), rcond=1e-9, hermitian=True)
     for fold in (0, 1):
@@ -67,9 +67,16 @@ def by_definition(readout, fit, held_out, ridges, folds):
             lens = cov(own[-1], own[i]) @ np.linalg.inv(c + ridges[i] * unit * np.eye(len(c)))
             read[fold, i] = factor @ lens
             signal[fold, i] = cov(third[i] @ read[fold, i].T, third[-1] @ factor.T) @ of_target
+            # For squares, from every other document of the third fold, and from the rest.
+            rank_in_third = np.cumsum(folds == 2)[fit.document]
+            half = states[:, (fold_of == 2) & (rank_in_third % 2 == fold)]
+            goal = half[-1] @ factor.T
+            apart[fold, i] = cov(half[i] @ read[fold, i].T, goal) @ np.linalg.pinv(
+                cov(goal, goal), rcond=1e-9, hermitian=True
+            )
     x = held_out.states.double().numpy()
     x = x - x.mean(1, keepdims=True)
-    return read, signal, factor, x
+    return read, signal, apart, factor, x
 
 
 def crossed(left, right):
@@ -82,7 +89,7 @@ def test_carried_persistence_clarity_and_commission_are_those_of_the_definition(
     readout, fit, dev, held_out = captures(family)
     found = decompose(readout, fit, dev, held_out, RECIPE, refits=0, readable=False)
     folds = deal_documents(fit, 0)
-    read, signal, factor, x = by_definition(readout, fit, held_out, found.ridges, folds)
+    read, signal, apart, factor, x = by_definition(readout, fit, held_out, found.ridges, folds)
     rank = principal_space(SecondMoments.of(held_out.states, [0, 1, 2], means_of(held_out.states, [0, 1, 2, 3]))).shape[
         1
     ]
@@ -114,9 +121,10 @@ def test_carried_persistence_clarity_and_commission_are_those_of_the_definition(
         base = 2 * chance**2 * crossed(r, f) / crossed(s, s)
         clarity = np.sqrt(max(0, (np.clip(explained, 0, 1) - base) / (1 - base)))
         assert found.point.clarity[at] == pytest.approx(clarity, abs=2e-4)
-        error = [r[k] - f[k] for k in (0, 1)]
+        g = [goal @ apart[k, i].T for k in (0, 1)]
+        error = crossed(r, r) - 2 * crossed(r, f) + crossed(g, g)
         missed = [goal - r[k] for k in (0, 1)]
-        assert found.point.commission[i] == pytest.approx(crossed(error, error) / crossed(missed, missed), rel=1e-3)
+        assert found.point.commission[i] == pytest.approx(error / crossed(missed, missed), rel=1e-3)
         moved = x[j] - x[i]
         spread = []
         for k in (0, 1):
@@ -199,7 +207,7 @@ def test_updates_of_random_directions_lie_within_their_analytic_chance():
     """sd of S under Haar rotations of the later layer, drawn, against the closed form."""
     readout, fit, dev, held_out = captures("fresh", tokens=(2000, 600, 1500))
     found = decompose(readout, fit, dev, held_out, RECIPE, refits=0, readable=False)
-    read, signal, factor, x = by_definition(readout, fit, held_out, found.ridges, deal_documents(fit, 0))
+    read, signal, _, factor, x = by_definition(readout, fit, held_out, found.ridges, deal_documents(fit, 0))
     pooled = sum(h.T @ h / len(h) for h in x[:3]) / 3
     values, vectors = np.linalg.eigh(pooled)
     keep = int((np.cumsum(values[::-1]) / values.sum() < 0.99).sum()) + 1
