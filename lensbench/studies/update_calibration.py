@@ -57,6 +57,8 @@ class UpdateCalibration(BaseModel):
     dev_tokens: int = Field(2048, ge=32)
     eval_tokens: int = Field(4096, ge=32)
     readable_every: int = Field(5, ge=1, description="readable gain is measured on every so many streams of a family")
+    readable_always: tuple[str, ...] = Field((), description="families of which it is measured on every stream")
+    further_pairs: int = Field(3, ge=0, description="pairs at most, but for neighbours, that it is measured on")
     refits: int = Field(4, ge=0)
     fit: FitRecipe = FitRecipe()
     rule: UpdateRule = UpdateRule()
@@ -76,7 +78,7 @@ class UpdateCalibration(BaseModel):
             for family in getattr(self, group):
                 for number in range(count):
                     shape = self._shape(family, number) if group == "tune" else {}
-                    readable = number % self.readable_every == 0
+                    readable = number % self.readable_every == 0 or family in self.readable_always
                     yield Job(group=group, family=family, number=number, shape=shape, readable=readable)
 
     def _shape(self, family: str, number: int) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class Job(BaseModel):
         return SyntheticStream(self.family, Shape(**self.shape), seed=self.number)
 
 
-OF_ROW = {"fit_tokens", "dev_tokens", "eval_tokens", "refits", "fit"}
+OF_ROW = {"fit_tokens", "dev_tokens", "eval_tokens", "refits", "fit", "further_pairs"}
 """Settings that a stream's row depends on: everything but how many of them there are, and the rule"""
 
 
@@ -121,7 +123,7 @@ def measure(job: Job, recipe: UpdateCalibration) -> Row:
     fitted = Fitted.of(readout, fit, dev, recipe.fit, layers, "fisher", tolerance, job.number, lambda _: None)
     found = measured(
         readout, fitted, fit, dev, scored, recipe.refits,
-        readable=job.readable, seed=job.number, spread=(job.number, len(job.family)),
+        readable=job.readable, further=recipe.further_pairs, seed=job.number, spread=(job.number, len(job.family)),
     )  # fmt: skip
     truths = true_values(found, fitted, fit, Population.of(stream), readout, job.number)
     facts: dict[str, Any] = {"layers": stream.layers, "d": stream.d}

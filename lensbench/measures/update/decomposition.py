@@ -33,7 +33,7 @@ from lensbench.measures.update.products import (
     products_of_moments,
 )
 from lensbench.measures.update.quantities import Chance, Quantities, quantities
-from lensbench.measures.update.readable import Gains, readable_gains
+from lensbench.measures.update.readable import FURTHER_PAIRS, Gains, readable_gains
 from lensbench.measures.update.undefined import Undefined
 from lensbench.statistics import Array, bootstrap_weights, effective_clusters
 from lensbench.streams.capture import Capture
@@ -244,11 +244,15 @@ def measured(
     refits: int,
     *,
     readable: bool = True,
+    further: int = FURTHER_PAIRS,
     seed: int = 0,
     spread: Sequence[int] = (0,),
     say: Say = lambda _: None,
 ) -> Decomposition:
-    """The decomposition by lenses that are fitted already, on the same ``fit`` and ``dev``; see :func:`decompose`."""
+    """The decomposition by lenses that are fitted already, on the same ``fit`` and ``dev``; see :func:`decompose`.
+
+    ``further``: how many pairs at most that are not of neighbours are asked for their readable gain.
+    """
     chosen = fitted.layers
     pairs = pairs_of(len(chosen))
     say("gates")
@@ -273,7 +277,9 @@ def measured(
     if readable:
         say("readable gain")
         lenses, of_fit, metric = fitted.lenses.within, fitted.moments, fitted.metric
-        gained = readable_gains(readout, dev, held_out, chosen, lenses, of_fit, metric, fitted.pad, cluster, clusters)
+        gained = readable_gains(
+            readout, dev, held_out, chosen, lenses, of_fit, metric, fitted.pad, cluster, clusters, further=further
+        )
     return Decomposition(
         layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws,
         refits=_stacked(refitted) if refitted else None, chance=chance, gate=gated[0], blocks=gated[1],

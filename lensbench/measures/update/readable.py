@@ -42,12 +42,12 @@ class Gains:
     """``[clusters]``"""
 
 
-def chosen_pairs(count: int) -> list[tuple[int, int]]:
-    """All neighbours among ``count`` layers, and at most :data:`FURTHER_PAIRS` others, evenly spread."""
+def chosen_pairs(count: int, most: int = FURTHER_PAIRS) -> list[tuple[int, int]]:
+    """All neighbours among ``count`` layers, and at most ``most`` others, evenly spread."""
     neighbours = [(i, i + 1) for i in range(count - 1)]
     further = [(i, j) for i in range(count) for j in range(i + 2, count)]
-    if len(further) > FURTHER_PAIRS:
-        at = np.unique(np.linspace(0, len(further) - 1, FURTHER_PAIRS).round().astype(int))
+    if len(further) > most:
+        at = np.unique(np.linspace(0, len(further) - 1, most).round().astype(int))
         further = [further[k] for k in at]
     return sorted(neighbours + further)
 
@@ -110,6 +110,7 @@ def readable_gains(
     cluster: Tensor,
     clusters: int,
     say: Callable[[str], None] = lambda _: None,
+    further: int = FURTHER_PAIRS,
 ) -> Gains:
     """Gains in next-token cross-entropy of what lens i, and of what lens j, read at layer j over what lens i read at i.
 
@@ -119,7 +120,7 @@ def readable_gains(
     base gives nothing to old and new for undoing shrinkage. ``lenses`` and ``moments`` are those of ``layers``;
     ``cluster`` ``[N]`` numbers the cluster of each held-out token.
     """
-    pairs = chosen_pairs(len(layers))
+    pairs = chosen_pairs(len(layers), further)
     on_dev = _Reader.of(dev, layers, lenses, DEV_TOKENS)
     there = _Reader.of(held_out, layers, lenses, HELD_OUT_TOKENS)
     words = _Words.of(readout, dev, on_dev.tokens)
