@@ -174,6 +174,34 @@ SCHEMA: dict[str, dict[str, str]] = {
         **_OF_PAIR,
         "blocks": "How many blocks the row is of: neighbours are merged on dev until there is room.",
     },
+    "distances.csv": {
+        **_WHO,
+        "distance": "The distance j - i of two decomposed layers, in positions; layer 0 is left out.",
+        "pairs": "How many pairs of layers have it.",
+        "passed": "How many of them pass the gates.",
+        "in_place": "1 - c over the pairs that pass, weighted as the index; empty where none does.",
+        **_bounds("in_place"),
+        "clarity": "R, mean over all pairs of this distance.",
+        **_bounds("clarity"),
+        "persistence": "S, mean over all pairs of this distance.",
+        **_bounds("persistence"),
+        "news": "The share of the gain in explained power that is news, over all pairs of this distance.",
+        **_bounds("news"),
+        "reason": "Why a value is missing, or a warning.",
+    },
+    "variants.csv": {
+        **_WHO,
+        "setting": "What is set another way: tolerance (dev loss allowed to a ridge), metric (of readings), or massive "
+        "(tokens with a massive activation are left out).",
+        "at": "The tolerance, the metric, or the norm, in medians of the layer, from which on a token is left out.",
+        "index": "The index of the update decomposition, over the pairs that pass the gates at the reported setting; or "
+        "fit_tokens_left_out and so on, a share of tokens.",
+        "value": "The value there; empty where it is undefined.",
+        **_bounds("", _OVER_DOCUMENTS),
+        "difference": "The value minus the reported one.",
+        **_bounds("difference", _OVER_DOCUMENTS + ", paired"),
+        "reason": "Why the index is undefined, or a warning.",
+    },
     "landmarks.csv": {
         **_WHO,
         "landmark": "A null or landmark made of the model's own states: rotated (every layer in a random basis), carried "
@@ -299,7 +327,7 @@ def no_rows(name: str) -> pd.DataFrame:
 
 TEXT_COLUMNS = {
     "model", "seed", "family", "baseline", "tokenizer", "lens", "stage", "prior", "index", "reason", "dtype", "source",
-    "probe", "quantity", "scope", "metric", "gate", "landmark",
+    "probe", "quantity", "scope", "metric", "gate", "landmark", "setting", "at",
     "participation", "verdict", "known", "sentence", "fixed_lens_verdict", "fixed_lens_reason", "positions",
     "begin_token", "begin", "weights",
 }  # fmt: skip
@@ -308,7 +336,7 @@ TEXT_COLUMNS = {
 TEXT_COLUMNS_OF = {"tolerances.csv": {"tolerance", "layers", "ridge"}}
 
 
-OF_UPDATES = ("update.csv", "blocks.csv", "landmarks.csv")
+OF_UPDATES = ("update.csv", "blocks.csv", "distances.csv", "variants.csv", "landmarks.csv")
 """Tables of the update decomposition, which a suite may leave out."""
 
 

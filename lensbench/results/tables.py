@@ -156,6 +156,8 @@ def tables(
         if part.updates is not None:
             rows["update.csv"] += [who | row for row in part.updates.pairs]
             rows["blocks.csv"] += [who | row for row in part.updates.blocks]
+            rows["distances.csv"] += [who | row for row in part.updates.distances]
+            rows["variants.csv"] += [who | row for row in part.updates.variants]
             rows["landmarks.csv"] += [who | row for row in landmark_rows(part.updates, rule)]
         found.setdefault(part.model, []).append(of_part)
         rows["indices.csv"] += [who | row for row in index_rows(of_part, part)]

@@ -103,7 +103,7 @@ def _unit(moments: Moments, layers: int) -> Tensor:
 
 
 def _values(found: Decomposition, population: Population, maps: Readings, lenses: AffineMaps) -> Values:
-    chance, (products,) = chance_and_products(population, maps, [maps], found.pairs)
+    (chance,), (products,) = chance_and_products(population, [maps], [maps])
     one = quantities(products, found.pairs, chance)
     gains = true_news(population, lenses, found.pairs)
     return {

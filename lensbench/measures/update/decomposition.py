@@ -16,7 +16,7 @@ from lensbench.lenses.read import own_layer_sums
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
-from lensbench.measures.update.chance import principal_space, spreads_of
+from lensbench.measures.update.chance import principal_space, spreads_of, spreads_of_persistence
 from lensbench.measures.update.folds import Readings, deal_documents, fold_moments, readings, resampled, third_in_halves
 from lensbench.measures.update.gates import Losses, falls, gates, has_room, merged_blocks
 from lensbench.measures.update.metric import Metric, MetricKind, whitening
@@ -63,6 +63,29 @@ class FullLenses:
 
 
 @dataclass(frozen=True)
+class Gating:
+    """What is decided on dev and held fixed: the gate of each pair, and the blocks, merged until there is room."""
+
+    gate: list[str]
+    blocks: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The decomposition at another setting, of the same pairs and documents."""
+
+    setting: str
+    """``tolerance``, ``metric`` or ``massive``"""
+    value: str
+    point: Quantities
+    draws: Quantities
+    paired: bool = True
+    """Whether its draws are of the same clusters"""
+    news: tuple[NewsSums, Array] | None = None
+    """Sums for news, and the weights of the draws, where news are another at this setting"""
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """Everything that the update decomposition of one stream says, with its draws.
 
@@ -92,6 +115,12 @@ class Decomposition:
     """Effective number of clusters of eval"""
     spread: tuple[int, ...]
     """Seed of what refits add to the draws"""
+    variants: tuple[Variant, ...] = ()
+
+    @property
+    def gating(self) -> Gating:
+        """What was decided on dev."""
+        return Gating(self.gate, self.blocks)
 
     def news(self, pairs: NDArray[np.bool_]) -> tuple[float, Array]:
         """The share of the gain of some pairs together that is news, and its draws; NaN or infinite without a gain.
@@ -148,11 +177,15 @@ class Fitted:
     layers: tuple[int, ...]
     metric: Metric
     folds: NDArray[np.int64]
+    parts: Sequence[Moments]
+    """Of each fold"""
+    halves: tuple[Moments, Moments]
+    """Of the two halves of the last fold"""
     moments: Moments
     """Of all folds"""
     lenses: FullLenses
     maps: Readings
-    pad: Tensor
+    search: DevSearch
 
     @classmethod
     def of(
@@ -175,8 +208,18 @@ class Fitted:
         search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
         say("ridges")
         lenses = full_lenses(search, pooled, layers, tolerance)
-        maps = readings(moments, coordinates, lenses.ridges, third_in_halves(fit, layers, folds))
-        return cls(layers, coordinates, folds, pooled, lenses, maps, search.pad)
+        halves = third_in_halves(fit, layers, folds)
+        maps = readings(moments, coordinates, lenses.ridges, halves)
+        return cls(layers, coordinates, folds, moments, halves, pooled, lenses, maps, search)
+
+    def at(self, tolerance: float) -> Readings:
+        """The maps at the strongest ridges that another tolerance allows."""
+        ridges = full_lenses(self.search, self.moments, self.layers, tolerance).ridges
+        return readings(self.parts, self.metric, ridges, self.halves)
+
+    def by(self, metric: Metric) -> Readings:
+        """The maps of the same lenses in another metric."""
+        return readings(self.parts, metric, self.lenses.ridges, self.halves)
 
     def again(self, fit: Capture, seed: tuple[int, ...]) -> tuple[Readings, AffineMaps]:
         """The maps fitted to documents that are drawn anew within each fold, and the best lenses of all of them.
@@ -208,6 +251,9 @@ def decompose(
     tolerance: float | None = None,
     refits: int | None = None,
     readable: bool = True,
+    tolerances: Sequence[float] = (),
+    metrics: Sequence[MetricKind] = (),
+    gating: Gating | None = None,
     seed: int = 0,
     spread: Sequence[int] = (0,),
     say: Say = lambda _: None,
@@ -217,7 +263,9 @@ def decompose(
     Lenses are fitted on ``fit``, ridges chosen and gates decided on ``dev``, everything else is measured on ``held_out``.
     ``tolerance`` and ``refits``: in place of the recipe's. ``seed`` deals and resamples the fitting documents; the draws of
     the held-out documents are the same for every model. ``readable`` asks for the readable gain, which takes most of the
-    time. ``spread``: the seed of what refits add to the draws, a model's own.
+    time. ``tolerances`` and ``metrics``: of variants beside it, with the same pairs. ``gating``: what an earlier
+    decomposition decided, in place of deciding it on ``dev``. ``spread``: the seed of what refits add to the draws, a
+    model's own.
 
     Raises :class:`Undefined` where the norm is no gain over a scale, and where there are fewer than three fitting
     documents or two layers.
@@ -230,7 +278,11 @@ def decompose(
     )
     return measured(
         readout, fitted, fit, dev, held_out, recipe.refits if refits is None else refits,
-        readable=readable, seed=seed, spread=spread, say=say,
+        others=[
+            *(("tolerance", f"{value:g}", fitted.at(value)) for value in tolerances),
+            *(("metric", kind, fitted.by(Metric.of(kind, readout, fit))) for kind in metrics),
+        ],
+        readable=readable, gating=gating, seed=seed, spread=spread, say=say,
     )  # fmt: skip
 
 
@@ -243,7 +295,9 @@ def measured(
     held_out: Capture,
     refits: int,
     *,
+    others: Sequence[tuple[str, str, Readings]] = (),
     readable: bool = True,
+    gating: Gating | None = None,
     further: int = FURTHER_PAIRS,
     seed: int = 0,
     spread: Sequence[int] = (0,),
@@ -251,40 +305,46 @@ def measured(
 ) -> Decomposition:
     """The decomposition by lenses that are fitted already, on the same ``fit`` and ``dev``; see :func:`decompose`.
 
-    ``further``: how many pairs at most that are not of neighbours are asked for their readable gain.
+    ``others``: setting, value and maps of variants. ``further``: how many pairs at most that are not of neighbours are
+    asked for their readable gain.
     """
     chosen = fitted.layers
     pairs = pairs_of(len(chosen))
-    say("gates")
-    gated = _gates(readout, dev, chosen, fitted.lenses, fitted.maps, pairs)
+    if gating is None:
+        say("gates")
+        gating = _gates(readout, dev, chosen, fitted.lenses, fitted.maps, pairs)
     say("products")
-    means = means_of(held_out.states, [*chosen, held_out.layers])
-    cluster, clusters = cluster_numbers(held_out)
-    sums = cluster_products(held_out.states, chosen, means, cluster, clusters, fitted.maps)
-    weights = bootstrap_weights(clusters, DRAWS, 0)
+    held = _HeldOut.of(held_out, chosen)
+    sums = held.products(fitted.maps)
     say("refits")
     again = [fitted.again(fit, (seed, number)) for number in range(refits)]
-    moments = SecondMoments.of(held_out.states, chosen, means)
-    chance, at_refits = chance_and_products(moments, fitted.maps, [maps for maps, _ in again], pairs)
-    point = quantities(sums.total(), pairs, chance)
-    draws = quantities(sums.drawn(weights), pairs, chance)
+    moments = SecondMoments.of(held_out.states, chosen, held.means)
+    (chance, *chance_of), at_refits = chance_and_products(
+        moments, [fitted.maps, *(maps for *_, maps in others)], [maps for maps, _ in again]
+    )
+    point, draws = held.quantities(sums, chance)
     refitted = [quantities(one, pairs, chance) for one in at_refits]
+    variants = tuple(
+        Variant(setting, value, *held.quantities(held.products(maps), of_this))
+        for (setting, value, maps), of_this in zip(others, chance_of, strict=True)
+    )
     say("news")
     white = whitening(moments.last)
-    gains = news_sums(held_out.states, chosen, means, cluster, clusters, fitted.lenses.best, white)
+    gains = news_sums(held.states, chosen, held.means, held.cluster, held.clusters, fitted.lenses.best, white)
     news_again = [news_of_moments(moments, lenses, white, pairs) for _, lenses in again]
     gained = None
     if readable:
         say("readable gain")
         lenses, of_fit, metric = fitted.lenses.within, fitted.moments, fitted.metric
+        pad = fitted.search.pad
         gained = readable_gains(
-            readout, dev, held_out, chosen, lenses, of_fit, metric, fitted.pad, cluster, clusters, further=further
+            readout, dev, held_out, chosen, lenses, of_fit, metric, pad, held.cluster, held.clusters, further=further
         )
     return Decomposition(
         layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws,
-        refits=_stacked(refitted) if refitted else None, chance=chance, gate=gated[0], blocks=gated[1],
-        news_sums=gains, news_refits=_both(news_again), gains=gained, ridges=fitted.lenses.ridges, weights=weights,
-        clusters=effective_clusters(cluster.numpy()), spread=tuple(spread),
+        refits=_stacked(refitted) if refitted else None, chance=chance, gate=gating.gate, blocks=gating.blocks,
+        news_sums=gains, news_refits=_both(news_again), gains=gained, ridges=fitted.lenses.ridges, weights=held.weights,
+        clusters=effective_clusters(held.cluster.numpy()), spread=tuple(spread), variants=variants,
     )  # fmt: skip
 
 
@@ -296,6 +356,33 @@ def _both(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array] | None:
     return (np.stack([one for one, _ in parts]), np.stack([two for _, two in parts])) if parts else None
 
 
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out states, centred on their own means, with their clusters and the draws of these."""
+
+    states: Tensor
+    layers: Sequence[int]
+    means: Tensor
+    cluster: Tensor
+    clusters: int
+    weights: Array
+
+    @classmethod
+    def of(cls, captured: Capture, layers: Sequence[int]) -> "_HeldOut":
+        means = means_of(captured.states, [*layers, captured.layers])
+        cluster, clusters = cluster_numbers(captured)
+        return cls(captured.states, layers, means, cluster, clusters, bootstrap_weights(clusters, DRAWS, 0))
+
+    def products(self, maps: Readings) -> Products:
+        """Sums by cluster."""
+        return cluster_products(self.states, self.layers, self.means, self.cluster, self.clusters, maps)
+
+    def quantities(self, sums: Products, chance: Chance) -> tuple[Quantities, Quantities]:
+        """The point estimate, and the draws."""
+        pairs = pairs_of(len(self.layers))
+        return quantities(sums.total(), pairs, chance), quantities(sums.drawn(self.weights), pairs, chance)
+
+
 def _gates(
     readout: ReadOut,
     dev: Capture,
@@ -303,62 +390,61 @@ def _gates(
     lenses: FullLenses,
     maps: Readings,
     pairs: Pairs,
-) -> tuple[list[str], list[tuple[int, int]]]:
+) -> Gating:
     """The gate of each pair, and the blocks merged until there is room; all on dev."""
-    cluster, clusters = cluster_numbers(dev)
-    means = means_of(dev.states, [*layers, dev.layers])
-    sums = cluster_products(dev.states, layers, means, cluster, clusters, maps)
-    moments = SecondMoments.of(dev.states, layers, means)
-    chance, _ = chance_and_products(moments, maps, [], pairs)
-    weights = bootstrap_weights(clusters, DRAWS, 0)
-    point = quantities(sums.total(), pairs, chance)
-    room = has_room(point, quantities(sums.drawn(weights), pairs, chance))
+    held = _HeldOut.of(dev, layers)
+    sums = held.products(maps)
+    moments = SecondMoments.of(dev.states, layers, held.means)
+    signal, space = sums.total().layer["rf"] / len(dev), principal_space(moments)
+    spread = [spreads_of_persistence(moments, i, maps, space, signal) for i in range(len(layers) - 1)]
+    # No gate looks at the spread of c, which would need the products of all pairs of layers.
+    chance = Chance(np.concatenate(spread), np.full(len(pairs[0]), np.nan))
+    point, draws = held.quantities(sums, chance)
+    room = has_room(point, draws)
     kl, ce = own_layer_sums(readout, dev, lenses.within, layers)
     # Sums are by window: those of a document are added up.
     first = np.flatnonzero(np.diff(dev.window, prepend=dev.window[0] - 1))
-    number = cluster.numpy()[first]
-    by_cluster = [np.zeros((clusters, len(layers))) for _ in range(2)]
+    number = held.cluster.numpy()[first]
+    by_cluster = [np.zeros((held.clusters, len(layers))) for _ in range(2)]
     for into, values in zip(by_cluster, (kl, ce), strict=True):
         np.add.at(into, number, values)
-    tokens = np.bincount(cluster.numpy(), minlength=clusters).astype(float)
+    tokens = np.bincount(held.cluster.numpy(), minlength=held.clusters).astype(float)
     losses = Losses(by_cluster[0], by_cluster[1], tokens)
-    fall = falls(losses, pairs, weights)
-    return gates(fall, room, point, chance), merged_blocks(room, pairs, len(layers))
+    fall = falls(losses, pairs, held.weights)
+    return Gating(gates(fall, room, point, chance), merged_blocks(room, pairs, len(layers)))
 
 
 def chance_and_products(
-    moments: Covariances,
-    maps: Readings,
-    again: Sequence[Readings],
-    pairs: Pairs,
-) -> tuple[Chance, list[Products]]:
-    """Chance under random bases, and the products of other sets of lenses: one pass over the states for each layer."""
-    space = principal_space(moments)
-    layer, _ = layer_products_of_moments(moments, maps)
-    loading = layer["rr"] / layer["rf"]
+    moments: Covariances, sets: Sequence[Readings], again: Sequence[Readings]
+) -> tuple[list[Chance], list[Products]]:
+    """Chance under random bases for each of ``sets``, and the products of each of ``again``.
+
+    One pass over the states for each layer, whatever the number of sets of lenses.
+    """
+    space, count = principal_space(moments), len(moments.own)
+    layer_of = [layer_products_of_moments(moments, one)[0] for one in sets]
     others = [layer_products_of_moments(moments, one) for one in again]
     rows: list[list[dict[str, Array]]] = [[] for _ in again]
-    spread, unscaled = [], []
-    count = len(loading)
-    scale = []
+    spreads: list[list[tuple[Array, Array]]] = [[] for _ in sets]
     for i in range(count - 1):
         later = moments.later(i)
-        s, c = spreads_of(moments, i, later, maps, space, layer["rf"], loading)
-        spread.append(s)
-        unscaled.append(c)
-        here = products_of_moments(moments, i, later, maps)
-        scale.append(np.abs(loading[i] - here["jr"] / here["jf"]) * np.abs(here["sf"] / layer["rf"][i]))
-        for into, one in zip(rows, again, strict=True):
-            into.append(products_of_moments(moments, i, later, one))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        chance = Chance(np.concatenate(spread), np.concatenate(unscaled) / np.concatenate(scale))
+        for into, maps, layer in zip(spreads, sets, layer_of, strict=True):
+            loading = layer["rr"] / layer["rf"]
+            of_s, of_c = spreads_of(moments, i, later, maps, space, layer["rf"], loading)
+            here = products_of_moments(moments, i, later, maps)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                scale = np.abs(loading[i] - here["jr"] / here["jf"]) * np.abs(here["sf"] / layer["rf"][i])
+                into.append((of_s, of_c / scale))
+        for rows_of, one in zip(rows, again, strict=True):
+            rows_of.append(products_of_moments(moments, i, later, one))
+    chances = [Chance(*(np.concatenate(parts) for parts in zip(*of_set, strict=True))) for of_set in spreads]
     products = [
         Products(
             {name: np.concatenate([row[name] for row in of_rows]) for name in of_rows[0]}, values, np.asarray(target)
         )
         for of_rows, (values, target) in zip(rows, others, strict=True)
     ]
-    return chance, products
+    return chances, products
 
 
 def spread_by_refits(draws: Array, refits: Array | None, seed: Sequence[int]) -> Array:

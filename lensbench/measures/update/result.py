@@ -1,6 +1,7 @@
 """What is kept of an update decomposition: rows, indices, and the draws that paired comparisons need."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from lensbench.measures.update.summary import (
     NAMES,
     WITHOUT_LAYER_0,
     block_rows,
+    distance_rows,
     drawn_indices,
     in_place_losses_aside,
     index_estimates,
     pair_rows,
 )
+from lensbench.measures.update.variants import variant_rows
 from lensbench.measures.update.verdict import SUFFIXES, UpdateFacts
 from lensbench.measures.update.views import LANDMARKS, fit_view
 from lensbench.runtime.files import write_json
@@ -69,18 +72,24 @@ class UpdateResult(BaseModel):
     indices: Triples = {}
     landmarks: dict[str, LandmarkResult] = {}
     """Name of a view -> its indices"""
+    variants: list[dict[str, Any]] = []
+    """Rows of the decomposition at other settings"""
+    distances: list[dict[str, Any]] = []
+    """Rows of its means by the distance of two layers"""
     of_refits: dict[str, float] = {}
     """Name of an index -> the share of lens refits in the variance behind its interval"""
     draws: dict[str, list[float]] = {}
     """Name -> its draws, of those that have an interval"""
 
     @classmethod
-    def of(cls, found: Decomposition) -> "UpdateResult":
-        """All that is kept of a decomposition."""
+    def of(cls, found: Decomposition, massive: Sequence[dict[str, Any]] = ()) -> "UpdateResult":
+        """All that is kept of a decomposition; ``massive``: rows that say how many tokens have massive activations."""
         drawn, pairs = drawn_indices(found), pair_rows(found)
         return cls(
             pairs=pairs,
             blocks=block_rows(found, pairs),
+            variants=[*massive, *variant_rows(found)],
+            distances=list(distance_rows(found)),
             indices=_written({name: one.estimate for name, one in drawn.items()}),
             of_refits={name: float(f"{one.of_refits:.3g}") for name, one in drawn.items() if one.of_refits is not None},
             draws={

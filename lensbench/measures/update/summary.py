@@ -1,6 +1,6 @@
 """What the update decomposition comes to: a row for each pair and each block, and the model's indices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,11 @@ def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
             "gate": found.gate[at],
         }
         for name in PAIR_COLUMNS:
-            row |= _columns(name, _estimate(getattr(found.point, name)[at], drawn[name][:, at], found))
+            row |= _columns(name, estimate(getattr(found.point, name)[at], drawn[name][:, at], found))
         row["carried_chance"] = _number(found.chance.carried[at])
         row["persistence_chance"] = _number(found.chance.persistence[at])
         row["drowned"] = _number(found.point.drowned[at])
-        row |= _columns("news", _estimate(*news[at], found))
+        row |= _columns("news", estimate(*news[at], found))
         of_pair = gained.get((int(i[at]), int(j[at])))
         row |= _columns("readable_gain", nothing if of_pair is None else of_pair)
         row["commission"] = _number(found.point.commission[i[at]])
@@ -73,6 +73,30 @@ def block_rows(found: Decomposition, of_pair: Sequence[dict[str, Any]]) -> list[
     return rows
 
 
+def distance_rows(found: Decomposition) -> Iterator[dict[str, Any]]:
+    """A row for each distance j - i of the layers' positions, without layer 0: how many pairs there are and pass, and means.
+
+    Shares are over the pairs that pass, clarity, persistence and news over all pairs of that distance.
+    """
+    i, j = found.pairs
+    later = pairs_from(found, 1)
+    for distance in np.unique((j - i)[later]):
+        pairs = later & (j - i == distance)
+        passed = passing(found, pairs)
+        row: dict[str, Any] = {"distance": int(distance), "pairs": int(pairs.sum()), "passed": int(passed.sum())}
+        nothing = Estimate(None, None, None, "undetermined: no pair of this distance passes the gates")
+        in_place = nothing
+        if passed.any():
+            mean = mean_carried(found, passed)
+            in_place = _of(found, lambda q, mean=mean: 1 - mean(q)).estimate  # type: ignore[misc]
+        row |= _columns("in_place", in_place)
+        for name in ("clarity", "persistence"):
+            row |= _columns(name, _of(found, plain_mean(name, pairs)).estimate)
+        news = news_of(found, pairs).estimate
+        reasons = dict.fromkeys(reason for reason in (in_place.reason, news.reason) if reason)
+        yield row | _columns("news", news) | {"reason": "; ".join(reasons)}
+
+
 @dataclass(frozen=True)
 class DrawnIndex:
     """An index with its interval, and its draws ``[draws]`` where it has any."""
@@ -92,9 +116,13 @@ def drawn_indices(found: Decomposition) -> dict[str, DrawnIndex]:
     """The same with their draws, which are over the same documents for every model."""
     estimates: dict[str, DrawnIndex] = {}
     for suffix, first in (("", 0), (WITHOUT_LAYER_0, 1)):
-        pairs = np.array([found.layers[i] >= first for i in found.pairs[0]])
-        estimates |= {name + suffix: value for name, value in _indices(found, pairs).items()}
+        estimates |= {name + suffix: value for name, value in _indices(found, pairs_from(found, first)).items()}
     return estimates
+
+
+def pairs_from(found: Decomposition, first: int) -> NDArray[np.bool_]:
+    """Which pairs have an earlier layer of at least ``first``, ``[P]``."""
+    return np.array([found.layers[i] >= first for i in found.pairs[0]], dtype=bool)
 
 
 def passing(found: Decomposition, pairs: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -131,16 +159,16 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
     reason = undetermined(found, pairs)
     carried = in_place = _without(reason)
     if not reason:
-        mean = _mean_carried(found, passed)
+        mean = mean_carried(found, passed)
         carried = _of(found, mean)
         in_place = _of(found, _in_place(mean))
-    plain = {name: _of(found, _plain_mean(name, pairs)) for name in ("clarity", "persistence", "kept_low", "kept_high")}
+    plain = {name: _of(found, plain_mean(name, pairs)) for name in ("clarity", "persistence", "kept_low", "kept_high")}
     layers = np.unique(found.pairs[0][pairs])
     return {
         "in_place": in_place,
         "carried": carried,
         **plain,
-        "news": _news(found, pairs),
+        "news": news_of(found, pairs),
         "readable_gain": _readable(found, pairs),
         "commission": _of(found, lambda q: q.commission[..., layers].mean(-1)),
         "drowned": _drowned(found, pairs),
@@ -150,7 +178,7 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
     }
 
 
-def _mean_carried(found: Decomposition, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
+def mean_carried(found: Decomposition, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
     """c over some pairs; those of a wide spread, by documents or by chance, weigh less."""
     weight = pair_weights(found, pairs)
 
@@ -177,7 +205,7 @@ def in_place_losses_aside(found: Decomposition) -> dict[str, Estimate]:
         pairs = kept & np.array([found.layers[i] >= first for i in found.pairs[0]])
         one = _without("undetermined: no pair of layers has room and keeps the signal")
         if pairs.any():
-            one = _of(found, _in_place(_mean_carried(found, pairs)))
+            one = _of(found, _in_place(mean_carried(found, pairs)))
         estimates[LOSSES_ASIDE + suffix] = one.estimate
     return estimates
 
@@ -193,7 +221,9 @@ NAMES = (
 """The indices, each also with :data:`WITHOUT_LAYER_0` at its end"""
 
 
-def _plain_mean(name: str, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
+def plain_mean(name: str, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
+    """The mean of a quantity over some pairs."""
+
     def mean(q: Quantities) -> Array:
         result: Array = getattr(q, name)[..., pairs].mean(-1)
         return result
@@ -213,14 +243,14 @@ def _drowned(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
     return _of(found, lambda q: (1 - q.clarity[..., grown]).mean(-1))
 
 
-def _news(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
+def news_of(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
     """News of all pairs together: gains are added up first, so that a pair with hardly any gain does not decide."""
     sums = found.news_sums
     _, total = sums.share(found.weights, pairs)
     if not sums.whole[:, pairs].sum() > 0 or np.percentile(total, 2.5) <= 0:
         return _without("undetermined: later lenses do not surely explain more of the final state")
     value, drawn = found.news(pairs)
-    return DrawnIndex(_estimate(value, drawn, found), drawn)
+    return DrawnIndex(estimate(value, drawn, found), drawn)
 
 
 def _readable(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
@@ -240,14 +270,14 @@ def _ratio(found: Decomposition, old: Array, new: Array) -> DrawnIndex:
     if not new.sum() > 0 or np.percentile(whole, 2.5) <= 0:
         return _without("undetermined: no cross-entropy gain of the later lens over the earlier one, with its interval")
     drawn = (found.weights @ old) / whole
-    return DrawnIndex(_estimate(old.sum() / new.sum(), drawn, found), drawn)
+    return DrawnIndex(estimate(old.sum() / new.sum(), drawn, found), drawn)
 
 
 def _of(found: Decomposition, value: Callable[[Quantities], Array]) -> DrawnIndex:
     """An index that is a function of quantities, with documents and refits in its interval."""
     refits, of_documents = None if found.refits is None else value(found.refits), value(found.draws)
     draws = spread_by_refits(of_documents, refits, found.spread)
-    return DrawnIndex(_estimate(float(value(found.point)), draws, found), draws, _share_of(refits, of_documents))
+    return DrawnIndex(estimate(float(value(found.point)), draws, found), draws, _share_of(refits, of_documents))
 
 
 def _share_of(refits: Array | None, of_documents: Array) -> float | None:
@@ -263,7 +293,8 @@ def _drawn(found: Decomposition, name: str) -> Array:
     return spread_by_refits(getattr(found.draws, name), refits, found.spread)
 
 
-def _estimate(value: float, draws: Array, found: Decomposition) -> Estimate:
+def estimate(value: float, draws: Array, found: Decomposition) -> Estimate:
+    """A value with the interval of its draws ``[draws]`` over the clusters of a decomposition."""
     if not np.isfinite(value) or not np.isfinite(draws).all():
         return Estimate(None, None, None, "undefined: its denominator is zero")
     if reason := too_few_clusters(found.clusters):
