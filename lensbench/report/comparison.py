@@ -9,6 +9,7 @@ from lensbench.report.formatting import with_interval
 from lensbench.report.probe_tables import places_table, probe_tables
 from lensbench.report.study_tables import learning_table
 from lensbench.report.terminal import correlation_table, retention_table, ruler_table
+from lensbench.report.verdicts import update_statements
 from lensbench.results.folder import Run
 from lensbench.studies.curves import ALL, differences, shown_curves
 
@@ -45,6 +46,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         for found in (*(make(run) for make in shown), gap_table(run, declared), places_table(run), *probe_tables(run)):
             if found is not None:
                 console.print(found)
+        for said in update_statements(run):
+            console.print(str(said), highlight=False, markup=False)
     if len(claims):
         console.print(claim_table(claims))
         at_others = table[table["kind"] == "claim at tolerance"]

@@ -12,6 +12,7 @@ from lensbench.measures.indices import (
     tolerance_order,
     variants_of,
 )
+from lensbench.measures.update.verdict import NOT_MEASURED
 from lensbench.measures.verdict import INDEX_OF, SCOPES
 from lensbench.report.formatting import number, shown_seeds, with_interval, with_refits
 from lensbench.report.probe_tables import places_table, probe_tables
@@ -112,10 +113,15 @@ def ruler_table(run: Run) -> Table:
         cells = [with_interval(shown.loc[model, name]) for name in heads]
         rows = [judged.loc[(model, scope)] for scope in SCOPES if (model, scope) in judged.index]
         known = next((row["known"] for row in rows if pd.notna(row["known"])), "")
-        table.add_row(
-            model, known, *cells, *(row["verdict"] for row in rows), *(row["fixed_lens_verdict"] for row in rows)
-        )
+        table.add_row(model, known, *cells, *map(verdict_cell, rows), *(row["fixed_lens_verdict"] for row in rows))
     return table
+
+
+def verdict_cell(row: pd.Series) -> str:
+    """A verdict of ``verdicts.csv``; an undetermined one with its gate."""
+    if row["gate"] == NOT_MEASURED:
+        return NOT_MEASURED
+    return f"{row['verdict']} ({row['gate']})" if isinstance(row["gate"], str) else str(row["verdict"])
 
 
 def span_of_fact(run: Run, model: str, fact: str) -> str:

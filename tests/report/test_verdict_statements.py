@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
+from lensbench.report.terminal import verdict_cell
 from lensbench.report.verdicts import landmarks_in_words, update_statements
 from lensbench.results.folder import Run, read_run
 from lensbench.results.schema import no_rows
@@ -55,3 +57,15 @@ def test_a_statement_is_the_sentence_of_the_table_and_its_landmarks():
     tables["landmarks.csv"] = no_rows("landmarks.csv")
     (said,) = update_statements(Run(run.folder, run.manifest, tables))
     assert said.reasons == "A sentence."
+
+
+@pytest.mark.parametrize(
+    ("verdict", "gate", "cell"),
+    [
+        ("mixed", float("nan"), "mixed"),
+        ("undetermined", "no fall", "undetermined (no fall)"),
+        ("undetermined", "not measured", "not measured"),
+    ],
+)
+def test_tables_show_an_undetermined_verdict_with_its_gate(verdict, gate, cell):
+    assert verdict_cell(pd.Series({"verdict": verdict, "gate": gate})) == cell
