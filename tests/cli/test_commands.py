@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -67,6 +68,7 @@ def test_the_two_views_are_of_one_model(tiny_run):
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_the_same_seed_twice_gives_the_same_bytes(tiny_suite, tiny_run, tmp_path):
     assert run("run", tiny_suite, "--out", tmp_path / "again").exit_code == 0
     assert csv_bytes(tmp_path / "again") == csv_bytes(tiny_run)
@@ -75,6 +77,7 @@ def test_the_same_seed_twice_gives_the_same_bytes(tiny_suite, tiny_run, tmp_path
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_another_seed_gives_another_model(tiny_suite, tiny_run, tmp_path):
     assert run("run", tiny_suite, "--out", tmp_path / "other", "--seed", 1, "--only", "gpt").exit_code == 0
     other = read_run(tmp_path / "other").tables["models.csv"]
@@ -85,6 +88,7 @@ def test_another_seed_gives_another_model(tiny_suite, tiny_run, tmp_path):
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_a_second_run_reuses_everything_and_a_changed_setting_reruns_what_depends_on_it(tiny_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tiny_run, folder)
@@ -111,6 +115,7 @@ def test_a_second_run_reuses_everything_and_a_changed_setting_reruns_what_depend
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_only_keeps_the_rows_of_models_that_are_finished(tiny_suite, tiny_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tiny_run, folder)
@@ -119,6 +124,7 @@ def test_only_keeps_the_rows_of_models_that_are_finished(tiny_suite, tiny_run, t
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_several_seeds_are_summed_up_with_a_t_interval(tmp_path):
     suite = write_suite(tmp_path, **{'question = "Does': 'seeds = [0, 1]\nquestion = "Does'})
     result = run("run", suite, "--out", tmp_path / "run", "--only", "gpt")
@@ -171,30 +177,42 @@ def test_compare_writes_paired_differences(tiny_run, tmp_path):
     assert row["ci_high"] - row["ci_low"] < 0.8 * apart
 
 
+def with_manifest(finished, folder, change) -> Path:
+    """A copy of a finished run whose manifest, as a dictionary, is changed in place."""
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("stages"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    write_manifest(folder, manifest)
+    return folder
+
+
 def test_compare_refuses_runs_that_measure_different_things(tiny_run, tmp_path):
-    suite = write_suite(
-        tmp_path, **{"tolerance": "tolerance"} if False else {"rotations = 2": "rotations = 2\ntolerance = 0.05"}
-    )
-    assert run("run", suite, "--out", tmp_path / "other", "--only", "gpt").exit_code == 0
-    refused(
-        run("compare", tiny_run, tmp_path / "other"), "do not measure the same thing", "fit.tolerance is 0.02 and 0.05"
-    )
+    other = with_manifest(tiny_run, tmp_path / "other", lambda m: m["suite"]["fit"].update(tolerance=0.05))
+    refused(run("compare", tiny_run, other), "do not measure the same thing", "fit.tolerance is 0.02 and 0.05")
 
 
 def test_compare_refuses_runs_on_different_texts(tiny_run, tmp_path):
-    suite = write_suite(tmp_path)
+    other = with_manifest(tiny_run, tmp_path / "other", lambda m: m["corpus"].update(checksum="another"))
+    refused(run("compare", tiny_run, other), "do not measure the same thing", "other texts")
+
+
+@pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
+def test_compare_refuses_what_other_settings_and_texts_gave(tiny_run, tmp_path):
+    suite = write_suite(tmp_path, **{"rotations = 2": "rotations = 2\ntolerance = 0.05"})
     write_texts(tmp_path / "texts", seed=5)
     assert run("run", suite, "--out", tmp_path / "other", "--only", "gpt").exit_code == 0
     refused(run("compare", tiny_run, tmp_path / "other"), "do not measure the same thing", "other texts")
+    corpus = read_run(tiny_run).manifest.corpus
+    same = with_manifest(tmp_path / "other", tmp_path / "same", lambda m: m["corpus"].update(checksum=corpus.checksum))
+    refused(run("compare", tiny_run, same), "do not measure the same thing", "fit.tolerance is 0.02 and 0.05")
 
 
 def test_another_python_is_another_corpus_and_its_differences_are_unpaired(tiny_run, tmp_path):
-    folders = [tmp_path / name for name in ("here", "there")]
-    for folder in folders:
-        shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("stages"))
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["corpus"] |= {"spec": "stdlib", "checksum": folder.name}
-        write_manifest(folder, manifest)
+    folders = [
+        with_manifest(tiny_run, tmp_path / name, lambda m, n=name: m["corpus"].update(spec="stdlib", checksum=n))
+        for name in ("here", "there")
+    ]
     result = run("compare", *folders, "--out", tmp_path / "out.csv")
     assert result.exit_code == 0
     assert "another corpus" in result.output
@@ -306,6 +324,7 @@ def test_a_damaged_model_is_named_and_not_overwritten(tiny_suite, tiny_run, tmp_
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
     from lensbench.run import training as run_module
 
@@ -334,6 +353,7 @@ def test_a_damaged_checkpoint_is_named(tiny_suite, tmp_path, monkeypatch):
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_a_resumed_run_ends_with_the_same_bytes(tiny_suite, tiny_run, tmp_path, monkeypatch):
     from lensbench.models.training import train
     from lensbench.run import training as run_module

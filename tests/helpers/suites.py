@@ -1,7 +1,11 @@
 """A tiny suite on a generated text."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 SUITE = """
 name = "tiny"
@@ -55,6 +59,14 @@ view = "prediction"
 name = "pc+state"
 view_of = "pc"
 """
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Runs in it draw nothing, which takes a third of a small run's time: their tests are about something else."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lensbench.run.suite.draw_figures", lambda *_: [])
+        yield
 
 
 def write_texts(folder: Path, *, seed: int = 0, documents: int = 300) -> Path:

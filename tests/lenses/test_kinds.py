@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.commands import run
-from helpers.suites import write_suite
+from helpers.suites import without_figures, write_suite
 from helpers.synthetic import small
 from helpers.toy_lens import MEAN_SHIFT, TOY
 from hypothesis import given
@@ -62,7 +62,7 @@ def toy_run(tmp_path_factory):
     suite = write_suite(root)
     text = suite.read_text()
     suite.write_text(text[: text.index('[[models]]\nname = "pc"')])
-    with pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched, without_figures():
         patched.setitem(KINDS, TOY.name, TOY)
         result = run("run", suite, "--out", root / "run")
     assert result.exit_code == 0, result.output

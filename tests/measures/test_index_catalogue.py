@@ -43,6 +43,7 @@ def with_toy(monkeypatch):
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_an_index_of_the_catalogue_alone_is_in_the_table_on_the_terminal_in_compare_and_in_the_schema(
     with_toy, tiny_suite, tiny_run, tmp_path
 ):

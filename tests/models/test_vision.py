@@ -321,6 +321,7 @@ def test_the_claim_is_paired_by_seed_and_everything_stands_on_one_ruler(finished
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_a_pretrained_classifier_gets_images_as_its_own_processor_makes_them(finished, tmp_path):
     folder, _ = finished
     model = ViTForImageClassification(ViTConfig(**{**SMALL, "num_labels": 10, "num_channels": 3}))

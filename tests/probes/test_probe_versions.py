@@ -38,6 +38,7 @@ def test_a_probe_that_only_one_run_has_is_not_left_out():
 
 
 @pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
 def test_a_probe_of_a_newer_version_is_measured_again_and_the_manifest_names_it(tmp_path, monkeypatch):
     asked = 'name = "tiny"\nthreads = 1\nprobes = ["gradient_steps", "accuracy"]'
     suite, out = write_suite(tmp_path, **{'name = "tiny"': asked}), tmp_path / "out"

@@ -52,6 +52,7 @@ def test_every_probe_has_rows_or_a_reason_for_every_model_and_seed(run):
     assert "no errors at known places" in gpt["reason"].iloc[0]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_same_command_does_nothing_twice_and_writes_the_same_bytes(run):
     suite, out = run
     before = (out / "probes.csv").read_bytes()
@@ -82,6 +83,7 @@ def test_heads_are_drawn_and_the_top_ones_named(run):
     assert (run[1] / "figures" / "error_transport.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_probes_can_be_run_in_parts(tmp_path):
     asked = 'name = "tiny"\nthreads = 1\nprobes = ["few_shot", "gradient_steps"]'
     suite, out = write_suite(tmp_path, **{'name = "tiny"': asked}), tmp_path / "out"

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.pretrained import run, save_model, write_suite
-from helpers.suites import write_texts
+from helpers.suites import without_figures, write_texts
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,7 +38,8 @@ def made(tmp_path_factory) -> Path:
         text = path.read_text().replace("[evaluate]\n", f'[evaluate]\nbegin = "{setting}"\n')
         # Every position but the first is scored, so that a plain loop needs to draw none.
         path.write_text(text.replace("positions = 8\nrefit_positions = 4\n", f"positions = {LENGTH - 2}\n"))
-        result = run("run", path, "--out", root / setting)
+        with without_figures():
+            result = run("run", path, "--out", root / setting)
         assert result.exit_code == 0, result.output
         assert result.stderr.count("begins every window" if setting == "auto" else "begins the first window") == 1
     return root

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.suites import write_texts
+from helpers.suites import without_figures, write_texts
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -16,7 +16,7 @@ from lensbench.results import schema as results
 from lensbench.results.folder import read_run
 from lensbench.suite.files import load_suite
 
-pytestmark = pytest.mark.run
+pytestmark = [pytest.mark.run, pytest.mark.usefixtures("no_figures")]
 
 SUITE = """
 name = "known"
@@ -104,7 +104,8 @@ def folder(tmp_path_factory):
     texts = write_texts(base / "texts")
     suite = base / "known.toml"
     suite.write_text(SUITE.format(texts=texts))
-    result = run("run", suite, "--out", base / "run")
+    with without_figures():
+        result = run("run", suite, "--out", base / "run")
     assert result.exit_code == 0, result.output
     return base / "run"
 

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.suites import write_suite
+from helpers.suites import without_figures, write_suite
 from typer.testing import CliRunner
 
 from lensbench.cli import app
 from lensbench.results import manifest
 
-pytestmark = pytest.mark.run
+pytestmark = [pytest.mark.run, pytest.mark.usefixtures("no_figures")]
 
 
 def run(*arguments):
@@ -32,7 +32,8 @@ def one_model(tmp_path_factory):
         return path
 
     out = folder / "run"
-    assert run("run", suite(None), "--out", out).exit_code == 0
+    with without_figures():
+        assert run("run", suite(None), "--out", out).exit_code == 0
     return suite, out
 
 

@@ -106,6 +106,7 @@ def test_rows_of_a_model_whose_stage_is_gone_are_not_lost(tiny_suite, tiny_run, 
     assert csv_bytes(out) == csv_bytes(tiny_run)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_damaged_model_whose_rows_no_table_holds_is_left_out_by_name(tiny_suite, tiny_run, tmp_path):
     out = copied(tiny_run, tmp_path / "run")
     (out / "manifest.json").unlink()  # a run that was cut short before its tables
@@ -126,6 +127,7 @@ def test_weights_of_models_trained_here_are_told_apart(tiny_run):
     assert finished.manifest.weights == {f"{name}-seed0": value for name, value in told.items()}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_every_stage_of_a_run_is_counted_beforehand(tiny_suite, tiny_run, tmp_path):
     suite, recorded = load_suite(str(tiny_suite)), Recorded()
     run_suite(suite, copied(tiny_run, tmp_path / "run"), device=torch.device("cpu"), progress=recorded)

@@ -11,7 +11,6 @@ from transformers import AutoConfig
 
 from lensbench.errors import LensbenchError
 from lensbench.results.folder import read_run
-from lensbench.run import suite as run_module
 from lensbench.suite.files import load_suite, name_of, named_files, names_of, on_request
 
 pytestmark = pytest.mark.run
@@ -36,11 +35,6 @@ SMALL = {
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("texts"), documents=120)
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr(run_module, "draw_figures", lambda *_: [])
 
 
 def layers_of(config) -> int:
