@@ -108,9 +108,10 @@ def text(seed: int, windows: int = 128) -> Windows:
     followers = np.random.default_rng(1).dirichlet(np.full(V, 0.1), V)
     ids = np.zeros((windows, LENGTH), dtype=np.int64)
     ids[:, 0] = rng.integers(0, V, windows)
+    chances, drawn = followers.cumsum(1), rng.random((LENGTH - 1, windows))
     for t in range(1, LENGTH):
-        for s in range(windows):
-            ids[s, t] = rng.choice(V, p=followers[ids[s, t - 1]])
+        chance = chances[ids[:, t - 1]]
+        ids[:, t] = (chance / chance[:, -1:] <= drawn[t - 1, :, None]).sum(1)
     positions = np.sort(np.stack([rng.permutation(np.arange(2, LENGTH - 1))[:8] for _ in range(windows)]), 1)
     return Windows(
         ids=ids,

@@ -62,19 +62,13 @@ def test_a_planted_copying_head_has_ratio_nothing(snr):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", "copy"])
-def test_without_errors_a_model_has_a_head_found_no_more_often_than_one_in_twenty(kind):
-    """Family-wise, over models: of 60, 3 are expected and more than 7 have a probability of 1.4 %."""
-    hits = [at(frame_of(planted(kind, 1.0, seed), seed), "error_transport_found").sum() for seed in range(60)]
-    assert np.count_nonzero(hits) <= 7
-
-
-@pytest.mark.parametrize("kind", ["none", "copy"])
-@pytest.mark.slow
-def test_without_errors_hardly_any_head_is_found(kind):
-    """Per head: at 5 % over all heads of a model, far fewer than 5 % of 120."""
-    hits = [at(frame_of(planted(kind, 1.0, seed), seed), "error_transport_found").sum() for seed in range(100, 110)]
-    assert np.sum(hits) <= 2
+@pytest.mark.parametrize(("kind", "first"), [("none", 0), ("copy", 40)])
+def test_without_errors_a_model_has_a_head_found_no_more_often_than_one_in_twenty(kind, first):
+    """Family-wise, over models: of 40, more than 5 have a probability of 1.4 %. Of the 480 heads, 5 % would be 24."""
+    seeds = range(first, first + 40)
+    hits = [at(frame_of(planted(kind, 1.0, seed), seed), "error_transport_found").sum() for seed in seeds]
+    assert np.count_nonzero(hits) <= 5
+    assert np.sum(hits) <= 9
 
 
 def sharp(model, seed=3):

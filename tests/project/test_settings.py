@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,6 +47,7 @@ print([name for name in before if before[name] != after[name]])
 """
 
 
+@pytest.mark.slow
 def test_importing_every_module_changes_no_setting_of_other_libraries():
     found = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, cwd=ROOT, check=False)
     assert found.returncode == 0, found.stderr

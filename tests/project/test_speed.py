@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.speed import fitting, published, transfer
+from benchmarks.speed import ours as our_side
 from benchmarks.speed.recipe import STEPS, RecipeLens, Setting, visits
 from benchmarks.speed.summary import ratios
 from benchmarks.speed.task import (
@@ -585,6 +586,9 @@ def test_the_fitting_benchmark_runs_resumes_and_draws(tmp_path, monkeypatch):
     tiny_texts(tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(published, "SWEEP_TOKENS", 1000)
+    monkeypatch.setattr(published, "STEPS", 100)
+    monkeypatch.setattr(our_side, "CLOSED_BUDGETS", (1024, 32768))
+    monkeypatch.setattr(our_side, "REFINED_BUDGETS", (2048, 6144, 65536))
     fit_tiny(tmp_path, "sweep")
     # The run is broken off after its first steps and goes on from there.
     checkpoints = iter(published.CHECKPOINTS)
@@ -611,7 +615,7 @@ def test_the_fitting_benchmark_runs_resumes_and_draws(tmp_path, monkeypatch):
     assert (out / "recipe.csv").read_bytes() == before, "a finished part is not run again"
     kls = ["lens", "step", "eval_kl", "dev_kl"]
     resumed, whole = pd.read_csv(out / "recipe.csv"), pd.read_csv(out / "whole" / "recipe.csv")
-    # The text is too short for 250 steps: the schedule ends with it, and so do the checkpoints.
+    # The text is too short for all steps: the schedule ends with it, and so do the checkpoints.
     assert resumed["step"].max() not in published.CHECKPOINTS
     pd.testing.assert_frame_equal(resumed[kls], whole[kls])
     assert (resumed.groupby("lens")["eval_kl"].last() < resumed.groupby("lens")["eval_kl"].first()).all()
@@ -620,10 +624,10 @@ def test_the_fitting_benchmark_runs_resumes_and_draws(tmp_path, monkeypatch):
     assert set(zip(fitted["lens"], fitted["stage"], strict=True)) == {
         (lens, stage) for lens in ("1", "shared") for stage in ("closed", "refined")
     }
-    ours = pd.read_csv(out / "ours.csv")
+    budgets = pd.read_csv(out / "ours.csv")
     # Budgets beyond the text are left out.
-    assert ours["budget"].max() == 6144
-    refined = ours[ours["stage"] == "refined"]
+    assert budgets["budget"].max() == 6144
+    refined = budgets[budgets["stage"] == "refined"]
     assert (refined["gflop"] > 0).all()
     assert refined["seconds"].gt(0).all()
     every = pd.read_csv(out / "everything.csv")
@@ -639,12 +643,13 @@ def test_the_converged_recipe_stands_beside_ours_on_the_same_tokens(tmp_path, mo
     tiny_texts(tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(published, "TOKENS_PER_STEP", 512)
+    monkeypatch.setattr(published, "STEPS", 50)
     monkeypatch.setattr(published, "CONVERGED", FitRecipe(refine_tokens=2048, refine_passes=2))
     fit_tiny(tmp_path, "converged")
     table = pd.read_csv(tmp_path / "out" / "converged.csv")
     recipe = table[table["side"] == "recipe"]
-    assert recipe["step"].max() == STEPS
-    assert recipe["tokens"].max() == 512 * STEPS
+    assert recipe["step"].max() == 50
+    assert recipe["tokens"].max() == 512 * 50
     assert recipe["eval_kl"].iloc[-1] < recipe["eval_kl"].iloc[0]
     assert set(table["side"]) == {"closed", "refined", "recipe"}
     assert table["pool_tokens"].nunique() == 1
