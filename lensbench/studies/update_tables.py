@@ -11,7 +11,10 @@ from lensbench.measures.means import Estimate
 from lensbench.measures.update import UpdateResult
 from lensbench.measures.update.gates import NO_FALL, NO_ROOM, NOT_KEPT
 from lensbench.measures.update.verdict import (
+    ADDED,
+    CARRIED,
     IN_FACTS,
+    REPRESENTED,
     SUFFIXES,
     UNDETERMINED,
     WITHOUT_FIRST,
@@ -19,7 +22,6 @@ from lensbench.measures.update.verdict import (
     UpdateRule,
     decide_update,
 )
-from lensbench.studies.held_out import ADDED, CARRIED, REPRESENTED
 
 Row = dict[str, Any]
 

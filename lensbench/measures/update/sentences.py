@@ -163,7 +163,9 @@ def _undecided(rule: UpdateRule, facts: UpdateFacts, found: UpdateVerdict, share
         passed, asked = facts.passed, len(facts.pairs)
         stopped = sum(pair.gate == found.gate for pair in facts.pairs)
         why = f"; at {stopped} of them {VERDICT_GATES[found.gate]}" if stopped else ""
-        said = f"{passed} of {asked} pairs of layers pass the gates and {rule.pairs_needed(asked)} are needed{why}"
+        needed = rule.pairs_needed(asked // facts.seeds)
+        each = f" at each of {facts.seeds} seeds" if facts.seeds > 1 else ""
+        said = f"{passed} of {asked} pairs of layers pass the gates and {needed} are needed{each}{why}"
         return f"{said} ({_changes(found)})" if found.changes[1] else said
     if not shares:
         return f"what is added in place is unknown: {VERDICT_GATES[found.gate]}"

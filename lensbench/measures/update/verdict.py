@@ -149,6 +149,8 @@ class UpdateFacts:
     """The share of the variance of what is added in place that lens refits bring; None where it is unknown"""
     reason: str = ""
     """Why the decomposition is undefined, or :data:`NOT_MEASURED`; empty where there is one"""
+    seeds: int = 1
+    """How many seeds these are the facts of: pairs and blocks of all of them, indices as means"""
 
     @classmethod
     def of(
@@ -187,6 +189,7 @@ class UpdateFacts:
             first.first_block,
             None,
             next((one.reason for one in seeds if one.reason), ""),
+            len(seeds),
         )
 
     def __getitem__(self, name: str) -> Estimate:
