@@ -1,6 +1,6 @@
 """``verdicts.csv`` from a run's other tables, so that another rule can judge a finished run without computing anything."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -86,10 +86,10 @@ def facts_of(tables: Tables, who: Who, scope: str, by_index: pd.DataFrame, of_re
     return UpdateFacts.of(scope, estimates_of(by_index), pairs, blocks, of_refits=of_refits, reason=reason)
 
 
-def records(table: pd.DataFrame, who: Who) -> list[dict[str, Any]]:
+def records(table: pd.DataFrame, who: Who) -> list[dict[Hashable, Any]]:
     """The rows of one model and seed."""
-    rows = table[(table["model"] == who[0]) & (table["seed"] == who[1])]
-    return cast(list[dict[str, Any]], rows.to_dict("records"))
+    found: list[dict[Hashable, Any]] = table[(table["model"] == who[0]) & (table["seed"] == who[1])].to_dict("records")
+    return found
 
 
 def estimates_of(by_index: pd.DataFrame) -> dict[str, Estimate]:

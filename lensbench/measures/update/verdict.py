@@ -83,7 +83,7 @@ class UpdateRule(BaseModel):
         return max(self.fewest_pairs, int(np.ceil(self.smallest_share * asked)))
 
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 """A row of ``update.csv`` or ``blocks.csv``; unknown numbers are None or NaN"""
 
 NOTHING = Estimate(None, None, None)

@@ -167,7 +167,7 @@ def test_pairs_of_several_seeds_are_counted_together_and_needed_at_each():
     whole = UpdateFacts.over_seeds([facts(gate="no room", in_place=UNKNOWN)] * 2, {})
     found = sentence(RULE, whole, agreement([decide_update(RULE, one) for one in [facts(gate="no room")] * 2]))
     assert found.startswith(
-        "From layer 1 on 0 of 20 pairs of layers pass the gates and 3 are needed at each of 2 seeds; at 20 of them the later "
+        "From layer 1 on 0 of 20 pairs of layers pass the gates and 3 are needed at each of 2 seeds; at 20 of them "
     )
 
 
