@@ -18,8 +18,7 @@ from pathlib import Path
 from tokenize import detect_encoding
 from typing import Any
 
-from pyarrow import ArrowException, parquet, types
-
+from lensbench.data.columns import check_column
 from lensbench.errors import LensbenchError
 from lensbench.runtime.environment import needs
 from lensbench.runtime.texts import decode, kind_of, lines_of, parse_json, printable, read_bytes, reason
@@ -397,32 +396,22 @@ NO_DATA = frozenset(("config.json", "dataset_info.json", "dataset_infos.json", "
 def _check_folder(folder: Path, rest: str, field: str, odd: Oddities) -> None:
     """Count the files of a local folder that datasets leaves out in silence, and refuse one whose texts it would turn.
 
-    It reads the kind of file that most are of. Numbers in one Parquet file become texts where another has texts.
+    It reads the kind of file that most are of.
     """
     card = folder / "README.md"
     if card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace"):
         return  # it names its files itself
     found = {place: path for place, path in _files_in(folder).items() if path.name not in NO_DATA}
     kinds = Counter(kind for path in found.values() if (kind := HF_KINDS.get(path.suffix.lower())))
-    odd.others += kinds.total() - max(kinds.values(), default=0)
+    most = max(kinds.values(), default=0)
+    odd.others += kinds.total() - most
     for place, path in sorted(found.items()):
-        if path.suffix.lower() == ".parquet" and (other := _other_type(path, field)):
-            raise LensbenchError(
-                f"hf:{printable(rest)}: field {field!r} of {printable(place)} is {other}, and must be a string"
-            )
-
-
-def _other_type(path: Path, field: str) -> str | None:
-    """The type of a column of a Parquet file where it is one of numbers; None for others and files that are damaged."""
-    try:
-        schema = parquet.read_schema(path)
-    except (ArrowException, OSError):
-        return None  # datasets says what is wrong with it
-    if schema.names.count(field) != 1:
-        return None
-    kind = schema.field(field).type
-    primitive = types.is_primitive(kind) and not types.is_null(kind)
-    return f"of type {kind}" if primitive else None
+        if kinds[HF_KINDS.get(path.suffix.lower(), "")] != most:
+            continue
+        try:
+            check_column(path, place, field)
+        except LensbenchError as error:
+            raise LensbenchError(f"hf:{printable(rest)}: {error}") from error
 
 
 def _n_bytes(document: Document) -> int:

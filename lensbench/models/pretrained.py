@@ -336,9 +336,11 @@ def load_pretrained(
 
 
 def check_vocabulary(source: str, tokenizer: Tokenizer | PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise :class:`LensbenchError` where the tokenizer's vocabulary has ids without an embedding in the model.
+    """Raise :class:`LensbenchError` where the tokenizer's vocabulary has ids without an embedding, or fills less than half.
 
-    Added tokens do not count: text models are published with the added tokens of their siblings that see images.
+    Vocabularies are padded, by a third at most in what is published; a tokenizer of another model of about the same size
+    cannot be told. Added tokens do not count as ids without an embedding: text models are published with the added tokens of
+    their siblings that see images.
     """
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     words = backend.get_vocab(with_added_tokens=False) if isinstance(backend, Tokenizer) else tokenizer.get_vocab()
@@ -346,6 +348,12 @@ def check_vocabulary(source: str, tokenizer: Tokenizer | PreTrainedTokenizerBase
     if largest >= vocab_size:
         raise LensbenchError(
             f"{source}: its tokenizer gives ids up to {largest}, but the model has {vocab_size} entries: "
+            "the tokenizer belongs to another model"
+        )
+    used = len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer.get_vocab_size()
+    if 2 * used < vocab_size:
+        raise LensbenchError(
+            f"{source}: its tokenizer has {used} tokens, but the model has {vocab_size} entries: "
             "the tokenizer belongs to another model"
         )
 

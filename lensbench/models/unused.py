@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -171,22 +171,36 @@ def _contradictions(source: str, content: dict[str, Any], model: PreTrainedModel
     return lines
 
 
+SMALL_FLOAT = re.compile(r"F[468]_")
+"""What safetensors calls floating point of 8 bits or fewer"""
+
+
 def check_stored(source: str, folder: Path, model: PreTrainedModel) -> None:
-    """Raise :class:`LensbenchError` where a weight is stored as whole numbers, with no quantization to say their scale."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        return
-    wanted = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    """Raise :class:`LensbenchError` for weights that are read as what they are not, or in place of another.
+
+    Whole numbers, and floating point of 8 bits or fewer, need a scale, which a quantization says. Of two weights whose names
+    differ in the prefix of the model alone, one would be read and the other one not.
+    """
+    base = f"{model.base_model_prefix}."
+    known = set(model.state_dict())
+    wanted = {} if getattr(model, "hf_quantizer", None) is not None else dict(model.named_parameters())
+    short = {name.removeprefix(base) for name, weight in wanted.items() if weight.is_floating_point()}
+    seen: dict[str, str] = {}
     for name in sorted(_files_read(folder)):
         if not name.endswith(".safetensors") or not (folder / name).is_file():
             continue
         with safe_open(folder / name, framework="pt") as file:
             for weight in file.keys():  # noqa: SIM118  # it is no dictionary
-                kind = file.get_slice(weight).get_dtype()
-                if weight in wanted and kind[0] in "IU":
+                kind, bare = file.get_slice(weight).get_dtype(), weight.removeprefix(base)
+                if bare in short and (kind[0] in "IU" or SMALL_FLOAT.match(kind)):
+                    what = "whole numbers" if kind[0] in "IU" else "numbers of few bits"
                     raise LensbenchError(
-                        f"{source}: its weight {weight} is stored as whole numbers ({kind}), and no quantization in "
-                        "config.json says their scale: save the model with weights in floating point"
+                        f"{source}: its weight {weight} is stored as {what} ({kind}), and no quantization in "
+                        "config.json says their scale: save the model with weights in floating point of 16 bits or more"
                     )
+                other = seen.setdefault(bare, weight)
+                if other != weight and not {other, weight} <= known:
+                    raise LensbenchError(f"{source} holds one weight twice, as {other} and {weight}: take one out")
 
 
 def check_index(folder: Path) -> None:
@@ -203,7 +217,28 @@ def check_index(folder: Path) -> None:
             raise LensbenchError(f"{path} names {lost[0]}{more(lost)}, which is not there")
         if not isinstance(content.get("metadata"), dict):
             raise LensbenchError(f"{path} is damaged: it has no metadata")
+        files = set(places.values())
+        safe = all(file.endswith(".safetensors") for file in files)
+        if safe and (nowhere := sorted(places.keys() - _stored(folder, files))):
+            raise LensbenchError(
+                f"{path} names the weight {nowhere[0]}{more(nowhere)}, which lies in none of its files"
+            )
         return
+
+
+def _stored(folder: Path, files: set[str]) -> set[str]:
+    """The names of the weights in files of safetensors.
+
+    Raises :class:`LensbenchError` where a file is damaged.
+    """
+    found: set[str] = set()
+    for name in sorted(files):
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                found.update(file.keys())
+        except SafetensorError as error:
+            raise LensbenchError(f"{folder / name} is damaged: {error}") from error
+    return found
 
 
 def refuse_adapter(source: str, names: Iterable[str]) -> None:

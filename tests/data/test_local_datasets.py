@@ -24,6 +24,11 @@ def _write_two(folder, **second):
     _write_parquet(folder, "b.parquet", **second)
 
 
+def _write_json(second, folder):
+    (folder / "a.jsonl").write_bytes(b'{"text": "a"}\n')
+    (folder / "b.jsonl").write_bytes(second)
+
+
 def _write_text(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -37,6 +42,7 @@ def _write_text(name, content):
         (partial(_write_parquet, **{"my text": ["a"], "text": ["b"]}), "#my text", ["a"], ""),
         (_write_text("a.csv", b'text,n\na,1\n"b, c",2\n,3\n'), "", ["a", "b, c"], "1 text(s) that are null"),
         (_write_text("a.json", b'[{"text": "a"}, {"text": null}]'), "", ["a"], "1 text(s) that are null"),
+        (partial(_write_json, b'{"text": "b"}\n{"text": null}'), "", ["a", "b"], "1 text(s) that are null"),
         (lambda f: (_write_parquet(f, text=["a"]), (f / "b.jsonl").write_text("{}")), "", ["a"], "1 file(s) of other kinds"),
     ],
 )  # fmt: skip
@@ -58,6 +64,12 @@ def test_local_datasets_are_read_right_and_say_what_is_left_out(tmp_path, write,
         (partial(_write_two, text=[1]), "field 'text' of b.parquet is of type int64"),
         (partial(_write_two, body=["b"]), "its files have different columns"),
         (partial(_write_parquet, text=pa.array([], pa.string())), "has no rows"),
+        (_write_text("a.csv", b"text,text\na,b\n"), "a.csv has the column 'text' twice: rename one of them"),
+        (_write_text("a.tsv", b"n\ttext\ttext\n1\ta\tb\n"), "a.tsv has the column 'text' twice"),
+        (partial(_write_json, b'{"text": 1}'), "b.jsonl row 0: field 'text' is a number, and must be a string"),
+        (partial(_write_json, b'{"text": "b"}\n{"text": 1}'), "b.jsonl row 1: field 'text' is a number"),
+        (partial(_write_json, b'{"text": {"a": "b"}}'), "b.jsonl row 0: field 'text' is an object"),
+        (_write_text("a.json", b'[{"text": "a"},\n {"text": true}]'), "a.json row 1: field 'text' is a boolean"),
         (partial(_write_parquet, body=["a"], content=["b"]), "no field 'text': it has 'body', 'content'"),
         (lambda folder: parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), folder / "a.parquet"),
          "stands twice"),

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lensbench.errors import LensbenchError
 from lensbench.models import build
-from lensbench.models.pretrained import load_pretrained
+from lensbench.models.pretrained import check_vocabulary, load_pretrained
 from lensbench.streams.stream import ResidualStream
 
 V, D, L = 40, 16, 2
@@ -515,3 +515,15 @@ def test_code_in_pickled_weights_is_never_run(tmp_path, marker):
         refusal(f"path:{folder}")
     finally:
         assert not marker.exists()
+
+
+def test_a_tokenizer_that_fills_less_than_half_of_the_vocabulary_is_of_another_model():
+    """Padding fills up to a third of what is published (ByT5)."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(10)}, unk_token="w0"))
+    check_vocabulary("path:m", tokenizer, 20)
+    with pytest.raises(
+        LensbenchError, match="has 10 tokens, but the model has 21 entries: the tokenizer belongs to another"
+    ):
+        check_vocabulary("path:m", tokenizer, 21)
+    with pytest.raises(LensbenchError, match="gives ids up to 9, but the model has 9 entries"):
+        check_vocabulary("path:m", tokenizer, 9)

@@ -330,3 +330,50 @@ def test_factors_of_rotary_frequencies_that_are_not_read_are_named(tmp_path):
     load_model(f"gguf:{smaller(tmp_path / 'm.gguf', blocks=2, extra='rope_freqs.weight')}", say=told.append)
     (line,) = told
     assert "1 tensors are not read: rope_freqs.weight; without its factors" in line
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2")])
+def test_weights_of_eight_bits_without_a_scale_are_refused(tmp_path, dtype, said):
+    folder, name = llama(tmp_path / "m"), "model.layers.1.self_attn.q_proj.weight"
+    rewrite(folder, lambda weights: {**weights, name: weights[name].to(dtype)})
+    with pytest.raises(LensbenchError, match=f"{name} is stored as numbers of few bits \\({said}\\)") as error:
+        load_model(f"path:{folder}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_second_head_under_another_name_is_refused_and_a_head_under_that_name_alone_is_read(tmp_path):
+    folder = llama(tmp_path / "m")
+    head = torch.randn(40, 16)
+    rewrite(folder, lambda weights: {**weights, "model.lm_head.weight": head})
+    with pytest.raises(
+        LensbenchError, match=r"one weight twice, as lm_head.weight and model.lm_head.weight: take one out"
+    ):
+        load_model(f"path:{folder}")
+    rewrite(folder, lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"})
+    assert torch.equal(load_model(f"path:{folder}").lm_head.weight, head)
+
+
+def in_two(folder, **further):
+    """The weights in two files, with an index that has ``further`` entries."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, places = sorted(weights), {}
+    for k, some in enumerate((names[:9], names[9:]), 1):
+        file = f"model-{k:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in some}, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(some, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places | further}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_an_index_that_names_a_weight_that_lies_in_no_file_is_refused(tmp_path):
+    first = "model-00001-of-00002.safetensors"
+    whole = in_two(llama(tmp_path / "whole"))
+    assert lines_of(whole) == []
+    more = in_two(llama(tmp_path / "more"), **{"model.layers.3.mlp.up_proj.weight": first})
+    with pytest.raises(LensbenchError, match=r"names the weight model.layers.3.mlp.up_proj.weight, which lies in none"):
+        load_model(f"path:{more}")
+    (whole / first).write_bytes(b"damaged")
+    with pytest.raises(LensbenchError, match=f"{first} is damaged"):
+        load_model(f"path:{whole}")
