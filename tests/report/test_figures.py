@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.decomposed import block_rows, index_rows, landmark_rows
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -30,9 +31,9 @@ RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 FILES = [
     "gain_visibility.png", "kl_by_layer.png", "pair_penalty.png", "penalty_by_distance.png", "plane.png", "probes.png",
-    "tolerances.png", "transfer_penalty.png", "visibility_by_distance.png",
+    "profile_over_depth.png", "tolerances.png", "transfer_penalty.png", "visibility_by_distance.png",
 ]  # fmt: skip
-OF_DISTANCE = {"visibility_by_distance.png", "penalty_by_distance.png", "pair_penalty.png"}
+OF_DISTANCE = {"visibility_by_distance.png", "penalty_by_distance.png", "pair_penalty.png", "profile_over_depth.png"}
 
 
 def rows_of(name: str, rows: list[dict]) -> pd.DataFrame:
@@ -113,6 +114,9 @@ def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0
                 cost = 0.1 * (j - i) * (1 + rank)
                 pair = {"layer_i": i, "layer_j": j, "penalty": cost, "rotated_penalty": cost + 0.5}
                 tables["pairs.csv"].append({**who, **pair})
+        tables["blocks.csv"] += block_rows(who, layers, rank)
+        tables["indices.csv"] += index_rows(who, layers, rank)
+        tables["landmarks.csv"] += landmark_rows(who)
     for name, rows in tables.items():
         write_table(folder, name, rows_of(name, rows))
     return folder

@@ -12,8 +12,7 @@ from pkgutil import iter_modules
 
 from lensbench.errors import LensbenchError
 from lensbench.report import figures
-from lensbench.report.figures.frames import index_frame
-from lensbench.report.figures.indices import plane
+from lensbench.report.figures.plane import plane, plane_frame
 from lensbench.report.figures.registry import FIGURES
 from lensbench.report.figures.style import DPI, FORMATS, HIGHEST_DPI, LOWEST_DPI, SHEETS, on_sheet, style, write_figure
 from lensbench.results.folder import Run
@@ -66,6 +65,6 @@ def draw_figures(
 def draw_plane(run: Run, path: Path) -> None:
     """Write the plane of all models alone, as a PNG."""
     with style():
-        figure = plane(index_frame(run))
+        figure = plane(plane_frame(run))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, partial(write_figure, figure))

@@ -1,5 +1,7 @@
 """Tidy frames that figures are drawn from, out of a run's tables."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -26,6 +28,9 @@ VISIBILITIES = {
     for name in ("gain_visibility", "gain_visibility_adjacent", "gain_visibility_without_layer0")
 }
 """Gain visibilities of a figure -> the pairs of layers that each is of."""
+
+SHOWN_INDICES = (*VISIBILITIES, "movement")
+"""Indices of the figure of gain visibility"""
 
 
 def transfer_frame(run: Run) -> pd.DataFrame:
@@ -73,11 +78,10 @@ def lens_frame(run: Run) -> pd.DataFrame:
     return frame.assign(name=frame["lens"].map(lens_labels()) + stages)
 
 
-def index_frame(run: Run) -> pd.DataFrame:
+def index_frame(run: Run, names: Sequence[str] = SHOWN_INDICES) -> pd.DataFrame:
     """One row per index and model, undefined ones too: ``value`` and its intervals, of seed ``all`` where there is one."""
     table = run.tables["indices.csv"]
     table = table.iloc[(table["seed"] == "all").argsort(kind="stable")].drop_duplicates(["index", "model"], keep="last")
-    names = [*VISIBILITIES, "movement", "shared_consistency"]
     numbers = ["value", "ci_low", "ci_high", "fit_low", "fit_high"]
     every = pd.MultiIndex.from_product([names, run.tables["models.csv"]["model"].unique()], names=["index", "model"])
     frame = table.set_index(["index", "model"])[numbers].reindex(every).astype(float).reset_index()

@@ -1,11 +1,10 @@
-"""Indices: gain visibility, its dependence on the ridge and on distance, and the plane of all models."""
+"""Indices: gain visibility, and its dependence on the ridge and on distance."""
 
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,9 +13,7 @@ from lensbench.lenses.recipe import ONE_STANDARD_ERROR
 from lensbench.measures.indices import tolerance_order
 from lensbench.report.figures.frames import VISIBILITIES, distance_frame, index_frame, tolerance_frame
 from lensbench.report.figures.layout import (
-    label_points,
     legend_outside,
-    make_higher,
     new_figure,
     panel_for_each,
     panels_per_row,
@@ -124,98 +121,3 @@ def visibility_by_distance(frame: pd.DataFrame) -> Figure:
     caption = "All pairs i < j of layers below L at this distance; bars: 95 % intervals."
     title_and_caption(drawing, "How far ahead does a fixed lens see?", caption)
     return drawing
-
-
-# The plane
-PLACE = ["gain_visibility", "shared_consistency"]
-"""The indices that give a model its place: x and y."""
-
-SIZES = {0: "0", 2: "2", 4: "4 or more"}
-"""Movement -> its label in the legend; marks grow with movement up to the last."""
-
-
-@figure("plane", needs=("indices.csv",), frame=index_frame)
-def plane(frame: pd.DataFrame) -> Figure:
-    """The main figure: gain visibility (x) against consistency of the shared lens (y), sized by movement."""
-    models = list(frame["model"].unique())
-    table = frame.pivot(index="model", columns="index", values=["value", "ci_low", "ci_high"])
-    values = pd.DataFrame(table["value"]).loc[models, [*PLACE, "movement"]]
-    gaps = [f"{name} of {', '.join(values.index[of])}" for name, of in values.isna().items() if of.any()]
-    points = values.dropna(subset=PLACE).fillna(0.0)
-    page = sheet().width
-    drawing = new_figure(7.6, 5.2, page and min(0.85 * page, 4.2))
-    panel = drawing.subplots()
-    bars = draw_models(panel, frame.drop_duplicates("model").set_index("model"), table, points)
-    legend_of_plane(drawing, panel, frame)
-    panel.axvline(0, color=GREY, lw=0.8, zorder=1)
-    panel.axhline(1, color=GREY, lw=0.8, zorder=1, ls=":")
-    panel.update_datalim([(-1, 0), (1, 1)])
-    panel.margins(0.1)
-    use_symlog(panel, "x", 1.0)
-    panel.set(xlabel="gain visibility (linear within ±1)", ylabel="consistency of the shared lens")
-    caption = "Bars: 95 % intervals. Open circles: gain visibility without layer 0."
-    if gaps:
-        caption += f" Undefined: {'; '.join(gaps).replace('_', ' ')}."
-    title_and_caption(drawing, "Is one prediction refined in one representation?", caption)
-    label_points(drawing, panel, points, [*name_corners(panel), *bars])
-    return drawing
-
-
-def draw_models(panel: Axes, facts: pd.DataFrame, table: pd.DataFrame, points: pd.DataFrame) -> list[Artist]:
-    """Draw each model of ``points`` as a mark, with error bars and its place without layer 0; return the bars.
-
-    ``facts``: ``known`` and ``images`` by model. ``table``: indices by model, under ``value``, ``ci_low`` and ``ci_high``.
-    """
-    colours = dict(zip(facts.index, (look["color"] for look in line_looks(len(facts))), strict=True))
-    of_images = facts["images"] & (not facts["images"].all())
-    bars: list[Artist] = []
-    for model, x, y, moved in points.itertuples(name=None):
-        colour = colours[model]
-        # Landmarks, whose answer is known by their construction, are outlined diamonds.
-        mark: dict[str, Any] = {"linewidths": 0, "marker": "s" if of_images[model] else "o"}
-        if facts.loc[model, "known"]:
-            mark = {"marker": "D", "linewidths": 1.4, "edgecolors": "#222222"}
-        panel.scatter(x, y, s=mark_area(moved), color=colour, alpha=0.45, **mark)
-        low, high = (table[end].loc[model, PLACE] for end in ("ci_low", "ci_high"))
-        ends = [low.iloc[0], high.iloc[0]], [y, y], [x, x], [low.iloc[1], high.iloc[1]]
-        bars += panel.plot(*ends, color=colour, lw=1.3)
-        # How much of a model's place is the step out of its embedding.
-        later = table["value"].loc[model, "gain_visibility_without_layer0"]
-        if pd.notna(later):
-            bars += panel.plot([x, later], [y, y], color=colour, lw=0.7, ls=":")
-            bars += panel.plot(later, y, "o", color=colour, mfc="white", ms=4.5)
-    return bars
-
-
-def mark_area(moved: float) -> float:
-    """The area of a model's mark in the plane, in square points: from 30 to 480 on a screen, half as much on a page."""
-    largest = max(SIZES)
-    return (0.5 if sheet().on_paper else 1.0) * (30 + 450 * min(max(moved, 0.0), largest) / largest)
-
-
-def legend_of_plane(drawing: Figure, panel: Axes, frame: pd.DataFrame) -> None:
-    """Draw the legend: sizes of marks, and their shapes where there are several."""
-    for value, label in SIZES.items():
-        panel.scatter([], [], s=mark_area(value), color=GREY, alpha=0.4, lw=0, label=label)
-    area = 35.0 if sheet().on_paper else 70.0
-    if frame["images"].any() and not frame["images"].all():
-        panel.scatter([], [], s=area, marker="s", color=GREY, alpha=0.4, lw=0, label="sees images")
-    if frame["known"].any():
-        panel.scatter([], [], s=area, marker="D", color="white", edgecolors="#222222", label="known by\nconstruction")
-    if not sheet().on_paper:
-        panel.legend(title="movement", loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.2, frameon=False)
-        return
-    handles, labels = panel.get_legend_handles_labels()
-    labels = [f"movement {label}" if label in SIZES.values() else label.replace("\n", " ") for label in labels]
-    legend_outside(drawing, handles, labels, handleheight=1.8, borderpad=0.6)
-    make_higher(drawing, pt(8) * len(labels) / 2)
-
-
-def name_corners(panel: Axes) -> list[Artist]:
-    """Write what each corner of the plane stands for; return the texts."""
-    faint: dict[str, Any] = {"color": GREY, "style": "italic", "size": pt(8.5)}
-    return [
-        panel.text(0.98, 0.98, "refinement", ha="right", va="top", transform=panel.transAxes, **faint),
-        panel.text(0.02, 0.02, "re-representation", transform=panel.transAxes, **faint),
-        panel.text(-0.02, 0, "carry-along", rotation=90, ha="right", **faint),
-    ]

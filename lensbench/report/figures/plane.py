@@ -1,0 +1,282 @@
+"""The plane of all models: where each stands, with and without layer 0, among the rule's regions and its own landmarks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lensbench.measures.update.summary import WITHOUT_LAYER_0
+from lensbench.measures.update.verdict import UpdateRule
+from lensbench.report.figures.frames import index_frame
+from lensbench.report.figures.layout import (
+    label_points,
+    legend_outside,
+    make_higher,
+    new_figure,
+    panels_per_row,
+    subplots,
+    title_and_caption,
+)
+from lensbench.report.figures.registry import figure
+from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILION, line_looks, pt, sheet, use_symlog
+from lensbench.report.verdicts import rule_of
+from lensbench.results.folder import Run
+
+
+@dataclass(frozen=True)
+class View:
+    """A panel: its title, the indices along x and y, the one that sizes marks (or ''), and the names of its axes."""
+
+    title: str
+    x: str
+    y: str
+    size: str
+    labels: tuple[str, str]
+
+
+LABELS = "gain visibility (linear within ±1)", "consistency of the shared lens"
+
+VIEWS = (
+    View("all layers", "gain_visibility", "shared_consistency", "movement", LABELS),
+    View(
+        "without layer 0", "gain_visibility_without_layer0", "shared_consistency_without_layer0",
+        "movement_without_layer0", LABELS,
+    ),
+    View(
+        "update decomposition, without layer 0", f"in_place{WITHOUT_LAYER_0}", f"clarity{WITHOUT_LAYER_0}", "",
+        ("added in place (1 − c)", "clarity R"),
+    ),
+)  # fmt: skip
+"""The last is drawn where a model was decomposed"""
+
+SIZES = {0: "0", 2: "2", 4: "4 or more"}
+"""Movement -> its label in the legend; marks grow with movement up to the last."""
+
+GUTTER = 0.1
+"""Share of a panel's width, at its left, that holds what has no place along x"""
+
+
+def plane_frame(run: Run) -> pd.DataFrame:
+    """One row per index and model, undefined ones too, as of :func:`index_frame`; ``part`` is ``model``.
+
+    Further rows are the models' landmarks (part ``landmark``, their ``name``), and the thresholds of the two rules that
+    verdicts are given by (part ``rule``).
+    """
+    names = [name for view in VIEWS for name in (view.x, view.y, view.size) if name]
+    models = index_frame(run, names)
+    if models.loc[models["index"].isin([VIEWS[-1].x, VIEWS[-1].y]), "value"].isna().all():
+        models = models[~models["index"].isin([VIEWS[-1].x, VIEWS[-1].y])]
+    own = run.tables["landmarks.csv"]
+    own = own[own["index"].isin([VIEWS[-1].x, VIEWS[-1].y])].astype({"value": float})
+    landmarks = own.groupby(["model", "landmark", "index"], sort=False)["value"].mean().reset_index()
+    thresholds = {**rule_of(run).model_dump(), **{f"update_{k}": v for k, v in UpdateRule().model_dump().items()}}
+    return pd.concat(
+        [
+            models.assign(part="model", name=""),
+            landmarks.rename(columns={"landmark": "name"}).assign(part="landmark", known="", images=False),
+            pd.DataFrame({"index": list(thresholds), "value": list(thresholds.values())}).assign(
+                part="rule", model="", name="", known="", images=False
+            ),
+        ],
+        ignore_index=True,
+    )
+
+
+@figure("plane", needs=("indices.csv",), frame=plane_frame)
+def plane(frame: pd.DataFrame) -> Figure:
+    """Gain visibility against consistency, with and without layer 0; and what is added in place against clarity.
+
+    ``frame``: as of :func:`plane_frame`.
+    """
+    own = frame[frame["part"] == "model"]
+    views = [view for view in VIEWS if view.x in set(own["index"])]
+    page = sheet().width
+    columns = panels_per_row(len(views), 1 if page and page < 5 else 2)
+    rows = -(-len(views) // columns)
+    drawing = new_figure(columns * 5.6 + 1.6, rows * 4.3 + 0.4, page and rows * min(0.72 * page, 2.6))
+    panels = subplots(drawing, len(views), columns)
+    drawn = [draw_view(panel, view, frame) for panel, view in zip(panels, views, strict=True)]
+    legend_of_plane(drawing, panels[0], own, drawn)
+    caption = (
+        "Bars: 95 % intervals. Shaded: the rule's regions, which whole intervals must lie in. Open circles, at the left: "
+        "what is undetermined or undefined along x; at the bottom: along y as well."
+    )
+    if len(frame[frame["part"] == "landmark"]) and len(views) == len(VIEWS):
+        caption += " Grey diamonds: landmarks made of each model's own states."
+    title_and_caption(drawing, "Is one prediction refined in one representation?", caption)
+    for panel, one in zip(panels, drawn, strict=True):
+        label_points(drawing, panel, one.points, one.taken)
+    return drawing
+
+
+@dataclass(frozen=True)
+class DrawnView:
+    """What a panel holds: places of names (x, y by name) and the artists that no name may cover; and of marks, which kinds."""
+
+    points: pd.DataFrame
+    taken: list[Artist]
+    kinds: frozenset[str]
+
+
+def draw_view(panel: Axes, view: View, frame: pd.DataFrame) -> DrawnView:
+    """Draw regions, models and landmarks of one view."""
+    names = [name for name in (view.x, view.y, view.size) if name]
+    own = frame[(frame["part"] == "model") & frame["index"].isin(names)]
+    models = list(frame.loc[frame["part"] == "model", "model"].unique())
+    table = own.pivot(index="model", columns="index", values=["value", "ci_low", "ci_high"]).reindex(models)
+    facts = frame[frame["part"] == "model"].drop_duplicates("model").set_index("model")
+    landmarks = frame[(frame["part"] == "landmark") & frame["index"].isin([view.x, view.y])]
+    landmarks = landmarks.pivot(index=["model", "name"], columns="index", values="value")
+    landmarks = landmarks.reindex(columns=[view.x, view.y])
+    span = table.loc[:, [(end, view.x) for end in ("value", "ci_low", "ci_high")]].to_numpy(float)
+    values = np.concatenate([span.ravel(), landmarks[view.x].to_numpy(float), [-0.1, 1.1]])
+    heights = table.loc[:, [(end, view.y) for end in ("value", "ci_low", "ci_high")]].to_numpy(float)
+    up = np.concatenate([heights.ravel(), [-0.08, 1.12]])
+    panel.set(ylim=(np.nanmin(up) - 0.03, np.nanmax(up) + 0.03))
+    if view.size:
+        use_symlog(panel, "x", 1.0)
+    places = table["value"].reindex(columns=[view.x, view.y])
+    without = places[view.x].isna().any() or landmarks[view.x].isna().any()
+    edge = set_span(panel, float(np.nanmin(values)), float(np.nanmax(values)), gutter=bool(without))
+    taken = draw_regions(panel, view, frame[frame["part"] == "rule"].set_index("index")["value"], edge)
+    bars, points = draw_models(panel, view, facts, table, edge)
+    draw_landmarks(panel, view, landmarks, models, edge)
+    panel.set(xlabel=view.labels[0], ylabel=view.labels[1])
+    panel.set_title(view.title, fontsize=pt(8.5), loc="left")
+    kinds = {"landmark"} if len(landmarks) else set()
+    return DrawnView(points, [*taken, *bars], frozenset(kinds))
+
+
+def set_span(panel: Axes, low: float, high: float, *, gutter: bool) -> tuple[float, float]:
+    """Set what x spans; return where the gutter's middle and its right edge lie (the left end of x, twice, without one)."""
+    there = panel.xaxis.get_transform()
+    left, right = there.transform(np.array([low, high]))
+    wide = right - left
+    left, right = left - 0.05 * wide, right + 0.08 * wide
+    start = left - GUTTER * (right - left) if gutter else left
+    ends = there.inverted().transform(np.array([start, (start + left) / 2, left, right]))
+    panel.set_xlim(float(ends[0]), float(ends[3]))
+    if gutter:
+        panel.axvspan(float(ends[0]), float(ends[2]), color="#F1F1F1", lw=0, zorder=0)
+    return float(ends[1]), float(ends[2])
+
+
+def draw_regions(panel: Axes, view: View, rule: pd.Series, edge: tuple[float, float]) -> list[Artist]:
+    """Shade the regions of the rule, with their names; return the names."""
+    (left, right), (low, high), start = panel.get_xlim(), panel.get_ylim(), edge[1]
+    if view.size:
+        still = rule["still"]
+        regions = [
+            ("refinement", (rule["visible"], right), (rule["consistent"], high), GREEN, "top"),
+            ("re-representation", (start, rule["unseen"]), (low, rule["inconsistent"]), VERMILION, "bottom"),
+            (f"carry-along (movement < {still:g})", (-still, still), (low, high), ORANGE, "band"),
+        ]
+    else:
+        regions = [
+            ("added up", (rule["update_added"], right), (rule["update_clear"], high), GREEN, "top"),
+            ("mixed", (rule["update_carried"], rule["update_added"]), (low, high), BLUE, "top"),
+            ("carried along", (start, rule["update_carried"]), (low, high), ORANGE, "top"),
+        ]
+    names: list[Artist] = []
+    for name, (x0, x1), (y0, y1), colour, where in regions:
+        x0, x1 = max(x0, left), min(x1, right)
+        if x1 <= x0 or y1 <= y0:
+            continue
+        panel.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fc=colour, alpha=0.13, lw=0, zorder=0.5, label=name))
+        look: dict[str, Any] = {"color": GREY, "style": "italic", "size": pt(7.5), "zorder": 1}
+        if where == "band":
+            middle = (low + high) / 2
+            names.append(panel.text((x0 + x1) / 2, middle, name, rotation=90, ha="center", va="center", **look))
+        else:
+            at = {"ha": "right", "x": x1} if where == "top" else {"ha": "left", "x": x0}
+            lift = high - 0.02 * (high - low) if where == "top" else low + 0.02 * (high - low)
+            names.append(panel.text(at["x"], lift, f" {name} ", ha=at["ha"], va=where, **look))
+    if edge[0] != edge[1]:
+        look = {"color": GREY, "style": "italic", "size": pt(6.5), "rotation": 90, "ha": "center", "va": "center"}
+        names.append(panel.text(left, (low + high) / 2, "no x", **look).set_visible(False) or panel.texts[-1])
+    return names
+
+
+def draw_models(
+    panel: Axes, view: View, facts: pd.DataFrame, table: pd.DataFrame, edge: tuple[float, float]
+) -> tuple[list[Artist], pd.DataFrame]:
+    """Draw each model as a mark with error bars; one that has no x or y as an open circle. Return bars, and places.
+
+    ``facts``: ``known`` and ``images`` by model. ``table``: indices by model, under ``value``, ``ci_low`` and ``ci_high``.
+    """
+    colours = dict(zip(facts.index, (look["color"] for look in line_looks(len(facts))), strict=True))
+    of_images = facts["images"] & (not facts["images"].all())
+    bars: list[Artist] = []
+    points: dict[str, tuple[float, float]] = {}
+    bottom = panel.get_ylim()[0] + 0.05 * float(np.diff(panel.get_ylim())[0])
+    for model, row in table.iterrows():
+        x, y = (float(row.get(("value", name), np.nan)) for name in (view.x, view.y))
+        colour, defined = colours[model], pd.notna(x) and pd.notna(y)
+        points[str(model)] = (x if pd.notna(x) else edge[0], y if pd.notna(y) else bottom)
+        for k, name in enumerate((view.x, view.y)):
+            low, high = row.get(("ci_low", name), np.nan), row.get(("ci_high", name), np.nan)
+            if pd.notna(low):
+                at = points[str(model)][1 - k]
+                ends = ([low, high], [at, at]) if k == 0 else ([at, at], [low, high])
+                bars += panel.plot(*ends, color=colour, lw=1.3)
+        if not defined:
+            panel.plot(*points[str(model)], "o", mfc="white", mec=colour, mew=1.4, ms=6, label="undetermined", zorder=3)
+            continue
+        # Models whose answer is known by their construction are outlined diamonds.
+        mark: dict[str, Any] = {"linewidths": 0, "marker": "s" if of_images[model] else "o"}
+        if facts.loc[model, "known"]:
+            mark = {"marker": "D", "linewidths": 1.4, "edgecolors": "#222222"}
+        moved = float(row.get(("value", view.size), 0.0)) if view.size else 0.6
+        panel.scatter(x, y, s=mark_area(0.0 if np.isnan(moved) else moved), color=colour, alpha=0.45, **mark)
+    places = pd.DataFrame.from_dict(points, orient="index", columns=["x", "y"])
+    return bars, places
+
+
+def draw_landmarks(
+    panel: Axes, view: View, landmarks: pd.DataFrame, models: Sequence[str], edge: tuple[float, float]
+) -> None:
+    """Draw landmarks as grey diamonds, open ones where x is undetermined; of several models with one name each."""
+    for name, rows in landmarks.groupby("name", sort=False):
+        for _, row in rows.iterrows():
+            x, y = row[view.x], row[view.y]
+            if pd.isna(y):
+                continue  # a landmark without any index has its reason in landmarks.csv
+            known = pd.notna(x)
+            look = {"mfc": GREY if known else "white", "mec": GREY, "ms": 4, "mew": 0.9, "alpha": 0.8, "zorder": 2}
+            panel.plot(x if known else edge[0], y, "D", label=f"+{name}", **look)
+        middle = rows.mean()
+        at = middle[view.x] if pd.notna(middle[view.x]) else edge[0]
+        if pd.notna(middle[view.y]):
+            text = panel.annotate(f"+{name}", (at, middle[view.y]), (5, -1), textcoords="offset points", va="top")
+            text.set(size=pt(6.5), color=GREY)
+
+
+def mark_area(moved: float) -> float:
+    """The area of a model's mark in the plane, in square points: from 30 to 480 on a screen, half as much on a page."""
+    largest = max(SIZES)
+    return (0.5 if sheet().on_paper else 1.0) * (30 + 450 * min(max(moved, 0.0), largest) / largest)
+
+
+def legend_of_plane(drawing: Figure, panel: Axes, frame: pd.DataFrame, drawn: Sequence[DrawnView]) -> None:
+    """Draw the legend: sizes of marks, and their shapes where there are several."""
+    handles: dict[str, Artist] = {}
+    none = ([], [])
+    for value, label in SIZES.items():
+        handles[f"movement {label}"] = panel.scatter(*none, s=mark_area(value), color=GREY, alpha=0.4, lw=0)
+    area = 35.0 if sheet().on_paper else 70.0
+    if frame["images"].any() and not frame["images"].all():
+        handles["sees images"] = panel.scatter(*none, s=area, marker="s", color=GREY, alpha=0.4, lw=0)
+    if (frame["known"] != "").any():
+        handles["known by construction"] = panel.scatter(*none, s=area, marker="D", color="white", edgecolors="#222222")
+    if any("landmark" in one.kinds for one in drawn):
+        handles["own landmark"] = panel.scatter(*none, s=area / 2.5, marker="D", color=GREY)
+    handles["undetermined"] = panel.scatter(*none, s=area / 1.5, marker="o", facecolors="white", edgecolors=GREY)
+    legend_outside(drawing, list(handles.values()), list(handles), handleheight=1.8, borderpad=0.6)
+    if sheet().on_paper:
+        make_higher(drawing, pt(8) * len(handles) / 2)
