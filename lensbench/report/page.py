@@ -22,6 +22,7 @@ from lensbench.measures.update.sentences import update_rule_in_words
 from lensbench.measures.verdict import rule_in_words
 from lensbench.report.figures.frames import lens_frame
 from lensbench.report.formatting import shown_seeds
+from lensbench.report.profile_svg import profiles
 from lensbench.report.render import render
 from lensbench.report.svg import heatmap, kl_curves, ruler
 from lensbench.report.terminal import doubts
@@ -62,6 +63,7 @@ def page(runs: Sequence[Run]) -> str:
         folders=list(dict.fromkeys(run.folder.name for run in runs)),
         questions=questions,
         verdicts=verdict_list(runs, names),
+        profiles=profiles(runs, names),
         ruler=ruler(runs, names),
         sections=[run_section(run, place, called) for place, (run, called) in enumerate(zip(runs, names, strict=True))],
     )

@@ -16,6 +16,7 @@ from lensbench.measures.update.verdict import NOT_MEASURED
 from lensbench.measures.verdict import INDEX_OF, SCOPES
 from lensbench.report.formatting import number, shown_seeds, with_interval, with_refits
 from lensbench.report.probe_tables import places_table, probe_tables
+from lensbench.report.profile_table import profile_table
 from lensbench.report.study_tables import learning_table
 from lensbench.report.verdicts import statements, update_statements
 from lensbench.results.folder import Run
@@ -236,6 +237,9 @@ def print_run(run: Run, console: Console) -> None:
     """Print the tables of a run, then the verdicts in words, then every warning once."""
     for line in too_few_scored(run):
         console.print(line, highlight=False, markup=False)
+    profile = profile_table(run, bars=console.is_terminal and console.encoding.startswith("utf"))
+    if profile is not None:
+        console.print(profile)
     shown = (baseline_table, index_table, tolerance_table, learning_table, places_table)
     for table in (*(make(run) for make in shown), *probe_tables(run)):
         if table is not None:

@@ -1,5 +1,7 @@
 """Made-up rows of the update decomposition, of the right order, for what draws or prints them."""
 
+import itertools
+
 import numpy as np
 
 from lensbench.measures.update.gates import REASONS
@@ -17,7 +19,7 @@ VIEWS = {"rotated": (None, 0.02), "carried": (-0.05, 0.59), "drifting": (0.99, 0
 def merged(layers: int, kind: str, seed: int) -> list[tuple[int, int]]:
     """Blocks of a model: the second and third are merged at every second seed."""
     ends = [layer for layer in range(layers) if not (layer == 2 and seed % 2 and layers > 3)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def block_rows(who: dict, layers: int, rank: int) -> list[dict]:
@@ -31,7 +33,14 @@ def block_rows(who: dict, layers: int, rank: int) -> list[dict]:
         share, read = c + float(rng.normal(0, 0.03)), max(clarity - far + float(rng.normal(0, 0.01)), 0.02)
         grown = 0.5 if kind == "re-represented" else 1.1
         gate = tuple(REASONS)[start % len(REASONS)] if kind == "gated" and start else None
-        row = {"from_layer": start, "to_layer": end, "metric": "fisher", "ridge": 0.1, "gate": gate, "blocks": end - start}
+        row = {
+            "from_layer": start,
+            "to_layer": end,
+            "metric": "fisher",
+            "ridge": 0.1,
+            "gate": gate,
+            "blocks": end - start,
+        }
         for name, value in {"carried": share, "clarity": read, "persistence": grown, "room": 0.3, "news": 0.2}.items():
             row |= {name: value, f"{name}_ci_low": value - 0.05, f"{name}_ci_high": value + 0.05}
         row |= {"kept_low": read, "kept_high": min(1.0, grown), "drowned": 1 - read if grown >= 1 else None}
@@ -60,6 +69,12 @@ def landmark_rows(who: dict) -> list[dict]:
     for name, (in_place, clarity) in VIEWS.items():
         for index, value in {"in_place": in_place, "clarity": clarity, "news": 0.1}.items():
             reason = "undetermined: 0 of 10 pairs of layers pass the gates" if value is None else None
-            row = {"landmark": name, "known": name, "index": f"{index}_without_layer0", "value": value, "reason": reason}
+            row = {
+                "landmark": name,
+                "known": name,
+                "index": f"{index}_without_layer0",
+                "value": value,
+                "reason": reason,
+            }
             rows.append({**who, **row})
     return rows

@@ -1,5 +1,6 @@
 """The tidy frame of the profile over depth: what each block keeps, adds and brings, and the model's own landmarks."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,7 +44,19 @@ def profile_frame(run: Run) -> pd.DataFrame:
             *landmark_rows(run, str(model)),
         ]
         rows += [{"model": str(model), "layers": layers, **row} for row in found]
-    columns = ["model", "layers", "part", "name", "from_layer", "to_layer", *NUMBERS, "gate", "passed", "seeds", "reason"]
+    columns = [
+        "model",
+        "layers",
+        "part",
+        "name",
+        "from_layer",
+        "to_layer",
+        *NUMBERS,
+        "gate",
+        "passed",
+        "seeds",
+        "reason",
+    ]
     frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(NUMBERS, float))
     return frame if (frame["part"] == "block").any() else frame.iloc[:0]
 
@@ -76,7 +89,7 @@ def mean_blocks(seeds: Sequence[pd.DataFrame]) -> Iterator[dict[str, Any]]:
     if not seeds:
         return
     ends = sorted({int(layer) for one in seeds for layer in (*one["from_layer"], *one["to_layer"])})
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in itertools.pairwise(ends):
         covering = [
             of_block(row)
             for one in seeds
@@ -104,7 +117,9 @@ def overall_row(run: Run, model: str) -> dict[str, Any]:
     """The model's indices from layer 1 on, of seed ``all`` where there is one."""
     table = run.tables["indices.csv"]
     own = table[table["model"] == model]
-    own = own.iloc[(own["seed"] == "all").argsort(kind="stable")].drop_duplicates("index", keep="last").set_index("index")
+    own = (
+        own.iloc[(own["seed"] == "all").argsort(kind="stable")].drop_duplicates("index", keep="last").set_index("index")
+    )
     found: dict[str, Any] = {"part": "overall", "name": "", "seeds": 1, "reason": "not measured"}
     for name in (*WITH_INTERVAL, "kept_low", "kept_high", "drowned"):
         if name + WITHOUT_LAYER_0 in own.index:

@@ -212,12 +212,30 @@ def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[
         text = panel.annotate(
             name, (x, y), (0, 0), textcoords="offset points", size=pt(8.5), weight="bold", va="center"
         )
-        for far, up, right in itertools.product((1, 2, 3.5, 5), (1, -1), (1, -1)):
-            text.set(position=(9 * far * right, 12 * far * up), ha="left" if right > 0 else "right")
-            box = text.get_window_extent()
-            if all(panel.bbox.contains(*corner) for corner in box.corners()) and not box.count_overlaps(boxes):
-                break
+        text.set_in_layout(False)  # a name must not move the panel that it was placed in
+        far = place_name(panel, text, boxes)
         if far > 1:
             line = {"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkB": 4}
-            panel.annotate("", (x, y), text.get_position(), textcoords="offset points", arrowprops=line)
-        boxes.append(box)
+            arrow = panel.annotate("", (x, y), text.get_position(), textcoords="offset points", arrowprops=line)
+            arrow.set_in_layout(False)
+        boxes.append(text.get_window_extent())
+
+
+def place_name(panel: Axes, text: Text, boxes: list[Bbox]) -> float:
+    """Move a name to the nearest place in the panel that covers none of ``boxes``, or the fewest; return how far it is."""
+    sides = [*((right, up) for up, right in itertools.product((1, -1), (1, -1))), (1, 0), (-1, 0)]
+    best: tuple[float, float, Any] | None = None
+    for far, (right, up) in itertools.product((1, 2, 3.5, 5, 7, 9), sides):
+        where: dict[str, Any] = {"position": (9 * far * right, 12 * far * up), "ha": "left" if right > 0 else "right"}
+        text.set(**where)
+        box = text.get_window_extent()
+        if not all(panel.bbox.contains(*corner) for corner in box.corners()):
+            continue
+        covered = box.count_overlaps(boxes)
+        if best is None or covered < best[0]:
+            best = covered, far, where
+        if not covered:
+            break
+    if best is not None:
+        text.set(**best[2])
+    return 1 if best is None else best[1]

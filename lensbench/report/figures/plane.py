@@ -10,6 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
 from lensbench.measures.update.verdict import UpdateRule
@@ -40,6 +41,24 @@ class View:
     labels: tuple[str, str]
 
 
+@dataclass(frozen=True)
+class Gutter:
+    """The strip at the left of a panel for what has no place along x: its ends, and where they lie on the axis' scale."""
+
+    panel: Axes
+    ends: tuple[float, float]
+
+    @property
+    def right(self) -> float:
+        """Its right end along x."""
+        return self.along(1.0)
+
+    def along(self, share: float) -> float:
+        """The x at a share of its width."""
+        there = self.panel.xaxis.get_transform().inverted()
+        return float(there.transform(np.array([self.ends[0] + share * (self.ends[1] - self.ends[0])]))[0])
+
+
 LABELS = "gain visibility (linear within ±1)", "consistency of the shared lens"
 
 VIEWS = (
@@ -50,7 +69,7 @@ VIEWS = (
     ),
     View(
         "update decomposition, without layer 0", f"in_place{WITHOUT_LAYER_0}", f"clarity{WITHOUT_LAYER_0}", "",
-        ("added in place (1 − c)", "clarity R"),
+        ("added in place, $1 - c$", "clarity $R$"),
     ),
 )  # fmt: skip
 """The last is drawn where a model was decomposed"""
@@ -70,8 +89,10 @@ def plane_frame(run: Run) -> pd.DataFrame:
     """
     names = [name for view in VIEWS for name in (view.x, view.y, view.size) if name]
     models = index_frame(run, names)
-    if models.loc[models["index"].isin([VIEWS[-1].x, VIEWS[-1].y]), "value"].isna().all():
-        models = models[~models["index"].isin([VIEWS[-1].x, VIEWS[-1].y])]
+    written = run.tables["indices.csv"][["model", "index"]].drop_duplicates()
+    for view in VIEWS[1:]:  # what was not measured has no place, not even that of the undetermined
+        measured = set(written.loc[written["index"] == view.x, "model"])
+        models = models[~models["index"].isin([view.x, view.y, view.size]) | models["model"].isin(measured)]
     own = run.tables["landmarks.csv"]
     own = own[own["index"].isin([VIEWS[-1].x, VIEWS[-1].y])].astype({"value": float})
     landmarks = own.groupby(["model", "landmark", "index"], sort=False)["value"].mean().reset_index()
@@ -99,7 +120,8 @@ def plane(frame: pd.DataFrame) -> Figure:
     page = sheet().width
     columns = panels_per_row(len(views), 1 if page and page < 5 else 2)
     rows = -(-len(views) // columns)
-    drawing = new_figure(columns * 5.6 + 1.6, rows * 4.3 + 0.4, page and rows * min(0.72 * page, 2.6))
+    wide, high = (5.6, 4.3) if own["model"].nunique() <= 8 else (6.6, 5.2)
+    drawing = new_figure(columns * wide + 1.6, rows * high + 0.4, page and rows * min(0.72 * page, 2.6))
     panels = subplots(drawing, len(views), columns)
     drawn = [draw_view(panel, view, frame) for panel, view in zip(panels, views, strict=True)]
     legend_of_plane(drawing, panels[0], own, drawn)
@@ -109,6 +131,9 @@ def plane(frame: pd.DataFrame) -> Figure:
     )
     if len(frame[frame["part"] == "landmark"]) and len(views) == len(VIEWS):
         caption += " Grey diamonds: landmarks made of each model's own states."
+    decomposed = set(own.loc[own["index"] == VIEWS[-1].x, "model"])
+    if decomposed and (others := [model for model in own["model"].unique() if model not in decomposed]):
+        caption += f" Not decomposed: {', '.join(others)}."
     title_and_caption(drawing, "Is one prediction refined in one representation?", caption)
     for panel, one in zip(panels, drawn, strict=True):
         label_points(drawing, panel, one.points, one.taken)
@@ -117,7 +142,7 @@ def plane(frame: pd.DataFrame) -> Figure:
 
 @dataclass(frozen=True)
 class DrawnView:
-    """What a panel holds: places of names (x, y by name) and the artists that no name may cover; and of marks, which kinds."""
+    """What a panel holds: places of names (x and y), artists that no name may cover, and kinds of marks."""
 
     points: pd.DataFrame
     taken: list[Artist]
@@ -128,7 +153,7 @@ def draw_view(panel: Axes, view: View, frame: pd.DataFrame) -> DrawnView:
     """Draw regions, models and landmarks of one view."""
     names = [name for name in (view.x, view.y, view.size) if name]
     own = frame[(frame["part"] == "model") & frame["index"].isin(names)]
-    models = list(frame.loc[frame["part"] == "model", "model"].unique())
+    models = list(own["model"].unique())
     table = own.pivot(index="model", columns="index", values=["value", "ci_low", "ci_high"]).reindex(models)
     facts = frame[frame["part"] == "model"].drop_duplicates("model").set_index("model")
     landmarks = frame[(frame["part"] == "landmark") & frame["index"].isin([view.x, view.y])]
@@ -143,33 +168,36 @@ def draw_view(panel: Axes, view: View, frame: pd.DataFrame) -> DrawnView:
         use_symlog(panel, "x", 1.0)
     places = table["value"].reindex(columns=[view.x, view.y])
     without = places[view.x].isna().any() or landmarks[view.x].isna().any()
-    edge = set_span(panel, float(np.nanmin(values)), float(np.nanmax(values)), gutter=bool(without))
-    taken = draw_regions(panel, view, frame[frame["part"] == "rule"].set_index("index")["value"], edge)
-    bars, points = draw_models(panel, view, facts, table, edge)
-    draw_landmarks(panel, view, landmarks, models, edge)
+    gutter = set_span(panel, float(np.nanmin(values)), float(np.nanmax(values)), open_at_left=bool(without))
+    taken = draw_regions(panel, view, frame[frame["part"] == "rule"].set_index("index")["value"], gutter)
+    bars, points = draw_models(panel, view, facts, table, gutter)
+    taken += draw_landmarks(panel, view, landmarks, gutter)
     panel.set(xlabel=view.labels[0], ylabel=view.labels[1])
     panel.set_title(view.title, fontsize=pt(8.5), loc="left")
     kinds = {"landmark"} if len(landmarks) else set()
     return DrawnView(points, [*taken, *bars], frozenset(kinds))
 
 
-def set_span(panel: Axes, low: float, high: float, *, gutter: bool) -> tuple[float, float]:
-    """Set what x spans; return where the gutter's middle and its right edge lie (the left end of x, twice, without one)."""
+def set_span(panel: Axes, low: float, high: float, *, open_at_left: bool) -> Gutter:
+    """Set what x spans; return the gutter, which has no width unless the panel is ``open_at_left``."""
     there = panel.xaxis.get_transform()
     left, right = there.transform(np.array([low, high]))
     wide = right - left
     left, right = left - 0.05 * wide, right + 0.08 * wide
-    start = left - GUTTER * (right - left) if gutter else left
-    ends = there.inverted().transform(np.array([start, (start + left) / 2, left, right]))
-    panel.set_xlim(float(ends[0]), float(ends[3]))
-    if gutter:
-        panel.axvspan(float(ends[0]), float(ends[2]), color="#F1F1F1", lw=0, zorder=0)
-    return float(ends[1]), float(ends[2])
+    gutter = Gutter(panel, (left - GUTTER * (right - left) if open_at_left else left, left))
+    panel.set_xlim(gutter.along(0.0), float(there.inverted().transform(np.array([right]))[0]))
+    linear = panel.get_xscale() == "linear"
+    ticks = MaxNLocator(5).tick_values(low, high) if linear else panel.get_xticks()
+    shown = gutter.right, panel.get_xlim()[1]
+    panel.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if shown[0] <= tick <= shown[1]]))
+    if open_at_left:
+        panel.axvspan(gutter.along(0.0), gutter.right, color="#EEEEEE", lw=0, zorder=0)
+    return gutter
 
 
-def draw_regions(panel: Axes, view: View, rule: pd.Series, edge: tuple[float, float]) -> list[Artist]:
+def draw_regions(panel: Axes, view: View, rule: pd.Series, gutter: Gutter) -> list[Artist]:
     """Shade the regions of the rule, with their names; return the names."""
-    (left, right), (low, high), start = panel.get_xlim(), panel.get_ylim(), edge[1]
+    (left, right), (low, high), start = panel.get_xlim(), panel.get_ylim(), gutter.right
     if view.size:
         still = rule["still"]
         regions = [
@@ -197,14 +225,14 @@ def draw_regions(panel: Axes, view: View, rule: pd.Series, edge: tuple[float, fl
             at = {"ha": "right", "x": x1} if where == "top" else {"ha": "left", "x": x0}
             lift = high - 0.02 * (high - low) if where == "top" else low + 0.02 * (high - low)
             names.append(panel.text(at["x"], lift, f" {name} ", ha=at["ha"], va=where, **look))
-    if edge[0] != edge[1]:
-        look = {"color": GREY, "style": "italic", "size": pt(6.5), "rotation": 90, "ha": "center", "va": "center"}
-        names.append(panel.text(left, (low + high) / 2, "no x", **look).set_visible(False) or panel.texts[-1])
+    if gutter.ends[0] < gutter.ends[1]:
+        look = {"color": GREY, "style": "italic", "size": pt(7.5), "rotation": 90, "ha": "center", "va": "center"}
+        names.append(panel.text(gutter.along(0.5), (low + high) / 2, "undetermined", **look))
     return names
 
 
 def draw_models(
-    panel: Axes, view: View, facts: pd.DataFrame, table: pd.DataFrame, edge: tuple[float, float]
+    panel: Axes, view: View, facts: pd.DataFrame, table: pd.DataFrame, gutter: Gutter
 ) -> tuple[list[Artist], pd.DataFrame]:
     """Draw each model as a mark with error bars; one that has no x or y as an open circle. Return bars, and places.
 
@@ -214,11 +242,20 @@ def draw_models(
     of_images = facts["images"] & (not facts["images"].all())
     bars: list[Artist] = []
     points: dict[str, tuple[float, float]] = {}
-    bottom = panel.get_ylim()[0] + 0.05 * float(np.diff(panel.get_ylim())[0])
+    without: list[str] = []
+    bottom, step = panel.get_ylim()[0], 0.06 * float(np.diff(panel.get_ylim())[0])
+    for model, row in table.iterrows():
+        x, y = (float(row.get(("value", name), np.nan)) for name in (view.x, view.y))
+        if pd.isna(y):
+            bottom += step  # one above the other
+        if pd.isna(x):
+            without.append(str(model))
+        points[str(model)] = (x, y if pd.notna(y) else bottom)
+    for k, model in enumerate(without):
+        points[model] = (gutter.along((k + 1) / (len(without) + 1)), points[model][1])
     for model, row in table.iterrows():
         x, y = (float(row.get(("value", name), np.nan)) for name in (view.x, view.y))
         colour, defined = colours[model], pd.notna(x) and pd.notna(y)
-        points[str(model)] = (x if pd.notna(x) else edge[0], y if pd.notna(y) else bottom)
         for k, name in enumerate((view.x, view.y)):
             low, high = row.get(("ci_low", name), np.nan), row.get(("ci_high", name), np.nan)
             if pd.notna(low):
@@ -238,23 +275,24 @@ def draw_models(
     return bars, places
 
 
-def draw_landmarks(
-    panel: Axes, view: View, landmarks: pd.DataFrame, models: Sequence[str], edge: tuple[float, float]
-) -> None:
-    """Draw landmarks as grey diamonds, open ones where x is undetermined; of several models with one name each."""
+def draw_landmarks(panel: Axes, view: View, landmarks: pd.DataFrame, gutter: Gutter) -> list[Artist]:
+    """Draw landmarks as grey diamonds, open ones where x is undetermined; of several models with one name; return names."""
+    names: list[Artist] = []
+    middle_of_panel, bottom = float(np.mean(panel.get_xlim())), panel.get_ylim()[0] + 0.03
     for name, rows in landmarks.groupby("name", sort=False):
         for _, row in rows.iterrows():
-            x, y = row[view.x], row[view.y]
-            if pd.isna(y):
-                continue  # a landmark without any index has its reason in landmarks.csv
+            x, y = row[view.x], row[view.y] if pd.notna(row[view.y]) else bottom
             known = pd.notna(x)
             look = {"mfc": GREY if known else "white", "mec": GREY, "ms": 4, "mew": 0.9, "alpha": 0.8, "zorder": 2}
-            panel.plot(x if known else edge[0], y, "D", label=f"+{name}", **look)
+            panel.plot(x if known else gutter.along(0.5), y, "D", label=f"+{name}", **look)
         middle = rows.mean()
-        at = middle[view.x] if pd.notna(middle[view.x]) else edge[0]
-        if pd.notna(middle[view.y]):
-            text = panel.annotate(f"+{name}", (at, middle[view.y]), (5, -1), textcoords="offset points", va="top")
-            text.set(size=pt(6.5), color=GREY)
+        at = middle[view.x] if pd.notna(middle[view.x]) else gutter.along(0.5)
+        aside, ha = (5, "left") if at < middle_of_panel else (-5, "right")
+        up = middle[view.y] if pd.notna(middle[view.y]) else bottom
+        text = panel.annotate(f"+{name}", (at, up), (aside, -1), textcoords="offset points", va="top")
+        text.set(size=pt(7), color=GREY, ha=ha)
+        names.append(text)
+    return names
 
 
 def mark_area(moved: float) -> float:

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from lensbench.report.figures.blocks import gate_text, profile_frame
 from lensbench.report.figures.layout import legend_outside, new_figure, panels_per_row, subplots, title_and_caption
 from lensbench.report.figures.registry import figure
-from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, cell_text, pt, sheet
+from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, cell_text, pt, sheet
 
 INK = "#222222"
 
@@ -43,11 +43,11 @@ NEWS = Strip("news", "news", 0.2, 0.5)
 STRIPS = (KEEPS, ADDS, NEWS)
 
 FILLS = {
-    "kept": (BLUE, "kept: clarity R"),
-    "drowned": ("#D4D4D4", "drowned: 1 − R, signal still there"),
+    "kept": (BLUE, "kept: clarity $R$"),
+    "drowned": ("#D4D4D4", "drowned: $1 - R$, signal still there"),
     "turned": ("#F3C6A5", "re-represented or drowned"),
-    "in place": (GREEN, "added in place: 1 − c"),
-    "elsewhere": (ORANGE, "added elsewhere: c"),
+    "in place": (GREEN, "added in place: $1 - c$"),
+    "elsewhere": (ORANGE, "added elsewhere: $c$"),
     "news": (PURPLE, "news: in directions not read before"),
 }
 """Part of a bar -> its colour, and its name in the legend"""
@@ -96,7 +96,9 @@ def title_of(frame: pd.DataFrame) -> str:
     row = frame[frame["part"] == "overall"].iloc[0]
     if pd.isna(row["in_place"]):
         return f"{row['model']}\nundetermined" + (f": {row['gate']}" if row["gate"] else "")
-    ends = "" if pd.isna(row["in_place_low"]) else f" [{100 * row['in_place_low']:.0f}, {100 * row['in_place_high']:.0f}]"
+    ends = (
+        "" if pd.isna(row["in_place_low"]) else f" [{100 * row['in_place_low']:.0f}, {100 * row['in_place_high']:.0f}]"
+    )
     clear = "" if sheet().on_paper else f", R {row['clarity']:.2f}"
     return f"{row['model']}\n{100 * row['in_place']:.0f} %{ends} in place{clear}"
 
@@ -107,8 +109,8 @@ def caption_of(frame: pd.DataFrame) -> str:
     caption = (
         "All: every pair from layer 1 on. Pale: from layer 0. Thick lines: 95 % intervals"
         + (" over seeds; thin steps: each seed. " if several else ". ")
-        + "Blue frame: kept, at least R, at most min(1, S). One wide bar: neighbours merged until there was room. Hatched: undetermined, "
-        "with the gate that stops it."
+        + "Blue frame: kept, at least R, at most min(1, S). One wide bar: neighbours merged until there was room. "
+        "Hatched: undetermined, with the gate that stops it."
     )
     landmarks = frame[frame["part"] == "landmark"]
     if len(landmarks):
@@ -221,7 +223,9 @@ def draw_gaps(panel: Axes, row: pd.Series, x: float, width: float) -> dict[str, 
         seen[label] = Patch(fc="none", ec=GREY, lw=0.6, hatch=hatch)
         if gate and not part:
             name = panel.text(x + width / 2, strip.base + 0.5, gate_text(row), rotation=90, ha="center", va="center")
-            name.set(size=pt(6.5), color=INK, zorder=6, gid=f"{row['part']} {width}", bbox={"fc": "w", "lw": 0, "pad": 0.4})
+            name.set(
+                size=pt(6.5), color=INK, zorder=6, gid=f"{row['part']} {width}", bbox={"fc": "w", "lw": 0, "pad": 0.4}
+            )
     return seen
 
 
