@@ -33,8 +33,9 @@ def profile_table(run: Run, *, bars: bool) -> Table | None:
         return None
     frame = frame.assign(elsewhere=1 - frame["in_place"])
     frame = frame.assign(elsewhere_low=1 - frame["in_place_high"], elsewhere_high=1 - frame["in_place_low"])
+    bars_column = Column("blocks, from layer 0", no_wrap=bars)
     table = Table(
-        Column("model", no_wrap=True), "", Column("blocks, from layer 0", no_wrap=bars), "from layer 1 on", "its own landmarks",
+        Column("model", no_wrap=True), "", bars_column, "from layer 1 on", "its own landmarks",
         title="where the prediction grows, block by block [95 %]",
     )  # fmt: skip
     for model, of_model in frame.groupby("model", sort=False):
@@ -45,14 +46,20 @@ def profile_table(run: Run, *, bars: bool) -> Table | None:
         landmarks = of_model[of_model["part"] == "landmark"]
         for k, (label, quantity) in enumerate(ROWS.items()):
             shown = bar_line(blocks, quantity) if bars else number_line(blocks, quantity)
-            near = [
-                f"+{row['name']} {short(row[quantity])}" for _, row in landmarked.iterrows() if pd.notna(row[quantity])
-            ]
-            table.add_row(str(model) if k == 0 else "", label, shown, overall_text(whole, quantity), ", ".join(near))
+            near = landmark_text(landmarks, quantity)
+            table.add_row(str(model) if k == 0 else "", label, shown, overall_text(whole, quantity), near)
         if (blocks["gate"] != "").any():
             stopped = [f"{span_text(row)} {gate_text(row)}" for _, row in blocks.iterrows() if row["gate"]]
             table.add_row("", "undetermined", ", ".join(stopped), "", "", end_section=True)
     return table
+
+
+def landmark_text(landmarks: pd.DataFrame, quantity: str) -> str:
+    """A quantity of every landmark that has it; not what was added elsewhere, which is the rest of what is in place."""
+    if quantity == "elsewhere":
+        return ""
+    rows = landmarks[landmarks[quantity].notna()]
+    return ", ".join(f"+{name} {short(value)}" for name, value in zip(rows["name"], rows[quantity], strict=True))
 
 
 def short(value: float) -> str:

@@ -1,10 +1,15 @@
 """Made-up rows of the update decomposition, of the right order, for what draws or prints them."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from lensbench.measures.update.gates import REASONS
+from lensbench.results.folder import Run
+from lensbench.results.manifest import Manifest
+from lensbench.results.schema import SCHEMA
 
 KINDS = ("added up", "carried along", "re-represented", "gated")
 """What the models of a run are, in turn"""
@@ -78,3 +83,19 @@ def landmark_rows(who: dict) -> list[dict]:
             }
             rows.append({**who, **row})
     return rows
+
+
+def decomposed_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0",)) -> Run:
+    """A run of made-up tables: ``models`` maps a name to its number of layers; each is of one of :data:`KINDS` in turn."""
+    rows: dict[str, list[dict]] = {name: [] for name in SCHEMA}
+    for (rank, (model, layers)), seed in itertools.product(enumerate(models.items()), seeds):
+        who = {"model": model, "seed": seed}
+        rows["models.csv"].append({**who, "family": "toy", "layers": layers})
+        rows["blocks.csv"] += block_rows(who, layers, rank)
+        rows["indices.csv"] += index_rows(who, layers, rank)
+        rows["landmarks.csv"] += landmark_rows(who)
+    tables = {
+        name: pd.DataFrame([{**dict.fromkeys(SCHEMA[name]), **row} for row in rows[name]], columns=list(SCHEMA[name]))
+        for name in SCHEMA
+    }
+    return Run(folder, Manifest.of_tables(folder, list(models)), tables)

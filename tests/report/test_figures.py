@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from lensbench.cli import app
 from lensbench.errors import LensbenchError
 from lensbench.report.figures import draw as figures
-from lensbench.report.figures import frames, indices, layout, lenses, probes, registry, style, transfer
+from lensbench.report.figures import frames, indices, layout, lenses, plane, probes, registry, style, transfer
 from lensbench.results.folder import Run, read_run, write_table
 from lensbench.results.schema import SCHEMA
 
@@ -87,6 +87,9 @@ def write_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] = ("0
             "gain_visibility_adjacent": -0.4 + 0.5 * rank,
             "movement": 2.2 - 0.6 * rank,
             "shared_consistency": min(0.98, 0.6 + 0.17 * rank),
+            "gain_visibility_without_layer0": 0.6 - 0.2 * rank,
+            "movement_without_layer0": 0.8,
+            "shared_consistency_without_layer0": 0.9,
         }.items():
             width = {"ci_low": value - 0.08, "ci_high": value + 0.08, "fit_low": value - 0.15, "fit_high": value + 0.12}
             how = {"stage": "closed", "tolerance": None if index == "shared_consistency" else 0.02}
@@ -230,19 +233,23 @@ def test_seeds_are_averaged_and_indices_taken_from_their_mean(tmp_path: Path) ->
         return pd.concat([table[table["seed"] == 0].assign(seed="all", value=0.25), table])
 
     frame = frames.index_frame(change(folder, "indices.csv", edit))
-    assert list(frame["value"].dropna()) == [0.25] * 4
+    assert list(frame["value"]) == [0.25] * 4
 
 
 def test_landmarks_of_the_plane_are_what_the_verdicts_know(folder: Path) -> None:
-    frame = frames.index_frame(read(folder))
-    assert frame.groupby("model")["known"].first().to_dict() == {"gpt": "", "pc": "carry-along"}
+    frame = plane.plane_frame(read(folder))
+    models = frame[frame["part"] == "model"]
+    assert models.groupby("model")["known"].first().to_dict() == {"gpt": "", "pc": "carry-along"}
     with style.style():
-        panel = indices.plane(frame).axes[0]
-    gpt, pc = (m for m in panel.collections if len(m.get_offsets()))
-    assert len(gpt.get_paths()[0].vertices) > len(pc.get_paths()[0].vertices) == 5  # a circle, a square on its corner
-    for mark, model in ((gpt, "gpt"), (pc, "pc")):
-        values = frame[frame["model"] == model].set_index("index")["value"]
-        assert tuple(mark.get_offsets()[0]) == (values["gain_visibility"], values["shared_consistency"])
+        drawing = plane.plane(frame)
+    for panel, view in zip(drawing.axes, plane.VIEWS, strict=True):
+        gpt, pc = (m for m in panel.collections if len(m.get_offsets()))
+        assert (
+            len(gpt.get_paths()[0].vertices) > len(pc.get_paths()[0].vertices) == 5
+        )  # a circle, a square on its corner
+        for mark, model in ((gpt, "gpt"), (pc, "pc")):
+            values = models[models["model"] == model].set_index("index")["value"]
+            assert tuple(mark.get_offsets()[0]) == (values[view.x], values[view.y])
 
 
 def test_visibility_by_distance_and_probes_are_drawn_as_their_tables_say(folder: Path) -> None:
@@ -314,19 +321,25 @@ def test_a_missing_kl_is_named(folder: Path) -> None:
         frames.lens_frame(change(folder, "lenses.csv", edit))
 
 
-def test_an_undefined_index_is_said_and_its_model_left_out_of_the_plane(folder, tmp_path, monkeypatch) -> None:
+def test_an_undefined_index_is_said_and_its_model_is_an_open_circle_in_the_plane(folder, tmp_path, monkeypatch) -> None:
     numbers = ["value", "ci_low", "ci_high", "fit_low", "fit_high"]
 
     def edit(table: pd.DataFrame) -> pd.DataFrame:
         table.loc[(table["model"] == "gpt") & (table["index"] == "gain_visibility"), numbers] = None
         return table[table["index"] != "gain_visibility_without_layer0"]
 
-    frame = frames.index_frame(change(folder, "indices.csv", edit))
+    run = change(folder, "indices.csv", edit)
     with style.style():
-        assert words(indices.gain_visibility(frame)).split("\n").count("undefined") == 3
-        figure = indices.plane(frame)
-    assert "Undefined: gain visibility of gpt." in words(figure)
-    assert [text.get_text() for text in figure.axes[0].texts if text.get_text() in ("gpt", "pc")] == ["pc"]
+        assert words(indices.gain_visibility(frames.index_frame(run))).split("\n").count("undefined") == 3
+        panels = plane.plane(plane.plane_frame(run)).axes
+    assert [panel.get_title(loc="left") for panel in panels] == [plane.VIEWS[0].title, plane.VIEWS[2].title]
+    (circle,) = (line for line in panels[0].lines if line.get_label() == "undetermined")
+    y = run.tables["indices.csv"].query("model == 'gpt' and index == 'shared_consistency'")["value"].item()
+    assert list(circle.get_ydata()) == [y]
+    assert circle.get_markerfacecolor() == "white"
+    left, right = panels[0].get_xlim()
+    assert left < circle.get_xdata()[0] < left + plane.GUTTER * (right - left)
+    assert {text.get_text() for text in panels[0].texts} >= {"gpt", "pc", "undetermined"}
 
     def nothing(table: pd.DataFrame) -> pd.DataFrame:
         table[numbers] = None
@@ -339,13 +352,14 @@ def test_an_undefined_index_is_said_and_its_model_left_out_of_the_plane(folder, 
 
 def test_names_in_the_plane_touch_neither_each_other_nor_an_error_bar(tmp_path: Path) -> None:
     names = ["gpt", "gpt-untrained", "gpt-partitioned", "gpt-twin", "pc", "pc+state"]
-    frame = frames.index_frame(read(write_run(tmp_path / "run", dict.fromkeys(names, 2))))
+    frame = plane.plane_frame(read(write_run(tmp_path / "run", dict.fromkeys(names, 2))))
+    frame = frame[~frame["index"].str.endswith("_without_layer0")]
     close = frame["index"].isin(["gain_visibility", "shared_consistency"])
-    rank = frame["model"].map(names.index)
+    rank = frame["model"].map({name: k for k, name in enumerate(names)})
     frame.loc[close, "value"] = (0.5 + 0.02 * rank)[close]
     frame.loc[close, "ci_low"], frame.loc[close, "ci_high"] = frame["value"] - 0.1, frame["value"] + 0.1
     with style.style():
-        panel = indices.plane(frame).axes[0]
+        panel = plane.plane(frame).axes[0]
     boxes = [text.get_window_extent() for text in panel.texts if text.get_text() in names]
     assert len(boxes) == len(names)
     assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
