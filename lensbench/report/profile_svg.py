@@ -139,7 +139,7 @@ def profile(frame: pd.DataFrame, name: str) -> Markup:
         for quantity in STRIPS
         if pd.notna(row[quantity])
     ]
-    said = "; ".join(facts(whole))
+    said = "; ".join([*filter(None, [whole["verdict"]]), *facts(whole)])
     alt = f"What each block of {name} keeps and adds. From layer 1 on: {said}"
     strips = [(label, top, top + high) for label, top, high in STRIPS.values()]
     lines = [line for quantity in ("clarity", "in_place") for line in grey_lines(frame, quantity)]

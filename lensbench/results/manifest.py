@@ -130,11 +130,12 @@ class Manifest(_Facts):
         return {**self.files, **({} if self.exported is None else self.exported.tables)}
 
     @classmethod
-    def of_tables(cls, folder: Path, models: list[str]) -> "Manifest":
-        """The manifest of a folder that holds tables alone: it says no more than which models these are of."""
+    def of_tables(cls, folder: Path, models: list[str], verdict: dict[str, Any] | None = None) -> "Manifest":
+        """The manifest of a folder that holds tables alone: which models these are of, and the rule of their verdicts."""
         suite = SuiteSettings(
-            evaluate=EvaluateSettings(draws=2000), fit={}, models=[ModelSettings(name=name) for name in models]
-        )
+            evaluate=EvaluateSettings(draws=2000), fit={}, models=[ModelSettings(name=name) for name in models],
+            verdict=verdict or {},
+        )  # fmt: skip
         corpus = CorpusFacts(checksum="", spec="")
         return cls(
             code_version=0, suite_name=folder.name, suite=suite, models=models, seeds=[], corpus=corpus, files={}

@@ -245,7 +245,8 @@ def write_run(
         task.update(1, "figures")
         start = time.perf_counter()
         tables_now = {n: read_table(folder / n) if n in written else no_rows(n) for n in SCHEMA}
-        bare = Manifest.of_tables(folder, [m.model.name for m in measured])
+        rule = context.suite.verdict.model_dump()
+        bare = Manifest.of_tables(folder, [m.model.name for m in measured], rule)
         drawn = draw_figures(Run(folder, bare, tables_now), folder / "figures")
         seconds["figures"] = round(time.perf_counter() - start, 2)
         task.update(2)

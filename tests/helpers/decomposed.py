@@ -68,6 +68,14 @@ def index_rows(who: dict, layers: int, rank: int) -> list[dict]:
     return rows if layers > 1 else []
 
 
+def verdict_rows(who: dict, rank: int) -> list[dict]:
+    """Rows of ``verdicts.csv`` of one model and seed."""
+    kind = KINDS[rank % len(KINDS)]
+    verdict = {"added up": "added up in one representation", "gated": "undetermined"}.get(kind, kind)
+    gate = "no fall" if kind == "gated" else None
+    return [{**who, "scope": scope, "verdict": verdict, "gate": gate} for scope in ("all layers", "without layer 0")]
+
+
 def landmark_rows(who: dict) -> list[dict]:
     """Rows of ``landmarks.csv`` of one model and seed."""
     rows = []
@@ -94,6 +102,7 @@ def decomposed_run(folder: Path, models: dict[str, int], seeds: tuple[str, ...] 
         rows["blocks.csv"] += block_rows(who, layers, rank)
         rows["indices.csv"] += index_rows(who, layers, rank)
         rows["landmarks.csv"] += landmark_rows(who)
+        rows["verdicts.csv"] += verdict_rows(who, rank)
     tables = {
         name: pd.DataFrame([{**dict.fromkeys(SCHEMA[name]), **row} for row in rows[name]], columns=list(SCHEMA[name]))
         for name in SCHEMA

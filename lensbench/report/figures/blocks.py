@@ -1,7 +1,7 @@
 """The tidy frame of the profile over depth: what each block keeps, adds and brings, and the model's own landmarks."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,8 @@ import pandas as pd
 
 from lensbench.measures.update.gates import REASONS
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
+from lensbench.measures.update.verdict import NOT_MEASURED, WITHOUT_FIRST
+from lensbench.report.formatting import shown_seeds
 from lensbench.results.folder import Run
 from lensbench.statistics import mean_over_seeds
 
@@ -30,7 +32,8 @@ def profile_frame(run: Run) -> pd.DataFrame:
     seed ``name``, where there are several), ``overall`` (the index from layer 1 on) or ``landmark`` (the same of the view
     ``name``). ``clarity, in_place, news`` have intervals (``_low``, ``_high``); further columns are ``kept_low, kept_high,
     drowned``. ``in_place`` is missing where no seed passes its gate, and ``gate`` then says which; ``passed`` of ``seeds``
-    do. ``reason``: why a model, or a landmark, has no ``in_place``. Empty where no model of the run has a block.
+    do. ``reason``: why a model, or a landmark, has no ``in_place``. ``verdict``: on a model from layer 1 on. The frame is
+    empty where no model of the run has a block.
     """
     blocks = run.tables["blocks.csv"]
     rows: list[dict[str, Any]] = []
@@ -56,6 +59,7 @@ def profile_frame(run: Run) -> pd.DataFrame:
         "passed",
         "seeds",
         "reason",
+        "verdict",
     ]
     frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(NUMBERS, float))
     return frame if (frame["part"] == "block").any() else frame.iloc[:0]
@@ -67,12 +71,12 @@ def seed_rows(seed: object, blocks: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield {"part": "seed", "name": str(seed), **of_block(row), **span(row)}
 
 
-def span(row: dict[str, Any]) -> dict[str, int]:
+def span(row: Mapping[Any, Any]) -> dict[str, int]:
     """The layers between which a row of ``blocks.csv`` lies."""
     return {"from_layer": int(row["from_layer"]), "to_layer": int(row["to_layer"])}
 
 
-def of_block(row: dict[str, Any]) -> dict[str, Any]:
+def of_block(row: Mapping[Any, Any]) -> dict[str, Any]:
     """What is drawn of a row of ``blocks.csv``; nothing is said of what was added where a gate stops it."""
     gate = "" if pd.isna(row["gate"]) else str(row["gate"])
     found = {name: row[name] for name in ("kept_low", "kept_high", "drowned")}
@@ -126,11 +130,22 @@ def overall_row(run: Run, model: str) -> dict[str, Any]:
             row = own.loc[name + WITHOUT_LAYER_0]
             found |= {name: row["value"], f"{name}_low": row["ci_low"], f"{name}_high": row["ci_high"]}
     if f"in_place{WITHOUT_LAYER_0}" in own.index:
-        reason = own.loc[f"in_place{WITHOUT_LAYER_0}", "reason"]
+        reason: Any = own.loc[f"in_place{WITHOUT_LAYER_0}", "reason"]
         found["reason"] = "" if pd.notna(found["in_place"]) or pd.isna(reason) else str(reason)
     found["passed"] = int(pd.notna(found.get("in_place", np.nan)))
     found["gate"] = next((gate for gate, why in REASONS.items() if why in found["reason"]), "")
+    found["verdict"] = verdict_on(run, model)
     return {key: value for key, value in found.items() if not key.startswith(("kept_low_", "kept_high_", "drowned_"))}
+
+
+def verdict_on(run: Run, model: str) -> str:
+    """The verdict on a model from layer 1 on, with the gate where it is undetermined; empty where it was not measured."""
+    rows = shown_seeds(run.tables["verdicts.csv"])
+    for row in rows[(rows["model"] == model) & (rows["scope"] == WITHOUT_FIRST)].to_dict("records"):
+        gate = str(row["gate"]) if pd.notna(row["gate"]) else ""
+        if gate != NOT_MEASURED and pd.notna(row["verdict"]):
+            return f"{row['verdict']}: {gate}" if gate else str(row["verdict"])
+    return ""
 
 
 def landmark_rows(run: Run, model: str) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
-from lensbench.measures.update.verdict import UpdateRule
 from lensbench.report.figures.frames import index_frame
 from lensbench.report.figures.layout import (
     label_points,
@@ -96,7 +95,9 @@ def plane_frame(run: Run) -> pd.DataFrame:
     own = run.tables["landmarks.csv"]
     own = own[own["index"].isin([VIEWS[-1].x, VIEWS[-1].y])].astype({"value": float})
     landmarks = own.groupby(["model", "landmark", "index"], sort=False)["value"].mean().reset_index()
-    thresholds = {**rule_of(run).model_dump(), **{f"update_{k}": v for k, v in UpdateRule().model_dump().items()}}
+    rule = rule_of(run)
+    thresholds = {name: float(value) for name, value in rule.model_dump(exclude={"update"}).items()}
+    thresholds |= {f"update_{name}": float(value) for name, value in rule.update.model_dump().items()}
     return pd.concat(
         [
             models.assign(part="model", name=""),
@@ -166,7 +167,7 @@ def draw_view(panel: Axes, view: View, frame: pd.DataFrame) -> DrawnView:
     panel.set(ylim=(np.nanmin(up) - 0.03, np.nanmax(up) + 0.03))
     if view.size:
         use_symlog(panel, "x", 1.0)
-    places = table["value"].reindex(columns=[view.x, view.y])
+    places = pd.DataFrame(table["value"]).reindex(columns=[view.x, view.y])
     without = places[view.x].isna().any() or landmarks[view.x].isna().any()
     gutter = set_span(panel, float(np.nanmin(values)), float(np.nanmax(values)), open_at_left=bool(without))
     taken = draw_regions(panel, view, frame[frame["part"] == "rule"].set_index("index")["value"], gutter)
@@ -244,26 +245,26 @@ def draw_models(
     points: dict[str, tuple[float, float]] = {}
     without: list[str] = []
     bottom, step = panel.get_ylim()[0], 0.06 * float(np.diff(panel.get_ylim())[0])
-    for model, row in table.iterrows():
+    for model, (_, row) in zip(map(str, table.index), table.iterrows(), strict=True):
         x, y = (float(row.get(("value", name), np.nan)) for name in (view.x, view.y))
         if pd.isna(y):
             bottom += step  # one above the other
         if pd.isna(x):
-            without.append(str(model))
-        points[str(model)] = (x, y if pd.notna(y) else bottom)
+            without.append(model)
+        points[model] = (x, y if pd.notna(y) else bottom)
     for k, model in enumerate(without):
         points[model] = (gutter.along((k + 1) / (len(without) + 1)), points[model][1])
-    for model, row in table.iterrows():
+    for model, (_, row) in zip(map(str, table.index), table.iterrows(), strict=True):
         x, y = (float(row.get(("value", name), np.nan)) for name in (view.x, view.y))
         colour, defined = colours[model], pd.notna(x) and pd.notna(y)
         for k, name in enumerate((view.x, view.y)):
             low, high = row.get(("ci_low", name), np.nan), row.get(("ci_high", name), np.nan)
             if pd.notna(low):
-                at = points[str(model)][1 - k]
+                at = points[model][1 - k]
                 ends = ([low, high], [at, at]) if k == 0 else ([at, at], [low, high])
                 bars += panel.plot(*ends, color=colour, lw=1.3)
         if not defined:
-            panel.plot(*points[str(model)], "o", mfc="white", mec=colour, mew=1.4, ms=6, label="undetermined", zorder=3)
+            panel.plot(*points[model], "o", mfc="white", mec=colour, mew=1.4, ms=6, label="undetermined", zorder=3)
             continue
         # Models whose answer is known by their construction are outlined diamonds.
         mark: dict[str, Any] = {"linewidths": 0, "marker": "s" if of_images[model] else "o"}
@@ -283,7 +284,14 @@ def draw_landmarks(panel: Axes, view: View, landmarks: pd.DataFrame, gutter: Gut
         for _, row in rows.iterrows():
             x, y = row[view.x], row[view.y] if pd.notna(row[view.y]) else bottom
             known = pd.notna(x)
-            look = {"mfc": GREY if known else "white", "mec": GREY, "ms": 4, "mew": 0.9, "alpha": 0.8, "zorder": 2}
+            look: dict[str, Any] = {
+                "mfc": GREY if known else "white",
+                "mec": GREY,
+                "ms": 4,
+                "mew": 0.9,
+                "alpha": 0.8,
+                "zorder": 2,
+            }
             panel.plot(x if known else gutter.along(0.5), y, "D", label=f"+{name}", **look)
         middle = rows.mean()
         at = middle[view.x] if pd.notna(middle[view.x]) else gutter.along(0.5)
@@ -304,7 +312,7 @@ def mark_area(moved: float) -> float:
 def legend_of_plane(drawing: Figure, panel: Axes, frame: pd.DataFrame, drawn: Sequence[DrawnView]) -> None:
     """Draw the legend: sizes of marks, and their shapes where there are several."""
     handles: dict[str, Artist] = {}
-    none = ([], [])
+    none: tuple[list[float], list[float]] = ([], [])
     for value, label in SIZES.items():
         handles[f"movement {label}"] = panel.scatter(*none, s=mark_area(value), color=GREY, alpha=0.4, lw=0)
     area = 35.0 if sheet().on_paper else 70.0

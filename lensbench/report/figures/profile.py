@@ -1,6 +1,7 @@
 """The first figure of a run: what each block keeps, adds in place, adds elsewhere, drowns, and the news it brings."""
 
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,15 +93,18 @@ def profile_over_depth(frame: pd.DataFrame) -> Figure:
 
 
 def title_of(frame: pd.DataFrame) -> str:
-    """The name of a model, and what it adds in place from layer 1 on."""
+    """The name of a model, the verdict on it, and what it adds in place from layer 1 on; on a page without the last."""
     row = frame[frame["part"] == "overall"].iloc[0]
-    if pd.isna(row["in_place"]):
-        return f"{row['model']}\nundetermined" + (f": {row['gate']}" if row["gate"] else "")
-    ends = (
-        "" if pd.isna(row["in_place_low"]) else f" [{100 * row['in_place_low']:.0f}, {100 * row['in_place_high']:.0f}]"
-    )
-    clear = "" if sheet().on_paper else f", R {row['clarity']:.2f}"
-    return f"{row['model']}\n{100 * row['in_place']:.0f} %{ends} in place{clear}"
+    verdict = row["verdict"] or (f"undetermined: {row['gate']}" if row["gate"] else "")
+    numbers = ""
+    if pd.notna(row["in_place"]):
+        low, high = (100 * row[f"in_place_{end}"] for end in ("low", "high"))
+        numbers = f"{100 * row['in_place']:.0f} %" + ("" if pd.isna(low) else f" [{low:.0f}, {high:.0f}]") + " in place"
+    if sheet().on_paper:
+        return "\n".join([row["model"], *textwrap.wrap(verdict or numbers, 32)])
+    clear = "" if pd.isna(row["clarity"]) else f"R {row['clarity']:.2f}"
+    first = f"{row['model']}: {verdict}" if verdict else row["model"]
+    return f"{first}\n{', '.join(filter(None, [numbers, clear]))}"
 
 
 def caption_of(frame: pd.DataFrame) -> str:
@@ -154,7 +158,7 @@ def draw_model(panel: Axes, frame: pd.DataFrame) -> dict[str, Any]:
 def draw_bars(panel: Axes, rows: pd.DataFrame, left: Any, width: Any) -> dict[str, Any]:
     """Draw what rows keep, add and bring, at ``left`` and as wide as ``width``; return the legend's entries."""
     seen: dict[str, Any] = {}
-    where = {"align": "edge", "lw": 0, "zorder": 1}
+    where: dict[str, Any] = {"align": "edge", "lw": 0, "zorder": 1}
     pale = np.where(rows["from_layer"].to_numpy(float) == 0, 0.45, 1.0)
 
     def fill(part: str, strip: Strip, bottom: Any, top: Any) -> None:
@@ -245,7 +249,12 @@ def draw_landmarks(panel: Axes, landmarks: pd.DataFrame, right: float) -> None:
         rows = landmarks[landmarks[strip.quantity].notna()]
         for _, row in rows.iterrows():
             y = float(strip.at(row[strip.quantity]))
-            line = {"color": GREY, "lw": 0.9, "ls": LANDMARK_DASHES.get(row["name"], "-"), "zorder": 2.5}
+            line: dict[str, Any] = {
+                "color": GREY,
+                "lw": 0.9,
+                "ls": LANDMARK_DASHES.get(row["name"], "-"),
+                "zorder": 2.5,
+            }
             panel.plot([0, right], [y, y], label=f"+{row['name']}", **line)
             name = panel.annotate(f"+{row['name']}", (1.01, y), xycoords=("axes fraction", "data"), va="center")
             name.set(size=pt(6.5), color=GREY, gid="landmark")
