@@ -17,6 +17,8 @@ from rich.console import Console
 from scipy import stats
 
 from lensbench.report.figures.blocks import profile_frame
+from lensbench.report.figures.plane import VIEWS as VIEWS_OF_PLANE
+from lensbench.report.figures.plane import plane, plane_frame
 from lensbench.report.figures.profile import ADDS, KEEPS, NEWS, STRIPS, profile_over_depth
 from lensbench.report.figures.style import SHEETS, on_sheet, style
 from lensbench.report.profile_svg import profiles
@@ -105,7 +107,7 @@ def test_an_undetermined_block_is_an_open_hatched_bar_with_the_name_of_its_gate(
         assert f"undetermined: {gate}" in {text.get_text() for text in of_four.legends[0].get_texts()}
     assert len({bars(panel, f"undetermined: {gate}")[0].get_hatch() for gate in gated["gate"].unique()}) == 3
     assert len(bars(panel, "in place")) == 1
-    assert panel.get_title(loc="left").startswith("gpt-untrained: undetermined: no fall\n")
+    assert panel.get_title(loc="left").startswith("gpt-untrained: undetermined (no fall)\n")
 
 
 def test_merged_neighbours_are_one_bar_as_wide_as_the_group(tmp_path: Path) -> None:
@@ -277,3 +279,37 @@ def test_the_page_draws_every_block_with_its_numbers(four: Run) -> None:
             assert f"adds in place {said}" in tip
     opened = [a for tag, a in read.tags if tag == "rect" and a.get("class") == "open"]
     assert len(opened) == 4 + 1  # the gated blocks, and the bar of all
+
+
+# The plane
+
+
+def test_the_plane_has_the_regions_of_the_runs_own_rule_and_the_landmarks_open_where_undetermined(
+    tmp_path: Path,
+) -> None:
+    run = decomposed_run(tmp_path, {"gpt": 6})
+    known = {"gain_visibility": 0.5, "shared_consistency": 0.7, "movement": 1.0}
+    known |= {f"{name}_without_layer0": value for name, value in known.items()}
+    rows = [{"model": "gpt", "seed": "0", "index": name, "value": value} for name, value in known.items()]
+    run = edit(run, "indices.csv", lambda table: pd.concat([table, pd.DataFrame(rows)]))
+    run.manifest.suite.verdict.update({"visible": 0.4, "consistent": 0.6, "update": {"added": 0.7, "carried": 0.2}})
+    with style():
+        panels = plane(plane_frame(run)).axes
+    assert len(panels) == len(VIEWS_OF_PLANE)
+    for panel in panels[:2]:
+        region = next(patch for patch in panel.patches if patch.get_label() == "refinement")
+        assert region.get_xy() == (0.4, 0.6)
+    regions = {patch.get_label(): patch for patch in panels[2].patches}
+    assert regions["added up"].get_x() == 0.7
+    assert (regions["mixed"].get_x(), regions["mixed"].get_x() + regions["mixed"].get_width()) == pytest.approx(
+        (0.2, 0.7)
+    )
+    assert regions["carried along"].get_x() + regions["carried along"].get_width() == pytest.approx(0.2)
+    marks = {line.get_label(): line for line in panels[2].lines if line.get_label().startswith("+")}
+    assert set(marks) == {f"+{name}" for name in VIEWS}
+    for name, (in_place, clarity) in VIEWS.items():
+        mark = marks[f"+{name}"]
+        assert mark.get_ydata()[0] == clarity
+        assert (mark.get_markerfacecolor() == "white") == (in_place is None)
+        if in_place is not None:
+            assert mark.get_xdata()[0] == in_place

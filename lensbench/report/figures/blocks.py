@@ -144,7 +144,7 @@ def verdict_on(run: Run, model: str) -> str:
     for row in rows[(rows["model"] == model) & (rows["scope"] == WITHOUT_FIRST)].to_dict("records"):
         gate = str(row["gate"]) if pd.notna(row["gate"]) else ""
         if gate != NOT_MEASURED and pd.notna(row["verdict"]):
-            return f"{row['verdict']}: {gate}" if gate else str(row["verdict"])
+            return f"{row['verdict']} ({gate})" if gate else str(row["verdict"])
     return ""
 
 

@@ -95,7 +95,7 @@ def profile_over_depth(frame: pd.DataFrame) -> Figure:
 def title_of(frame: pd.DataFrame) -> str:
     """The name of a model, the verdict on it, and what it adds in place from layer 1 on; on a page without the last."""
     row = frame[frame["part"] == "overall"].iloc[0]
-    verdict = row["verdict"] or (f"undetermined: {row['gate']}" if row["gate"] else "")
+    verdict = row["verdict"] or (f"undetermined ({row['gate']})" if row["gate"] else "")
     numbers = ""
     if pd.notna(row["in_place"]):
         low, high = (100 * row[f"in_place_{end}"] for end in ("low", "high"))
