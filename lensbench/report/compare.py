@@ -28,6 +28,7 @@ from lensbench.measures.indices import (
 from lensbench.measures.means import Means
 from lensbench.measures.verdict import VerdictRule
 from lensbench.report.probe_versions import of_one_version
+from lensbench.report.table_values import InTables, values_in_tables
 from lensbench.report.updates import Found, indices_of_none, not_measured, updates_of
 from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.folder import Run, read_run
@@ -100,6 +101,8 @@ class ComparedModel:
     draws: dict[str, Array]
     reasons: dict[str, str]
     """Why a quantity is undefined, by its name."""
+    in_tables: InTables
+    """What the run's tables say of it"""
 
     @property
     def who(self) -> dict[str, Any]:
@@ -234,21 +237,22 @@ def difference_of_measure(a: Manifest, b: Manifest) -> str:
 def compared_models(run: Run, group: int) -> list[ComparedModel]:
     """Every model and seed of a run; raises :class:`LensbenchError` where its sums are damaged."""
     sums, draws = run.sums(), run.manifest.suite.evaluate.draws
-    found, updates = [], updates_of(run)
+    found, updates, in_tables = [], updates_of(run), values_in_tables(run)
     try:
         for key, rows in sums.groupby(["model", "seed"], observed=True, sort=False):
             model, seed = cast(tuple[str, int], key)
-            of_updates = updates.get((str(model), int(seed)), not_measured())
-            found.append(compared_model(run, group, str(model), int(seed), clustered(rows), draws, of_updates))
+            who = str(model), int(seed)
+            known = updates.get(who, not_measured()), in_tables.get(who, {})
+            found.append(compared_model(run, group, *who, clustered(rows), draws, *known))
     except (KeyError, ValueError) as error:
         raise LensbenchError(f"the sums by cluster of {run.folder} are damaged: {error}") from error
     return found
 
 
 def compared_model(
-    run: Run, group: int, model: str, seed: int, rows: pd.DataFrame, draws: int, updates: Found
+    run: Run, group: int, model: str, seed: int, rows: pd.DataFrame, draws: int, updates: Found, told: InTables
 ) -> ComparedModel:
-    """One model and seed of a run, from its ``rows`` of sums by cluster and its update decomposition."""
+    """One model and seed of a run: draws from its ``rows`` of sums by cluster and from ``updates``, values as ``told``."""
     sums = ClusterSums.of(rows)
     weights = bootstrap_weights(len(sums.tokens), draws, 0)
     means = Means.of_clusters(sums.totals, sums.tokens), Means.of_clusters(sums.totals, sums.tokens, weights)
@@ -266,9 +270,10 @@ def compared_model(
         else:
             reasons[name] = "undefined: images have no bytes of text"
             point[name], values[name] = np.nan, np.full(len(weights), np.nan)
+    point |= {name: told[name][0] for name in point if name in told}
     corpus = run.manifest.corpus.checksum
     return ComparedModel(
-        str(run.folder), group, corpus, model, seed, sums.documents, sums.tokens, point, values, reasons
+        str(run.folder), group, corpus, model, seed, sums.documents, sums.tokens, point, values, reasons, told
     )
 
 
@@ -276,7 +281,7 @@ def value_of(model: ComparedModel, name: str) -> dict[str, Any]:
     """One quantity of a model with its interval, or the note why it is undefined."""
     if name in model.reasons:
         return {"value": None, "ci_low": None, "ci_high": None, "note": model.reasons[name]}
-    low, high = interval(model.draws[name])
+    low, high = model.in_tables[name][1:] if name in model.in_tables else interval(model.draws[name])
     return {"value": model.point[name], "ci_low": float(low), "ci_high": float(high), "note": ""}
 
 

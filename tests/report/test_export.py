@@ -60,6 +60,21 @@ def test_it_is_compared_as_the_run_is(tiny_run, light, tmp_path):
     assert (known[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
 
 
+def test_a_comparison_says_of_each_model_what_its_tables_say(tiny_run, tmp_path):
+    assert run("compare", tiny_run, "--out", tmp_path / "out.csv").exit_code == 0
+    rows = pd.read_csv(tmp_path / "out.csv").query("kind == 'value'").dropna(subset=["value"])
+    tables = read_run(tiny_run).tables
+    told = tables["indices.csv"].set_index(["model", "index"])
+    models = tables["models.csv"].set_index("model")
+    for row in rows.to_dict("records"):
+        if row["index"] in ("ce", "bits_per_byte"):
+            of, names = models.loc[row["model"]], [f"{row['index']}{end}" for end in ("", "_ci_low", "_ci_high")]
+        else:
+            of, names = told.loc[(row["model"], row["index"])], ["value", "ci_low", "ci_high"]
+        assert [row["value"], row["ci_low"], row["ci_high"]] == [of[name] for name in names], row["index"]
+    assert len(rows) > 20
+
+
 def test_an_export_of_an_export_is_the_same_to_the_byte_and_an_earlier_one_is_replaced(light, tmp_path):
     shutil.copytree(light, tmp_path / "again")
     (tmp_path / "again" / "trace.png").write_bytes(b"a picture of ours")

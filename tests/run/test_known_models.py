@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lensbench.cli import app
 from lensbench.errors import LensbenchError
 from lensbench.results import schema as results
-from lensbench.results.folder import read_run
+from lensbench.results.folder import SEQUENCES, SUMS, read_run
 from lensbench.suite.files import load_suite
 
 pytestmark = [pytest.mark.run, pytest.mark.usefixtures("no_figures")]
@@ -308,23 +308,30 @@ def test_parts_of_a_suite_compare_as_the_whole_does_and_claims_are_corrected_tog
         assert claims.loc[key, "p_holm"] == pytest.approx(largest)
 
 
-def test_sums_over_clusters_give_the_same_tables_and_comparisons_from_a_smaller_file(folder, tmp_path):
+def test_sums_by_sequence_are_kept_on_request_and_change_no_table_and_no_comparison(folder, tmp_path):
     suite = tmp_path / "known.toml"
-    suite.write_text((folder.parent / "known.toml").read_text().replace("draws = 200", 'draws = 200\nsums = "cluster"'))
+    suite.write_text(
+        (folder.parent / "known.toml").read_text().replace("draws = 200", 'draws = 200\nsums = "sequence"')
+    )
     shutil.copytree(folder, tmp_path / "run")
     result = run("run", suite, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    for name in results.WRITTEN:
+    for name in (*results.WRITTEN, SUMS):
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes(), name
-    whole, small = (read_run(f).sequences() for f in (folder, tmp_path / "run"))
+    assert not (folder / SEQUENCES).exists()
+    whole, small = pd.read_parquet(tmp_path / "run" / SEQUENCES), pd.read_parquet(folder / SUMS)
     # Every document is a cluster of its own here, with one or two sequences of it.
     assert len(small) < 0.8 * len(whole)
+    assert whole["lens"].astype(str).str.startswith("tuned@").any()
     assert not small["lens"].astype(str).str.startswith("tuned@").any()
     found = []
     for at in (folder, tmp_path / "run"):
         assert run("compare", at, "--out", tmp_path / "out.csv").exit_code == 0
         found.append(pd.read_csv(tmp_path / "out.csv").drop(columns=["run", "against_run"]))
-    pd.testing.assert_frame_equal(*found, rtol=1e-4, atol=1e-6)
+    pd.testing.assert_frame_equal(*found)
+    # Without the setting, the next run leaves no file that it did not write.
+    assert run("run", folder.parent / "known.toml", "--out", tmp_path / "run").exit_code == 0
+    assert not (tmp_path / "run" / SEQUENCES).exists()
 
 
 def test_runs_are_judged_again_by_the_rule_of_another_suite(folder, tmp_path):

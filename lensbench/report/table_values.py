@@ -1,0 +1,21 @@
+"""What the tables of a run say of each model and seed: comparisons show it, and draw from the sums by cluster."""
+
+import numpy as np
+
+from lensbench.results.folder import Run
+
+InTables = dict[str, tuple[float, float, float]]
+"""Value and interval, by the name of a loss or an index"""
+
+
+def values_in_tables(run: Run) -> dict[tuple[str, int], InTables]:
+    """Losses and indices of each model and seed that have a value and an interval."""
+    found: dict[tuple[str, int], InTables] = {}
+    for row in run.tables["models.csv"].to_dict("records"):
+        losses = {name: (row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"]) for name in ("ce", "bits_per_byte")}
+        found[str(row["model"]), int(row["seed"])] = losses
+    indices = run.tables["indices.csv"]
+    for row in indices[indices["seed"] != "all"].to_dict("records"):
+        of = found.setdefault((str(row["model"]), int(row["seed"])), {})
+        of[str(row["index"])] = (row["value"], row["ci_low"], row["ci_high"])
+    return {who: {name: each for name, each in of.items() if np.isfinite(each).all()} for who, of in found.items()}
