@@ -86,6 +86,13 @@ def test_quick_trains_its_models_with_what_the_sweep_tries():
         ('question = "Does', 'seeds = [-1]\nquestion = "Does', "seeds"),
         ("vocab_size = 300", "vocab_size = 300\ntrain = 0.9", "must sum to 1"),
         ("rotations = 2", "rotations = 'two'", "fit.rotations"),
+        (
+            "[evaluate]",
+            "[verdict.update]\naded = 0.9\n[evaluate]",
+            "unknown key 'verdict.update.aded'; did you mean 'added'",
+        ),
+        ("[evaluate]", "[verdict.update]\nadded = 0.1\n[evaluate]", "carried must not exceed added"),
+        ("[evaluate]", "[verdict.update]\nfewest_pairs = 1\n[evaluate]", "verdict.update.fewest_pairs"),
     ],
 )
 def test_a_wrong_suite_is_answered_with_what_would_be_right(old, new, expected):

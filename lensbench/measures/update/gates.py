@@ -15,6 +15,9 @@ LARGEST_BASELINE = 0.9
 CONFIDENCE = 0.95
 """Of all falls of one model together"""
 
+FEWEST_PAIRS, SMALLEST_SHARE = 3, 0.2
+"""A model's shares are undetermined unless so many of its pairs pass the gates, and such a share of them"""
+
 Gate = str
 """Why a pair of layers is undetermined; empty for one that passes"""
 
@@ -37,6 +40,11 @@ class Losses:
     kl: Array
     ce: Array
     tokens: Array
+
+
+def pairs_needed(asked: int, fewest: int = FEWEST_PAIRS, share: float = SMALLEST_SHARE) -> int:
+    """How many of ``asked`` pairs of layers must pass the gates."""
+    return max(fewest, int(np.ceil(share * asked)))
 
 
 def falls(losses: Losses, pairs: Pairs, weights: Array) -> NDArray[np.bool_]:

@@ -9,12 +9,9 @@ from numpy.typing import NDArray
 
 from lensbench.measures.means import Estimate
 from lensbench.measures.update.decomposition import Decomposition, spread_by_refits
-from lensbench.measures.update.gates import LARGEST_BASELINE, REASONS
+from lensbench.measures.update.gates import LARGEST_BASELINE, REASONS, pairs_needed
 from lensbench.measures.update.quantities import Quantities
 from lensbench.statistics import Array, few_clusters, small_sample_interval, too_few_clusters
-
-FEWEST_PAIRS, SMALLEST_SHARE = 3, 0.2
-"""A model's shares are undetermined unless so many of its pairs pass the gates, and such a share of them"""
 
 EXTRA_SPREAD = 0.1
 """Added to the spread of every pair's carried share before pairs are weighted: no pair decides alone"""
@@ -142,7 +139,7 @@ def pair_weights(found: Decomposition, passed: NDArray[np.bool_]) -> Array:
 def undetermined(found: Decomposition, pairs: NDArray[np.bool_]) -> str:
     """Why the shares over some pairs are undetermined, with the gate that stops most of them; empty where they are not."""
     passed, asked = int(passing(found, pairs).sum()), int(pairs.sum())
-    needed = max(FEWEST_PAIRS, int(np.ceil(SMALLEST_SHARE * asked)))
+    needed = pairs_needed(asked)
     if passed >= needed:
         return ""
     stopped = [gate for gate, inside in zip(found.gate, pairs, strict=True) if inside and gate]

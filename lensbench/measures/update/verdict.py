@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lensbench.measures.means import Estimate
-from lensbench.measures.update.gates import NO_FALL, NOT_KEPT, REASONS, Gate
+from lensbench.measures.update.gates import FEWEST_PAIRS, NO_FALL, NOT_KEPT, REASONS, SMALLEST_SHARE, Gate, pairs_needed
 
 UpdateAnswer = Literal[
     "added up in one representation", "carried along", "re-represented", "mixed", "undetermined"
@@ -67,8 +67,11 @@ class UpdateRule(BaseModel):
     clear: float = Field(0.5, description="added up: clarity lies above this")
     readable: float = Field(0.1, description="added up: readable gain lies above this, where it was measured ...")
     news: float = Field(0.2, description="... or news above this")
-    fewest_pairs: int = Field(3, ge=1, description="the fewest pairs of layers that must pass the gates")
-    smallest_share: float = Field(0.2, ge=0, le=1, description="the smallest share of pairs that must pass them")
+    # Fewer leave shares undefined, whatever a rule says.
+    fewest_pairs: int = Field(
+        FEWEST_PAIRS, ge=FEWEST_PAIRS, description="how many pairs of layers must pass the gates ..."
+    )
+    smallest_share: float = Field(SMALLEST_SHARE, ge=SMALLEST_SHARE, le=1, description="... and which share of pairs")
 
     @model_validator(mode="after")
     def _apart(self) -> "UpdateRule":
@@ -80,7 +83,7 @@ class UpdateRule(BaseModel):
 
     def pairs_needed(self, asked: int) -> int:
         """How many of ``asked`` pairs of layers must pass the gates."""
-        return max(self.fewest_pairs, int(np.ceil(self.smallest_share * asked)))
+        return pairs_needed(asked, self.fewest_pairs, self.smallest_share)
 
 
 Row = Mapping[Any, Any]
