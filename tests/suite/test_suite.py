@@ -89,7 +89,7 @@ def test_quick_trains_its_models_with_what_the_sweep_tries():
         (
             "[evaluate]",
             "[verdict.update]\naded = 0.9\n[evaluate]",
-            "unknown key 'verdict.update.aded'; did you mean 'added'",
+            "'verdict.update.aded'; did you mean 'added'",
         ),
         ("[evaluate]", "[verdict.update]\nadded = 0.1\n[evaluate]", "carried must not exceed added"),
         ("[evaluate]", "[verdict.update]\nfewest_pairs = 1\n[evaluate]", "verdict.update.fewest_pairs"),
