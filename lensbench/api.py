@@ -28,6 +28,8 @@ from lensbench.measures.evaluate import evaluate as evaluate_lenses
 from lensbench.measures.transfer import transfer_sums
 from lensbench.models import count_parameters
 from lensbench.models.pretrained import Pretrained, check_context, load_pretrained
+from lensbench.report.figures.blocks import profile_frame
+from lensbench.report.figures.profile import profile_over_depth
 from lensbench.report.figures.style import style
 from lensbench.report.figures.transfer import transfer_penalty
 from lensbench.results import folder, tables
@@ -41,7 +43,7 @@ from lensbench.statistics import bootstrap_weights
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.stream import ResidualStream
 
-__all__ = ["Lenses", "evaluate", "fit", "load", "plot", "read_run", "transfer_matrix"]
+__all__ = ["Lenses", "evaluate", "fit", "load", "plot", "plot_profile", "read_run", "transfer_matrix"]
 
 
 def load(source: str, *, dtype: str = "float32", device: str = "auto") -> Pretrained:
@@ -197,3 +199,15 @@ def plot(cells: pd.DataFrame) -> Figure:
     """
     with style():
         return transfer_penalty(cells[cells["penalty_ce"].notna()])
+
+
+def plot_profile(run: Run) -> Figure:
+    """The profile over depth of a run: what each block keeps, adds in place, adds elsewhere and brings.
+
+    Raises :class:`LensbenchError` for a run of which no model was decomposed.
+    """
+    frame = profile_frame(run)
+    if frame.empty:
+        raise LensbenchError(f"{run.folder} has no row in blocks.csv: run its suite with the update decomposition")
+    with style():
+        return profile_over_depth(frame)

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats
 
+from lensbench import LensbenchError, plot_profile
 from lensbench.report.figures.blocks import profile_frame
 from lensbench.report.figures.plane import VIEWS as VIEWS_OF_PLANE
 from lensbench.report.figures.plane import plane, plane_frame
@@ -36,7 +37,9 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def of_four(four: Run) -> Figure:
-    return draw(four)
+    drawing = plot_profile(four)
+    drawing.draw_without_rendering()
+    return drawing
 
 
 def draw(run: Run, columns: int | None = None) -> Figure:
@@ -191,6 +194,8 @@ def test_a_model_that_was_not_decomposed_is_named_with_its_reason(tmp_path: Path
 def test_a_run_without_the_decomposition_has_no_profile(tmp_path: Path) -> None:
     run = edit(decomposed_run(tmp_path, {"gpt": 6}), "blocks.csv", lambda table: table.iloc[:0])
     assert profile_frame(run).empty
+    with pytest.raises(LensbenchError, match=r"no row in blocks\.csv"):
+        plot_profile(run)
     assert profile_table(run, bars=True) is None
     assert profiles([run], [{"gpt": "gpt"}]) == ""
 

@@ -24,7 +24,18 @@ from lensbench.report.figures.layout import (
     title_and_caption,
 )
 from lensbench.report.figures.registry import figure
-from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILION, line_looks, pt, sheet, use_symlog
+from lensbench.report.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    MINUS,
+    ORANGE,
+    VERMILION,
+    line_looks,
+    pt,
+    sheet,
+    use_symlog,
+)
 from lensbench.report.verdicts import rule_of
 from lensbench.results.folder import Run
 
@@ -174,6 +185,8 @@ def draw_view(panel: Axes, view: View, frame: pd.DataFrame) -> DrawnView:
     bars, points = draw_models(panel, view, facts, table, gutter)
     taken += draw_landmarks(panel, view, landmarks, gutter)
     panel.set(xlabel=view.labels[0], ylabel=view.labels[1])
+    panel.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", MINUS))
     panel.set_title(view.title, fontsize=pt(8.5), loc="left")
     kinds = {"landmark"} if len(landmarks) else set()
     return DrawnView(points, [*taken, *bars], frozenset(kinds))
