@@ -31,8 +31,8 @@ def representation(subject: Subject) -> Measured:
     """Covariance similarity of every two layers, and the share of an earlier layer that a later one carries along.
 
     Similarities are those of the fit split. The regressions are fitted on fit, dev chooses their ridge, and R^2 is measured
-    on eval: explained variance, summed over dimensions, about the mean of the fit split. Intervals hold the fitted map fixed:
-    they are of what it explains, which lies below what the best map would, by about d / (fit tokens) of the rest.
+    on eval: explained variance, summed over dimensions, about the mean of the fit split. Intervals hold the fitted map
+    fixed: they are of what it explains, which lies below what the best map would, by about d / (fit tokens) of the rest.
     """
     fit, dev, scored = subject.fit, subject.dev, subject.eval
     moments = Moments.of(fit)
