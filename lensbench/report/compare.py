@@ -1,7 +1,7 @@
 """Models across run folders: one tidy table, differences paired where the same sequences were scored.
 
 Folders that hold different models of one suite are parts of one run: their models are compared as if they lay in one folder.
-Over seeds, a difference is paired by seed. The differences that the suite declares as claims are corrected together (Holm).
+Over seeds, a difference is paired by seed. What the suite declares as claims is corrected together (Holm).
 """
 
 import itertools
@@ -14,7 +14,6 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from lensbench.errors import LensbenchError
 from lensbench.measures.indices import (
@@ -27,6 +26,7 @@ from lensbench.measures.indices import (
 )
 from lensbench.measures.means import Means
 from lensbench.measures.verdict import VerdictRule
+from lensbench.report.claims import claim_rows, declared
 from lensbench.report.probe_versions import of_one_version
 from lensbench.report.table_values import InTables, values_in_tables
 from lensbench.report.updates import Found, indices_of_none, not_measured, updates_of
@@ -38,10 +38,6 @@ from lensbench.results.sums import ClusterSums, by_document, clustered
 from lensbench.runtime.files import write_atomically
 from lensbench.statistics import Array, bootstrap_weights, interval, mean_over_seeds
 from lensbench.studies.curves import differences
-
-FEWEST_SEEDS = 5
-"""A claim over fewer seeds is marked."""
-
 
 SAME_MEASURE = (
     ("fit", "tolerance"),
@@ -56,7 +52,7 @@ SAME_MEASURE = (
 
 COLUMNS = (
     "kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high", "against_run", "against_model", "against_seed",
-    "paired", "seeds", "p", "p_holm", "note",
+    "paired", "seeds", "p", "p_holm", "note", "landmark", "probe", "claim", "status", "outcome",
 )  # fmt: skip
 
 
@@ -64,11 +60,12 @@ COLUMNS = (
 class Comparison:
     """``table``: a row per run, model, seed and index, and per pair of them a difference; columns :data:`COLUMNS`.
 
-    ``kind`` is *value*, *difference*, *claim* (a difference that the suite declared), *claim at tolerance* (the same at
-    another loss that a lens's ridge may cost, which the note names), or *learning curve* (a difference in cross-entropy; the
-    note names the budget and the part of the context). ``seed = all``: over seeds, differences paired by seed, with
-    Student-t intervals and the p of the paired t-test; ``p_holm`` is corrected over all claims of the suite. ``runs``: the
-    runs read, parts of one run joined. ``reproduction``: a line for each probe
+    ``kind`` is *value*, *difference*, *claim* (what the suite declared: a row has it in words, its status and its outcome,
+    and the landmark or the probe that it is about), *claim at tolerance* (a declared difference at another loss that a
+    lens's ridge may cost, which the note names), or *learning curve* (a difference in cross-entropy; the note names the
+    budget and the part of the context). ``seed = all``: over seeds, differences paired by seed, with Student-t intervals
+    and the p of the paired t-test; :mod:`lensbench.report.claims` says what the p of a claim is. ``p_holm`` is corrected
+    over all claims of the suite. ``runs``: the runs read, parts of one run joined. ``reproduction``: a line for each probe
     that is left out, since the runs hold different versions of it, and one for each run after the first.
     """
 
@@ -128,14 +125,12 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
             rows += [difference(second, first, name) for name in names]
     rule = rule or rule_of(runs[0])
     whole = [judged(joined(parts), rule) for parts in groups]
-    for number, parts in enumerate(groups):
+    for number, run in enumerate(whole):
         rows += rows_over_seeds([m for m in models if m.group == number])
-        claims = [claim.content() for claim in parts[0].manifest.suite.claims]
-        rows += claim_rows(claims, rows, [str(run.folder) for run in parts])
-        rows += sensitivity_rows(claims, whole[number])
-        rows += curve_rows(whole[number])
+        rows += claim_rows(run) + sensitivity_rows(run) + curve_rows(run)
     absent = indices_of_none(runs)
-    table = pd.DataFrame([row for row in rows if row["index"] not in absent], columns=list(COLUMNS))
+    kept = [row for row in rows if row["kind"] == "claim" or row["index"] not in absent]
+    table = pd.DataFrame(kept, columns=list(COLUMNS))
     return Comparison(table, left_out + [reproduction(runs[0], run) for run in runs[1:]], whole)
 
 
@@ -342,36 +337,8 @@ def mean_row(values: list[float], reason: str) -> dict[str, Any]:
     return {"value": mean, "ci_low": low, "ci_high": high, "note": ""}
 
 
-def claim_rows(claims: list[dict[str, Any]], rows: list[dict[str, Any]], folders: list[str]) -> list[dict[str, Any]]:
-    """The differences that a suite declared, seed-paired, their p corrected together; absent where a model is."""
-    over = {
-        (row["model"], row["against_model"], row["index"]): row
-        for row in rows
-        if row["kind"] == "difference" and row["seed"] == "all" and row["run"] in folders
-    }
-    found = []
-    for claim in claims:
-        for index in claim["indices"]:
-            row = over.get((claim["model"], claim["against"], index))
-            reverse = over.get((claim["against"], claim["model"], index))
-            if row is None and reverse is not None:
-                row = turned_round(reverse)
-            if row is not None:
-                few = f"only {row['seeds']} seeds" if row["seeds"] < FEWEST_SEEDS else ""
-                found.append(row | {"kind": "claim", "note": row["note"] or few})
-    tested = [row for row in found if row.get("p") is not None]
-    declared = sum(len(claim["indices"]) for claim in claims)
-    if tested:
-        # Corrected for all that was declared: what is undefined or not there yet counts as a test that found nothing.
-        rest = [1.0] * (declared - len(tested))
-        corrected = multipletests([*(row["p"] for row in tested), *rest], method="holm")[1]
-        for row, p in zip(tested, corrected[: len(tested)], strict=True):
-            row["p_holm"] = float(p)
-    return found
-
-
-def sensitivity_rows(claims: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
-    """Claims about gain visibility at every loss that a lens's ridge may cost: seed-paired differences, uncorrected.
+def sensitivity_rows(run: Run) -> list[dict[str, Any]]:
+    """Claimed differences in gain visibility at every loss that a lens's ridge may cost: paired by seed, uncorrected.
 
     Two models' lenses may lie at ridges that differ by orders of magnitude, and visibility depends on them.
     """
@@ -380,17 +347,18 @@ def sensitivity_rows(claims: list[dict[str, Any]], run: Run) -> list[dict[str, A
     values = curve.set_index(["model", "index", "tolerance", "seed"])["value"].sort_index()
     labels = sorted(curve["tolerance"].unique(), key=tolerance_order)
     found = []
-    for claim, index in ((c, i) for c in claims for i in c["indices"]):
+    differences = [claim for claim in declared(run) if claim.against is not None]
+    for claim, index in ((c, i) for c in differences for i in c.indices):
         for label in labels:
             try:
-                one, other = (values.loc[claim[side], index, label] for side in ("model", "against"))
+                one, other = (values.loc[name, index, label] for name in (claim.model, claim.against))
             except KeyError:
                 continue
             gaps = (one - other).dropna()
             if len(gaps) < 2:
                 continue
-            row = {"kind": "claim at tolerance", "run": str(run.folder), "model": claim["model"], "seed": "all"}
-            row |= {"index": index, "against_run": str(run.folder), "against_model": claim["against"]}
+            row = {"kind": "claim at tolerance", "run": str(run.folder), "model": claim.model, "seed": "all"}
+            row |= {"index": index, "against_run": str(run.folder), "against_model": claim.against}
             row |= {"against_seed": "all", "paired": True, "seeds": len(gaps)}
             found.append(row | mean_row(list(gaps), "") | {"note": label})
     return found
@@ -407,16 +375,6 @@ def curve_rows(run: Run) -> list[dict[str, Any]]:
             note = f"{gap.pop('train_tokens')} tokens, positions {gap.pop('positions')}; p uncorrected"
             found.append(row | gap | {"note": note})
     return found
-
-
-def turned_round(row: dict[str, Any]) -> dict[str, Any]:
-    """The difference of the same two models with the other sign."""
-    row = dict(row)
-    for name in ("run", "model", "seed"):
-        row[name], row[f"against_{name}"] = row[f"against_{name}"], row[name]
-    if row["value"] is not None:
-        row |= {"value": -row["value"], "ci_low": -row["ci_high"], "ci_high": -row["ci_low"]}
-    return row
 
 
 def difference(model: ComparedModel, against: ComparedModel, name: str) -> dict[str, Any]:

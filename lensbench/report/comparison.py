@@ -4,6 +4,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
 
+from lensbench.report.claims import CELLS, claim_cells
 from lensbench.report.compare import Comparison
 from lensbench.report.formatting import with_interval
 from lensbench.report.probe_tables import places_table, probe_tables
@@ -39,7 +40,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = comparison.table
     claims = table[table["kind"] == "claim"]
-    on_curves = claims[claims["index"] == "ce"]
+    on_curves = claims[(claims["index"] == "ce") & claims["against_model"].notna()]
     declared = list(zip(on_curves["model"], on_curves["against_model"], strict=True))
     for run in comparison.runs:
         shown = (ruler_table, retention_table, correlation_table, learning_table)
@@ -70,14 +71,12 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def claim_table(claims: pd.DataFrame) -> Table:
-    """The differences that a suite declared, with their p, corrected together."""
-    title = "differences that the suite declared, paired by seed [95 %, Student t]"
-    columns = ("difference", "index", "value [95 %]", "seeds", "p", "Holm", "note")
-    shown = Table(*(Column(c, no_wrap=True) for c in columns), title=title)
-    for _, row in claims.iterrows():
-        p = [f"{row[c]:.2g}" if pd.notna(row[c]) else "" for c in ("p", "p_holm")]
-        who = f"{row['model']} - {row['against_model']}"
-        shown.add_row(who, row["index"], with_interval(row), f"{row['seeds']:.0f}", *p, row["note"])
+    """What a suite declared, in words, with value, p, p corrected together, and what became of it."""
+    title = "claims that the suite declared [95 %: of several seeds Student t, else as the value's own]"
+    wrapped = ("claim", "outcome", "declared")
+    shown = Table(*(Column(c, no_wrap=c not in wrapped, overflow="fold") for c in CELLS), title=title)
+    for row in claims.to_dict("records"):
+        shown.add_row(*claim_cells(row))
     return shown
 
 

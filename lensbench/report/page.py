@@ -20,6 +20,8 @@ from scipy import stats
 from lensbench.errors import LensbenchError
 from lensbench.measures.update.sentences import update_rule_in_words
 from lensbench.measures.verdict import rule_in_words
+from lensbench.report.claims import CELLS, claim_cells, claim_rows
+from lensbench.report.compare import grouped, joined
 from lensbench.report.figures.frames import lens_frame
 from lensbench.report.formatting import shown_seeds
 from lensbench.report.profile_svg import profiles
@@ -64,6 +66,7 @@ def page(runs: Sequence[Run]) -> str:
         questions=questions,
         verdicts=verdict_list(runs, names),
         profiles=profiles(runs, names),
+        claims=[claims for parts in grouped(runs) if (claims := claim_list(joined(parts)))],
         ruler=ruler(runs, names),
         sections=[run_section(run, place, called) for place, (run, called) in enumerate(zip(runs, names, strict=True))],
     )
@@ -104,6 +107,13 @@ def verdict_list(runs: Sequence[Run], names: Sequence[dict[str, str]]) -> Markup
             for model, name in called.items()
         ]
     return render("verdicts.html", models=models)
+
+
+# Claims
+def claim_list(run: Run) -> Markup:
+    """What became of the claims that a suite declared, over all parts of its run; empty where it declares none."""
+    rows = claim_rows(run)
+    return render("claims.html", columns=CELLS, rows=[claim_cells(row) for row in rows]) if rows else Markup()
 
 
 # One run

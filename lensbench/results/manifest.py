@@ -34,11 +34,11 @@ class ModelSettings(_Facts):
 
 
 class ClaimSettings(_Facts):
-    """A difference that the suite declares beforehand."""
+    """What the suite declares beforehand; all of it is in :meth:`content`."""
 
     model: str
-    against: str
-    indices: list[str]
+    against: str | None = None
+    indices: list[str] = []
 
 
 class EvaluateSettings(_Facts):

@@ -10,7 +10,6 @@ from lensbench.data.recipe import TrainingRecipe
 from lensbench.data.tokens import BeginSetting
 from lensbench.errors import LensbenchError, nearest
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.measures.indices import compared_quantities
 from lensbench.measures.update import UpdateRecipe
 from lensbench.measures.verdict import VerdictRule
 from lensbench.models import FAMILIES, fitting_width
@@ -18,6 +17,7 @@ from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.probes.registry import PROBES
 from lensbench.statistics import FEWEST_CLUSTERS
 from lensbench.studies.curves import CurveRecipe
+from lensbench.suite.claims import Claim, check_claim, of_each_model
 
 
 class _Strict(BaseModel):
@@ -231,14 +231,6 @@ class ModelRecipe(_Strict):
             raise ValueError(f"model {self.name!r} sets heads: {self.family} has no attention")
 
 
-class Claim(_Strict):
-    """A difference between two models that a suite is about, declared before it runs."""
-
-    model: str
-    against: str
-    indices: tuple[str, ...] = Field(("shared_consistency", "gain_visibility"), min_length=1)
-
-
 IMAGES_FIX: dict[str, dict[str, int]] = {
     "training": {"length": 1},
     "fit": {"positions": 1, "dev_positions": 1},
@@ -267,7 +259,7 @@ class Suite(_Strict):
     curve: CurveRecipe | None = Field(None, description="learning curves of the models that are trained")
     probes: tuple[str, ...] = Field((), description="measurements next to the lenses, by name")
     verdict: VerdictRule = VerdictRule()
-    claims: tuple[Claim, ...] = Field((), description="differences that `compare` corrects together (Holm)")
+    claims: tuple[Claim, ...] = Field((), description="what `compare` tests, corrected together (Holm)")
     models: tuple[ModelRecipe, ...] = Field(min_length=1)
 
     @field_validator("probes")
@@ -279,6 +271,11 @@ class Suite(_Strict):
         if len(set(names)) < len(names):
             raise ValueError("a probe is named twice")
         return names
+
+    @field_validator("claims", mode="before")
+    @classmethod
+    def _of_each_model(cls, given: Any) -> Any:
+        return of_each_model(given)
 
     @field_validator("update", mode="before")
     @classmethod
@@ -347,14 +344,10 @@ class Suite(_Strict):
             raise ValueError("a seed is named twice")
 
     def _claims_are_of_this_suite(self) -> None:
-        names, quantities = [m.name for m in self.models], compared_quantities()
+        models = {m.name: m.rotated for m in self.models}
+        decomposed, landmarks = self.update is not None, self.update is not None and self.update.landmarks
         for claim in self.claims:
-            for name in (claim.model, claim.against):
-                if name not in names:
-                    raise ValueError(f"a claim is about model {name!r}; {nearest(name, names)}")
-            for index in claim.indices:
-                if index not in quantities:
-                    raise ValueError(f"a claim is about index {index!r}; {nearest(index, list(quantities))}")
+            check_claim(claim, models, self.probes, decomposed=decomposed, landmarks=landmarks)
 
     def _has_an_owner(self, model: ModelRecipe) -> None:
         """A view is of a model of the suite that is no view itself."""
@@ -467,6 +460,7 @@ class Suite(_Strict):
         """What a manifest says of the suite; without curves or images it says the same as before there were any."""
         absent = {name for name in ("curve", "images") if getattr(self, name) is None}
         settings = self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
+        settings["claims"] = [claim.model_dump(mode="json", exclude_none=True) for claim in self.claims]
         if self.evaluate.groups == LARGEST_GROUPS:
             del settings["evaluate"]["groups"]
         return settings
