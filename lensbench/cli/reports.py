@@ -83,8 +83,8 @@ def compare(
 ) -> None:
     """Compare models across run folders: one tidy table, differences paired where the same sequences were scored.
 
-    Folders that hold different models of one suite are read as one run. Over seeds, differences are paired by seed, and
-    those that the suite declares as claims are corrected together (Holm). All models are judged by one rule.
+    Folders that hold different models of one suite are read as one run. Over seeds, differences are paired by seed. What
+    the suite declares as claims is tested, all claims corrected together (Holm). All models are judged by one rule.
     """
     from lensbench.report.compare import compare_runs, together
     from lensbench.report.comparison import print_comparison

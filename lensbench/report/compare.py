@@ -347,18 +347,18 @@ def sensitivity_rows(run: Run) -> list[dict[str, Any]]:
     values = curve.set_index(["model", "index", "tolerance", "seed"])["value"].sort_index()
     labels = sorted(curve["tolerance"].unique(), key=tolerance_order)
     found = []
-    differences = [claim for claim in declared(run) if claim.against is not None]
-    for claim, index in ((c, i) for c in differences for i in c.indices):
+    claims = [(c.model, c.against, index) for c in declared(run) if c.against is not None for index in c.indices]
+    for model, against, index in claims:
         for label in labels:
             try:
-                one, other = (values.loc[name, index, label] for name in (claim.model, claim.against))
+                one, other = (values.loc[name, index, label] for name in (model, against))
             except KeyError:
                 continue
             gaps = (one - other).dropna()
             if len(gaps) < 2:
                 continue
-            row = {"kind": "claim at tolerance", "run": str(run.folder), "model": claim.model, "seed": "all"}
-            row |= {"index": index, "against_run": str(run.folder), "against_model": claim.against}
+            row: dict[str, Any] = {"kind": "claim at tolerance", "run": str(run.folder), "model": model, "seed": "all"}
+            row |= {"index": index, "against_run": str(run.folder), "against_model": against}
             row |= {"against_seed": "all", "paired": True, "seeds": len(gaps)}
             found.append(row | mean_row(list(gaps), "") | {"note": label})
     return found

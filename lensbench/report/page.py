@@ -66,7 +66,7 @@ def page(runs: Sequence[Run]) -> str:
         questions=questions,
         verdicts=verdict_list(runs, names),
         profiles=profiles(runs, names),
-        claims=[claims for parts in grouped(runs) if (claims := claim_list(joined(parts)))],
+        claims=[claims for parts in grouped([*runs]) if (claims := claim_list(joined(parts)))],
         ruler=ruler(runs, names),
         sections=[run_section(run, place, called) for place, (run, called) in enumerate(zip(runs, names, strict=True))],
     )

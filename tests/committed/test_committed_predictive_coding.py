@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.committed import settings_of
 
 from lensbench.results import folder
 from lensbench.runtime import files
@@ -32,9 +33,8 @@ def test_the_parts_are_the_suite(parts):
     suite = load_suite("predictive-coding")
     assert sorted(m for run in parts for m in run.manifest.models) == sorted(m.name for m in suite.models)
     for run in parts:
-        assert (
-            Suite.model_validate(run.manifest.suite.content()).described() == suite.described()
-        )  # new settings: defaults
+        ran, asked = settings_of(run.manifest, suite)
+        assert ran == asked
         assert not run.manifest.git_revision.endswith("dirty")
     ablation = folder.read_run(FOLDER / "ablation").manifest
     ablated = Suite.model_validate(ablation.suite.content())
