@@ -76,6 +76,15 @@ def _reach(clusters: float) -> float:
     return float(stats.t.ppf(0.975, clusters - 1) / stats.norm.ppf(0.975) * (clusters / (clusters - 1)) ** 0.5)
 
 
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share ``count / of`` (Wilson 1927), ``of`` above 0."""
+    z = float(stats.norm.ppf(0.975))
+    share = count / of
+    centre, reach = share + z * z / (2 * of), z * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5
+    low, high = (centre - reach) / (1 + z * z / of), (centre + reach) / (1 + z * z / of)
+    return (low if count else 0.0), (high if count < of else 1.0)
+
+
 def ratio_with_interval(sums: Array, per: Array, weights: Array) -> tuple[Array, Array, Array]:
     """``sum(sums) / sum(per)`` over clusters with its 95 % interval: (low, value, high), each of ``sums.shape[1:]``."""
     flat = sums.reshape(len(sums), -1)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from lensbench.measures.means import Estimate
 from lensbench.measures.update import UpdateResult
@@ -22,6 +21,7 @@ from lensbench.measures.update.verdict import (
     UpdateRule,
     decide_update,
 )
+from lensbench.statistics import wilson
 
 Row = dict[str, Any]
 
@@ -140,8 +140,8 @@ def share(name: str, count: int, of: int) -> dict[str, float | None]:
     """``count / of`` with its 95 % Wilson interval; None where ``of`` is 0."""
     if not of:
         return {name: None, f"{name}_ci_low": None, f"{name}_ci_high": None}
-    interval = binomtest(count, of).proportion_ci(method="wilson")
-    return {name: count / of, f"{name}_ci_low": float(interval.low), f"{name}_ci_high": float(interval.high)}
+    low, high = wilson(count, of)
+    return {name: count / of, f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
 PURE = (ADDED, CARRIED, REPRESENTED)
