@@ -56,17 +56,17 @@ class UpdateRule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    added: float = Field(0.8, description="added up: what is added in place lies above this")
-    carried: float = Field(0.3, description="carried along: it lies below this; mixed: between the two")
-    changed: float = Field(0.5, description="a block changes the basis: it keeps less than this, by S and by clarity")
-    kept: float = Field(0.9, description="mixed: every block keeps less than this, by S and by clarity")
+    added: float = Field(0.85, description="added up: what is added in place lies above this")
+    carried: float = Field(0.37, description="carried along: it lies below this; mixed: between the two")
+    changed: float = Field(0.31, description="a block changes the basis: it keeps less than this, by S and by clarity")
+    kept: float = Field(0.87, description="mixed: every block keeps less than this, by S and by clarity")
     changing: float = Field(
         0.5, ge=0, le=1, description="re-represented: more than this share of blocks change the basis"
     )
     drowned: float = Field(1.0, description="no change is claimed of a block where chance (2 sd of S) reaches this")
-    clear: float = Field(0.5, description="added up: clarity lies above this")
+    clear: float = Field(0.7, description="added up: clarity lies above this, so that half of the power is explained")
     readable: float = Field(0.1, description="added up: readable gain lies above this, where it was measured ...")
-    news: float = Field(0.2, description="... or news above this")
+    news: float = Field(0.5, description="... or news above this")
     # Fewer leave shares undefined, whatever a rule says.
     fewest_pairs: int = Field(
         FEWEST_PAIRS, ge=FEWEST_PAIRS, description="how many pairs of layers must pass the gates ..."
@@ -287,13 +287,18 @@ def sides(one: Estimate, low: float, high: float | None = None) -> frozenset[str
 CHANGES, PARTIAL, KEEPS = "changes the basis", "keeps a part", "keeps"
 
 
+def can_be_told(rule: UpdateRule, block: BlockFact) -> bool:
+    """Whether anything is claimed of a block: its losses fall, and it is not drowned."""
+    return block.gate != NO_FALL and 2 * block.chance < rule.drowned
+
+
 def block_kinds(rule: UpdateRule, block: BlockFact) -> frozenset[str]:
     """What a block may be: it changes the basis, keeps a part of the earlier reading, or keeps it.
 
     The more that S and clarity leave of it counts: a stream that shrinks lowers S, interference lowers clarity. Nothing is
     claimed of a block whose losses do not fall, or that is drowned.
     """
-    if block.gate == NO_FALL or not 2 * block.chance < rule.drowned:
+    if not can_be_told(rule, block):
         return frozenset({KEEPS})
     by_s = sides(block.kept_high, rule.changed, rule.kept)
     if block.gate == NOT_KEPT:
@@ -350,10 +355,11 @@ def _by_shares(
         yield MIXED, ""
     if ABOVE not in where:
         return
-    unchanged = [kind - {CHANGES} for kind in kinds]
-    if kinds and all(PARTIAL in kind for kind in unchanged):
+    # Blocks of which nothing is claimed say neither that a part is kept nor that all is.
+    told = [kind - {CHANGES} for kind, block in zip(kinds, facts.blocks, strict=True) if can_be_told(rule, block)]
+    if told and all(PARTIAL in kind for kind in told):
         yield MIXED, ""
-    if kinds and all(kind == {PARTIAL} for kind in unchanged):
+    if told and all(kind == {PARTIAL} for kind in told):
         return
     if BELOW in sides(facts["clarity"], rule.clear):
         yield UNDETERMINED, NOT_CLEAR
