@@ -61,7 +61,10 @@ class UpdateRule(BaseModel):
     changed: float = Field(0.31, description="a block changes the basis: it keeps less than this, by S and by clarity")
     kept: float = Field(0.87, description="mixed: every block keeps less than this, by S and by clarity")
     changing: float = Field(
-        0.5, ge=0, le=1, description="re-represented: more than this share of blocks change the basis"
+        0.5,
+        ge=0,
+        le=1,
+        description="re-represented: more than this share of blocks, of those that can be told, change the basis",
     )
     drowned: float = Field(1.0, description="no change is claimed of a block where chance (2 sd of S) reaches this")
     clear: float = Field(0.7, description="added up: clarity lies above this, so that half of the power is explained")
@@ -331,8 +334,9 @@ def _possible(
     rule: UpdateRule, facts: UpdateFacts, kinds: Sequence[frozenset[str]], changes: tuple[int, int]
 ) -> Iterator[tuple[UpdateAnswer, str]]:
     """Every answer, with its gate, that some values within the intervals would get."""
+    told = sum(can_be_told(rule, block) for block in facts.blocks)
     for count in range(changes[0], changes[1] + 1):
-        if count > rule.changing * len(kinds):
+        if count > rule.changing * told:
             yield REPRESENTED, ""
         elif facts.passed < rule.pairs_needed(len(facts.pairs)):
             yield UNDETERMINED, facts.most_stopped_by or FEW_PAIRS
