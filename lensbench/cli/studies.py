@@ -35,6 +35,7 @@ def calibrate(
     from lensbench.report.study_tables import calibration_table
     from lensbench.run.studies import calibration_study, update_calibration_study
     from lensbench.studies.calibration import Calibration, default_workers
+    from lensbench.studies.update_calibration import GROUPS
     from lensbench.suite.files import load_calibration
 
     chosen = load_calibration(name)
@@ -46,7 +47,7 @@ def calibrate(
             _, summary = calibration_study(chosen, folder, workers=workers, progress=bars)
         tables = [calibration_table(summary)]
     else:
-        groups = ("tune", "held_out") if only is None else (only.value,)
+        groups = tuple(group for group in GROUPS if only is None or group == only.value)
         with Bars() as bars:
             written = update_calibration_study(chosen, folder, workers=workers, groups=groups, progress=bars)
         tables = update_calibration_tables(written)

