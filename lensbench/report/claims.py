@@ -142,15 +142,17 @@ def claim_cells(row: Mapping[Any, Any]) -> list[str]:
 # Tests
 def tested_claim(run: Run, claim: Claim, of: str) -> Tested:
     """One statement of a claim, tested on the tables of a run."""
-    models = set(run.tables["models.csv"]["model"])
-    missing = [name for name in (claim.model, claim.against) if name is not None and name not in models]
-    if missing:
-        return Tested(reason=f"model {missing[0]} is not in these folders")
-    values = values_by_seed(run, claim, claim.model, of)
+    models, sides = set(run.tables["models.csv"]["model"]), []
+    for name in (name for name in (claim.model, claim.against) if name is not None):
+        if name not in models:
+            return Tested(reason=f"model {name} is not in these folders")
+        sides.append(values_by_seed(run, claim, name, of))
+        if not sides[-1]:
+            who = name if claim.landmark is None else f"{name}+{claim.landmark}"
+            return Tested(reason=f"{table_of(claim, of)} has no {of} of {who}")
     if claim.against is not None:
-        return difference_of(values, values_by_seed(run, claim, claim.against, of))
-    if not values:
-        return Tested(reason=f"the tables have no {of} of {claim.model}")
+        return difference_of(*sides)
+    (values,) = sides
     if claim.landmark is not None:
         return landmark_of(claim, values)
     return bound_of(claim, values)
@@ -243,23 +245,29 @@ def undefined_at(values: BySeed, seeds: list[str]) -> str:
 
 
 # Values
+def table_of(claim: Claim, of: str) -> str:
+    """The table that has what a claim is about."""
+    if claim.probe is not None:
+        return "probes.csv"
+    if claim.landmark is not None:
+        return "landmarks.csv"
+    return "models.csv" if of in LOSSES else "indices.csv"
+
+
 def values_by_seed(run: Run, claim: Claim, model: str, of: str) -> dict[str, Estimate]:
     """What a claim is about, of one model at each of its seeds; empty where the tables do not have it."""
+    table = run.tables[table_of(claim, of)]
     if claim.probe is not None:
-        table = run.tables["probes.csv"]
         of_probe = table[table["probe"] == claim.probe]
         # A probe that does not apply to a model has one row there, of its own name, with the reason.
         none = (of_probe["quantity"] == claim.probe) & of_probe["value"].isna()
         rows = of_probe[(of_probe["quantity"] == of) | none]
     elif claim.landmark is not None:
-        table = run.tables["landmarks.csv"]
         rows = table[(table["landmark"] == claim.landmark) & (table["index"] == of)]
     elif of in LOSSES:
-        table = run.tables["models.csv"]
-        rows = table.rename(columns={of: "value", f"{of}_ci_low": "ci_low", f"{of}_ci_high": "ci_high"})
-        rows = rows.assign(reason="")
+        names = {of: "value", f"{of}_ci_low": "ci_low", f"{of}_ci_high": "ci_high"}
+        rows = table.rename(columns=names).assign(reason="")
     else:
-        table = run.tables["indices.csv"]
         rows = table[table["index"] == of]
     rows = rows[(rows["model"] == model) & (rows["seed"].astype(str) != "all")]
     return {str(row["seed"]): estimate_of(row) for row in rows.to_dict("records")}

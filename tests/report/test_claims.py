@@ -162,7 +162,12 @@ def test_a_probe_that_does_not_apply_says_why():
     ]
     claim = {"model": "a", **SURVIVAL, "within": [0.9, 1.1]}
     assert only(claim, probes=none)["outcome"] == "not tested: no blocks"
-    assert only(claim)["outcome"] == f"not tested: the tables have no {SURVIVAL['quantity']} of a"
+    assert only(claim)["outcome"] == f"not tested: probes.csv has no {SURVIVAL['quantity']} of a"
+    on_landmark = {"model": "a", "landmark": "carried", "indices": ["in_place"], "below": 0.3}
+    assert only(on_landmark)["outcome"] == "not tested: landmarks.csv has no in_place of a+carried"
+    difference = {"model": "a", "against": "b", "indices": ["clarity"]}
+    found = rows_of("a", A, index="clarity")
+    assert only(difference, indices=found)["outcome"] == "not tested: indices.csv has no clarity of b"
 
 
 def step_down(p):
