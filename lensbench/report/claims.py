@@ -26,6 +26,10 @@ LEVEL = 0.05
 """A claim holds where its p, corrected by Holm, is below this."""
 
 
+SMALLEST_SHOWN = 1e-4
+"""Tables show no smaller p than this: a tail so far out is more than an interval tells"""
+
+
 REACH = float(stats.norm.ppf(0.975))
 """Standard errors from a value to an end of its 95 % interval"""
 
@@ -97,7 +101,7 @@ def claim_rows(run: Run) -> list[dict[str, Any]]:
                 "paired": True,
             }
         row |= {"value": test.value, "ci_low": test.low, "ci_high": test.high, "seeds": test.seeds or None}
-        row |= {"p": test.p, "p_holm": p_holm, "outcome": outcome(claim, test, p_holm), "note": noted(claim, test)}
+        row |= {"p": test.p, "p_holm": p_holm, "outcome": outcome(claim, test, p_holm), "note": noted(test)}
         rows.append(row)
     return rows
 
@@ -118,11 +122,11 @@ def outcome(claim: Claim, test: Tested, p_holm: float | None) -> str:
     return "holds" if p_holm < LEVEL and right_side else "does not hold"
 
 
-def noted(claim: Claim, test: Tested) -> str:
+def noted(test: Tested) -> str:
     """What a reader has to know next to the outcome."""
     few = ""
-    if test.seeds and test.seeds < FEWEST_SEEDS:
-        few = "by its interval over documents and refits" if test.seeds == 1 else f"only {test.seeds} seeds"
+    if test.p is not None and test.seeds < FEWEST_SEEDS:
+        few = "one seed, by its own interval" if test.seeds == 1 else f"only {test.seeds} seeds"
     return "; ".join(filter(None, [few, test.note]))
 
 
@@ -132,11 +136,18 @@ CELLS = ("claim", "value [95 %]", "seeds", "p", "Holm", "outcome", "declared")
 
 def claim_cells(row: Mapping[Any, Any]) -> list[str]:
     """A row of :func:`claim_rows` as tables show it, under :data:`CELLS`."""
-    p = [f"{row[column]:.2g}" if pd.notna(row[column]) else "" for column in ("p", "p_holm")]
+    p = [p_text(row[column]) for column in ("p", "p_holm")]
     value = with_interval(row) if pd.notna(row["value"]) else ""
     seeds = f"{row['seeds']:.0f}" if pd.notna(row["seeds"]) else ""
     said = f"{row['outcome']} ({row['note']})" if row["note"] else row["outcome"]
     return [row["claim"], value, seeds, *p, said, row["status"] if pd.notna(row["status"]) else ""]
+
+
+def p_text(p: Any) -> str:
+    """A p as tables show it; empty where there is none."""
+    if pd.isna(p):
+        return ""
+    return f"{p:.2g}" if p >= SMALLEST_SHOWN else f"<{SMALLEST_SHOWN:g}"
 
 
 # Tests
@@ -192,7 +203,7 @@ def bound_of(claim: Claim, values: BySeed) -> Tested:
     of the two one-sided p, for ``differs_from`` twice the smaller. Of one seed, the estimate is taken as normal, with the
     standard error that its 95 % interval has on the side of the bound, (value - end) / 1.96: a one-sided p is .025 where
     that end touches the bound. The interval is over documents and lens refits, whose range widens it where it is reported
-    apart.
+    apart; that of a probe is over documents.
     """
     if reason := undefined_at(values, list(values)):
         return Tested(seeds=len(values), reason=reason)

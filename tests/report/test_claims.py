@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from lensbench.errors import LensbenchError
-from lensbench.report.claims import claim_rows
+from lensbench.report.claims import claim_rows, p_text
 from lensbench.report.compare import joined
 from lensbench.report.comparison import claim_table
 from lensbench.report.page import claim_list
@@ -104,7 +104,7 @@ def test_a_model_of_one_seed_is_tested_by_the_half_of_its_interval_on_the_side_o
     row = only({"model": "a", "indices": ["in_place"], **bound}, indices=found)
     assert row["p"] == pytest.approx(normal_p(z))
     assert (row["value"], row["ci_low"], row["ci_high"], row["seeds"]) == (0.9, 0.85, 0.93, 1)
-    assert row["note"] == "by its interval over documents and refits; only 40 clusters"
+    assert row["note"] == "one seed, by its own interval; only 40 clusters"
     two_sided = only({"model": "a", "indices": ["in_place"], "differs_from": 0.8}, indices=found)
     assert two_sided["p"] == pytest.approx(2 * normal_p(1.959963984540054 * 0.1 / 0.05))
 
@@ -242,6 +242,10 @@ def test_claims_are_told_in_words_on_the_terminal_and_on_the_page():
     assert "0.928 [" in text
     assert "0.928 [" in page
     assert not claim_list(run_of([]))
+
+
+def test_tables_show_no_p_that_an_interval_cannot_tell():
+    assert [p_text(p) for p in (0.0123, 1e-4, 9e-5, 0.0, None)] == ["0.012", "0.0001", "<0.0001", "<0.0001", ""]
 
 
 def test_claims_of_earlier_manifests_are_read_and_damaged_ones_refused():
