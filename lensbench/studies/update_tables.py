@@ -182,8 +182,8 @@ def coverage_table(streams: pd.DataFrame) -> pd.DataFrame:
     """By quantity, truth and family: the share of intervals that hold the truth, and how far values are from it.
 
     ``rms``, ``bias``: of value less truth. ``width``: the median width of intervals. The readable gain is a lower bound:
-    it covers where its interval's lower end is not above the truth. ``kept_bracket`` reaches from the lower end of
-    ``kept_low`` to the upper end of ``kept_high``.
+    it covers where its interval's lower end is not above the truth. ``kept_bracket`` spans the intervals of
+    ``kept_low`` and ``kept_high``, whichever is the lower; its ``rms`` is of how far the truth lies outside the two values.
     """
     rows = []
     for group, of in groups_of(streams):
@@ -203,8 +203,12 @@ def _coverage(of: pd.DataFrame, name: str, truth: str) -> Row | None:
         if truth != "declared" or of["kept_declared"].isna().all():
             return None
         known = of[of["kept_declared"].notna()]
-        true, low, high = known["kept_declared"], known["kept_low_ci_low"], known["kept_high_ci_high"]
-        off = (known["kept_low"] - true).clip(lower=0) - (true - known["kept_high"]).clip(lower=0)
+        true, ends = known["kept_declared"], ["kept_low", "kept_high"]
+        # Of a stream that shrinks, S lies below R.
+        low = known[[f"{name}_ci_low" for name in ends]].min(axis=1)
+        high = known[[f"{name}_ci_high" for name in ends]].max(axis=1)
+        below, above = (known[ends].min(axis=1) - true).clip(lower=0), (true - known[ends].max(axis=1)).clip(lower=0)
+        off = below - above
     else:
         column = f"{name}_{truth}"
         if column not in of or (known := of[of[column].notna() & of[f"{name}_ci_low"].notna()]).empty:

@@ -59,7 +59,8 @@ def test_coverage_counts_intervals_that_hold_the_truth():
             "readable_gain": [0.2, 0.9, 0.1, 0.3], "readable_gain_ci_low": [0.1, 0.8, 0.0, 0.2],
             "readable_gain_ci_high": [0.3, 1.0, 0.2, 0.4], "readable_gain_declared": [1.0, 0.0, 0.05, np.nan],
             "kept_declared": [0.8, 0.9, 0.2, np.nan], "kept_low": [0.7, 0.95, 0.3, 0.1],
-            "kept_low_ci_low": [0.6, 0.92, 0.1, 0.1], "kept_high": [0.9, 1.0, 0.5, 0.9],
+            "kept_low_ci_low": [0.6, 0.92, 0.1, 0.1], "kept_low_ci_high": [0.8, 0.98, 0.4, 0.2],
+            "kept_high": [0.9, 1.0, 0.5, 0.9], "kept_high_ci_low": [0.8, 1.0, 0.4, 0.8],
             "kept_high_ci_high": [1.0, 1.0, 0.6, 1.0],
         }
     )  # fmt: skip
@@ -75,8 +76,20 @@ def test_coverage_counts_intervals_that_hold_the_truth():
     assert table.loc["in_place", "population", "b"]["covered"] == 1
     # A lower bound covers from its lower end up.
     assert table.loc["readable_gain", "declared", "all"]["covered"] == pytest.approx(2 / 3)
-    # The bracket reaches from the lower end of the one interval to the upper end of the other.
+    # The bracket reaches from the lowest end of both intervals to the highest.
     assert table.loc["kept_bracket", "declared", "all"]["covered"] == pytest.approx(2 / 3)
+    assert table.loc["kept_bracket", "declared", "b"]["rms"] == pytest.approx(0.1)
+    swapped = streams.rename(
+        columns={
+            f"kept_{a}{end}": f"kept_{b}{end}"
+            for a, b in (("low", "high"), ("high", "low"))
+            for end in ("", "_ci_low", "_ci_high")
+        }
+    )
+    again = coverage_table(swapped).set_index(["quantity", "truth", "family"])
+    pd.testing.assert_series_equal(
+        again.loc["kept_bracket", "declared", "all"], table.loc["kept_bracket", "declared", "all"]
+    )
 
 
 def test_a_verdict_is_right_when_it_is_one_that_suits_the_stream():
