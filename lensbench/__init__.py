@@ -1,17 +1,44 @@
 """lensbench: does a language model refine one prediction, kept in one representation, layer by layer?
 
-``load``, ``fit``, ``evaluate``, ``transfer_matrix``, ``plot``, ``plot_profile`` and ``read_run`` are the way in. torch and
-transformers are imported when one of them is first used.
+``load``, ``decompose``, ``fit``, ``evaluate``, ``transfer_matrix``, ``plot``, ``plot_profile`` and ``read_run`` are the
+way in. torch and transformers are imported when one of them is first used.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lensbench.api import Lenses, evaluate, fit, load, plot, plot_profile, read_run, transfer_matrix
+    from lensbench.api import (
+        Lenses,
+        UpdateRecipe,
+        UpdateRule,
+        Updates,
+        decompose,
+        evaluate,
+        fit,
+        load,
+        plot,
+        plot_profile,
+        read_run,
+        transfer_matrix,
+    )
     from lensbench.errors import LensbenchError
 
 __version__ = "0.2.0"
-__all__ = ["LensbenchError", "Lenses", "evaluate", "fit", "load", "plot", "plot_profile", "read_run", "transfer_matrix"]
+__all__ = [
+    "LensbenchError",
+    "Lenses",
+    "UpdateRecipe",
+    "UpdateRule",
+    "Updates",
+    "decompose",
+    "evaluate",
+    "fit",
+    "load",
+    "plot",
+    "plot_profile",
+    "read_run",
+    "transfer_matrix",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,16 +26,20 @@ from lensbench.lenses.planning import FitContext
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.evaluate import evaluate as evaluate_lenses
 from lensbench.measures.transfer import transfer_sums
+from lensbench.measures.update import UpdateRecipe, UpdateResult, UpdateRule
+from lensbench.measures.update.measure import in_clusters, measure_updates
 from lensbench.models import count_parameters
 from lensbench.models.pretrained import Pretrained, check_context, load_pretrained
-from lensbench.report.figures.blocks import profile_frame
+from lensbench.report.figures.blocks import frame_of
 from lensbench.report.figures.profile import profile_over_depth
 from lensbench.report.figures.style import style
 from lensbench.report.figures.transfer import transfer_penalty
 from lensbench.results import folder, tables
 from lensbench.results.folder import Run
+from lensbench.results.schema import OF_UPDATES, no_rows
 from lensbench.results.sums import MatrixSums
 from lensbench.results.tables import Part
+from lensbench.results.updates import Updates
 from lensbench.runtime.bars import Bars
 from lensbench.runtime.environment import choose_device, dtype_named
 from lensbench.runtime.progress import QUIET, Progress
@@ -43,7 +47,26 @@ from lensbench.statistics import bootstrap_weights
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.stream import ResidualStream
 
-__all__ = ["Lenses", "evaluate", "fit", "load", "plot", "plot_profile", "read_run", "transfer_matrix"]
+__all__ = [
+    "Lenses",
+    "UpdateRecipe",
+    "UpdateRule",
+    "Updates",
+    "decompose",
+    "evaluate",
+    "fit",
+    "load",
+    "plot",
+    "plot_profile",
+    "read_run",
+    "transfer_matrix",
+]
+
+QUICK = FitRecipe(sequences=256, positions=16, dev_sequences=128, refits=2, refine_passes=6)
+"""What lenses are fitted by where nobody says otherwise"""
+
+UPDATE, RULE = UpdateRecipe(), UpdateRule()
+"""The decomposition and its rule of a suite that sets nothing"""
 
 
 def load(source: str, *, dtype: str = "float32", device: str = "auto") -> Pretrained:
@@ -64,6 +87,7 @@ class Lenses:
     fitted: Fit
     """Every lens by its id, with its maps and what dev chose"""
     texts: Texts
+    recipe: FitRecipe
     seed: int
 
     def __repr__(self) -> str:
@@ -97,6 +121,7 @@ def fit(
     max_bytes: int | None = 20_000_000,
     begin: BeginSetting = "auto",
     fractions: Mapping[str, float] | None = None,
+    name: str | None = None,
     progress: bool = True,
 ) -> Lenses:
     """Per-layer lenses, one shared lens, their leave-one-out fits, pairs and nulls, on the fit split of a text.
@@ -104,41 +129,131 @@ def fit(
     ``text``: stdlib, file:PATH or hf:NAME, in windows of ``length`` tokens. ``fractions``: shares of the splits; by default
     those of a suite, and a model that was trained elsewhere is fitted on the train split, too. ``view``: as of
     :class:`ResidualStream`. ``begin``: the windows that begin with the model's beginning-of-text token, as
-    ``evaluate.begin`` of a suite. ``progress``: a bar on a terminal. Raises :class:`LensbenchError` for a text or model that
-    cannot be read.
+    ``evaluate.begin`` of a suite. ``name``: of the model, in place of the end of its source. ``progress``: a bar on a
+    terminal. Raises :class:`LensbenchError` for a text or model that cannot be read.
     """
-    if fractions is None:
-        fractions = {**FRACTIONS, "train": 0.0, "fit": FRACTIONS["train"] + FRACTIONS["fit"]}
-        if model.trained_here:
-            fractions = FRACTIONS
-    recipe = recipe or FitRecipe(sequences=256, positions=16, dev_sequences=128, refits=2, refine_passes=6)
-    check_context(model.source, model.model.config, length, "set length to {} or less")
-    read = load_corpus(text, fractions=fractions, max_bytes=max_bytes)
-    texts = Texts(read, model.source, "", lambda: model.tokenizer, length, 1, begin)
-    texts.within(model.model)
-    stream = ResidualStream(model.model, view)
+    stream, texts = _read(model, text, length, view, max_bytes, begin, fractions)
     if stream.layers < 2:
         raise LensbenchError(f"{model.source} has one layer: there is nothing to transfer a lens to")
-    name = model.source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    recipe = recipe or QUICK
     with shown(progress) as to:
         found = capture(stream, texts.samples("fit", recipe.sequences, recipe.positions), memory_gib=recipe.memory_gib)
         dev = capture(stream, texts.samples("dev", recipe.dev_sequences, recipe.dev_positions), constant=found.mean_p)
         fitted = fit_lenses(FitContext.of(stream.readout, found, dev, recipe, seed=seed, progress=to))
-    return Lenses(name, stream, fitted, texts, seed)
+    return Lenses(name or _name_of(model), stream, fitted, texts, recipe, seed)
+
+
+def _read(
+    model: Pretrained,
+    text: str,
+    length: int,
+    view: str,
+    max_bytes: int | None,
+    begin: BeginSetting,
+    fractions: Mapping[str, float] | None,
+) -> tuple[ResidualStream, Texts]:
+    """The stream of a model, and a text in its tokens; see :func:`fit`."""
+    if fractions is None:
+        fractions = {**FRACTIONS, "train": 0.0, "fit": FRACTIONS["train"] + FRACTIONS["fit"]}
+        if model.trained_here:
+            fractions = FRACTIONS
+    check_context(model.source, model.model.config, length, "set length to {} or less")
+    read = load_corpus(text, fractions=fractions, max_bytes=max_bytes)
+    texts = Texts(read, model.source, "", lambda: model.tokenizer, length, 1, begin)
+    texts.within(model.model)
+    return ResidualStream(model.model, view), texts
+
+
+def _name_of(model: Pretrained) -> str:
+    return model.source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+
+def decompose(
+    model: Pretrained,
+    text: str = "stdlib",
+    *,
+    length: int = 128,
+    recipe: FitRecipe | None = None,
+    update: UpdateRecipe = UPDATE,
+    rule: UpdateRule = RULE,
+    sequences: int = 256,
+    positions: int = 16,
+    view: str = "state",
+    seed: int = 0,
+    max_bytes: int | None = 20_000_000,
+    begin: BeginSetting = "auto",
+    fractions: Mapping[str, float] | None = None,
+    name: str | None = None,
+    progress: bool = True,
+) -> Updates:
+    """The update decomposition of a model: of what later layers add to the prediction, how much shows where it was kept.
+
+    The first numbers of a run, and their verdict, without the lenses of :func:`fit`. ``recipe``: tokens, ridges and the
+    tolerance of the lenses that it fits. ``update``: its own settings; ``UpdateRecipe(landmarks=False)`` leaves out the
+    landmarks made of the model's own states. ``rule``: what the verdict is made by. ``sequences`` windows of the eval split
+    with ``positions`` tokens each are measured on. The others are those of :func:`fit`. Where the decomposition is
+    undefined (a norm that is no gain over a scale, a single layer) the verdict is undetermined and its sentence says why.
+
+    Raises :class:`LensbenchError` for a text or model that cannot be read.
+    """
+    stream, texts = _read(model, text, length, view, max_bytes, begin, fractions)
+    who = name or _name_of(model)
+    with shown(progress) as to:
+        windows = texts.samples("eval", sequences, positions, share=0.02)
+        found = _updates(stream, texts, windows, recipe or QUICK, update, name=who, seed=seed, progress=to)
+    return Updates(who, seed, stream.layers, found, rule)
+
+
+def _updates(
+    stream: ResidualStream,
+    texts: Texts,
+    windows: Windows,
+    recipe: FitRecipe,
+    settings: UpdateRecipe,
+    *,
+    name: str,
+    seed: int,
+    progress: Progress,
+) -> UpdateResult:
+    """The decomposition as it is measured on ``windows`` of the eval split."""
+    on_fit = texts.samples("fit", recipe.sequences, recipe.positions)
+    fitted_to = capture(stream, on_fit, memory_gib=recipe.memory_gib)
+    dev, held_out = (
+        in_clusters(capture(stream, samples, constant=fitted_to.mean_p), samples)
+        for samples in (texts.samples("dev", recipe.dev_sequences, recipe.dev_positions), windows)
+    )
+    return measure_updates(
+        stream.readout, in_clusters(fitted_to, on_fit), dev, held_out, recipe, settings,
+        name=name, seed=seed, progress=progress,
+    )  # fmt: skip
 
 
 def evaluate(
-    lenses: Lenses, *, sequences: int = 256, positions: int = 16, draws: int = 1000, progress: bool = True
+    lenses: Lenses,
+    *,
+    sequences: int = 256,
+    positions: int = 16,
+    draws: int = 1000,
+    update: UpdateRecipe | bool = True,
+    progress: bool = True,
 ) -> dict[str, pd.DataFrame]:
     """Every lens on every layer of held-out text: the tables of a run (``transfer.csv``, ``indices.csv``, ...) by name.
 
     ``sequences`` windows with ``positions`` scored tokens each. Columns are described in
     :data:`lensbench.results.schema.SCHEMA`; losses are in nats/token, intervals from ``draws`` resamples of documents.
+    ``update``: whether the updates are decomposed, too, as of :func:`decompose`, which has nothing else: that is where the
+    headline number and its verdict are from, and it takes about as long as the rest. Or the settings to do so by.
     """
     stream = lenses.stream
     samples, captured = lenses.held_out(sequences, positions)
+    updates = None
     with shown(progress) as to:
         evaluated = evaluate_lenses(stream.readout, captured, lenses.fitted, progress=to)
+        if update:
+            how = UPDATE if update is True else update
+            updates = _updates(
+                stream, lenses.texts, samples, lenses.recipe, how, name=lenses.name, seed=lenses.seed, progress=to
+            )
     frame = evaluated.frame(samples, model=lenses.name, seed=lenses.seed)
     facts: dict[str, Any] = {
         "family": stream.model.config.model_type,
@@ -154,7 +269,7 @@ def evaluate(
     }
     clusters = clusters_of(frame["document"].astype(str).unique())
     fitted = lenses.fitted.summary
-    part = Part(lenses.name, lenses.seed, frame, facts, fitted, evaluated.refits, (), None, clusters)
+    part = Part(lenses.name, lenses.seed, frame, facts, fitted, evaluated.refits, (), None, clusters, updates)
     return tables.tables([part], draws=draws)
 
 
@@ -201,13 +316,18 @@ def plot(cells: pd.DataFrame) -> Figure:
         return transfer_penalty(cells[cells["penalty_ce"].notna()])
 
 
-def plot_profile(run: Run) -> Figure:
-    """The profile over depth of a run: what each block keeps, adds in place, adds elsewhere and brings.
+def plot_profile(found: Run | Updates | Mapping[str, pd.DataFrame]) -> Figure:
+    """The profile over depth: what each block keeps, adds in place, adds elsewhere and brings.
 
-    Raises :class:`LensbenchError` for a run of which no model was decomposed.
+    Of what :func:`decompose` found, of the tables of :func:`evaluate`, or of a run that :func:`read_run` read. Raises
+    :class:`LensbenchError` where no model was decomposed.
     """
-    frame = profile_frame(run)
+    given = found if isinstance(found, Mapping) else found.tables
+    frame = frame_of({name: no_rows(name) for name in OF_UPDATES} | dict(given))
     if frame.empty:
-        raise LensbenchError(f"{run.folder} has no row in blocks.csv: run its suite with the update decomposition")
+        if isinstance(found, Updates):
+            raise LensbenchError(f"there is no block of {found.name} to draw: {found.result.reason}")
+        where = f"{found.folder} has" if isinstance(found, Run) else "the tables have"
+        raise LensbenchError(f"{where} no row in blocks.csv: run its suite with the update decomposition")
     with style():
         return profile_over_depth(frame)

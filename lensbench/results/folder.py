@@ -164,11 +164,15 @@ def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
     unknown = set(table.columns) ^ set(columns)
     if unknown:
         raise ValueError(f"{name}: columns differ from the schema: {sorted(unknown)}")
-    text = TEXT_COLUMNS | TEXT_COLUMNS_OF.get(name, set())
-    # Columns of numbers and gaps may be objects, which to_csv writes as they are.
-    numbers = {c: pd.to_numeric(table[c]) for c in columns if c not in text and table[c].dtype == object}
-    write = partial(table.assign(**numbers)[columns].to_csv, index=False, lineterminator="\n", float_format=digits)
+    write = partial(numbered(name, table).to_csv, index=False, lineterminator="\n", float_format=digits)
     write_atomically(folder / name, write)
+
+
+def numbered(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """A table with the columns of its schema, in their order; columns of numbers and gaps are numbers, not objects."""
+    columns, text = list(SCHEMA[name]), TEXT_COLUMNS | TEXT_COLUMNS_OF.get(name, set())
+    numbers = {c: pd.to_numeric(table[c]) for c in columns if c not in text and table[c].dtype == object}
+    return table.assign(**numbers)[columns]
 
 
 def write_sequences(path: Path, sequences: pd.DataFrame) -> None:

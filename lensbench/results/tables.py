@@ -154,11 +154,8 @@ def tables(
         rows["pairs.csv"] += [who | row for row in pair_rows(part, sample.point, sample.drawn)]
         of_part = index_estimates(part, sample)
         if part.updates is not None:
-            rows["update.csv"] += [who | row for row in part.updates.pairs]
-            rows["blocks.csv"] += [who | row for row in part.updates.blocks]
-            rows["distances.csv"] += [who | row for row in part.updates.distances]
-            rows["variants.csv"] += [who | row for row in part.updates.variants]
-            rows["landmarks.csv"] += [who | row for row in landmark_rows(part.updates, rule)]
+            for name, of_table in update_rows(part.updates, rule).items():
+                rows[name] += [who | row for row in of_table]
         found.setdefault(part.model, []).append(of_part)
         rows["indices.csv"] += [who | row for row in index_rows(of_part, part)]
     matrices = {part.model: part.fit.headline for part in parts}
@@ -202,6 +199,17 @@ class Sample:
     def clusters(self) -> int:
         """How many clusters there are."""
         return len(self.sums.tokens)
+
+
+def update_rows(updates: UpdateResult, rule: VerdictRule) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the tables :data:`OF_UPDATES` of one model and seed."""
+    return {
+        "update.csv": updates.pairs,
+        "blocks.csv": updates.blocks,
+        "distances.csv": updates.distances,
+        "variants.csv": updates.variants,
+        "landmarks.csv": list(landmark_rows(updates, rule)),
+    }
 
 
 def landmark_rows(updates: UpdateResult, rule: VerdictRule) -> Iterator[dict[str, Any]]:

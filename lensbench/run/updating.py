@@ -1,28 +1,12 @@
 """The stage that decomposes the updates of a model: the first numbers of a run."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lensbench.data.inputs import Data
-from lensbench.data.samples import Samples
-from lensbench.lenses.recipe import FitRecipe, spread_layers
-from lensbench.measures.indices import seed_of_rotations
-from lensbench.measures.update import (
-    STEPS,
-    Undefined,
-    UpdateRecipe,
-    UpdateResult,
-    UpdateRule,
-    decide_update,
-    decompose,
-    landmark_results,
-)
-from lensbench.measures.update.decomposition import Decomposition
+from lensbench.measures.update import UpdateRecipe, UpdateResult, UpdateRule, decide_update
+from lensbench.measures.update.measure import in_clusters, measure_updates
 from lensbench.measures.update.sentences import sentence
-from lensbench.measures.update.variants import MassiveTokens, without_massive
 from lensbench.measures.update.verdict import WITHOUT_FIRST
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
@@ -30,8 +14,6 @@ from lensbench.run.fitting import random_bases
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.runtime.stages import NotFinished
-from lensbench.streams.capture import Capture
-from lensbench.streams.readout import ReadOut
 from lensbench.suite.recipes import ModelRecipe
 
 UPDATE_FORMAT = 3
@@ -107,68 +89,11 @@ def decomposed(
     )
     fit = fit if rotation is None else rotation.apply(fit)
     dev, held_out = in_clusters(dev, others["dev"]), in_clusters(held_out, others["eval"])
-    steps = [*STEPS, "without massive activations", "landmarks"]
-    done = iter(range(len(steps)))
-    with context.progress.task(f"update-{who}", len(steps), "steps") as task:
-        try:
-            found = decompose(
-                readout,
-                fit,
-                dev,
-                held_out,
-                recipe,
-                layers=spread_layers(stream.layers, settings.layers) if stream.layers > 1 else [0],
-                metric=settings.metric,
-                refits=settings.refits,
-                readable=settings.readable,
-                tolerances=settings.tolerances,
-                metrics=settings.metrics,
-                seed=seed,
-                spread=seed_of_rotations(model.name, seed),
-                say=lambda step: task.update(next(done), step),
-            )
-            task.update(len(STEPS), "without massive activations")
-            found, rows = capped(found, readout, (fit, dev, held_out), recipe, settings, seed)
-        except Undefined as error:
-            return UpdateResult.undefined(str(error))
-        result = UpdateResult.of(found, rows)
-        if not settings.landmarks or model.rotated:
-            return result
-        task.update(len(steps) - 1, "landmarks")
-        return result.beside(landmark_results(readout, fit, dev, held_out, recipe, metric=settings.metric, seed=seed))
-
-
-def capped(
-    found: Decomposition,
-    readout: ReadOut,
-    captures: tuple[Capture, Capture, Capture],
-    recipe: FitRecipe,
-    settings: UpdateRecipe,
-    seed: int,
-) -> tuple[Decomposition, list[dict[str, Any]]]:
-    """The decomposition beside one without tokens of massive activations, and rows of their shares on fit, dev and eval."""
-    if settings.largest_norm is None:
-        return found, []
-    massive = MassiveTokens.of(captures[0], found.layers, settings.largest_norm)
-    (fit, dev, held_out), shares = zip(*(massive.left_out(captured) for captured in captures), strict=True)
-    rows = massive.rows(dict(zip(("fit", "dev", "eval"), shares, strict=True)))
-    if not any(shares):
-        return found, rows
-    try:
-        other = decompose(
-            readout, fit, dev, held_out, recipe, layers=found.layers, metric=settings.metric, refits=0, readable=False,
-            gating=found.gating, seed=seed,
-        )  # fmt: skip
-    except Undefined as error:
-        rows[-1]["reason"] = f"without these tokens: {error}"
-        return found, rows
-    return without_massive(found, other, settings.largest_norm), rows
-
-
-def in_clusters(captured: Capture, samples: Samples) -> Capture:
-    """The capture with clusters in place of documents: folds, gates and intervals take whole ones."""
-    cluster = np.unique(samples.clusters[captured.window], return_inverse=True)[1].astype(np.int64)
-    return replace(captured, document=cluster)
+    if model.rotated:
+        settings = settings.model_copy(update={"landmarks": False})
+    return measure_updates(
+        readout, fit, dev, held_out, recipe, settings, name=model.name, seed=seed, progress=context.progress
+    )
 
 
 def first_words(result: UpdateResult, rule: UpdateRule) -> str:

@@ -16,7 +16,9 @@ import lensbench
 from lensbench.lenses import KINDS
 from lensbench.models import FAMILIES
 from lensbench.probes.registry import PROBES
+from lensbench.report.figures.blocks import frame_of, profile_frame
 from lensbench.results import schema as results
+from lensbench.results.folder import numbered
 from lensbench.suite.files import load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,10 +30,12 @@ def blocks(name: str, heading: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-def test_the_readmes_example_gives_a_matrix_and_its_figure(tiny_run, tiny_suite, tmp_path, monkeypatch):
+def test_the_readmes_example_gives_a_verdict_a_matrix_and_their_figures(
+    tiny_run, tiny_suite, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     example = blocks("README.md", "In Python, without a run folder:")[0]
-    assert len([line for line in example.splitlines() if line.strip()]) == 5
+    assert len([line for line in example.splitlines() if line.strip()]) == 8
     example = example.replace("runs/quick", str(tiny_run)).replace(
         '"stdlib"', f'"file:{tiny_suite.parent}/texts", length=64'
     )
@@ -40,33 +44,86 @@ def test_the_readmes_example_gives_a_matrix_and_its_figure(tiny_run, tiny_suite,
     cells = names["cells"]
     assert len(cells) == 16
     assert {"penalty_ce", "penalty_ce_ci_low", "penalty_ce_ci_high"} <= set(cells)
-    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("profile.png", "transfer.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.strip() == names["found"].sentence
     assert list(cells.columns) == list(results.SCHEMA["transfer.csv"]) or set(cells.columns) == set(
         results.SCHEMA["transfer.csv"]
     )
 
 
-def test_what_is_measured_in_python_is_what_a_run_writes_of_the_same_tokens(tiny_run, tiny_suite):
-    model = lensbench.load(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+def of_gpt(run: Path, name: str) -> pd.DataFrame:
+    """The rows of a table of the tiny run that are about ``gpt``."""
+    table = lensbench.read_run(run).tables[name]
+    return table[table["model"] == "gpt"].reset_index(drop=True)
+
+
+def same(ours: pd.DataFrame, written: pd.DataFrame) -> None:
+    """Whether a table has the rows that a run wrote; a file has 9 digits, seeds as text, and nothing for an empty text."""
+    ours = ours.assign(seed=ours["seed"].astype(str)).replace({"": None})
+    pd.testing.assert_frame_equal(ours, written[list(ours.columns)], check_dtype=False, rtol=1e-6, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt(tiny_run):
+    return lensbench.load(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+
+
+def test_what_is_measured_in_python_is_what_a_run_writes_of_the_same_tokens(tiny_gpt, tiny_run, tiny_suite):
     suite = load_suite(str(tiny_suite))
-    lenses = lensbench.fit(model, suite.corpus.spec, length=64, recipe=suite.fit)
-    assert repr(lenses) == "Lenses('train-gpt-seed0', 3 layers of width 16, " + repr(lenses).partition("16, ")[2]
+    lenses = lensbench.fit(tiny_gpt, suite.corpus.spec, length=64, recipe=suite.fit, name="gpt")
+    assert repr(lenses) == "Lenses('gpt', 3 layers of width 16, " + repr(lenses).partition("16, ")[2]
     assert "\n" not in repr(lenses)
-    found = lensbench.evaluate(lenses, sequences=96, positions=8, draws=200)
-    written = lensbench.read_run(tiny_run).tables["transfer.csv"].query("model == 'gpt'")
-    ours = found["transfer.csv"]
+    found = lensbench.evaluate(
+        lenses, sequences=96, positions=8, draws=200, update=lensbench.UpdateRecipe(landmarks=False)
+    )
+    ours, written = found["transfer.csv"], of_gpt(tiny_run, "transfer.csv")
     for column in ("kl", "ce", "penalty_ce", "penalty_ce_ci_low", "movement_kl"):
         assert ours[column].to_numpy() == pytest.approx(written[column].to_numpy(), rel=1e-5, abs=1e-7), column
     matrix = lensbench.transfer_matrix(lenses, sequences=96, positions=8, draws=200)
     pd.testing.assert_frame_equal(matrix[list(ours.columns)], ours, check_dtype=False, rtol=1e-6, atol=1e-9)
     assert isinstance(lensbench.plot(ours), Figure)
+    same(numbered("update.csv", found["update.csv"]), of_gpt(tiny_run, "update.csv"))
+    assert found["landmarks.csv"].empty
+    columns = ["scope", "verdict", "gate", "fixed_lens_verdict"]
+    pd.testing.assert_frame_equal(found["verdicts.csv"][columns], of_gpt(tiny_run, "verdicts.csv")[columns])
+    drawn = lensbench.plot_profile(found)
+    assert [panel.get_title(loc="left").partition(":")[0] for panel in drawn.axes] == ["gpt"]
+    without = lensbench.evaluate(lenses, sequences=16, positions=4, draws=20, update=False)
+    assert "update.csv" not in without
+    with pytest.raises(lensbench.LensbenchError, match=r"the tables have no row in blocks\.csv"):
+        lensbench.plot_profile(without)
 
 
-def test_the_matrix_alone_reads_no_other_lens(tiny_run, tiny_suite, monkeypatch):
-    monkeypatch.setattr("lensbench.api.evaluate_lenses", lambda *_, **__: pytest.fail("more than the matrix"))
-    model = lensbench.load(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+def test_updates_in_python_are_those_that_a_run_writes_of_the_same_tokens(tiny_gpt, tiny_run, tiny_suite):
     suite = load_suite(str(tiny_suite))
-    lenses = lensbench.fit(model, suite.corpus.spec, length=64, recipe=suite.fit, progress=False)
+    found = lensbench.decompose(
+        tiny_gpt, suite.corpus.spec, length=64, recipe=suite.fit, sequences=96, positions=8, name="gpt"
+    )
+    for name in results.OF_UPDATES:
+        same(found.tables[name], of_gpt(tiny_run, name))
+    written = of_gpt(tiny_run, "indices.csv").set_index("index").loc[found.indices["index"]].reset_index()
+    same(found.indices, written)
+    assert {"in_place", "in_place_without_layer0", "readable_gain"} <= set(found.indices["index"])
+    verdicts = of_gpt(tiny_run, "verdicts.csv")
+    same(found.verdicts, verdicts)
+    (later,) = verdicts[verdicts["scope"] == "without layer 0"].to_dict("records")
+    assert (found.verdict, found.sentence) == (later["verdict"], later["sentence"])
+    assert repr(found) == f"Updates('gpt', 3 layers, seed 0: {later['verdict']})"
+    assert len(found.pairs) == 3
+    assert len(found.blocks) in (1, 2)
+    assert set(found.landmarks["landmark"]) == {"rotated", "carried", "drifting", "shuffled"}
+    ours, theirs = frame_of(found.tables), profile_frame(lensbench.read_run(tiny_run)).query("model == 'gpt'")
+    pd.testing.assert_frame_equal(
+        ours.drop(columns="name"), theirs.drop(columns="name").reset_index(drop=True), check_dtype=False, rtol=1e-6
+    )
+    assert isinstance(lensbench.plot_profile(found), Figure)
+
+
+def test_the_matrix_alone_reads_no_other_lens(tiny_gpt, tiny_suite, monkeypatch):
+    monkeypatch.setattr("lensbench.api.evaluate_lenses", lambda *_, **__: pytest.fail("more than the matrix"))
+    suite = load_suite(str(tiny_suite))
+    lenses = lensbench.fit(tiny_gpt, suite.corpus.spec, length=64, recipe=suite.fit, progress=False)
     assert len(lensbench.transfer_matrix(lenses, sequences=8, positions=4, draws=10)) == 16
 
 

@@ -50,6 +50,7 @@ RECIPE = FitRecipe(
     sequences=16, positions=8, dev_sequences=8, dev_positions=8, ridges=(0.1, 1.0), pads=(0.0,), tolerances=(),
     rotations=1, pair_rotations=1, refits=1, refine_tokens=64, refine_passes=1,
 )  # fmt: skip
+UPDATE = lensbench.UpdateRecipe(landmarks=False, refits=0)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,10 @@ WORDS = "ak bl cm dn eo ak bl cm"
 SMALL = {"sequences": 8, "positions": 4}
 CALLS = {
     "lensbench.api.fit": lambda c: lensbench.fit(c.loaded, f"file:{c.texts}", length=32, recipe=RECIPE, progress=False),
-    "lensbench.api.evaluate": lambda c: lensbench.evaluate(c.lenses, **SMALL, draws=10, progress=False),
+    "lensbench.api.decompose": lambda c: lensbench.decompose(
+        c.loaded, f"file:{c.texts}", length=32, recipe=RECIPE, update=UPDATE, **SMALL, progress=False
+    ),
+    "lensbench.api.evaluate": lambda c: lensbench.evaluate(c.lenses, **SMALL, draws=10, update=UPDATE, progress=False),
     "lensbench.api.transfer_matrix": lambda c: lensbench.transfer_matrix(c.lenses, **SMALL, draws=10),
     "lensbench.api.Lenses.held_out": lambda c: c.lenses.held_out(8, 4),
     "lensbench.data.inputs.Texts.within": lambda c: c.lenses.texts.within(c.model),

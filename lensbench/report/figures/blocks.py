@@ -25,7 +25,16 @@ NUMBERS = (
 LANDMARK_ORDER = ("rotated", "carried", "drifting", "shuffled")
 
 
+Tables = Mapping[str, pd.DataFrame]
+"""The tables of a run, by name"""
+
+
 def profile_frame(run: Run) -> pd.DataFrame:
+    """The frame of the profile of a run, as :func:`frame_of` makes it of its tables."""
+    return frame_of(run.tables)
+
+
+def frame_of(tables: Tables) -> pd.DataFrame:
     """One row per mark of the profile, in the order of models.
 
     ``part`` says what a row is: ``block`` (a block or merged group; of several seeds their mean), ``seed`` (the same of one
@@ -33,18 +42,18 @@ def profile_frame(run: Run) -> pd.DataFrame:
     ``name``). ``clarity, in_place, news`` have intervals (``_low``, ``_high``); further columns are ``kept_low, kept_high,
     drowned``. ``in_place`` is missing where no seed passes its gate, and ``gate`` then says which; ``passed`` of ``seeds``
     do. ``reason``: why a model, or a landmark, has no ``in_place``. ``verdict``: on a model from layer 1 on. The frame is
-    empty where no model of the run has a block.
+    empty where no model of the tables has a block.
     """
-    blocks = run.tables["blocks.csv"]
+    blocks = tables["blocks.csv"]
     rows: list[dict[str, Any]] = []
-    for model, layers in run.tables["models.csv"].groupby("model", sort=False)["layers"].first().items():
+    for model, layers in tables["models.csv"].groupby("model", sort=False)["layers"].first().items():
         own = blocks[blocks["model"] == model]
         by_seed = {seed: own[own["seed"] == seed] for seed in own["seed"].unique()}
         found = [
-            overall_row(run, str(model)),
+            overall_row(tables, str(model)),
             *mean_blocks(list(by_seed.values())),
             *(row for seed, one in by_seed.items() if len(by_seed) > 1 for row in seed_rows(seed, one)),
-            *landmark_rows(run, str(model)),
+            *landmark_rows(tables, str(model)),
         ]
         rows += [{"model": str(model), "layers": layers, **row} for row in found]
     columns = [
@@ -117,9 +126,9 @@ def mean_of(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "gate": most, "passed": int(table["passed"].sum()), "seeds": len(seeds)}
 
 
-def overall_row(run: Run, model: str) -> dict[str, Any]:
+def overall_row(tables: Tables, model: str) -> dict[str, Any]:
     """The model's indices from layer 1 on, of seed ``all`` where there is one."""
-    table = run.tables["indices.csv"]
+    table = tables["indices.csv"]
     own = table[table["model"] == model]
     own = (
         own.iloc[(own["seed"] == "all").argsort(kind="stable")].drop_duplicates("index", keep="last").set_index("index")
@@ -134,13 +143,13 @@ def overall_row(run: Run, model: str) -> dict[str, Any]:
         found["reason"] = "" if pd.notna(found["in_place"]) or pd.isna(reason) else str(reason)
     found["passed"] = int(pd.notna(found.get("in_place", np.nan)))
     found["gate"] = next((gate for gate, why in REASONS.items() if why in found["reason"]), "")
-    found["verdict"] = verdict_on(run, model)
+    found["verdict"] = verdict_on(tables, model)
     return {key: value for key, value in found.items() if not key.startswith(("kept_low_", "kept_high_", "drowned_"))}
 
 
-def verdict_on(run: Run, model: str) -> str:
+def verdict_on(tables: Tables, model: str) -> str:
     """The verdict on a model from layer 1 on, with the gate where it is undetermined; empty where it was not measured."""
-    rows = shown_seeds(run.tables["verdicts.csv"])
+    rows = shown_seeds(tables["verdicts.csv"])
     for row in rows[(rows["model"] == model) & (rows["scope"] == WITHOUT_FIRST)].to_dict("records"):
         gate = str(row["gate"]) if pd.notna(row["gate"]) else ""
         if gate != NOT_MEASURED and pd.notna(row["verdict"]):
@@ -148,9 +157,9 @@ def verdict_on(run: Run, model: str) -> str:
     return ""
 
 
-def landmark_rows(run: Run, model: str) -> Iterator[dict[str, Any]]:
+def landmark_rows(tables: Tables, model: str) -> Iterator[dict[str, Any]]:
     """The landmarks of a model from the view's layer 1 on, means over the seeds where they are defined."""
-    table = run.tables["landmarks.csv"]
+    table = tables["landmarks.csv"]
     own = table[table["model"] == model]
     for name in sorted(own["landmark"].unique(), key=lambda name: (*LANDMARK_ORDER, name).index(name)):
         rows = own[own["landmark"] == name]
