@@ -33,7 +33,9 @@ class Updates:
 
     def __repr__(self) -> str:
         """One line."""
-        return f"Updates({self.name!r}, {self.layers} layers, seed {self.seed}: {self.verdict})"
+        return (
+            f"Updates({self.name!r}, {self.layers} layer{'s' * (self.layers != 1)}, seed {self.seed}: {self.verdict})"
+        )
 
     @property
     def verdict(self) -> str:
