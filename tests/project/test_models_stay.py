@@ -391,7 +391,7 @@ def test_the_parts_of_a_probe_are_called_by_it(name, texts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fit", "evaluate", "transfer_matrix"])
+@pytest.mark.parametrize("name", ["decompose", "fit", "evaluate", "transfer_matrix"])
 def test_a_loaded_model_stays_as_it_was_loaded(name, texts, tmp_path):
     MODELS["gpt2"]().save_pretrained(tmp_path / "m")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer()).save_pretrained(tmp_path / "m")
