@@ -95,15 +95,25 @@ def whole_models_table(found: pd.DataFrame) -> Table:
 
 
 def heads_table(heads: pd.DataFrame, found: pd.DataFrame) -> Table:
-    """A row for each of the heads with the highest error scores of a model; ``found`` says which were found."""
+    """A row for each of the heads of a model that were found, and of those with the highest error scores.
+
+    Of both, :data:`SHOWN_HEADS` at most, by score. ``found`` says which were found.
+    """
     shown = shown_in("heads")
-    title = f"heads with the {SHOWN_HEADS} highest error scores, first seed [95 %]"
+    title = (
+        f"heads found to carry errors and heads with the highest error scores, {SHOWN_HEADS} of each, first seed [95 %]"
+    )
     table = Table(Column("model", no_wrap=True), "head", "found", *(q.label for q in shown), title=title)
     hits = found.drop_duplicates(["model", "layer", "other"])
     for model, rows in heads.groupby("model", sort=False):
-        score = rows[rows["quantity"] == "error_score"].astype({"value": float}).nlargest(SHOWN_HEADS, "value")
+        score = rows[rows["quantity"] == "error_score"].astype({"value": float, "layer": int, "other": int})
         hit = hits[hits["model"] == model].set_index(["layer", "other"])["value"]
-        for layer, head in zip(score["layer"].astype(int), score["other"].astype(int), strict=True):
+        is_found = pd.Series(
+            [hit[at] > 0 for at in zip(score["layer"], score["other"], strict=True)], score.index, bool
+        )
+        chosen = pd.concat([part.nlargest(SHOWN_HEADS, "value") for part in (score[is_found], score)])
+        chosen = chosen.drop_duplicates(["layer", "other"])
+        for layer, head in zip(chosen["layer"], chosen["other"], strict=True):
             of = rows[(rows["layer"] == layer) & (rows["other"] == head)].drop_duplicates("quantity")
             cells = of.set_index("quantity")
             values = (with_interval(cells.loc[q.name]) if q.name in cells.index else "" for q in shown)
