@@ -52,11 +52,10 @@ def test_a_cell_tells_lens_layer_value_and_interval_of_the_table(vision):
     half = stats.t.ppf(0.975, 4) * values.std() / 5**0.5
     told = f"{values.mean():.3f} [{values.mean() - half:.3f}, {values.mean() + half:.3f}] nats/image"
     assert f"cnn-residual\nlens of layer 7, read at layer 2\n{told}" in Read(vision).tips
-    one = mean_cells(table[(table["seed"] == 0) & (table["model"] == "vit")])
+    vit = table[(table["seed"] == "0") & (table["model"] == "vit")]
+    one = mean_cells(vit)
     ours = one.set_index(["lens_layer", "stream_layer"]).loc[(1, 3)]
-    first = (
-        table[(table["seed"] == 0) & (table["model"] == "vit")].set_index(["lens_layer", "stream_layer"]).loc[(1, 3)]
-    )
+    first = vit.set_index(["lens_layer", "stream_layer"]).loc[(1, 3)]
     for column in ("penalty_ce", "penalty_ce_ci_low", "penalty_ce_ci_high"):
         assert ours[column] == pytest.approx(first[column])
 

@@ -7,17 +7,19 @@ import torch
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import decompose, index_estimates, pair_rows
 from lensbench.measures.update import readable as module
+from lensbench.measures.update.decomposition import Fitted, measured
 from lensbench.measures.update.readable import chosen_pairs
 from lensbench.studies.synthetic import Shape, SyntheticStream, read_out
 
 RECIPE = FitRecipe(ridges=(1e-2, 0.1, 1.0, 10.0), pads=(0.0, 0.2, 0.4, 0.6))
 
 
-def decomposed(family, seed=0):
+def decomposed(family, seed=0, **how):
     stream = SyntheticStream(family, Shape(d=32, layers=4, vocab=100), seed=seed)
     fit = stream.capture(3000, seed=1)
     dev, held_out = (stream.capture(n, seed=k, constant=fit.mean_p) for n, k in ((1024, 2), (2048, 3)))
-    return decompose(stream.readout, fit, dev, held_out, RECIPE, refits=0)
+    fitted = Fitted.of(stream.readout, fit, dev, RECIPE, (0, 1, 2, 3), "fisher", RECIPE.tolerance, 0, lambda _: None)
+    return measured(stream.readout, fitted, fit, dev, held_out, 0, **how)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +91,8 @@ def test_all_neighbours_and_twelve_others_are_looked_at():
     assert len(set(many)) == len(many)
 
 
-def test_a_pair_has_its_own_readable_gain_and_others_are_empty(monkeypatch):
-    monkeypatch.setattr(module, "FURTHER_PAIRS", 1)
-    rows = pair_rows(decomposed("fresh"))
+def test_a_pair_has_its_own_readable_gain_and_others_are_empty():
+    rows = pair_rows(decomposed("fresh", further=1))
     looked_at = [(r["from_layer"], r["to_layer"]) for r in rows if r["readable_gain"] is not None]
     assert set(looked_at) <= {(0, 1), (0, 2), (1, 2), (2, 3), (1, 3), (0, 3)}
     assert len(looked_at) == 4
