@@ -12,7 +12,6 @@ from helpers.synthetic import (
     DEEP,
     DRAWS,
     HEADLINE,
-    KINDS,
     SMALL,
     SyntheticStream,
     deep,
@@ -60,6 +59,9 @@ def headline(kind):
 NOISES = ["fresh", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("removed", "added"))]
 """How the noise of a refined answer may differ from layer to layer"""
 
+CARRIED = ("disjoint", "overlapping")
+"""How an answer may be carried along"""
+
 
 @pytest.mark.parametrize("kind", NOISES)
 def test_refinement_is_consistent_and_visible(kind):
@@ -69,6 +71,7 @@ def test_refinement_is_consistent_and_visible(kind):
     assert found["movement"].low > 0.3
 
 
+@pytest.mark.slow
 def test_information_carried_along_in_slices_of_its_own_is_neither_visible_nor_moves():
     found = headline("disjoint")
     assert abs(found["gain_visibility"].value) < 0.05
@@ -76,6 +79,7 @@ def test_information_carried_along_in_slices_of_its_own_is_neither_visible_nor_m
     assert found["shared_consistency"].value > 0.8
 
 
+@pytest.mark.slow
 def test_information_carried_along_in_overlapping_directions_lies_between():
     found, ceiling = headline("overlapping"), headline("fresh")
     assert found["gain_visibility"].high < 0
@@ -119,7 +123,7 @@ def test_pairs_tell_which_layers_share_a_representation():
     assert (rows["penalty"] < 1.2 * rows["rotated_penalty"])[~alike].all()
 
 
-@pytest.mark.parametrize("kind", [*NOISES, *(kind for kind in KINDS if kind not in ("fresh", "removed", "added"))])
+@pytest.mark.parametrize("kind", [*NOISES, "rebased", *(pytest.param(k, marks=pytest.mark.slow) for k in CARRIED)])
 def test_a_rotated_view_costs_its_own_lenses_nothing(kind):
     sequences = known(kind).frame
     rows = sequences[(sequences["lens"] == "tuned") & (sequences["stage"] == "closed") & (sequences["prior"] == "zero")]

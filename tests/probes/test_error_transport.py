@@ -118,6 +118,7 @@ def test_models_without_attention_weights_are_skipped_with_the_reason():
     assert "fewer than four documents" in few["reason"].iloc[0]
 
 
+@pytest.mark.slow
 def test_short_windows_and_padding_count_for_nothing():
     """Windows of two tokens among the others, and any ids behind the end of a window: the same numbers."""
     model = planted("none")

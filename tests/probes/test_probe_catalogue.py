@@ -29,7 +29,13 @@ def subjects():
     return [subject_of(model, count=32) for model in (planted("none"), pc, linear)]
 
 
-@pytest.mark.parametrize("name", PROBES)
+SECONDS = ("causal_fidelity", "error_transport", "few_shot", "prediction_visibility")
+"""Probes that take seconds for a small model, too"""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SECONDS else name for name in PROBES]
+)
 def test_a_probe_writes_the_quantities_of_its_catalogue_and_no_others(name, subjects):
     probe, written = PROBES[name], set()
     deeper = (

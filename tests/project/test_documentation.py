@@ -37,9 +37,9 @@ def test_the_readmes_example_gives_a_verdict_a_matrix_and_their_figures(
     example = blocks("README.md", "In Python, without a run folder:")[0]
     assert len([line for line in example.splitlines() if line.strip()]) == 8
     example = example.replace("runs/quick", str(tiny_run)).replace(
-        '"stdlib"', f'"file:{tiny_suite.parent}/texts", length=64'
+        '"stdlib"', f'"file:{tiny_suite.parent}/texts", length=64, recipe=recipe'
     )
-    names: dict = {}
+    names: dict = {"recipe": load_suite(str(tiny_suite)).fit}
     exec(example, names)
     cells = names["cells"]
     assert len(cells) == 16

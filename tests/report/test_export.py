@@ -37,6 +37,7 @@ def test_it_holds_every_table_the_sums_and_the_figures_that_are_named(tiny_run, 
     assert small.manifest.exported.tables == {n: c for n, c in whole.manifest.files.items() if n.endswith(".csv")}
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_again_from_it_byte_for_byte(tiny_run, light, tmp_path):
     assert run("figures", light, "--out", tmp_path / "figures").exit_code == 0
     assert contents(tmp_path / "figures") == contents(tiny_run / "figures")
@@ -79,6 +80,7 @@ def test_a_comparison_says_of_each_model_what_its_tables_say(tiny_run, tmp_path)
     assert len(rows) > 20
 
 
+@pytest.mark.slow
 def test_an_export_of_an_export_is_the_same_to_the_byte_and_an_earlier_one_is_replaced(light, tmp_path):
     shutil.copytree(light, tmp_path / "again")
     (tmp_path / "again" / "trace.png").write_bytes(b"a picture of ours")

@@ -162,6 +162,7 @@ def words(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(Text) if isinstance(text, Text))
 
 
+@pytest.mark.slow
 def test_all_figures_are_written_and_a_redraw_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     first = figures.draw_figures(read(folder), tmp_path / "deep" / "a")
