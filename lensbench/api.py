@@ -241,8 +241,8 @@ def evaluate(
 
     ``sequences`` windows with ``positions`` scored tokens each. Columns are described in
     :data:`lensbench.results.schema.SCHEMA`; losses are in nats/token, intervals from ``draws`` resamples of documents.
-    ``update``: whether the updates are decomposed, too, as of :func:`decompose`, which has nothing else: that is where the
-    headline number and its verdict are from, and it takes about as long as the rest. Or the settings to do so by.
+    ``update``: whether updates are decomposed, too, as by default in a suite: the headline number and its verdict are from
+    there, and it takes about as long as :func:`fit`; or the settings to do so by. :func:`decompose` does nothing else.
     """
     stream = lenses.stream
     samples, captured = lenses.held_out(sequences, positions)
