@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lensbench.report.calibration_tables import update_calibration_tables
 from lensbench.report.compare import compare_runs
 from lensbench.report.comparison import print_comparison
 from lensbench.report.study_tables import calibration_table, in_context_tables, regression_table
@@ -19,6 +20,7 @@ from lensbench.report.terminal import print_run
 from lensbench.results import schema as results
 from lensbench.results.folder import read_run
 from lensbench.runtime import files
+from lensbench.studies.update_tables import COVERAGE, RIGHT
 from lensbench.suite.files import load_suite, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +57,9 @@ def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparis
     print_comparison(compare_runs([vision]), console)
     console.print(regression_table(pd.read_csv(ROOT / "results/probes/in-context-regression/regression.csv")))
     console.print(calibration_table(pd.read_csv(ROOT / "results" / "calibration" / "calibration.csv")))
+    calibrated = {name: pd.read_csv(ROOT / "results" / "update-calibration" / name) for name in (RIGHT, COVERAGE)}
+    for table in update_calibration_tables(calibrated):
+        console.print(table)
     printed = console.file.getvalue()
     quoted = QUOTED.findall(" ".join(README.split()))
     assert len(quoted) >= 60
