@@ -267,7 +267,7 @@ def test_a_suite_of_images_gives_the_same_tables_as_one_of_text(finished):
     found = read_run(folder / "out")
     models = found.tables["models.csv"]
     assert len(models) == 8
-    assert (models["clusters"] == 397).all()
+    assert (models["clusters"] == 128).all()  # images are joined into groups at random
     assert (models["scored_tokens"] == 397).all()
     assert models["bits_per_byte"].isna().all()
     assert (models["vocab_size"] == 10).all()
