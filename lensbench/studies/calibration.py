@@ -6,10 +6,8 @@ gets a verdict. Its true indices are those of the same lenses on many times as m
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -42,10 +40,10 @@ from lensbench.results.manifest import write_manifest
 from lensbench.results.sums import ClusterSums
 from lensbench.runtime.files import sha256, write_atomically
 from lensbench.runtime.progress import QUIET, Progress
-from lensbench.runtime.texts import read_json
 from lensbench.statistics import bootstrap_weights
 from lensbench.streams.capture import Capture
 from lensbench.streams.rotated import RotatedView
+from lensbench.studies.kept_rows import kept_rows
 from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream, windows_of
 
 JUDGED = ("gain_visibility", "movement", "shared_consistency", "shared_retention")
@@ -284,30 +282,12 @@ def run_calibration(
 def measured_streams(recipe: Calibration, kept: Path, workers: int, progress: Progress) -> pd.DataFrame:
     """A row per stream, in the order of the recipe's jobs; each is kept in a file of its own in the folder ``kept``."""
     jobs = list(recipe.jobs())
-    kept.mkdir(exist_ok=True)
     # What a stream's row depends on: everything but how many of them there are.
     common = {"version": VERSION} | recipe.model_dump(
         mode="json", include={"fit", "fit_tokens", "dev_tokens", "fresh", "new_views", "draws", "rule"}
     )
-
-    def place(job: Job) -> Path:
-        key = json.dumps({"job": job.model_dump(), **common}, sort_keys=True)
-        return kept / f"{job.family}-{job.number}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-    wanted = [job for job in jobs if not place(job).exists()]
-    if wanted:
-        done = len(jobs) - len(wanted)
-        with progress.task("streams", len(jobs), "streams") as task, ProcessPoolExecutor(max_workers=workers) as pool:
-            task.update(done)
-            running = {pool.submit(measure, job, recipe): job for job in wanted}
-            for number, future in enumerate(as_completed(running), done + 1):
-                write_atomically(place(running[future]), partial(_write_row, row=future.result()))
-                task.update(number)
-    return pd.DataFrame([read_json(place(job), "delete it to measure anew") for job in jobs])
-
-
-def _write_row(path: Path, *, row: dict[str, Any]) -> None:
-    path.write_text(json.dumps(row))
+    rows = kept_rows(jobs, measure, recipe, kept, common=common, workers=workers, progress=progress)
+    return pd.DataFrame(rows)
 
 
 SIZES = ("layers", "d", "noise", "tokens")

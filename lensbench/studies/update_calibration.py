@@ -6,9 +6,7 @@ measured is kept apart from what is decided: another rule judges the same stream
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +24,8 @@ from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
 from lensbench.runtime.files import sha256, write_atomically
 from lensbench.runtime.progress import QUIET, Progress
-from lensbench.runtime.texts import read_json
 from lensbench.studies.held_out import HELD_OUT_FAMILIES, HeldOutStream
+from lensbench.studies.kept_rows import kept_rows
 from lensbench.studies.population import Population
 from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream
 from lensbench.studies.update_tables import BLOCKS, COMPRESSED, STREAMS, Row, stream_tables, summaries
@@ -198,25 +196,5 @@ def measured_rows(
 ) -> list[Row]:
     """A row per stream, in the order of the recipe's jobs; each is kept in a file of its own in the folder ``kept``."""
     jobs = list(recipe.jobs(groups))
-    kept.mkdir(exist_ok=True)
     common = {"version": VERSION} | recipe.model_dump(mode="json", include=OF_ROW)
-
-    def place(job: Job) -> Path:
-        key = json.dumps({"job": job.model_dump(), **common}, sort_keys=True)
-        return kept / f"{job.family}-{job.number}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-    # Of every family its first streams, then the next: an interrupted calibration has some of all.
-    wanted = sorted((job for job in jobs if not place(job).exists()), key=lambda job: job.number)
-    if wanted:
-        done = len(jobs) - len(wanted)
-        with progress.task("streams", len(jobs), "streams") as task, ProcessPoolExecutor(max_workers=workers) as pool:
-            task.update(done)
-            running = {pool.submit(measure, job, recipe): job for job in wanted}
-            for number, future in enumerate(as_completed(running), done + 1):
-                write_atomically(place(running[future]), partial(_write_row, row=future.result()))
-                task.update(number)
-    return [read_json(place(job), "delete it to measure anew") for job in jobs]
-
-
-def _write_row(path: Path, *, row: Row) -> None:
-    path.write_text(json.dumps(row))
+    return kept_rows(jobs, measure, recipe, kept, common=common, workers=workers, progress=progress)
