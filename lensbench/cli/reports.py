@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lensbench.cli.app import Debug, answerable, app, console
+from lensbench.errors import LensbenchError
 
 
 @app.command()
@@ -89,6 +90,8 @@ def compare(
     from lensbench.report.compare import compare_runs, together
     from lensbench.report.comparison import print_comparison
 
+    if figure and figures is None:
+        raise LensbenchError("--figure names figures to draw: say where with --figures FOLDER")
     judge = None
     if rule is not None:
         from lensbench.suite.files import load_suite

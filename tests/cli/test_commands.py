@@ -186,6 +186,10 @@ def with_manifest(finished, folder, change) -> Path:
     return folder
 
 
+def test_a_figure_of_a_comparison_without_a_folder_for_it_is_refused():
+    refused(run("compare", "nowhere", "--figure", "plane"), "say where with --figures FOLDER")
+
+
 def test_compare_refuses_runs_that_measure_different_things(tiny_run, tmp_path):
     other = with_manifest(tiny_run, tmp_path / "other", lambda m: m["suite"]["fit"].update(tolerance=0.05))
     refused(run("compare", tiny_run, other), "do not measure the same thing", "fit.tolerance is 0.02 and 0.05")
