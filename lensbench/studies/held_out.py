@@ -65,9 +65,7 @@ class HeldOutStream:
         if family not in HELD_OUT_FAMILIES:
             raise ValueError(f"unknown family {family!r}; there are {', '.join(HELD_OUT_FAMILIES)}")
         self.family, self.made = family, HELD_OUT_FAMILIES[family]
-        of_family = int.from_bytes(hashlib.sha256(family.encode()).digest()[:4])
-        rng = np.random.default_rng([seed, of_family])
-        self.drawn = {name: _one_of(limits, rng) for name, limits in self.made.ranges.items()}
+        self.drawn, rng = drawn_sizes(family, self.made.ranges, seed)
         directions = torch.Generator().manual_seed(int(rng.integers(2**62)))
         self.layers = int(self.drawn["layers"])
         self.channels: Sequence[Channel] = self.made.build(Sizes(self.drawn), directions)
@@ -176,6 +174,13 @@ class HeldOutStream:
 def _has_room(channel: Channel) -> bool:
     """Whether a channel's room lies apart from the place of its entries in the answer."""
     return channel.room != channel.entries
+
+
+def drawn_sizes(family: str, ranges: Mapping[str, Range], seed: int) -> tuple[Drawn, np.random.Generator]:
+    """Sizes of a stream, drawn from their ranges, and the generator that drew them; family and seed decide."""
+    of_family = int.from_bytes(hashlib.sha256(family.encode()).digest()[:4])
+    rng = np.random.default_rng([seed, of_family])
+    return {name: _one_of(limits, rng) for name, limits in ranges.items()}, rng
 
 
 def _one_of(limits: Range, rng: np.random.Generator) -> float | int | str:
