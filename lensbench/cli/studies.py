@@ -28,21 +28,31 @@ def calibrate(
     only: Annotated[
         Only | None, typer.Option(help="One set of families of update-calibration; default: both.", show_default=False)
     ] = None,
+    up_to: Annotated[
+        int | None, typer.Option(min=1, help="Widest streams of update-tokens; default: all.", show_default=False)
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure how often verdicts are wrong and intervals miss, on synthetic streams of known answer."""
-    from lensbench.report.calibration_tables import update_calibration_tables
+    """Measure how often verdicts are wrong, intervals miss, or how many tokens they take, on streams of known answer."""
+    from lensbench.report.calibration_tables import update_calibration_tables, update_tokens_tables
     from lensbench.report.study_tables import calibration_table
-    from lensbench.run.studies import calibration_study, update_calibration_study
+    from lensbench.run.studies import calibration_study, update_calibration_study, update_tokens_study
     from lensbench.studies.calibration import Calibration, default_workers
-    from lensbench.studies.update_calibration import GROUPS
+    from lensbench.studies.update_calibration import GROUPS, UpdateCalibration
+    from lensbench.studies.update_tokens import UpdateTokens
     from lensbench.suite.files import load_calibration
 
     chosen = load_calibration(name)
+    if only is not None and not isinstance(chosen, UpdateCalibration):
+        raise LensbenchError(f"--only is for update-calibration; {chosen.name} measures all of its families")
+    if up_to is not None and not isinstance(chosen, UpdateTokens):
+        raise LensbenchError(f"--up-to is for update-tokens; {chosen.name} has no widths to choose from")
     folder, workers = run_folder(out, chosen.name), workers or default_workers()
-    if isinstance(chosen, Calibration):
-        if only is not None:
-            raise LensbenchError(f"--only is for update-calibration; {chosen.name} measures both sets of families")
+    if isinstance(chosen, UpdateTokens):
+        with Bars() as bars:
+            written = update_tokens_study(chosen, folder, workers=workers, up_to=up_to, progress=bars)
+        tables = update_tokens_tables(written)
+    elif isinstance(chosen, Calibration):
         with Bars() as bars:
             _, summary = calibration_study(chosen, folder, workers=workers, progress=bars)
         tables = [calibration_table(summary)]

@@ -17,6 +17,7 @@ from lensbench.studies.curves import ALL, names_of
 from lensbench.studies.in_context import TABLE, InContext, run_in_context
 from lensbench.studies.regression import RegressionRecipe, run_regression
 from lensbench.studies.update_calibration import Group, UpdateCalibration, run_update_calibration
+from lensbench.studies.update_tokens import UpdateTokens, run_update_tokens
 
 
 def code_facts() -> dict[str, Any]:
@@ -54,3 +55,10 @@ def update_calibration_study(
 ) -> dict[str, pd.DataFrame]:
     """The tables of :func:`lensbench.studies.update_calibration.run_update_calibration`."""
     return run_update_calibration(recipe, folder, workers=workers, groups=groups, code=code_facts(), progress=progress)
+
+
+def update_tokens_study(
+    recipe: UpdateTokens, folder: Path, *, workers: int, up_to: int | None = None, progress: Progress = QUIET
+) -> dict[str, pd.DataFrame]:
+    """The tables of :func:`lensbench.studies.update_tokens.run_update_tokens`."""
+    return run_update_tokens(recipe, folder, workers=workers, up_to=up_to, code=code_facts(), progress=progress)

@@ -17,6 +17,7 @@ from lensbench.studies.calibration import Calibration
 from lensbench.studies.in_context import InContext
 from lensbench.studies.regression import RegressionRecipe
 from lensbench.studies.update_calibration import UpdateCalibration
+from lensbench.studies.update_tokens import UpdateTokens
 from lensbench.suite.recipes import Suite
 from lensbench.suite.sweep import Sweep
 
@@ -145,6 +146,7 @@ def plain(name: str) -> str:
 FILE_KINDS = {
     "trials": ("a sweep", "sweep"),
     "held_out": ("a calibration", "calibrate"),
+    "widths": ("a calibration", "calibrate"),
     "dimensions": ("a regression in context", "regression"),
     "tasks": ("a set of tasks", "in-context"),
 }
@@ -187,10 +189,15 @@ def load_regression(name: str) -> RegressionRecipe:
     return validated(RegressionRecipe, file, content)
 
 
-def load_calibration(name: str) -> Calibration | UpdateCalibration:
-    """A calibration by name or path: of the update decomposition where it says how often readable gain is measured."""
+def load_calibration(name: str) -> Calibration | UpdateCalibration | UpdateTokens:
+    """A calibration by name or path.
+
+    Of the update decomposition where it says how often readable gain is measured, of its tokens where it has widths.
+    """
     file, content = read_toml(name)
     expect(file, name, content, "calibrate")
+    if "widths" in content:
+        return validated(UpdateTokens, file, content)
     if "readable_every" in content:
         return validated(UpdateCalibration, file, content)
     return validated(Calibration, file, content)
