@@ -15,6 +15,7 @@ class Only(StrEnum):
 
     tune = "tune"
     held_out = "held_out"
+    uneven = "uneven"
 
 
 @app.command()
@@ -26,7 +27,7 @@ def calibrate(
         int | None, typer.Option(min=1, help="Streams at once; default: one per core.", show_default=False)
     ] = None,
     only: Annotated[
-        Only | None, typer.Option(help="One set of families of update-calibration; default: both.", show_default=False)
+        Only | None, typer.Option(help="One set of families of update-calibration; default: all.", show_default=False)
     ] = None,
     up_to: Annotated[
         int | None, typer.Option(min=1, help="Widest streams of update-tokens; default: all.", show_default=False)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lensbench.measures.indices import update_indices
-from lensbench.measures.update.decomposition import DRAWS
+from lensbench.measures.update.held import DRAWS
 from lensbench.results.folder import Run
 from lensbench.statistics import Array
 

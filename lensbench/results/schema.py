@@ -68,7 +68,7 @@ _OF_PAIR = {
     "drowned": "1 - R where S is at least 1.",
     "news": "The share of the gain in explained power that lies where lens i explains less than a tenth.",
     **_bounds("news", "its 95 % interval: bootstrap over documents"),
-    "readable_gain": "V: the share of the cross-entropy gain from i to j that lens i can read at j, at least; empty for "
+    "readable_gain": "V: the share of the cross-entropy gain from i to j that lens i can read at j; empty for "
     "pairs that were not looked at, and where there is no gain.",
     **_bounds("readable_gain", "its 95 % interval: bootstrap over documents"),
     "commission": "The share of lens i's error that is loading on what is no signal.",
@@ -191,9 +191,11 @@ SCHEMA: dict[str, dict[str, str]] = {
     },
     "variants.csv": {
         **_WHO,
-        "setting": "What is set another way: tolerance (dev loss allowed to a ridge), metric (of readings), or massive "
-        "(tokens with a massive activation are left out).",
-        "at": "The tolerance, the metric, or the norm, in medians of the layer, from which on a token is left out.",
+        "setting": "What is set another way: tolerance (dev loss allowed to a ridge), metric (of readings), units "
+        "(states over the scale of the final norm, so that every token counts alike), or massive (tokens with a massive "
+        "activation are left out).",
+        "at": "The tolerance, the metric, whose units, or the norm, in medians of the layer, from which on a token is left "
+        "out.",
         "index": "The index of the update decomposition, over the pairs that pass the gates at the reported setting; or "
         "fit_tokens_left_out and so on, a share of tokens.",
         "value": "The value there; empty where it is undefined.",

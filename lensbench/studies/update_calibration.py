@@ -25,17 +25,18 @@ from lensbench.results.manifest import write_manifest
 from lensbench.runtime.files import sha256, write_atomically
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.studies.held_out import HELD_OUT_FAMILIES, HeldOutStream
+from lensbench.studies.held_out_uneven import UNEVEN_FAMILIES, UnevenStream
 from lensbench.studies.kept_rows import kept_rows
 from lensbench.studies.population import Population
 from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream
 from lensbench.studies.update_tables import BLOCKS, COMPRESSED, STREAMS, Row, stream_tables, summaries
-from lensbench.studies.update_truth import declared_values, true_values
+from lensbench.studies.update_truth import Values, declared_values, true_values
 
-VERSION = 2
+VERSION = 3
 """Increased when the same settings give another row for a stream, so that old rows are not reused"""
 
-Group = Literal["tune", "held_out"]
-GROUPS: tuple[Group, ...] = ("tune", "held_out")
+Group = Literal["tune", "held_out", "uneven"]
+GROUPS: tuple[Group, ...] = ("tune", "held_out", "uneven")
 
 
 class UpdateCalibration(BaseModel):
@@ -47,8 +48,12 @@ class UpdateCalibration(BaseModel):
     question: str = Field(min_length=1)
     tune: tuple[str, ...] = Field(description="families that thresholds were chosen on")
     held_out: tuple[str, ...] = Field(description="families that they are judged by")
+    uneven: tuple[str, ...] = Field(
+        (),
+        description="families that they are judged by, whose tokens differ in loudness or hide a part of the prediction",
+    )
     tune_streams: int = Field(20, ge=1, description="streams of each family of tune")
-    held_out_streams: int = Field(50, ge=1, description="streams of each family of held_out")
+    held_out_streams: int = Field(50, ge=1, description="streams of each family of held_out, and of uneven")
     layers: tuple[int, ...] = Field((4, 6, 8), min_length=1, description="of streams of tune; the others draw theirs")
     d: tuple[int, ...] = Field((32, 48, 64), min_length=1)
     noise: tuple[tuple[float, float], ...] = Field(((1.6, 0.3), (1.0, 0.2), (2.0, 0.8)), min_length=1)
@@ -64,7 +69,9 @@ class UpdateCalibration(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> "UpdateCalibration":
-        for names, families in ((self.tune, STREAM_FAMILIES), (self.held_out, HELD_OUT_FAMILIES)):
+        for names, families in (
+            (self.tune, STREAM_FAMILIES), (self.held_out, HELD_OUT_FAMILIES), (self.uneven, UNEVEN_FAMILIES),
+        ):  # fmt: skip
             for name in names:
                 if name not in families:
                     raise ValueError(f"unknown family {name!r}; there are {', '.join(families)}")
@@ -99,8 +106,10 @@ class Job(BaseModel):
     shape: dict[str, Any]
     readable: bool
 
-    def stream(self) -> SyntheticStream | HeldOutStream:
+    def stream(self) -> SyntheticStream | HeldOutStream | UnevenStream:
         """The stream itself."""
+        if self.group == "uneven":
+            return UnevenStream(self.family, seed=self.number)
         if self.group == "held_out":
             return HeldOutStream(self.family, seed=self.number)
         return SyntheticStream(self.family, Shape(**self.shape), seed=self.number)
@@ -124,10 +133,13 @@ def measure(job: Job, recipe: UpdateCalibration) -> Row:
         readout, fitted, fit, dev, scored, recipe.refits,
         readable=job.readable, further=recipe.further_pairs, seed=job.number, spread=(job.number, len(job.family)),
     )  # fmt: skip
-    truths = true_values(found, fitted, fit, Population.of(stream), readout, job.number)
+    truths: dict[str, Values] = {}
+    if not isinstance(stream, UnevenStream):  # the states of these are not normal, so that moments do not say all
+        truths = true_values(found, fitted, fit, Population.of(stream), readout, job.number)
     facts: dict[str, Any] = {"layers": stream.layers, "d": stream.d}
     if isinstance(stream, HeldOutStream):
         truths["declared"] = declared_values(found, stream.shares)
+    if not isinstance(stream, SyntheticStream):
         facts |= {"growth": stream.growth, "right": list(stream.verdicts)}
     else:
         facts |= {"growth": 1.0, "right": [OF_TRUTH[STREAM_FAMILIES[job.family].truth]]}

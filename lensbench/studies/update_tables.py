@@ -40,6 +40,9 @@ QUANTITIES = (
 )  # fmt: skip
 """Indices of the decomposition, without layer 0, that a row of a stream has"""
 
+WITHOUT_TRUTH = {"in_place_normed": f"in_place_normed{SUFFIX}", "reach": "reach"}
+"""What else a verdict looks at: column -> index. No truth is worked out for these."""
+
 LETTERS = {"": ".", NO_FALL: "f", NO_ROOM: "r", NOT_KEPT: "k"}
 """Gate of a pair -> its letter in the column ``gates``, pairs in the order (0, 1), (0, 2), ..."""
 
@@ -80,6 +83,9 @@ def _stream(row: Row) -> Row:
         made |= {f"{name}_{truth}": values.get(name + SUFFIX) for truth, values in truths.items()}
         if one.value is None:
             made[f"{name}_reason"] = one.reason.split(":")[0]
+    for name, index in WITHOUT_TRUTH.items():
+        one = found[index]
+        made |= {name: one.value, f"{name}_ci_low": one.low, f"{name}_ci_high": one.high}
     for name in ("kept", "represented"):
         made[f"{name}_declared"] = truths.get("declared", {}).get(name + SUFFIX)
     made["in_place_all_layers"] = found["in_place"].value
@@ -89,12 +95,13 @@ def _stream(row: Row) -> Row:
 # Decisions
 def facts_of(stream: pd.Series, blocks: pd.DataFrame) -> UpdateFacts:
     """What a verdict looks at, from the row of a stream and the rows of its blocks."""
+    named = {name: name + SUFFIX for name in IN_FACTS if name not in WITHOUT_TRUTH} | WITHOUT_TRUTH
     indices = {
-        name + SUFFIX: Estimate(
+        index: Estimate(
             _known(stream[name]), _known(stream[f"{name}_ci_low"]), _known(stream[f"{name}_ci_high"]),
             _text(stream.get(f"{name}_reason")),
         )
-        for name in IN_FACTS
+        for name, index in named.items()
     }  # fmt: skip
     of_letter = {letter: gate for gate, letter in LETTERS.items()}
     first, last = np.triu_indices(int(stream["layers"]), 1)

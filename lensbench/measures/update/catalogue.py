@@ -25,6 +25,11 @@ OF_UPDATES: tuple[Index, ...] = (
         "earlier lens as it does in the new one's. 1: added up in one representation, as in any stack of additions. 0: it "
         "went elsewhere (carried along). Over pairs that pass the gates.", shown=(7, 1),
     ),
+    *_both(
+        "in_place_normed", "added in place, final norm's units", "1 - c with states over the final norm's scale of h_L",
+        "The same where every token counts alike. Second moments of states weigh a token by the square of its length, which "
+        "the final norm undoes: where the two differ, loud tokens do not do as the others.", shown=(None, None),
+    ),
     *_both("carried", "carried along", "c", "One minus what is added in place.", shown=(None, None)),
     *_both(
         "clarity", "clarity", "sqrt of R2 of s_ij on (r_i, r_j), less chance", "How much of what the earlier lens reads at "
@@ -49,9 +54,9 @@ OF_UPDATES: tuple[Index, ...] = (
     ),
     *_both(
         "readable_gain", "readable gain", "V = sum (CE_base - CE_old) / sum (CE_base - CE_new)", "The share of the "
-        "cross-entropy gain that the earlier lens can read where it looked, at least. Well above 0: what is added in place "
-        "is what predicts. It lumps together what is carried along, re-represented, news, and interference that depends "
-        "on the answer.", shown=(11, 5),
+        "cross-entropy gain that the earlier lens can read where it looked; far too low for mixtures. Well above 0: what is "
+        "added in place is what predicts. It lumps together what is carried along, re-represented, news, and interference "
+        "that depends on the answer.", shown=(11, 5),
     ),
     *_both(
         "commission", "commission", "E|r_i - f_i|^2 / E|T - r_i|^2", "The share of a lens's error that is loading on what "
@@ -66,5 +71,10 @@ OF_UPDATES: tuple[Index, ...] = (
         "decomposition may speak: losses fall, the later lens has less error loading, the signal is above chance.",
         shown=(12, 6),
     ),
+    Index(
+        "reach", "reach", "1 - KL of the last layer's lens / KL of the best constant", "How much of the prediction the lens "
+        "of the last layer reads. What no linear lens reads before the last block, no share speaks of.",
+        comparable="all models", of_updates=True,
+    ),
 )  # fmt: skip
-"""Two for each quantity: over all pairs of layers, and without layer 0"""
+"""Two for each quantity, over all pairs of layers and without layer 0; reach is of the last layer alone"""

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torch import Tensor
 
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
@@ -19,31 +18,32 @@ from lensbench.lenses.search import Choice, DevSearch, pad_direction
 from lensbench.measures.update.chance import principal_space, spreads_of, spreads_of_persistence
 from lensbench.measures.update.folds import Readings, deal_documents, fold_moments, readings, resampled, third_in_halves
 from lensbench.measures.update.gates import Losses, falls, gates, has_room, merged_blocks
+from lensbench.measures.update.held import HeldOut
 from lensbench.measures.update.metric import Metric, MetricKind, whitening
 from lensbench.measures.update.news import NewsSums, news_of_moments, news_sums
+from lensbench.measures.update.norm_units import norm_units
 from lensbench.measures.update.products import (
     Covariances,
     Pairs,
     Products,
     SecondMoments,
-    cluster_products,
     layer_products_of_moments,
-    means_of,
     pairs_of,
     products_of_moments,
 )
 from lensbench.measures.update.quantities import Chance, Quantities, quantities
+from lensbench.measures.update.reach import Reach
 from lensbench.measures.update.readable import FURTHER_PAIRS, Gains, readable_gains
 from lensbench.measures.update.undefined import Undefined
-from lensbench.statistics import Array, bootstrap_weights, effective_clusters
+from lensbench.statistics import Array, effective_clusters
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
 
-DRAWS = 1000
-"""Bootstrap draws of the clusters"""
-
-STEPS = ("moments", "ridges", "gates", "products", "refits", "news", "readable gain")
+STEPS = ("moments", "ridges", "gates", "products", "refits", "units of the final norm", "news", "readable gain")
 """What :func:`decompose` says that it does, in this order"""
+
+NORMED = "units"
+"""The setting of the variant in the units of the final norm"""
 
 Say = Callable[[str], None]
 
@@ -75,7 +75,7 @@ class Variant:
     """The decomposition at another setting, of the same pairs and documents."""
 
     setting: str
-    """``tolerance``, ``metric`` or ``massive``"""
+    """``tolerance``, ``metric``, ``massive`` or ``units``"""
     value: str
     point: Quantities
     draws: Quantities
@@ -115,6 +115,8 @@ class Decomposition:
     """Effective number of clusters of eval"""
     spread: tuple[int, ...]
     """Seed of what refits add to the draws"""
+    reach: Reach
+    """Of the lens of the last of ``layers``"""
     variants: tuple[Variant, ...] = ()
 
     @property
@@ -162,12 +164,6 @@ def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
         covariance += s * (m.covariance + shift[:, :, None] * shift[:, None, :])
         cross += s * (m.cross + moved[None, :, None] * shift[:, None, :])
     return Moments(mean, covariance, cross, target)
-
-
-def cluster_numbers(captured: Capture) -> tuple[Tensor, int]:
-    """The number of each token's document among those of the capture, ``[N]``, and how many documents there are."""
-    known, number = np.unique(captured.document, return_inverse=True)
-    return torch.from_numpy(number), len(known)
 
 
 @dataclass(frozen=True)
@@ -254,6 +250,7 @@ def decompose(
     tolerances: Sequence[float] = (),
     metrics: Sequence[MetricKind] = (),
     gating: Gating | None = None,
+    normed: bool = True,
     seed: int = 0,
     spread: Sequence[int] = (0,),
     say: Say = lambda _: None,
@@ -264,8 +261,8 @@ def decompose(
     ``tolerance`` and ``refits``: in place of the recipe's. ``seed`` deals and resamples the fitting documents; the draws of
     the held-out documents are the same for every model. ``readable`` asks for the readable gain, which takes most of the
     time. ``tolerances`` and ``metrics``: of variants beside it, with the same pairs. ``gating``: what an earlier
-    decomposition decided, in place of deciding it on ``dev``. ``spread``: the seed of what refits add to the draws, a
-    model's own.
+    decomposition decided, in place of deciding it on ``dev``. ``normed``: see :func:`measured`. ``spread``: the seed of what
+    refits add to the draws, a model's own.
 
     Raises :class:`Undefined` where the norm is no gain over a scale, and where there are fewer than three fitting
     documents or two layers.
@@ -282,7 +279,7 @@ def decompose(
             *(("tolerance", f"{value:g}", fitted.at(value)) for value in tolerances),
             *(("metric", kind, fitted.by(Metric.of(kind, readout, fit))) for kind in metrics),
         ],
-        readable=readable, gating=gating, seed=seed, spread=spread, say=say,
+        readable=readable, gating=gating, normed=normed, seed=seed, spread=spread, say=say,
     )  # fmt: skip
 
 
@@ -301,12 +298,13 @@ def measured(
     further: int = FURTHER_PAIRS,
     seed: int = 0,
     spread: Sequence[int] = (0,),
+    normed: bool = True,
     say: Say = lambda _: None,
 ) -> Decomposition:
     """The decomposition by lenses that are fitted already, on the same ``fit`` and ``dev``; see :func:`decompose`.
 
     ``others``: setting, value and maps of variants. ``further``: how many pairs at most that are not of neighbours are
-    asked for their readable gain.
+    asked for their readable gain. ``normed``: the variant in the units of the final norm too.
     """
     chosen = fitted.layers
     pairs = pairs_of(len(chosen))
@@ -314,7 +312,7 @@ def measured(
         say("gates")
         gating = _gates(readout, dev, chosen, fitted.lenses, fitted.maps, pairs)
     say("products")
-    held = _HeldOut.of(held_out, chosen)
+    held = HeldOut.of(held_out, chosen)
     sums = held.products(fitted.maps)
     say("refits")
     again = [fitted.again(fit, (seed, number)) for number in range(refits)]
@@ -328,6 +326,9 @@ def measured(
         Variant(setting, value, *held.quantities(held.products(maps), of_this))
         for (setting, value, maps), of_this in zip(others, chance_of, strict=True)
     )
+    if normed:
+        say("units of the final norm")
+        variants += (in_norm_units(fitted, readout, fit, held_out, chosen),)
     say("news")
     white = whitening(moments.last)
     gains = news_sums(held.states, chosen, held.means, held.cluster, held.clusters, fitted.lenses.best, white)
@@ -345,7 +346,24 @@ def measured(
         refits=_stacked(refitted) if refitted else None, chance=chance, gate=gating.gate, blocks=gating.blocks,
         news_sums=gains, news_refits=_both(news_again), gains=gained, ridges=fitted.lenses.ridges, weights=held.weights,
         clusters=effective_clusters(held.cluster.numpy()), spread=tuple(spread), variants=variants,
+        reach=Reach.of(readout, held_out, fitted.lenses.within[[len(chosen) - 1]], chosen[-1], held),
     )  # fmt: skip
+
+
+def in_norm_units(
+    fitted: Fitted, readout: ReadOut, fit: Capture, held_out: Capture, layers: tuple[int, ...]
+) -> Variant:
+    """The decomposition in which every token counts as the final norm lets it count, not by the square of its length.
+
+    Lenses are fitted anew, at the same ridges in median eigenvalues.
+    """
+    scaled = norm_units(fit, readout, layers)
+    moments = fold_moments(scaled, layers, fitted.folds)
+    maps = readings(moments, fitted.metric, fitted.lenses.ridges, third_in_halves(scaled, layers, fitted.folds))
+    scaled = norm_units(held_out, readout, layers)
+    held = HeldOut.of(scaled, layers)
+    (chance,), _ = chance_and_products(SecondMoments.of(scaled.states, layers, held.means), [maps], [])
+    return Variant(NORMED, "final norm", *held.quantities(held.products(maps), chance))
 
 
 def _stacked(parts: Sequence[Quantities]) -> Quantities:
@@ -354,33 +372,6 @@ def _stacked(parts: Sequence[Quantities]) -> Quantities:
 
 def _both(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array] | None:
     return (np.stack([one for one, _ in parts]), np.stack([two for _, two in parts])) if parts else None
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    """Held-out states, centred on their own means, with their clusters and the draws of these."""
-
-    states: Tensor
-    layers: Sequence[int]
-    means: Tensor
-    cluster: Tensor
-    clusters: int
-    weights: Array
-
-    @classmethod
-    def of(cls, captured: Capture, layers: Sequence[int]) -> "_HeldOut":
-        means = means_of(captured.states, [*layers, captured.layers])
-        cluster, clusters = cluster_numbers(captured)
-        return cls(captured.states, layers, means, cluster, clusters, bootstrap_weights(clusters, DRAWS, 0))
-
-    def products(self, maps: Readings) -> Products:
-        """Sums by cluster."""
-        return cluster_products(self.states, self.layers, self.means, self.cluster, self.clusters, maps)
-
-    def quantities(self, sums: Products, chance: Chance) -> tuple[Quantities, Quantities]:
-        """The point estimate, and the draws."""
-        pairs = pairs_of(len(self.layers))
-        return quantities(sums.total(), pairs, chance), quantities(sums.drawn(self.weights), pairs, chance)
 
 
 def _gates(
@@ -392,7 +383,7 @@ def _gates(
     pairs: Pairs,
 ) -> Gating:
     """The gate of each pair, and the blocks merged until there is room; all on dev."""
-    held = _HeldOut.of(dev, layers)
+    held = HeldOut.of(dev, layers)
     sums = held.products(maps)
     moments = SecondMoments.of(dev.states, layers, held.means)
     signal, space = sums.total().layer["rf"] / len(dev), principal_space(moments)
@@ -402,14 +393,8 @@ def _gates(
     point, draws = held.quantities(sums, chance)
     room = has_room(point, draws)
     kl, ce = own_layer_sums(readout, dev, lenses.within, layers)
-    # Sums are by window: those of a document are added up.
-    first = np.flatnonzero(np.diff(dev.window, prepend=dev.window[0] - 1))
-    number = held.cluster.numpy()[first]
-    by_cluster = [np.zeros((held.clusters, len(layers))) for _ in range(2)]
-    for into, values in zip(by_cluster, (kl, ce), strict=True):
-        np.add.at(into, number, values)
     tokens = np.bincount(held.cluster.numpy(), minlength=held.clusters).astype(float)
-    losses = Losses(by_cluster[0], by_cluster[1], tokens)
+    losses = Losses(held.by_cluster(dev, kl), held.by_cluster(dev, ce), tokens)
     fall = falls(losses, pairs, held.weights)
     return Gating(gates(fall, room, point, chance), merged_blocks(room, pairs, len(layers)))
 

@@ -85,7 +85,7 @@ def capped(
     try:
         other = decompose(
             readout, fit, dev, held_out, recipe, layers=found.layers, metric=settings.metric, refits=0, readable=False,
-            gating=found.gating, seed=seed,
+            gating=found.gating, normed=False, seed=seed,
         )  # fmt: skip
     except Undefined as error:
         rows[-1]["reason"] = f"without these tokens: {error}"

@@ -15,6 +15,7 @@ from lensbench.measures.update.metric import MetricKind
 from lensbench.measures.update.summary import (
     LOSSES_ASIDE,
     NAMES,
+    REACH,
     WITHOUT_LAYER_0,
     block_rows,
     distance_rows,
@@ -102,7 +103,7 @@ class UpdateResult(BaseModel):
     @classmethod
     def undefined(cls, reason: str) -> "UpdateResult":
         """No pair, and every index without a value."""
-        names = [name + suffix for suffix in ("", WITHOUT_LAYER_0) for name in NAMES]
+        names = [*(name + suffix for suffix in ("", WITHOUT_LAYER_0) for name in NAMES), REACH]
         return cls(reason=reason, indices=dict.fromkeys(names, (None, None, None, reason)))
 
     def facts(self, scope: str) -> UpdateFacts:
@@ -158,7 +159,16 @@ def landmark_results(
                 fitted.view.apply(held_out, "eval", memory_gib=room),
             )
             one = decompose(
-                readout, seen[0], seen[1], seen[2], recipe, metric=metric, refits=0, readable=False, seed=seed
+                readout,
+                seen[0],
+                seen[1],
+                seen[2],
+                recipe,
+                metric=metric,
+                refits=0,
+                readable=False,
+                normed=False,
+                seed=seed,
             )
         except LensbenchError as error:
             reason = str(error)

@@ -17,11 +17,13 @@ from lensbench.measures.update.verdict import (
     NO_INTERVAL,
     NOT_CLEAR,
     NOT_MEASURED,
+    NOT_REACHED,
     NOT_READABLE,
     REPRESENTED,
     SEEDS_DIFFER,
     UNDEFINED,
     UNDETERMINED,
+    UNEVEN,
     VERDICT_GATES,
     UpdateFacts,
     UpdateRule,
@@ -29,6 +31,12 @@ from lensbench.measures.update.verdict import (
     block_kinds,
     measured,
 )
+
+NO_TEXT_HELPS = (SEEDS_DIFFER, UNEVEN, NOT_REACHED)
+"""Gates that narrower intervals do not open"""
+
+NEARLY_ALL = 0.9
+"""Reach from which a sentence does not mention it"""
 
 NOT_RUN = "The update decomposition was not measured."
 
@@ -51,6 +59,7 @@ def sentence(
         _readable(facts),
         _clear(facts),
         _new(facts),
+        _reached(facts, found),
         errors,
         _first_layer(rule, facts),
         what_would_help(facts, found),
@@ -65,8 +74,9 @@ def update_rule_in_words(rule: UpdateRule) -> str:
         f"of the earlier reading, by S and by clarity; {MIXED} where fewer do, where every block keeps less than "
         f"{rule.kept:g}, or where the share that is added in place lies between {rule.carried:g} and {rule.added:g}; "
         f"{CARRIED} where it lies below, {ADDED} where it lies above, clarity is above {rule.clear:g}, and readable gain "
-        f"is above {rule.readable:g} or news are above {rule.news:g}; shares need {rule.fewest_pairs} pairs of layers, "
-        f"and {rule.smallest_share:.0%} of them, that pass the gates; {UNDETERMINED} where an interval leaves more than one "
+        f"is above {rule.readable:g} and reach above {rule.reach:g}; shares need {rule.fewest_pairs} pairs of layers, and "
+        f"{rule.smallest_share:.0%} of them, that pass the gates, and the same answer in the units of the final norm; "
+        f"{UNDETERMINED} where an interval leaves more than one "
         "answer, or seeds differ."
     )
 
@@ -178,6 +188,8 @@ def _undecided(rule: UpdateRule, facts: UpdateFacts, found: UpdateVerdict, share
         NO_INTERVAL: "without an interval: there are too few clusters of documents",
         NOT_CLEAR: f"but clarity is too low to call it one representation (above {rule.clear:g} is needed)",
         NOT_READABLE: "but what lowers the cross-entropy may be something else",
+        NOT_REACHED: f"but the lens of the last layer reads only {percent(facts['reach'])} of the prediction",
+        UNEVEN: f"but {percent(facts['in_place_normed'])} where every token counts alike: loud tokens differ from others",
     }[found.gate]
     return f"{shares}, {reason}"
 
@@ -214,7 +226,7 @@ def _readable(facts: UpdateFacts) -> str:
         return "how much of the fall an earlier lens can read is undetermined"
     if one.low is not None and one.low <= 0:
         return f"no part of that fall can surely be read by the earlier lens where it looked ({percent(one)})"
-    return f"at least {percent(one)} of that fall can be read by the earlier lens where it looked"
+    return f"{percent(one)} of that fall can be read by the earlier lens where it looked"
 
 
 def _clear(facts: UpdateFacts) -> str:
@@ -226,7 +238,17 @@ def _new(facts: UpdateFacts) -> str:
     one = facts["news"]
     if one.value is None:
         return ""
-    return f"{'none' if one.value == 0 else percent(one)} of the gain is news to the earlier lens"
+    if one.value <= 0 or (one.low is not None and one.low <= 0):
+        return f"no part of the gain is surely news to the earlier lens ({percent(one)})"
+    return f"{percent(one)} of the gain is news to the earlier lens"
+
+
+def _reached(facts: UpdateFacts, found: UpdateVerdict) -> str:
+    """How little of the prediction the verdict speaks of, where the last lens leaves much of it."""
+    one = facts["reach"]
+    if one.value is None or one.value >= NEARLY_ALL or found.gate == NOT_REACHED:
+        return ""
+    return f"all this is of the {percent(one)} of the prediction that the lens of the last layer reads"
 
 
 def _first_layer(rule: UpdateRule, facts: UpdateFacts) -> str:
@@ -244,7 +266,7 @@ def what_would_help(facts: UpdateFacts, found: UpdateVerdict) -> str:
     """What an undetermined verdict needs; empty for a verdict, and where there is nothing to say."""
     if found.verdict != UNDETERMINED:
         return ""
-    if found.gate == NO_INTERVAL or (found.open and found.gate != SEEDS_DIFFER):
+    if found.gate == NO_INTERVAL or (found.open and found.gate not in NO_TEXT_HELPS):
         if facts.of_refits is None:
             return "more text to fit and to evaluate on would narrow the intervals"
         if facts.of_refits > 0.5:
@@ -255,6 +277,9 @@ def what_would_help(facts: UpdateFacts, found: UpdateVerdict) -> str:
         NO_ROOM: "more fit text would make lenses better, and layers further apart have more room",
         NOT_KEPT: "more fit text would raise what an earlier lens reads above chance",
         NOT_CLEAR: "more fit text would lower the interference",
+        FEW_PAIRS: "text does not help: between so few layers there are too few pairs",
+        NOT_REACHED: "no amount of text helps: no linear lens reads the rest before the last block",
+        UNEVEN: "no amount of text helps: decompose loud tokens and the others apart",
         NOT_READABLE: "no amount of text helps here: look for the channel that predicts",
         SEEDS_DIFFER: "more seeds, or more text for each, would help",
     }.get(found.gate, "")

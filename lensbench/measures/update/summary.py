@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lensbench.measures.means import Estimate
-from lensbench.measures.update.decomposition import Decomposition, spread_by_refits
+from lensbench.measures.update.decomposition import NORMED, Decomposition, Variant, spread_by_refits
 from lensbench.measures.update.gates import LARGEST_BASELINE, REASONS, pairs_needed
 from lensbench.measures.update.quantities import Quantities
 from lensbench.statistics import Array, few_clusters, small_sample_interval, too_few_clusters
@@ -39,7 +39,8 @@ def pair_rows(found: Decomposition) -> list[dict[str, Any]]:
             "gate": found.gate[at],
         }
         for name in PAIR_COLUMNS:
-            row |= _columns(name, estimate(getattr(found.point, name)[at], drawn[name][:, at], found))
+            value = getattr(found.point, name)[at]
+            row |= _columns(name, estimate(value, drawn[name][:, at], found, share=name in SHARES))
         row["carried_chance"] = _number(found.chance.carried[at])
         row["persistence_chance"] = _number(found.chance.persistence[at])
         row["drowned"] = _number(found.point.drowned[at])
@@ -88,7 +89,7 @@ def distance_rows(found: Decomposition) -> Iterator[dict[str, Any]]:
             in_place = _of(found, lambda q, mean=mean: 1 - mean(q)).estimate  # type: ignore[misc]
         row |= _columns("in_place", in_place)
         for name in ("clarity", "persistence"):
-            row |= _columns(name, _of(found, plain_mean(name, pairs)).estimate)
+            row |= _columns(name, _plain(found, name, pairs).estimate)
         news = news_of(found, pairs).estimate
         reasons = dict.fromkeys(reason for reason in (in_place.reason, news.reason) if reason)
         yield row | _columns("news", news) | {"reason": "; ".join(reasons)}
@@ -114,7 +115,9 @@ def drawn_indices(found: Decomposition) -> dict[str, DrawnIndex]:
     estimates: dict[str, DrawnIndex] = {}
     for suffix, first in (("", 0), (WITHOUT_LAYER_0, 1)):
         estimates |= {name + suffix: value for name, value in _indices(found, pairs_from(found, first)).items()}
-    return estimates
+    reach = found.reach.share(found.weights)
+    whole = float(found.reach.share(np.ones(found.weights.shape[1])))
+    return estimates | {REACH: DrawnIndex(estimate(whole, reach, found), reach)}
 
 
 def pairs_from(found: Decomposition, first: int) -> NDArray[np.bool_]:
@@ -154,15 +157,21 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
     if not pairs.any():
         return dict.fromkeys(NAMES, none)
     reason = undetermined(found, pairs)
-    carried = in_place = _without(reason)
+    carried = in_place = in_norm_units = _without(reason)
+    other = next((one for one in found.variants if one.setting == NORMED), None)
+    if other is None:
+        in_norm_units = _without("not measured: of landmarks and other settings it is left out")
     if not reason:
         mean = mean_carried(found, passed)
         carried = _of(found, mean)
         in_place = _of(found, _in_place(mean))
-    plain = {name: _of(found, plain_mean(name, pairs)) for name in ("clarity", "persistence", "kept_low", "kept_high")}
+        if other is not None:
+            in_norm_units = _in_norm_units(found, other, _in_place(mean))
+    plain = {name: _plain(found, name, pairs) for name in ("clarity", "persistence", "kept_low", "kept_high")}
     layers = np.unique(found.pairs[0][pairs])
     return {
         "in_place": in_place,
+        IN_NORM_UNITS: in_norm_units,
         "carried": carried,
         **plain,
         "news": news_of(found, pairs),
@@ -173,6 +182,16 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
             Estimate(float(passed.sum() / pairs.sum()), None, None, f"{passed.sum()} of {pairs.sum()} pairs")
         ),
     }
+
+
+def _in_norm_units(found: Decomposition, other: Variant, in_place: Callable[[Quantities], Array]) -> DrawnIndex:
+    """What is added in place in the units of the final norm, over the same pairs with the same weights.
+
+    The spread of lens refits is that of the reported units.
+    """
+    refits = None if found.refits is None else in_place(found.refits)
+    draws = spread_by_refits(in_place(other.draws), refits, found.spread)
+    return DrawnIndex(estimate(float(in_place(other.point)), draws, found), draws)
 
 
 def mean_carried(found: Decomposition, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
@@ -211,11 +230,20 @@ def _in_place(mean: Callable[[Quantities], Array]) -> Callable[[Quantities], Arr
     return lambda q: 1 - mean(q)
 
 
+IN_NORM_UNITS = "in_place_normed"
+"""The index of what is added in place in the units of the final norm, without a suffix"""
+
+REACH = "reach"
+"""The index of :class:`~lensbench.measures.update.reach.Reach`, of the last layer and so of all layers alike"""
+
 NAMES = (
-    "in_place", "carried", "clarity", "persistence", "kept_low", "kept_high", "news", "readable_gain", "commission",
-    "drowned", "pairs_passed",
+    "in_place", IN_NORM_UNITS, "carried", "clarity", "persistence", "kept_low", "kept_high", "news", "readable_gain",
+    "commission", "drowned", "pairs_passed",
 )  # fmt: skip
-"""The indices, each also with :data:`WITHOUT_LAYER_0` at its end"""
+"""The indices that have one over all layers and one with :data:`WITHOUT_LAYER_0` at its end; beside them, :data:`REACH`"""
+
+SHARES = ("clarity", "kept_low", "kept_high", "drowned")
+"""Quantities from 0 to 1 by definition: no interval reaches beyond"""
 
 
 def plain_mean(name: str, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
@@ -228,6 +256,10 @@ def plain_mean(name: str, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Ar
     return mean
 
 
+def _plain(found: Decomposition, name: str, pairs: NDArray[np.bool_]) -> DrawnIndex:
+    return _of(found, plain_mean(name, pairs), share=name in SHARES)
+
+
 def _without(reason: str) -> DrawnIndex:
     return DrawnIndex(Estimate(None, None, None, reason))
 
@@ -237,7 +269,7 @@ def _drowned(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
     grown = pairs & (found.point.persistence >= 1)
     if not grown.any():
         return _without("undefined: the signal of every pair shrinks (S < 1)")
-    return _of(found, lambda q: (1 - q.clarity[..., grown]).mean(-1))
+    return _of(found, lambda q: (1 - q.clarity[..., grown]).mean(-1), share=True)
 
 
 def news_of(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
@@ -270,11 +302,12 @@ def _ratio(found: Decomposition, old: Array, new: Array) -> DrawnIndex:
     return DrawnIndex(estimate(old.sum() / new.sum(), drawn, found), drawn)
 
 
-def _of(found: Decomposition, value: Callable[[Quantities], Array]) -> DrawnIndex:
-    """An index that is a function of quantities, with documents and refits in its interval."""
+def _of(found: Decomposition, value: Callable[[Quantities], Array], *, share: bool = False) -> DrawnIndex:
+    """An index that is a function of quantities, with documents and refits in its interval; see :func:`estimate`."""
     refits, of_documents = None if found.refits is None else value(found.refits), value(found.draws)
     draws = spread_by_refits(of_documents, refits, found.spread)
-    return DrawnIndex(estimate(float(value(found.point)), draws, found), draws, _share_of(refits, of_documents))
+    one = estimate(float(value(found.point)), draws, found, share=share)
+    return DrawnIndex(one, draws, _share_of(refits, of_documents))
 
 
 def _share_of(refits: Array | None, of_documents: Array) -> float | None:
@@ -290,13 +323,18 @@ def _drawn(found: Decomposition, name: str) -> Array:
     return spread_by_refits(getattr(found.draws, name), refits, found.spread)
 
 
-def estimate(value: float, draws: Array, found: Decomposition) -> Estimate:
-    """A value with the interval of its draws ``[draws]`` over the clusters of a decomposition."""
+def estimate(value: float, draws: Array, found: Decomposition, *, share: bool = False) -> Estimate:
+    """A value with the interval of its draws ``[draws]`` over the clusters of a decomposition.
+
+    ``share``: the quantity lies between 0 and 1 by definition, and so does its interval.
+    """
     if not np.isfinite(value) or not np.isfinite(draws).all():
         return Estimate(None, None, None, "undefined: its denominator is zero")
     if reason := too_few_clusters(found.clusters):
         return Estimate(float(value), None, None, reason)
     low, high = small_sample_interval(np.asarray([value]), draws[:, None], found.clusters)
+    if share:
+        low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
     return Estimate(float(value), float(low[0]), float(high[0]), few_clusters(found.clusters))
 
 

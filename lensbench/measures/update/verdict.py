@@ -35,6 +35,8 @@ FEW_PAIRS = "few pairs"
 NO_INTERVAL = "no interval"
 NOT_CLEAR = "not clear"
 NOT_READABLE = "not readable"
+NOT_REACHED = "not reached"
+UNEVEN = "tokens differ"
 SEEDS_DIFFER = "seeds differ"
 
 VERDICT_GATES: dict[str, str] = {
@@ -45,6 +47,8 @@ VERDICT_GATES: dict[str, str] = {
     NO_INTERVAL: "there are too few clusters of documents for an interval",
     NOT_CLEAR: "what the earlier lens reads at later layers is drowned in interference, or turned",
     NOT_READABLE: "what is added in place is not what lowers the cross-entropy",
+    NOT_REACHED: "linear lenses read too little of the model's prediction, up to the last layer",
+    UNEVEN: "loud tokens differ from the others",
     BETWEEN: "an interval reaches across a threshold of the rule",
     SEEDS_DIFFER: "seeds get different verdicts",
 }
@@ -68,8 +72,8 @@ class UpdateRule(BaseModel):
     )
     drowned: float = Field(1.0, description="no change is claimed of a block where chance (2 sd of S) reaches this")
     clear: float = Field(0.7, description="added up: clarity lies above this, so that half of the power is explained")
-    readable: float = Field(0.1, description="added up: readable gain lies above this, where it was measured ...")
-    news: float = Field(0.5, description="... or news above this")
+    readable: float = Field(0.1, description="added up: readable gain lies above this, where it was measured")
+    reach: float = Field(0.4, description="... and the last lens removes more than this share of the constant's KL")
     # Fewer leave shares undefined, whatever a rule says.
     fewest_pairs: int = Field(
         FEWEST_PAIRS, ge=FEWEST_PAIRS, description="how many pairs of layers must pass the gates ..."
@@ -123,6 +127,7 @@ class BlockFact:
 
 IN_FACTS = (
     "in_place",
+    "in_place_normed",
     "clarity",
     "persistence",
     "kept_low",
@@ -133,6 +138,9 @@ IN_FACTS = (
     "drowned",
 )
 """The indices of the decomposition that verdicts and sentences look at"""
+
+OF_ANY_SCOPE = ("reach",)
+"""Those that are the same in either scope"""
 
 ALL_LAYERS, WITHOUT_FIRST = "all layers", "without layer 0"
 
@@ -146,7 +154,7 @@ class UpdateFacts:
 
     scope: str
     indices: Mapping[str, Estimate]
-    """Of :data:`IN_FACTS`, without a suffix"""
+    """Of :data:`IN_FACTS` and :data:`OF_ANY_SCOPE`, without a suffix"""
     pairs: tuple[PairFact, ...]
     blocks: tuple[BlockFact, ...]
     first_block: BlockFact | None = None
@@ -175,7 +183,7 @@ class UpdateFacts:
         every = tuple(_block(row) for row in blocks)
         return cls(
             scope,
-            {name: indices.get(name + suffix, NOTHING) for name in IN_FACTS},
+            _in_scope(indices, suffix),
             tuple(_pair(row) for row in pairs if int(row["from_layer"]) >= first),
             tuple(block for block in every if block.first >= first),
             next((block for block in every if block.first == 0), None),
@@ -189,7 +197,7 @@ class UpdateFacts:
         first, suffix = seeds[0], SUFFIXES[seeds[0].scope]
         return cls(
             first.scope,
-            {name: means.get(name + suffix, NOTHING) for name in IN_FACTS},
+            _in_scope(means, suffix),
             tuple(pair for one in seeds for pair in one.pairs),
             tuple(block for one in seeds for block in one.blocks),
             first.first_block,
@@ -218,6 +226,11 @@ class UpdateFacts:
         layers = sorted({layer for pair in self.pairs for layer in (pair.first, pair.last)})
         following = dict(itertools.pairwise(layers))
         return tuple(pair for pair in self.pairs if following.get(pair.first) == pair.last)
+
+
+def _in_scope(indices: Mapping[str, Estimate], suffix: str) -> dict[str, Estimate]:
+    found = {name: indices.get(name + suffix, NOTHING) for name in IN_FACTS}
+    return found | {name: indices.get(name, NOTHING) for name in OF_ANY_SCOPE}
 
 
 def _pair(row: Row) -> PairFact:
@@ -327,6 +340,8 @@ def decide_update(rule: UpdateRule, facts: UpdateFacts) -> UpdateVerdict:
         return UpdateVerdict(answers[0], gates[0] if gates else "", changes=changes, blocks=blocks)
     named = tuple(answer for answer in answers if answer != UNDETERMINED)
     gate = BETWEEN if len(named) > 1 or not gates else gates[0]
+    if gate == BETWEEN and uneven(rule, facts):
+        gate = UNEVEN
     return UpdateVerdict(UNDETERMINED, gate, named, changes, blocks, _open(rule, facts, kinds))
 
 
@@ -338,6 +353,8 @@ def _possible(
     for count in range(changes[0], changes[1] + 1):
         if count > rule.changing * told:
             yield REPRESENTED, ""
+        elif len(facts.pairs) < facts.seeds * rule.fewest_pairs:
+            yield UNDETERMINED, FEW_PAIRS  # however many pass
         elif facts.passed < rule.pairs_needed(len(facts.pairs)):
             yield UNDETERMINED, facts.most_stopped_by or FEW_PAIRS
         elif facts["in_place"].low is None:
@@ -352,7 +369,7 @@ def _by_shares(
     rule: UpdateRule, facts: UpdateFacts, kinds: Sequence[frozenset[str]]
 ) -> Iterator[tuple[UpdateAnswer, str]]:
     """The answers where no block changes the basis and enough pairs pass."""
-    where = sides(facts["in_place"], rule.carried, rule.added)
+    where = share_sides(rule, facts)
     if BELOW in where:
         yield CARRIED, ""
     if WITHIN in where:
@@ -367,12 +384,15 @@ def _by_shares(
         return
     if BELOW in sides(facts["clarity"], rule.clear):
         yield UNDETERMINED, NOT_CLEAR
-    if ABOVE in sides(facts["clarity"], rule.clear):
-        seen = readings(rule, facts)
-        if True in seen:
-            yield ADDED, ""
-        if False in seen:
-            yield UNDETERMINED, NOT_READABLE
+    if ABOVE not in sides(facts["clarity"], rule.clear):
+        return
+    reached, seen = reaches(rule, facts), readings(rule, facts)
+    if True in reached and True in seen:
+        yield ADDED, ""
+    if False in seen:
+        yield UNDETERMINED, NOT_READABLE
+    if False in reached:
+        yield UNDETERMINED, NOT_REACHED
 
 
 def measured(one: Estimate) -> bool:
@@ -380,25 +400,47 @@ def measured(one: Estimate) -> bool:
     return one.value is not None or not (not one.reason or one.reason.startswith("not measured"))
 
 
+def reaches(rule: UpdateRule, facts: UpdateFacts) -> frozenset[bool]:
+    """Whether the last layer's lens reads enough of the prediction, as far as its interval tells; yes if not measured."""
+    reach = facts["reach"]
+    if not measured(reach) or reach.value is None:
+        return frozenset({True})
+    return frozenset(side == ABOVE for side in sides(reach, rule.reach))
+
+
+def share_sides(rule: UpdateRule, facts: UpdateFacts) -> frozenset[str]:
+    """Where what is added in place may lie, by power and, where it was measured, in the units of the final norm."""
+    found = sides(facts["in_place"], rule.carried, rule.added)
+    other = facts["in_place_normed"]
+    return found if other.value is None else found | sides(other, rule.carried, rule.added)
+
+
+def uneven(rule: UpdateRule, facts: UpdateFacts) -> bool:
+    """Whether what is added in place surely lies elsewhere in the units of the final norm: no text would change that."""
+    other = facts["in_place_normed"]
+    if other.value is None:
+        return False
+    return not sides(facts["in_place"], rule.carried, rule.added) & sides(other, rule.carried, rule.added)
+
+
 def readings(rule: UpdateRule, facts: UpdateFacts) -> frozenset[bool]:
-    """Whether what is added in place is what predicts, as far as the intervals of readable gain and news tell.
+    """Whether what is added in place is what predicts, as far as the interval of readable gain tells.
 
     Readable gain that was not measured does not stand against it.
     """
     gain = facts["readable_gain"]
     if not measured(gain):
         return frozenset({True})
-    read = frozenset({BELOW}) if gain.value is None else sides(gain, rule.readable)
-    new = frozenset({BELOW}) if facts["news"].value is None else sides(facts["news"], rule.news)
-    return frozenset(ABOVE in (r, n) for r in read for n in new)
+    return frozenset({False} if gain.value is None else {side == ABOVE for side in sides(gain, rule.readable)})
 
 
 def _open(rule: UpdateRule, facts: UpdateFacts, kinds: Sequence[frozenset[str]]) -> tuple[str, ...]:
     """The indices whose intervals reach across a threshold."""
-    found = ["in_place"] * (len(sides(facts["in_place"], rule.carried, rule.added)) > 1)
+    found = ["in_place"] * (len(share_sides(rule, facts)) > 1)
     found += ["kept_high"] * any(len(kind) > 1 for kind in kinds)
     found += ["clarity"] * (len(sides(facts["clarity"], rule.clear)) > 1)
     found += ["readable_gain"] * (len(readings(rule, facts)) > 1)
+    found += ["reach"] * (len(reaches(rule, facts)) > 1)
     return tuple(found)
 
 

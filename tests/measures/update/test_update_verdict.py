@@ -18,12 +18,14 @@ from lensbench.measures.update.verdict import (
     MIXED,
     NO_INTERVAL,
     NOT_CLEAR,
+    NOT_REACHED,
     NOT_READABLE,
     REPRESENTED,
     SEEDS_DIFFER,
     SUFFIXES,
     UNDEFINED,
     UNDETERMINED,
+    UNEVEN,
     VERDICT_GATES,
     BlockFact,
     PairFact,
@@ -34,7 +36,7 @@ from lensbench.measures.update.verdict import (
     decide_update,
 )
 
-RULE = UpdateRule(added=0.8, carried=0.3, changed=0.5, kept=0.9, clear=0.5, news=0.2)
+RULE = UpdateRule(added=0.8, carried=0.3, changed=0.5, kept=0.9, clear=0.5)
 LAYERS = 6
 
 
@@ -48,9 +50,23 @@ def block(first, kept=1.0, clarity=0.95, *, gate="", width=0.04, chance=0.05):
     return BlockFact(first, first + 1, gate, about(kept), about(clarity, width), about(kept, width), chance)
 
 
-def facts(in_place=0.98, clarity=0.95, readable=0.6, news=0.05, *, width=0.04, gate="", blocks=None, **others):
+def facts(
+    in_place=0.98,
+    clarity=0.95,
+    readable=0.6,
+    news=0.05,
+    *,
+    normed=None,
+    reach=None,
+    width=0.04,
+    gate="",
+    blocks=None,
+    **others,
+):
     """The facts of a stream from layer 1 on; ``gate`` stops every pair."""
     named = {"in_place": in_place, "clarity": clarity, "readable_gain": readable, "news": news}
+    named |= {} if normed is None else {"in_place_normed": normed}
+    named |= {} if reach is None else {"reach": reach}
     return UpdateFacts(
         "without layer 0",
         {name: value if isinstance(value, Estimate) else about(value, width) for name, value in named.items()},
@@ -135,8 +151,35 @@ def test_a_gain_in_a_small_channel_elsewhere_is_not_added_up():
     assert verdict(readable=0.0, news=0.02) == (UNDETERMINED, NOT_READABLE)
 
 
-def test_news_explain_a_gain_that_the_earlier_lens_cannot_read():
-    assert verdict(readable=0.04, news=0.5) == (ADDED, "")
+def test_news_do_not_stand_in_for_a_gain_that_nobody_can_read():
+    assert verdict(readable=0.04, news=0.9) == (UNDETERMINED, NOT_READABLE)
+
+
+def test_additions_need_a_last_lens_that_reads_the_prediction():
+    few = {"reach": 0.25}
+    assert verdict(**few) == (UNDETERMINED, NOT_REACHED)
+    assert verdict(reach=0.9) == (ADDED, "")
+    assert verdict(reach=0.4) == (UNDETERMINED, NOT_REACHED)  # its interval holds the threshold
+    assert verdict(in_place=0.02, **few) == (CARRIED, "")
+    assert verdict(in_place=0.55, **few) == (MIXED, "")
+
+
+def test_the_units_of_the_final_norm_must_give_the_same_answer():
+    assert verdict(normed=0.97) == (ADDED, "")
+    assert verdict(normed=0.5) == (UNDETERMINED, UNEVEN)
+    assert verdict(in_place=0.02, normed=0.98) == (UNDETERMINED, UNEVEN)
+    assert verdict(in_place=0.55, normed=0.6) == (MIXED, "")
+    # An interval that holds both sides is not sure to differ: text may bring them together.
+    assert verdict(normed=Estimate(0.75, 0.65, 0.85)) == (UNDETERMINED, "between two answers")
+
+
+def test_two_pairs_are_too_few_however_many_pass():
+    of = facts()
+    shallow = replace(of, pairs=of.pairs[:2], blocks=of.blocks[:1])
+    found = decide_update(RULE, shallow)
+    assert (found.verdict, found.gate) == (UNDETERMINED, FEW_PAIRS)
+    stopped = replace(shallow, pairs=tuple(replace(pair, gate="no fall") for pair in shallow.pairs))
+    assert decide_update(RULE, stopped).gate == FEW_PAIRS
 
 
 def test_readable_gain_that_nobody_measured_does_not_stand_against_additions():

@@ -52,6 +52,8 @@ def test_the_reported_tolerance_again_differs_by_nothing(captures):
     reported = drawn_indices(found)
     assert {row["index"] for row in rows} >= {"in_place", "clarity_without_layer0", "commission"}
     for row in rows:
+        if row["setting"] == "units":  # these are other units
+            continue
         assert row["value"] == pytest.approx(reported[row["index"]].estimate.value)
         if row["value"] is None:
             assert row["reason"] == reported[row["index"]].estimate.reason
