@@ -33,7 +33,8 @@ def models(debug: Debug = False) -> None:
         if command == "sweep":
             inside = f"{len(content['trials'])} trials"
         elif command == "calibrate":
-            inside = f"{len({*content['tune'], *content['held_out']})} families of synthetic streams"
+            named_families = (name for key in ("tune", "held_out", "families") for name in content.get(key, ()))
+            inside = f"{len(set(named_families))} families of synthetic streams"
         elif command == "regression":
             inside = (
                 f"{' and '.join(content['attention'])} attention, {' and '.join(map(str, content['layers']))} layers"

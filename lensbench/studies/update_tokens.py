@@ -43,6 +43,9 @@ FEWEST_DOCUMENTS = 4
 PER_DOCUMENT = 8
 """Tokens of a document"""
 
+MOST_PER_D = 1_000_000
+"""Fitting tokens in multiples of d"""
+
 ONE_THREAD_BELOW = 1024
 """Width below which matrix products are too small for several threads: streams are measured in parallel instead"""
 
@@ -52,15 +55,15 @@ class Width(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    d: int = Field(ge=8, description="width of the state")
+    d: int = Field(ge=8, le=65_536, description="width of the state")
     tokens: tuple[int, ...] = Field(min_length=1, description="fitting tokens, in multiples of d, rising")
-    streams: int = Field(5, ge=1, description="streams of each family")
+    streams: int = Field(5, ge=1, le=10_000, description="streams of each family")
 
     @field_validator("tokens")
     @classmethod
     def _rising(cls, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        if tokens[0] < 1 or any(b <= a for a, b in itertools.pairwise(tokens)):
-            raise ValueError("must be at least 1 and rise from one entry to the next")
+        if not 1 <= tokens[0] <= tokens[-1] <= MOST_PER_D or any(b <= a for a, b in itertools.pairwise(tokens)):
+            raise ValueError(f"must rise from one entry to the next, from at least 1 to at most {MOST_PER_D:,}")
         return tokens
 
 

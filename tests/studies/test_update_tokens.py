@@ -248,7 +248,7 @@ def test_the_shipped_study_reaches_from_toys_to_large_models():
     [
         ('families = ["none"]', "families: unknown family 'none'"),
         ('families = ["fresh", "fresh"]', "families: names a family twice"),
-        ("[[widths]]\nd = 16\ntokens = [48, 24]", "must be at least 1 and rise"),
+        ("[[widths]]\nd = 16\ntokens = [48, 24]", "must rise from one entry to the next"),
         ("[[widths]]\nd = 16\ntokens = [8]\n[[widths]]\nd = 16\ntokens = [8]", "a width stands there twice"),
         ("[[widths]]\nd = 16\ntokens = [4]", "d = 16 has 16 dev tokens at the fewest; 32 are needed"),
         ("layers = 20\n[[widths]]\nd = 16\ntokens = [48]", "d = 16 is too narrow for 20 layers and an answer"),

@@ -4,7 +4,9 @@ import tomllib
 
 import pytest
 from helpers.suites import SUITE
+from typer.testing import CliRunner
 
+from lensbench.cli import app
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
 from lensbench.suite.files import (
@@ -34,6 +36,12 @@ def test_every_suite_that_comes_with_lensbench_is_valid():
         load = {"sweep": load_sweep, "run": load_suite, "calibrate": load_calibration}
         load |= {"in-context": load_in_context, "regression": load_regression}
         assert load[command](name).name == name
+
+
+def test_every_file_that_comes_with_lensbench_is_listed():
+    result = CliRunner().invoke(app, ["models"], env={"COLUMNS": "400"})
+    assert result.exit_code == 0, result.output
+    assert [name for name in named_files() if f" {name} " not in result.output] == []
 
 
 def test_models_of_quick_have_equal_parameters_within_one_percent():
