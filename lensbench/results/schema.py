@@ -192,8 +192,8 @@ SCHEMA: dict[str, dict[str, str]] = {
     "variants.csv": {
         **_WHO,
         "setting": "What is set another way: tolerance (dev loss allowed to a ridge), metric (of readings), units "
-        "(states over the scale of the final norm, so that every token counts alike), or massive (tokens with a massive "
-        "activation are left out).",
+        "(states over the scale of the final norm, so that every token counts alike), massive (tokens with a massive "
+        "activation are left out), or interval (that of documents alone, without lens refits).",
         "at": "The tolerance, the metric, whose units, or the norm, in medians of the layer, from which on a token is left "
         "out.",
         "index": "The index of the update decomposition, over the pairs that pass the gates at the reported setting; or "

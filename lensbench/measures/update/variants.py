@@ -31,6 +31,9 @@ from lensbench.streams.capture import Capture
 MASSIVE = "massive"
 """The setting of the variant without massive activations; its value is the cap"""
 
+DOCUMENTS_ALONE = "interval"
+"""The setting of the reported decomposition with the doubt of documents alone, without that of lens refits"""
+
 NO_INTERVALS: dict[str, Any] = {
     **dict.fromkeys(("ci_low", "ci_high", "difference", "difference_ci_low", "difference_ci_high")),
     "reason": "",
@@ -88,7 +91,10 @@ def variant_rows(found: Decomposition) -> Iterator[dict[str, Any]]:
 
     Both have intervals over documents; lenses are not fitted again.
     """
-    for one in found.variants:
+    alone = (
+        [] if found.refits is None else [Variant(DOCUMENTS_ALONE, "documents", found.point, found.draws, paired=False)]
+    )
+    for one in (*found.variants, *alone):
         for suffix, first in (("", 0), (WITHOUT_LAYER_0, 1)):
             pairs = pairs_from(found, first)
             for name, (reported, drawn, value, draws, reason) in _compared(found, one, pairs).items():
@@ -100,7 +106,7 @@ def variant_rows(found: Decomposition) -> Iterator[dict[str, Any]]:
                 row |= {"difference_ci_low": None, "difference_ci_high": None}
                 if one.paired:
                     row |= {"difference_ci_low": change.low, "difference_ci_high": change.high}
-                elif not reason:
+                elif not reason and one.setting == MASSIVE:
                     reason = "some documents have no token left, so that the difference has no interval"
                 yield row | {"reason": reason or here.reason}
 

@@ -138,3 +138,16 @@ def test_a_setting_that_means_nothing_is_refused(settings):
 
 def test_false_leaves_the_look_without_massive_activations_out():
     assert UpdateRecipe(largest_norm=False).largest_norm is None
+
+
+def test_intervals_of_documents_alone_are_those_of_a_decomposition_without_refits(captures):
+    readout, splits = captures
+    found = decompose(readout, *splits, RECIPE, refits=3, readable=False, normed=False)
+    alone = drawn_indices(decompose(readout, *splits, RECIPE, refits=0, readable=False, normed=False))
+    rows = {row["index"]: row for row in variant_rows(found) if row["setting"] == "interval"}
+    assert set(rows) >= {"in_place_without_layer0", "clarity", "commission"}
+    for name, row in rows.items():
+        one = alone[name].estimate
+        # Refits enter the weights of pairs, and little else.
+        assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx((one.value, one.low, one.high), abs=1e-4)
+        assert row["difference_ci_low"] is None
