@@ -122,7 +122,10 @@ class MomentSums:
             self.first[layer] += scaled.sum(0)
 
     def moments(self) -> Moments:
-        """The centred moments; on the CPU from here on, d x d algebra in float64 being no work for a GPU."""
+        """The centred moments; on the CPU from here on, d x d algebra in float64 being no work for a GPU.
+
+        The sums are used up: of wide states they fill most of the memory, and a copy would fill as much again.
+        """
         if self.shift is None:
             raise ValueError("no token was added")
         weight = float(self.ranks.sum(torch.tensor(self.weight, dtype=torch.float64)))
@@ -130,7 +133,10 @@ class MomentSums:
             raise ValueError("no token was added")
         mean = self.ranks.sum(self.first) / weight
         inputs, target = mean[:-1], mean[-1]
-        covariance = self.ranks.sum(self.second) / weight - inputs[:, :, None] * inputs[:, None, :]
-        cross = self.ranks.sum(self.cross) / weight - target[None, :, None] * inputs[:, None, :]
+        covariance, cross = (self.ranks.sum(sums).div_(weight) for sums in (self.second, self.cross))
+        for layer, own in enumerate(inputs):
+            covariance[layer] -= torch.outer(own, own)
+            cross[layer] -= torch.outer(target, own)
         mean = mean + self.shift
+        self.shift, self.weight = None, 0.0
         return Moments(mean[:-1].cpu(), covariance.cpu(), cross.cpu(), mean[-1].cpu())

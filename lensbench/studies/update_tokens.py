@@ -25,7 +25,7 @@ from lensbench.results.manifest import write_manifest
 from lensbench.runtime.files import sha256
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.stages import peak_gib
-from lensbench.streams.capture import Capture
+from lensbench.streams.capture import Capture, room_for
 from lensbench.studies.kept_rows import kept_rows
 from lensbench.studies.population import Population
 from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream
@@ -156,7 +156,8 @@ class TokensJob(BaseModel):
 
 
 OF_ROW = {"layers", "noise", "vocab", "dev_share", "eval_share", "refits", "truth_up_to", "fit"}
-"""Settings that a stream's row depends on: everything but which streams there are, and the half-width that is asked for"""
+"""Settings that a stream's row depends on: everything but which streams there are, the half-width that is asked for, and
+where states lie"""
 
 
 def measure(job: TokensJob, recipe: UpdateTokens) -> Row:
@@ -167,10 +168,10 @@ def measure(job: TokensJob, recipe: UpdateTokens) -> Row:
     first, last = recipe.noise
     shape = Shape(job.d, recipe.layers, recipe.vocab, first_noise=first, last_noise=last)
     stream = SyntheticStream(job.family, shape, seed=job.number)
-    sizes = recipe.sizes(job.fit_tokens)
-    fit = stream.capture(job.fit_tokens, seed=seed + 1, per_document=PER_DOCUMENT)
+    sizes, room = recipe.sizes(job.fit_tokens), recipe.fit.memory_gib
+    fit = set_aside(stream.capture(job.fit_tokens, seed=seed + 1, per_document=PER_DOCUMENT), room)
     dev, scored = (
-        stream.capture(tokens, seed=seed + 2 + at, per_document=PER_DOCUMENT, constant=fit.mean_p)
+        set_aside(stream.capture(tokens, seed=seed + 2 + at, per_document=PER_DOCUMENT, constant=fit.mean_p), room)
         for at, tokens in enumerate(sizes)
     )
     with_truth = job.d <= recipe.truth_up_to
@@ -187,6 +188,15 @@ def measure(job: TokensJob, recipe: UpdateTokens) -> Row:
         "job": job.model_dump(), "dev_tokens": sizes[0], "eval_tokens": sizes[1], **interval_row(found), "truth": truth,
         "seconds": round(time.perf_counter() - began, 1), "peak_gib": peak_gib(),
     }  # fmt: skip
+
+
+def set_aside(captured: Capture, memory_gib: float) -> Capture:
+    """The same with its states in a memory-mapped file, where they take more than ``memory_gib``."""
+    states = captured.states
+    if 4 * states.numel() <= memory_gib * 2**30:
+        return captured
+    layers, tokens, d = states.shape
+    return replace(captured, states=room_for((layers, tokens, d), states.device, memory_gib).copy_(states))
 
 
 def fitted_to(
@@ -229,7 +239,8 @@ def run_update_tokens(
     Raises :class:`LensbenchError` where a finished stream cannot be read, or no width is so narrow.
     """
     jobs, kept = recipe.jobs(up_to), folder / "streams"
-    common = {"version": VERSION} | recipe.model_dump(mode="json", include=OF_ROW)
+    settings = recipe.model_dump(mode="json", include=OF_ROW, exclude={"fit": {"memory_gib"}})
+    common = {"version": VERSION} | settings
     with claimed(folder, recipe.name):
         rows = kept_rows(jobs, measure, recipe, kept, common=common, workers=workers, progress=progress)
         write_table(folder / POINTS, points_table(rows))

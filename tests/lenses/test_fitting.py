@@ -167,6 +167,18 @@ def test_a_large_mean_costs_float32_states_no_digits():
         np.testing.assert_allclose(getattr(found, name).numpy(), expected, rtol=1e-9, atol=1e-9 * size, err_msg=name)
 
 
+def test_moments_take_the_memory_of_their_sums():
+    """Of wide states these fill most of the memory: a copy would double it."""
+    _, captured = random_capture()
+    sums = MomentSums()
+    sums.add(captured.states)
+    places = sums.second.data_ptr(), sums.cross.data_ptr()
+    found = sums.moments()
+    assert (found.covariance.data_ptr(), found.cross.data_ptr()) == places
+    with pytest.raises(ValueError, match="no token"):
+        sums.moments()
+
+
 def test_moments_of_no_token_are_refused():
     with pytest.raises(ValueError, match="no token"):
         MomentSums().moments()

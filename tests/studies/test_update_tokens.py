@@ -200,9 +200,20 @@ def test_a_stream_without_a_truth_has_the_same_interval():
     assert {k: v for k, v in wide.items() if k not in changing} == {k: v for k, v in whole.items() if k not in changing}
 
 
+def test_states_in_a_file_give_the_same_row():
+    job = TokensJob(family="fresh", number=0, d=16, fit_tokens=768)
+    changing = {"seconds", "peak_gib"}
+    on_disk, here = measure(job, recipe(fit=FIT.model_copy(update={"memory_gib": 1e-9}))), measure(job, recipe())
+    assert {k: v for k, v in on_disk.items() if k not in changing} == {
+        k: v for k, v in here.items() if k not in changing
+    }
+
+
 def test_finished_streams_are_not_measured_again(run, monkeypatch):
+    """Neither for another half-width, nor for another place of the states."""
     monkeypatch.setattr(study, "measure", lambda *_: pytest.fail("measured again"))
-    again = run_update_tokens(recipe(half_width=0.3), run[0], workers=1)
+    elsewhere = FIT.model_copy(update={"memory_gib": 0.1})
+    again = run_update_tokens(recipe(half_width=0.3, fit=elsewhere), run[0], workers=1)
     assert again[NEEDED]["asked"].tolist() == [0.3]
     pd.testing.assert_frame_equal(again[TOKENS], run[1][TOKENS])
 
