@@ -32,7 +32,7 @@ from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream
 from lensbench.studies.update_tables import BLOCKS, COMPRESSED, STREAMS, Row, stream_tables, summaries
 from lensbench.studies.update_truth import Values, declared_values, true_values
 
-VERSION = 3
+VERSION = 4
 """Increased when the same settings give another row for a stream, so that old rows are not reused"""
 
 Group = Literal["tune", "held_out", "uneven"]

@@ -9,6 +9,7 @@ import pandas as pd
 from lensbench.measures.means import Estimate
 from lensbench.measures.update import UpdateResult
 from lensbench.measures.update.gates import NO_FALL, NO_ROOM, NOT_KEPT
+from lensbench.measures.update.summary import IN_NORM_UNITS, REACH
 from lensbench.measures.update.verdict import (
     ADDED,
     CARRIED,
@@ -40,7 +41,7 @@ QUANTITIES = (
 )  # fmt: skip
 """Indices of the decomposition, without layer 0, that a row of a stream has"""
 
-WITHOUT_TRUTH = {"in_place_normed": f"in_place_normed{SUFFIX}", "reach": "reach"}
+WITHOUT_TRUTH = {name: f"{name}{SUFFIX}" for name in IN_NORM_UNITS} | {REACH: REACH}
 """What else a verdict looks at: column -> index. No truth is worked out for these."""
 
 LETTERS = {"": ".", NO_FALL: "f", NO_ROOM: "r", NOT_KEPT: "k"}

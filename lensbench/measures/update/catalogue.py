@@ -30,6 +30,10 @@ OF_UPDATES: tuple[Index, ...] = (
         "The same where every token counts alike. Second moments of states weigh a token by the square of its length, which "
         "the final norm undoes: where the two differ, loud tokens do not do as the others.", shown=(None, None),
     ),
+    *_both(
+        "clarity_normed", "clarity, final norm's units", "R with states over the final norm's scale of h_L",
+        "Clarity where every token counts alike.", shown=(None, None),
+    ),
     *_both("carried", "carried along", "c", "One minus what is added in place.", shown=(None, None)),
     *_both(
         "clarity", "clarity", "sqrt of R2 of s_ij on (r_i, r_j), less chance", "How much of what the earlier lens reads at "

@@ -9,6 +9,7 @@ from lensbench.measures.update.gates import NO_FALL, NO_ROOM, NOT_KEPT
 from lensbench.measures.update.verdict import (
     ADDED,
     ALL_LAYERS,
+    BELOW,
     BETWEEN,
     CARRIED,
     CHANGES,
@@ -30,6 +31,7 @@ from lensbench.measures.update.verdict import (
     UpdateVerdict,
     block_kinds,
     measured,
+    sides,
 )
 
 NO_TEXT_HELPS = (SEEDS_DIFFER, UNEVEN, NOT_REACHED)
@@ -189,9 +191,14 @@ def _undecided(rule: UpdateRule, facts: UpdateFacts, found: UpdateVerdict, share
         NOT_CLEAR: f"but clarity is too low to call it one representation (above {rule.clear:g} is needed)",
         NOT_READABLE: "but what lowers the cross-entropy may be something else",
         NOT_REACHED: f"but the lens of the last layer reads only {percent(facts['reach'])} of the prediction",
-        UNEVEN: f"but {percent(facts['in_place_normed'])} where every token counts alike: loud tokens differ from others",
+        UNEVEN: f"but {_evenly(rule, facts)} where every token counts alike: loud tokens differ from others",
     }[found.gate]
     return f"{shares}, {reason}"
+
+
+def _evenly(rule: UpdateRule, facts: UpdateFacts) -> str:
+    clear = BELOW in sides(facts["clarity_normed"], rule.clear) and facts["clarity_normed"].value is not None
+    return f"clarity is {share(facts['clarity_normed'])}" if clear else percent(facts["in_place_normed"])
 
 
 def _alternatives(found: UpdateVerdict) -> str:

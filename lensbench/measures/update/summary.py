@@ -157,23 +157,19 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
     if not pairs.any():
         return dict.fromkeys(NAMES, none)
     reason = undetermined(found, pairs)
-    carried = in_place = in_norm_units = _without(reason)
-    other = next((one for one in found.variants if one.setting == NORMED), None)
-    if other is None:
-        in_norm_units = _without("not measured: of landmarks and other settings it is left out")
+    carried = in_place = _without(reason)
+    normed = _in_norm_units(found, pairs, reason)
     if not reason:
         mean = mean_carried(found, passed)
         carried = _of(found, mean)
         in_place = _of(found, _in_place(mean))
-        if other is not None:
-            in_norm_units = _in_norm_units(found, other, _in_place(mean))
     plain = {name: _plain(found, name, pairs) for name in ("clarity", "persistence", "kept_low", "kept_high")}
     layers = np.unique(found.pairs[0][pairs])
     return {
         "in_place": in_place,
-        IN_NORM_UNITS: in_norm_units,
         "carried": carried,
         **plain,
+        **normed,
         "news": news_of(found, pairs),
         "readable_gain": _readable(found, pairs),
         "commission": _of(found, lambda q: q.commission[..., layers].mean(-1)),
@@ -184,14 +180,27 @@ def _indices(found: Decomposition, pairs: NDArray[np.bool_]) -> dict[str, DrawnI
     }
 
 
-def _in_norm_units(found: Decomposition, other: Variant, in_place: Callable[[Quantities], Array]) -> DrawnIndex:
-    """What is added in place in the units of the final norm, over the same pairs with the same weights.
+def _in_norm_units(found: Decomposition, pairs: NDArray[np.bool_], reason: str) -> dict[str, DrawnIndex]:
+    """:data:`IN_NORM_UNITS` over some pairs; ``reason``: why the shares over them are undetermined.
 
-    The spread of lens refits is that of the reported units.
+    Pairs that pass, and their weights, are those of the reported units, and so is the spread of lens refits.
     """
-    refits = None if found.refits is None else in_place(found.refits)
-    draws = spread_by_refits(in_place(other.draws), refits, found.spread)
-    return DrawnIndex(estimate(float(in_place(other.point)), draws, found), draws)
+    other = next((one for one in found.variants if one.setting == NORMED), None)
+    if other is None:
+        return dict.fromkeys(IN_NORM_UNITS, _without("not measured: of landmarks and other settings it is left out"))
+    made = {"clarity_normed": _of_variant(found, other, plain_mean("clarity", pairs), share=True)}
+    if reason:
+        return made | {"in_place_normed": _without(reason)}
+    mean = mean_carried(found, passing(found, pairs))
+    return made | {"in_place_normed": _of_variant(found, other, _in_place(mean))}
+
+
+def _of_variant(
+    found: Decomposition, other: Variant, value: Callable[[Quantities], Array], *, share: bool = False
+) -> DrawnIndex:
+    refits = None if found.refits is None else value(found.refits)
+    draws = spread_by_refits(value(other.draws), refits, found.spread)
+    return DrawnIndex(estimate(float(value(other.point)), draws, found, share=share), draws)
 
 
 def mean_carried(found: Decomposition, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
@@ -230,14 +239,14 @@ def _in_place(mean: Callable[[Quantities], Array]) -> Callable[[Quantities], Arr
     return lambda q: 1 - mean(q)
 
 
-IN_NORM_UNITS = "in_place_normed"
-"""The index of what is added in place in the units of the final norm, without a suffix"""
+IN_NORM_UNITS = ("in_place_normed", "clarity_normed")
+"""Indices in the units of the final norm, without a suffix"""
 
 REACH = "reach"
 """The index of :class:`~lensbench.measures.update.reach.Reach`, of the last layer and so of all layers alike"""
 
 NAMES = (
-    "in_place", IN_NORM_UNITS, "carried", "clarity", "persistence", "kept_low", "kept_high", "news", "readable_gain",
+    "in_place", *IN_NORM_UNITS, "carried", "clarity", "persistence", "kept_low", "kept_high", "news", "readable_gain",
     "commission", "drowned", "pairs_passed",
 )  # fmt: skip
 """The indices that have one over all layers and one with :data:`WITHOUT_LAYER_0` at its end; beside them, :data:`REACH`"""

@@ -128,6 +128,7 @@ class BlockFact:
 IN_FACTS = (
     "in_place",
     "in_place_normed",
+    "clarity_normed",
     "clarity",
     "persistence",
     "kept_low",
@@ -382,9 +383,10 @@ def _by_shares(
         yield MIXED, ""
     if told and all(kind == {PARTIAL} for kind in told):
         return
-    if BELOW in sides(facts["clarity"], rule.clear):
-        yield UNDETERMINED, NOT_CLEAR
-    if ABOVE not in sides(facts["clarity"], rule.clear):
+    clear = clear_sides(rule, facts)
+    if BELOW in clear:
+        yield UNDETERMINED, UNEVEN if ABOVE in sides(facts["clarity"], rule.clear) else NOT_CLEAR
+    if ABOVE not in clear:
         return
     reached, seen = reaches(rule, facts), readings(rule, facts)
     if True in reached and True in seen:
@@ -415,6 +417,13 @@ def share_sides(rule: UpdateRule, facts: UpdateFacts) -> frozenset[str]:
     return found if other.value is None else found | sides(other, rule.carried, rule.added)
 
 
+def clear_sides(rule: UpdateRule, facts: UpdateFacts) -> frozenset[str]:
+    """Where the lower of two clarities may lie: by power and, where it was measured, in the units of the final norm."""
+    found, other = sides(facts["clarity"], rule.clear), facts["clarity_normed"]
+    both = [found] if other.value is None else [found, sides(other, rule.clear)]
+    return frozenset(BELOW if BELOW in pair else ABOVE for pair in itertools.product(*both))
+
+
 def uneven(rule: UpdateRule, facts: UpdateFacts) -> bool:
     """Whether what is added in place surely lies elsewhere in the units of the final norm: no text would change that."""
     other = facts["in_place_normed"]
@@ -438,7 +447,7 @@ def _open(rule: UpdateRule, facts: UpdateFacts, kinds: Sequence[frozenset[str]])
     """The indices whose intervals reach across a threshold."""
     found = ["in_place"] * (len(share_sides(rule, facts)) > 1)
     found += ["kept_high"] * any(len(kind) > 1 for kind in kinds)
-    found += ["clarity"] * (len(sides(facts["clarity"], rule.clear)) > 1)
+    found += ["clarity"] * (len(clear_sides(rule, facts)) > 1)
     found += ["readable_gain"] * (len(readings(rule, facts)) > 1)
     found += ["reach"] * (len(reaches(rule, facts)) > 1)
     return tuple(found)

@@ -121,7 +121,7 @@ class TwoKinds:
 
     width, layers = 24, 5
 
-    def __init__(self, hidden: bool = False):
+    def __init__(self):
         random = torch.Generator().manual_seed(0)
         self.bases = [orthogonal(self.width, random) for _ in range(self.layers)]
         self.readout = read_out(2 * self.width, 120, read=self.width, seed=3)
@@ -136,6 +136,21 @@ class TwoKinds:
             room = room / 1.6 + (1 - is_loud) * x @ self.bases[layer].T
             states.append(1.6**layer * torch.cat([4 * is_loud * x, room], 1))
         states.append(1.6 ** (self.layers - 1) * torch.cat([torch.where(is_loud > 0, 4 * answer, answer), room], 1))
+        return capture_of(self.readout, torch.stack(states), per_document=8, constant=constant, seed=seed)
+
+
+class QuietInNewBases(TwoKinds):
+    """Loud tokens are refined in their places; the others hold the answer in a room apart, in a new basis at every layer."""
+
+    def capture(self, tokens, seed, constant=None):
+        random = torch.Generator().manual_seed(seed)
+        answer = answers(tokens, self.width, random, per_document=8)
+        is_loud = (torch.rand(tokens, 1, generator=random) < 0.3).float()
+        states = []
+        for layer, noise in enumerate(torch.linspace(1.6, 0.3, self.layers)):
+            x = answer + noise * torch.randn(tokens, self.width, generator=random)
+            states.append(torch.cat([4 * is_loud * x, (1 - is_loud) * x @ self.bases[layer].T], 1))
+        states.append(torch.cat([torch.where(is_loud > 0, 4 * answer, answer), 0 * answer], 1))
         return capture_of(self.readout, torch.stack(states), per_document=8, constant=constant, seed=seed)
 
 
@@ -166,6 +181,13 @@ def test_loud_tokens_in_place_do_not_speak_for_quiet_ones_that_carry_along():
     result = verdict_on(TwoKinds())
     found = decide_update(UpdateRule(), result.facts(WITHOUT_FIRST))
     assert result.indices["in_place_without_layer0"][0] > 0.9
+    assert (found.verdict, found.gate) == (UNDETERMINED, UNEVEN)
+
+
+def test_loud_tokens_in_place_do_not_speak_for_quiet_ones_in_new_bases():
+    result = verdict_on(QuietInNewBases())
+    found = decide_update(UpdateRule(), result.facts(WITHOUT_FIRST))
+    assert result.indices["clarity_without_layer0"][0] > 0.8
     assert (found.verdict, found.gate) == (UNDETERMINED, UNEVEN)
 
 

@@ -57,6 +57,7 @@ def facts(
     news=0.05,
     *,
     normed=None,
+    clear_normed=None,
     reach=None,
     width=0.04,
     gate="",
@@ -66,6 +67,7 @@ def facts(
     """The facts of a stream from layer 1 on; ``gate`` stops every pair."""
     named = {"in_place": in_place, "clarity": clarity, "readable_gain": readable, "news": news}
     named |= {} if normed is None else {"in_place_normed": normed}
+    named |= {} if clear_normed is None else {"clarity_normed": clear_normed}
     named |= {} if reach is None else {"reach": reach}
     return UpdateFacts(
         "without layer 0",
@@ -171,6 +173,13 @@ def test_the_units_of_the_final_norm_must_give_the_same_answer():
     assert verdict(in_place=0.55, normed=0.6) == (MIXED, "")
     # An interval that holds both sides is not sure to differ: text may bring them together.
     assert verdict(normed=Estimate(0.75, 0.65, 0.85)) == (UNDETERMINED, "between two answers")
+
+
+def test_additions_are_clear_in_the_units_of_the_final_norm_too():
+    assert verdict(normed=0.97, clear_normed=0.9) == (ADDED, "")
+    assert verdict(normed=1.3, clear_normed=0.2) == (UNDETERMINED, UNEVEN)
+    assert verdict(clarity=0.3, clear_normed=0.9) == (UNDETERMINED, NOT_CLEAR)
+    assert verdict(in_place=0.02, normed=0.02, clear_normed=0.2) == (CARRIED, "")
 
 
 def test_two_pairs_are_too_few_however_many_pass():
