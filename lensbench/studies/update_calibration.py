@@ -54,6 +54,7 @@ class UpdateCalibration(BaseModel):
     )
     tune_streams: int = Field(20, ge=1, description="streams of each family of tune")
     held_out_streams: int = Field(50, ge=1, description="streams of each family of held_out, and of uneven")
+    first_uneven: int = Field(0, ge=0, description="number, and seed, of the first stream of each family of uneven")
     layers: tuple[int, ...] = Field((4, 6, 8), min_length=1, description="of streams of tune; the others draw theirs")
     d: tuple[int, ...] = Field((32, 48, 64), min_length=1)
     noise: tuple[tuple[float, float], ...] = Field(((1.6, 0.3), (1.0, 0.2), (2.0, 0.8)), min_length=1)
@@ -82,7 +83,8 @@ class UpdateCalibration(BaseModel):
         for group in groups:
             count = self.tune_streams if group == "tune" else self.held_out_streams
             for family in getattr(self, group):
-                for number in range(count):
+                start = self.first_uneven if group == "uneven" else 0
+                for number in range(start, start + count):
                     shape = self._shape(family, number) if group == "tune" else {}
                     readable = number % self.readable_every == 0 or family in self.readable_always
                     yield Job(group=group, family=family, number=number, shape=shape, readable=readable)
