@@ -156,3 +156,27 @@ def ruler(
     console.print(ruler_table(beside))
     if out is not None:
         console.print(str(out), highlight=False, markup=False)
+
+
+@app.command()
+@answerable
+def settings(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders with an update decomposition.")],
+    index: Annotated[str, typer.Option(help="Which index of it.")] = "in_place_without_layer0",
+    out: Annotated[
+        Path | None, typer.Option(help="Write both tables into this folder as CSV.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """An index of the update decomposition at other tolerances, metrics and units, and what its doubt is made of."""
+    from lensbench.report.compare import read_distinct
+    from lensbench.report.settings import doubt_frame, settings_frame, settings_tables
+    from lensbench.studies.update_calibration import write_table
+
+    runs = read_distinct(folders)
+    frame, doubt = settings_frame(runs, index), doubt_frame(runs, index)
+    if out is not None:
+        for name, table in (("settings.csv", frame), ("doubt.csv", doubt)):
+            write_table(out / name, table)
+    for shown in settings_tables(frame, doubt):
+        console.print(shown)
