@@ -21,6 +21,10 @@ class TrainingRecipe(BaseModel):
     deep_supervision: float = Field(
         0.0, ge=0, description="weight of the head's mean cross-entropy at layers 1..L-1, added to the last layer's"
     )
+    read_out_alone: bool = Field(
+        False,
+        description="train the read-out alone, with the embedding where the two are tied: blocks stay random features",
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
     @property

@@ -101,11 +101,12 @@ def optimizers_of(model: torch.nn.Module, recipe: TrainingRecipe) -> list[torch.
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     # GPT-2 has its matrices in another class, Conv1D.
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)} - embeddings
-    hidden = [p for p in model.parameters() if id(p) in linear]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in trained if id(p) in linear]
     # Kernels of image convolutions are not matrices, but as large: they have weight decay too.
-    kernels = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    kernels = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.weight.requires_grad]
     taken = linear | {id(p) for p in kernels}
-    others = [p for p in model.parameters() if id(p) not in taken]
+    others = [p for p in trained if id(p) not in taken]
     rate = recipe.learning_rate
     groups = [{"params": others, "weight_decay": 0.0}, {"params": kernels, "weight_decay": recipe.weight_decay}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=(0.9, recipe.beta2))
@@ -309,6 +310,9 @@ def train(
         )
     torch.nn.Module.to(model, device).train()
     readout = find_readout(model) if recipe.deep_supervision else None
+    if recipe.read_out_alone:
+        model.requires_grad_(False)
+        find_readout(model).requires_grad_(True)
     optimizers = optimizers_of(model, recipe)
     start = load_checkpoint(checkpoints, model, optimizers, ranks)
     own = ranks.share(recipe.batch)
@@ -337,5 +341,5 @@ def train(
             optimizer.step()
         if report is not None:
             report(StepReport(step + 1, recipe.steps, last.item(), (step + 1 - start) * recipe.batch * recipe.length))
-    model.eval()
+    model.requires_grad_(True).eval()
     return model

@@ -112,8 +112,9 @@ def save(context: Context, network: PreTrainedModel, folder: Path, length: int) 
 
 
 def training_key(recipe: TrainingRecipe) -> dict[str, Any]:
-    """What a model's weights depend on in a recipe; deep supervision is named only where there is some."""
-    key = recipe.model_dump(exclude={"checkpoint_every"} | (set() if recipe.deep_supervision else {"deep_supervision"}))
+    """What a model's weights depend on in a recipe; what a recipe may leave out is named only where it does not."""
+    unset = {name for name in ("deep_supervision", "read_out_alone") if not getattr(recipe, name)}
+    key = recipe.model_dump(exclude={"checkpoint_every"} | unset)
     return {**key, "optimizer": "Muon in float32 and AdamW"}
 
 

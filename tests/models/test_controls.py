@@ -187,3 +187,17 @@ def test_blocks_of_every_family_are_found(family):
     found = find_parts(build(family, seed=0, **shape, **CHANGES.get(family, {})))
     assert len(found.members) == 4
     assert find_parts(control("gpt-tied")).members == ()
+
+
+def test_a_read_out_alone_is_trained_on_random_features(tmp_path):
+    stream = np.random.default_rng(0).integers(0, 101, 4_000).astype(np.uint16)
+    recipe = TrainingRecipe(tokens=2_000, length=32, batch=8, read_out_alone=True)
+    model, before = control("gpt-conv"), control("gpt-conv").state_dict()
+    train(model, stream, recipe, seed=0, checkpoints=tmp_path, device=torch.device("cpu"))
+    read_out = {
+        name for name, _ in model.named_parameters() if name.split(".")[-2] in ("lm_head", "embed_tokens", "norm")
+    }
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert moved <= read_out
+    assert all(p.requires_grad for p in model.parameters())

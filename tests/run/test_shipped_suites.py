@@ -15,7 +15,7 @@ from lensbench.suite.files import load_suite, name_of, named_files, names_of, on
 
 pytestmark = pytest.mark.run
 
-ARCHITECTURES = {"pythia": "gpt_neox", "gpt2": "gpt2", "pretrained": "llama"}
+ARCHITECTURES = {"pythia": "gpt_neox", "gpt2": "gpt2", "pretrained": "llama", "pretrained-updates": "llama"}
 """Suite -> model type of the models that it names."""
 
 LAYERS = {
