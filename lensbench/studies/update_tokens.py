@@ -178,7 +178,7 @@ def measure(job: TokensJob, recipe: UpdateTokens) -> Row:
     fitted = fitted_to(stream, fit, dev, recipe.fit, job.number, keep=with_truth)
     found = measured(
         stream.readout, fitted, fit, dev, scored, recipe.refits,
-        readable=False, seed=job.number, spread=(job.number, len(job.family)),
+        readable=False, normed=False, seed=job.number, spread=(job.number, len(job.family)),
     )  # fmt: skip
     truth = None
     if with_truth:
@@ -204,7 +204,7 @@ def fitted_to(
 ) -> Fitted:
     """The lenses and maps of a stream; without the moments behind them unless they are to be kept.
 
-    Those of all folds hold ``12 (L + 1) d^2`` numbers of 8 bytes: 8 GiB of 4 layers of width 4096, which the refits need.
+    Those of all folds hold ``12 (L + 1) d^2`` numbers of 8 bytes: 7.5 GiB of 4 layers of width 4096, which the refits need.
     """
     layers, readout = tuple(range(stream.layers)), stream.readout
     fitted = Fitted.of(readout, fit, dev, recipe, layers, "fisher", recipe.tolerance, seed, lambda _: None)
