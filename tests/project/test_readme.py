@@ -15,6 +15,7 @@ from rich.console import Console
 from lensbench.report.calibration_tables import update_calibration_tables
 from lensbench.report.compare import compare_runs
 from lensbench.report.comparison import print_comparison
+from lensbench.report.settings import doubt_frame, settings_frame, settings_tables
 from lensbench.report.study_tables import calibration_table, in_context_tables, regression_table
 from lensbench.report.terminal import print_run
 from lensbench.results import schema as results
@@ -29,7 +30,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.speed.summary import print_ratios  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
+FINDINGS = sorted((ROOT / "results" / "findings").glob("*.md"))
 COMMITTED = ("quick", "smollm2")
+STANDARD = [ROOT / "results" / "standard" / part for part in ("gpt", "pc", "controls")]
+IN_PLACE = "in_place_without_layer0"
 QUOTED = re.compile(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")
 
 
@@ -60,10 +64,15 @@ def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparis
     calibrated = {name: pd.read_csv(ROOT / "results" / "update-calibration" / name) for name in (RIGHT, COVERAGE)}
     for table in update_calibration_tables(calibrated):
         console.print(table)
+    for folders in (STANDARD, [ROOT / "results" / "vision"]):
+        runs = [read_run(folder) for folder in folders]
+        for table in settings_tables(settings_frame(runs, IN_PLACE), doubt_frame(runs, IN_PLACE)):
+            console.print(table)
     printed = console.file.getvalue()
-    quoted = QUOTED.findall(" ".join(README.split()))
-    assert len(quoted) >= 60
-    assert [number for number in quoted if number not in printed] == []
+    for path in (ROOT / "README.md", *FINDINGS):
+        quoted = QUOTED.findall(" ".join(path.read_text().split()))
+        assert len(quoted) >= 20, path.name
+        assert [number for number in quoted if number not in printed] == [], path.name
 
 
 @pytest.mark.results
@@ -142,10 +151,11 @@ def test_every_column_of_every_table_is_documented():
         assert missing == [], name
 
 
-def test_pictures_and_files_that_are_named_exist():
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("text", [ROOT / "README.md", *FINDINGS], ids=lambda path: path.stem)
+def test_pictures_and_files_that_are_named_exist(text):
+    for path in re.findall(r"\]\(([^)#]+)[^)]*\)", text.read_text()):
         if not path.startswith("http"):
-            assert (ROOT / path).exists(), path
+            assert (text.parent / path).exists(), path
 
 
 @pytest.mark.results

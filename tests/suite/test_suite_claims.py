@@ -88,7 +88,9 @@ def test_a_difference_is_described_as_before_there_were_other_claims():
     assert suite_of(old).described()["claims"] == [old]
 
 
-@pytest.mark.parametrize("name", ["standard", "vision", "predictive-coding", "pretrained", "pretrained-updates", "gpt2", "pythia"])
+@pytest.mark.parametrize(
+    "name", ["standard", "vision", "predictive-coding", "pretrained", "pretrained-updates", "gpt2", "pythia"]
+)
 def test_claims_of_the_decomposition_say_whether_a_prototype_had_shown_them(name):
     claims = load_suite(name).claims
     of_decomposition = [c for c in claims if c.against is None or "without_layer0" in c.statements[0]]
