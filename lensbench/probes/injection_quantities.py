@@ -114,7 +114,7 @@ def _add(
         sums.add(quantity, top, layer=layer, other=other)
 
 
-Fate = Literal["corrected", "carried", "neither", "undetermined"]
+Fate = Literal["corrected", "carried", "shrunk", "neither", "undetermined"]
 """What becomes of injected errors"""
 
 
@@ -125,16 +125,18 @@ CARRIED = (0.9, 1.1)
 def fate_of_errors(rows: pd.DataFrame, suffix: str = "_without_layer0") -> Fate:
     """What becomes of injected errors, from the rows of ``probes.csv`` of one model and seed (or of all seeds).
 
-    ``corrected``: an error survives less than a signal, less than noise, and less than 1, each with its interval.
+    ``corrected``: an error survives less than a signal, less than noise, and less than 1, each with its interval, while
+    signals stay. ``shrunk``: it would be, but signals too surely lie below the lower of :data:`CARRIED`, as where skips are
+    scaled down: everything shrinks.
     ``carried``: the interval of its survival lies within :data:`CARRIED`. ``undetermined``: an interval is missing.
     """
     of = rows.drop_duplicates("quantity").set_index("quantity")
-    names = [f"mean_{what}{suffix}" for what in ("survival_error", *DIFFERENCES)]
+    names = [f"mean_{what}{suffix}" for what in ("survival_error", *DIFFERENCES, "survival_signal")]
     if not set(names) <= set(of.index) or of.loc[names, ["ci_low", "ci_high"]].isna().any(axis=None):
         return "undetermined"
     low, high = (of.loc[names, column].astype(float).to_numpy() for column in ("ci_low", "ci_high"))
     if high[0] < 1 and high[1] < 0 and high[2] < 0:
-        return "corrected"
+        return "shrunk" if high[3] < CARRIED[0] else "corrected"
     return "carried" if CARRIED[0] <= low[0] and high[0] <= CARRIED[1] else "neither"
 
 

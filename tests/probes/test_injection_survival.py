@@ -117,8 +117,13 @@ def test_errors_that_shrink_no_more_than_all_else_are_not_called_corrected():
     assert fate_of_errors(PROBES["injection_survival"].measure(subject).frame(200)) != "corrected"
 
 
-def rows(error, signal, noise):
-    values = {"survival_error": error, "error_minus_signal": signal, "error_minus_noise": noise}
+def rows(error, signal, noise, stays=(0.9, 1.1)):
+    values = {
+        "survival_error": error,
+        "error_minus_signal": signal,
+        "error_minus_noise": noise,
+        "survival_signal": stays,
+    }
     return pd.DataFrame(
         [{"quantity": f"mean_{k}_without_layer0", "ci_low": low, "ci_high": high} for k, (low, high) in values.items()]
     )
@@ -128,6 +133,8 @@ def rows(error, signal, noise):
     ("intervals", "expected"),
     [
         (((0.4, 0.6), (-0.5, -0.3), (-0.4, -0.2)), "corrected"),
+        (((0.4, 0.6), (-0.5, -0.3), (-0.4, -0.2), (0.8, 0.95)), "corrected"),
+        (((0.4, 0.6), (-0.5, -0.3), (-0.4, -0.2), (0.6, 0.8)), "shrunk"),
         (((0.4, 0.6), (-0.5, -0.3), (-0.4, 0.2)), "neither"),
         (((0.4, 0.6), (-0.5, 0.3), (-0.4, -0.2)), "neither"),
         (((0.9, 1.01), (-0.5, -0.3), (-0.4, -0.2)), "carried"),

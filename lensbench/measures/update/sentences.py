@@ -300,6 +300,7 @@ def errors_in_words(fate: str, survival: Estimate) -> str:
     left = f"{share(survival)} of each is left"
     return {
         "corrected": f"injected errors are corrected: {left}, less than of signals and of noise",
+        "shrunk": f"injected errors shrink, and so do signals ({left})",
         "carried": f"injected errors are carried, not corrected ({left})",
         "neither": f"injected errors are neither carried as they are nor corrected ({left})",
     }.get(fate, f"what becomes of injected errors is undetermined ({left})")

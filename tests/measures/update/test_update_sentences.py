@@ -182,6 +182,10 @@ def test_no_error_is_called_corrected_but_by_the_probe():
     assert errors_in_words("corrected", about(0.5)) == (
         "injected errors are corrected: 0.50 [0.47, 0.53] of each is left, less than of signals and of noise"
     )
+    assert (
+        errors_in_words("shrunk", about(0.4))
+        == "injected errors shrink, and so do signals (0.40 [0.37, 0.43] of each is left)"
+    )
     assert "neither carried as they are nor corrected" in errors_in_words("neither", about(1.3))
     assert errors_in_words("undetermined", UNKNOWN) == "what becomes of injected errors is undetermined"
 
