@@ -60,24 +60,24 @@ CATALOGUE = (
     Index(
         "shared_retention", "R", "1 - sum_j (K_shared,j - K_jj) / sum_j (K_0 - K_jj)",
         "R: the share of the per-layer lenses' information that one lens for all layers keeps.",
-        compute=lambda m: retention(m.own, m.shared, m.constant), shown=13,
+        compute=lambda m: retention(m.own, m.shared, m.constant), shown=14,
     ),
     Index(
         "rotated_retention", "R in random bases", "R of lenses fitted with every layer in a random basis; mean over bases",
         "R_rot, the random-basis null: R where every layer is in a random basis. It is not zero, because a wide stream can "
         "serve several bases at once.",
-        compute=rotated_retention, each_view=retention_by_view, shown=14,
+        compute=rotated_retention, each_view=retention_by_view, shown=15,
     ),
     Index(
         "loo_shared_retention", "R, layer left out", "R of lenses fitted without the layer they read",
         "R where the lens that reads a layer was fitted without data of this layer.",
-        compute=loo_retention, shown=18,
+        compute=loo_retention, shown=19,
     ),
     Index(
         "shared_retention_refined", "R, refined", "R of lenses refined on KL",
         "R of lenses that were refined on KL. It has no refined null.", stage="refined",
         compute=lambda m: retention(m.own_refined, m.shared_refined, m.constant),
-        variant_of="shared_retention", variant="refined", shown=17,
+        variant_of="shared_retention", variant="refined", shown=18,
     ),
     Index(
         "shared_retention_without_layer0", "R without layer 0", "R with sums over j >= 1",
@@ -94,42 +94,42 @@ CATALOGUE = (
     Index(
         "pair_penalty", "pair penalty", "mean over i < j of M_ij = ((K(T_ij, i) - K_ii) + (K(T_ij, j) - K_jj)) / 2",
         "M: what one lens for two layers costs over a lens for each, mean over pairs.", unit="nats",
-        comparable="models with the same tokens and the same layers chosen", compute=mean_pair_penalty, shown=19,
+        comparable="models with the same tokens and the same layers chosen", compute=mean_pair_penalty, shown=20,
     ),
     Index(
         "pair_penalty_rotated", "pair penalty in random bases", "the mean M_ij in random bases",
         "M where each of the two layers is in a random basis.", unit="nats",
         comparable="models with the same tokens and the same layers chosen", compute=mean_rotated_pair_penalty,
-        variant_of="pair_penalty", variant="in random bases", shown=20,
+        variant_of="pair_penalty", variant="in random bases", shown=21,
     ),
     Index(
         "pair_consistency", "pair consistency", "1 - mean M_ij / mean M_ij in random bases",
         "Near 1: two layers share a lens at no cost. 0: they have no more in common than in random bases. It does not "
         "depend on directions that a layer leaves undetermined.",
-        comparable="models of like depth, with the same layers chosen", compute=pair_consistency, shown=21,
+        comparable="models of like depth, with the same layers chosen", compute=pair_consistency, shown=22,
     ),
     Index(
         "pair_consistency_without_layer0", "pair consistency without layer 0", "pair consistency over 1 <= i < j",
         "Pair consistency from layer 1 on.", comparable="models of like depth, with the same layers chosen",
-        compute=partial(pair_consistency, first=1), variant_of="pair_consistency", variant=WITHOUT_LAYER_0, shown=22,
+        compute=partial(pair_consistency, first=1), variant_of="pair_consistency", variant=WITHOUT_LAYER_0, shown=23,
     ),
     Index(
         "gain_tracking", "gain tracking", "slope of K_shared,j+1 - K_shared,j on K_j+1,j+1 - K_jj",
         "Slope of the shared lens's steps on the per-layer lenses' own. Never read it alone: it misorders synthetic streams "
-        "of known answer.", unit="slope", compute=gain_tracking, shown=23,
+        "of known answer.", unit="slope", compute=gain_tracking, shown=24,
     ),
     Index(
         "gain_visibility", "gain visibility", "sum (K_ii - K_ij) / sum (K_ii - K_jj) over i < j < L",
         "The share of later layers' gain that a lens fixed at an earlier layer sees. Above 0: fixed lenses see gains. Below "
         "0: the representation changes, or new information overlaps what is carried along.",
         stage="matrix", comparable="lenses of the same tolerance", compute=gain_visibility, variant="all pairs of layers",
-        shown=24, on_the_curve=True,
+        shown=25, on_the_curve=True,
     ),
     Index(
         "gain_visibility_adjacent", "gain visibility, adjacent layers", "gain visibility over j = i + 1",
         "Gain visibility between adjacent layers.", stage="matrix", comparable="lenses of the same tolerance",
         compute=partial(gain_visibility, keep=lambda i, j: j == i + 1),
-        variant_of="gain_visibility", variant="adjacent layers", shown=25,
+        variant_of="gain_visibility", variant="adjacent layers", shown=26,
     ),
     Index(
         "gain_visibility_adjacent_without_layer0", "gain visibility, adjacent layers without layer 0",
@@ -143,12 +143,12 @@ CATALOGUE = (
         "gain_visibility_without_layer0", "gain visibility without layer 0", "gain visibility over 1 <= i < j < L",
         "Gain visibility from layer 1 on: the step away from the embedding is often most of the sum.",
         stage="matrix", comparable="lenses of the same tolerance", compute=partial(gain_visibility, keep=_pairs_from_1),
-        variant_of="gain_visibility", variant=WITHOUT_LAYER_0, shown=26, on_the_curve=True,
+        variant_of="gain_visibility", variant=WITHOUT_LAYER_0, shown=27, on_the_curve=True,
     ),
     Index(
         "movement", "movement", "sum D_ij / sum (K_ii - K_jj) over i < j < L, D_ij = E KL(q_ii || q_ij)",
         "How much changes under fixed lenses, per nat of gain. Visibility 0 with movement 0: carry-along.",
-        stage="matrix", unit="nats per nat", comparable="lenses of the same tolerance", compute=movement, shown=27,
+        stage="matrix", unit="nats per nat", comparable="lenses of the same tolerance", compute=movement, shown=28,
         on_the_curve=True,
     ),
     Index(
@@ -159,7 +159,7 @@ CATALOGUE = (
     Index(
         "distance_trend", "penalty with distance", "Spearman correlation of C_ij - C_jj with |i - j|, i != j",
         "Rank correlation of the published transfer penalty with the distance between layers.", stage="matrix",
-        unit="rank correlation", source="2303.08112", compute=distance_trend, shown=28,
+        unit="rank correlation", source="2303.08112", compute=distance_trend, shown=29,
     ),
     Index(
         "distance_trend_forward", "penalty with distance, forward", "distance trend over i < j",
@@ -179,7 +179,7 @@ CATALOGUE = (
         "held-out text better than lenses per layer, which are fitted to less. Blind to information that is carried along "
         "unchanged.",
         compute=lambda m: consistency(retention(m.own, m.shared, m.constant), rotated_retention(m)),
-        made_of=("shared_retention", "rotated_retention"), shown=15,
+        made_of=("shared_retention", "rotated_retention"), shown=16,
     ),
     Index(
         "shared_consistency_without_layer0", "consistency without layer 0", "consistency of R and R_rot without layer 0",
@@ -188,7 +188,7 @@ CATALOGUE = (
             retention(m.own[..., 1:], m.shared[..., 1:], m.constant), rotated_retention(m, first=1)
         ),
         made_of=("shared_retention_without_layer0", "rotated_retention_without_layer0"),
-        variant_of="shared_consistency", variant=WITHOUT_LAYER_0, shown=16,
+        variant_of="shared_consistency", variant=WITHOUT_LAYER_0, shown=17,
     ),
     Index(
         "gain_visibility_distance_K", "gain visibility at distance K", "gain visibility over j = i + K",

@@ -25,6 +25,10 @@ def updates_of(run: Run) -> dict[tuple[str, int], Found]:
         values[name], draws[name] = value, drawn.get((*who, name), np.full(DRAWS, value))
         if np.isnan(value):
             reasons[name] = str(row["reason"])
+    for values, draws, reasons in found.values():
+        for name in set(names) - set(values):
+            values[name], draws[name] = np.nan, np.full(DRAWS, np.nan)
+            reasons[name] = "not measured: a run of an earlier version"
     return found
 
 

@@ -96,10 +96,17 @@ class Statement:
         return f"{self.model} ({self.scope}, lenses held fixed): {self.answer}. {self.reasons}"
 
 
+EARLIER_THRESHOLDS = {"news"}
+"""Of the rule on the update decomposition in earlier versions: their runs are judged by what is left of it"""
+
+
 def rule_of(run: Run) -> VerdictRule:
     """The rule that a run was judged by; raises :class:`LensbenchError` for a manifest whose rule is not one."""
+    content = dict(run.manifest.suite.verdict)
+    if isinstance(update := content.get("update"), dict):
+        content["update"] = {name: value for name, value in update.items() if name not in EARLIER_THRESHOLDS}
     try:
-        return VerdictRule(**run.manifest.suite.verdict)
+        return VerdictRule(**content)
     except (TypeError, ValueError) as error:
         raise LensbenchError(f"{run.folder}: its manifest's verdict is no rule: {error}") from error
 

@@ -64,10 +64,9 @@ def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparis
     calibrated = {name: pd.read_csv(ROOT / "results" / "update-calibration" / name) for name in (RIGHT, COVERAGE)}
     for table in update_calibration_tables(calibrated):
         console.print(table)
-    for folders in (STANDARD, [ROOT / "results" / "vision"]):
-        runs = [read_run(folder) for folder in folders]
-        for table in settings_tables(settings_frame(runs, IN_PLACE), doubt_frame(runs, IN_PLACE)):
-            console.print(table)
+    runs = [read_run(folder) for folder in STANDARD]
+    for table in settings_tables(settings_frame(runs, IN_PLACE), doubt_frame(runs, IN_PLACE)):
+        console.print(table)
     printed = console.file.getvalue()
     for path in (ROOT / "README.md", *FINDINGS):
         quoted = QUOTED.findall(" ".join(path.read_text().split()))

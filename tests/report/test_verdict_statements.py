@@ -5,8 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lensbench.errors import LensbenchError
 from lensbench.report.terminal import verdict_cell
-from lensbench.report.verdicts import landmarks_in_words, update_statements
+from lensbench.report.verdicts import landmarks_in_words, rule_of, update_statements
 from lensbench.results.folder import Run, read_run
 from lensbench.results.schema import no_rows
 
@@ -36,6 +37,17 @@ def test_verdicts_on_landmarks_are_said_once_and_each_where_seeds_differ():
     )
     assert landmarks_in_words(table, "gpt", "without layer 0") == ""
     assert landmarks_in_words(table, "other", "all layers") == ""
+
+
+def test_a_rule_of_an_earlier_version_is_read_without_what_is_no_longer_asked():
+    run = read_run(RESULTS / "vision")
+    rule = {"visible": 0.61, "update": {"added": 0.8, "news": 0.5}}
+    suite = run.manifest.suite.model_copy(update={"verdict": rule})
+    found = rule_of(Run(run.folder, run.manifest.model_copy(update={"suite": suite}), run.tables))
+    assert (found.visible, found.update.added) == (0.61, 0.8)
+    suite = run.manifest.suite.model_copy(update={"verdict": {"update": {"aded": 0.8}}})
+    with pytest.raises(LensbenchError, match="its manifest's verdict is no rule"):
+        rule_of(Run(run.folder, run.manifest.model_copy(update={"suite": suite}), run.tables))
 
 
 def test_a_statement_is_the_sentence_of_the_table_and_its_landmarks():

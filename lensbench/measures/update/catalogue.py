@@ -78,7 +78,7 @@ OF_UPDATES: tuple[Index, ...] = (
     Index(
         "reach", "reach", "1 - KL of the last layer's lens / KL of the best constant", "How much of the prediction the lens "
         "of the last layer reads. What no linear lens reads before the last block, no share speaks of.",
-        comparable="all models", of_updates=True,
+        comparable="all models", of_updates=True, shown=13,
     ),
 )  # fmt: skip
 """Two for each quantity, over all pairs of layers and without layer 0; reach is of the last layer alone"""
