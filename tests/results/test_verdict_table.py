@@ -121,11 +121,11 @@ def test_the_null_of_shuffled_updates_stands_in_the_sentence():
 
 def test_what_becomes_of_errors_is_said_where_the_probe_has_measured_it():
     tables = run_tables({"gpt": [0.98], "unmeasured": [0.98]})
-    names = ["mean_survival_error", "mean_error_minus_signal", "mean_error_minus_noise"]
+    names = ["mean_survival_error", "mean_error_minus_signal", "mean_error_minus_noise", "mean_survival_signal"]
     rows = [
         {"model": "gpt", "seed": 0, "probe": "injection_survival", "quantity": f"{name}_without_layer0"}
         | {"value": value, "ci_low": value - 0.02, "ci_high": value + 0.02}
-        for name, value in zip(names, (1.01, -0.1, 0.0), strict=True)
+        for name, value in zip(names, (1.01, -0.1, 0.0, 1.11), strict=True)
     ]
     tables["probes.csv"] = frame("probes.csv", rows)
     found = verdict_table(tables, {}, RULE).set_index(["model", "scope"])["sentence"]
