@@ -93,7 +93,9 @@ def test_what_holds_a_model_back_is_said_with_its_threshold():
 
 
 def test_the_findings_quote_the_verdicts_of_standard():
-    rows = re.findall(r"^\| `([^`]+)` \|.*\| ([^|]+) \|$", (ROOT / "results" / "findings" / "fixed-lenses.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `([^`]+)` \|.*\| ([^|]+) \|$", (ROOT / "results" / "findings" / "fixed-lenses.md").read_text(), re.M
+    )
     quoted = {model: verdict for model, verdict in rows if verdict.startswith((CANNOT_TELL, *conditions_of_standard()))}
     found = {}
     for part in ("gpt", "pc", "controls"):
