@@ -171,12 +171,12 @@ def settings(
     """An index of the update decomposition at other tolerances, metrics and units, and what its doubt is made of."""
     from lensbench.report.compare import read_distinct
     from lensbench.report.settings import doubt_frame, settings_frame, settings_tables
-    from lensbench.studies.update_calibration import write_table
+    from lensbench.results.folder import write_csv
 
     runs = read_distinct(folders)
     frame, doubt = settings_frame(runs, index), doubt_frame(runs, index)
     if out is not None:
         for name, table in (("settings.csv", frame), ("doubt.csv", doubt)):
-            write_table(out / name, table)
+            write_csv(out / name, table)
     for shown in settings_tables(frame, doubt):
         console.print(shown)

@@ -30,7 +30,7 @@ SMALLEST_SHOWN = 1e-4
 """Tables show no smaller p than this: a tail so far out is more than an interval tells"""
 
 
-REACH = float(stats.norm.ppf(0.975))
+ERRORS_TO_END = float(stats.norm.ppf(0.975))
 """Standard errors from a value to an end of its 95 % interval"""
 
 
@@ -243,7 +243,7 @@ def t_test(points: list[float], bound: float, above: bool) -> float:
 def normal_test(value: float, low: float, high: float, bound: float, above: bool) -> float:
     """One-sided p from a 95 % interval: its half on the side of the bound is 1.96 standard errors."""
     distance = (value - bound) / (value - low) if above else (bound - value) / (high - value)
-    return float(stats.norm.sf(REACH * distance))
+    return float(stats.norm.sf(ERRORS_TO_END * distance))
 
 
 def undefined_at(values: BySeed, seeds: list[str]) -> str:

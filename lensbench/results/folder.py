@@ -168,6 +168,14 @@ def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
     write_atomically(folder / name, write)
 
 
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """A table of a study as CSV, compressed where its name says so, with six digits; the same table gives the same bytes."""
+    # Without a time of writing, which would change the bytes.
+    compression: Any = {"method": "gzip", "mtime": 0} if path.suffix == PACKED else None
+    write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.6g", compression=compression)
+    write_atomically(path, write)
+
+
 def numbered(name: str, table: pd.DataFrame) -> pd.DataFrame:
     """A table with the columns of its schema, in their order; columns of numbers and gaps are numbers, not objects."""
     columns, text = list(SCHEMA[name]), TEXT_COLUMNS | TEXT_COLUMNS_OF.get(name, set())

@@ -6,8 +6,7 @@ measured is kept apart from what is decided: another rule judges the same stream
 """
 
 import hashlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,23 +19,28 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import UpdateResult
 from lensbench.measures.update.decomposition import Fitted, measured
 from lensbench.measures.update.verdict import UpdateRule
-from lensbench.results.folder import claimed
+from lensbench.results.folder import claimed, write_csv
 from lensbench.results.manifest import write_manifest
-from lensbench.runtime.files import sha256, write_atomically
+from lensbench.runtime.files import sha256
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.studies.held_out import HELD_OUT_FAMILIES, HeldOutStream
 from lensbench.studies.held_out_uneven import UNEVEN_FAMILIES, UnevenStream
 from lensbench.studies.kept_rows import kept_rows
 from lensbench.studies.population import Population
 from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream
-from lensbench.studies.update_tables import BLOCKS, COMPRESSED, STREAMS, Row, stream_tables, summaries
+from lensbench.studies.update_tables import BLOCKS, STREAMS, Row, stream_tables, summaries
 from lensbench.studies.update_truth import Values, declared_values, true_values
 
 VERSION = 4
 """Increased when the same settings give another row for a stream, so that old rows are not reused"""
 
 Group = Literal["tune", "held_out", "uneven"]
-GROUPS: tuple[Group, ...] = ("tune", "held_out", "uneven")
+FAMILIES: dict[Group, Mapping[str, Any]] = {
+    "tune": STREAM_FAMILIES, "held_out": HELD_OUT_FAMILIES, "uneven": UNEVEN_FAMILIES,
+}  # fmt: skip
+"""Group -> the families that it chooses from"""
+
+GROUPS: tuple[Group, ...] = tuple(FAMILIES)
 
 
 class UpdateCalibration(BaseModel):
@@ -70,10 +74,8 @@ class UpdateCalibration(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> "UpdateCalibration":
-        for names, families in (
-            (self.tune, STREAM_FAMILIES), (self.held_out, HELD_OUT_FAMILIES), (self.uneven, UNEVEN_FAMILIES),
-        ):  # fmt: skip
-            for name in names:
+        for group, families in FAMILIES.items():
+            for name in getattr(self, group):
                 if name not in families:
                     raise ValueError(f"unknown family {name!r}; there are {', '.join(families)}")
         return self
@@ -110,11 +112,10 @@ class Job(BaseModel):
 
     def stream(self) -> SyntheticStream | HeldOutStream | UnevenStream:
         """The stream itself."""
-        if self.group == "uneven":
-            return UnevenStream(self.family, seed=self.number)
-        if self.group == "held_out":
-            return HeldOutStream(self.family, seed=self.number)
-        return SyntheticStream(self.family, Shape(**self.shape), seed=self.number)
+        if self.group == "tune":
+            return SyntheticStream(self.family, Shape(**self.shape), seed=self.number)
+        made: type[HeldOutStream | UnevenStream] = HeldOutStream if self.group == "held_out" else UnevenStream
+        return made(self.family, seed=self.number)
 
 
 OF_ROW = {"fit_tokens", "dev_tokens", "eval_tokens", "refits", "fit", "further_pairs"}
@@ -179,13 +180,13 @@ def run_update_calibration(
         rows = measured_rows(recipe, folder / "streams", groups, workers, progress)
         tables = stream_tables(rows)
         for name, table in tables.items():
-            write_table(folder / name, table)
+            write_csv(folder / name, table)
         # From what was written: the committed tables give the same verdicts, to the last digit.
         written = {name: pd.read_csv(folder / name) for name in tables}
         tables |= summaries(written[STREAMS], written[BLOCKS], recipe.rule)
         for name, table in tables.items():
             if name not in written:
-                write_table(folder / name, table)
+                write_csv(folder / name, table)
         manifest = {
             "update_calibration": recipe.model_dump(mode="json"),
             "suite_name": recipe.name,
@@ -194,15 +195,6 @@ def run_update_calibration(
         }
         write_manifest(folder, manifest)
     return tables
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV, compressed where its name says so, with six digits; the same table gives the same bytes."""
-    compression: Any = COMPRESSED if path.suffix == ".gz" else None
-    write_atomically(
-        path,
-        partial(table.to_csv, index=False, lineterminator="\n", float_format="%.6g", compression=compression),
-    )
 
 
 def measured_rows(

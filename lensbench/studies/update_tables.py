@@ -30,9 +30,6 @@ STREAMS, BLOCKS, VERDICTS, COVERAGE, RIGHT = (
     "streams.csv.gz", "blocks.csv.gz", "verdicts.csv", "coverage.csv", "right.csv",
 )  # fmt: skip
 
-COMPRESSED = {"method": "gzip", "mtime": 0}
-"""Without a time of writing, so that the same table gives the same bytes"""
-
 SUFFIX = SUFFIXES[WITHOUT_FIRST]
 
 QUANTITIES = (

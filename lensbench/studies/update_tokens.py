@@ -20,7 +20,7 @@ from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update.decomposition import Decomposition, Fitted, measured
 from lensbench.measures.update.summary import drawn_indices
-from lensbench.results.folder import claimed
+from lensbench.results.folder import claimed, write_csv
 from lensbench.results.manifest import write_manifest
 from lensbench.runtime.files import sha256
 from lensbench.runtime.progress import QUIET, Progress
@@ -29,7 +29,6 @@ from lensbench.streams.capture import Capture, room_for
 from lensbench.studies.kept_rows import kept_rows
 from lensbench.studies.population import Population
 from lensbench.studies.synthetic import STREAM_FAMILIES, Shape, SyntheticStream
-from lensbench.studies.update_calibration import write_table
 from lensbench.studies.update_tables import LETTERS, Row
 from lensbench.studies.update_token_tables import POINTS, points_table, summaries
 from lensbench.studies.update_truth import true_values
@@ -243,13 +242,13 @@ def run_update_tokens(
     common = {"version": VERSION} | settings
     with claimed(folder, recipe.name):
         rows = kept_rows(jobs, measure, recipe, kept, common=common, workers=workers, progress=progress)
-        write_table(folder / POINTS, points_table(rows))
+        write_csv(folder / POINTS, points_table(rows))
         # From what was written: the committed table gives the same sums, to the last digit.
         tables = {POINTS: pd.read_csv(folder / POINTS)}
         tables |= summaries(tables[POINTS], recipe.half_width)
         for name, table in tables.items():
             if name != POINTS:
-                write_table(folder / name, table)
+                write_csv(folder / name, table)
         manifest = {
             "update_tokens": recipe.model_dump(mode="json"),
             "suite_name": recipe.name,

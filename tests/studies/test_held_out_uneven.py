@@ -56,26 +56,6 @@ def with_gains(stream: UnevenStream) -> float:
     return float(np.exp(-(stream.drawn.get("spread_of_layers", 0.0) ** 2)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_seed_gives_the_same_stream_and_another_seed_another_one(family):
-    first, again, other = (UnevenStream(family, seed=s).capture(40, seed=1) for s in (3, 3, 4))
-    assert torch.equal(first.states, again.states)
-    assert torch.equal(first.targets, again.targets)
-    assert first.states.shape != other.states.shape or not torch.allclose(first.states, other.states)
-    assert not torch.equal(first.states, UnevenStream(family, seed=3).states(40, seed=2))
-
-
-def test_uneven_streams_differ_in_width_depth_and_noise_within_their_ranges():
-    for family, made in UNEVEN_FAMILIES.items():
-        streams = [UnevenStream(family, seed=seed) for seed in range(6)]
-        assert all(24 <= stream.d <= 96 and 4 <= stream.layers <= 10 for stream in streams)
-        for name, limits in made.ranges.items():
-            values = [stream.drawn[name] for stream in streams]
-            assert len(set(values)) > 1
-            assert set(values) <= set(limits) if isinstance(limits[0], str) else min(limits) <= min(values)
-            assert isinstance(limits[0], str) or max(values) <= max(limits)
-
-
 def test_names_of_uneven_families_are_not_those_of_the_first_held_out_ones():
     assert not set(UNEVEN_FAMILIES) & set(HELD_OUT_FAMILIES)
     with pytest.raises(ValueError, match="unknown family 'growing'"):

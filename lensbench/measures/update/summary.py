@@ -188,19 +188,11 @@ def _in_norm_units(found: Decomposition, pairs: NDArray[np.bool_], reason: str) 
     other = next((one for one in found.variants if one.setting == NORMED), None)
     if other is None:
         return dict.fromkeys(IN_NORM_UNITS, _without("not measured: of landmarks and other settings it is left out"))
-    made = {"clarity_normed": _of_variant(found, other, plain_mean("clarity", pairs), share=True)}
+    made = {"clarity_normed": _of(found, plain_mean("clarity", pairs), share=True, variant=other)}
     if reason:
         return made | {"in_place_normed": _without(reason)}
     mean = mean_carried(found, passing(found, pairs))
-    return made | {"in_place_normed": _of_variant(found, other, _in_place(mean))}
-
-
-def _of_variant(
-    found: Decomposition, other: Variant, value: Callable[[Quantities], Array], *, share: bool = False
-) -> DrawnIndex:
-    refits = None if found.refits is None else value(found.refits)
-    draws = spread_by_refits(value(other.draws), refits, found.spread)
-    return DrawnIndex(estimate(float(value(other.point)), draws, found, share=share), draws)
+    return made | {"in_place_normed": _of(found, _in_place(mean), variant=other)}
 
 
 def mean_carried(found: Decomposition, pairs: NDArray[np.bool_]) -> Callable[[Quantities], Array]:
@@ -311,12 +303,18 @@ def _ratio(found: Decomposition, old: Array, new: Array) -> DrawnIndex:
     return DrawnIndex(estimate(old.sum() / new.sum(), drawn, found), drawn)
 
 
-def _of(found: Decomposition, value: Callable[[Quantities], Array], *, share: bool = False) -> DrawnIndex:
-    """An index that is a function of quantities, with documents and refits in its interval; see :func:`estimate`."""
-    refits, of_documents = None if found.refits is None else value(found.refits), value(found.draws)
+def _of(
+    found: Decomposition, value: Callable[[Quantities], Array], *, share: bool = False, variant: Variant | None = None
+) -> DrawnIndex:
+    """An index that is a function of quantities, with documents and refits in its interval; see :func:`estimate`.
+
+    Of a variant, documents are its own; refits are those of the reported setting, so that no share of them is told.
+    """
+    quantities = found if variant is None else variant
+    refits, of_documents = None if found.refits is None else value(found.refits), value(quantities.draws)
     draws = spread_by_refits(of_documents, refits, found.spread)
-    one = estimate(float(value(found.point)), draws, found, share=share)
-    return DrawnIndex(one, draws, _share_of(refits, of_documents))
+    one = estimate(float(value(quantities.point)), draws, found, share=share)
+    return DrawnIndex(one, draws, _share_of(refits, of_documents) if variant is None else None)
 
 
 def _share_of(refits: Array | None, of_documents: Array) -> float | None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lensbench.measures.means import Estimate
 from lensbench.measures.update.gates import FEWEST_PAIRS, NO_FALL, NOT_KEPT, REASONS, SMALLEST_SHARE, Gate, pairs_needed
+from lensbench.measures.update.summary import REACH
 
 UpdateAnswer = Literal[
     "added up in one representation", "carried along", "re-represented", "mixed", "undetermined"
@@ -140,7 +141,7 @@ IN_FACTS = (
 )
 """The indices of the decomposition that verdicts and sentences look at"""
 
-OF_ANY_SCOPE = ("reach",)
+OF_ANY_SCOPE = (REACH,)
 """Those that are the same in either scope"""
 
 ALL_LAYERS, WITHOUT_FIRST = "all layers", "without layer 0"
@@ -404,8 +405,8 @@ def measured(one: Estimate) -> bool:
 
 def reaches(rule: UpdateRule, facts: UpdateFacts) -> frozenset[bool]:
     """Whether the last layer's lens reads enough of the prediction, as far as its interval tells; yes if not measured."""
-    reach = facts["reach"]
-    if not measured(reach) or reach.value is None:
+    reach = facts[REACH]
+    if reach.value is None:
         return frozenset({True})
     return frozenset(side == ABOVE for side in sides(reach, rule.reach))
 
@@ -449,7 +450,7 @@ def _open(rule: UpdateRule, facts: UpdateFacts, kinds: Sequence[frozenset[str]])
     found += ["kept_high"] * any(len(kind) > 1 for kind in kinds)
     found += ["clarity"] * (len(clear_sides(rule, facts)) > 1)
     found += ["readable_gain"] * (len(readings(rule, facts)) > 1)
-    found += ["reach"] * (len(reaches(rule, facts)) > 1)
+    found += [REACH] * (len(reaches(rule, facts)) > 1)
     return tuple(found)
 
 
