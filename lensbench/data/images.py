@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lensbench.data.corpus import SPLITS
+from lensbench.data.samples import fingerprint_of
 from lensbench.errors import LensbenchError
 from lensbench.runtime.environment import needs
 from lensbench.runtime.texts import open_file
@@ -84,6 +85,11 @@ class Images:
     def clusters(self) -> NDArray[np.int64]:
         """int64 [S]: every image is its own cluster"""
         return self.documents
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the names and classes of the images, and of those that the set holds"""
+        return fingerprint_of((self.rows, self.labels), (self.of.checksum, *self.document_names))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -4,6 +4,8 @@
 no other difference between language models and image classifiers.
 """
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -48,6 +50,11 @@ class Samples(Protocol):
         """Positions that a model reads in one input: the tokens of a window, 1 for an image"""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what tells these inputs and their scored positions from others of the same data"""
+        ...
+
     def __len__(self) -> int: ...
 
     def scored(self, rows: slice) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
@@ -65,3 +72,13 @@ class Samples(Protocol):
     def spread(self, count: int) -> Self:
         """``count`` inputs, or all if there are fewer, evenly spread over their order."""
         ...
+
+
+def fingerprint_of(arrays: Sequence[NDArray[Any]], names: Sequence[str]) -> str:
+    """SHA-256 (hex) of the types, shapes and contents of arrays, and of names."""
+    whole = hashlib.sha256()
+    for array in arrays:
+        whole.update(f"{array.dtype} {array.shape}".encode())
+        whole.update(np.ascontiguousarray(array).tobytes())
+    whole.update("\0".join(names).encode())
+    return whole.hexdigest()

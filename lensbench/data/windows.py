@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lensbench.data.corpus import clusters_of
+from lensbench.data.samples import fingerprint_of
 from lensbench.data.tokens import TokenizedDocument
 from lensbench.errors import LensbenchError
 
@@ -46,6 +47,12 @@ class Windows:
         """The next token's id at each scored position of some windows, ``[n]``."""
         row, column = np.nonzero(self.valid[rows])
         return self.ids[rows][row, self.positions[rows][row, column] + 1]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the windows, their documents and their positions"""
+        arrays = (self.ids, self.lengths, self.positions, self.valid, self.documents, self.sequence, self.next_bytes)
+        return fingerprint_of(arrays, self.document_names)
 
     def __len__(self) -> int:
         """Number S of windows."""

@@ -1,17 +1,27 @@
-"""States of a model at the positions that a stage looks at."""
+"""States of a model at the positions that a stage looks at, computed once for all stages of the model and seed."""
 
+import shutil
 import time
+from functools import partial
 
 from torch import Tensor
 
-from lensbench.data.samples import Samples
-from lensbench.run.context import Context
+from lensbench.data.samples import Samples, fingerprint_of
+from lensbench.run.context import CODE_VERSION, Context, digest_of
+from lensbench.run.origin import Origin
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, capture
+from lensbench.streams.kept import STATES, keep, kept, mapped_file
 from lensbench.streams.kl import choose_product_dtype
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
+
+KEPT = "states"
+"""Folder of kept captures in a run folder: one folder for each, named by its key"""
+
+CAPTURE_FORMAT = 1
+"""Raised when captures hold something else, so that older ones are not read"""
 
 
 def captured_states(
@@ -20,11 +30,15 @@ def captured_states(
     samples: Samples,
     *,
     name: str,
+    origin: Origin | None = None,
     constant: Tensor | None = None,
     rotation: RotatedView | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Capture, ReadOut]:
-    """One pass over the samples (this process's share of them), and the read-out to score its states with.
+    """States and predictions of the samples (this process's share of them), and the read-out to score its states with.
+
+    Those of one process are kept on disk for the next stage that asks for the same samples of the same ``origin``.
+    Without an origin, and with several ``ranks``, the model passes over the samples each time.
 
     The read-out is the stream's own. On a GPU it makes the products of log-partitions in bfloat16 where these states show
     that bfloat16 agrees with float32; the stream's read-out stays as it is.
@@ -36,9 +50,18 @@ def captured_states(
             rate = done * samples.positions_read / (time.perf_counter() - start)
             task.update(done, f"{rate:,.0f} {context.unit}s/s")
 
-        captured = capture(
-            stream, samples, constant=constant, memory_gib=context.suite.fit.memory_gib, report=report, ranks=ranks
-        )
+        passed = partial(capture, stream, samples, constant=constant, report=report)
+        memory_gib = context.suite.fit.memory_gib
+        if origin is None or ranks.size > 1:
+            captured = passed(memory_gib=memory_gib, ranks=ranks)
+        else:
+            store = KeptCaptures(context, origin, stream)
+            found = store.find(samples, constant)
+            if found is None:
+                captured = store.capture(passed, samples, constant, memory_gib)
+            else:
+                captured = found
+                task.update(len(samples), "kept by an earlier stage")
     # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
     sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
     dtype = ranks.told(choose_product_dtype(stream.readout, stream.readout.final_norm(sample)))
@@ -46,3 +69,82 @@ def captured_states(
         context.progress.say(f"log-partitions in {str(dtype).removeprefix('torch.')}, which agrees with float32 here")
     readout = stream.readout.with_products_in(dtype)
     return captured if rotation is None else rotation.apply(captured), readout
+
+
+class KeptCaptures:
+    """The captures of a run that are on disk.
+
+    They are there while the stages of a model need them: those of another model are removed when this one's are made, all
+    of them at the end of the run (:func:`forget_captures`). An interrupted run leaves them to the next one. A capture that
+    would take more than half of the free disk is not kept.
+    """
+
+    def __init__(self, context: Context, origin: Origin, stream: ResidualStream):
+        self.context, self.origin, self.stream = context, origin, stream
+        self.root = context.folder / KEPT
+
+    def key(self, samples: Samples, constant: Tensor | None) -> str:
+        """Digest of all that a capture depends on."""
+        key = {
+            "model": self.origin.digest,
+            "view": self.stream.view,
+            "samples": samples.fingerprint,
+            "length": self.context.suite.length,
+            "constant": None if constant is None else fingerprint_of([constant.cpu().numpy()], ()),
+            "device": self.context.device.type,
+            "code": CODE_VERSION,
+            "format": CAPTURE_FORMAT,
+        }
+        return digest_of(key)[:24]
+
+    def find(self, samples: Samples, constant: Tensor | None) -> Capture | None:
+        """The capture of these samples, if it is there and whole."""
+        key = self.key(samples, constant)
+        found = kept(self.root / key, self.stream.device)
+        if found is not None:
+            self.context.cache.captures[key] = self.origin.name
+        return found
+
+    def capture(
+        self, passed: "partial[Capture]", samples: Samples, constant: Tensor | None, memory_gib: float
+    ) -> Capture:
+        """A pass over the samples; what it gives is kept, if there is room."""
+        self.forget_others()
+        size = 4 * (self.stream.layers + 1) * int(samples.valid.sum()) * self.stream.d_model
+        free = shutil.disk_usage(self.context.folder).free
+        if size > free / 2:
+            self._say_once(
+                f"states of {self.origin.name} take {size / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB "
+                f"free in {self.context.folder}: they are not kept, each stage computes them again"
+            )
+            return passed(memory_gib=memory_gib)
+        key = self.key(samples, constant)
+        folder, partial_folder = self.root / key, self.root / f"{key}.partial"
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir(parents=True)
+        if self.stream.device.type == "cpu":
+            captured = passed(room=partial(mapped_file, partial_folder / STATES))
+        else:
+            captured = passed(memory_gib=memory_gib)
+        keep(captured, partial_folder)
+        partial_folder.replace(folder)
+        self.context.cache.captures[key] = self.origin.name
+        return captured
+
+    def forget_others(self) -> None:
+        """Remove the captures of other models that this process has made or read."""
+        known = self.context.cache.captures
+        for key in [key for key, model in known.items() if model != self.origin.name]:
+            shutil.rmtree(self.root / key, ignore_errors=True)
+            del known[key]
+
+    def _say_once(self, line: str) -> None:
+        if line not in self.context.cache.warned:
+            self.context.cache.warned.add(line)
+            self.context.progress.say(line)
+
+
+def forget_captures(context: Context) -> None:
+    """Remove all kept captures: the run is finished, or starts over."""
+    shutil.rmtree(context.folder / KEPT, ignore_errors=True)
+    context.cache.captures.clear()

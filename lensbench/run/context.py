@@ -39,6 +39,8 @@ class Cache:
     """What each pretrained source holds"""
     data: dict[str, Data] = field(default_factory=dict)
     """Tokenised texts, or images, by the name of the tokenizer"""
+    captures: dict[str, str] = field(default_factory=dict)
+    """Captures on disk that this process has made or read: key -> name of the model"""
     warned: set[str] = field(default_factory=set)
     """Sources that the user was warned about"""
     corpus: Corpus | None = None

@@ -39,10 +39,12 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
             raise LensbenchError(f"model {model.name} has one layer: there is nothing to transfer a lens to")
         loaded = None if model.lens is None else loaded_lens(model.lens, stream)
         samples = data.samples("fit", recipe.sequences, recipe.positions)
-        captured, _ = captured_states(context, stream, samples, name=f"capture-fit-{who}", ranks=context.ranks)
+        captured, _ = captured_states(
+            context, stream, samples, name=f"capture-fit-{who}", origin=origin, ranks=context.ranks
+        )
         samples, constant = data.samples("dev", recipe.dev_sequences, recipe.dev_positions), captured.mean_p
         dev, readout = captured_states(
-            context, stream, samples, name=f"capture-dev-{who}", constant=constant, ranks=context.ranks
+            context, stream, samples, name=f"capture-dev-{who}", origin=origin, constant=constant, ranks=context.ranks
         )
         if model.rotated:
             view = random_bases(context, captured, seed)

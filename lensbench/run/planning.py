@@ -67,14 +67,16 @@ def planning(context: Context, model: ModelRecipe, seed: int) -> Stage:
 def scored_pilot(context: Context, model: ModelRecipe, seed: int, count: int) -> Pilot:
     """Widths of the penalties' intervals on at most ``count`` held-out sequences."""
     fitted, who = fitting(context, model, seed), f"{model.name}-seed{seed}"
-    maps = Fit.load(fitted.folder).headline.maps
-    stream = stream_of(context, origin_of(context, model, seed), model.view)
+    fit = Fit.load(fitted.folder)
+    origin = origin_of(context, model, seed)
+    stream = stream_of(context, origin, model.view)
     start = time.perf_counter()
     samples = eval_samples(context, data_of(context, model), count)
     captured, readout = captured_states(
-        context, stream, samples, name=f"capture-plan-{who}", rotation=rotation_of(fitted), ranks=context.ranks
-    )
-    sums = transfer_sums(readout, captured, maps, movement=False)
+        context, stream, samples, name=f"capture-plan-{who}", origin=origin, constant=fit.constant,
+        rotation=rotation_of(fitted), ranks=context.ranks,
+    )  # fmt: skip
+    sums = transfer_sums(readout, captured, fit.headline.maps, movement=False)
     seconds = context.ranks.told(time.perf_counter() - start)
     clusters, tokens = samples.clusters, samples.valid.sum(1)
     width = max(float(half_width(penalties(x), tokens, clusters).max()) for x in (sums.kl, sums.ce))

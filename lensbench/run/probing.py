@@ -71,7 +71,8 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
     """A model with its lenses and samples, as probes look at it."""
     fitted, data, recipe = fitting(context, model, seed), data_of(context, model), context.suite.fit
     who, rotation = f"{model.name}-seed{seed}", rotation_of(fitted)
-    stream = stream_of(context, origin_of(context, model, seed), model.view)
+    origin = origin_of(context, model, seed)
+    stream = stream_of(context, origin, model.view)
     fit = Fit.load(fitted.folder)
     scored = eval_samples(context, data, probe_sequences(context))
     samples: dict[str, Callable[[], Samples]] = {
@@ -84,7 +85,9 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
     def read(split: str) -> tuple[Capture, ReadOut]:
         constant = None if split == "fit" else fit.constant
         name = f"capture-probe-{split}-{who}"
-        return captured_states(context, stream, samples[split](), name=name, constant=constant, rotation=rotation)
+        return captured_states(
+            context, stream, samples[split](), name=name, origin=origin, constant=constant, rotation=rotation
+        )
 
     # Products of log-partitions are made in half precision on GPUs alone, where the scored states allow it.
     on_gpu = stream.device.type == "cuda"

@@ -36,6 +36,7 @@ def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
             stream,
             samples,
             name=f"capture-eval-{who}",
+            origin=origin,
             constant=fit.constant,
             rotation=rotation_of(fitted),
             ranks=context.ranks,

@@ -35,6 +35,7 @@ from lensbench.results.sums import compared_sums, joined_clusters, summed_by_clu
 from lensbench.results.tables import Part
 from lensbench.run.baselines import baselines
 from lensbench.run.beginnings import beginning_facts
+from lensbench.run.capturing import forget_captures
 from lensbench.run.cluster import Cluster, cluster_tasks
 from lensbench.run.context import Context
 from lensbench.run.curves import learning_curve
@@ -107,6 +108,7 @@ def run_suite(
         counted = {d.name: baselines(context, d) for d in (data_of(context, m.model) for m in measured)}
         if ranks.first:
             write_run(context, measured, counted, plans, left_out)
+            forget_captures(context)
         ranks.wait()
         return read_run(folder)
 

@@ -74,7 +74,7 @@ def decomposed(
     """The decomposition itself: states of three splits, and what follows from them."""
     stream, recipe, who = stream_of(context, origin, model.view), context.suite.fit, f"{model.name}-seed{seed}"
     samples = data.samples("fit", recipe.sequences, recipe.positions)
-    fit, _ = captured_states(context, stream, samples, name=f"capture-update-fit-{who}")
+    fit, _ = captured_states(context, stream, samples, name=f"capture-update-fit-{who}", origin=origin)
     fit = in_clusters(fit, samples)
     rotation = random_bases(context, fit, seed) if model.rotated else None
     others = {
@@ -83,10 +83,11 @@ def decomposed(
     }
     (dev, _), (held_out, readout) = (
         captured_states(
-            context, stream, samples, name=f"capture-update-{split}-{who}", constant=fit.mean_p, rotation=rotation
+            context, stream, samples, name=f"capture-update-{split}-{who}", origin=origin, constant=fit.mean_p,
+            rotation=rotation,
         )
         for split, samples in others.items()
-    )
+    )  # fmt: skip
     fit = fit if rotation is None else rotation.apply(fit)
     dev, held_out = in_clusters(dev, others["dev"]), in_clusters(held_out, others["eval"])
     if model.rotated:

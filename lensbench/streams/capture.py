@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -122,7 +123,8 @@ class _Collector:
     constant: Tensor | None
     """Logarithm of the constant distribution [V], or None"""
     tokens: int
-    memory_gib: float
+    room: Callable[[tuple[int, int, int]], Tensor]
+    """Makes the tensor that states are kept in"""
     mean_p: Tensor
     """Sum of p so far, float64 [V]"""
     states: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -143,7 +145,7 @@ class _Collector:
         found, total_p = predictions(stream.readout, logits, target, self.constant, log_z)
         if self.done == 0:
             shape = (stream.layers + 1, self.tokens, stream.d_model)
-            self.states = room_for(shape, stream.device, self.memory_gib)
+            self.states = self.room(shape)
         refuse_overflow(h, log_z, rows.start)
         # From here on nothing can run out of memory and leave half of a batch in the capture.
         self.states[:, self.done : self.done + len(at)] = h
@@ -161,6 +163,7 @@ def capture(
     constant: Tensor | None = None,
     batch: int = 16,
     memory_gib: float = float("inf"),
+    room: Callable[[tuple[int, int, int]], Tensor] | None = None,
     report: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> Capture:
@@ -170,7 +173,7 @@ def capture(
     each process captures its own samples; ``mean_p`` is over all of them.
 
     States above ``memory_gib`` GiB lie in a memory-mapped file of their size in the folder for temporary files
-    (``TMPDIR``). The file disappears with the states.
+    (``TMPDIR``). The file disappears with the states. ``room(shape)``: makes the float32 tensor of the states instead.
 
     ``constant`` ``[V]``: the distribution that ``constant_kl`` is measured from, ``mean_p`` of the fitting tokens. By
     default it is that of the captured tokens. ``report(done, total)`` is called with numbers of samples. Raises
@@ -184,7 +187,7 @@ def capture(
         samples,
         constant=log_constant,
         tokens=int(valid.sum()),
-        memory_gib=memory_gib,
+        room=room or partial(room_for, device=stream.device, memory_gib=memory_gib),
         mean_p=torch.zeros(stream.vocab_size, dtype=torch.float64, device=stream.device),
     )
 

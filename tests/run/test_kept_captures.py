@@ -1,0 +1,161 @@
+"""States are captured once for all stages of a model, and disk that they lie on is given back."""
+
+import shutil
+from collections import namedtuple
+from dataclasses import fields
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.commands import csv_bytes
+from helpers.gpt_windows import windows
+from test_capturing import small_stream
+from test_run_folder import Recorded
+
+from lensbench.run import capturing
+from lensbench.run.capturing import KEPT, captured_states, forget_captures
+from lensbench.run.context import Context
+from lensbench.run.suite import run_suite
+from lensbench.runtime.environment import choose_device
+from lensbench.runtime.stages import Stages
+from lensbench.streams.capture import Capture, capture
+from lensbench.suite.files import load_suite
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def model(name="m"):
+    return SimpleNamespace(name=name, digest=f"digest of {name}")
+
+
+@pytest.fixture
+def context(tiny_suite, tmp_path):
+    suite = load_suite(str(tiny_suite))
+    return Context(suite, Stages(tmp_path / "stages"), choose_device("cpu"), progress=Recorded())
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The names of nothing: one entry for each pass over samples."""
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(1)
+        return capture(*args, **kwargs)
+
+    monkeypatch.setattr(capturing, "capture", counted)
+    return made
+
+
+def same(one: Capture, other: Capture) -> None:
+    for field in fields(Capture):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b), field.name
+        elif isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype
+            assert np.array_equal(a, b), field.name
+
+
+def taken(context, stream, *, samples=None, origin=None, constant=None):
+    return captured_states(
+        context, stream, samples or windows(), name="c", origin=origin or model(), constant=constant
+    )[0]
+
+
+def test_a_second_stage_reads_the_same_bytes_without_a_pass(context, passes):
+    stream = small_stream()
+    whole = capture(stream, windows())
+    for _ in range(2):
+        same(taken(context, stream), whole)
+    assert len(passes) == 1
+
+
+def test_other_samples_models_views_and_constants_are_captured_anew(context, passes):
+    stream = small_stream()
+    even = torch.full((61,), 1 / 61)
+    cases = (
+        {},
+        {"samples": windows(1)},
+        {"origin": model("other")},
+        {"constant": even},
+        {"constant": even.flip(0) * 2},
+    )
+    for how in cases:
+        taken(context, stream, **how)
+    assert len(passes) == len(cases)
+    constant = capture(stream, windows(), constant=even).constant_kl
+    assert torch.equal(taken(context, stream, constant=even).constant_kl, constant)
+
+
+@pytest.mark.parametrize("damage", ["states", "predictions", "unfinished"])
+def test_a_damaged_or_unfinished_capture_is_made_anew(context, passes, damage):
+    stream = small_stream()
+    whole = taken(context, stream)
+    (folder,) = (context.folder / KEPT).iterdir()
+    if damage == "unfinished":
+        (folder / "predictions.safetensors").unlink()
+    else:
+        path = next(folder.glob(f"{damage}.*"))
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.unlink()  # what is mapped stays as it was
+        path.write_bytes(content)
+    same(taken(context, stream), whole)
+    assert len(passes) == 2
+
+
+def test_changing_states_that_were_read_does_not_change_the_file(context, passes):
+    stream = small_stream()
+    whole = taken(context, stream).states.clone()
+    taken(context, stream).states.zero_()
+    assert torch.equal(taken(context, stream).states, whole)
+
+
+def test_captures_of_another_model_are_removed_when_the_next_ones_are_made(context):
+    stream = small_stream()
+    kept = [taken(context, stream, samples=windows(k)) for k in (0, 1)]
+    whole = kept[0].states.clone()
+    assert len(list((context.folder / KEPT).iterdir())) == 2
+    taken(context, stream, origin=model("next"))
+    assert len(list((context.folder / KEPT).iterdir())) == 1
+    assert torch.equal(kept[0].states, whole)  # a stage that still holds them reads on
+    forget_captures(context)
+    assert not (context.folder / KEPT).exists()
+
+
+def test_without_room_each_stage_captures_again_and_says_so_once(context, passes, monkeypatch):
+    stream = small_stream()
+    size = 4 * 3 * int(windows().valid.sum()) * 16
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 * size, 8 * size, 2 * size - 1))
+    for _ in range(2):
+        taken(context, stream)
+    assert len(passes) == 2
+    assert len(context.progress.lines) == 1
+    assert "are not kept, each stage computes them again" in context.progress.lines[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 * size, 8 * size, 2 * size))
+    for _ in range(2):
+        taken(context, stream)
+    assert len(passes) == 3
+
+
+@pytest.mark.run
+def test_a_run_passes_once_over_each_split_and_ends_with_the_same_tables_and_no_states(
+    tiny_suite, tiny_run, tmp_path, monkeypatch
+):
+    seen, alone = [], capturing.captured_states
+
+    def noted(context, stream, samples, **how):
+        seen.append((how["origin"].digest, stream.view, samples.fingerprint))
+        return alone(context, stream, samples, **how)
+
+    for stage in ("fitting", "updating", "scoring", "probing", "planning"):
+        monkeypatch.setattr(f"lensbench.run.{stage}.captured_states", noted)
+    made = []
+    monkeypatch.setattr(capturing, "capture", lambda *a, **k: made.append(1) or capture(*a, **k))
+    run_suite(load_suite(str(tiny_suite)), tmp_path / "run", device=choose_device("cpu"))
+    assert len(made) == len(set(seen)) < len(seen)
+    assert csv_bytes(tmp_path / "run") == csv_bytes(tiny_run)
+    assert not (tmp_path / "run" / KEPT).exists()
