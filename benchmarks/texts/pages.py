@@ -1,0 +1,101 @@
+"""Pages from templates: all of them written, or compared with what is committed."""
+
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import zip_longest
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+
+from benchmarks.texts.catalogues import CATALOGUES
+from benchmarks.texts.numbers import TextError, claim, markdown
+from benchmarks.texts.studies import Studies
+from benchmarks.texts.tables import Results
+from lensbench.errors import LensbenchError
+from lensbench.runtime.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = Path(__file__).parent / "templates"
+SUFFIX = ".j2"
+
+
+def page_names(templates: Path = TEMPLATES) -> list[str]:
+    """The paths of all pages that have a template, relative to the root of the repository."""
+    return sorted(path.relative_to(templates).as_posix().removesuffix(SUFFIX) for path in templates.rglob(f"*{SUFFIX}"))
+
+
+def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
+    """What templates may use; numbers are read from the folder ``results``."""
+    made = Environment(
+        loader=FileSystemLoader(templates),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    of = cache(lambda *names: Results(results, names))
+    made.globals |= {
+        "results": of,
+        "exists": lambda name: (results / name / "manifest.json").is_file(),
+        "studies": Studies(results),
+        "claim": claim,
+        "markdown": markdown,
+        **CATALOGUES,
+    }
+    return made
+
+
+def rendered(made: Environment, name: str) -> str:
+    """The text of one page; raises :class:`TextError` with the line of its template that cannot be filled in."""
+    opening = f"<!-- Written by `python -m benchmarks.texts` from benchmarks/texts/templates/{name}{SUFFIX}. -->\n"
+    try:
+        return opening + made.get_template(f"{name}{SUFFIX}").render()
+    except (LensbenchError, TemplateError, KeyError, OSError) as error:
+        raise TextError(f"{name}{SUFFIX}, line {line_of(error)}: {error}") from error
+
+
+def line_of(error: BaseException) -> int:
+    """The line of a template at which it failed."""
+    line, trace = getattr(error, "lineno", 0) or 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(SUFFIX):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def write_pages(
+    names: list[str] | None = None, root: Path = ROOT, results: Path = ROOT / "results", templates: Path = TEMPLATES
+) -> Iterator[str]:
+    """Write pages (all, or those named) under ``root``; give a line for each that changed, or that cannot be written."""
+    for name, text in texts(results, templates, names):
+        page = root / name
+        if isinstance(text, TextError):
+            yield f"failed: {text}"
+        elif not page.is_file() or page.read_text() != text:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(page, partial(Path.write_text, data=text))
+            yield f"written: {name}"
+
+
+def differing_pages(root: Path = ROOT, results: Path = ROOT / "results", templates: Path = TEMPLATES) -> Iterator[str]:
+    """A line for each page under ``root`` that is not what its template gives."""
+    for name, text in texts(results, templates):
+        if isinstance(text, TextError):
+            yield str(text)
+            continue
+        there = (root / name).read_text().splitlines() if (root / name).is_file() else []
+        pairs = enumerate(zip_longest(there, text.splitlines()), 1)
+        line = next((number for number, (one, other) in pairs if one != other), None)
+        if line is not None:
+            yield f"{name}, line {line}: not what its template and results/ give; run python -m benchmarks.texts"
+
+
+def texts(results: Path, templates: Path, names: list[str] | None = None) -> Iterator[tuple[str, str | TextError]]:
+    """Every page with its text, or with why it has none."""
+    made = environment(results, templates)
+    for name in names or page_names(templates):
+        try:
+            yield name, rendered(made, name)
+        except TextError as error:
+            yield name, error

@@ -1,0 +1,100 @@
+"""The numbers of studies (calibrations, tasks, regressions, speed), for templates."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.texts.numbers import Number, TextError, UndefinedNumber, markdown
+
+
+class Studies:
+    """Tables that studies wrote under one root; every method raises :class:`TextError` where a row is missing."""
+
+    def __init__(self, root: Path):
+        self.root, self.read = root, {}
+
+    def table(self, path: str) -> pd.DataFrame:
+        """A CSV file, read once."""
+        if path not in self.read:
+            if not (self.root / path).is_file():
+                raise TextError(f"results/{path} is missing")
+            self.read[path] = pd.read_csv(self.root / path, keep_default_na=False, na_values=[""])
+        return self.read[path]
+
+    def row(self, path: str, **keys: Any) -> Any:
+        """The one row with these values; a value of None asks for an empty cell."""
+        rows = self.table(path)
+        for key, value in keys.items():
+            rows = rows[rows[key].isna() if value is None else rows[key].astype(str) == str(value)]
+        if len(rows) != 1:
+            said = ", ".join(f"{key} {value}" for key, value in keys.items())
+            raise TextError(f"results/{path} has {len(rows)} rows with {said}, not one")
+        return rows.iloc[0]
+
+    def number(self, path: str, column: str = "value", **keys: Any) -> Number:
+        """A column of the one row with these values, with its interval where it has one."""
+        row = self.row(path, **keys)
+        what = f"{column} of {', '.join(str(value) for value in keys.values())} ({path})"
+        if pd.isna(row[column]):
+            raise UndefinedNumber(f"{what} is undefined")
+        prefix = "" if column == "value" else f"{column}_"
+        ends = (row.get(f"{prefix}ci_{end}") for end in ("low", "high"))
+        low, high = (None if end is None or pd.isna(end) else float(end) for end in ends)
+        return Number(float(row[column]), low, high, what)
+
+    def right(self, group: str, family: str, column: str) -> Number:
+        """A share of ``update-calibration/right.csv``: ``committed`` or ``right_when_committed``."""
+        return self.number("update-calibration/right.csv", column, set=group, family=family)
+
+    def called(self, group: str, families: Sequence[str], verdict: str) -> tuple[int, int]:
+        """How many streams of some families got a verdict, and how many there are."""
+        rows = [self.row("update-calibration/right.csv", set=group, family=family) for family in families]
+        return int(sum(row[verdict] for row in rows)), int(sum(row["streams"] for row in rows))
+
+    def families(self, group: str) -> list[str]:
+        """The families of a set of streams, without those of all."""
+        table = self.table("update-calibration/right.csv")
+        of = table.loc[table["set"] == group, "family"]
+        return [name for name in of if not name.startswith("all")]
+
+    def families_table(self, group: str, families: Sequence[str]) -> str:
+        """How often the rule gives a verdict on each family, how often it is right, and what it says."""
+        answers = {
+            "added up": "added up in one representation",
+            **{name: name for name in ("carried along", "re-represented", "mixed", "undetermined")},
+        }
+        body = []
+        for family in families:
+            row = self.row("update-calibration/right.csv", set=group, family=family)
+            shares = [
+                "none" if pd.isna(row[column]) else str(self.right(group, family, column))
+                for column in ("committed", "right_when_committed")
+            ]
+            body.append([f"`{family}`", *shares, *(str(row[column]) for column in answers.values())])
+        return markdown(["family", "verdict given", "right when given", *answers], body)
+
+    def coverage(self, group: str, quantity: str, truth: str, family: str = "all") -> Number:
+        """How often an interval holds the truth."""
+        path = "update-calibration/coverage.csv"
+        return self.number(path, "covered", quantity=quantity, truth=truth, set=group, family=family)
+
+    def least_covered(self, group: str, quantity: str, truth: str) -> tuple[str, Number]:
+        """The family whose intervals hold the truth least often."""
+        table = self.table("update-calibration/coverage.csv")
+        rows = table[(table["set"] == group) & (table["quantity"] == quantity) & (table["truth"] == truth)]
+        rows = rows[~rows["family"].str.startswith("all")]
+        family = str(rows.loc[rows["covered"].idxmin(), "family"])
+        return family, self.coverage(group, quantity, truth, family)
+
+    def coverage_table(self, group: str, rows: Sequence[tuple[str, str]]) -> str:
+        """How often intervals hold a truth, over all streams of a set and in the family that is covered least."""
+        body = []
+        for quantity, truth in rows:
+            row = self.row("update-calibration/coverage.csv", quantity=quantity, truth=truth, set=group, family="all")
+            family, least = self.least_covered(group, quantity, truth)
+            cells = [f"{row[name]:.3f}" for name in ("rms", "bias")]
+            held = str(self.coverage(group, quantity, truth))
+            body.append([f"`{quantity}`", truth, str(row["streams"]), held, *cells, f"`{family}` {least}"])
+        return markdown(["quantity", "truth", "streams", "covered", "rms", "bias", "covered least"], body)

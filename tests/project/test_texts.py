@@ -1,0 +1,119 @@
+"""Pages are what their templates give, numbers are rounded as their intervals allow, and words that no longer hold fail."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
+sys.path.insert(0, str(ROOT))
+from benchmarks.texts.numbers import Number, TextError, claim  # noqa: E402
+from benchmarks.texts.pages import differing_pages, environment, rendered, write_pages  # noqa: E402
+from benchmarks.texts.tables import Results  # noqa: E402
+
+RESULTS = ROOT / "results"
+
+
+@pytest.mark.results
+@pytest.mark.timeout(600)
+def test_the_committed_pages_are_what_the_command_writes():
+    assert list(differing_pages()) == []
+
+
+@pytest.mark.results
+def test_differences_are_those_of_compare(standard_comparison):
+    table = standard_comparison.table
+    table = table[(table["kind"] == "difference") & (table["seed"] == "all")]
+    parts = Results(RESULTS, ("standard/gpt", "standard/pc", "standard/controls"))
+    for model, against, index in (
+        ("pc+state", "gpt-conv", "shared_consistency"), ("gpt-noskip", "gpt", "clarity_without_layer0"),
+    ):  # fmt: skip
+        ours = parts.index_difference(model, against, index)
+        for sign, one, other in ((1, model, against), (-1, against, model)):
+            rows = table[(table["model"] == one) & (table["against_model"] == other) & (table["index"] == index)]
+            for row in rows.to_dict("records"):
+                assert sign * row["value"] == pytest.approx(ours.value)
+                assert sorted([sign * row["ci_low"], sign * row["ci_high"]]) == pytest.approx([ours.low, ours.high])
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "written"),
+    [
+        (0.5803, 0.5223, 0.6381, "0.58 [0.52, 0.64]"),
+        (1.00712, 0.99061, 1.02364, "1.007 [0.991, 1.024]"),
+        (-10.155, -11.480, -8.830, "-10.2 [-11.5, -8.8]"),
+        (28.987, 25.434, 33.102, "29 [25, 33]"),
+        (-0.0001, -0.0004, 0.0003, "0.000 [0.000, 0.000]"),
+        (1234.5, 1000.0, 1500.0, "1,234 [1,000, 1,500]"),
+    ],
+)
+def test_the_last_digit_of_a_number_is_worth_at_most_half_of_its_intervals_half_width(value, low, high, written):
+    number = Number(value, low, high, "x")
+    assert str(number) == written
+    assert 10.0**-number.decimals <= (high - low) / 4 * 1.0001 or number.decimals == 3
+
+
+def test_words_that_the_numbers_no_longer_support_are_refused():
+    rise = Number(0.2, -0.1, 0.5, "rise of gpt")
+    assert claim("hardly rises", rise.holds(0)) == "hardly rises"
+    said = r"no longer support 'rises': rise of gpt \(0\.2 \[-0\.1, 0\.5\]\) does not lie above 0"
+    with pytest.raises(TextError, match=said):
+        claim("rises", rise.above(0))
+    with pytest.raises(TextError, match="claimed without a condition"):
+        claim("rises")
+
+
+def environment_of(tmp_path, template):
+    (tmp_path / "page.md.j2").write_text(template)
+    return environment(RESULTS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ('results("nowhere")', "results/nowhere is missing"),
+        ('results("quick").index("gpt", "nonsense")', "quick: indices.csv has no row with model gpt, index nonsense"),
+        ('results("quick").loss("gtp")', "quick: models.csv has no row with model gtp"),
+        ('studies.row("calibration/none.csv", a=1)', "results/calibration/none.csv is missing"),
+        ("nonsense(1)", "'nonsense' is undefined"),
+    ],
+)
+def test_what_is_missing_is_told_in_one_line_with_the_line_of_the_template(tmp_path, asked, message):
+    made = environment_of(tmp_path, f"# Title\n\ntext {{{{ {asked} }}}}\n")
+    with pytest.raises(TextError) as error:
+        rendered(made, "page.md")
+    assert str(error.value) == f"page.md.j2, line 3: {message}"
+
+
+def test_a_number_follows_the_results(tmp_path):
+    folder = shutil.copytree(RESULTS / "update-calibration", tmp_path / "results" / "update-calibration")
+    (tmp_path / "page.md.j2").write_text('{{ studies.right("held_out", "news", "committed") }}\n')
+    before = rendered(environment(tmp_path / "results", tmp_path), "page.md")
+    table = pd.read_csv(folder / "right.csv")
+    table.loc[(table["set"] == "held_out") & (table["family"] == "news"), "committed"] = 0.94
+    table.to_csv(folder / "right.csv", index=False)
+    after = rendered(environment(tmp_path / "results", tmp_path), "page.md")
+    assert before.replace("1.00 [", "0.94 [") == after != before
+
+
+def test_a_page_is_written_where_it_differs_and_told_where_it_does(tmp_path):
+    (tmp_path / "templates" / "guides").mkdir(parents=True)
+    (tmp_path / "templates" / "guides" / "page.md.j2").write_text("one\n{{ 1 + 1 }}\n")
+    places = {"root": tmp_path, "results": RESULTS, "templates": tmp_path / "templates"}
+    name = "guides/page.md"
+    told = f"{name}, line 1: not what its template and results/ give; run python -m benchmarks.texts"
+    assert list(differing_pages(**places)) == [told]
+    assert list(write_pages(**places)) == [f"written: {name}"]
+    assert (tmp_path / name).read_text().splitlines()[1:] == ["one", "2"]
+    assert list(write_pages(**places)) == list(differing_pages(**places)) == []
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:-2] + "3\n")
+    assert list(differing_pages(**places)) == [told.replace("line 1", "line 3")]
+
+
+def test_no_page_says_twice_where_it_comes_from():
+    for page in ROOT.rglob("*.md"):
+        assert len(re.findall(r"<!-- Written by `python -m benchmarks\.texts`", page.read_text())) <= 1, page
