@@ -56,10 +56,18 @@ class FullLenses:
     """At the best ridge on dev, without a pad"""
     within: AffineMaps
     """At the strongest ridge that the tolerance allows, with its pad: what the gates judge"""
-    ridges: tuple[float, ...]
-    """The ridges of ``within``, in median eigenvalues"""
-    best_ridges: tuple[float, ...]
-    """Those of ``best``"""
+    choices: tuple[tuple[Choice, Choice], ...]
+    """What dev chose for each layer: of ``best``, and of ``within``"""
+
+    @property
+    def ridges(self) -> tuple[float, ...]:
+        """The ridges of ``within``, in median eigenvalues."""
+        return tuple(choice.ridge for _, choice in self.choices)
+
+    @property
+    def best_ridges(self) -> tuple[float, ...]:
+        """Those of ``best``."""
+        return tuple(choice.ridge for choice, _ in self.choices)
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ class Decomposition:
     """Gains in unread and in all directions with lenses of resampled documents, means over tokens: ``[refits, P]``"""
     gains: Gains | None
     """Cross-entropy gains of some pairs, and what of them the earlier lens can read; None where nobody asked"""
-    ridges: tuple[float, ...]
+    choices: tuple[tuple[Choice, Choice], ...]
+    """What dev chose for the lens of each layer: at its best, and within the tolerance"""
     weights: Array
     """``[draws, clusters]``: how often a draw takes each cluster of eval"""
     clusters: float
@@ -118,6 +127,11 @@ class Decomposition:
     reach: Reach
     """Of the lens of the last of ``layers``"""
     variants: tuple[Variant, ...] = ()
+
+    @property
+    def ridges(self) -> tuple[float, ...]:
+        """The ridges of the lenses, in median eigenvalues."""
+        return tuple(choice.ridge for _, choice in self.choices)
 
     @property
     def gating(self) -> Gating:
@@ -139,18 +153,26 @@ class Decomposition:
         return float(one), spread_by_refits(draws, refits, self.spread) + deviation * self.news_sums.doubt(pairs)
 
 
-def full_lenses(search: DevSearch, moments: Moments, layers: Sequence[int], tolerance: float) -> FullLenses:
-    """The lens of each layer at its best ridge, and at the strongest ridge that the tolerance allows."""
-    best, within, ridges, best_ridges = [], [], [], []
+def full_lenses(
+    search: DevSearch,
+    moments: Moments,
+    layers: Sequence[int],
+    tolerance: float,
+    known: Sequence[tuple[Choice, Choice]] | None = None,
+) -> FullLenses:
+    """The lens of each layer at its best ridge, and at the strongest ridge that the tolerance allows.
+
+    ``known``: both choices for each layer, where they need no search.
+    """
+    best, within, choices = [], [], []
     near: Choice | None = None
     for at, layer in enumerate(layers):
         path = RidgePath(moments.layer([at]), "zero")
-        near, chosen = search.strongest(path.solve, [layer], tolerance, near)
+        near, chosen = search.strongest(path.solve, [layer], tolerance, near) if known is None else known[at]
         best.append(path.solve(near.ridge))
         within.append(search.padded(path.solve(chosen.ridge), chosen.pad))
-        ridges.append(chosen.ridge)
-        best_ridges.append(near.ridge)
-    return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(ridges), tuple(best_ridges))
+        choices.append((near, chosen))
+    return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(choices))
 
 
 def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
@@ -195,6 +217,7 @@ class Fitted:
         tolerance: float,
         seed: int,
         say: Say,
+        known: Sequence[tuple[Choice, Choice]] | None = None,
     ) -> "Fitted":
         """See :func:`decompose`."""
         coordinates, folds = Metric.of(metric, readout, fit), deal_documents(fit, seed)
@@ -203,7 +226,7 @@ class Fitted:
         pooled = pooled_folds(moments, [int((folds[fit.document] == fold).sum()) for fold in range(len(moments))])
         search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
         say("ridges")
-        lenses = full_lenses(search, pooled, layers, tolerance)
+        lenses = full_lenses(search, pooled, layers, tolerance, known)
         halves = third_in_halves(fit, layers, folds)
         maps = readings(moments, coordinates, lenses.ridges, halves)
         return cls(layers, coordinates, folds, moments, halves, pooled, lenses, maps, search)
@@ -250,6 +273,7 @@ def decompose(
     tolerances: Sequence[float] = (),
     metrics: Sequence[MetricKind] = (),
     gating: Gating | None = None,
+    known: Sequence[tuple[Choice, Choice]] | None = None,
     normed: bool = True,
     seed: int = 0,
     spread: Sequence[int] = (0,),
@@ -261,8 +285,9 @@ def decompose(
     ``tolerance`` and ``refits``: in place of the recipe's. ``seed`` deals and resamples the fitting documents; the draws of
     the held-out documents are the same for every model. ``readable`` asks for the readable gain, which takes most of the
     time. ``tolerances`` and ``metrics``: of variants beside it, with the same pairs. ``gating``: what an earlier
-    decomposition decided, in place of deciding it on ``dev``. ``normed``: see :func:`measured`. ``spread``: the seed of what
-    refits add to the draws, a model's own.
+    decomposition decided, in place of deciding it on ``dev``. ``known``: the choices that a search on ``dev`` would make for
+    each layer, where an earlier one has made them. ``normed``: see :func:`measured`. ``spread``: the seed of what refits add
+    to the draws, a model's own.
 
     Raises :class:`Undefined` where the norm is no gain over a scale, and where there are fewer than three fitting
     documents or two layers.
@@ -270,9 +295,8 @@ def decompose(
     chosen = tuple(range(fit.layers)) if layers is None else tuple(layers)
     if len(chosen) < 2:
         raise Undefined("undefined: an update needs two layers before the last")
-    fitted = Fitted.of(
-        readout, fit, dev, recipe, chosen, metric, recipe.tolerance if tolerance is None else tolerance, seed, say
-    )
+    tolerance = recipe.tolerance if tolerance is None else tolerance
+    fitted = Fitted.of(readout, fit, dev, recipe, chosen, metric, tolerance, seed, say, known)
     return measured(
         readout, fitted, fit, dev, held_out, recipe.refits if refits is None else refits,
         others=[
@@ -344,7 +368,7 @@ def measured(
     return Decomposition(
         layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws,
         refits=_stacked(refitted) if refitted else None, chance=chance, gate=gating.gate, blocks=gating.blocks,
-        news_sums=gains, news_refits=_both(news_again), gains=gained, ridges=fitted.lenses.ridges, weights=held.weights,
+        news_sums=gains, news_refits=_both(news_again), gains=gained, choices=fitted.lenses.choices, weights=held.weights,
         clusters=effective_clusters(held.cluster.numpy()), spread=tuple(spread), variants=variants,
         reach=Reach.of(readout, held_out, fitted.lenses.within[[len(chosen) - 1]], chosen[-1], held),
     )  # fmt: skip

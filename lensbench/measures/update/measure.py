@@ -63,7 +63,11 @@ def measure_updates(
         if not settings.landmarks:
             return result
         task.update(len(steps) - 1, "landmarks")
-        return result.beside(landmark_results(readout, fit, dev, held_out, recipe, metric=settings.metric, seed=seed))
+        known = dict(zip(found.layers, found.choices, strict=True))
+        landmarks = landmark_results(
+            readout, fit, dev, held_out, recipe, metric=settings.metric, seed=seed, known=known
+        )
+        return result.beside(landmarks)
 
 
 def capped(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
+from lensbench.lenses.refine import LogPartition
 from lensbench.measures.update.folds import pseudo_inverse
 from lensbench.measures.update.metric import Metric
 from lensbench.measures.update.products import means_of
@@ -200,10 +201,9 @@ class _Words:
 
     def _loss(self, x: Tensor) -> Tensor:
         n = self.readout.final_norm(x)
-        logits = n @ self.weight.T
-        if self.bias is not None:
-            logits = logits + self.bias
-        if (cap := self.readout.softcap) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        mean: Tensor = (logits.logsumexp(-1) - _target_logits(self.readout, n, self.targets)).double().mean()
+        if (cap := self.readout.softcap) is None:
+            log_z: Tensor = LogPartition.apply(n, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        else:
+            log_z = (cap * torch.tanh(torch.nn.functional.linear(n, self.weight, self.bias) / cap)).logsumexp(-1)
+        mean: Tensor = (log_z - _target_logits(self.readout, n, self.targets)).double().mean()
         return mean

@@ -1,14 +1,16 @@
 """What is kept of an update decomposition: rows, indices, and the draws that paired comparisons need."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import FitRecipe
+from lensbench.lenses.search import Choice
 from lensbench.measures.means import Estimate
 from lensbench.measures.update.decomposition import Decomposition, decompose
 from lensbench.measures.update.metric import MetricKind
@@ -30,6 +32,7 @@ from lensbench.measures.update.views import LANDMARKS, fit_view
 from lensbench.runtime.files import write_json
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
+from lensbench.streams.views import BasisView, View
 from lensbench.streams.views.spectrum import spectrum
 
 RESULT = "update.json"
@@ -145,9 +148,20 @@ def _written(estimates: dict[str, Estimate]) -> Triples:
 
 
 def landmark_results(
-    readout: ReadOut, fit: Capture, dev: Capture, held_out: Capture, recipe: FitRecipe, *, metric: MetricKind, seed: int
+    readout: ReadOut,
+    fit: Capture,
+    dev: Capture,
+    held_out: Capture,
+    recipe: FitRecipe,
+    *,
+    metric: MetricKind,
+    seed: int,
+    known: Mapping[int, tuple[Choice, Choice]] = MappingProxyType({}),
 ) -> dict[str, LandmarkResult]:
-    """The decomposition of every landmark of a model, at 8 of its layers at most (``recipe.layers``)."""
+    """The decomposition of every landmark of a model, at 8 of its layers at most (``recipe.layers``).
+
+    ``known``: layer of the model -> what dev chose for its lens, at its best and within the tolerance.
+    """
     found = {}
     for name in LANDMARKS:
         try:
@@ -167,6 +181,7 @@ def landmark_results(
                 metric=metric,
                 refits=0,
                 readable=False,
+                known=choices_in(fitted.view, known),
                 normed=False,
                 seed=seed,
             )
@@ -185,6 +200,16 @@ def landmark_results(
                 participation=ratios,
             )
     return found
+
+
+def choices_in(view: View, known: Mapping[int, tuple[Choice, Choice]]) -> list[tuple[Choice, Choice]] | None:
+    """What dev chooses for the lenses of a view, where the model's own ``known`` choices say it; None where they do not.
+
+    A layer that is seen in another orthonormal basis has the same lens, turned, and the same loss at every ridge: with its
+    prior at zero a ridge regression does not depend on the basis.
+    """
+    turned = isinstance(view, BasisView) and not view.carries
+    return [known[layer] for layer in view.layers] if turned and set(view.layers) <= set(known) else None
 
 
 def _known(value: float) -> float | None:

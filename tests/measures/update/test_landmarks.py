@@ -10,6 +10,7 @@ from helpers.two_processes import in_two
 from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import decompose
+from lensbench.measures.update.result import choices_in
 from lensbench.measures.update.views import LANDMARKS, FittedView, ViewContext, fit_view, grown_copies
 from lensbench.streams.views import random_bases
 from lensbench.studies.synthetic import Shape, SyntheticStream
@@ -70,6 +71,27 @@ def test_other_tokens_updates_add_up_in_place_and_pass_no_gate(landmarks):
     assert set(shuffled.gate) == {"no fall"}
     np.testing.assert_allclose(shuffled.point.carried, 0, atol=0.1)
     np.testing.assert_allclose(shuffled.point.clarity, 1, atol=0.02)
+
+
+def test_a_stream_in_other_bases_has_the_models_own_choices_and_needs_no_search(landmarks):
+    readout, fit, dev, held_out = ADDED
+    own = decompose(*ADDED, RECIPE, readable=False)
+    known = dict(zip(own.layers, own.choices, strict=True))
+
+    def ridges_and_pads(choices):
+        return [[(choice.ridge, choice.pad) for choice in both] for both in choices]
+
+    for name, turned in (("rotated", True), ("drifting", True), ("carried", False), ("shuffled", False)):
+        view = fit_view(name, readout, fit, dev, RECIPE).view
+        told = choices_in(view, known)
+        assert (told is not None) == turned
+        assert choices_in(view, {0: own.choices[0]}) is None
+        if told is not None:  # the fixture's decompositions searched for themselves
+            assert ridges_and_pads(told) == ridges_and_pads(landmarks[name].choices)
+            seen = [view.apply(c, s) for c, s in ((fit, "fit"), (dev, "dev"), (held_out, "eval"))]
+            found = decompose(readout, *seen, RECIPE, readable=False, known=told)
+            assert np.array_equal(found.point.carried, landmarks[name].point.carried)
+            assert found.gate == landmarks[name].gate
 
 
 def ridge_losses(readout, fit, dev, at_fit, at_dev):
