@@ -58,6 +58,18 @@ Corpus = Annotated[
 ]
 
 
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting of the suite, checked like its file: fit.sequences=128, update.tolerances=[0,0.01], "
+        "models.NAME.dtype=bfloat16. Repeat it for several.",
+        show_default=False,
+    ),
+]
+
+
 Only = Annotated[
     list[str] | None,
     typer.Option(help="Run these models alone; repeat it, or separate names by commas.", show_default=False),
@@ -103,6 +115,7 @@ def run(
     probes: Probes = None,
     max_hours: MaxHours = 1.0,
     ray: Ray = None,
+    setting: Set = None,
     debug: Debug = False,
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
@@ -110,12 +123,11 @@ def run(
     from lensbench.run.suite import run_suite
     from lensbench.runtime.environment import choose_device
     from lensbench.runtime.ranks import join_ranks, leave_ranks
-    from lensbench.suite.files import load_suite, names_of, on_request, text_name
+    from lensbench.suite.changes import Changes
 
-    chosen = on_request(load_suite(suite), model or [], corpus)
-    default = "-".join([chosen.name, *names_of(model or []), *([text_name(corpus)] if corpus else [])])
-    if seed is not None:
-        chosen = chosen.model_copy(update={"seeds": (seed,)})
+    changes = Changes(tuple(model or ()), corpus, tuple(setting or ()), seed)
+    chosen = changes.of(suite)
+    default = changes.folder_name(chosen)
     names, wanted = ([n for given in several or [] for n in given.split(",") if n] for several in (only, probes))
     folder = run_folder(out, default)
     start = time.perf_counter()
@@ -133,6 +145,7 @@ def run(
             probes=wanted,
             ranks=ranks,
             cluster=None if ray is None else Cluster(ray),
+            options=changes.options(),
         )
     leave_ranks(ranks)
     if not ranks.first:

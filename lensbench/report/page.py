@@ -7,6 +7,7 @@ asks for no file, font or address outside itself.
 import base64
 import itertools
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,11 +229,12 @@ def again(manifest: Manifest) -> str:
         changed = " (and local changes)" if str(revision).endswith("dirty") else ""
         lines.append(f"git checkout {str(revision).removesuffix('-dirty')}{changed} && python -m pip install -e .")
     sources = "".join(f" --model {s['source']}" for s in manifest.sources.values())
+    asked = f" {shlex.join(manifest.options)}" if manifest.options else sources
     part = len(manifest.models) < len(manifest.suite.models)
     only = "".join(f" --only {m}" for m in manifest.models) if part else ""
     memory = "?" if manifest.peak_gib is None else f"{manifest.peak_gib:g}"
     lines += [
-        f"lensbench run {manifest.suite_name}{sources}{only}",
+        f"lensbench run {manifest.suite_name}{asked}{only}",
         f"# text or images: {manifest.corpus.spec}, SHA-256 {manifest.corpus.checksum}; seeds {manifest.seeds}",
         f"# took {sum(manifest.seconds.values()):,.0f} s in all, {memory} GiB",
     ]

@@ -92,6 +92,8 @@ class Manifest(_Facts):
     code_version: int
     suite_name: str
     suite: SuiteSettings
+    options: list[str] = []
+    """What the command line changed of the suite's file, as options of `lensbench run`"""
     models: list[str]
     """The models in the tables"""
     seeds: list[int]

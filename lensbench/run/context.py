@@ -68,6 +68,8 @@ class Context:
     """A run to a stated precision is refused where scoring is predicted to take longer."""
     sequences: int | None = None
     """How many held-out sequences are scored, in place of the suite's number: what its precision needs."""
+    options: tuple[str, ...] = ()
+    """What the command line changed of the suite's file, as its options"""
     cache: Cache = field(default_factory=Cache)
     revision: str | None = field(default_factory=git_revision)
     """Of the code that runs, whatever is committed meanwhile."""

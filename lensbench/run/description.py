@@ -73,6 +73,8 @@ def describe(
         content["lenses"] = lenses
     if weights:
         content["weights"] = weights
+    if context.options:
+        content["options"] = list(context.options)
     if left_out:
         content["left_out"] = left_out
     if plans:

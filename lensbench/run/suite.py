@@ -80,6 +80,7 @@ def run_suite(
     probes: Sequence[str] = (),
     ranks: Ranks = ALONE,
     cluster: Cluster | None = None,
+    options: Sequence[str] = (),
 ) -> Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
 
@@ -87,14 +88,22 @@ def run_suite(
     models on the largest, so that they stay paired; raises where that is predicted to take over ``max_hours``.
 
     ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Of several ``ranks`` the
-    first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages.
+    first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages. ``options``: what the
+    command line changed of the suite's file, which the manifest reports.
 
     Raises :class:`LensbenchError` for what a user can mend.
     """
     check_request(suite, only, probes)
     with claimed(folder, suite.name, suite.threads, ranks), without_progress_bars():
         context = Context(
-            suite, Stages(folder / "stages", ranks), device, progress, ranks, probes=tuple(probes), max_hours=max_hours
+            suite,
+            Stages(folder / "stages", ranks),
+            device,
+            progress,
+            ranks,
+            probes=tuple(probes),
+            max_hours=max_hours,
+            options=tuple(options),
         )
         asked = [m for m in suite.models if not only or m.name in only]
         refuse_replacing(context)

@@ -57,12 +57,19 @@ def validated(kind: type[Recipe], name: str, content: dict[str, Any]) -> Recipe:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = place_in(first["loc"], content)
         if first["type"] == "extra_forbidden":
             key, known = str(first["loc"][-1]), known_keys(kind, first["loc"][:-1])
             raise LensbenchError(f"{name}: unknown key {place!r}; {nearest(key, known)}") from error
         message = first["msg"].removeprefix("Value error, ")
         raise LensbenchError(f"{name}: {place}: {message}" if place else f"{name}: {message}") from error
+
+
+def place_in(location: tuple[int | str, ...], content: dict[str, Any]) -> str:
+    """Where a validation error points to, as a dotted key; a setting of a model by the model's name."""
+    if len(location) > 2 and location[0] == "models" and isinstance(location[1], int):
+        location = ("models", content["models"][location[1]].get("name", location[1]), *location[2:])
+    return ".".join(str(part) for part in location)
 
 
 def known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -677,7 +677,7 @@ SUITES = {
     "training beside source": (SOURCE, SOURCE + "\ntraining = {{ learning_rate = 1 }}", "cannot set training"),
     "dtype without source": (SOURCE, 'dtype = "bfloat16"', "sets dtype, which is for pretrained models"),
     "device map without source": (SOURCE, 'device_map = "auto"', "sets device_map, which is for pretrained models"),
-    "unknown dtype": (SOURCE, SOURCE + '\ndtype = "int3"', "models.0.dtype"),
+    "unknown dtype": (SOURCE, SOURCE + '\ndtype = "int3"', "models.neox.dtype"),
     "two places": (SOURCE, SOURCE + '\ndevice = "cpu"\ndevice_map = "auto"', "device and device_map"),
     "unknown kind": ('"path:{root}/neox"', '"pth:{root}/neox"', "path:FOLDER"),
     "no kind": ('"path:{root}/neox"', '"{root}/neox"', "did you mean path:{root}/neox?"),

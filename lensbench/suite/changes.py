@@ -1,0 +1,136 @@
+"""What a command changes of a suite's file: its models and text, how much it reads, and any of its settings."""
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lensbench.errors import LensbenchError, nearest
+from lensbench.models.pretrained import named
+from lensbench.suite.files import expect, names_of, on_request, plain, read_toml, text_name, validated
+from lensbench.suite.recipes import Suite
+
+COMMAND = "command line"
+"""What messages call the place of a wrong setting"""
+
+LONGEST_LABEL = 60
+"""Characters of a folder's name that settings may take; of more a digest stands for them."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the options of ``lensbench run`` change of a suite, in the order that they do: a later one has the last word."""
+
+    models: tuple[str, ...] = ()
+    """Sources of pretrained models in place of the suite's"""
+    text: str | None = None
+    """A text, or images, in place of the suite's"""
+    settings: tuple[str, ...] = ()
+    """``KEY=VALUE``, as ``--set`` takes them"""
+    seed: int | None = None
+    """Run this one alone"""
+
+    def of(self, name: str) -> Suite:
+        """The changed suite ``name`` (or of a file); raises :class:`LensbenchError` saying what is wrong and where."""
+        file, content = read_toml(name)
+        expect(file, name, content, "run")
+        suite = on_request(validated(Suite, file, content), list(self.models), self.text)
+        changed = with_settings(suite, self.settings)
+        return changed if self.seed is None else changed.model_copy(update={"seeds": (self.seed,)})
+
+    def folder_name(self, suite: Suite) -> str:
+        """What the default folder of the run is called: runs of other settings lie in other folders."""
+        parts = [suite.name, *names_of(list(self.models))]
+        if self.text is not None:
+            parts.append(text_name(self.text))
+        label = "-".join(plain(setting.replace(" ", "")) for setting in self.settings)
+        if len(label) > LONGEST_LABEL:
+            label = f"set-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+        return "-".join([*parts, *([label] if label else [])])
+
+    def options(self) -> list[str]:
+        """The options that say so, as a manifest has them: without folders of this machine."""
+        given = [("--model", named(model)) for model in self.models]
+        if self.text is not None:
+            given.append(("--corpus", without_folder(self.text)))
+        if self.seed is not None:
+            given.append(("--seed", str(self.seed)))
+        given += [("--set", f"{key}={without_folder(value)}") for key, value in map(split_setting, self.settings)]
+        return [word for option in given for word in option]
+
+
+def with_settings(suite: Suite, settings: Sequence[str]) -> Suite:
+    """The suite with ``KEY=VALUE`` settings, checked as those of a file are; keys are dotted, values TOML."""
+    if not settings:
+        return suite
+    content = suite.model_dump(exclude_unset=True)
+    content["models"] = list(content["models"])
+    for setting in settings:
+        key, value = split_setting(setting)
+        put(content, path_of(key, content), parsed(key, value))
+    return validated(Suite, COMMAND, content)
+
+
+def split_setting(setting: str) -> tuple[str, str]:
+    """Key and value of ``KEY=VALUE``."""
+    key, equals, value = setting.partition("=")
+    if not equals or not key.strip() or not value.strip():
+        raise LensbenchError(f"--set {setting}: give KEY=VALUE, fit.sequences=128 say")
+    return key.strip(), value.strip()
+
+
+BARE_WORD = re.compile(r"[A-Za-z][\w:/.@+~-]*")
+"""What no quotes are needed for on the command line; TOML's own words (true, inf) are read before"""
+
+
+def parsed(key: str, value: str) -> Any:
+    """A value as TOML reads it; a bare word (``every``, ``file:texts``) is a string."""
+    try:
+        return tomllib.loads(f"value = {value}\n")["value"]
+    except RecursionError as error:
+        raise LensbenchError(f"--set {key}: its value is nested too deeply to be read") from error
+    except ValueError as error:
+        if BARE_WORD.fullmatch(value):
+            return value
+        raise LensbenchError(f"--set {key}={value}: the value is not valid TOML: {error}") from error
+
+
+def path_of(key: str, content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of a dotted key; ``models.NAME.KEY`` is of the model NAME, whose name may have dots of its own."""
+    first, _, rest = key.partition(".")
+    if first != "models" or not rest:
+        return tuple(part.strip() for part in key.split("."))
+    names = sorted((str(m.get("name")) for m in content.get("models", ())), key=len, reverse=True)
+    name = next((n for n in names if rest.startswith(f"{n}.")), None)
+    if name is None:
+        raise LensbenchError(
+            f"{COMMAND}: {key}: models are set by name, models.{min(names)}.KEY; {nearest(rest.partition('.')[0], names)}"
+        )
+    return ("models", name, *(part.strip() for part in rest.removeprefix(f"{name}.").split(".")))
+
+
+def put(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set what a path of keys names in ``content``; raises :class:`LensbenchError` where there is no table on the way."""
+    here, keys = content, path
+    if path[0] == "models" and len(path) > 1:
+        here, keys = next(model for model in content["models"] if model["name"] == path[1]), path[2:]
+    for key in keys[:-1]:
+        here = here.setdefault(key, {})
+        if not isinstance(here, dict):
+            what = "is left out of this suite" if here in (None, False) else "is no table"
+            raise LensbenchError(f"{COMMAND}: {'.'.join(path)}: {key} {what}")
+    here[keys[-1]] = value
+
+
+FILES = ("file:", "folder:", "path:", "gguf:")
+"""Beginnings of values that name a place on this machine"""
+
+
+def without_folder(value: str) -> str:
+    """A value as results report it: of a file or folder of this machine its name alone."""
+    bare = value.strip("\"'")
+    beginning = next((kind for kind in FILES if bare.startswith(kind)), None)
+    return value if beginning is None else value.replace(bare, beginning + Path(bare.removeprefix(beginning)).name)
