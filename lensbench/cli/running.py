@@ -70,6 +70,27 @@ Set = Annotated[
 ]
 
 
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Sequences at most of each of the fit, dev and eval splits: fit.sequences, fit.dev_sequences and "
+        "evaluate.sequences in one. Models are trained as before.",
+        show_default=False,
+    ),
+]
+
+
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="How much of a suite of pretrained models runs: glance (the first answer), default (its file as it is) or "
+        "full; the tables [presets.NAME] of its file.",
+        show_default=False,
+    ),
+]
+
+
 Only = Annotated[
     list[str] | None,
     typer.Option(help="Run these models alone; repeat it, or separate names by commas.", show_default=False),
@@ -115,6 +136,8 @@ def run(
     probes: Probes = None,
     max_hours: MaxHours = 1.0,
     ray: Ray = None,
+    preset: Preset = None,
+    limit: Limit = None,
     setting: Set = None,
     debug: Debug = False,
 ) -> None:
@@ -125,7 +148,7 @@ def run(
     from lensbench.runtime.ranks import join_ranks, leave_ranks
     from lensbench.suite.changes import Changes
 
-    changes = Changes(tuple(model or ()), corpus, tuple(setting or ()), seed)
+    changes = Changes(preset, tuple(model or ()), corpus, limit, tuple(setting or ()), seed)
     chosen = changes.of(suite)
     default = changes.folder_name(chosen)
     names, wanted = ([n for given in several or [] for n in given.split(",") if n] for several in (only, probes))

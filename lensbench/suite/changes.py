@@ -10,11 +10,20 @@ from typing import Any
 
 from lensbench.errors import LensbenchError, nearest
 from lensbench.models.pretrained import named
-from lensbench.suite.files import expect, names_of, on_request, plain, read_toml, text_name, validated
-from lensbench.suite.recipes import Suite
-
-COMMAND = "command line"
-"""What messages call the place of a wrong setting"""
+from lensbench.statistics import FEWEST_CLUSTERS
+from lensbench.suite.files import (
+    COMMAND,
+    expect,
+    names_of,
+    on_request,
+    plain,
+    preset_of,
+    put,
+    read_toml,
+    text_name,
+    validated,
+)
+from lensbench.suite.recipes import DEFAULT, Suite
 
 LONGEST_LABEL = 60
 """Characters of a folder's name that settings may take; of more a digest stands for them."""
@@ -24,10 +33,14 @@ LONGEST_LABEL = 60
 class Changes:
     """What the options of ``lensbench run`` change of a suite, in the order that they do: a later one has the last word."""
 
+    preset: str | None = None
+    """The name of a preset of the suite's file; ``default`` is the file as it is"""
     models: tuple[str, ...] = ()
     """Sources of pretrained models in place of the suite's"""
     text: str | None = None
     """A text, or images, in place of the suite's"""
+    limit: int | None = None
+    """Sequences at most of each split"""
     settings: tuple[str, ...] = ()
     """``KEY=VALUE``, as ``--set`` takes them"""
     seed: int | None = None
@@ -37,8 +50,11 @@ class Changes:
         """The changed suite ``name`` (or of a file); raises :class:`LensbenchError` saying what is wrong and where."""
         file, content = read_toml(name)
         expect(file, name, content, "run")
-        suite = on_request(validated(Suite, file, content), list(self.models), self.text)
-        changed = with_settings(suite, self.settings)
+        suite = with_preset(validated(Suite, file, content), file, content, self.preset)
+        suite = on_request(suite, list(self.models), self.text)
+        changed = with_settings(suite, [*limited(suite, self.limit), *self.settings])
+        if self.limit is not None and changed.evaluate.precision is not None:
+            raise LensbenchError("--limit: evaluate.precision is set, and scores as many sequences as it needs")
         return changed if self.seed is None else changed.model_copy(update={"seeds": (self.seed,)})
 
     def folder_name(self, suite: Suite) -> str:
@@ -46,6 +62,10 @@ class Changes:
         parts = [suite.name, *names_of(list(self.models))]
         if self.text is not None:
             parts.append(text_name(self.text))
+        if self.preset not in (None, DEFAULT):
+            parts.append(str(self.preset))
+        if self.limit is not None:
+            parts.append(f"limit{self.limit}")
         label = "-".join(plain(setting.replace(" ", "")) for setting in self.settings)
         if len(label) > LONGEST_LABEL:
             label = f"set-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
@@ -53,13 +73,52 @@ class Changes:
 
     def options(self) -> list[str]:
         """The options that say so, as a manifest has them: without folders of this machine."""
-        given = [("--model", named(model)) for model in self.models]
+        given = [] if self.preset is None else [("--preset", self.preset)]
+        given += [("--model", named(model)) for model in self.models]
         if self.text is not None:
             given.append(("--corpus", without_folder(self.text)))
         if self.seed is not None:
             given.append(("--seed", str(self.seed)))
+        if self.limit is not None:
+            given.append(("--limit", str(self.limit)))
         given += [("--set", f"{key}={without_folder(value)}") for key, value in map(split_setting, self.settings)]
         return [word for option in given for word in option]
+
+
+def with_preset(suite: Suite, file: str, content: dict[str, Any], preset: str | None) -> Suite:
+    """The suite with what a preset of its file changes: tables that are merged into the file's; None changes nothing.
+
+    Raises :class:`LensbenchError` for a preset that the file does not have.
+    """
+    if preset is None:
+        return suite
+    if not suite.presets:
+        raise LensbenchError(f"{file} has no presets: --preset is for suites whose file has [presets.NAME]")
+    if preset == DEFAULT:
+        return suite
+    if preset not in suite.presets:
+        raise LensbenchError(f"{file} has no preset {preset!r}; {nearest(preset, [DEFAULT, *suite.presets])}")
+    return preset_of(file, content, preset)
+
+
+def limited(suite: Suite, limit: int | None) -> list[str]:
+    """The settings that a limit stands for: no split gives more sequences; choices and gates rest on dev as they are.
+
+    Raises :class:`LensbenchError` where so few are too few for intervals.
+    """
+    if limit is None:
+        return []
+    if limit < FEWEST_CLUSTERS:
+        raise LensbenchError(
+            f"--limit {limit}: with fewer than {FEWEST_CLUSTERS} sequences there are fewer than {FEWEST_CLUSTERS} clusters, "
+            f"and intervals are not to be trusted; give --limit {FEWEST_CLUSTERS} or more"
+        )
+    given = {
+        "fit.sequences": suite.fit.sequences,
+        "fit.dev_sequences": suite.fit.dev_sequences,
+        "evaluate.sequences": suite.evaluate.sequences,
+    }
+    return [f"{key}={limit}" for key, count in given.items() if count > limit]
 
 
 def with_settings(suite: Suite, settings: Sequence[str]) -> Suite:
@@ -70,7 +129,7 @@ def with_settings(suite: Suite, settings: Sequence[str]) -> Suite:
     content["models"] = list(content["models"])
     for setting in settings:
         key, value = split_setting(setting)
-        put(content, path_of(key, content), parsed(key, value))
+        put(content, path_of(key, content), parsed(key, value), COMMAND)
     return validated(Suite, COMMAND, content)
 
 
@@ -101,6 +160,8 @@ def parsed(key: str, value: str) -> Any:
 def path_of(key: str, content: Mapping[str, Any]) -> tuple[str, ...]:
     """The parts of a dotted key; ``models.NAME.KEY`` is of the model NAME, whose name may have dots of its own."""
     first, _, rest = key.partition(".")
+    if first == "presets":
+        raise LensbenchError(f"{COMMAND}: {key}: presets are tables of a suite's file; set what they would set")
     if first != "models" or not rest:
         return tuple(part.strip() for part in key.split("."))
     names = sorted((str(m.get("name")) for m in content.get("models", ())), key=len, reverse=True)
@@ -110,19 +171,6 @@ def path_of(key: str, content: Mapping[str, Any]) -> tuple[str, ...]:
             f"{COMMAND}: {key}: models are set by name, models.{min(names)}.KEY; {nearest(rest.partition('.')[0], names)}"
         )
     return ("models", name, *(part.strip() for part in rest.removeprefix(f"{name}.").split(".")))
-
-
-def put(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set what a path of keys names in ``content``; raises :class:`LensbenchError` where there is no table on the way."""
-    here, keys = content, path
-    if path[0] == "models" and len(path) > 1:
-        here, keys = next(model for model in content["models"] if model["name"] == path[1]), path[2:]
-    for key in keys[:-1]:
-        here = here.setdefault(key, {})
-        if not isinstance(here, dict):
-            what = "is left out of this suite" if here in (None, False) else "is no table"
-            raise LensbenchError(f"{COMMAND}: {'.'.join(path)}: {key} {what}")
-    here[keys[-1]] = value
 
 
 FILES = ("file:", "folder:", "path:", "gguf:")

@@ -1,8 +1,10 @@
 """Suites and other recipes, read from TOML and checked before anything starts."""
 
+import copy
 import itertools
 import re
 import tomllib
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,7 +88,50 @@ def load_suite(name: str) -> Suite:
     """A suite by name or path; raises :class:`LensbenchError` saying what is wrong and where."""
     file, content = read_toml(name)
     expect(file, name, content, "run")
-    return validated(Suite, file, content)
+    suite = validated(Suite, file, content)
+    for preset in suite.presets:
+        preset_of(file, content, preset)
+    return suite
+
+
+def put(content: dict[str, Any], path: tuple[str, ...], value: Any, where: str) -> None:
+    """Set what a path of keys names in ``content``; raises :class:`LensbenchError` where there is no table on the way."""
+    here, keys = content, path
+    if path[0] == "models" and len(path) > 1:
+        models = {model["name"]: model for model in content["models"]}
+        if path[1] not in models:
+            raise LensbenchError(f"{where}: {'.'.join(path)}: {nearest(path[1], list(models))}")
+        here, keys = models[path[1]], path[2:]
+    for key in keys[:-1]:
+        here = here.setdefault(key, {})
+        if not isinstance(here, dict):
+            what = "is left out of this suite" if here in (None, False) else "is no table"
+            raise LensbenchError(f"{where}: {'.'.join(path)}: {key} {what}")
+    here[keys[-1]] = value
+
+
+def leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Everything in nested tables that is no table, with the keys that lead to it."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def preset_of(file: str, content: dict[str, Any], preset: str) -> Suite:
+    """The suite of a file with what its table ``presets.PRESET`` sets in place of what the file says.
+
+    Raises :class:`LensbenchError` with the first thing wrong with it.
+    """
+    where, changed = f"{file}, preset {preset}", copy.deepcopy(content)
+    for path, value in leaves(changed.pop("presets")[preset]):
+        put(changed, path, value, where)
+    return validated(Suite, where, changed)
+
+
+COMMAND = "command line"
+"""What messages call the place of a wrong setting that no file has"""
 
 
 def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
@@ -102,7 +147,7 @@ def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
         names = names_of(models)
         content["models"] = [{"name": name, "source": source} for name, source in zip(names, models, strict=True)]
         content.pop("claims", None)  # they are about the models of the suite
-    return validated(Suite, "command line", content)
+    return validated(Suite, COMMAND, content)
 
 
 def names_of(sources: list[str]) -> list[str]:

@@ -239,6 +239,10 @@ IMAGES_FIX: dict[str, dict[str, int]] = {
 """What the settings of sequences are where inputs are images."""
 
 
+DEFAULT = "default"
+"""The preset that changes nothing"""
+
+
 class Suite(_Strict):
     """One benchmark: which models, on which text or images, fitted and evaluated how."""
 
@@ -261,6 +265,11 @@ class Suite(_Strict):
     verdict: VerdictRule = VerdictRule()
     claims: tuple[Claim, ...] = Field((), description="what `compare` tests, corrected together (Holm)")
     models: tuple[ModelRecipe, ...] = Field(min_length=1)
+    presets: dict[str, dict[str, Any]] = Field(
+        {},
+        exclude=True,
+        description="settings in place of the file's, by the name that `--preset` takes; default: none",
+    )
 
     @field_validator("probes")
     @classmethod
@@ -271,6 +280,16 @@ class Suite(_Strict):
         if len(set(names)) < len(names):
             raise ValueError("a probe is named twice")
         return names
+
+    @field_validator("presets")
+    @classmethod
+    def _not_the_default(cls, presets: dict[str, Any]) -> dict[str, Any]:
+        if DEFAULT in presets:
+            raise ValueError(f"the preset {DEFAULT!r} is the file as it is, and cannot be set")
+        for name, table in presets.items():
+            if inner := {"name", "presets"} & set(table):
+                raise ValueError(f"preset {name!r} cannot set {min(inner)!r}")
+        return presets
 
     @field_validator("claims", mode="before")
     @classmethod

@@ -45,13 +45,13 @@ def test_a_setting_of_the_command_line_is_that_of_the_file(option, file, tmp_pat
     assert Changes(settings=(option,)).of(str(file)) == load_suite(str(edited))
 
 
-@pytest.mark.parametrize("name", ["quick", "pretrained", "vision"])
+@pytest.mark.parametrize("name", ["pretrained", "vision"])
 def test_a_setting_leaves_all_others_of_a_suite_as_they_are(name):
     suite = load_suite(name)
     changed = Changes(settings=(f"evaluate.draws={suite.evaluate.draws + 1}",)).of(name)
     assert changed.evaluate.draws == suite.evaluate.draws + 1
     evaluate = changed.evaluate.model_copy(update={"draws": suite.evaluate.draws})
-    assert changed.model_copy(update={"evaluate": evaluate}) == suite
+    assert changed.model_copy(update={"evaluate": evaluate}).described() == suite.described()
 
 
 @pytest.mark.parametrize(
@@ -76,26 +76,26 @@ def test_a_setting_leaves_all_others_of_a_suite_as_they_are(name):
         ("seeds=[-1]", "seeds"),
     ],
 )
-def test_a_wrong_setting_is_answered_with_what_would_be_right(option, expected, file):
+def test_a_wrong_setting_is_answered_with_what_would_be_right(option, expected, pretrained):
     with pytest.raises(LensbenchError) as error:
-        Changes(settings=(option,)).of(str(file))
+        Changes(settings=(option,)).of(str(pretrained))
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_setting_of_a_table_that_the_suite_leaves_out_is_refused(file):
+def test_a_setting_of_a_table_that_the_suite_leaves_out_is_refused(pretrained):
     with pytest.raises(LensbenchError, match=r"update\.layers: update is left out of this suite"):
-        Changes(settings=("update=false", "update.layers=4")).of(str(file))
+        Changes(settings=("update=false", "update.layers=4")).of(str(pretrained))
 
 
-def test_of_two_settings_of_one_key_the_later_one_has_the_last_word(file):
-    assert Changes(settings=("fit.sequences=20", "fit.sequences=30")).of(str(file)).fit.sequences == 30
+def test_of_two_settings_of_one_key_the_later_one_has_the_last_word(pretrained):
+    assert Changes(settings=("fit.sequences=20", "fit.sequences=30")).of(str(pretrained)).fit.sequences == 30
 
 
-def test_settings_that_are_right_together_alone_may_be_given_in_any_order(file):
+def test_settings_that_are_right_together_alone_may_be_given_in_any_order(pretrained):
     """96 positions of sequences of 128 tokens: the first setting alone is refused."""
     settings = ("fit.positions=96", "evaluate.length=128", "training.length=128")
-    assert Changes(settings=settings).of(str(file)).length == 128
+    assert Changes(settings=settings).of(str(pretrained)).length == 128
 
 
 def test_a_model_of_the_command_line_takes_settings_by_its_name():
@@ -103,8 +103,8 @@ def test_a_model_of_the_command_line_takes_settings_by_its_name():
     assert [(m.name, m.dtype) for m in suite.models] == [("B-1.5", "bfloat16")]
 
 
-def test_runs_of_other_settings_lie_in_other_folders_by_default(file):
-    suite = load_suite(str(file))
+def test_runs_of_other_settings_lie_in_other_folders_by_default(pretrained):
+    suite = load_suite(str(pretrained))
     assert Changes().folder_name(suite) == "tiny"
     assert Changes(settings=("fit.ridges=[0.1, 1]",)).folder_name(suite) == "tiny-fit.ridges-0.1-1"
     many = tuple(f"fit.sequences={n}" for n in range(1, 9))
@@ -119,6 +119,139 @@ def test_options_as_results_report_them_name_no_folder_of_this_machine():
     assert given.options() == [
         "--corpus", "file:texts", "--seed", "3", "--set", 'corpus.spec="file:x"', "--set", "models.a.source=path:b",
     ]  # fmt: skip
+
+
+PRESETS = """
+[presets.glance]
+probes = []
+update = { landmarks = false }
+
+[presets.glance.fit]
+refits = 0
+sequences = 20
+
+[presets.glance.models.gpt]
+dtype = "bfloat16"
+"""
+
+PRETRAINED = """
+name = "tiny"
+question = "Does it?"
+
+[fit]
+sequences = 48
+dev_sequences = 32
+
+[evaluate]
+sequences = 96
+positions = 8
+length = 64
+
+[[models]]
+name = "gpt"
+source = "hub:a/b"
+"""
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pretrained") / "tiny.toml"
+    path.write_text(PRETRAINED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def with_presets(pretrained):
+    path = pretrained.parent / "presets.toml"
+    path.write_text(PRETRAINED + PRESETS)
+    return path
+
+
+def test_a_preset_sets_what_it_names_and_nothing_else(pretrained, with_presets):
+    options = ("probes=[]", "update.landmarks=false", "fit.refits=0", "fit.sequences=20", "models.gpt.dtype=bfloat16")
+    expected = Changes(settings=options).of(str(pretrained))
+    assert Changes(preset="glance").of(str(with_presets)).described() == expected.described()
+
+
+def test_a_file_with_presets_is_the_default_and_a_manifest_says_nothing_of_them(pretrained, with_presets):
+    plain = load_suite(str(pretrained)).described()
+    assert plain == load_suite(str(with_presets)).described()
+    assert plain == Changes(preset="default").of(str(with_presets)).described()
+
+
+def test_file_then_preset_then_limit_then_settings(with_presets):
+    """48 and 96 sequences of fit and eval in the file, 20 of fit in the preset."""
+    suite = Changes(preset="glance", limit=64, settings=("evaluate.sequences=70",)).of(str(with_presets))
+    assert (suite.fit.sequences, suite.evaluate.sequences) == (20, 70)
+    suite = Changes(preset="glance", limit=64).of(str(with_presets))
+    assert (suite.fit.sequences, suite.fit.dev_sequences, suite.evaluate.sequences) == (20, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("[presets.a]\nfti = 3", "tiny.toml, preset a: unknown key 'fti'; did you mean 'fit'?"),
+        ("[presets.a.fit]\nrefit = 3", "tiny.toml, preset a: unknown key 'fit.refit'; did you mean 'refits'?"),
+        ("[presets.a.models.gtp]\ndtype = 3", "tiny.toml, preset a: models.gtp.dtype: did you mean 'gpt'?"),
+        ("[presets.a.evaluate]\npositions = 70", "tiny.toml, preset a: sequences of 64 tokens have no more than 62"),
+        ("[presets.default]\nseeds = [1]", "the preset 'default' is the file as it is"),
+        ('[presets.a]\nname = "b"', "preset 'a' cannot set 'name'"),
+        ("[presets]\na = 3", "tiny.toml: presets.a: Input should be a valid dictionary"),
+        ("[preset.a]\nseeds = [1]", "unknown key 'preset'; did you mean 'presets'?"),
+    ],
+)
+def test_a_wrong_preset_is_told_when_its_suite_is_read(table, expected, tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(f"{PRETRAINED}\n{table}\n")
+    with pytest.raises(LensbenchError) as error:
+        load_suite(str(path))
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_preset_and_a_suite_without_presets_are_told(pretrained, with_presets):
+    with pytest.raises(LensbenchError, match="has no preset 'glanse'; did you mean 'glance'"):
+        Changes(preset="glanse").of(str(with_presets))
+    for preset in ("glance", "default"):
+        with pytest.raises(LensbenchError, match=r"tiny\.toml has no presets: --preset is for"):
+            Changes(preset=preset).of(str(pretrained))
+
+
+def test_presets_come_from_files_alone(with_presets):
+    with pytest.raises(LensbenchError, match=r"presets\.a\.seeds: presets are tables of a suite's file"):
+        Changes(settings=("presets.a.seeds=[1]",)).of(str(with_presets))
+
+
+def test_presets_of_pretrained_hold_for_the_model_of_the_command_line():
+    glance = Changes(preset="glance", models=("hub:a/b",)).of("pretrained")
+    assert [m.name for m in glance.models] == ["b"]
+    assert not glance.update.landmarks
+    assert (glance.fit.refits, glance.fit.tolerances, glance.probes, glance.claims) == (0, (), (), ())
+    full, default = (Changes(preset=name).of("pretrained") for name in ("full", "default"))
+    assert default.described() == load_suite("pretrained").described()
+    for section, key in (("fit", "sequences"), ("evaluate", "sequences"), ("fit", "layers"), ("fit", "refits")):
+        sizes = [getattr(getattr(suite, section), key) for suite in (glance, default, full)]
+        assert sizes == sorted(set(sizes))
+
+
+def test_a_limit_is_an_upper_bound_and_refused_where_intervals_could_not_be_trusted():
+    limited, whole = Changes(limit=100).of("pretrained"), load_suite("pretrained")
+    assert {limited.fit.sequences, limited.fit.dev_sequences, limited.evaluate.sequences} == {100}
+    assert Changes(limit=10_000).of("pretrained").described() == whole.described()
+    with pytest.raises(LensbenchError, match=r"--limit 63: .*fewer than 64 clusters.*give --limit 64 or more"):
+        Changes(limit=63).of("pretrained")
+    with pytest.raises(LensbenchError, match=r"evaluate\.precision"):
+        Changes(limit=64, settings=("evaluate.precision=0.1",)).of("pretrained")
+
+
+def test_runs_of_presets_and_limits_lie_in_folders_of_their_own():
+    suite = load_suite("pretrained")
+    names = [
+        Changes(preset=preset, limit=limit).folder_name(suite)
+        for preset in ("default", "glance")
+        for limit in (None, 64)
+    ]
+    assert names == ["pretrained", "pretrained-limit64", "pretrained-glance", "pretrained-glance-limit64"]
 
 
 @pytest.mark.run
