@@ -3,5 +3,22 @@
 from collections.abc import Callable
 
 from lensbench.measures.indices import indices_table
+from lensbench.probes import PROBES
+from lensbench.probes.catalogue import probes_markdown, quantities_markdown
 
-CATALOGUES: dict[str, Callable[..., str]] = {"table_of_indices": indices_table}
+
+def table_of_quantities(*names: str) -> str:
+    """The quantities of some probes, as Markdown."""
+    return quantities_markdown(PROBES[name] for name in names).rstrip()
+
+
+def table_of_probes() -> str:
+    """All probes, what they measure, and their nulls."""
+    return probes_markdown(PROBES.values()).rstrip()
+
+
+CATALOGUES: dict[str, Callable[..., str]] = {
+    "table_of_indices": indices_table,
+    "table_of_quantities": table_of_quantities,
+    "table_of_probes": table_of_probes,
+}

@@ -279,7 +279,7 @@ means over seeds with Student's t. `manifest.json` has the suite, seeds, version
 and the SHA-256 of every table and of itself.
 
 Folders here hold runs in the light form that `lensbench export` writes, and what `lensbench sweep`, `lensbench calibrate`,
-`lensbench in-context` and `lensbench regression` wrote, unedited; `speed/` is described in `benchmarks/README.md`. A light
+`lensbench in-context` and `lensbench regression` wrote, unedited; `speed/` is described in `benchmarks/speed.md`. A light
 folder has every table, the long ones packed (`transfer.csv.gz`: pandas reads it by its name), and of the figures those that
 a text shows. `lensbench figures FOLDER --out OUT` draws all of them, `lensbench report FOLDER --out PAGE` makes the page,
 `lensbench compare` compares it as it compares the run. Numbers have nine digits.

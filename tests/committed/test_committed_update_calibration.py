@@ -49,7 +49,7 @@ def test_what_the_guide_tells_of_the_calibration_is_what_the_command_prints(tabl
     for table in update_calibration_tables(tables):
         console.print(table)
     printed = console.file.getvalue()
-    text = (ROOT / "benchmarks" / "README.md").read_text().split("## Calibration")[1].split("\n## ")[0]
+    text = (ROOT / "benchmarks" / "calibration.md").read_text()
     told = re.findall(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]", " ".join(text.split()))
     assert len(told) >= 10
     assert [one for one in told if one not in printed] == []

@@ -74,7 +74,7 @@ def test_a_suite_may_claim_an_index_as_soon_as_the_catalogue_shows_it(with_toy):
 
 
 def test_the_guides_index_works(with_toy):
-    guide = (ROOT / "benchmarks" / "README.md").read_text()
+    guide = (ROOT / "benchmarks" / "extending.md").read_text()
     (block,) = (b for b in re.findall(r"```python\n(.*?)```", guide, re.S) if "Index(" in b)
     exec(block, {})
     assert INDICES[TOY.name] is not TOY

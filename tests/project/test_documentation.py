@@ -158,7 +158,7 @@ def test_the_guides_model_lens_and_measure_work(monkeypatch):
     monkeypatch.setitem(PROBES, "state_length", PROBES["accuracy"])
     monkeypatch.setitem(KINDS, "mean_shift", KINDS["tuned"])
     names: dict = {"windows": windows()}
-    for block in blocks("benchmarks/README.md", "## Adding a model, a lens, a measure")[:3]:
+    for block in blocks("benchmarks/extending.md", "# Adding a model, a lens, a measure")[:3]:
         exec(block, names)
     assert names["model"].num_parameters() == pytest.approx(20_000, rel=0.01)
     assert names["kl"].shape == (3,)

@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.speed.summary import print_ratios  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
-FINDINGS = sorted((ROOT / "results" / "findings").glob("*.md"))
 COMMITTED = ("quick", "smollm2")
 STANDARD = [ROOT / "results" / "standard" / part for part in ("gpt", "pc", "controls")]
 IN_PLACE = "in_place_without_layer0"
@@ -76,7 +75,7 @@ def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparis
 
 @pytest.mark.results
 def test_speeds_that_are_told_are_those_that_the_benchmark_prints():
-    text = (ROOT / "benchmarks" / "README.md").read_text().split("# Speed")[1]
+    text = (ROOT / "benchmarks" / "speed.md").read_text()
     console = Console(file=io.StringIO(), width=200)
     for name in ("smollm2", "smollm2-prose", "quick"):
         print_ratios(pd.read_csv(ROOT / "results" / "speed" / name / "fitting.csv"), console)
@@ -89,8 +88,10 @@ def test_speeds_that_are_told_are_those_that_the_benchmark_prints():
 
 @pytest.mark.results
 def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured():
-    text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
-    section = text.split("## The predictive-coding model")[1].split("## Probes")[0]
+    section, text = (
+        " ".join((ROOT / "benchmarks" / name).read_text().split())
+        for name in ("predictive-coding-model.md", "speed.md")
+    )
     console = Console(file=io.StringIO(), width=400)
     with contextlib.chdir(ROOT):
         print_comparison(compare_runs([Path("results/predictive-coding/ablation")]), console)
@@ -112,8 +113,8 @@ def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured
 
 
 def test_the_python_examples_of_the_benchmarks_run(tiny_run, tiny_suite):
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    *_, example, of_probes = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    texts = ((ROOT / "benchmarks" / name).read_text() for name in ("predictive-coding-model.md", "probes.md"))
+    example, of_probes = (re.findall(r"```python\n(.*?)```", text, flags=re.S)[0] for text in texts)
     names = {}
     exec(example.replace("runs/quick", str(tiny_run)), names)
     out = names["out"]
@@ -150,11 +151,23 @@ def test_every_column_of_every_table_is_documented():
         assert missing == [], name
 
 
-@pytest.mark.parametrize("text", [ROOT / "README.md", *FINDINGS], ids=lambda path: path.stem)
-def test_pictures_and_files_that_are_named_exist(text):
-    for path in re.findall(r"\]\(([^)#]+)[^)]*\)", text.read_text()):
-        if not path.startswith("http"):
-            assert (text.parent / path).exists(), path
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *(ROOT / "results").rglob("*.md")]
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_pictures_files_and_headings_that_are_named_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for path, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
+        if not path.startswith(("http", "mailto")):
+            other = page.parent / path if path else page
+            assert other.exists(), path
+            assert not anchor or anchor in anchors(other), f"{path}#{anchor}"
 
 
 @pytest.mark.results

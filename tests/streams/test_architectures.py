@@ -12,12 +12,12 @@ from lensbench.errors import LensbenchError
 from lensbench.streams.parts import find_parts
 from lensbench.streams.stream import ResidualStream
 
-TABLE = Path(__file__).parents[2] / "benchmarks" / "README.md"
+TABLE = Path(__file__).parents[2] / "benchmarks" / "architectures.md"
 
 
 def documented() -> dict[str, tuple[str, str]]:
     """Architecture -> (read-out, what stands behind the head), from the documentation's table."""
-    lines = TABLE.read_text().split("## Architectures")[1].split("\n# ")[0].splitlines()
+    lines = TABLE.read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     return {name: (module.strip("`"), behind) for name, module, behind in rows[1:]}
 
