@@ -1,5 +1,6 @@
 """The ridge and the pad of a lens, chosen by KL on the dev split."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -244,15 +245,36 @@ class DevSearch:
 
         The second is found by going up from the best, as far as the loss stays within what is allowed.
         """
-        best = self.best(solve, layers, near)
-        allowed = best.dev_kl + tolerance * max(0.0, self.constant_kl - best.dev_kl)
-        chosen = best
-        for ridge in self.recipe.ridges[self.recipe.ridges.index(best.ridge) + 1 :]:
-            pad, kl = self.best_pad(solve(ridge), layers, self.recipe.pads.index(chosen.pad))
-            if kl > allowed:
+        climb = self.climb(solve, layers, tolerance, near)
+        return climb[0], self.end_of(climb, tolerance)
+
+    def climb(
+        self,
+        solve: Callable[[float], AffineMaps],
+        layers: Sequence[int],
+        tolerance: float,
+        near: Choice | None = None,
+    ) -> list[Choice]:
+        """The best ridge, and those above it up to the first whose loss the tolerance does not allow, or the last one.
+
+        Every smaller tolerance has its end in it (:meth:`end_of`).
+        """
+        climb = [self.best(solve, layers, near)]
+        for ridge in self.recipe.ridges[self.recipe.ridges.index(climb[0].ridge) + 1 :]:
+            if climb[-1].dev_kl > self.allowed(climb[0].dev_kl, tolerance):
                 break
-            chosen = Choice(ridge, self.recipe.pads[pad], kl)
-        return best, chosen
+            pad, kl = self.best_pad(solve(ridge), layers, self.recipe.pads.index(climb[-1].pad))
+            climb.append(Choice(ridge, self.recipe.pads[pad], kl))
+        return climb
+
+    def end_of(self, climb: Sequence[Choice], tolerance: float) -> Choice:
+        """The last choice of a climb before the first one whose loss the tolerance does not allow."""
+        allowed = self.allowed(climb[0].dev_kl, tolerance)
+        return list(itertools.takewhile(lambda choice: choice.dev_kl <= allowed, climb))[-1]
+
+    def allowed(self, best: float, tolerance: float) -> float:
+        """The dev KL that a tolerance allows where the best is ``best``."""
+        return best + tolerance * max(0.0, self.constant_kl - best)
 
     def within_one_error(self, path: Sequence[Choice], solve: Callable[[float], AffineMaps], layer: int) -> Choice:
         """The strongest ridge whose dev KL exceeds the best's by at most one standard error of the paired difference.
@@ -283,5 +305,5 @@ class DevSearch:
     def within(self, path: Sequence[Choice], tolerance: float) -> Choice:
         """The strongest ridge whose dev KL exceeds the path's best by at most ``tolerance`` of ``K_0 - best``."""
         best = min(choice.dev_kl for choice in path)
-        allowed = best + tolerance * max(0.0, self.constant_kl - best)
+        allowed = self.allowed(best, tolerance)
         return max((c for c in path if c.dev_kl <= allowed), key=lambda c: c.ridge)

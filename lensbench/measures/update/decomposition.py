@@ -58,6 +58,8 @@ class FullLenses:
     """At the strongest ridge that the tolerance allows, with its pad: what the gates judge"""
     choices: tuple[tuple[Choice, Choice], ...]
     """What dev chose for each layer: of ``best``, and of ``within``"""
+    climbs: tuple[list[Choice], ...] = ()
+    """What dev tried for each layer from the best ridge on (:meth:`DevSearch.climb`); none where the choices were known"""
 
     @property
     def ridges(self) -> tuple[float, ...]:
@@ -159,20 +161,26 @@ def full_lenses(
     layers: Sequence[int],
     tolerance: float,
     known: Sequence[tuple[Choice, Choice]] | None = None,
+    others: Sequence[float] = (),
 ) -> FullLenses:
     """The lens of each layer at its best ridge, and at the strongest ridge that the tolerance allows.
 
-    ``known``: both choices for each layer, where they need no search.
+    ``known``: both choices for each layer, where they need no search. ``others``: tolerances that will be asked for, too.
     """
-    best, within, choices = [], [], []
+    best, within, choices, climbs = [], [], [], []
     near: Choice | None = None
     for at, layer in enumerate(layers):
         path = RidgePath(moments.layer([at]), "zero")
-        near, chosen = search.strongest(path.solve, [layer], tolerance, near) if known is None else known[at]
+        if known is None:
+            climb = search.climb(path.solve, [layer], max(tolerance, *others, 0.0), near)
+            near, chosen = climb[0], search.end_of(climb, tolerance)
+            climbs.append(climb)
+        else:
+            near, chosen = known[at]
         best.append(path.solve(near.ridge))
         within.append(search.padded(path.solve(chosen.ridge), chosen.pad))
         choices.append((near, chosen))
-    return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(choices))
+    return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(choices), tuple(climbs))
 
 
 def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
@@ -218,22 +226,23 @@ class Fitted:
         seed: int,
         say: Say,
         known: Sequence[tuple[Choice, Choice]] | None = None,
+        others: Sequence[float] = (),
     ) -> "Fitted":
-        """See :func:`decompose`."""
+        """See :func:`decompose`; ``others``: tolerances that :meth:`at` will be asked for."""
         coordinates, folds = Metric.of(metric, readout, fit), deal_documents(fit, seed)
         say("moments")
         moments = fold_moments(fit, layers, folds)
         pooled = pooled_folds(moments, [int((folds[fit.document] == fold).sum()) for fold in range(len(moments))])
         search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
         say("ridges")
-        lenses = full_lenses(search, pooled, layers, tolerance, known)
+        lenses = full_lenses(search, pooled, layers, tolerance, known, others)
         halves = third_in_halves(fit, layers, folds)
         maps = readings(moments, coordinates, lenses.ridges, halves)
         return cls(layers, coordinates, folds, moments, halves, pooled, lenses, maps, search)
 
     def at(self, tolerance: float) -> Readings:
-        """The maps at the strongest ridges that another tolerance allows."""
-        ridges = full_lenses(self.search, self.moments, self.layers, tolerance).ridges
+        """The maps at the strongest ridges that another tolerance allows, one of those that were announced."""
+        ridges = tuple(self.search.end_of(climb, tolerance).ridge for climb in self.lenses.climbs)
         return readings(self.parts, self.metric, ridges, self.halves)
 
     def by(self, metric: Metric) -> Readings:
@@ -296,7 +305,7 @@ def decompose(
     if len(chosen) < 2:
         raise Undefined("undefined: an update needs two layers before the last")
     tolerance = recipe.tolerance if tolerance is None else tolerance
-    fitted = Fitted.of(readout, fit, dev, recipe, chosen, metric, tolerance, seed, say, known)
+    fitted = Fitted.of(readout, fit, dev, recipe, chosen, metric, tolerance, seed, say, known, tolerances)
     return measured(
         readout, fitted, fit, dev, held_out, recipe.refits if refits is None else refits,
         others=[
