@@ -38,7 +38,7 @@ from lensbench.measures.transfer import estimated_transfer, penalties, transfer_
 from lensbench.runtime.files import write_atomically
 from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture, capture
-from lensbench.streams.kl import choose_product_dtype
+from lensbench.streams.partition import choose_product_terms
 from lensbench.streams.readout import ReadOut
 
 SHARES = (0.05, 0.1, 0.15, 0.2)
@@ -108,9 +108,10 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
     maps, more = prepared(task, layers, tokens)
     some, few = first_windows(more, tokens), first_windows(more, max(64, tokens // 8))
     readout = task.stream.readout
-    dtype = choose_product_dtype(readout, readout.final_norm(some.states[-1][:512]))
-    readout = readout.with_products_in(dtype)
-    say(f"{len(more)} tokens of {len(np.unique(more.document))} documents; products in {dtype or torch.float32}")
+    terms = choose_product_terms(readout, readout.final_norm(some.states[-1][:512]))
+    readout = readout.with_product_terms(terms)
+    products = f"{terms} products in bfloat16 for one" if terms else "products in float32"
+    say(f"{len(more)} tokens of {len(np.unique(more.document))} documents; {products}")
     speed_up, agreement = compare_with_loops(task, readout, maps, some, few, out)
     estimates = estimates_of(task, readout, maps, some, more)
     write_atomically(out / "transfer-estimate.csv", lambda p: estimates.to_csv(p, index=False, float_format="%.6g"))

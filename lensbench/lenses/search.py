@@ -15,7 +15,8 @@ from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture
-from lensbench.streams.kl import TOKEN_BLOCK, VOCABULARY_BLOCK, Tokens, sums_of_all, token_kl
+from lensbench.streams.kl import TOKEN_BLOCK, Tokens, sums_of_all, token_kl
+from lensbench.streams.partition import CUDA_LOGITS, CUDA_ROWS, VOCABULARY_BLOCK
 from lensbench.streams.readout import ReadOut
 
 
@@ -94,13 +95,16 @@ def log_partition_of_pads(
     weight, bias = readout.weight, readout.bias
     constant = weight @ offset if bias is None else torch.addmv(bias, weight, offset)
     along = weight @ direction
+    # A processor works in its cache; a GPU wants few large blocks.
+    many = CUDA_ROWS if u.is_cuda else TOKEN_BLOCK // 2
+    block = max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(u))) if u.is_cuda else VOCABULARY_BLOCK
     out = []
-    for first in range(0, len(u), TOKEN_BLOCK // 2):
-        rows = slice(first, first + TOKEN_BLOCK // 2)
+    for first in range(0, len(u), many):
+        rows = slice(first, first + many)
         largest = u.new_full((len(pads), len(u[rows])), -torch.inf)
         total = torch.zeros_like(largest)
-        for start in range(0, len(weight), VOCABULARY_BLOCK):
-            words = slice(start, start + VOCABULARY_BLOCK)
+        for start in range(0, len(weight), block):
+            words = slice(start, start + block)
             unscaled = u[rows] @ weight[words].T
             for p, a in enumerate(pads):
                 logits = torch.addcmul(

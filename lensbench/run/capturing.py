@@ -12,7 +12,7 @@ from lensbench.run.origin import Origin
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.kept import STATES, keep, kept, mapped_file
-from lensbench.streams.kl import choose_product_dtype
+from lensbench.streams.partition import choose_product_terms
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
@@ -64,10 +64,11 @@ def captured_states(
                 task.update(len(samples), "kept by an earlier stage")
     # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
     sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
-    dtype = ranks.told(choose_product_dtype(stream.readout, stream.readout.final_norm(sample)))
-    if dtype is not None:
-        context.progress.say(f"log-partitions in {str(dtype).removeprefix('torch.')}, which agrees with float32 here")
-    readout = stream.readout.with_products_in(dtype)
+    terms = ranks.told(choose_product_terms(stream.readout, stream.readout.final_norm(sample)))
+    if terms:
+        products = "product" if terms == 1 else "products"
+        context.progress.say(f"log-partitions of {terms} {products} in bfloat16, which agree with float32 here")
+    readout = stream.readout.with_product_terms(terms)
     return captured if rotation is None else rotation.apply(captured), readout
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture
+from lensbench.streams.partition import CUDA_ROWS, VOCABULARY_BLOCK, online_log_partition
 from lensbench.streams.readout import ReadOut
 
 TOKEN_BLOCK = 1024
@@ -16,13 +17,6 @@ TOKEN_BLOCK = 1024
 
 ROW_BLOCK = 1024
 """Rows of one block of logits on the CPU"""
-
-
-VOCABULARY_BLOCK = 1024
-
-
-CUDA_LOGITS = 2**28
-"""Logits in memory at once on a GPU"""
 
 
 @dataclass(frozen=True)
@@ -50,15 +44,15 @@ def partition_and_largest(readout: ReadOut, n: Tensor, *, want_largest: bool = T
     """
     if not len(n):
         return n[:, 0], n[:, 0] if want_largest else None
-    parts = [_log_partition(readout, rows, want_largest) for rows in n.split(ROW_BLOCK if not n.is_cuda else len(n))]
+    parts = [_log_partition(readout, rows, want_largest) for rows in n.split(CUDA_ROWS if n.is_cuda else ROW_BLOCK)]
     largest = [p[1] for p in parts if p[1] is not None]
     return torch.cat([p[0] for p in parts]), torch.cat(largest) if want_largest else None
 
 
 def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Tensor, Tensor | None]:
     weight, bias = readout.weight, readout.bias
-    if n.is_cuda:  # one large product is fastest on a GPU
-        log_z, top = _online_log_partition(readout, n)
+    if n.is_cuda:  # large products are fastest on a GPU
+        log_z, top = online_log_partition(readout, n)
         return log_z, top if want_largest else None
     logits = n @ weight[:VOCABULARY_BLOCK].T
     if bias is not None:
@@ -84,50 +78,8 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
     log_z, largest = shift[:, 0] + total.log(), shift[:, 0] + above
     bad = ~torch.isfinite(log_z)
     if bool(bad.any()):
-        log_z[bad], largest[bad] = _online_log_partition(readout, n[bad])
+        log_z[bad], largest[bad] = online_log_partition(readout, n[bad])
     return log_z, largest if want_largest else None
-
-
-def _online_log_partition(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-partition and largest logit, with an online maximum over the blocks."""
-    weight, bias = readout.weight, readout.bias
-    exact = n, weight, bias
-    size = VOCABULARY_BLOCK if not n.is_cuda else max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(n)))
-    dtype = readout.product_dtype or n.dtype
-    n, weight = n.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    # Sums and maxima in float32 at least, whatever the type of the products.
-    largest = torch.full((len(n),), -torch.inf, dtype=torch.promote_types(n.dtype, torch.float32), device=n.device)
-    total = torch.zeros_like(largest)
-    word = torch.zeros(len(n), dtype=torch.long, device=n.device)
-    for start in range(0, len(weight), size):
-        rows = slice(start, start + size)
-        logits = n @ weight[rows].T if bias is None else torch.addmm(bias[rows], n, weight[rows].T)
-        logits = readout.cap_(logits.to(largest.dtype))
-        here, at = logits.max(-1)
-        word = torch.where(here > largest, at + start, word)
-        new = torch.maximum(largest, here)
-        total = total * torch.exp(largest - new) + logits.sub_(new[:, None]).exp_().sum(-1)
-        largest = new
-    log_z = largest + total.log()
-    if dtype != exact[0].dtype:  # a logit with three digits cannot be compared with one with seven
-        n, weight, bias = exact
-        logit = (n * weight[word]).sum(-1)
-        largest = readout.cap_(logit if bias is None else logit + bias[word])
-    return log_z, largest
-
-
-def choose_product_dtype(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3) -> torch.dtype | None:
-    """The type for the products of log-partitions: bfloat16 on a GPU where it agrees with float32, else None.
-
-    They agree when the mean absolute difference of the log-partition over the normalised states ``[R, d_read]`` is at most
-    ``tolerance`` nats. The read-out does not change; :meth:`ReadOut.with_products_in` makes one with this type.
-    """
-    if not n.is_cuda:
-        return None
-    exact = log_partition(readout.with_products_in(None), n)
-    half = log_partition(readout.with_products_in(torch.bfloat16), n)
-    return torch.bfloat16 if float((half - exact).abs().mean()) <= tolerance else None
 
 
 class Vocabulary:

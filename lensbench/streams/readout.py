@@ -34,7 +34,10 @@ class ReadOut(Unembed):
         self.final_norm = final_norm
         self.unembedding = unembedding
         self.scale, self.softcap = scale, softcap
-        self.product_dtype: torch.dtype | None = None  # of log-partitions on a GPU; None: that of the states
+        self.product_terms = (
+            0  # bfloat16 products that stand for one of log-partitions; 0: it is in the states' own type
+        )
+        self._halves: tuple[Tensor, ...] | None = None
         self._scaled: tuple[Tensor, Tensor | None] | None = None
         self._gains: dict[tuple[int, torch.dtype, torch.device], Tensor | None] = {}
 
@@ -62,7 +65,7 @@ class ReadOut(Unembed):
     def frozen(self) -> "ReadOut":
         """This read-out with weights that take no gradient, in the same memory; the model's own modules stay as they are."""
         other = copy.copy(self)
-        other._scaled, other._gains = None, {}
+        other._scaled, other._halves, other._gains = None, None, {}
         other._modules = {name: frozen(module) for name, module in self._modules.items() if module is not None}
         return other
 
@@ -77,13 +80,22 @@ class ReadOut(Unembed):
         )
         return wide.frozen()
 
-    def with_products_in(self, dtype: torch.dtype | None) -> "ReadOut":
-        """This read-out, its modules shared, with the products of log-partitions in ``dtype``; None: that of the states."""
-        if dtype == self.product_dtype:
+    def with_product_terms(self, terms: int) -> "ReadOut":
+        """This read-out, its modules shared, with log-partitions of so many products in bfloat16; 0: of one in float32."""
+        if terms == self.product_terms:
             return self
         other = copy.copy(self)
-        other.product_dtype = dtype
+        other.product_terms, other._halves = terms, None
         return other
+
+    @property
+    def weight_in_terms(self) -> tuple[Tensor, ...]:
+        """W in bfloat16, with three terms also what rounding took off it; kept, half the size of a float32 W each."""
+        if self._halves is None:
+            high = self.weight.to(torch.bfloat16)
+            rest = [(self.weight - high.to(self.weight.dtype)).to(torch.bfloat16)] if self.product_terms == 3 else []
+            self._halves = (high, *rest)
+        return self._halves
 
     def cap_(self, logits: Tensor) -> Tensor:
         """``logits``, soft-capped in place where the model does so."""

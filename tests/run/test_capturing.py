@@ -8,7 +8,8 @@ from lensbench.run import capturing
 from lensbench.run.context import Context
 from lensbench.runtime.environment import choose_device
 from lensbench.runtime.stages import Stages
-from lensbench.streams.kl import choose_product_dtype, log_partition
+from lensbench.streams.kl import log_partition
+from lensbench.streams.partition import choose_product_terms
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.files import load_suite
 
@@ -18,20 +19,20 @@ def small_stream() -> ResidualStream:
     return ResidualStream(build("gpt", seed=0, **shape).eval())
 
 
-def test_the_choice_of_a_dtype_is_returned_and_the_streams_readout_stays(tiny_suite, tmp_path, monkeypatch):
+def test_the_choice_of_products_is_returned_and_the_streams_readout_stays(tiny_suite, tmp_path, monkeypatch):
     stream = small_stream()
-    monkeypatch.setattr(capturing, "choose_product_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(capturing, "choose_product_terms", lambda *_: 2)
     context = Context(load_suite(str(tiny_suite)), Stages(tmp_path / "stages"), choose_device("cpu"))
     _, readout = capturing.captured_states(context, stream, windows(), name="capture")
-    assert readout.product_dtype == torch.bfloat16
-    assert stream.readout.product_dtype is None
+    assert readout.product_terms == 2
+    assert stream.readout.product_terms == 0
     assert readout.unembedding is stream.readout.unembedding
 
 
-def test_no_dtype_is_chosen_on_a_cpu_and_a_copy_reads_the_same():
+def test_nothing_in_bfloat16_is_chosen_on_a_cpu_and_a_copy_reads_the_same():
     readout = small_stream().readout
     n = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
-    assert choose_product_dtype(readout, n) is None
-    other = readout.with_products_in(torch.bfloat16).with_products_in(None)
+    assert choose_product_terms(readout, n) == 0
+    other = readout.with_product_terms(1).with_product_terms(0)
     assert torch.equal(log_partition(other, n), log_partition(readout, n))
-    assert readout.with_products_in(None) is readout
+    assert readout.with_product_terms(0) is readout

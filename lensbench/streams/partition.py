@@ -1,0 +1,135 @@
+"""Log-partitions over chunks of the unembedding, as a GPU computes them: large products, each reduced as it comes.
+
+Products may be made in bfloat16 with sums in float32. A float32 number is then one bfloat16 number, or the sum of two: its
+rounded value and what rounding took off.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lensbench.streams.readout import ReadOut
+
+VOCABULARY_BLOCK = 1024
+"""Words of one block of logits, at least"""
+
+CUDA_LOGITS = 2**26
+"""Logits of a chunk on a GPU: 256 MiB, whatever the vocabulary"""
+
+CUDA_ROWS = 2**15
+"""Rows at most that a GPU works on at once"""
+
+TERMS = (1, 2, 3)
+"""How many products in bfloat16 stand for one in float32.
+
+The first is of rounded states and weights, the second of what rounding took off the states, the third of what it took off
+the weights. Weights that are bfloat16 numbers, as many models have, need no third.
+"""
+
+Reduction = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor, Tensor]]
+
+
+def reduced(logits: Tensor, largest: Tensor, total: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit so far and the sum of ``exp(logit - largest)``, ``[R]``, with a chunk of logits ``[R, C]`` in them.
+
+    Also returns where in the chunk each row has its largest logit. ``cap``: of soft-capped logits.
+    """
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    here, at = logits.max(-1)
+    new = torch.maximum(largest, here)
+    total = total * torch.exp(largest - new) + torch.exp(logits - new[:, None]).sum(-1)
+    return new, total, at
+
+
+@cache
+def compiled() -> Reduction | None:
+    """:func:`reduced` as fused kernels, which read a chunk once or twice and write nothing of its size.
+
+    None where torch cannot compile for this GPU; a warning then says why.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    made: Reduction = torch.compile(reduced, dynamic=True)
+    try:
+        row = torch.zeros(2, device="cuda")
+        made(torch.zeros(2, 8, device="cuda"), row, row, None)
+    except Exception as error:  # of whatever torch hands on: a compiler that is missing, a driver that is too old
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(f"log-partitions are not compiled for this GPU, and slower: {reason}", stacklevel=2)
+        return None
+    return made
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` in float32 (float64 stays), with products in the type of the factors and sums in float32."""
+    if left.dtype.itemsize >= 4:
+        return left @ right.T
+    if left.is_cuda:
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+    return left.float() @ right.float().T
+
+
+def in_terms(x: Tensor, terms: int) -> list[Tensor]:
+    """Bfloat16 numbers that add up to x: its rounded value and, of two ``terms``, what rounding took off."""
+    high = x.to(torch.bfloat16)
+    return [high, (x - high.to(x.dtype)).to(torch.bfloat16)][:terms]
+
+
+def online_log_partition(readout: ReadOut, n: Tensor, reduction: Reduction | None = None) -> tuple[Tensor, Tensor]:
+    """Log-partition and largest logit ``[R]`` of normalised states ``[R, d_read]``, with an online maximum over the chunks.
+
+    ``reduction``: in place of the one for the device, compiled on a GPU. What it works on has the size of a chunk.
+    """
+    if reduction is None:
+        reduction = (compiled() if n.is_cuda else None) or reduced
+    weight, bias, terms = readout.weight, readout.bias, readout.product_terms
+    size = VOCABULARY_BLOCK if not n.is_cuda else max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(n)))
+    factors = [(n, weight)]
+    if terms:
+        states, weights = in_terms(n, min(terms, 2)), readout.weight_in_terms
+        factors = [(states[k], weights[0]) for k in range(len(states))] + [(states[0], w) for w in weights[1:]]
+    # Sums and maxima in float32 at least, whatever the type of the products.
+    largest = torch.full((len(n),), -torch.inf, dtype=torch.promote_types(n.dtype, torch.float32), device=n.device)
+    total = torch.zeros_like(largest)
+    word = torch.zeros(len(n), dtype=torch.long, device=n.device)
+    for start in range(0, len(weight), size):
+        rows = slice(start, start + size)
+        logits = product(factors[0][0], factors[0][1][rows]).to(largest.dtype)
+        for left, right in factors[1:]:
+            logits += product(left, right[rows])
+        if bias is not None:
+            logits += bias[rows]
+        new, total, at = reduction(logits, largest, total, readout.softcap)
+        word = torch.where(new > largest, at + start, word)
+        largest = new
+    log_z = largest + total.log()
+    if terms:  # a logit with three digits cannot be compared with one with seven
+        logit = (n * weight[word]).sum(-1)
+        largest = readout.cap_(logit if bias is None else logit + bias[word])
+    return log_z, largest
+
+
+def agreeing_terms(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3) -> int:
+    """The fewest of :data:`TERMS` with which log-partitions in bfloat16 agree with float32, 0 where none does.
+
+    They agree when the mean absolute difference over the normalised states ``[R, d_read]`` is at most ``tolerance`` nats.
+    """
+    exact = online_log_partition(readout.with_product_terms(0), n)[0]
+    for terms in TERMS:
+        half = online_log_partition(readout.with_product_terms(terms), n)[0]
+        if float((half - exact).abs().mean()) <= tolerance:
+            return terms
+    return 0
+
+
+def choose_product_terms(readout: ReadOut, n: Tensor) -> int:
+    """Of how many products in bfloat16 log-partitions are made: :func:`agreeing_terms` on a GPU, 0 (float32) elsewhere.
+
+    The read-out does not change; :meth:`ReadOut.with_product_terms` makes one with this number.
+    """
+    return agreeing_terms(readout, n) if n.is_cuda else 0
