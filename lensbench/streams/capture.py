@@ -22,13 +22,10 @@ from lensbench.streams.stream import ResidualStream
 
 def refuse_overflow(h: Tensor, log_z: Tensor, window: int) -> None:
     """Raise :class:`LensbenchError` where states ``[L+1, n, d]`` or log-partitions ``[n, 1]`` are not finite."""
-    finite = torch.isfinite(h).all(-1).all(-1)
-    if not bool(finite.all()):
-        what = f"the state after layer {int((~finite).nonzero()[0, 0])}"
-    elif not bool(torch.isfinite(log_z).all()):
-        what = "the model's logits"
-    else:
+    if bool(torch.isfinite(h).all() & torch.isfinite(log_z).all().to(h.device)):  # one answer to wait for on a GPU
         return
+    finite = torch.isfinite(h).all(-1).all(-1)
+    what = "the model's logits" if bool(finite.all()) else f"the state after layer {int((~finite).nonzero()[0, 0])}"
     raise LensbenchError(
         f"{what} overflowed to NaN or infinity in or after window (or image) {window}; "
         "give the model a dtype of larger range (bfloat16 or float32)"

@@ -87,16 +87,16 @@ def covariance_of(states: Tensor) -> Tensor:
 def _fisher(readout: ReadOut, captured: Capture) -> Tensor:
     """``W^T diag(pbar) W - E e e^T`` ``[d_read, d_read]``."""
     weight, p = readout.weight, captured.mean_p
-    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
-    for rows, share in zip(weight.split(8192), p.split(8192), strict=True):
+    total = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    for rows, share in zip(weight.split(8192), p.to(weight.device).split(8192), strict=True):
         wide = rows.double()
-        total += (wide.T @ (share.double()[:, None] * wide)).cpu()
+        total += wide.T @ (share.double()[:, None] * wide)
     ranks = captured.ranks
-    aims = torch.zeros_like(total)
+    aims = captured.expected.new_zeros(total.shape, dtype=torch.float64)
     for rows in captured.expected.split(8192):
         wide = rows.double()
-        aims += (wide.T @ wide).cpu()
-    return total - ranks.sum(aims) / ranks.span(len(captured))[1]
+        aims += wide.T @ wide
+    return total.cpu() - ranks.sum(aims.cpu()) / ranks.span(len(captured))[1]
 
 
 @torch.no_grad()

@@ -94,7 +94,8 @@ def cluster_products(
         _add(target[:, None], at, (goal * goal).sum(-1)[None])
         for i, values_of in enumerate(_of_pairs(centred, maps)):
             columns = slice(first_of[i], first_of[i] + count - 1 - i)
-            for name, values in values_of.items():
+            together = torch.stack(list(values_of.values())).double().cpu()  # one copy from a GPU
+            for name, values in zip(values_of, together, strict=True):
                 _add(pair[name][:, columns], at, values)
     return Products(pair, layer, target)
 
@@ -183,25 +184,26 @@ class SecondMoments:
     def of(cls, states: Tensor, layers: Sequence[int], means: Tensor) -> "SecondMoments":
         """Of ``states`` ``[L+1, N, d]``, ``means`` ``[n + 1, d]`` taken off those of ``layers`` and of the last one."""
         count, d = len(layers), states.shape[-1]
-        own, goal = (torch.zeros(count, d, d, dtype=torch.float64) for _ in range(2))
-        last = torch.zeros(d, d, dtype=torch.float64)
+        # Summed where the states are: a GPU hands over each sum once, not each block's.
+        own, goal = (states.new_zeros(count, d, d, dtype=torch.float64) for _ in range(2))
+        last = states.new_zeros(d, d, dtype=torch.float64)
         for centred in blocks(states, [*layers, len(states) - 1], means):
             for j in range(count):
-                own[j] += (centred[j].T @ centred[j]).double().cpu()
-                goal[j] += (centred[j].T @ centred[-1]).double().cpu()
-            last += (centred[-1].T @ centred[-1]).double().cpu()
+                own[j] += (centred[j].T @ centred[j]).double()
+                goal[j] += (centred[j].T @ centred[-1]).double()
+            last += (centred[-1].T @ centred[-1]).double()
         tokens = states.shape[1]
-        return cls(states, layers, means, own / tokens, goal / tokens, last / tokens)
+        return cls(states, layers, means, *((total / tokens).cpu() for total in (own, goal, last)))
 
     def later(self, i: int) -> Tensor:
         """Cov(h_j, h_i) of the later layers j, ``[n - 1 - i, d, d]``: one pass over the states."""
         count, d = len(self.layers), self.states.shape[-1]
-        found = torch.zeros(count - 1 - i, d, d, dtype=torch.float64)
+        found = self.states.new_zeros(count - 1 - i, d, d, dtype=torch.float64)
         means = torch.cat([self.means[i:count]])
         for centred in blocks(self.states, self.layers[i:], means):
             for at in range(count - 1 - i):
-                found[at] += (centred[at + 1].T @ centred[0]).double().cpu()
-        return found / self.states.shape[1]
+                found[at] += (centred[at + 1].T @ centred[0]).double()
+        return (found / self.states.shape[1]).cpu()
 
 
 def blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tensor]:
