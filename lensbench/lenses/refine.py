@@ -13,6 +13,7 @@ from lensbench.lenses.ridge import median_eigenvalue
 from lensbench.lenses.search import DevSearch
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK, Tokens, Vocabulary
+from lensbench.streams.partition import rows_at_once
 from lensbench.streams.readout import ReadOut
 
 
@@ -23,8 +24,9 @@ class LogPartition(torch.autograd.Function):
     def forward(ctx: Any, n: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Log-partitions ``[N]`` of normalised states ``[N, d_read]``."""
         log_z, moment = torch.empty_like(n[:, 0]), torch.empty_like(n)
-        for start in range(0, len(n), TOKEN_BLOCK):
-            rows = slice(start, start + TOKEN_BLOCK)
+        block = rows_at_once(n, len(weight), TOKEN_BLOCK)
+        for start in range(0, len(n), block):
+            rows = slice(start, start + block)
             logits = n[rows] @ weight.T if bias is None else torch.addmm(bias, n[rows], weight.T)
             largest = logits.amax(-1, keepdim=True)
             q = logits.sub_(largest).exp_()
@@ -55,8 +57,9 @@ def kl_gradient(readout: ReadOut, n: Tensor, tokens: Tokens, weight: Tensor, off
     q over the given rows of the unembedding; where logits are soft-capped, over all words and with p formed again.
     """
     gradients = []
-    for start in range(0, len(n), ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
+    block = rows_at_once(n, len(weight), ROW_BLOCK)
+    for start in range(0, len(n), block):
+        rows = slice(start, start + block)
         logits = n[rows] @ weight.T if offset is None else torch.addmm(offset, n[rows], weight.T)
         if readout.softcap is None:
             gradients.append(torch.softmax(logits, -1) @ weight - tokens.expected[rows])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture
-from lensbench.streams.partition import CUDA_ROWS, VOCABULARY_BLOCK, online_log_partition
+from lensbench.streams.partition import CUDA_ROWS, VOCABULARY_BLOCK, online_log_partition, rows_at_once
 from lensbench.streams.readout import ReadOut
 
 TOKEN_BLOCK = 1024
@@ -148,7 +148,9 @@ def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
         moment = logits.sub_(log_z[:, None]).exp_() @ weight
         return moment, (moment * rows).sum(-1) - log_z
 
-    moments, entropies = zip(*in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a softmax"), strict=True)
+    moments, entropies = zip(
+        *in_pieces(slice(0, len(n)), rows_at_once(n, len(weight), ROW_BLOCK), one, what="a softmax"), strict=True
+    )
     return torch.cat(moments), torch.cat(entropies)
 
 

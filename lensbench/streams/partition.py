@@ -30,6 +30,12 @@ The first is of rounded states and weights, the second of what rounding took off
 the weights. Weights that are bfloat16 numbers, as many models have, need no third.
 """
 
+
+def rows_at_once(x: Tensor, words: int, in_cache: int) -> int:
+    """Rows of logits to work on at once: ``in_cache`` on a processor, a chunk's worth on a GPU."""
+    return max(in_cache, CUDA_LOGITS // words) if x.is_cuda else in_cache
+
+
 Reduction = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor, Tensor]]
 
 
