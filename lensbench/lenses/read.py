@@ -1,6 +1,6 @@
 """Losses of lenses at the layers they are read at, summed by window."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,17 +140,27 @@ def own_layer_sums(
 
 @torch.no_grad()
 def lens_sums(
-    readout: ReadOut, captured: Capture, lens: FittedLens, views: Sequence[RotatedView]
+    readout: ReadOut,
+    captured: Capture,
+    lens: FittedLens,
+    views: Sequence[RotatedView],
+    scores_at: Callable[[int, AffineMaps], Scores] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Per-window sums of KL and cross-entropy of a lens on the layers that its maps read as their own.
 
     Two arrays ``[S, K]``, K layers in the order of :attr:`LensRecord.layers`. ``views``: the rotated views of the fit.
+    ``scores_at(layer, maps)`` scores in place of :func:`score`, as an estimator does.
     """
+    if scores_at is None:
+
+        def scores_at(layer: int, maps: AffineMaps) -> Scores:
+            return score(readout, captured.states[layer], maps, captured)
+
     kl, ce = [], []
     for number, own in enumerate(lens.reads):
         maps = lens.to_plain(number, views)
         for k, layer in enumerate(own):
-            scores = score(readout, captured.states[layer], maps[[k if len(maps) > 1 else 0]], captured)
+            scores = scores_at(layer, maps[[k if len(maps) > 1 else 0]])
             kl.append(sums_of_all(scores.kl[0], captured))
             ce.append(sums_of_all(scores.ce[0], captured))
     return np.stack(kl, -1), np.stack(ce, -1)

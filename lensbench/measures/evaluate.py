@@ -1,8 +1,8 @@
 """Every lens of a fit read at every layer of the eval split."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.data.samples import Samples
+from lensbench.lenses.estimated import Estimator
 from lensbench.lenses.fit import Fit, FitSummary
 from lensbench.lenses.kinds import KINDS
 from lensbench.lenses.lens import FittedLens, LensId, curve_column
@@ -132,25 +133,34 @@ class EvalContext:
     memory_gib: float = float("inf")
     """What movement is measured from is as large as the states; beyond this it is kept on disk as they are."""
     pieces: Pieces = NOTHING_KEPT
+    estimator: Estimator | None = None
+    """Of ``captured``, where only a share of the log-partitions is computed"""
 
-    def sums(self, name: str, lens: FittedLens, tokens: Capture) -> tuple[Array, Array]:
+    def on(self, sample: Capture, number: int) -> "EvalContext":
+        """The same on some of the tokens, with a sample of them that is drawn anew, the ``number``-th."""
+        if self.estimator is None:
+            return replace(self, captured=sample)
+        return replace(self, captured=sample, estimator=self.estimator.again(sample, number))
+
+    def sums(self, name: str, lens: FittedLens) -> tuple[Array, Array]:
         """Sums of KL and cross-entropy of a lens on its own layers, kept as a piece."""
 
         def content() -> dict[str, Tensor]:
-            kl, ce = lens_sums(self.readout, tokens, lens, self.fit.views)
+            scores_at = None if self.estimator is None else self.estimator.score
+            kl, ce = lens_sums(self.readout, self.captured, lens, self.fit.views, scores_at)
             return {"kl": torch.from_numpy(kl), "ce": torch.from_numpy(ce)}
 
         found = self.pieces.get(name, content)
         return found["kl"].numpy(), found["ce"].numpy()
 
-    def chosen_matrix(self, name: str, maps: AffineMaps, tokens: Capture) -> TransferSums:
+    def chosen_matrix(self, name: str, maps: AffineMaps) -> TransferSums:
         """The matrix of the chosen layers; ``maps``: those of these layers."""
         whole, chosen = self.fit.headline.maps, self.fit.summary.layers
         matrix, offset = whole.matrix.clone(), whole.offset.clone()
         matrix[chosen], offset[chosen] = maps.matrix, maps.offset
         return transfer_sums(
-            self.readout, tokens, AffineMaps(matrix, offset), lenses=chosen, layers=chosen,
-            memory_gib=self.memory_gib, pieces=self.pieces, name=name,
+            self.readout, self.captured, AffineMaps(matrix, offset), lenses=chosen, layers=chosen,
+            estimator=self.estimator, memory_gib=self.memory_gib, pieces=self.pieces, name=name,
         )  # fmt: skip
 
 
@@ -177,8 +187,9 @@ def _matrix(context: EvalContext, tick: Tick) -> dict[LensId, LensSums]:
     """The transfer matrix: the lenses of all layers, and the logit lens as the last."""
     fit, depth = context.fit, context.fit.summary.depth
     sums = transfer_sums(
-        context.readout, context.captured, fit.headline.maps, memory_gib=context.memory_gib, pieces=context.pieces,
-        name="matrix", report=lambda layer: tick(f"matrix, layer {layer}"),
+        context.readout, context.captured, fit.headline.maps, estimator=context.estimator,
+        memory_gib=context.memory_gib, pieces=context.pieces, name="matrix",
+        report=lambda layer: tick(f"matrix, layer {layer}"),
     )  # fmt: skip
 
     def rows(which: range) -> LensSums:
@@ -190,7 +201,7 @@ def _matrix(context: EvalContext, tick: Tick) -> dict[LensId, LensSums]:
 
 def _on_the_curve(context: EvalContext, lens: LensId, tick: Tick) -> dict[LensId, LensSums]:
     """KL and movement of the chosen layers: all that is followed over tolerances, and enough rows."""
-    sums = context.chosen_matrix(f"curve-{lens}", context.fit[lens].maps, context.captured)
+    sums = context.chosen_matrix(f"curve-{lens}", context.fit[lens].maps)
     cells = [(i, j) for i in context.fit.summary.layers for j in context.fit.summary.layers]
     tick(f"tolerance {lens.tolerance_label}")
     return {lens: LensSums(cells, _flat(sums.kl), movement=_flat(sums.movement))}
@@ -198,7 +209,7 @@ def _on_the_curve(context: EvalContext, lens: LensId, tick: Tick) -> dict[LensId
 
 def _on_own_layers(context: EvalContext, lens: LensId, tick: Tick) -> dict[LensId, LensSums]:
     fitted, kind = context.fit[lens], KINDS[lens.kind]
-    kl, ce = context.sums(f"own-{lens}", fitted, context.captured)
+    kl, ce = context.sums(f"own-{lens}", fitted)
     cells = [(kind.lens_layer(layer, own), layer) for own in fitted.reads for layer in own]
     tick(str(lens))
     return {lens: LensSums(cells, kl, None if kind.reads == "pair" else ce)}
@@ -214,6 +225,8 @@ def evaluate(
     fit: Fit,
     *,
     refit_positions: int | None = None,
+    exact_share: float = 1.0,
+    seed: Sequence[int] = (0,),
     memory_gib: float = float("inf"),
     pieces: Pieces = NOTHING_KEPT,
     progress: Progress = QUIET,
@@ -221,10 +234,13 @@ def evaluate(
 ) -> Evaluated:
     """Every lens of a fit on the held-out tokens; refits on at most ``refit_positions`` of each window.
 
+    Below an ``exact_share`` of 1 all losses are unbiased estimates from that share of the exact log-partitions, of tokens
+    drawn with ``seed`` (:mod:`lensbench.lenses.estimated`); a vocabulary too small to save anything is read exactly.
     What movement is measured from is as large as the states; beyond ``memory_gib`` it is kept on disk as they are. Finished
     ``pieces`` are taken up. ``task``: what the progress is called.
     """
-    context = EvalContext(readout, captured, fit, memory_gib, pieces)
+    estimator = Estimator.where_it_saves(readout, captured, fit.headline.maps, share=exact_share, seed=seed)
+    context = EvalContext(readout, captured, fit, memory_gib, pieces, estimator)
     planned, refits = list(readings(context)), fit.summary.refits
     done = 0
     lenses: dict[LensId, LensSums] = {}
@@ -240,9 +256,10 @@ def evaluate(
         means = []
         if refits:
             sample = captured if refit_positions is None else thinned_windows(captured, refit_positions)
-            means.append(refit_means(context, sample, -1))
+            on_sample = context.on(sample, 1)
+            means.append(refit_means(on_sample, -1))
             for number in range(refits):
-                means.append(refit_means(context, sample, number))
+                means.append(refit_means(on_sample, number))
                 tick(f"refit {number}")
     return Evaluated(
         lenses=lenses,
@@ -255,16 +272,16 @@ def evaluate(
     )
 
 
-def refit_means(context: EvalContext, sample: Capture, refit: int) -> Means:
-    """Means of a refit on the refits' tokens, or of the fit itself (-1); what has no refit is NaN."""
-    fit, summary = context.fit, context.fit.summary
+def refit_means(context: EvalContext, refit: int) -> Means:
+    """Means of a refit on the context's tokens, or of the fit itself (-1); what has no refit is NaN."""
+    fit, summary, sample = context.fit, context.fit.summary, context.captured
     chosen, depth = summary.layers, summary.depth
     who = "fit" if refit < 0 else f"refit{refit}"
     maps = fit.headline.maps[chosen] if refit < 0 else fit[summary.headline.of_refit(refit)].maps
-    sums = context.chosen_matrix(f"{who}-matrix", maps, sample)
+    sums = context.chosen_matrix(f"{who}-matrix", maps)
 
     def kl_of(lens: LensId) -> Array:
-        return context.sums(f"{who}-{lens}", fit[lens.of_refit(refit)], sample)[0]
+        return context.sums(f"{who}-{lens}", fit[lens.of_refit(refit)])[0]
 
     sample_tokens = sums_of_all(torch.ones(len(sample)), sample)
     unknown = np.full((len(sample_tokens), depth + 1, depth + 1), np.nan)

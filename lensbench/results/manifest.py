@@ -123,6 +123,8 @@ class Manifest(_Facts):
     git_revision: str | None = None
     written: str | None = None
     precision: dict[str, Any] | None = None
+    estimated: dict[str, dict[str, Any]] = {}
+    """``MODEL-seedN`` -> the share of the log-partitions that was exact, and what it rests on; empty where all were"""
     sweep: dict[str, Any] | None = None
     """Of a sweep's folder: its trials"""
 

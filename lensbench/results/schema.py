@@ -290,6 +290,12 @@ was fitted at), `layer` (that it reads), `stage`, `prior`, `view` (random basis;
 about 0.0003 / sqrt(N) nats. `update_draws.parquet` holds 500 bootstrap draws of each index of the update decomposition, in
 steps of at most a 64th of their spread. `exported` in the manifest has the SHA-256 of each CSV and says what the sums were
 made of.
+
+`estimated` in the manifest is there where a suite computes a share of the log-partitions (`evaluate.exact_share` below 1, or
+auto). For each model and seed it has `share`, which is 1 where all are exact after all. Where the share was found on dev it
+has `widest`, the kind of interval that asks for it; `ratio`, the variance that a share of one half would add to that
+interval's own; and the `tokens`, `documents` and `intervals` looked at. Losses are then unbiased estimates: a KL near 0 may
+be negative, and intervals hold the added variance.
 """
 
 

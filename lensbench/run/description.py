@@ -26,12 +26,14 @@ def describe(
     plans: dict[str, dict[str, Any]] | None = None,
     left_out: dict[str, str] | None = None,
     weights: dict[str, str] | None = None,
+    estimated: dict[str, dict[str, Any]] | None = None,
 ) -> Manifest:
     """The manifest of a finished run.
 
     ``counted``: what :func:`lensbench.run.baselines.baselines` found for each tokenizer; the first one's stands at the top.
     ``plans``: what each model and seed needed for the suite's precision. ``left_out``: models that could not be read.
-    ``weights``: the digest of the weights of each model and seed.
+    ``weights``: the digest of the weights of each model and seed. ``estimated``: the share of the log-partitions that was
+    computed for each, where a suite asks for less than all.
     """
     suite = context.suite
     first = next(iter(counted.values()))
@@ -75,6 +77,8 @@ def describe(
         content["weights"] = weights
     if context.options:
         content["options"] = list(context.options)
+    if estimated:
+        content["estimated"] = estimated
     if left_out:
         content["left_out"] = left_out
     if plans:

@@ -4,8 +4,10 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses.estimated import Estimator
 from lensbench.lenses.fit import Fit
 from lensbench.measures.transfer import penalties, transfer_sums
 from lensbench.run.capturing import captured_states
@@ -13,6 +15,7 @@ from lensbench.run.context import Context
 from lensbench.run.fitting import fitting, rotation_of
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.origin import origin_of, stream_of
+from lensbench.run.sharing import estimate_key, exact_share_of
 from lensbench.runtime.files import write_json
 from lensbench.runtime.stages import Stage
 from lensbench.statistics import half_width
@@ -60,14 +63,16 @@ def planning(context: Context, model: ModelRecipe, seed: int) -> Stage:
         found = {"sequences": pilot.sequences, "half_width": width, "reached": width <= target}
         write_json(folder / "plan.json", {**found, "seconds": round(spent, 2)})
 
-    key = {"fit": fitted.digest, "evaluate": recipe.scored}
+    key: dict[str, Any] = {"fit": fitted.digest, "evaluate": recipe.scored}
+    if recipe.exact_share != 1:
+        key["estimate"] = {**estimate_key(), **exact_share_of(context, model, seed)}
     return context.stage(f"plan-{who}", key, compute, together=True)
 
 
 def scored_pilot(context: Context, model: ModelRecipe, seed: int, count: int) -> Pilot:
     """Widths of the penalties' intervals on at most ``count`` held-out sequences."""
     fitted, who = fitting(context, model, seed), f"{model.name}-seed{seed}"
-    fit = Fit.load(fitted.folder)
+    fit, share = Fit.load(fitted.folder), exact_share_of(context, model, seed)["share"]
     origin = origin_of(context, model, seed)
     stream = stream_of(context, origin, model.view)
     start = time.perf_counter()
@@ -76,7 +81,9 @@ def scored_pilot(context: Context, model: ModelRecipe, seed: int, count: int) ->
         context, stream, samples, name=f"capture-plan-{who}", origin=origin, constant=fit.constant,
         rotation=rotation_of(fitted), ranks=context.ranks,
     )  # fmt: skip
-    sums = transfer_sums(readout, captured, fit.headline.maps, movement=False)
+    maps = fit.headline.maps
+    estimator = Estimator.where_it_saves(readout, captured, maps, share=share, seed=(seed,))
+    sums = transfer_sums(readout, captured, maps, movement=False, estimator=estimator)
     seconds = context.ranks.told(time.perf_counter() - start)
     clusters, tokens = samples.clusters, samples.valid.sum(1)
     width = max(float(half_width(penalties(x), tokens, clusters).max()) for x in (sums.kl, sums.ce))

@@ -15,6 +15,7 @@ from lensbench.run.context import Context
 from lensbench.run.fitting import fitting, rotation_of
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.origin import Origin, origin_of, stream_of
+from lensbench.run.sharing import estimate_key, exact_share_of, said_of
 from lensbench.runtime.files import write_json
 from lensbench.runtime.stages import Pieces, Stage
 from lensbench.streams.stream import ResidualStream
@@ -25,7 +26,7 @@ def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
     """The stage that scores a model's fitted lenses, for one view and seed."""
     origin, fitted = origin_of(context, model, seed), fitting(context, model, seed)
     recipe, settings = context.suite.fit, context.suite.evaluate
-    who = f"{model.name}-seed{seed}"
+    who, share = f"{model.name}-seed{seed}", exact_share_of(context, model, seed)
 
     def compute(folder: Path) -> None:
         fit = Fit.load(fitted.folder)
@@ -47,6 +48,8 @@ def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
             captured,
             fit,
             refit_positions=settings.refit_positions,
+            exact_share=share["share"],
+            seed=(seed,),
             memory_gib=recipe.memory_gib,
             pieces=pieces,
             progress=context.progress,
@@ -55,9 +58,13 @@ def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
         write_sequences(folder / "sequences.parquet", evaluated.frame(samples, model=model.name, seed=seed))
         save_file({k: torch.from_numpy(v) for k, v in evaluated.refits.items()}, folder / "refits.safetensors")
         write_json(folder / "model.json", model_facts(origin, stream))
+        if said := said_of(share, len(readout.weight)):
+            context.progress.say(f"{who}: {said}")
         pieces.clear()
 
     key: dict[str, Any] = {"fit": fitted.digest, "evaluate": settings.scored}
+    if settings.exact_share != 1:
+        key["estimate"] = {**estimate_key(), **share}
     if context.sequences is not None:
         key["sequences"] = context.sequences
     return context.stage(f"score-{who}", key, compute, together=True)

@@ -25,6 +25,8 @@ def stage_names(suite: Suite, models: list[ModelRecipe], probes: tuple[str, ...]
                 names.add(f"update-{who}")
             if suite.evaluate.precision is not None:
                 names.add(f"plan-{who}")
+            if suite.evaluate.exact_share == "auto":
+                names.add(f"share-{who}")
             if suite.curve is not None and owner is model and owner.source is None and not owner.untrained:
                 budgets = {*suite.curve.budgets, suite.training.tokens}
                 names |= {f"curve-{who}-{tokens}" for tokens in budgets}

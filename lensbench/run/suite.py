@@ -47,6 +47,7 @@ from lensbench.run.planning import planning
 from lensbench.run.probing import probing
 from lensbench.run.replacing import refuse_replacing
 from lensbench.run.scoring import scoring
+from lensbench.run.sharing import exact_share_of
 from lensbench.run.stage_names import stage_names
 from lensbench.run.updating import updating
 from lensbench.runtime.progress import QUIET, Progress
@@ -67,6 +68,8 @@ class MeasuredModel:
     """Of its learning curve"""
     scores: list[Path]
     """Files of its sums by sequence, one for each seed"""
+    shares: dict[str, dict[str, Any]]
+    """``MODEL-seedN`` -> the share of its log-partitions that are exact, and what it rests on"""
 
 
 def run_suite(
@@ -213,7 +216,7 @@ def refuse_losing(context: Context, unread: dict[str, str], kept: Sequence[str])
 
 def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
     """One model over its seeds: trained, fitted, scored and probed."""
-    suite, parts, scores = context.suite, [], []
+    suite, parts, scores, shares = context.suite, [], [], {}
     seeds = suite.seeds_of(model)
     points = [point for seed in seeds for point in learning_curve(context, model, seed)]
     for seed in seeds:
@@ -226,9 +229,10 @@ def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
         )
         parts.append(by_cluster(part, suite.evaluate.groups))
         scores.append(scored.folder / "sequences.parquet")
+        shares[f"{model.name}-seed{seed}"] = exact_share_of(context, model, seed)
     if not seeds:
         context.progress.say(f"{model.name}: not run at this seed, its suite says")
-    return MeasuredModel(model, parts, points, scores)
+    return MeasuredModel(model, parts, points, scores, shares)
 
 
 def by_cluster(part: Part, groups: int | None) -> Part:
@@ -265,7 +269,9 @@ def write_run(
     files += [name for name in (SEQUENCES, UPDATE_DRAWS) if (folder / name).is_file()]
     models = [m.model for m in measured]
     weights = {f"{part.model}-seed{part.seed}": part.facts["weights"] for m in measured for part in m.parts}
-    manifest = describe(context, counted, models, files, [p.name for p in drawn], plans, left_out, weights)
+    estimated = {} if context.suite.evaluate.exact_share == 1 else {k: v for m in measured for k, v in m.shares.items()}
+    names = [p.name for p in drawn]
+    manifest = describe(context, counted, models, files, names, plans, left_out, weights, estimated)
     write_manifest(folder, manifest)
     write_page([folder], folder / PAGE)
 

@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lensbench.data.corpus import FRACTIONS
 from lensbench.data.images import SPECS
 from lensbench.data.recipe import TrainingRecipe
-from lensbench.data.tokens import BeginSetting
 from lensbench.errors import LensbenchError, nearest
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import UpdateRecipe
@@ -15,9 +14,9 @@ from lensbench.measures.verdict import VerdictRule
 from lensbench.models import FAMILIES, fitting_width
 from lensbench.models.pretrained import SOURCES, check_source
 from lensbench.probes.registry import PROBES
-from lensbench.statistics import FEWEST_CLUSTERS
 from lensbench.studies.curves import CurveRecipe
 from lensbench.suite.claims import Claim, check_claim, of_each_model
+from lensbench.suite.evaluation import LARGEST_GROUPS, EvaluateRecipe
 
 
 class _Strict(BaseModel):
@@ -75,54 +74,6 @@ class ImageRecipe(_Strict):
         """Channels, and pixels of a side, of what is trained here."""
         digits = self.spec == "digits"
         return self.channels or (1 if digits else 3), self.size or (8 if digits else 32)
-
-
-LARGEST_GROUPS = 128
-"""More clusters than this are joined, unless a suite says otherwise: a bootstrap of so many tells its interval to 6 %."""
-
-
-class EvaluateRecipe(_Strict):
-    """What is scored, and how intervals are computed."""
-
-    sequences: int = Field(512, ge=1, description="held-out sequences")
-    positions: int = Field(16, ge=1, description="random positions of each of them")
-    refit_positions: int | None = Field(
-        None, ge=1, description="positions of each sequence that refits are scored at; all of them if left out"
-    )
-    length: int | None = Field(
-        None, ge=2, description="tokens of a sequence; training.length if left out. Fitting and choosing use it too"
-    )
-    first_position: int = Field(1, ge=0, description="first position that is fitted or scored")
-    begin: BeginSetting = Field(
-        "auto",
-        description="windows that begin with the model's beginning-of-text token: every one, the first of each document, "
-        "or auto: every one where the tokenizer adds such a token to a text by itself, else the first",
-    )
-    precision: float | None = Field(
-        None,
-        gt=0,
-        description="largest half-width of the 95 % interval of a transfer penalty, nats; sequences are then the first try",
-    )
-    probe_sequences: int = Field(128, ge=1, description="held-out sequences that probes look at")
-    max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
-    draws: int = Field(2000, ge=100, description="bootstrap draws")
-    sums: Literal["sequence", "cluster"] = Field(
-        "cluster",
-        description="cluster: cluster_sums.parquet holds what comparisons read; sequence: per_sequence.parquet next to it "
-        "holds every sum of every sequence",
-    )
-
-    groups: int | None = Field(
-        LARGEST_GROUPS,
-        ge=FEWEST_CLUSTERS,
-        description="more clusters than this are joined at random into so many, which keeps cluster_sums.parquet small "
-        "and leaves intervals as they are but for what a bootstrap of fewer can tell",
-    )
-
-    @property
-    def scored(self) -> dict[str, Any]:
-        """What the scores of a model depend on, but for ``begin``, which the texts themselves depend on."""
-        return self.model_dump(exclude={"draws", "probe_sequences", "sums", "groups", "begin"})
 
 
 class ModelRecipe(_Strict):
@@ -482,6 +433,8 @@ class Suite(_Strict):
         settings["claims"] = [claim.model_dump(mode="json", exclude_none=True) for claim in self.claims]
         if self.evaluate.groups == LARGEST_GROUPS:
             del settings["evaluate"]["groups"]
+        if self.evaluate.exact_share == 1:
+            del settings["evaluate"]["exact_share"]
         return settings
 
     @property

@@ -1,0 +1,222 @@
+"""Losses of lenses from the exact log-partitions of some tokens, and cheap ones of all: unbiased, at a share of the cost.
+
+Two-phase sampling with a control variate (Cochran 1977, section 12.9). Every token gets a cheap value, by :class:`Words`; a
+simple random sample, n of N tokens, gets the exact value too. With the difference y = exact - cheap and its mean B over the
+sample, the estimate of a token is ``cheap + B``, and of a sampled one ``cheap + B + (N / n) (y - B)``. The mean over tokens
+is then ``mean cheap + B``: given the tokens and whatever the words, its mean over samples is the exact mean. Sums over
+clusters of tokens hold the spread of y, so that a bootstrap over clusters holds the estimate's own variance too. The sample
+is the same for every lens and layer, and differences stay paired. An estimate of a KL may be negative.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lensbench.errors import LensbenchError
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.read import Reference, Scores, score
+from lensbench.runtime.memory import in_pieces
+from lensbench.streams.capture import Capture, room_for
+from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK
+from lensbench.streams.readout import ReadOut
+from lensbench.streams.words import Words
+
+WORDS = 4096
+"""Words that stand for the vocabulary"""
+
+WORDS_FROM = 4096
+"""Read-outs that the words are chosen by"""
+
+
+STRIDE = 7919
+"""Tokens between those that the words are chosen by: a prime, so that all parts of a text are among them"""
+
+
+def worth_estimating(vocabulary: int) -> bool:
+    """Whether a vocabulary is so large that :data:`WORDS` of it cost less than half of it."""
+    return vocabulary > 2 * WORDS
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A sample of a capture's tokens that gets exact values, and words for all of them."""
+
+    words: Words
+    captured: Capture
+    """All tokens of this process"""
+    drawn: Tensor
+    """Those of them that get exact values, ``[n]``, rising"""
+    few: Capture
+    """Their capture"""
+    share: float
+    """Of the tokens of all processes that is drawn"""
+    seed: tuple[int, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        readout: ReadOut,
+        captured: Capture,
+        per_layer: AffineMaps,
+        *,
+        share: float,
+        seed: Sequence[int],
+        words: int | None = None,
+    ) -> "Estimator":
+        """A simple random sample of ``share`` of the tokens, and words by what lenses ``per_layer`` read out at all layers.
+
+        ``words``: how many stand for the vocabulary, :data:`WORDS` if left out. Raises :class:`LensbenchError` for a share
+        that is not above 0 and at most 1.
+        """
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        # What is chosen by does not depend on the draw of tokens, which keeps the estimate unbiased.
+        chosen = Words.draw(readout, mean_read_out(readout, captured, per_layer), words or WORDS, generator)
+        return cls.drawn_with(chosen, captured, share=share, seed=seed)
+
+    @classmethod
+    def where_it_saves(
+        cls, readout: ReadOut, captured: Capture, per_layer: AffineMaps, *, share: float, seed: Sequence[int]
+    ) -> "Estimator | None":
+        """As :meth:`of`; None for a share of 1, and where the vocabulary is so small that nothing would be saved."""
+        if share == 1 or not worth_estimating(len(readout.weight)):
+            return None
+        return cls.of(readout, captured, per_layer, share=share, seed=seed)
+
+    @classmethod
+    def drawn_with(cls, words: Words, captured: Capture, *, share: float, seed: Sequence[int]) -> "Estimator":
+        """With given words, which must not depend on the draw of tokens."""
+        if not 0 < share <= 1:
+            raise LensbenchError(f"exact_share is {share}: it must be above 0 and at most 1")
+        total = captured.tokens
+        count = min(total, max(2, round(share * total)))
+        order = torch.from_numpy(np.random.default_rng(tuple(seed)).permutation(total))[:count].sort().values
+        before, _ = captured.ranks.span(len(captured))
+        here = order[(order >= before) & (order < before + len(captured))] - before
+        drawn = here.to(captured.states.device)
+        return cls(words, captured, drawn, captured.take(drawn), count / total, tuple(seed))
+
+    def again(self, captured: Capture, number: int) -> "Estimator":
+        """The same words and share on other tokens, with a draw of their own, the ``number``-th."""
+        return Estimator.drawn_with(self.words, captured, share=self.share, seed=(*self.seed, number))
+
+    def references(
+        self, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")
+    ) -> tuple[Reference, Reference]:
+        """What movement is measured from: lens k on layer ``lenses[k]``, by words at all tokens, exactly at the drawn."""
+        readout, words = self.words.readout, self.words
+
+        def normalised(captured: Capture) -> Iterable[Tensor]:
+            for k, layer in enumerate(lenses):
+                yield readout.final_norm(captured.states[layer] @ maps.matrix[k].T + maps.offset[k])
+
+        moment, entropies = torch.empty(0), []
+        for k, n in enumerate(normalised(self.captured)):
+            if k == 0:
+                moment = room_for((len(lenses), *n.shape), n.device, memory_gib)
+            if readout.linear:
+                moment[k], entropy = words.softmax_moment(n)
+            else:
+                moment[k], entropy = n, words.expected_logit(n, n) - words.partition_and_largest(n)[0]
+            entropies.append(entropy)
+        exact = Reference.of(readout, normalised(self.few), len(lenses), memory_gib)
+        return Reference(moment, torch.stack(entropies)), exact
+
+    @torch.no_grad()
+    def score(self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None) -> Scores:
+        """M lenses on one layer's states: estimates of what :func:`score` says of every token, float64 ``[M, N]``."""
+        cheap, exact = self.both(layer, maps, references)
+        moved = None
+        if cheap.movement is not None and exact.movement is not None:
+            moved = self._mended(cheap.movement, exact.movement)
+        kl, ce, top1 = (self._mended(getattr(cheap, name), getattr(exact, name)) for name in ("kl", "ce", "top1"))
+        return Scores(kl, ce, moved, top1)
+
+    @torch.no_grad()
+    def both(
+        self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None
+    ) -> tuple[Scores, Scores]:
+        """What the words say of all tokens ``[M, N]``, and exact values of the drawn ones ``[M, n]``.
+
+        The logit lens of the last layer is the model itself, which is known: there the words say what is exact.
+        """
+        cheap_reference, exact_reference = (None, None) if references is None else references
+        cheap = self._by_words(layer, maps, cheap_reference)
+        exact = score(self.words.readout, self.few.states[layer], maps, self.few, exact_reference)
+        if layer == self.captured.layers:
+            eye = torch.eye(maps.matrix.shape[-1]).to(maps.matrix)
+            for k in range(len(maps)):
+                if torch.equal(maps.matrix[k], eye) and not maps.offset[k].any():
+                    cheap.kl[k], cheap.ce[k], cheap.top1[k] = 0.0, self.captured.model_ce, 1.0
+        return cheap, exact
+
+    def _mended(self, cheap: Tensor, exact: Tensor) -> Tensor:
+        """Estimates ``[M, N]`` from cheap values ``[M, N]`` and the exact ones of the drawn tokens ``[M, n]``."""
+        ranks, total = self.captured.ranks, cheap.double()
+        difference = exact.double() - total[:, self.drawn]
+        mean = ranks.sum(difference.sum(1)) / ranks.span(len(self.drawn))[1]
+        found = total + mean[:, None]
+        found[:, self.drawn] += (difference - mean[:, None]) / self.share
+        return found
+
+    def _by_words(self, layer: int, maps: AffineMaps, reference: Reference | None) -> Scores:
+        """What the words say of all tokens, as :func:`score`."""
+        readout, captured, words = self.words.readout, self.captured, self.words
+        h = captured.states[layer]
+        maps = maps.to(h)
+
+        def of_lens(k: int, rows: slice, vectors: Tensor) -> tuple[Tensor, ...]:
+            n = readout.final_norm(h[rows] @ maps.matrix[k].T + maps.offset[k])
+            log_z, largest = words.partition_and_largest(n)
+            seen, aim, best = torch.einsum("nkd,nd->kn", vectors, n)
+            if readout.bias is not None:
+                aim, best = aim + readout.bias[captured.targets[rows]], best + readout.bias[captured.top[rows]]
+            aim, best = readout.cap_(aim), readout.cap_(best)
+            if not readout.linear:
+                seen = words.expected_logit(n, readout.final_norm(captured.states[-1][rows]))
+            hit = (best >= largest - 1e-5 * largest.abs().clamp(min=1)).float()
+            moved: tuple[Tensor, ...] = ()
+            if reference is not None:
+                of, negative_entropy = reference.moment[k, rows], reference.negative_entropy[k, rows]
+                logit = (of * n).sum(-1) if readout.linear else words.expected_logit(n, of)
+                moved = (negative_entropy - logit + log_z,)
+            return captured.entropy_term[rows] - seen + log_z, log_z - aim, hit, *moved
+
+        def one(rows: slice) -> tuple[Tensor, ...]:
+            weight = readout.weight
+            parts = [captured.expected[rows], weight[captured.targets[rows]], weight[captured.top[rows]]]
+            vectors = torch.stack(parts, 1)
+            each = [of_lens(k, rows, vectors) for k in range(len(maps))]
+            return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
+
+        if not len(h):
+            none = h.new_zeros(len(maps), 0)
+            return Scores(none, none, None if reference is None else none, none)
+        kl, ce, top1, *movement = (
+            torch.cat(parts, 1)
+            for parts in zip(*in_pieces(slice(0, len(h)), TOKEN_BLOCK, one, what="a token of an estimate"), strict=True)
+        )
+        return Scores(kl, ce, movement[0] if movement else None, top1)
+
+
+def mean_read_out(readout: ReadOut, captured: Capture, per_layer: AffineMaps) -> Tensor:
+    """The mean probability of every word ``[V]``, float64: half by the model, half by every layer's lens at every layer.
+
+    The second half is from ``WORDS_FROM`` read-outs at most, equally many of every lens and layer (and one at least).
+    """
+    ranks, states = captured.ranks, captured.states
+    identity = AffineMaps.identity(states.shape[-1])
+    maps = AffineMaps.stack([per_layer.to(states), identity.to(states)])
+    each = max(1, WORDS_FROM // (len(maps) * len(states) * ranks.size))
+    total, parts = torch.zeros(len(readout.weight), dtype=torch.float64, device=states.device), []
+    cells = [(i, j) for j in range(len(states)) for i in range(len(maps))] if len(captured) else []
+    for number, (i, j) in enumerate(cells):
+        at = (torch.arange(number * each, (number + 1) * each) * STRIDE) % len(captured)
+        parts.append(readout.final_norm(states[j][at.to(states.device)] @ maps.matrix[i].T + maps.offset[i]))
+    for n in torch.cat(parts).split(ROW_BLOCK // 4) if parts else ():
+        total += readout.logits(n).softmax(-1).sum(0)
+    total = ranks.sum(total)
+    return (total / total.sum() + captured.mean_p.to(total)) / 2

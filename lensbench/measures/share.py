@@ -1,0 +1,220 @@
+"""The share of exact log-partitions that leaves intervals nearly as they are, found on the dev split."""
+
+import itertools
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lensbench.lenses.estimated import Estimator
+from lensbench.lenses.fit import Fit
+from lensbench.lenses.lens import LensId
+from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.pairs import PAIR_LENS, pairs_of
+from lensbench.lenses.per_layer import OWN
+from lensbench.lenses.read import Reference
+from lensbench.lenses.shared import SHARED_LENS, SHARED_LOO_LENS
+from lensbench.measures.formulas import pair_penalty
+from lensbench.measures.indices import INDICES, values_of
+from lensbench.measures.means import Means
+from lensbench.statistics import Array
+
+WIDER = 1.1
+"""How many times wider an interval may become"""
+
+LARGEST_SHARE = 0.5
+"""Above this share too little is saved, and everything is exact"""
+
+FEWEST_DRAWN = 64
+"""Tokens at least that get exact values: a bootstrap tells nothing of fewer"""
+
+PILOT_TOKENS = 512
+"""Dev tokens that the share is found on: equally many of every dev sequence, and one at least"""
+
+NEGLIGIBLE = 1e-9
+"""An interval whose variance is below this share of the square of K_0 is that of a constant"""
+
+STEP = 1e-4
+"""Of the numerical derivative of an index by the values of a token"""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of exact log-partitions, and what it rests on."""
+
+    share: float
+    """1 where too little would be saved"""
+    widest: str
+    """The interval that asks for it"""
+    ratio: float
+    """Variance that estimating with one exact value in two adds to that interval's, over its own"""
+    tokens: int
+    documents: int
+    intervals: int
+
+    def described(self) -> dict[str, Any]:
+        """By name, for the manifest."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def share_for(ratio: float, tokens: int) -> float:
+    """The smallest share s of so many tokens that widens no interval more than :data:`WIDER` times.
+
+    Of n out of N tokens drawn without replacement, a share s, the variance that the estimate adds is ``(1 - s) / s`` times
+    that at one half. ``ratio`` is the largest over intervals of that variance over the interval's own.
+    """
+    share = ratio / (ratio + WIDER**2 - 1)
+    share = max(np.ceil(1000 * share) / 1000, FEWEST_DRAWN / tokens)
+    return 1.0 if share > LARGEST_SHARE else float(share)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Values of every token as :class:`Means` with a leading axis of tokens, and top-1 agreement ``[N, L', L']``."""
+
+    means: Means
+    top1: Array
+
+
+def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
+    """The share for ``scored`` tokens, from an estimator that draws all tokens of the dev split.
+
+    It looks at the intervals of the losses, penalties and pair penalties, of top-1 agreement and of every index, for the
+    layers that the fit chose for what takes long. Each is linearised: the variance of the exact value over documents is that
+    of its influence, summed by document; the variance that the estimate adds is that of the influence of the difference
+    between exact and cheap values, over tokens.
+    """
+    captured = estimator.captured
+    exact, difference = token_values(estimator, fit)
+    ranks = captured.ranks
+    documents = ranks.joined(captured.document)
+    known, index = np.unique(documents, return_inverse=True)
+    whole, extra = influences(exact, exact), influences(exact, difference)
+    count, constant = len(documents), float(exact.means.constant.mean())
+    ratios: dict[str, float] = {}
+    for name, of_tokens in whole.items():
+        by_document = np.zeros((len(known), *of_tokens.shape[1:]))
+        np.add.at(by_document, index, of_tokens)
+        own = np.square(by_document).sum(0) * len(known) / max(1, len(known) - 1) / count**2
+        added = extra[name].var(0) / count
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = np.where(own > NEGLIGIBLE * constant**2, added / own, np.nan)
+        if np.isfinite(ratio).any():
+            ratios[name] = float(np.nanmax(ratio))
+    widest = max(ratios, key=ratios.__getitem__)
+    intervals = sum(int(np.prod(x.shape[1:])) for x in whole.values())
+    share = share_for(ratios[widest], scored)
+    return Share(share, widest, round(ratios[widest], 6), count, len(known), intervals)
+
+
+def intervals_of(values: _Values) -> dict[str, Array]:
+    """What tables give an interval for, by name, ``[..., cells]``: functions of means with free leading axes.
+
+    Rank correlations are left out: they have no derivative, and are made of penalties, which are there.
+    """
+    m = values.means
+    smooth = {name: value for name, value in values_of(m).items() if INDICES[name].unit != "rank correlation"}
+    found = {name: value.value[..., None] for name, value in smooth.items()}
+    for name, matrix in (("penalty_kl", m.transfer), ("penalty_ce", m.transfer_ce)):
+        found[name] = _flat(matrix - np.diagonal(matrix, axis1=-2, axis2=-1)[..., None, :])
+    found |= {"top1_agreement": _flat(values.top1), "logit_lens_kl": m.transfer[..., -1, :]}
+    found |= {"kl": np.concatenate([m.own, m.shared, m.shared_loo, m.rotated[..., 0, :]], -1)}
+    found["pair_penalty_of_pairs"] = pair_penalty(m.own, m.pair)
+    found["rotated_pair_penalty_of_pairs"] = pair_penalty(m.own[..., None, :], m.pair_rotated).mean(-2)
+    return found
+
+
+def influences(exact: _Values, deviation: _Values) -> dict[str, Array]:
+    """How much each token's deviation moves every interval's value, per token, ``[N, cells]``; of mean zero."""
+    point = _mapped(exact, lambda x: x.mean(0))
+    moved = {name: getattr(point.means, name) + STEP * (x - x.mean(0)) for name, x in deviation.means.items()}
+    top1 = point.top1 + STEP * (deviation.top1 - deviation.top1.mean(0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        here, there = intervals_of(point), intervals_of(_Values(Means(**moved), top1))
+    return {name: (there[name] - here[name]) / STEP for name in here}
+
+
+def _mapped(values: _Values, f: Any) -> _Values:
+    return _Values(Means(**{name: f(x) for name, x in values.means.items()}), f(values.top1))
+
+
+def _flat(matrix: Array) -> Array:
+    return matrix.reshape(*matrix.shape[:-2], -1)
+
+
+def token_values(estimator: Estimator, fit: Fit) -> tuple[_Values, _Values]:
+    """Exact values of every token, and exact less cheap ones, for the fit's chosen layers and the last.
+
+    The estimator must draw all tokens.
+    """
+    captured, summary = estimator.captured, fit.summary
+    chosen, last = summary.layers, captured.layers
+    whole, size = [*chosen, last], len(chosen)
+
+    def joined(values: Tensor) -> Array:
+        found: Array = captured.ranks.joined(values.double().cpu().numpy(), axis=-1)
+        return found
+
+    lenses = AffineMaps.stack([fit.headline.maps[chosen], AffineMaps.identity(captured.states.shape[-1])])
+    maps = lenses.to(captured.states)
+    references = estimator.references(whole, maps)
+    columns = [_two(estimator, layer, maps, references, joined) for layer in whole]
+    matrix = {name: np.stack([c[name] for c in columns], -1) for name in columns[0]}  # [2, lenses, N, layers]
+
+    def own(lens: LensId, only: list[int] | None = None) -> Array:
+        """KL at the chosen layers, ``[2, N, layers]``."""
+        fitted, found = fit[lens], []
+        for number, reads in enumerate(fitted.reads):
+            plain = fitted.to_plain(number, fit.views)
+            for k, layer in enumerate(reads):
+                if layer in (chosen if only is None else only):
+                    found.append(_two(estimator, layer, plain[[k if len(plain) > 1 else 0]], None, joined)["kl"][:, 0])
+        return np.stack(found, -1)
+
+    def pairs(lens: LensId) -> Array:
+        """``[2, N, layers, layers]``: at [i, j] the lens of both as it reads j."""
+        both, fitted = np.full((2, matrix["kl"].shape[2], size, size), np.nan), fit[lens]
+        for number, (i, j) in enumerate(itertools.combinations(range(size), 2)):
+            plain = fitted.to_plain(number, fit.views)
+            for k, (at, other) in enumerate(((i, j), (j, i))):
+                one = plain[[k if len(plain) > 1 else 0]]
+                both[:, :, other, at] = _two(estimator, chosen[at], one, None, joined)["kl"][:, 0]
+        return both
+
+    assert pairs_of(chosen) == [tuple(reads) for reads in fit[PAIR_LENS].reads]
+    constant = joined(captured.constant_kl)
+    unknown = np.full((2, len(constant), size), np.nan)
+    of_lenses = {
+        "constant": np.stack([constant, np.zeros_like(constant)]),
+        "transfer": matrix["kl"].swapaxes(1, 2),
+        "transfer_ce": matrix["ce"].swapaxes(1, 2),
+        "movement": matrix["movement"].swapaxes(1, 2),
+        "own": own(OWN),
+        "shared": own(SHARED_LENS),
+        "shared_loo": own(SHARED_LOO_LENS),
+        "rotated": np.stack([own(SHARED_LENS.of_view(k)) for k in range(summary.rotations)], 2),
+        "own_refined": unknown,
+        "shared_refined": unknown,
+        "pair": pairs(PAIR_LENS),
+        "pair_rotated": np.stack([pairs(PAIR_LENS.of_view(k)) for k in range(summary.pair_rotations)], 2),
+    }
+    top1 = matrix["top1"].swapaxes(1, 2)
+    exact, difference = (_Values(Means(**{n: x[k] for n, x in of_lenses.items()}), top1[k]) for k in range(2))
+    return exact, difference
+
+
+def _two(
+    estimator: Estimator,
+    layer: int,
+    maps: AffineMaps,
+    references: tuple[Reference, Reference] | None,
+    joined: Any,
+) -> dict[str, Array]:
+    """Exact values, and exact less cheap ones, of M lenses on a layer: ``[2, M, N]`` by name."""
+    cheap, exact = estimator.both(layer, maps, references)
+    found = {}
+    for name in ("kl", "ce", "movement", "top1"):
+        if (of := getattr(exact, name)) is not None:
+            found[name] = np.stack([joined(of), joined(of.double() - getattr(cheap, name).double())])
+    return found

@@ -1,0 +1,96 @@
+"""Some words that stand for a whole vocabulary: log-partitions and softmaxes at a small share of the cost.
+
+What they give is biased, and no result is reported from it alone. It is a control variate: the exact values of a few
+tokens mend it (:mod:`lensbench.lenses.estimated`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lensbench.runtime.memory import in_pieces
+from lensbench.streams.kl import ROW_BLOCK
+from lensbench.streams.readout import ReadOut
+
+CERTAIN = 0.75
+"""The share of the words that are the most probable ones; the others are drawn from the rest of the vocabulary"""
+
+
+@dataclass(frozen=True)
+class Words:
+    """S words of a read-out, each with the log of how many words it stands for.
+
+    The first ``certain`` stand for themselves, the others for all the rest, so that a sum of exponentials over them is
+    unbiased for that over the vocabulary. Where the model caps its logits, the cap comes before the offset.
+    """
+
+    readout: ReadOut
+    offset: Tensor  # [S]
+    certain: int
+    weight: Tensor  # [S, d_read]
+    bias: Tensor | None  # [S]
+
+    @classmethod
+    def of(cls, readout: ReadOut, at: Tensor, offset: Tensor, certain: int) -> "Words":
+        """The words ``at`` ``[S]`` with their offsets ``[S]``."""
+        at = at.to(readout.weight.device)
+        bias = None if readout.bias is None else readout.bias[at]
+        return cls(readout, offset.to(readout.weight), certain, readout.weight[at], bias)
+
+    @classmethod
+    def draw(cls, readout: ReadOut, mean: Tensor, rows: int, generator: torch.Generator) -> "Words":
+        """At most so many, by the mean probability of every word ``[V]`` in what will be read out.
+
+        Those beyond the most probable are drawn with replacement and probability proportional to the root of their mean
+        probability; a word that is drawn k times stands for k times as many.
+        """
+        order = mean.double().cpu().argsort(descending=True)
+        certain = round(CERTAIN * rows)
+        rest = order[certain:]
+        pi = mean.double().cpu()[rest].clamp(min=1e-12).sqrt()
+        pi /= pi.sum()
+        chosen, times = torch.multinomial(pi, rows - certain, replacement=True, generator=generator).unique(
+            return_counts=True
+        )
+        offset = (times / ((rows - certain) * pi[chosen])).log()
+        at = torch.cat([order[:certain], rest[chosen]])
+        return cls.of(readout, at, torch.cat([torch.zeros(certain, dtype=offset.dtype), offset]), certain)
+
+    def logits(self, n: Tensor) -> Tensor:
+        """Logits plus offsets ``[R, S]`` of normalised states ``[R, d_read]``."""
+        if self.readout.linear:
+            return torch.addmm(self.offset if self.bias is None else self.offset + self.bias, n, self.weight.T)
+        logits = n @ self.weight.T if self.bias is None else torch.addmm(self.bias, n, self.weight.T)
+        return self.readout.cap_(logits).add_(self.offset)
+
+    def partition_and_largest(self, n: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-partition ``[R]``, and the largest logit ``[R]`` of the words that stand for themselves."""
+
+        def one(rows: slice) -> tuple[Tensor, Tensor]:
+            logits = self.logits(n[rows])
+            largest, shift = logits[:, : self.certain].amax(-1), logits.amax(-1)
+            return shift + logits.sub_(shift[:, None]).exp_().sum(-1).log(), largest
+
+        log_z, largest = zip(*in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a row of words"), strict=True)
+        return torch.cat(log_z), torch.cat(largest)
+
+    def softmax_moment(self, n: Tensor) -> tuple[Tensor, Tensor]:
+        """``W^T q`` ``[R, d_read]`` and ``sum q log q - sum q (bias + offset)`` ``[R]``, q the softmax of the words."""
+
+        def one(rows: slice) -> tuple[Tensor, Tensor]:
+            logits = self.logits(n[rows])
+            log_z = logits.logsumexp(-1)
+            moment = logits.sub_(log_z[:, None]).exp_() @ self.weight
+            return moment, (moment * n[rows]).sum(-1) - log_z
+
+        moments, entropies = zip(*in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a softmax of words"), strict=True)
+        return torch.cat(moments), torch.cat(entropies)
+
+    def expected_logit(self, n: Tensor, of: Tensor) -> Tensor:
+        """``sum_v q_v logit_v(n)`` ``[R]``, q the softmax of the words at normalised states ``of``; both ``[R, d_read]``."""
+
+        def one(rows: slice) -> Tensor:
+            return (self.logits(of[rows]).softmax(-1) * self.logits(n[rows]).sub_(self.offset)).sum(-1)
+
+        return torch.cat(in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a row of words"))

@@ -1,0 +1,67 @@
+"""What a suite scores, and how intervals are computed."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lensbench.data.tokens import BeginSetting
+from lensbench.statistics import FEWEST_CLUSTERS
+
+LARGEST_GROUPS = 128
+"""More clusters than this are joined, unless a suite says otherwise: a bootstrap of so many tells its interval to 6 %."""
+
+
+class EvaluateRecipe(BaseModel):
+    """What is scored, and how intervals are computed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    sequences: int = Field(512, ge=1, description="held-out sequences")
+    positions: int = Field(16, ge=1, description="random positions of each of them")
+    refit_positions: int | None = Field(
+        None, ge=1, description="positions of each sequence that refits are scored at; all of them if left out"
+    )
+    length: int | None = Field(
+        None, ge=2, description="tokens of a sequence; training.length if left out. Fitting and choosing use it too"
+    )
+    first_position: int = Field(1, ge=0, description="first position that is fitted or scored")
+    begin: BeginSetting = Field(
+        "auto",
+        description="windows that begin with the model's beginning-of-text token: every one, the first of each document, "
+        "or auto: every one where the tokenizer adds such a token to a text by itself, else the first",
+    )
+    precision: float | None = Field(
+        None,
+        gt=0,
+        description="largest half-width of the 95 % interval of a transfer penalty, nats; sequences are then the first try",
+    )
+    exact_share: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        1.0,
+        description="share of the log-partitions (over the whole vocabulary) that are computed: 1 is exact; below it losses "
+        "are unbiased estimates, and intervals hold what that adds; auto: the smallest share that makes no interval more "
+        "than 1.1 times wider on the dev split",
+    )
+    probe_sequences: int = Field(128, ge=1, description="held-out sequences that probes look at")
+    max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
+    draws: int = Field(2000, ge=100, description="bootstrap draws")
+    sums: Literal["sequence", "cluster"] = Field(
+        "cluster",
+        description="cluster: cluster_sums.parquet holds what comparisons read; sequence: per_sequence.parquet next to it "
+        "holds every sum of every sequence",
+    )
+
+    groups: int | None = Field(
+        LARGEST_GROUPS,
+        ge=FEWEST_CLUSTERS,
+        description="more clusters than this are joined at random into so many, which keeps cluster_sums.parquet small "
+        "and leaves intervals as they are but for what a bootstrap of fewer can tell",
+    )
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """What the scores of a model depend on, but for ``begin``, which the texts themselves depend on.
+
+        Of exact scores it says what it said before there were others, so that finished ones are found.
+        """
+        exact = {"exact_share"} if self.exact_share == 1 else set()
+        return self.model_dump(exclude={"draws", "probe_sequences", "sums", "groups", "begin"} | exact)

@@ -1,0 +1,99 @@
+"""The share of exact log-partitions that widens no interval too much: what it is found from, against repeated draws."""
+
+import numpy as np
+import pytest
+from helpers.synthetic import small, true_token_kl
+
+from lensbench.lenses.estimated import Estimator
+from lensbench.lenses.per_layer import OWN
+from lensbench.lenses.shared import SHARED_LENS
+from lensbench.measures import share
+from lensbench.measures.share import find_share, influences, share_for, token_values
+from lensbench.statistics import bootstrap_weights
+
+
+@pytest.fixture(scope="module")
+def pilot():
+    it = small(0)
+    estimator = Estimator.of(it.stream.readout, it.dev, it.fit.headline.maps, share=1.0, seed=(0,), words=12)
+    return it, estimator, *token_values(estimator, it.fit)
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.1, 0.2])
+def test_no_interval_is_more_than_a_tenth_wider_and_a_smaller_share_would_make_it_so(ratio):
+    def times_wider(s):
+        return (1 + (1 - s) / s * ratio) ** 0.5
+
+    found = share_for(ratio, 10**6)
+    assert times_wider(found) <= 1.1
+    assert times_wider(found - 0.002) > 1.1
+
+
+def test_what_saves_too_little_is_exact_and_few_tokens_are_never_left_alone():
+    assert share_for(1.0, 10**6) == 1
+    assert share_for(0.0, 6400) == share.FEWEST_DRAWN / 6400
+    assert share_for(0.0, 100) == 1
+
+
+def test_values_are_those_of_the_lenses(pilot):
+    it, estimator, exact, difference = pilot
+    fit, readout = it.fit, it.stream.readout
+    chosen = fit.summary.layers
+    own, headline = fit[OWN].maps, fit.headline.maps
+    for k, layer in enumerate(chosen):
+        expected = true_token_kl(readout, it.dev, own.matrix[layer], own.offset[layer], layer)
+        np.testing.assert_allclose(exact.means.own[:, k], expected, atol=1e-4)
+    expected = true_token_kl(readout, it.dev, headline.matrix[chosen[0]], headline.offset[chosen[0]], chosen[-1])
+    np.testing.assert_allclose(exact.means.transfer[:, 0, len(chosen) - 1], expected, atol=1e-4)
+    shared = fit[SHARED_LENS].maps
+    x = it.dev.states[chosen[1]] @ shared.matrix[0].T + shared.offset[0]
+    n = readout.final_norm(x)
+    short = (readout.logits(n).logsumexp(-1) - estimator.words.partition_and_largest(n)[0]).detach()
+    np.testing.assert_allclose(difference.means.shared[:, 1], short, atol=1e-4)
+    np.testing.assert_allclose(difference.means.transfer[:, -1, -1], 0, atol=1e-5)  # the model itself is known
+
+
+def test_added_variance_is_that_of_repeated_draws(pilot):
+    """Of R, a ratio, written out: its spread over samples of the tokens, and over resamples of the documents."""
+    it, _, exact, difference = pilot
+    count, share_drawn, draws = len(it.dev), 0.25, 1500
+    random = np.random.default_rng(0)
+    drawn = np.array([random.permutation(count)[: round(share_drawn * count)] for _ in range(draws)])
+
+    def retention(own, shared, constant):
+        return 1 - (shared - own).sum(-1) / (constant[..., None] - own).sum(-1)
+
+    m, d = exact.means, difference.means
+    own, shared = (
+        (getattr(m, name) - getattr(d, name)).mean(0) + getattr(d, name)[drawn].mean(1) for name in ("own", "shared")
+    )
+    spread = retention(own, shared, np.full(draws, m.constant.mean())).var()
+    added = influences(exact, difference)["shared_retention"].var(0)[0] / count * (1 - share_drawn) / share_drawn
+    assert added == pytest.approx(spread, rel=0.2)
+    index = np.unique(it.dev.document, return_inverse=True)[1]
+    weights = bootstrap_weights(index.max() + 1, draws, 0)[:, index]
+    own, shared, constant = (
+        weights @ x / weights.sum(1, keepdims=True) for x in (m.own, m.shared, m.constant[:, None])
+    )
+    of_documents = np.bincount(index, influences(exact, exact)["shared_retention"][:, 0])
+    assert np.square(of_documents).sum() / count**2 == pytest.approx(
+        retention(own, shared, constant[:, 0]).var(), rel=0.2
+    )
+
+
+def test_the_widest_interval_decides(pilot, monkeypatch):
+    it, estimator, exact, difference = pilot
+    monkeypatch.setattr(share, "token_values", lambda *_: (exact, difference))
+    monkeypatch.setattr(share, "LARGEST_SHARE", 1.0)
+    found = find_share(estimator, it.fit, 10**6)
+    assert found.tokens == len(it.dev)
+    assert found.documents == len(np.unique(it.dev.document))
+    whole, extra = influences(exact, exact), influences(exact, difference)
+    own = np.array([np.bincount(it.dev.document, x) for x in whole[found.widest].T])
+    variance = np.square(own).sum(1) * found.documents / (found.documents - 1) / found.tokens**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.nanmax(extra[found.widest].var(0) / found.tokens / variance)
+    assert found.ratio == pytest.approx(ratio, rel=1e-4)
+    assert found.share == share_for(ratio, 10**6)
+    assert "distance_trend" not in whole  # rank correlations have no derivative
+    assert {"penalty_kl", "penalty_ce", "top1_agreement", "kl", "shared_consistency", "gain_visibility"} <= set(whole)
