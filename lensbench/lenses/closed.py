@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lensbench.lenses.maps import AffineMaps, rotated_maps
-from lensbench.lenses.moments import Moments
+from lensbench.lenses.maps import AffineMaps, TurnedMap
+from lensbench.lenses.moments import Moments, RotatedMoments
 from lensbench.lenses.recipe import Prior, Tolerance
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import Choice, DevSearch
@@ -28,16 +28,27 @@ class ClosedForms:
     ridges: tuple[float, ...]
     pads: tuple[float, ...]
 
+    @classmethod
+    def joined(cls, parts: "Sequence[ClosedForms]") -> "ClosedForms":
+        """Several, one after the other."""
+        ridges, pads = [p.ridges for p in parts], [p.pads for p in parts]
+        return cls(AffineMaps.stack([p.maps for p in parts]), sum(ridges, ()), sum(pads, ()))
 
-def fit_each(search: DevSearch, moments: Moments, prior: Prior, *, tolerance: Tolerance | None = None) -> ClosedForms:
+
+def fit_each(
+    search: DevSearch, moments: Moments | RotatedMoments, prior: Prior, *, tolerance: Tolerance | None = None
+) -> ClosedForms:
     """One lens per layer: the best ridge on dev, or with ``tolerance`` the strongest allowed one."""
     if tolerance is not None:
+        assert isinstance(moments, Moments)
         return fit_within(search, moments, prior, ridge_paths(search, moments, prior), tolerance)
-    choices: list[Choice] = []
+    near: Choice | None = None
+    solved = []
     for layer in range(len(moments.mean)):
-        near = choices[-1] if choices else None
-        choices.append(search.best(RidgePath(moments.layer([layer]), prior).solve, [layer], near))
-    return solve_as_chosen(search, moments, prior, choices)
+        path = RidgePath(moments.layer([layer]), prior)
+        near = search.best(path.solve, [layer], near)
+        solved.append(as_chosen(search, path, [near]))
+    return ClosedForms.joined(solved)
 
 
 def ridge_paths(
@@ -75,21 +86,20 @@ def fit_shared(search: DevSearch, moments: Moments, layers: Sequence[int], near:
     ``near``: the choice for a similar lens, where the search begins.
     """
     pooled = moments.pooled(layers)
-    choice = search.best(RidgePath(pooled, "zero").solve, layers, near)
-    return solve_as_chosen(search, pooled, "zero", [choice])
+    path = RidgePath(pooled, "zero")
+    return as_chosen(search, path, [search.best(path.solve, layers, near)])
 
 
 def fit_shared_bias(search: DevSearch, moments: Moments) -> ClosedForms:
     """One matrix for all layers and a bias for each, prior zero."""
     within = moments.pooled_within()
-    layers = range(len(moments.mean))
-    choice = search.best(RidgePath(within, "zero").solve, layers)
-    return solve_as_chosen(search, within, "zero", [choice] * len(layers))
+    layers, path = range(len(moments.mean)), RidgePath(within, "zero")
+    return as_chosen(search, path, [search.best(path.solve, layers)] * len(layers))
 
 
 def fit_rotated(
     search: DevSearch,
-    rotated: Moments,
+    rotated: Moments | RotatedMoments,
     view: RotatedView,
     layers: Sequence[int] | None = None,
     near: Choice | None = None,
@@ -102,13 +112,18 @@ def fit_rotated(
     chosen = list(range(len(rotated.mean))) if layers is None else list(layers)
     pooled = rotated.pooled(chosen)
     path = RidgePath(pooled, "zero")
-    choice = search.best(lambda ridge: rotated_maps(path.solve(ridge), view)[chosen], chosen, near)
-    return solve_as_chosen(search, pooled, "zero", [choice])
+    choice = search.best(lambda ridge: TurnedMap(path.solve(ridge), view, chosen), chosen, near)
+    return as_chosen(search, path, [choice])
 
 
 def solve_as_chosen(search: DevSearch, moments: Moments, prior: Prior, choices: Sequence[Choice]) -> ClosedForms:
     """The closed forms of K regressions at chosen ridges and pads."""
+    return as_chosen(search, RidgePath(moments, prior), choices)
+
+
+def as_chosen(search: DevSearch, path: RidgePath, choices: Sequence[Choice]) -> ClosedForms:
+    """The closed forms of a path's K regressions at chosen ridges and pads."""
     ridges, pads = tuple(c.ridge for c in choices), tuple(c.pad for c in choices)
-    solved = RidgePath(moments, prior).solve(torch.tensor(ridges, dtype=torch.float64))
+    solved = path.solve(torch.tensor(ridges, dtype=torch.float64))
     offset = solved.offset + torch.tensor(pads, dtype=torch.float64).to(solved.offset)[:, None] * search.pad
     return ClosedForms(AffineMaps(solved.matrix, offset), ridges, pads)

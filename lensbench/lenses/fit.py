@@ -1,6 +1,5 @@
 """All lenses of one view of a model, fitted job by job, and the files that keep them."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
@@ -23,12 +21,12 @@ from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
 from lensbench.lenses.shared import SHARED_BIAS_LENS
 from lensbench.lenses.tuned import SharedLens, save_tuned_lens, tuned_lens
 from lensbench.runtime.files import write_json
-from lensbench.runtime.sealed import read_tensors
+from lensbench.runtime.sealed import read_tensors, write_tensors
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
 
-FIT_FORMAT = 2
+FIT_FORMAT = 3
 """Version of the files that a fit leaves: part of the keys of stages, so that older files are fitted anew."""
 
 
@@ -75,7 +73,10 @@ class FitSummary(BaseModel):
 
 @dataclass(frozen=True)
 class Fit:
-    """Every lens of one view of a model, float32, with the random bases of the null and what the fit says of itself."""
+    """Every lens of one view of a model, float32, with the random bases of the null and what the fit says of itself.
+
+    What a run has just fitted lies in files of its stage until it is saved.
+    """
 
     lenses: dict[LensId, FittedLens]
     views: list[RotatedView]
@@ -100,14 +101,11 @@ class Fit:
         maps = {str(lens): fitted.maps for lens, fitted in self.lenses.items()}
         tensors = {}
         for name, stack in maps.items():
-            # Copies: stacks may be slices of one another, and safetensors refuses tensors that share memory.
-            tensors[f"{name}.matrix"] = stack.matrix.clone(memory_format=torch.contiguous_format)
-            tensors[f"{name}.offset"] = stack.offset.clone()
+            tensors[f"{name}.matrix"] = stack.matrix
+            tensors[f"{name}.offset"] = stack.offset
         for k, view in enumerate(self.views):
-            tensors[_view_name(k)] = view.maps.float()
-        partial = folder / f"{MAPS}.partial"
-        save_file(tensors, partial)
-        os.replace(partial, folder / MAPS)
+            tensors[_view_name(k)] = view.maps
+        write_tensors(tensors, folder / MAPS)
         write_json(folder / FIT_SUMMARY, self.summary.model_dump(mode="json"))
 
     @classmethod
@@ -190,7 +188,9 @@ def _summarised(context: FitContext) -> Fit:
         dev_constant_kl=context.search.constant_kl,
         constant=context.fit.mean_p.tolist(),
     )
-    views = [RotatedView(view.maps.float().cpu(), view.rank) for view in context.views]
+    views = context.views
+    if context.pieces.folder is None:  # else they lie in a file, and are written from it
+        views = [RotatedView(view.maps.float(), view.rank) for view in views]
     return Fit(lenses, views, summary)
 
 

@@ -1,22 +1,26 @@
-"""Centred second moments of a stream in one pass, from which every closed form follows."""
+"""Centred second moments of a stream, layer by layer, from which every closed form follows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lensbench.lenses.algebra import algebra_device, ridge_unit
+from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture
 from lensbench.streams.rotated import RotatedView
 
 MOMENT_BLOCK = 4096
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Moments:
-    """Centred second moments of K regressions from ``[d]`` to ``[d]``, float64.
+    """Centred second moments of K regressions from ``[d]`` to ``[d]``, float64 on the CPU, in memory or mapped from a file.
 
     ``covariance`` ``[K, d, d]`` of the input, ``cross`` ``[K, d, d]`` = E (r - rbar)(h - hbar)^T, ``mean`` ``[K, d]`` of the
     input, ``target_mean`` ``[d]``.
@@ -26,21 +30,52 @@ class Moments:
     covariance: Tensor
     cross: Tensor
     target_mean: Tensor
+    device: torch.device = CPU
+    """Where regressions are solved"""
+    of_same_unit: "tuple[Moments, tuple[int, ...]] | None" = field(default=None, repr=False)
+    """Moments whose regressions of these numbers have the same units as these: covariances that are the same, or rotated"""
+    _units: dict[int, float] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, captured: Capture, token_weights: Tensor | None = None) -> "Moments":
-        """One regression per layer 0..L-1, to h_L; ``token_weights`` ``[N]`` resample the tokens. Of all processes."""
-        sums = MomentSums(captured.ranks)
-        for start in range(0, len(captured), MOMENT_BLOCK):
-            rows = slice(start, start + MOMENT_BLOCK)
-            sums.add(captured.states[:, rows], None if token_weights is None else token_weights[rows])
-        return sums.moments()
+    def of(cls, captured: Capture, token_weights: Tensor | None = None, room: Room = IN_MEMORY) -> "Moments":
+        """One regression per layer 0..L-1, to h_L; ``token_weights`` ``[N]`` resample the tokens. Of all processes.
+
+        ``room`` makes what the matrices of all layers lie in; beyond it this takes a few matrices ``[d, d]``.
+        """
+        layers, d = captured.layers, captured.states.shape[-1]
+        covariance, cross = room((layers, d, d)), room((layers, d, d))
+        means = []
+        for layer in range(layers):
+            sums = MomentSums(captured.ranks)
+            for start in range(0, len(captured), MOMENT_BLOCK):
+                rows = slice(start, start + MOMENT_BLOCK)
+                both = torch.stack([captured.states[layer, rows], captured.states[-1, rows]])
+                sums.add(both, None if token_weights is None else token_weights[rows])
+            one = sums.moments()
+            covariance[layer], cross[layer] = one.covariance[0], one.cross[0]
+            means.append(one.mean[0])
+        return cls(torch.stack(means), covariance, cross, one.target_mean, algebra_device(captured.states))
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues ``[K, d]`` and eigenvectors ``[K, d, d]`` of the covariances, found once."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return values, vectors
+
+    @property
+    def repeated(self) -> bool:
+        """Whether all regressions are the same but for the mean of the input."""
+        return len(self.covariance) > 1 and self.covariance.stride(0) == 0 == self.cross.stride(0)
+
+    def unit(self, regression: int) -> float:
+        """The unit of a regression's ridge, found once: see :func:`lensbench.lenses.algebra.median_eigenvalue`."""
+        if self.of_same_unit is not None:
+            others, rows = self.of_same_unit
+            return others.unit(rows[regression])
+        k = 0 if self.repeated else regression
+        if k not in self._units:
+            self._units[k] = ridge_unit(self.covariance[k], self.device)
+        return self._units[k]
 
     @classmethod
     def stack(cls, parts: "Sequence[Moments]") -> "Moments":
@@ -50,36 +85,91 @@ class Moments:
             torch.cat([p.covariance for p in parts]),
             torch.cat([p.cross for p in parts]),
             parts[0].target_mean,
+            parts[0].device,
         )
 
     def layer(self, rows: Sequence[int]) -> "Moments":
         """The regressions of some layers."""
         at = list(rows)
-        return Moments(self.mean[at], self.covariance[at], self.cross[at], self.target_mean)
+        return Moments(
+            self.mean[at], self.covariance[at], self.cross[at], self.target_mean, self.device, (self, tuple(at))
+        )
 
     def pooled(self, rows: Sequence[int]) -> "Moments":
         """One regression for several layers with equally many tokens: what a shared lens is fitted to."""
-        at = list(rows)
-        mean = self.mean[at].mean(0)
-        shift = self.mean[at] - mean
-        covariance = self.covariance[at].mean(0) + shift.T @ shift / len(at)
-        return Moments(mean[None], covariance[None], self.cross[at].mean(0)[None], self.target_mean)
+        return _pooled(self.mean, ((k, self.covariance[k], self.cross[k]) for k in rows), self)
 
     def pooled_within(self) -> "Moments":
         """One matrix for all layers, each layer's own mean: what a shared lens with a bias per layer is fitted to."""
         layers = len(self.mean)
         covariance, cross = self.covariance.mean(0), self.cross.mean(0)
-        return Moments(self.mean, covariance.expand(layers, -1, -1), cross.expand(layers, -1, -1), self.target_mean)
+        whole = covariance.expand(layers, -1, -1), cross.expand(layers, -1, -1)
+        return Moments(self.mean, *whole, self.target_mean, self.device)
 
     def rotated(self, view: RotatedView) -> "Moments":
         """The moments of the rotated states, without rotating a state."""
-        q = view.maps.to(self.mean)
-        return Moments(
-            torch.einsum("lde,le->ld", q, self.mean),
-            q @ self.covariance @ q.transpose(-1, -2),
-            self.cross @ q.transpose(-1, -2),
-            self.target_mean,
-        )
+        return RotatedMoments(self, view).layer(range(len(self.mean)))
+
+
+def _pooled(means: Tensor, parts: Iterable[tuple[int, Tensor, Tensor]], like: Moments) -> Moments:
+    """The regression of several layers together, from the number, the covariance and the cross moment of each."""
+    covariance, cross = (torch.zeros(like.covariance.shape[1:], dtype=torch.float64, device=like.device) for _ in "ab")
+    at = []
+    for k, own, to_target in parts:
+        covariance += own.to(like.device)
+        cross += to_target.to(like.device)
+        at.append(k)
+    mean = means[at].mean(0)
+    shift = means[at] - mean
+    covariance = covariance.cpu().div_(len(at)).addmm_(shift.T, shift, alpha=1 / len(at))
+    return Moments(mean[None], covariance[None], cross.cpu().div_(len(at))[None], like.target_mean, like.device)
+
+
+@dataclass(frozen=True)
+class RotatedMoments:
+    """The moments of a rotated view, made layer by layer when they are asked for: ``Q C Q^T`` and ``C_rh Q^T``.
+
+    A rotation leaves eigenvalues, so that each layer's ridge has the unit that it has without the view.
+    """
+
+    plain: Moments
+    view: RotatedView
+    known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """Covariance and cross moment of layers that are asked for many times"""
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """``[L, d]``: Q_l times the mean of layer l."""
+        return torch.stack([q.to(m) @ m for q, m in zip(self.view.maps, self.plain.mean, strict=True)])
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Covariance and cross moment of one layer, ``[d, d]`` each, where regressions are solved."""
+        if layer in self.known:
+            return self.known[layer]
+        device = self.plain.device
+        q = self.view.maps[layer].to(device, torch.float64)
+        return q @ self.plain.covariance[layer].to(device) @ q.T, self.plain.cross[layer].to(device) @ q.T
+
+    def know(self, layers: Sequence[int], room: Room) -> None:
+        """Keep what these layers have in ``room``."""
+        d = self.plain.mean.shape[-1]
+        for layer in layers:
+            kept = room((2, d, d))
+            kept[0], kept[1] = self.of_layer(layer)
+            self.known[layer] = kept[0], kept[1]
+
+    def layer(self, rows: Sequence[int]) -> Moments:
+        """The regressions of some layers."""
+        at = list(rows)
+        covariances, crosses = zip(*(self.of_layer(k) for k in at), strict=True)
+        return replace(
+            self.plain, mean=self.mean[at], covariance=torch.stack(covariances).cpu(), cross=torch.stack(crosses).cpu(),
+            of_same_unit=(self.plain, tuple(at)),
+        )  # fmt: skip
+
+    def pooled(self, rows: Sequence[int]) -> Moments:
+        """One regression for several layers: what the shared lens of the view is fitted to."""
+        return _pooled(self.mean, ((k, *self.of_layer(k)) for k in rows), self.plain)
 
 
 class MomentSums:
@@ -122,7 +212,7 @@ class MomentSums:
             self.first[layer] += scaled.sum(0)
 
     def moments(self) -> Moments:
-        """The centred moments; on the CPU from here on, d x d algebra in float64 being no work for a GPU.
+        """The centred moments, on the CPU.
 
         The sums are used up: of wide states they fill most of the memory, and a copy would fill as much again.
         """
@@ -139,4 +229,5 @@ class MomentSums:
             cross[layer] -= torch.outer(target, own)
         mean = mean + self.shift
         self.shift, self.weight = None, 0.0
-        return Moments(mean[:-1].cpu(), covariance.cpu(), cross.cpu(), mean[-1].cpu())
+        found = mean[:-1].cpu(), covariance.cpu(), cross.cpu(), mean[-1].cpu()
+        return Moments(*found, algebra_device(mean))

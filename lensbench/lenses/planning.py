@@ -10,8 +10,9 @@ from torch import Tensor
 from lensbench.lenses.closed import ClosedForms
 from lensbench.lenses.lens import FittedLens, LensId, LensRecord, joined
 from lensbench.lenses.maps import AffineMaps
-from lensbench.lenses.moments import Moments
+from lensbench.lenses.moments import Moments, RotatedMoments
 from lensbench.lenses.recipe import FitRecipe, spread_layers
+from lensbench.lenses.room import IN_MEMORY, Room, again, room_on_disk
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.stages import NOTHING_KEPT, Pieces
@@ -41,7 +42,9 @@ class FitContext:
     parts: dict[LensId, list[FittedLens]] = field(default_factory=dict)
     searched: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """What jobs found that fitted no lens, by their names."""
-    _turned: dict[int, Moments] = field(default_factory=dict)
+    refit_room: Room = IN_MEMORY
+    """Where the moments of resampled documents lie, those of one refit at a time"""
+    _turned: dict[int, RotatedMoments] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -56,14 +59,27 @@ class FitContext:
         pieces: Pieces = NOTHING_KEPT,
         progress: Progress = QUIET,
     ) -> "FitContext":
-        """A fit from its fitting and dev tokens; ``loaded``: per-layer lenses of others for the transfer matrix."""
-        moments = Moments.of(fit)
+        """A fit from its fitting and dev tokens; ``loaded``: per-layer lenses of others for the transfer matrix.
+
+        With a folder of ``pieces`` all that is as large as a matrix for every layer lies in one file there, of
+        :func:`matrices` times ``8 d^2`` bytes.
+        """
+        layers, d = fit.layers, fit.states.shape[-1]
+        room = room_on_disk(pieces.folder, matrices(recipe, layers) * d * d)
+        moments = Moments.of(fit, room=room)
         search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1], fit.ranks))
         views = [
-            RotatedView.random(moments.covariance, seed=1000 * seed + k, variance=recipe.variance)
+            RotatedView.random(moments.covariance, seed=1000 * seed + k, variance=recipe.variance, room=room)
             for k in range(recipe.rotations)
         ]
-        return cls(readout, fit, dev, moments, search, recipe, seed, views, loaded, pieces, progress)
+        turned = {k: RotatedMoments(moments, view) for k, view in enumerate(views)}
+        for k in range(min(recipe.pair_rotations, recipe.rotations)):
+            turned[k].know(spread_layers(layers, recipe.layers), room)
+        refit_room = again(room, (2, layers, d, d)) if recipe.refits else IN_MEMORY
+        return cls(
+            readout, fit, dev, moments, search, recipe, seed, views, loaded, pieces, progress, refit_room=refit_room,
+            _turned=turned,
+        )  # fmt: skip
 
     @property
     def layers(self) -> list[int]:
@@ -92,17 +108,19 @@ class FitContext:
         assert pad is not None
         return Choice(ridge, pad, float("nan"))
 
-    def rotated(self, view: int) -> Moments:
-        """The moments of a rotated view.
+    def rotated(self, view: int) -> RotatedMoments:
+        """The moments of a rotated view; of the layers that get lenses of pairs they are kept."""
+        return self._turned[view]
 
-        Those that pairs are fitted to are kept: each takes as much memory as the moments themselves.
-        """
-        if view in self._turned:
-            return self._turned[view]
-        moments = self.moments.rotated(self.views[view])
-        if view < max(1, self.pair_rotations):
-            self._turned[view] = moments
-        return moments
+
+def matrices(recipe: FitRecipe, layers: int) -> int:
+    """How many float64 matrices ``[d, d]`` a fit keeps on disk while it works.
+
+    Two moments of each layer, one map of each layer and rotated view, the moments of rotated views that pairs are fitted
+    to, and two moments of each layer for the resampled documents of a refit.
+    """
+    pairs = min(recipe.pair_rotations, recipe.rotations) * len(spread_layers(layers, recipe.layers))
+    return layers * (2 + recipe.rotations + 2 * bool(recipe.refits)) + 2 * pairs
 
 
 class Phase(IntEnum):
@@ -133,7 +151,7 @@ class Job:
     @classmethod
     def of(cls, name: str, phase: Phase, remark: str, fit: Callable[[], FittedLens]) -> "Job":
         """A job that fits a lens, or a part of one: parts of the same lens are joined in the order of their jobs."""
-        return cls(name, phase, remark, lambda say: fit().tensors())
+        return cls(name, phase, remark, lambda say: fit().float32().tensors())
 
 
 def closed_lens(

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lensbench.lenses.maps import AffineMaps
-from lensbench.lenses.moments import MOMENT_BLOCK, Moments
-from lensbench.lenses.ridge import median_eigenvalue
+from lensbench.lenses.moments import MOMENT_BLOCK
 from lensbench.lenses.search import DevSearch
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK, Tokens, Vocabulary
@@ -151,10 +150,21 @@ class Refining:
                 self.ended = "converged"
 
 
+class Centred(Protocol):
+    """What refinement asks of M regressions; :class:`lensbench.lenses.moments.Moments` are some."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the input of each, ``[M, d]``."""
+
+    def unit(self, regression: int) -> float:
+        """The unit of its ridge."""
+
+
 def refine(
     search: DevSearch,
     fit: Capture,
-    moments: Moments,
+    moments: Centred,
     start: AffineMaps,
     ridges: Sequence[float],
     layers: Sequence[Sequence[int]],
@@ -204,7 +214,7 @@ def refine(
 def closed_forms(
     search: DevSearch,
     fit: Capture,
-    moments: Moments,
+    moments: Centred,
     start: AffineMaps,
     ridges: Sequence[float],
     layers: Sequence[Sequence[int]],
@@ -213,7 +223,7 @@ def closed_forms(
     recipe, readout, ranks = search.recipe, search.readout, fit.ranks
     count = ranks.span(len(fit))[1]
     target_rms = float(ranks.rows(fit.states[-1], torch.arange(min(MOMENT_BLOCK, count))).pow(2).mean().sqrt())
-    means, values, lenses = moments.mean.to(fit.states), moments.eigen[0], []  # means [M, d]
+    means, lenses = moments.mean.to(fit.states), []  # means [M, d]
     for m, own in enumerate(layers):
         some = torch.arange(m % 8, count, len(own) * 8)[:512]
         sample = torch.cat([ranks.rows(fit.states[layer], some) for layer in own]) - means[m]
@@ -224,7 +234,7 @@ def closed_forms(
                              .pow(2).sum(-1).mean() for k in own]).mean()  # fmt: skip
         if ranks.size > 1:
             error = ranks.sum(error * len(search.dev)) / search.tokens
-        lam = ridges[m] * median_eigenvalue(values[m : m + 1])[0]
+        lam = ridges[m] * moments.unit(m)
         penalty = float(2 * dev_kl / error.double().cpu() * lam)
         theta = torch.cat([matrix, ((matrix @ means[m] + offset) / scale)[:, None]], 1)
         rate = recipe.refine_rate * target_rms / scale

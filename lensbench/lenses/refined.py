@@ -1,8 +1,9 @@
 """The per-layer lenses and the shared one refined on KL, side by side in one loop."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lensbench.lenses.lens import FittedLens, LensId
@@ -19,6 +20,24 @@ OWN_REFINED = replace(OWN, stage="refined")
 SHARED_REFINED = replace(SHARED_LENS, stage="refined")
 
 
+@dataclass(frozen=True)
+class OwnAndShared:
+    """The regressions of all layers, and the shared one after them, none of their matrices copied."""
+
+    own: Moments
+    shared: Moments
+
+    @property
+    def mean(self) -> Tensor:
+        """``[L + 1, d]``"""
+        return torch.cat([self.own.mean, self.shared.mean])
+
+    def unit(self, regression: int) -> float:
+        """The unit of a regression's ridge."""
+        count = len(self.own.mean)
+        return self.own.unit(regression) if regression < count else self.shared.unit(regression - count)
+
+
 def plan(context: FitContext) -> list[Job]:
     """One job: all lenses share the vocabulary that a step sees."""
     layers = context.layers
@@ -28,7 +47,7 @@ def plan(context: FitContext) -> list[Job]:
         refined = refine(
             context.search,
             context.fit,
-            Moments.stack([context.moments, context.moments.pooled(layers)]),
+            OwnAndShared(context.moments, context.moments.pooled(layers)),
             AffineMaps.stack([own.maps, shared.maps]),
             [ridge or 0.0 for ridge in (*own.record.ridge, *shared.record.ridge)],
             [*([layer] for layer in layers), layers],

@@ -31,4 +31,4 @@ def resampled_moments(context: FitContext, number: int) -> Moments:
     captured = context.fit
     documents = captured.ranks.most(int(captured.document.max())) + 1
     counts = np.random.default_rng([context.seed, number]).multinomial(documents, np.full(documents, 1 / documents))
-    return Moments.of(captured, torch.from_numpy(counts[captured.document]))
+    return Moments.of(captured, torch.from_numpy(counts[captured.document]), room=context.refit_room)

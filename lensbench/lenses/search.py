@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.maps import AffineMaps, Reads
 from lensbench.lenses.moments import MOMENT_BLOCK
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.runtime.memory import in_pieces
@@ -117,6 +117,10 @@ def log_partition_of_pads(
     return torch.cat(out, 1)
 
 
+Solve = Callable[[float], Reads]
+"""The lens of a ridge"""
+
+
 class DevSearch:
     """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once."""
 
@@ -129,11 +133,11 @@ class DevSearch:
         self.rows_read_out = 0
         """Products of a state with the whole unembedding so far: what a search costs."""
 
-    def kl(self, maps: AffineMaps, layers: Sequence[int]) -> float:
+    def kl(self, maps: Reads, layers: Sequence[int]) -> float:
         """Mean dev KL of map k on ``layers[k]`` (or of one map on all of them)."""
         return float(self.kl_of_pads(maps, layers, [0.0])[0])
 
-    def kl_of_pads(self, maps: AffineMaps, layers: Sequence[int], pads: Sequence[float]) -> Tensor:
+    def kl_of_pads(self, maps: Reads, layers: Sequence[int], pads: Sequence[float]) -> Tensor:
         """Mean dev KL ``[P]`` of maps with each of P pads added, for one matrix product with the unembedding.
 
         A lens of several layers is chosen on at most ``pooled_dev_tokens`` states: the dev tokens are dealt out, each
@@ -142,14 +146,13 @@ class DevSearch:
         share = 1
         if len(layers) > 1:
             share = min(self.tokens, max(1, -(-len(layers) * self.tokens // self.recipe.pooled_dev_tokens)))
-        maps, dev = maps.to(self.dev.states), self.dev
+        dev = self.dev
         sums, parts, sizes = [], [], []
         counts = [self.tokens if share == 1 else len(self.shuffled[k % share :: share]) for k in range(len(layers))]
         for k, layer in enumerate(layers):
-            m = k if len(maps) > 1 else 0
             # Dealt from a shuffled pack: in their order, a layer would get the same places of every sequence.
             at = slice(None) if share == 1 else self.here(self.shuffled[k % share :: share])
-            x = dev.states[layer][at] @ maps.matrix[m].T + maps.offset[m]
+            x = maps.read(k, dev.states[layer][at])
             parts.append((x, Tokens(dev.expected[at], dev.entropy_term[at], dev.states[-1][at])))
             sizes.append(len(x))
             # Several layers' rows in one product: a few rows would not be worth reading the unembedding for.
@@ -186,7 +189,7 @@ class DevSearch:
         """Maps with so many lengths of the pad added to their offsets."""
         return AffineMaps(maps.matrix, maps.offset + pad * self.pad)
 
-    def best_pad(self, maps: AffineMaps, layers: Sequence[int], start: int) -> tuple[int, float]:
+    def best_pad(self, maps: Reads, layers: Sequence[int], start: int) -> tuple[int, float]:
         """Index of the best pad and its KL, by descent from ``start``: KL has one valley along the pad."""
         pads = self.recipe.pads
         known: dict[int, float] = {}
@@ -205,7 +208,7 @@ class DevSearch:
                 return here, known[here]
             here = best
 
-    def path(self, solve: Callable[[float], AffineMaps], layers: Sequence[int]) -> list[Choice]:
+    def path(self, solve: Solve, layers: Sequence[int]) -> list[Choice]:
         """The best pad at every ridge of the path."""
         choices, start = [], len(self.recipe.pads) // 3
         for ridge in self.recipe.ridges:
@@ -213,7 +216,7 @@ class DevSearch:
             choices.append(Choice(ridge, self.recipe.pads[start], kl))
         return choices
 
-    def best(self, solve: Callable[[float], AffineMaps], layers: Sequence[int], near: Choice | None = None) -> Choice:
+    def best(self, solve: Solve, layers: Sequence[int], near: Choice | None = None) -> Choice:
         """The best ridge and pad, by descent along the path: KL has one valley along the ridge too.
 
         From the middle, or from where a like lens ended (``near``), which saves most of the way.
@@ -240,7 +243,7 @@ class DevSearch:
 
     def strongest(
         self,
-        solve: Callable[[float], AffineMaps],
+        solve: Solve,
         layers: Sequence[int],
         tolerance: float,
         near: Choice | None = None,

@@ -4,7 +4,7 @@ from functools import partial
 
 from lensbench.lenses.closed import fit_rotated, fit_shared, fit_shared_bias
 from lensbench.lenses.lens import FittedLens, LensId, joined
-from lensbench.lenses.moments import Moments
+from lensbench.lenses.moments import Moments, RotatedMoments
 from lensbench.lenses.per_layer import solved_again
 from lensbench.lenses.planning import FitContext, Job, LensKind, Phase, closed_lens
 
@@ -41,7 +41,7 @@ def refit_shared(context: FitContext, moments: Moments, number: int) -> list[Fit
     again = [solved_again(context, moments.pooled(layers), context.lens(SHARED_LENS), number)]
     for k, view in enumerate(context.views):
         lens = context.lens(SHARED_LENS.of_view(k))
-        again.append(solved_again(context, moments.rotated(view).pooled(layers), lens, number))
+        again.append(solved_again(context, RotatedMoments(moments, view).pooled(layers), lens, number))
     return again
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lensbench.lenses.algebra import median_eigenvalue
 from lensbench.lenses.moments import MOMENT_BLOCK, Moments
-from lensbench.lenses.ridge import median_eigenvalue
 from lensbench.probes.catalogue import Panel, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject

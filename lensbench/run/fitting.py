@@ -50,7 +50,7 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
             view = random_bases(context, captured, seed)
             view.save(folder / ROTATION)
             captured, dev = view.apply(captured), view.apply(dev)
-        pieces = Pieces(folder / "pieces", context.ranks)
+        pieces = Pieces(folder / "pieces", context.ranks, mapped=True)
         work = FitContext.of(
             readout, captured, dev, recipe, seed=seed, loaded=loaded, pieces=pieces, progress=context.progress
         )

@@ -4,8 +4,11 @@ For files that a run may be interrupted over, before the checksums of a finished
 """
 
 import hashlib
+import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,13 +55,39 @@ def save_sealed(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, s
     write_atomically(path, lambda partial: save_file(content, partial, metadata=metadata))
 
 
-def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Inverse of :func:`save_sealed`; raises :class:`Damaged` for a file that is truncated, changed or has no seal."""
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors on the CPU, in float32, to a safetensors file, one after the other, moved into place whole.
+
+    safetensors' own writer holds a copy of all of them in memory; the bytes are the same.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    described = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    described += b" " * (-len(described) % 8)
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(described)) + described)
+            for _, tensor in sorted(tensors.items()):
+                for part in tensor.detach() if tensor.dim() > 1 else [tensor.detach()]:
+                    file.write(part.float().contiguous().numpy().data)
+
+    write_atomically(path, write)
+
+
+def load_sealed(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Inverse of :func:`save_sealed`; raises :class:`Damaged` for a file that is truncated, changed or has no seal.
+
+    ``mapped``: tensors lie in the file, which must not change while they are used, and take no memory of their own.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             facts = dict(file.metadata() or {})
         # Copies: what load_file returns lies in the file, which may be gone before they are.
-        tensors = {k: v.clone() for k, v in load_file(path).items()}
+        tensors = {k: v if mapped else v.clone() for k, v in load_file(path).items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(str(error).splitlines()[0]) from error
     if facts.pop(SEAL, None) != seal_of(tensors, facts):

@@ -186,19 +186,24 @@ class Pieces:
 
     folder: Path | None = None
     ranks: Ranks = ALONE
+    mapped: bool = False
+    """Whether finished pieces are read from their files when they are used, and take no memory; of one process alone"""
 
     def get(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The piece ``name``, computed unless it is there; a damaged file is computed anew."""
         if self.folder is None:
             return compute()
         path = self.folder / f"{name}.safetensors"
-        kept = self.ranks.told(_kept(path) if self.ranks.first else None)
+        mapped = self.mapped and self.ranks.size == 1
+        kept = self.ranks.told(_kept(path, mapped) if self.ranks.first else None)
         if kept is not None:
             return kept
         content = {k: v.detach().cpu() for k, v in compute().items()}
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_sealed(content, path)
+        if mapped:
+            return _kept(path, mapped) or content
         # What the first one solved, not what each did: processors differ in the last digits.
         return self.ranks.told(content)
 
@@ -208,12 +213,12 @@ class Pieces:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _kept(path: Path) -> dict[str, Tensor] | None:
+def _kept(path: Path, mapped: bool) -> dict[str, Tensor] | None:
     """A piece that is there and whole."""
     if not path.is_file():
         return None
     try:
-        return load_sealed(path)[0]
+        return load_sealed(path, mapped=mapped)[0]
     except Damaged:
         path.unlink()  # computed anew
         return None

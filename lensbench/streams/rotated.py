@@ -1,5 +1,6 @@
 """The random-basis null: every layer before the last seen in its own random basis."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,25 +26,33 @@ class RotatedView:
     """r, the number of principal directions"""
 
     @classmethod
-    def random(cls, covariances: Tensor, *, seed: int, variance: float = 0.99) -> "RotatedView":
+    def random(
+        cls,
+        covariances: Tensor,
+        *,
+        seed: int,
+        variance: float = 0.99,
+        room: Callable[[tuple[int, ...]], Tensor] | None = None,
+    ) -> "RotatedView":
         """Rotations drawn from the Haar measure, for layers with ``covariances`` ``[L, d, d]`` (float64).
 
-        They act on the principal directions that hold ``variance`` of the layers' pooled within-layer variance.
+        They act on the principal directions that hold ``variance`` of the layers' pooled within-layer variance. ``room``
+        makes the float64 tensor that they lie in.
         """
         values, vectors = torch.linalg.eigh(covariances.mean(0))
         share = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
         rank = min(len(values), int((share < variance).sum()) + 1)
         basis = vectors[:, -rank:]  # [d, r]
         generator = torch.Generator().manual_seed(seed)
-        maps = []
-        for _ in covariances:
+        maps = torch.empty(covariances.shape, dtype=torch.float64) if room is None else room(tuple(covariances.shape))
+        for layer in range(len(covariances)):
             gaussian = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
             q, r = torch.linalg.qr(gaussian)
             q = q * r.diagonal().sign()  # without the signs QR does not sample the Haar measure
-            maps.append(
+            maps[layer] = (
                 torch.eye(len(values), dtype=torch.float64) + basis @ (q - torch.eye(rank, dtype=q.dtype)) @ basis.T
             )
-        return cls(torch.stack(maps), rank)
+        return cls(maps, rank)
 
     def save(self, path: Path) -> None:
         """Write the view to a safetensors file."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
-from lensbench.lenses.ridge import RidgePath, median_eigenvalue
+from lensbench.lenses.ridge import RidgePath
 from lensbench.measures.update.decomposition import Decomposition, Fitted, chance_and_products
 from lensbench.measures.update.folds import Readings, fold_moments, readings
 from lensbench.measures.update.metric import whitening
@@ -99,7 +99,7 @@ def true_values(
 
 
 def _unit(moments: Moments, layers: int) -> Tensor:
-    return median_eigenvalue(moments.layer(range(layers)).eigen[0])
+    return RidgePath(moments.layer(range(layers)), "zero").unit
 
 
 def _values(found: Decomposition, population: Population, maps: Readings, lenses: AffineMaps) -> Values:
