@@ -32,9 +32,10 @@ class Moments:
     target_mean: Tensor
     device: torch.device = CPU
     """Where regressions are solved"""
-    of_same_unit: "tuple[Moments, tuple[int, ...]] | None" = field(default=None, repr=False)
-    """Moments whose regressions of these numbers have the same units as these: covariances that are the same, or rotated"""
-    _units: dict[int, float] = field(default_factory=dict, repr=False)
+    units: dict[int, float] = field(default_factory=dict, repr=False)
+    """Units that are known, which the regressions of some layers share with those of all"""
+    numbers: tuple[int, ...] | None = None
+    """Keys of these regressions in ``units``; 0..K-1 if left out"""
 
     @classmethod
     def of(cls, captured: Capture, token_weights: Tensor | None = None, room: Room = IN_MEMORY) -> "Moments":
@@ -69,13 +70,11 @@ class Moments:
 
     def unit(self, regression: int) -> float:
         """The unit of a regression's ridge, found once: see :func:`lensbench.lenses.algebra.median_eigenvalue`."""
-        if self.of_same_unit is not None:
-            others, rows = self.of_same_unit
-            return others.unit(rows[regression])
         k = 0 if self.repeated else regression
-        if k not in self._units:
-            self._units[k] = ridge_unit(self.covariance[k], self.device)
-        return self._units[k]
+        key = k if self.numbers is None else self.numbers[k]
+        if key not in self.units:
+            self.units[key] = ridge_unit(self.covariance[k], self.device)
+        return self.units[key]
 
     @classmethod
     def stack(cls, parts: "Sequence[Moments]") -> "Moments":
@@ -91,9 +90,10 @@ class Moments:
     def layer(self, rows: Sequence[int]) -> "Moments":
         """The regressions of some layers."""
         at = list(rows)
-        return Moments(
-            self.mean[at], self.covariance[at], self.cross[at], self.target_mean, self.device, (self, tuple(at))
-        )
+        keys = tuple(at) if self.numbers is None else tuple(self.numbers[k] for k in at)
+        return replace(
+            self, mean=self.mean[at], covariance=self.covariance[at], cross=self.cross[at], numbers=keys
+        )  # fmt: skip
 
     def pooled(self, rows: Sequence[int]) -> "Moments":
         """One regression for several layers with equally many tokens: what a shared lens is fitted to."""
@@ -160,12 +160,12 @@ class RotatedMoments:
 
     def layer(self, rows: Sequence[int]) -> Moments:
         """The regressions of some layers."""
-        at = list(rows)
+        at, plain = list(rows), self.plain
         covariances, crosses = zip(*(self.of_layer(k) for k in at), strict=True)
-        return replace(
-            self.plain, mean=self.mean[at], covariance=torch.stack(covariances).cpu(), cross=torch.stack(crosses).cpu(),
-            of_same_unit=(self.plain, tuple(at)),
-        )  # fmt: skip
+        # Known before, and so the same to the last digit whatever is asked for first.
+        units = {number: plain.unit(layer) for number, layer in enumerate(at)}
+        matrices = torch.stack(covariances).cpu(), torch.stack(crosses).cpu()
+        return Moments(self.mean[at], *matrices, plain.target_mean, plain.device, units)
 
     def pooled(self, rows: Sequence[int]) -> Moments:
         """One regression for several layers: what the shared lens of the view is fitted to."""
