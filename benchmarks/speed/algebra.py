@@ -73,9 +73,16 @@ class Work:
     """Of the layers of pairs, after"""
     dev: Tensor
     ridges: tuple[float, ...]
+    deep: int
+    """Layers of the model that the fit is of"""
+
+    @property
+    def times(self) -> int:
+        """How often what was done for every layer is done, with these few, for as many layers as the model has."""
+        return self.deep // len(self.moments.mean)
 
     @classmethod
-    def of(cls, d: int, layers: int, ridges: tuple[float, ...]) -> "Work":
+    def of(cls, d: int, layers: int, deep: int, ridges: tuple[float, ...]) -> "Work":
         """States whose standard deviations fall over two decades, with a target that they predict in part."""
         random = torch.Generator().manual_seed(0)
         scale = torch.logspace(0, -2, d, dtype=torch.float64)
@@ -93,7 +100,7 @@ class Work:
         rotated = Moments(
             kept.mean, *(torch.stack(x) for x in zip(*map(kept.of_layer, range(layers)), strict=True)), mean[0]
         )
-        return cls(moments, view, rotated, kept, torch.randn(DEV, d, generator=random), ridges)
+        return cls(moments, view, rotated, kept, torch.randn(DEV, d, generator=random), ridges, deep)
 
     def read(self, maps: object, layers: int = 1) -> None:
         """Read the dev states as each of so many layers."""
@@ -143,7 +150,10 @@ def rotated_pair(work: Work, before: bool) -> AffineMaps:
     pooled = work.rotated.pooled([0, 1])
     found = Eigenpath(pooled, "zero")
     for ridge in VISITED:
-        work.read(rotated_maps(found.solve(ridge), work.view)[[0, 1]], 2)
+        solved = found.solve(ridge)
+        for _ in range(work.times):
+            turned = rotated_maps(solved, work.view)
+        work.read(turned[[0, 1]], 2)
     return Eigenpath(pooled, "zero").solve(VISITED[-1])
 
 
@@ -155,6 +165,9 @@ def resampled(work: Work, before: bool) -> AffineMaps:
 def shared_bias(work: Work, before: bool) -> AffineMaps:
     """One matrix for all layers, a bias for each."""
     pooled = fresh(work.moments).pooled_within()
+    if before:
+        for _ in range(2 * (work.times - 1)):  # searched and solved; all layers but these
+            torch.linalg.eigh(pooled.covariance)
     return work.searched(partial(Eigenpath if before else RidgePath, pooled, "zero"), VISITED, len(pooled.mean))
 
 
@@ -188,7 +201,7 @@ def gib_of(recipe: FitRecipe, layers: int, d: int, before: bool) -> dict[str, fl
 
 def measure(d: int, layers: int, deep: int, recipe: FitRecipe, rounds: int) -> list[dict[str, object]]:
     """Rows of one width: each part before and after, in alternation, the least of ``rounds``; then the sums."""
-    work, rows = Work.of(d, layers, recipe.ridges), []
+    work, rows = Work.of(d, layers, deep, recipe.ridges), []
     totals = {"before": 0.0, "after": 0.0}
     for name, part in PARTS.items():
         seconds = {"before": float("inf"), "after": float("inf")}
@@ -223,9 +236,7 @@ def main(
     widths: Annotated[
         str, typer.Option(help="Widths, separated by commas; 4096 takes most of an hour.")
     ] = "576,1024,2048",
-    layers: Annotated[
-        int, typer.Option(min=2, help="Layers of random states; a rotated view took all of them, before.")
-    ] = 4,
+    layers: Annotated[int, typer.Option(min=2, help="Layers of random states, a divisor of DEEP.")] = 4,
     deep: Annotated[int, typer.Option(min=2, help="Layers of the model that counts and bytes are given for.")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
     threads: int = 1,

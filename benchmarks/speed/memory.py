@@ -7,9 +7,10 @@ ratio. The formula counts what has to be held at once, in bytes:
     states       4 (L + 1) d (N_fit + N_dev)      of fitting and dev tokens; beyond memory_gib on disk
     turned       4 3 (L + 1) d N_dev              the dev tokens seen through a rotation, while they are made
     read-outs    4 (d + 7) (N_fit + N_dev)        e = W^T p and what else is kept of a token
-    moments      8 L d^2 (8 + 2 R)                covariance and cross moments, eigenvectors, the five arrays of a solution
-                                                  for all layers at once; R rotated views kept for pairs; float64
-    lenses       8 d^2 F                          F maps that are kept until they are written
+    moments      8 d^2 M                          M matrices of all layers, float64: moments, rotated views, and what pairs
+                                                  and refits take (:func:`lensbench.lenses.planning.matrices`); a run has
+                                                  them in a file. Besides, the solutions of all layers of one lens, 8 L d^2
+    lenses       4 d^2 F                          F maps that are kept until they are written; a run has them in files
     matrix       4 (L + 2) d N_dev                what movement is measured from, and one layer's states read by all lenses
     logits       4 V (2 P B)                      of a batch of B windows with P positions, twice: logits and p
     blocks       4 (8 S b + 6 (M + 1) m d)        what a refinement step works on: S rows of the unembedding for b = 1024
@@ -32,7 +33,7 @@ from benchmarks.speed.scaling import random_windows
 from benchmarks.speed.task import console, peak_memory, say, write_description
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import fit
-from lensbench.lenses.planning import FitContext
+from lensbench.lenses.planning import FitContext, matrices
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.transfer import transfer_sums
 from lensbench.models import build, count_parameters
@@ -67,8 +68,8 @@ def formula(layers: int, width: int, vocabulary: int, tokens: int) -> dict[str, 
         "states": 4 * (layers + 1) * width * (tokens + dev),
         "turned": 4 * 3 * (layers + 1) * width * dev,
         "read_outs": 4 * (width + 7) * (tokens + dev),
-        "moments": 8 * layers * width**2 * (8 + 2 * RECIPE.pair_rotations),
-        "lenses": 8 * width**2 * kept_maps(layers),
+        "moments": 8 * width**2 * (matrices(RECIPE, layers) + layers),
+        "lenses": 4 * width**2 * kept_maps(layers),
         "matrix": 4 * (layers + 2) * width * dev,
         "logits": 4 * vocabulary * 2 * BATCH * POSITIONS,
         "blocks": 4 * (8 * min(vocabulary, RECIPE.refine_vocabulary) * ROW_BLOCK + 6 * (layers + 1) * 256 * width),

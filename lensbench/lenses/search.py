@@ -257,7 +257,7 @@ class DevSearch:
 
     def climb(
         self,
-        solve: Callable[[float], AffineMaps],
+        solve: Solve,
         layers: Sequence[int],
         tolerance: float,
         near: Choice | None = None,
