@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from lensbench.cli.app import Debug, Device, Out, answerable, app, console, run_folder
+from lensbench.cli.forecast import show_forecast
 from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import Bars
 from lensbench.runtime.progress import Quiet
@@ -123,6 +124,16 @@ Ray = Annotated[
 ]
 
 
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show the stages that would run and those that are finished, with predicted seconds, memory and disk on this "
+        "machine; compute and write nothing. Of pretrained models their config is enough.",
+    ),
+]
+
+
 @app.command(cls=MayNameACluster)
 @answerable
 def run(
@@ -139,6 +150,7 @@ def run(
     preset: Preset = None,
     limit: Limit = None,
     setting: Set = None,
+    dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
@@ -153,6 +165,9 @@ def run(
     default = changes.folder_name(chosen)
     names, wanted = ([n for given in several or [] for n in given.split(",") if n] for several in (only, probes))
     folder = run_folder(out, default)
+    if dry_run:
+        show_forecast(console, chosen, folder, device, names, wanted)
+        return
     start = time.perf_counter()
     ranks = join_ranks()
     if ray is not None and ranks.size > 1:

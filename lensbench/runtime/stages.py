@@ -75,6 +75,8 @@ class Stages:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_gib: dict[str, float] = field(default_factory=dict)
     """Most memory that the process had held when a stage was finished, GiB."""
+    looking: bool = False
+    """Whether folders are only looked at: nothing is tidied up or moved, and nothing can be computed"""
 
     def run(
         self, name: str, key: Mapping[str, Any], compute: Callable[[Path], None] | None, *, together: bool = False
@@ -107,6 +109,12 @@ class Stages:
 
     def _finished(self, folder: Path, digest: str) -> dict[str, Any] | None:
         """The record of a stage that is there, whole, and of this key."""
+        if self.looking:
+            record = self._record(folder)
+            if record is None or record.get("key") != digest:
+                return None
+            self._verify(folder, record)
+            return record
         partial, old = (folder.with_name(folder.name + end) for end in (".partial", OLD))
         shutil.rmtree(old, ignore_errors=True)
         for place in (folder, partial):

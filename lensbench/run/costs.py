@@ -1,0 +1,326 @@
+"""What each stage of a run costs, before it runs: products, eigendecompositions, passes over logits, memory and disk.
+
+One function for each kind of stage returns its :class:`Cost`, made of the ingredients below. Symbols: L layers, d width,
+V words, T tokens of a window, N tokens that are looked at.
+
+| ingredient | costs |
+|---|---|
+| a token of the model's forward pass | ``2 P + 4 L T d`` FLOPs, P parameters without embedding and head |
+| a state read out over all words | ``2 d V`` FLOPs and V exponentials |
+| the model's own prediction at a token | ``4 d V`` FLOPs: logits and ``W^T p`` |
+| second moments of a layer | ``4 N d^2`` FLOPs, float64 |
+| a ridge path | one eigendecomposition, ``d^3``, and a product of ``2 d^3`` FLOPs for each ridge, float64 |
+| a choice on dev | 3 pads at each of about 4 ridges, or all, each for one product with the unembedding |
+| an update of refinement | ``4 d V'`` FLOPs a token, V' = ``fit.refine_vocabulary``; ``30 d^3`` to orthogonalise |
+
+The counts are those of the present algebra; what changes there changes here. Searches end where dev says, so that their
+counts are typical ones.
+"""
+
+from dataclasses import dataclass, fields
+
+from lensbench.lenses.per_layer import curve_tolerances
+from lensbench.measures.update.folds import FOLDS
+from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
+from lensbench.suite.recipes import Suite
+
+GIB = 2.0**30
+
+DOUBLE, FLOAT = 8, 4
+"""Bytes of a number"""
+
+PROCESS_GIB = 0.6
+"""What Python, torch and transformers take before anything is loaded"""
+
+RIDGES_FROM_MIDDLE, RIDGES_FROM_NEAR = 5.0, 3.5
+"""Ridges that a search on dev looks at, from the middle of the path, and from the choice for a similar lens"""
+
+PRODUCTS_OF_PADS = 1.2
+"""Products with the unembedding at each ridge, each for :data:`PADS` pads"""
+
+PADS = 3
+
+READABLE_STEPS = 15
+"""Evaluations of a fit of readable gain"""
+
+LANDMARKS = 5
+"""Views of the model's own states that are decomposed"""
+
+RECORD_TOKENS = 512
+"""Fitting and dev tokens that ``lenses.csv`` is made of"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that costs depend on."""
+
+    layers: int
+    width: int
+    vocabulary: int
+    body: int
+    """Parameters without embedding and head"""
+    outer: int
+    """Parameters of embedding and head"""
+    bytes_each: int = FLOAT
+    """Of a weight"""
+    errors: bool = False
+    """Whether each layer sees its prediction error, which costs products with the embedding"""
+
+    @property
+    def parameters(self) -> int:
+        """All of them, an embedding that is tied to the head counted once."""
+        return self.body + self.outer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What has to be computed."""
+
+    model: float = 0.0
+    """FLOPs of products in the model's type"""
+    single: float = 0.0
+    """FLOPs of products in float32"""
+    double: float = 0.0
+    """FLOPs of products in float64"""
+    eigen: float = 0.0
+    """Sum of ``d^3`` over symmetric eigendecompositions in float64"""
+    words: float = 0.0
+    """Logits that are shifted, exponentiated and added up"""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(*(getattr(self, f.name) * times for f in fields(Work)))
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work, memory that is held at once, and what is left on disk, bytes."""
+
+    work: Work
+    memory: float
+    disk: float = 0.0
+
+
+# Ingredients
+def forward(shape: Shape, windows: int, length: int, scored: int) -> Work:
+    """The model reads windows, and its predictions at ``scored`` tokens of each are kept."""
+    tokens, rows = windows * length, windows * scored
+    per_token = 2 * shape.body + 4 * shape.layers * length * shape.width
+    if shape.errors:
+        per_token += 4 * shape.layers * shape.width * shape.vocabulary
+    return Work(
+        model=tokens * per_token, single=rows * 4 * shape.width * shape.vocabulary, words=3 * rows * shape.vocabulary
+    )
+
+
+def read_out(shape: Shape, rows: float, pads: int = 1) -> Work:
+    """So many states are mapped and read out over all words, at one or several lengths of the pad."""
+    passes = 1.0 if pads == 1 else 2.0 * pads
+    product = 2 * shape.width * (shape.vocabulary + shape.width)
+    return Work(single=rows * product, words=rows * shape.vocabulary * passes)
+
+
+def softmax_moments(shape: Shape, rows: float) -> Work:
+    """``W^T q`` of so many read-outs."""
+    return Work(single=rows * 4 * shape.width * shape.vocabulary, words=2 * rows * shape.vocabulary)
+
+
+def moments(shape: Shape, tokens: float, layers: int) -> Work:
+    """Covariance of so many layers, and with the last state."""
+    return Work(double=4.0 * tokens * layers * shape.width**2)
+
+
+def eigendecompositions(shape: Shape, count: float) -> Work:
+    """Of ``[d, d]``, with one product each for what is projected on the eigenvectors."""
+    return Work(eigen=count * shape.width**3, double=2 * count * shape.width**3)
+
+
+def products(shape: Shape, count: float) -> Work:
+    """Of two ``[d, d]`` in float64."""
+    return Work(double=2 * count * shape.width**3)
+
+
+def searches(shape: Shape, rows: float, ridges: float) -> Work:
+    """Choices of ridge and pad for lenses that are chosen on ``rows`` states altogether."""
+    return read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
+
+
+def states_bytes(shape: Shape, tokens: int) -> float:
+    """What the stream holds at so many tokens, the expectations of the prediction with it."""
+    return FLOAT * tokens * shape.width * (shape.layers + 2)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many tokens and lenses the stages of a suite have for a model."""
+
+    windows: dict[str, tuple[int, int, int]]
+    """Split -> windows, tokens of each, and scored ones"""
+    chosen: int
+    pairs: int
+    """With those of rotated views"""
+    views: int
+    pair_views: int
+    curve: int
+    """Tolerances of the curve, other than the matrix's"""
+    pooled: int
+    """Dev states that a lens of all layers is chosen on"""
+
+    @classmethod
+    def of(cls, suite: Suite, shape: Shape, sequences: int | None = None) -> "Counts":
+        """As the suite says; ``sequences``: held-out ones in place of the suite's number."""
+        fit, evaluate, length = suite.fit, suite.evaluate, suite.length
+        windows = {
+            "fit": (fit.sequences, length, fit.positions),
+            "dev": (fit.dev_sequences, length, fit.dev_positions),
+            "eval": (sequences or evaluate.sequences, length, evaluate.positions),
+        }
+        chosen, pair_views = min(fit.layers, shape.layers), min(fit.pair_rotations, fit.rotations)
+        pairs = chosen * (chosen - 1) // 2 * (1 + pair_views)
+        pooled = min(fit.pooled_dev_tokens, shape.layers * fit.dev_sequences * fit.dev_positions)
+        return cls(windows, chosen, pairs, fit.rotations, pair_views, len(curve_tolerances(fit)), pooled)
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split that are looked at."""
+        windows, _, scored = self.windows[split]
+        return windows * scored
+
+    def captured(self, shape: Shape, *splits: str) -> Work:
+        """The passes over splits."""
+        return sum((forward(shape, *self.windows[split]) for split in splits), Work())
+
+
+def held(shape: Shape, suite: Suite, tokens: int) -> tuple[float, float]:
+    """Bytes of memory and of a temporary file that a model and the states of so many tokens take."""
+    readout = 0 if shape.bytes_each == FLOAT else FLOAT * shape.width * shape.vocabulary
+    model = shape.bytes_each * shape.parameters + readout
+    states = states_bytes(shape, tokens)
+    on_disk = states if states > suite.fit.memory_gib * GIB else 0.0
+    return PROCESS_GIB * GIB + model + states - on_disk, on_disk
+
+
+# Stages
+def fit_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
+    """All lenses of a model: capture, moments, closed forms, choices on dev, refits, refinement."""
+    fit, n, dev, layers = suite.fit, of.tokens("fit"), of.tokens("dev"), shape.layers
+    closed = of.chosen + 1 + of.views  # leave-one-out, shared, its null
+    paths = 7 * layers + 2 * of.views + (of.curve + 1) * of.chosen + 1 + of.chosen + of.pairs
+    paths += fit.refits * (layers + of.chosen + closed)
+    solves = layers * len(fit.ridges) + 6 * (3 * layers + closed + of.pairs) + 6 * layers * of.views
+    work = of.captured(shape, "fit", "dev")
+    work += moments(shape, n * (1 + fit.refits), layers)
+    work += eigendecompositions(shape, paths) + products(shape, solves + 3 * layers * of.views * (1 + fit.refits))
+    work += searches(shape, layers * dev, len(fit.ridges))  # the matrix: all ridges
+    work += searches(shape, 2 * layers * dev + of.views * of.pooled, RIDGES_FROM_NEAR)
+    work += searches(shape, (2 + of.chosen) * of.pooled, RIDGES_FROM_MIDDLE)
+    work += searches(shape, of.pairs * min(of.pooled, 2 * dev), RIDGES_FROM_NEAR)
+    work += read_out(shape, of.chosen * dev * len(fit.ridges) / 2)  # one standard error
+    work += read_out(shape, 6 * layers * (min(n, RECORD_TOKENS) + min(dev, RECORD_TOKENS)))
+    work += refinement(suite, shape, of)
+    maps = 8 * layers + (of.curve + of.chosen) + of.views * (1 + layers) + of.pairs + 4
+    maps += fit.refits * (layers + of.chosen + closed)
+    memory, disk = held(shape, suite, n + dev)
+    algebra = DOUBLE * layers * shape.width**2 * (8 + of.views + 3 * of.pair_views)
+    return Cost(work, memory + algebra, disk + FLOAT * maps * shape.width**2)
+
+
+def refinement(suite: Suite, shape: Shape, of: Counts) -> Work:
+    """Own and shared lenses refined on KL, for as many passes as are allowed."""
+    fit, d, lenses = suite.fit, shape.width, shape.layers + 1
+    if not fit.refine_passes:
+        return Work()
+    tokens = min(fit.refine_tokens, of.tokens("fit"))
+    updates, words = max(1, tokens // min(fit.refine_batch, tokens)), min(fit.refine_vocabulary, shape.vocabulary)
+    one = Work(single=tokens * lenses * (4 * d * words + 6 * d**2), words=2 * tokens * lenses * words)
+    one += Work(single=updates * lenses * 30 * d**3)
+    one += read_out(shape, 2 * (shape.layers * of.tokens("dev") + of.pooled))
+    return fit.refine_passes * one
+
+
+def score_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
+    """Every lens on the held-out tokens: the matrix, its curve, lenses on their own layers, refits."""
+    fit, evaluate, n, layers = suite.fit, suite.evaluate, of.tokens("eval"), shape.layers
+    whole, block = (layers + 1) ** 2, of.chosen**2
+    work = of.captured(shape, "eval") + read_out(shape, whole * n) + Work(words=whole * n * shape.vocabulary)
+    work += softmax_moments(shape, n * (layers + 1 + of.curve * of.chosen))
+    own = layers * (6 + of.views) + of.chosen + 2 * of.pairs
+    work += read_out(shape, n * (of.curve * block + own))
+    if fit.refits:
+        windows, _, scored = of.windows["eval"]
+        sample = windows * min(scored, evaluate.refit_positions or scored) * (fit.refits + 1)
+        work += read_out(shape, sample * (block + layers * (2 + of.views) + of.chosen))
+        work += softmax_moments(shape, sample * of.chosen)
+    memory, disk = held(shape, suite, 2 * n)  # movement is measured from as much as the states
+    cells = whole + of.curve * block + own + layers
+    return Cost(work, memory, disk + 12 * of.windows["eval"][0] * cells)
+
+
+def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
+    """The update decomposition with its variants, readable gain and landmarks."""
+    settings = suite.update
+    assert settings is not None
+    n, dev, eval_ = (of.tokens(split) for split in ("fit", "dev", "eval"))
+    layers = min(settings.layers, shape.layers)
+    work = of.captured(shape, "fit", "dev", "eval")
+    work += Work(single=2 * shape.vocabulary * shape.width**2)  # the metric
+    one = decomposed(shape, layers, n, eval_)
+    work += searches(shape, layers * dev, RIDGES_FROM_NEAR) + read_out(shape, 2 * layers * dev) + 2 * one
+    work += (1 + settings.refits + len(settings.tolerances) + len(settings.metrics)) * one
+    if settings.readable:
+        pairs = layers - 1 + FURTHER_PAIRS
+        words, tokens = min(WORDS, shape.vocabulary), min(DEV_TOKENS, dev)
+        work += Work(
+            single=pairs * 3 * READABLE_STEPS * tokens * 4 * shape.width * words,
+            words=pairs * 3 * READABLE_STEPS * tokens * 2 * words,
+        )
+        work += read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_)) + eigendecompositions(shape, 5 * pairs)
+    if settings.landmarks:
+        some = min(of.chosen, layers)
+        of_views = decomposed(shape, some, n, eval_) + searches(shape, some * dev, RIDGES_FROM_NEAR)
+        work += LANDMARKS * (of_views + read_out(shape, some * (dev + eval_)))
+    memory, disk = held(shape, suite, n + dev + eval_)
+    return Cost(work, memory + DOUBLE * layers * shape.width**2 * 2 * (FOLDS + 4), disk)
+
+
+def decomposed(shape: Shape, layers: int, tokens: int, held_out: int) -> Work:
+    """One decomposition: moments of folds, lenses of two of them, products of every pair of layers on held-out tokens."""
+    pairs, d = layers * (layers - 1) / 2, shape.width
+    work = moments(shape, 1.4 * tokens, layers + 1) + eigendecompositions(shape, 3 * layers)
+    work += products(shape, 16 * layers + 4 * pairs)
+    return work + Work(double=held_out * d**2 * (12 * layers + 6 * pairs))
+
+
+def train_cost(suite: Suite, shape: Shape, tokens: int) -> Cost:
+    """A training: three times the forward pass, and the head at every token."""
+    length = suite.training.length
+    per_token = 3 * (2 * shape.body + 4 * shape.layers * length * shape.width + 2 * shape.width * shape.vocabulary)
+    if shape.errors:
+        per_token += 4 * shape.layers * shape.width * shape.vocabulary
+    work = Work(model=tokens * per_token, words=3.0 * tokens * shape.vocabulary)
+    logits = 2 * FLOAT * suite.training.batch * length * shape.vocabulary
+    return Cost(work, PROCESS_GIB * GIB + 5 * FLOAT * shape.parameters + logits, FLOAT * shape.parameters)
+
+
+PROBE_PASSES: dict[str, float] = {"injection_survival": 1.0, "block_order": 18.0}
+"""Passes of the model over the sequences of a probe; of others two for each layer"""
+
+
+def probe_cost(suite: Suite, shape: Shape, of: Counts, probe: str) -> Cost:
+    """A probe, roughly: passes of the model over its sequences, and one over fitting and dev tokens."""
+    windows = min(suite.evaluate.probe_sequences, of.windows["eval"][0])
+    one = forward(shape, windows, suite.length, suite.evaluate.positions)
+    work = PROBE_PASSES.get(probe, 2.0 * shape.layers) * one
+    if probe == "injection_survival":
+        work += of.captured(shape, "fit", "dev") + read_out(shape, windows * 6 * of.chosen**2)
+    memory, disk = held(shape, suite, windows * suite.evaluate.positions)
+    return Cost(work, memory, disk)
+
+
+def begin_cost(suite: Suite, shape: Shape, windows: int) -> Cost:
+    """What the beginning-of-text token is worth: windows that are read twice."""
+    work = 2 * forward(shape, windows, suite.length, suite.length)
+    return Cost(work, held(shape, suite, 0)[0])

@@ -1,0 +1,224 @@
+"""What a run would take: its stages with seconds, memory and disk, before anything is computed or written."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lensbench.errors import LensbenchError
+from lensbench.models import build, count_parameters
+from lensbench.models.pretrained import load_config
+from lensbench.results.folder import holds_work, owner_of
+from lensbench.run import costs
+from lensbench.run.baselines import baselines
+from lensbench.run.beginnings import WINDOWS, beginning_facts
+from lensbench.run.context import Context
+from lensbench.run.costs import Cost, Counts, Shape, Work
+from lensbench.run.curves import has_curve, learning_curve
+from lensbench.run.fitting import fitting
+from lensbench.run.inputs import data_of
+from lensbench.run.origin import origin_of
+from lensbench.run.probing import probing
+from lensbench.run.replacing import refuse_replacing
+from lensbench.run.scoring import scoring
+from lensbench.run.stage_names import stage_names
+from lensbench.run.updating import updating
+from lensbench.runtime.environment import dtype_named
+from lensbench.runtime.progress import Quiet
+from lensbench.runtime.rates import Rates, measured_rates
+from lensbench.runtime.stages import NotFinished, Stages
+from lensbench.streams.stream import ResidualStream
+from lensbench.suite.recipes import ModelRecipe, Suite
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage that a run would compute, or find finished."""
+
+    name: str
+    seconds: float
+    """Predicted; of a finished one what it took"""
+    cost: Cost
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The stages of a run in their order, and the machine that they are predicted for."""
+
+    stages: list[PlannedStage]
+    rates: dict[str, Rates]
+    """By the type that models compute in"""
+
+    @property
+    def missing(self) -> list[PlannedStage]:
+        """Those that would be computed."""
+        return [stage for stage in self.stages if not stage.finished]
+
+
+def forecast(
+    suite: Suite,
+    folder: Path,
+    *,
+    device: torch.device,
+    only: tuple[str, ...] = (),
+    probes: tuple[str, ...] = (),
+) -> Forecast:
+    """What a run into ``folder`` would compute, and what it would take; nothing is computed of it and nothing written.
+
+    Of pretrained models the config alone is read. Raises :class:`LensbenchError` where the run itself would be refused, and
+    for suites of images.
+    """
+    if suite.images is not None:
+        raise LensbenchError(f"--dry-run is for suites of text: what images of {suite.name} cost is not predicted")
+    asked = [model for model in suite.models if not only or model.name in only]
+    finished = finished_stages(suite, folder, device, asked, probes)
+    shapes = {model.name: shape_of(suite, model) for model in asked if suite.seeds_of(model)}
+    dtypes = {suite.trained(model).dtype for model in asked}
+    width = max(shape.width for shape in shapes.values())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(suite.threads or before)
+        rates: dict[str, Rates] = {
+            str(dtype): measured_rates(device, dtype_named(dtype), width) for dtype in sorted(dtypes)
+        }
+    finally:
+        torch.set_num_threads(before)
+    stages: list[PlannedStage] = []
+    for model in asked:
+        if model.name not in shapes:
+            continue
+        for name, cost in stage_costs(suite, model, shapes[model.name], probes).items():
+            if name not in {stage.name for stage in stages}:
+                took = finished.get(name)
+                predicted = seconds(cost.work, rates[suite.trained(model).dtype])
+                stages.append(PlannedStage(name, predicted if took is None else took, cost, took is not None))
+    return Forecast(stages, rates)
+
+
+def seconds(work: Work, rates: Rates) -> float:
+    """How long some work takes."""
+    kinds = ("model", "single", "double", "eigen", "words")
+    return float(sum(getattr(work, kind) / getattr(rates, kind) for kind in kinds))
+
+
+# Shapes
+def shape_of(suite: Suite, model: ModelRecipe) -> Shape:
+    """The sizes of a model: from its config, or, of one that is trained here, from the model as it is built."""
+    owner = suite.trained(model)
+    if owner.source is not None:
+        return shape_of_source(owner.source, owner.dtype)
+    shape = {"vocab_size": suite.corpus.vocab_size, "context": suite.training.length}
+    network = build(str(owner.family), **shape, **owner.shape, **owner.settings)
+    stream = ResidualStream(network.eval(), model.view)
+    outer = embedded(network)
+    body = count_parameters(network) - outer
+    return Shape(
+        stream.layers, stream.d_model, stream.vocab_size, body, outer, errors=owner.family == "predictive-coding"
+    )
+
+
+def shape_of_source(source: str, dtype: str) -> Shape:
+    """The sizes of a pretrained model, from its config alone."""
+    config = load_config(source)
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LensbenchError(f"{source}: no model can be made of its config: {reason}") from error
+    text, outer = config.get_text_config(), embedded(network)
+    each = torch.empty(0, dtype=dtype_named(dtype)).element_size()
+    return Shape(
+        text.num_hidden_layers, text.hidden_size, text.vocab_size, count_parameters(network) - outer, outer, each
+    )
+
+
+def embedded(network: PreTrainedModel) -> int:
+    """Parameters of embedding and head; a tensor that they share counts once."""
+    modules: tuple[Any, ...] = (network.get_input_embeddings(), network.get_output_embeddings())
+    weights = {id(m.weight): m.weight for m in modules if hasattr(m, "weight")}
+    return sum(int(weight.numel()) for weight in weights.values())
+
+
+# Stages
+def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[str, ...]) -> dict[str, Cost]:
+    """The stages of a model in the order that they run in, with their costs: the names of :func:`stage_names`."""
+    of, found = Counts.of(suite, shape), {}
+    none, owner = Cost(Work(), costs.PROCESS_GIB * costs.GIB), suite.trained(model)
+    for seed in suite.seeds_of(model):
+        who = f"{model.name}-seed{seed}"
+        if owner.source is None:
+            found["tokenizer"] = none
+            tokens = 0 if owner.untrained else suite.training_of(owner).tokens
+            found[f"train-{owner.name}-seed{seed}"] = costs.train_cost(suite, shape, tokens)
+            if suite.curve is not None and owner is model and not owner.untrained:
+                for tokens in (*suite.curve.budgets, suite.training.tokens):
+                    if tokens != suite.training_of(model).tokens:
+                        found[f"train-{who}-{tokens}"] = costs.train_cost(suite, shape, tokens)
+                    found[f"curve-{who}-{tokens}"] = Cost(of.captured(shape, "eval"), none.memory)
+        else:
+            found[f"begin-{owner.name}"] = costs.begin_cost(suite, shape, WINDOWS)
+        if suite.update is not None:
+            found[f"update-{who}"] = costs.update_cost(suite, shape, of)
+        found[f"fit-{who}"] = costs.fit_cost(suite, shape, of)
+        if suite.evaluate.precision is not None:
+            found[f"plan-{who}"] = costs.score_cost(suite, shape, of)
+        found[f"score-{who}"] = costs.score_cost(suite, shape, of)
+        for probe in probes or suite.probes:
+            found[f"probe-{probe}-{who}"] = costs.probe_cost(suite, shape, of, probe)
+    if found:
+        found["baselines" if owner.source is None else f"baselines-{owner.name}"] = none
+    return found
+
+
+@dataclass
+class Noted(Quiet):
+    """Progress that notes which stages are there, and what they took."""
+
+    finished_stages: dict[str, float] = field(default_factory=dict)
+
+    def finished(self, name: str, seconds: float, reused: bool) -> None:
+        """Note a stage."""
+        self.finished_stages[name] = seconds
+
+
+def finished_stages(
+    suite: Suite, folder: Path, device: torch.device, models: list[ModelRecipe], probes: tuple[str, ...]
+) -> dict[str, float]:
+    """The stages that an earlier run finished and this one would reuse, with the seconds that they took."""
+    if not folder.is_dir() or not holds_work(folder):
+        return {}
+    if (owner := owner_of(folder)) not in (None, suite.name):
+        raise LensbenchError(f"{folder} holds a run of suite {owner!r}, not {suite.name!r}; give --out another folder")
+    noted = Noted()
+    context = Context(suite, Stages(folder / "stages", looking=True), device, noted, compute=False)
+    refuse_replacing(context)
+    for model in models:
+        for seed in suite.seeds_of(model):
+            looked_for(context, model, seed, probes or suite.probes)
+    names = stage_names(suite, models, probes)
+    return {name: took for name, took in noted.finished_stages.items() if name in names}
+
+
+def looked_for(context: Context, model: ModelRecipe, seed: int, probes: tuple[str, ...]) -> None:
+    """Ask for each stage of a model and seed; those that are there report themselves to the context's progress."""
+    asks = [origin_of, beginning_facts, updating, fitting, scoring]
+    if has_curve(context, model):
+        asks.append(learning_curve)
+    for ask in asks:
+        try:
+            ask(context, model, seed)
+        except NotFinished:
+            continue
+    for probe in probes:
+        try:
+            probing(replace(context, suite=context.suite.model_copy(update={"probes": (probe,)})), model, seed)
+        except NotFinished:
+            continue
+    try:
+        baselines(context, data_of(context, model))
+    except NotFinished:
+        return

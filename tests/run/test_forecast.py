@@ -1,0 +1,134 @@
+"""What a run would take is said before it runs, from configs and formulas alone."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from helpers.commands import refused, run
+from transformers import LlamaConfig
+
+from lensbench.errors import LensbenchError
+from lensbench.run import costs, forecast
+from lensbench.run.costs import Counts, Shape, Work
+from lensbench.run.stage_names import stage_names
+from lensbench.runtime.rates import Rates, measured_rates
+from lensbench.suite.changes import Changes
+from lensbench.suite.files import load_suite
+
+CPU = torch.device("cpu")
+
+RATES = Rates(model=1e11, single=1e11, double=5e10, eigen=4e9, words=1e9, copied=1e10)
+
+EIGHT_B = Shape(layers=32, width=4096, vocabulary=128_256, body=6_979_588_096, outer=2 * 128_256 * 4096, bytes_each=2)
+"""Llama 3.1 8B in bfloat16: 8,030,261,248 parameters, of which 1,050,673,152 are its embedding and its head"""
+
+
+@pytest.fixture
+def known_rates(monkeypatch):
+    monkeypatch.setattr(forecast, "measured_rates", lambda *_: RATES)
+
+
+def config_alone(folder, **changes):
+    """A folder of a model with nothing but its config."""
+    settings = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    config = LlamaConfig(**settings | {"num_attention_heads": 4} | changes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return f"path:{folder}"
+
+
+@pytest.mark.usefixtures("known_rates")
+@pytest.mark.parametrize("name", ["quick", pytest.param("predictive-coding", marks=pytest.mark.run)])
+def test_the_stages_that_are_forecast_are_those_of_the_run(name, tmp_path):
+    suite = load_suite(name)
+    found = forecast.forecast(suite, tmp_path / "none", device=CPU)
+    assert {stage.name for stage in found.stages} == stage_names(suite, list(suite.models))
+    assert found.missing == found.stages
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_a_model_needs_nothing_but_its_config(tmp_path):
+    suite = Changes(models=(config_alone(tmp_path / "m"),)).of("pretrained")
+    found = forecast.forecast(suite, tmp_path / "run", device=CPU)
+    assert {stage.name for stage in found.stages} == stage_names(suite, list(suite.models))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shape_of_a_config_is_that_of_its_model(tmp_path):
+    """Embedding and head of 1000 x 64 each; a block has 4 products of 64 x 64, 3 of 64 x 128 and two norms."""
+    body = 4 * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 64
+    untied = forecast.shape_of_source(config_alone(tmp_path / "a"), "bfloat16")
+    assert untied == Shape(4, 64, 1000, body, 2 * 64_000, bytes_each=2)
+    tied = forecast.shape_of_source(config_alone(tmp_path / "b", tie_word_embeddings=True), "float32")
+    assert tied == Shape(4, 64, 1000, body, 64_000, bytes_each=4)
+
+
+def test_no_weight_of_a_large_model_is_made(tmp_path):
+    source = config_alone(
+        tmp_path / "m", vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    assert forecast.shape_of_source(source, "bfloat16") == EIGHT_B
+
+
+def test_ingredients_are_their_formulas():
+    shape = Shape(layers=3, width=8, vocabulary=50, body=1000, outer=400)
+    assert costs.forward(shape, windows=2, length=10, scored=4).model == 2 * 10 * (2 * 1000 + 4 * 3 * 10 * 8)
+    assert costs.read_out(shape, 7) == Work(single=7 * 2 * 8 * 58, words=350)
+    assert costs.moments(shape, 100, 3).double == 4 * 100 * 3 * 64
+    assert costs.eigendecompositions(shape, 2) == Work(eigen=1024, double=2048)
+
+
+def test_work_adds_up_and_takes_the_sum_of_its_kinds():
+    work = Work(model=2e11) + 2 * Work(single=1e11, double=5e10, eigen=4e9, words=1e9)
+    assert forecast.seconds(work, RATES) == pytest.approx(2 + 2 * 4)
+
+
+def test_a_glance_costs_less_than_the_default_and_that_less_than_full():
+    costly = []
+    for preset in ("glance", "default", "full"):
+        suite = Changes(preset=preset).of("pretrained")
+        of = Counts.of(suite, EIGHT_B)
+        stages = (costs.fit_cost, costs.score_cost, costs.update_cost)
+        costly.append([forecast.seconds(stage(suite, EIGHT_B, of).work, RATES) for stage in stages])
+    for less, more in itertools.pairwise(costly):
+        assert all(a < b for a, b in zip(less, more, strict=True))
+
+
+def test_rates_of_this_machine_are_measured_in_seconds():
+    rates = measured_rates(CPU, torch.bfloat16, 64)
+    assert all(value > 0 for value in vars(rates).values())
+
+
+def test_suites_of_images_and_devices_that_are_missing_are_told(tmp_path):
+    with pytest.raises(LensbenchError, match="--dry-run is for suites of text"):
+        forecast.forecast(load_suite("vision"), tmp_path, device=CPU)
+    if not torch.cuda.is_available():
+        result = run("run", "quick", "--dry-run", "--device", "cuda", "--out", tmp_path / "run")
+        refused(result, "there is no device 'cuda' here: torch sees 0 GPUs; give cpu")
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_a_dry_run_prints_every_stage_with_totals_and_writes_nothing(tmp_path):
+    result = run("run", "quick", "--dry-run", "--out", tmp_path / "run", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    for name in stage_names(load_suite("quick"), list(load_suite("quick").models)):
+        assert f" {name} " in result.output
+    assert "13 of 13 stages" in " ".join(result.output.split())
+    assert "Nothing was computed or written" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.run
+def test_finished_stages_are_reused_in_the_forecast_and_nothing_is_touched(tiny_suite, tiny_run):
+    files = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    result = run("run", tiny_suite, "--dry-run", "--out", tiny_run, "--set", "fit.refits=1", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    lines = {line.split("│")[1].strip(): line for line in result.output.splitlines() if line.count("│") > 4}
+    names = stage_names(load_suite(str(tiny_suite)), list(load_suite(str(tiny_suite)).models))
+    for name in names:
+        assert ("finished, reused" in lines[name]) == (not name.startswith(("fit-", "score-"))), lines[name]
+    took = json.loads((tiny_run / "manifest.json").read_text())["seconds"]
+    assert f"{took['train-gpt-seed0']:.1f}" in lines["train-gpt-seed0"] or took["train-gpt-seed0"] >= 10
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == files
