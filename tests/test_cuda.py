@@ -14,7 +14,7 @@ from lensbench.measures.evaluate import evaluate
 from lensbench.models import build
 from lensbench.models.training import train
 from lensbench.streams.capture import capture
-from lensbench.streams.partition import choose_product_terms
+from lensbench.streams.partition import choose_products
 from lensbench.streams.stream import ResidualStream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: CUDA is not compared with the CPU")
@@ -32,8 +32,8 @@ def scored(device: str, dtype: torch.dtype = torch.float32):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     stream = ResidualStream(model.to(device, dtype))
     fit, dev = capture(stream, windows(0, 40)), capture(stream, windows(1, 20))
-    terms = choose_product_terms(stream.readout, stream.readout.final_norm(fit.states[-1]))
-    readout = stream.readout.with_product_terms(terms)
+    products = choose_products(stream.readout, stream.readout.final_norm(fit.states[-1]))
+    readout = stream.readout.with_products(products)
     lenses = fit_lenses(FitContext.of(readout, fit, dev, RECIPE, seed=0))
     return Moments.of(fit), evaluate(readout, dev, lenses)
 

@@ -41,11 +41,11 @@ from lensbench.runtime.environment import choose_device, git_revision, hardware,
 from lensbench.runtime.files import write_atomically
 from lensbench.runtime.texts import read_json
 from lensbench.streams.capture import capture
-from lensbench.streams.partition import compiled, online_log_partition, reduced
-from lensbench.streams.readout import ReadOut
+from lensbench.streams.partition import LADDER, compiled, online_log_partition, reduced
+from lensbench.streams.readout import HalfProducts, ReadOut
 
 TOLERANCES = {
-    # Products of another order, or log-partitions in bfloat16 where these agree with float32 within 1e-3 nats.
+    # Products of another order, or log-partitions in half precision where these agree with float32 within 1e-3 nats.
     "closed-form maps": 1e-3, "matrices": 0.02, "closed-form lenses": 0.02, "refined lenses": 0.05, "indices": 0.05,
     "update decomposition": 0.05,
 }  # fmt: skip
@@ -56,7 +56,7 @@ GOAL = 0.65
 """Of the share of the card's rate that log-partitions reach"""
 
 TOLERANCE = 1e-3
-"""Nats: the mean error within which a run makes log-partitions in bfloat16"""
+"""Nats: the mean error within which a run makes log-partitions in half precision"""
 
 EXACT_ROWS = 256
 """Rows whose log-partitions are also made in float64"""
@@ -119,24 +119,21 @@ def fused(readout: ReadOut, n: Tensor) -> Tensor:
     return loss.float() + half.float() @ weight[0].float()
 
 
-def ways(device: torch.device) -> dict[str, tuple[int, Way | None]]:
-    """Name -> how many products in bfloat16 stand for one, and how log-partitions are made; None: not installed here."""
+def ways(device: torch.device) -> dict[str, tuple[HalfProducts | None, Way | None]]:
+    """Name -> the products, and how log-partitions are made of them; None: not installed here."""
 
     def by(reduction: Any) -> Way:
         return lambda readout, n: online_log_partition(readout, n, reduction)[0]
 
     fast = compiled() if device.type == "cuda" else None
     package = importlib.util.find_spec("cut_cross_entropy") if device.type == "cuda" else None
-    return {
-        "float32": (0, by(reduced)),
-        "float32, compiled": (0, fast and by(fast)),
-        "bfloat16": (1, by(reduced)),
-        "bfloat16, compiled": (1, fast and by(fast)),
-        "bfloat16 of two terms": (2, by(reduced)),
-        "bfloat16 of two terms, compiled": (2, fast and by(fast)),
-        "bfloat16 of three terms, compiled": (3, fast and by(fast)),
-        "cut-cross-entropy": (1, fused if package is not None else None),
-    }
+    made: dict[str, tuple[HalfProducts | None, Way | None]] = {}
+    for products in (None, *LADDER):
+        name = str(products or "1 product in float32")
+        made[name] = products, by(reduced)
+        made[f"{name}, compiled"] = products, fast and by(fast)
+    made["cut-cross-entropy in bfloat16"] = LADDER[0], fused if package is not None else None
+    return made
 
 
 def random_head(width: int, words: int, device: torch.device) -> ReadOut:
@@ -198,13 +195,13 @@ def partition(settings: Settings) -> str:
         readout = random_head(settings.width, words, device)
         x = readout.final_norm(n)
         truth = exact(readout, x[:EXACT_ROWS]) if words == sizes[-1] else None
-        for name, (terms, way) in ways(device).items():
+        for name, (products, way) in ways(device).items():
             row: dict[str, Any] = {"way": name, "positions": len(n), "width": settings.width, "words": words}
             if way is None:
                 if truth is not None:
                     rows.append({**row, "note": "not installed here"})
                 continue
-            found = timed(way, readout.with_product_terms(terms), x)
+            found = timed(way, readout.with_products(products), x)
             spaces.append({**row, "workspace_mib": found.workspace if device.type == "cuda" else None})
             if truth is None:
                 continue

@@ -42,7 +42,7 @@ from lensbench.measures.transfer import penalties, transfer_sums
 from lensbench.runtime.files import write_atomically
 from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture, capture
-from lensbench.streams.partition import choose_product_terms
+from lensbench.streams.partition import choose_products
 from lensbench.streams.readout import ReadOut
 from lensbench.studies.synthetic import capture_of, read_out
 
@@ -119,10 +119,9 @@ def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:
     maps, some = prepared(task, layers, tokens)
     few = first_windows(some, max(64, tokens // 8))
     readout = task.stream.readout
-    terms = choose_product_terms(readout, readout.final_norm(some.states[-1][:512]))
-    readout = readout.with_product_terms(terms)
-    products = f"{terms} products in bfloat16 for one" if terms else "products in float32"
-    say(f"{len(some)} tokens of {len(np.unique(some.document))} documents; {products}")
+    products = choose_products(readout, readout.final_norm(some.states[-1][:512]))
+    readout = readout.with_products(products)
+    say(f"{len(some)} tokens of {len(np.unique(some.document))} documents; {products or 'products in float32'}")
     speed_up, agreement = compare_with_loops(task, readout, maps, some, few, out)
     estimates = estimates_of(task, readout, maps, some)
     write_atomically(out / "transfer-estimate.csv", lambda p: estimates.to_csv(p, index=False, float_format="%.6g"))

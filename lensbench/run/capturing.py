@@ -12,7 +12,7 @@ from lensbench.run.origin import Origin
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.kept import STATES, keep, kept, mapped_file
-from lensbench.streams.partition import choose_product_terms
+from lensbench.streams.partition import choose_products
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
@@ -40,8 +40,8 @@ def captured_states(
     Those of one process are kept on disk for the next stage that asks for the same samples of the same ``origin``.
     Without an origin, and with several ``ranks``, the model passes over the samples each time.
 
-    The read-out is the stream's own. On a GPU it makes the products of log-partitions in bfloat16 where these states show
-    that bfloat16 agrees with float32; the stream's read-out stays as it is.
+    The read-out is the stream's own. On a GPU it makes the products of log-partitions in half precision where these states
+    show that it agrees with float32; the stream's read-out stays as it is.
     """
     start = time.perf_counter()
     with context.progress.task(name, len(samples), "inputs") as task:
@@ -64,11 +64,10 @@ def captured_states(
                 task.update(len(samples), "kept by an earlier stage")
     # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
     sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
-    terms = ranks.told(choose_product_terms(stream.readout, stream.readout.final_norm(sample)))
-    if terms:
-        products = "product" if terms == 1 else "products"
-        context.progress.say(f"log-partitions of {terms} {products} in bfloat16, which agree with float32 here")
-    readout = stream.readout.with_product_terms(terms)
+    products = ranks.told(choose_products(stream.readout, stream.readout.final_norm(sample)))
+    if products is not None:
+        context.progress.say(f"log-partitions of {products}, which agree with float32 here")
+    readout = stream.readout.with_products(products)
     return captured if rotation is None else rotation.apply(captured), readout
 
 

@@ -1,7 +1,6 @@
 """Log-partitions over chunks of the unembedding, as a GPU computes them: large products, each reduced as it comes.
 
-Products may be made in bfloat16 with sums in float32. A float32 number is then one bfloat16 number, or the sum of two: its
-rounded value and what rounding took off.
+Products may be made in half precision with sums in float32; see :class:`lensbench.streams.readout.HalfProducts`.
 """
 
 import importlib.util
@@ -12,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lensbench.streams.readout import ReadOut
+from lensbench.streams.readout import HalfProducts, ReadOut, in_terms
 
 VOCABULARY_BLOCK = 1024
 """Words of one block of logits, at least"""
@@ -23,12 +22,8 @@ CUDA_LOGITS = 2**26
 CUDA_ROWS = 2**15
 """Rows at most that a GPU works on at once"""
 
-TERMS = (1, 2, 3)
-"""How many products in bfloat16 stand for one in float32.
-
-The first is of rounded states and weights, the second of what rounding took off the states, the third of what it took off
-the weights. Weights that are bfloat16 numbers, as many models have, need no third.
-"""
+LADDER = tuple(HalfProducts(dtype, terms) for terms in (1, 2, 3) for dtype in (torch.bfloat16, torch.float16))
+"""Ways of making log-partitions in half precision, the fastest first"""
 
 
 def rows_at_once(x: Tensor, words: int, in_cache: int) -> int:
@@ -80,12 +75,6 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float().T
 
 
-def in_terms(x: Tensor, terms: int) -> list[Tensor]:
-    """Bfloat16 numbers that add up to x: its rounded value and, of two ``terms``, what rounding took off."""
-    high = x.to(torch.bfloat16)
-    return [high, (x - high.to(x.dtype)).to(torch.bfloat16)][:terms]
-
-
 def online_log_partition(readout: ReadOut, n: Tensor, reduction: Reduction | None = None) -> tuple[Tensor, Tensor]:
     """Log-partition and largest logit ``[R]`` of normalised states ``[R, d_read]``, with an online maximum over the chunks.
 
@@ -93,11 +82,11 @@ def online_log_partition(readout: ReadOut, n: Tensor, reduction: Reduction | Non
     """
     if reduction is None:
         reduction = (compiled() if n.is_cuda else None) or reduced
-    weight, bias, terms = readout.weight, readout.bias, readout.product_terms
+    weight, bias, products = readout.weight, readout.bias, readout.products
     size = VOCABULARY_BLOCK if not n.is_cuda else max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(n)))
     factors = [(n, weight)]
-    if terms:
-        states, weights = in_terms(n, min(terms, 2)), readout.weight_in_terms
+    if products is not None:
+        states, weights = in_terms(n, products.terms, products.dtype), readout.weight_in_terms
         factors = [(states[k], weights[0]) for k in range(len(states))] + [(states[0], w) for w in weights[1:]]
     # Sums and maxima in float32 at least, whatever the type of the products.
     largest = torch.full((len(n),), -torch.inf, dtype=torch.promote_types(n.dtype, torch.float32), device=n.device)
@@ -114,28 +103,31 @@ def online_log_partition(readout: ReadOut, n: Tensor, reduction: Reduction | Non
         word = torch.where(new > largest, at + start, word)
         largest = new
     log_z = largest + total.log()
-    if terms:  # a logit with three digits cannot be compared with one with seven
+    if products is not None:  # a logit with three digits cannot be compared with one with seven
         logit = (n * weight[word]).sum(-1)
         largest = readout.cap_(logit if bias is None else logit + bias[word])
     return log_z, largest
 
 
-def agreeing_terms(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3) -> int:
-    """The fewest of :data:`TERMS` with which log-partitions in bfloat16 agree with float32, 0 where none does.
+def agreeing_products(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3) -> HalfProducts | None:
+    """The first of :data:`LADDER` with which log-partitions agree with float32, None where none does.
 
     They agree when the mean absolute difference over the normalised states ``[R, d_read]`` is at most ``tolerance`` nats.
     """
-    exact = online_log_partition(readout.with_product_terms(0), n)[0]
-    for terms in TERMS:
-        half = online_log_partition(readout.with_product_terms(terms), n)[0]
-        if float((half - exact).abs().mean()) <= tolerance:
-            return terms
-    return 0
+    exact = online_log_partition(readout.with_products(None), n)[0]
+    # A state whose power lies in one entry has it sqrt(d) times as large as the root of its mean square.
+    largest = max(float(n.abs().max()) * n.shape[-1] ** 0.5, float(readout.weight.abs().max()))
+    for products in LADDER:
+        if largest < torch.finfo(products.dtype).max:
+            half = online_log_partition(readout.with_products(products), n)[0]
+            if float((half - exact).abs().mean()) <= tolerance:
+                return products
+    return None
 
 
-def choose_product_terms(readout: ReadOut, n: Tensor) -> int:
-    """Of how many products in bfloat16 log-partitions are made: :func:`agreeing_terms` on a GPU, 0 (float32) elsewhere.
+def choose_products(readout: ReadOut, n: Tensor) -> HalfProducts | None:
+    """The products of log-partitions: :func:`agreeing_products` on a GPU, None (float32) elsewhere.
 
-    The read-out does not change; :meth:`ReadOut.with_product_terms` makes one with this number.
+    The read-out does not change; :meth:`ReadOut.with_products` makes one with them.
     """
-    return agreeing_terms(readout, n) if n.is_cuda else 0
+    return agreeing_products(readout, n) if n.is_cuda else None

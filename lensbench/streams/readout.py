@@ -1,11 +1,37 @@
 """The read-out of a model, from its last state to logits: final norm, unembedding, bias, scale, soft cap."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tuned_lens.nn.unembed import Unembed
+
+
+@dataclass(frozen=True)
+class HalfProducts:
+    """Products in half precision that stand for one in float32.
+
+    A float32 number is then one number of ``dtype``, or the sum of two: its rounded value and what rounding took off. The
+    first product is of rounded states and weights, the second of what rounding took off the states, the third of what it
+    took off the weights; weights that are bfloat16 numbers, as many models have, need no third.
+    """
+
+    dtype: torch.dtype
+    """bfloat16, or float16, which has three more digits in base two and a smaller range"""
+    terms: int
+    """How many products: 1, 2 or 3"""
+
+    def __str__(self) -> str:
+        """How many, and in what."""
+        return f"{self.terms} product{'s' * (self.terms > 1)} in {str(self.dtype).removeprefix('torch.')}"
+
+
+def in_terms(x: Tensor, terms: int, dtype: torch.dtype) -> list[Tensor]:
+    """Numbers of ``dtype`` that add up to x: its rounded value and, of two ``terms`` or more, what rounding took off."""
+    high = x.to(dtype)
+    return [high, (x - high.to(x.dtype)).to(dtype)] if terms > 1 else [high]
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -34,9 +60,8 @@ class ReadOut(Unembed):
         self.final_norm = final_norm
         self.unembedding = unembedding
         self.scale, self.softcap = scale, softcap
-        self.product_terms = (
-            0  # bfloat16 products that stand for one of log-partitions; 0: it is in the states' own type
-        )
+        self.products: HalfProducts | None = None
+        """Of log-partitions; None: in the states' own type"""
         self._halves: tuple[Tensor, ...] | None = None
         self._scaled: tuple[Tensor, Tensor | None] | None = None
         self._gains: dict[tuple[int, torch.dtype, torch.device], Tensor | None] = {}
@@ -80,21 +105,20 @@ class ReadOut(Unembed):
         )
         return wide.frozen()
 
-    def with_product_terms(self, terms: int) -> "ReadOut":
-        """This read-out, its modules shared, with log-partitions of so many products in bfloat16; 0: of one in float32."""
-        if terms == self.product_terms:
+    def with_products(self, products: HalfProducts | None) -> "ReadOut":
+        """This read-out, its modules shared, with log-partitions of these products; None: in the states' own type."""
+        if products == self.products:
             return self
         other = copy.copy(self)
-        other.product_terms, other._halves = terms, None
+        other.products, other._halves = products, None
         return other
 
     @property
     def weight_in_terms(self) -> tuple[Tensor, ...]:
-        """W in bfloat16, with three terms also what rounding took off it; kept, half the size of a float32 W each."""
+        """W in half precision, of three products also what rounding took off it; kept, half the size of a float32 W each."""
+        assert self.products is not None
         if self._halves is None:
-            high = self.weight.to(torch.bfloat16)
-            rest = [(self.weight - high.to(self.weight.dtype)).to(torch.bfloat16)] if self.product_terms == 3 else []
-            self._halves = (high, *rest)
+            self._halves = tuple(in_terms(self.weight, 2 if self.products.terms == 3 else 1, self.products.dtype))
         return self._halves
 
     def cap_(self, logits: Tensor) -> Tensor:

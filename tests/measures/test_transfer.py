@@ -21,6 +21,7 @@ from lensbench.streams import kl
 from lensbench.streams.capture import capture
 from lensbench.streams.kl import log_partition, softmax_moment, sum_by_window
 from lensbench.streams.partition import online_log_partition
+from lensbench.streams.readout import HalfProducts
 
 D, LAYERS, V = 10, 3, 50
 
@@ -346,7 +347,7 @@ def test_the_largest_logit_is_told_in_full_where_products_are_in_half_precision(
     readout = read_out(32, 600, bias=biased, logits=4.0)
     n = readout.final_norm(torch.randn(400, 32, generator=torch.Generator().manual_seed(1)))
     logits = readout.logits(n)
-    log_z, largest = online_log_partition(readout.with_product_terms(1), n)
+    log_z, largest = online_log_partition(readout.with_products(HalfProducts(torch.bfloat16, 1)), n)
     exact = logits.amax(-1)
     # The word found may be another one only where two logits agree to bfloat16's three digits.
     assert bool((exact - largest <= 2 * 2**-8 * exact.abs().clamp(min=1)).all())
