@@ -122,7 +122,10 @@ class Estimator:
             else:
                 moment[k], entropy = n, words.expected_logit(n, n) - words.partition_and_largest(n)[0]
             entropies.append(entropy)
-        exact = Reference.of(readout, normalised(self.few), len(lenses), memory_gib)
+        if len(self.few):
+            exact = Reference.of(readout, normalised(self.few), len(lenses), memory_gib)
+        else:  # of many processes, some may have drawn none
+            exact = Reference(moment[:, :0], entropies[0].new_zeros(len(lenses), 0))
         return Reference(moment, torch.stack(entropies)), exact
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from lensbench.lenses.pairs import PAIR_LENS, pairs_of
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.read import Reference
 from lensbench.lenses.shared import SHARED_LENS, SHARED_LOO_LENS
+from lensbench.measures.evaluate import is_estimated
 from lensbench.measures.formulas import pair_penalty
 from lensbench.measures.indices import INDICES, values_of
 from lensbench.measures.means import Means
@@ -69,21 +70,13 @@ def share_for(ratio: float, tokens: int) -> float:
     return 1.0 if share > LARGEST_SHARE else float(share)
 
 
-@dataclass(frozen=True)
-class _Values:
-    """Values of every token as :class:`Means` with a leading axis of tokens, and top-1 agreement ``[N, L', L']``."""
-
-    means: Means
-    top1: Array
-
-
 def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
     """The share for ``scored`` tokens, from an estimator that draws all tokens of the dev split.
 
-    It looks at the intervals of the losses, penalties and pair penalties, of top-1 agreement and of every index, for the
-    layers that the fit chose for what takes long. Each is linearised: the variance of the exact value over documents is that
-    of its influence, summed by document; the variance that the estimate adds is that of the influence of the difference
-    between exact and cheap values, over tokens.
+    It looks at the intervals of losses, penalties, pair penalties and indices, for the layers that the fit chose for what
+    takes long; not at top-1 agreement, where one token in hundreds may be all that an interval is made of. Each is
+    linearised: the variance of the exact value over documents is that of its influence, summed by document; the variance
+    that the estimate adds is that of the influence of the difference between exact and cheap values, over tokens.
     """
     captured = estimator.captured
     exact, difference = token_values(estimator, fit)
@@ -91,7 +84,7 @@ def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
     documents = ranks.joined(captured.document)
     known, index = np.unique(documents, return_inverse=True)
     whole, extra = influences(exact, exact), influences(exact, difference)
-    count, constant = len(documents), float(exact.means.constant.mean())
+    count, constant = len(documents), float(exact.constant.mean())
     ratios: dict[str, float] = {}
     for name, of_tokens in whole.items():
         by_document = np.zeros((len(known), *of_tokens.shape[1:]))
@@ -108,45 +101,38 @@ def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
     return Share(share, widest, round(ratios[widest], 6), count, len(known), intervals)
 
 
-def intervals_of(values: _Values) -> dict[str, Array]:
+def intervals_of(m: Means) -> dict[str, Array]:
     """What tables give an interval for, by name, ``[..., cells]``: functions of means with free leading axes.
 
     Rank correlations are left out: they have no derivative, and are made of penalties, which are there.
     """
-    m = values.means
     smooth = {name: value for name, value in values_of(m).items() if INDICES[name].unit != "rank correlation"}
     found = {name: value.value[..., None] for name, value in smooth.items()}
     for name, matrix in (("penalty_kl", m.transfer), ("penalty_ce", m.transfer_ce)):
         found[name] = _flat(matrix - np.diagonal(matrix, axis1=-2, axis2=-1)[..., None, :])
-    found |= {"top1_agreement": _flat(values.top1), "logit_lens_kl": m.transfer[..., -1, :]}
-    found |= {"kl": np.concatenate([m.own, m.shared, m.shared_loo, m.rotated[..., 0, :]], -1)}
+    found["kl"] = np.concatenate([m.own, m.shared, m.shared_loo, m.rotated[..., 0, :], m.transfer[..., -1, :]], -1)
     found["pair_penalty_of_pairs"] = pair_penalty(m.own, m.pair)
     found["rotated_pair_penalty_of_pairs"] = pair_penalty(m.own[..., None, :], m.pair_rotated).mean(-2)
     return found
 
 
-def influences(exact: _Values, deviation: _Values) -> dict[str, Array]:
+def influences(exact: Means, deviation: Means) -> dict[str, Array]:
     """How much each token's deviation moves every interval's value, per token, ``[N, cells]``; of mean zero."""
-    point = _mapped(exact, lambda x: x.mean(0))
-    moved = {name: getattr(point.means, name) + STEP * (x - x.mean(0)) for name, x in deviation.means.items()}
-    top1 = point.top1 + STEP * (deviation.top1 - deviation.top1.mean(0))
+    point = Means(**{name: x.mean(0) for name, x in exact.items()})
+    moved = Means(**{name: getattr(point, name) + STEP * (x - x.mean(0)) for name, x in deviation.items()})
     with np.errstate(invalid="ignore", divide="ignore"):
-        here, there = intervals_of(point), intervals_of(_Values(Means(**moved), top1))
+        here, there = intervals_of(point), intervals_of(moved)
     return {name: (there[name] - here[name]) / STEP for name in here}
-
-
-def _mapped(values: _Values, f: Any) -> _Values:
-    return _Values(Means(**{name: f(x) for name, x in values.means.items()}), f(values.top1))
 
 
 def _flat(matrix: Array) -> Array:
     return matrix.reshape(*matrix.shape[:-2], -1)
 
 
-def token_values(estimator: Estimator, fit: Fit) -> tuple[_Values, _Values]:
+def token_values(estimator: Estimator, fit: Fit) -> tuple[Means, Means]:
     """Exact values of every token, and exact less cheap ones, for the fit's chosen layers and the last.
 
-    The estimator must draw all tokens.
+    The estimator must draw all tokens. Lenses of one layer are not estimated, and differ by nothing.
     """
     captured, summary = estimator.captured, fit.summary
     chosen, last = summary.layers, captured.layers
@@ -162,15 +148,19 @@ def token_values(estimator: Estimator, fit: Fit) -> tuple[_Values, _Values]:
     columns = [_two(estimator, layer, maps, references, joined) for layer in whole]
     matrix = {name: np.stack([c[name] for c in columns], -1) for name in columns[0]}  # [2, lenses, N, layers]
 
-    def own(lens: LensId, only: list[int] | None = None) -> Array:
+    def own(lens: LensId) -> Array:
         """KL at the chosen layers, ``[2, N, layers]``."""
         fitted, found = fit[lens], []
         for number, reads in enumerate(fitted.reads):
             plain = fitted.to_plain(number, fit.views)
             for k, layer in enumerate(reads):
-                if layer in (chosen if only is None else only):
-                    found.append(_two(estimator, layer, plain[[k if len(plain) > 1 else 0]], None, joined)["kl"][:, 0])
-        return np.stack(found, -1)
+                if layer in chosen:
+                    one = plain[[k if len(plain) > 1 else 0]]
+                    found.append(_two(estimator, layer, one, None, joined)["kl"][:, 0])
+        both = np.stack(found, -1)
+        if not is_estimated(lens):
+            both[1] = 0
+        return both
 
     def pairs(lens: LensId) -> Array:
         """``[2, N, layers, layers]``: at [i, j] the lens of both as it reads j."""
@@ -199,8 +189,7 @@ def token_values(estimator: Estimator, fit: Fit) -> tuple[_Values, _Values]:
         "pair": pairs(PAIR_LENS),
         "pair_rotated": np.stack([pairs(PAIR_LENS.of_view(k)) for k in range(summary.pair_rotations)], 2),
     }
-    top1 = matrix["top1"].swapaxes(1, 2)
-    exact, difference = (_Values(Means(**{n: x[k] for n, x in of_lenses.items()}), top1[k]) for k in range(2))
+    exact, difference = (Means(**{name: x[k] for name, x in of_lenses.items()}) for k in range(2))
     return exact, difference
 
 
@@ -214,7 +203,7 @@ def _two(
     """Exact values, and exact less cheap ones, of M lenses on a layer: ``[2, M, N]`` by name."""
     cheap, exact = estimator.both(layer, maps, references)
     found = {}
-    for name in ("kl", "ce", "movement", "top1"):
+    for name in ("kl", "ce", "movement"):
         if (of := getattr(exact, name)) is not None:
             found[name] = np.stack([joined(of), joined(of.double() - getattr(cheap, name).double())])
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.kl import ROW_BLOCK
+from lensbench.streams.partition import CUDA_ROWS
 from lensbench.streams.readout import ReadOut
 
 CERTAIN = 0.75
@@ -72,7 +73,7 @@ class Words:
             largest, shift = logits[:, : self.certain].amax(-1), logits.amax(-1)
             return shift + logits.sub_(shift[:, None]).exp_().sum(-1).log(), largest
 
-        log_z, largest = zip(*in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a row of words"), strict=True)
+        log_z, largest = zip(*in_pieces(slice(0, len(n)), _rows_of(n), one, what="a row of words"), strict=True)
         return torch.cat(log_z), torch.cat(largest)
 
     def softmax_moment(self, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ class Words:
             moment = logits.sub_(log_z[:, None]).exp_() @ self.weight
             return moment, (moment * n[rows]).sum(-1) - log_z
 
-        moments, entropies = zip(*in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a softmax of words"), strict=True)
+        moments, entropies = zip(*in_pieces(slice(0, len(n)), _rows_of(n), one, what="a softmax of words"), strict=True)
         return torch.cat(moments), torch.cat(entropies)
 
     def expected_logit(self, n: Tensor, of: Tensor) -> Tensor:
@@ -93,4 +94,9 @@ class Words:
         def one(rows: slice) -> Tensor:
             return (self.logits(of[rows]).softmax(-1) * self.logits(n[rows]).sub_(self.offset)).sum(-1)
 
-        return torch.cat(in_pieces(slice(0, len(n)), ROW_BLOCK, one, what="a row of words"))
+        return torch.cat(in_pieces(slice(0, len(n)), _rows_of(n), one, what="a row of words"))
+
+
+def _rows_of(n: Tensor) -> int:
+    """How many rows are read at once."""
+    return CUDA_ROWS if n.is_cuda else ROW_BLOCK
