@@ -80,15 +80,24 @@ def compare(
         str | None,
         typer.Option(help="Judge by the rule of this suite; default: the first folder's own.", show_default=False),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page of all models and what differs here.", show_default=False),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print every table of the runs and every value, too.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Compare models across run folders: one tidy table, differences paired where the same sequences were scored.
+    """Compare models across run folders: is it the same run again, and what differs?
 
-    Folders that hold different models of one suite are read as one run. Over seeds, differences are paired by seed. What
-    the suite declares as claims is tested, all claims corrected together (Holm). All models are judged by one rule.
+    The first line answers. Then come one ruler of all models, what differs, and the claims of the suite, all corrected
+    together (Holm). Differences are paired where the same text was scored, over seeds by seed; the note of a row says why
+    where they are not. Folders with different models of one suite are read as one run. One rule judges all models.
     """
-    from lensbench.report.compare import compare_runs, together
+    from lensbench.report.compare import compare_runs
     from lensbench.report.comparison import print_comparison
+    from lensbench.report.joining import together
 
     if figure and figures is None:
         raise LensbenchError("--figure names figures to draw: say where with --figures FOLDER")
@@ -104,7 +113,13 @@ def compare(
         from lensbench.report.figures.draw import draw_figures
 
         draw_figures(together(comparison.runs), figures, names=figure)
-    print_comparison(comparison, console)
+    if html is not None:
+        from lensbench.report.page import write_comparison
+
+        write_comparison(comparison, html)
+    print_comparison(comparison, console, everything=everything)
+    if html is not None:
+        console.print(f"Page: {html}", highlight=False, markup=False)
 
 
 @app.command()
@@ -141,6 +156,7 @@ def ruler(
     Models of other data and sizes differ in more than one thing; `compare` tells differences of those that share theirs.
     """
     from lensbench.report.compare import side_by_side
+    from lensbench.report.in_width import show
     from lensbench.report.terminal import ruler_table
 
     judge = None
@@ -153,7 +169,7 @@ def ruler(
         from lensbench.report.figures.draw import draw_plane
 
         draw_plane(beside, out)
-    console.print(ruler_table(beside))
+    show(ruler_table(beside), console)
     if out is not None:
         console.print(str(out), highlight=False, markup=False)
 

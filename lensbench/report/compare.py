@@ -25,15 +25,17 @@ from lensbench.measures.indices import (
     tolerance_order,
 )
 from lensbench.measures.means import Means
-from lensbench.measures.verdict import VerdictRule
+from lensbench.measures.verdict import SCOPES, VerdictRule
 from lensbench.report.claims import claim_rows, declared
+from lensbench.report.formatting import shown_seeds
+from lensbench.report.joining import grouped, joined, together
 from lensbench.report.probe_versions import of_one_version
-from lensbench.report.table_values import InTables, values_in_tables
+from lensbench.report.reproduction import reproduction
+from lensbench.report.table_values import InTables, values_in_tables, warnings_in_tables
 from lensbench.report.updates import Found, indices_of_none, not_measured, updates_of
 from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.folder import Run, read_run
 from lensbench.results.manifest import Manifest
-from lensbench.results.schema import MEASURED_TIME, SCHEMA
 from lensbench.results.sums import ClusterSums, by_document, clustered
 from lensbench.runtime.files import write_atomically
 from lensbench.statistics import Array, bootstrap_weights, interval, mean_over_seeds
@@ -60,12 +62,14 @@ COLUMNS = (
 class Comparison:
     """``table``: a row per run, model, seed and index, and per pair of them a difference; columns :data:`COLUMNS`.
 
-    ``kind`` is *value*, *difference*, *claim* (what the suite declared: a row has it in words, its status and its outcome,
+    ``kind`` is *value*, *fact* (layers and parameters of a model), *verdict* (its outcome; the note names the gate),
+    *difference*, *claim* (what the suite declared: a row has it in words, its status and its outcome,
     and the landmark or the probe that it is about), *claim at tolerance* (a declared difference at another loss that a
     lens's ridge may cost, which the note names), or *learning curve* (a difference in cross-entropy; the note names the
     budget and the part of the context). ``seed = all``: over seeds, differences paired by seed, with Student-t intervals
     and the p of the paired t-test; :mod:`lensbench.report.claims` says what the p of a claim is. ``p_holm`` is corrected
-    over all claims of the suite. ``runs``: the runs read, parts of one run joined. ``reproduction``: a line for each probe
+    over all claims of the suite. A note has the warnings of the tables, why a value is undefined, and why a difference is
+    not paired. ``runs``: the runs read, parts of one run joined. ``reproduction``: a line for each probe
     that is left out, since the runs hold different versions of it, and one for each run after the first.
     """
 
@@ -94,12 +98,15 @@ class ComparedModel:
     seed: int
     documents: tuple[str, ...]
     tokens: Array
+    bytes: Array
     point: dict[str, float]
     draws: dict[str, Array]
     reasons: dict[str, str]
     """Why a quantity is undefined, by its name."""
     in_tables: InTables
     """What the run's tables say of it"""
+    warnings: dict[str, str]
+    """What the tables warn of, by the name of a quantity"""
 
     @property
     def who(self) -> dict[str, Any]:
@@ -121,15 +128,15 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
     models = [m for number, parts in enumerate(groups) for run in parts for m in compared_models(run, number)]
     rows = [{"kind": "value", **m.who, "index": name, **value_of(m, name)} for m in models for name in names]
     for first, second in itertools.combinations(models, 2):
-        if worth_comparing(first, second):
+        if worth_comparing(first, second, models):
             rows += [difference(second, first, name) for name in names]
+    rows += rows_over_seeds(models)
     rule = rule or rule_of(runs[0])
     whole = [judged(joined(parts), rule) for parts in groups]
-    for number, run in enumerate(whole):
-        rows += rows_over_seeds([m for m in models if m.group == number])
-        rows += claim_rows(run) + sensitivity_rows(run) + curve_rows(run)
+    for run in whole:
+        rows += facts_and_verdicts(run) + claim_rows(run) + sensitivity_rows(run) + curve_rows(run)
     absent = indices_of_none(runs)
-    kept = [row for row in rows if row["kind"] == "claim" or row["index"] not in absent]
+    kept = [row for row in rows if row["kind"] in ("claim", "verdict") or row["index"] not in absent]
     table = pd.DataFrame(kept, columns=list(COLUMNS))
     return Comparison(table, left_out + [reproduction(runs[0], run) for run in runs[1:]], whole)
 
@@ -156,49 +163,6 @@ def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
     return together([judged(run, rule) for run in runs])
 
 
-def grouped(runs: list[Run]) -> list[list[Run]]:
-    """Runs by what they are parts of: folders that are parts of one run stand together."""
-    groups: list[list[Run]] = []
-    for run in runs:
-        home = next((group for group in groups if all(parts_of_one(other, run) for other in group)), None)
-        if home is None:
-            groups.append([run])
-        else:
-            home.append(run)
-    return groups
-
-
-def parts_of_one(one: Run, other: Run) -> bool:
-    """Whether two folders hold different models of the same suite, run on the same text with the same seeds."""
-    a, b = one.manifest, other.manifest
-    same = a.suite == b.suite and a.corpus.checksum == b.corpus.checksum and a.seeds == b.seeds
-    return same and not set(a.models) & set(b.models)
-
-
-def joined(parts: list[Run]) -> Run:
-    """Runs of different models as one, its models in the order of the suite; a baseline stands once."""
-    if len(parts) == 1:
-        return parts[0]
-    order = {model.name: k for k, model in enumerate(parts[0].manifest.suite.models)}
-    tables = {}
-    for name in SCHEMA:
-        table = pd.concat([part.tables[name] for part in parts if len(part.tables[name])] or [parts[0].tables[name]])
-        if "model" in table:
-            table = table.sort_values("model", key=lambda names: names.map(order), kind="stable")
-        tables[name] = table.drop_duplicates(ignore_index=True)
-    return Run(parts[0].folder, parts[0].manifest, tables)
-
-
-def together(runs: list[Run]) -> Run:
-    """All models of several runs in one, for figures; raises :class:`LensbenchError` where two have one name."""
-    names = [name for run in runs for name in run.tables["models.csv"]["model"].unique()]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise LensbenchError(f"model {twice!r} is in two of the folders: a figure of them all would show one")
-    tables = {name: pd.concat([run.tables[name] for run in runs], ignore_index=True) for name in SCHEMA}
-    return Run(runs[0].folder, runs[0].manifest, tables)
-
-
 def refuse_unlike(one: Run, other: Run) -> None:
     """Raise :class:`LensbenchError` where two runs do not measure the same thing, saying what differs."""
     a, b = one.manifest, other.manifest
@@ -206,7 +170,10 @@ def refuse_unlike(one: Run, other: Run) -> None:
         raise LensbenchError("a sweep has no lenses to compare: give folders that `lensbench run` wrote")
     unlike = difference_of_measure(a, b)
     if unlike:
-        raise LensbenchError(f"{one.folder} and {other.folder} do not measure the same thing: {unlike}")
+        raise LensbenchError(
+            f"not the same: {unlike} ({one.folder} and {other.folder}): their numbers do not compare; "
+            f"`lensbench ruler {one.folder} {other.folder}` shows them side by side"
+        )
 
 
 def difference_of_measure(a: Manifest, b: Manifest) -> str:
@@ -214,9 +181,9 @@ def difference_of_measure(a: Manifest, b: Manifest) -> str:
     if a.code_version != b.code_version:
         return f"code versions {a.code_version} and {b.code_version}; run one of them again"
     if a.corpus.spec != b.corpus.spec:
-        return f"corpus {a.corpus.spec} and {b.corpus.spec}"
+        return f"text: {a.corpus.spec} and {b.corpus.spec}"
     if a.corpus.spec != "stdlib" and a.corpus.checksum != b.corpus.checksum:
-        return f"{a.corpus.spec} held other texts"
+        return f"text: {a.corpus.spec} held other documents"
     for section, key in SAME_MEASURE:
         first, second = (manifest.suite.content().get(section, {}).get(key) for manifest in (a, b))
         if first != second:
@@ -232,12 +199,12 @@ def difference_of_measure(a: Manifest, b: Manifest) -> str:
 def compared_models(run: Run, group: int) -> list[ComparedModel]:
     """Every model and seed of a run; raises :class:`LensbenchError` where its sums are damaged."""
     sums, draws = run.sums(), run.manifest.suite.evaluate.draws
-    found, updates, in_tables = [], updates_of(run), values_in_tables(run)
+    found, updates, in_tables, warned = [], updates_of(run), values_in_tables(run), warnings_in_tables(run)
     try:
         for key, rows in sums.groupby(["model", "seed"], observed=True, sort=False):
             model, seed = cast(tuple[str, int], key)
             who = str(model), int(seed)
-            known = updates.get(who, not_measured()), in_tables.get(who, {})
+            known = updates.get(who, not_measured()), in_tables.get(who, {}), warned.get(who, {})
             found.append(compared_model(run, group, *who, clustered(rows), draws, *known))
     except (KeyError, ValueError) as error:
         raise LensbenchError(f"the sums by cluster of {run.folder} are damaged: {error}") from error
@@ -245,7 +212,15 @@ def compared_models(run: Run, group: int) -> list[ComparedModel]:
 
 
 def compared_model(
-    run: Run, group: int, model: str, seed: int, rows: pd.DataFrame, draws: int, updates: Found, told: InTables
+    run: Run,
+    group: int,
+    model: str,
+    seed: int,
+    rows: pd.DataFrame,
+    draws: int,
+    updates: Found,
+    told: InTables,
+    warned: dict[str, str],
 ) -> ComparedModel:
     """One model and seed of a run: draws from its ``rows`` of sums by cluster and from ``updates``, values as ``told``."""
     sums = ClusterSums.of(rows)
@@ -268,8 +243,9 @@ def compared_model(
     point |= {name: told[name][0] for name in point if name in told}
     corpus = run.manifest.corpus.checksum
     return ComparedModel(
-        str(run.folder), group, corpus, model, seed, sums.documents, sums.tokens, point, values, reasons, told
-    )
+        str(run.folder), group, corpus, model, seed, sums.documents, sums.tokens, sums.bytes, point, values, reasons,
+        told, warned,
+    )  # fmt: skip
 
 
 def value_of(model: ComparedModel, name: str) -> dict[str, Any]:
@@ -277,27 +253,59 @@ def value_of(model: ComparedModel, name: str) -> dict[str, Any]:
     if name in model.reasons:
         return {"value": None, "ci_low": None, "ci_high": None, "note": model.reasons[name]}
     low, high = model.in_tables[name][1:] if name in model.in_tables else interval(model.draws[name])
-    return {"value": model.point[name], "ci_low": float(low), "ci_high": float(high), "note": ""}
+    return {
+        "value": model.point[name],
+        "ci_low": float(low),
+        "ci_high": float(high),
+        "note": model.warnings.get(name, ""),
+    }
 
 
-def worth_comparing(first: ComparedModel, second: ComparedModel) -> bool:
-    """Whether they are two models of one run at one seed, or the same model in two runs."""
-    return first.seed == second.seed if first.group == second.group else first.model == second.model
+def facts_and_verdicts(run: Run) -> list[dict[str, Any]]:
+    """How deep and how large each model is, and the verdict on each scope, as judged now; of several seeds that over all."""
+    rows: list[dict[str, Any]] = []
+    for of in run.tables["models.csv"].drop_duplicates("model").to_dict("records"):
+        who = {"run": str(run.folder), "model": of["model"], "seed": of["seed"]}
+        rows += [
+            {"kind": "fact", **who, "index": name, "value": of[name], "note": ""} for name in ("layers", "parameters")
+        ]
+    for of in shown_seeds(run.tables["verdicts.csv"]).to_dict("records"):
+        who = {"run": str(run.folder), "model": of["model"], "seed": of["seed"]}
+        gate = of["gate"] if isinstance(of["gate"], str) else ""
+        index = f"verdict{SCOPES[of['scope']]}"
+        rows.append({"kind": "verdict", **who, "index": index, "outcome": of["verdict"], "note": gate})
+    return rows
+
+
+def worth_comparing(first: ComparedModel, second: ComparedModel, models: list[ComparedModel]) -> bool:
+    """Whether a difference is of interest: two models of one run; of two runs, those of one name, and those without.
+
+    A model is without a namesake where the other run has no model of its name. Two of one run share their seed; of two
+    runs, too, unless they have none in common. ``models``: all that are compared.
+    """
+    if first.group == second.group:
+        return first.seed == second.seed
+    ours, theirs = ({m.model for m in models if m.group == one.group} for one in (first, second))
+    alone = first.model not in theirs and second.model not in ours
+    if first.model != second.model and not alone:
+        return False
+    seeds = [{m.seed for m in models if (m.group, m.model) == (one.group, one.model)} for one in (first, second)]
+    return first.seed == second.seed or not seeds[0] & seeds[1]
 
 
 def rows_over_seeds(models: list[ComparedModel]) -> list[dict[str, Any]]:
-    """Of one run: every model's mean over seeds, and every two models' difference, paired by seed."""
-    by_name: dict[str, dict[int, ComparedModel]] = {}
+    """Every model's mean over seeds, and the differences that are of interest, paired by seed."""
+    by_name: dict[tuple[int, str], dict[int, ComparedModel]] = {}
     for model in models:
-        by_name.setdefault(model.model, {})[model.seed] = model
+        by_name.setdefault((model.group, model.model), {})[model.seed] = model
     rows: list[dict[str, Any]] = []
     for seeds in by_name.values():
         if len(seeds) > 1:
             rows += means_over_seeds(list(seeds.values()))
-    for one, other in itertools.combinations(by_name, 2):
-        common = [seed for seed in by_name[one] if seed in by_name[other]]
-        if len(common) > 1:
-            rows += differences_over_seeds([(by_name[other][seed], by_name[one][seed]) for seed in common])
+    for one, other in itertools.combinations(by_name.values(), 2):
+        common = [seed for seed in one if seed in other]
+        if len(common) > 1 and worth_comparing(one[common[0]], other[common[0]], models):
+            rows += differences_over_seeds([(other[seed], one[seed]) for seed in common])
     return rows
 
 
@@ -306,7 +314,9 @@ def means_over_seeds(seeds: list[ComparedModel]) -> Iterator[dict[str, Any]]:
     who = {"kind": "value", "run": seeds[0].run, "model": seeds[0].model, "seed": "all", "seeds": len(seeds)}
     for name in compared_quantities():
         reason = next((one.reasons[name] for one in seeds if name in one.reasons), "")
-        yield who | {"index": name} | mean_row([one.point[name] for one in seeds], reason)
+        row = mean_row([one.point[name] for one in seeds], reason)
+        warned = "; ".join(dict.fromkeys(one.warnings[name] for one in seeds if name in one.warnings))
+        yield who | {"index": name} | row | {"note": row["note"] or warned}
 
 
 def differences_over_seeds(pairs: list[tuple[ComparedModel, ComparedModel]]) -> Iterator[dict[str, Any]]:
@@ -377,78 +387,44 @@ def curve_rows(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def why_unpaired(model: ComparedModel, against: ComparedModel) -> str:
+    """Why two models' draws do not resample the same text; empty where they do.
+
+    They do where the scored tokens of every cluster of documents are the same text, by its bytes; of images, by how many.
+    """
+    if model.corpus != against.corpus:
+        return "not paired: another corpus"
+    if model.documents != against.documents:
+        return "not paired: other documents were scored"
+    sizes = (model.bytes, against.bytes) if model.bytes.any() else (model.tokens, against.tokens)
+    if not np.array_equal(*sizes):
+        alike = np.array_equal(model.tokens, against.tokens)
+        why = "as many tokens, other bytes" if alike else "another tokenizer or other windows"
+        return f"not paired: other windows of the text were scored ({why})"
+    return ""
+
+
 def difference(model: ComparedModel, against: ComparedModel, name: str) -> dict[str, Any]:
-    """``model - against``; paired where both scored the same tokens of the same documents.
+    """``model - against``; paired where both scored the same text of the same documents.
 
     Both sides' draws come from one seed, so that draw k resamples the same documents on both.
     """
-    paired = model.documents == against.documents and np.array_equal(model.tokens, against.tokens)
-    paired = paired and model.corpus == against.corpus
-    row = {"kind": "difference", **model.who, "index": name, "paired": paired}
+    unpaired = why_unpaired(model, against)
+    row = {"kind": "difference", **model.who, "index": name, "paired": not unpaired}
     row |= {f"against_{k}": v for k, v in against.who.items()}
     undefined = model.reasons.get(name) or against.reasons.get(name)
     if undefined:
         return row | {"note": undefined}
     draws = min(len(model.draws[name]), len(against.draws[name]))
     here, there = model.draws[name][:draws], against.draws[name][:draws]
-    if not paired:
+    if unpaired:
         # Unpaired draws must not move together: pair each with another's.
         there = np.roll(there, len(there) // 2)
     low, high = interval(here - there)
-    note = "" if model.corpus == against.corpus else "another corpus"
+    warned = dict.fromkeys(one.warnings[name] for one in (against, model) if name in one.warnings)
     return row | {
         "value": model.point[name] - against.point[name],
         "ci_low": float(low),
         "ci_high": float(high),
-        "note": note,
+        "note": "; ".join(filter(None, [unpaired, *warned])),
     }
-
-
-def reproduction(reference: Run, run: Run) -> str:
-    """One line: whether ``run`` reproduced ``reference``."""
-    a, b = reference.manifest, run.manifest
-    who = f"{run.folder} against {reference.folder}"
-    if a.corpus.checksum != b.corpus.checksum:
-        return f"{who}: another corpus ({a.corpus.spec} with other texts): compare the intervals of the differences"
-    if a.suite != b.suite or a.seeds != b.seeds:
-        return f"{who}: same corpus, other settings"
-    if others := [name for name in a.models if name in b.models and other_weights(a, b, name)]:
-        return f"{who}: model {others[0]!r} has other weights: compare the intervals of the differences"
-    if parts_of_one(reference, run):
-        return f"{who}: other models of the same suite ({', '.join(b.models)}): read as one run"
-    if a.models != b.models:
-        return f"{who}: same settings, but {', '.join(a.models)} there and {', '.join(b.models)} here"
-    alike = [name for name in SCHEMA if name not in MEASURED_TIME]
-    changed = [name for name in alike if a.checksums.get(name) != b.checksums.get(name)]
-    if not changed:
-        return f"{who}: identical, every CSV byte for byte"
-    return f"{who}: {largest_difference(reference, run, changed)}"
-
-
-def other_weights(a: Manifest, b: Manifest, name: str) -> bool:
-    """Whether a pretrained model of two runs is not the same, by what its sources held; so is one with another lens."""
-    one, other = (m.sources.get(name, {}) | {f"lens {k}": v for k, v in m.lenses.get(name, {}).items()} for m in (a, b))
-    return any(one[key] != other[key] for key in {*one} & {*other})
-
-
-def largest_difference(reference: Run, run: Run, changed: list[str]) -> str:
-    """How far apart the numbers of two runs' ``changed`` tables are, or that they do not hold the same rows or answers."""
-    largest, where = 0.0, f"the text of {', '.join(changed)}"
-    for name in changed:
-        if name == "verdicts.csv" and any(
-            list(reference.tables[name][column]) != list(run.tables[name][column])
-            for column in ("verdict", "fixed_lens_verdict")
-        ):
-            return f"not reproduced, {name} has other verdicts"
-        one, other = (r.tables[name].select_dtypes("number") for r in (reference, run))
-        if one.shape != other.shape:
-            return f"not reproduced, {name} has {len(other)} rows instead of {len(one)}"
-        gap = (one - other).abs()
-        if (one.isna() != other.isna()).any(axis=None):
-            return f"not reproduced, other cells of {name} are empty"
-        if gap.isna().all(axis=None):
-            continue  # of words alone, its numbers are all missing
-        column = gap.max().idxmax()
-        if gap[column].max() >= largest:
-            largest, where = float(gap[column].max()), f"{name}, column {column}"
-    return f"reproduced but for a largest absolute difference of {largest:.3g} ({where})"

@@ -5,7 +5,6 @@ asks for no file, font or address outside itself.
 """
 
 import base64
-import itertools
 import json
 import shlex
 from collections.abc import Iterable, Sequence
@@ -22,11 +21,14 @@ from lensbench.errors import LensbenchError
 from lensbench.measures.update.sentences import update_rule_in_words
 from lensbench.measures.verdict import rule_in_words
 from lensbench.report.claims import CELLS, claim_cells, claim_rows
-from lensbench.report.compare import grouped, joined
+from lensbench.report.compare import Comparison
+from lensbench.report.comparison import opening, pair_name, shown_differences
 from lensbench.report.figures.frames import lens_frame
-from lensbench.report.formatting import shown_seeds
+from lensbench.report.formatting import shown_seeds, with_interval
+from lensbench.report.joining import grouped, joined, names_of
 from lensbench.report.profile_svg import profiles
 from lensbench.report.render import render
+from lensbench.report.reproduction import differs_by_interval
 from lensbench.report.svg import heatmap, kl_curves, ruler
 from lensbench.report.terminal import doubts
 from lensbench.report.verdicts import Statement, UpdateStatement, rule_of, statements, update_statements
@@ -56,8 +58,21 @@ def write_page(folders: Sequence[Path], path: Path) -> None:
     write_atomically(path, lambda partial: partial.write_text(content, encoding="utf-8"))
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The whole page; the same folders give the same bytes."""
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the page of the runs of a comparison, with what it found at the top.
+
+    Raises :class:`LensbenchError` where the file cannot be written.
+    """
+    content = page(comparison.runs, comparison)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda partial: partial.write_text(content, encoding="utf-8"))
+    except OSError as error:
+        raise LensbenchError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def page(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
+    """The whole page, of a ``comparison`` with what it found; the same folders give the same bytes."""
     questions = list(dict.fromkeys(run.manifest.suite.question for run in runs))
     names = names_of(runs)
     content = render(
@@ -65,6 +80,7 @@ def page(runs: Sequence[Run]) -> str:
         title=questions[0] if questions else "lensbench",
         folders=list(dict.fromkeys(run.folder.name for run in runs)),
         questions=questions,
+        compared=Markup() if comparison is None else compared_section(comparison),
         verdicts=verdict_list(runs, names),
         profiles=profiles(runs, names),
         claims=[claims for parts in grouped([*runs]) if (claims := claim_list(joined(parts)))],
@@ -74,14 +90,17 @@ def page(runs: Sequence[Run]) -> str:
     return f"{content}\n"
 
 
-def names_of(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Of each run: model -> its name on the page, with the run's folder where two runs have a model of that name."""
-    models = [list(run.tables["models.csv"]["model"].unique()) for run in runs]
-    twice = {m for a, b in itertools.combinations(models, 2) for m in set(a) & set(b)}
-    return [
-        {m: f"{m} ({run.folder.name})" if m in twice else str(m) for m in own}
-        for run, own in zip(runs, models, strict=True)
-    ]
+def compared_section(comparison: Comparison) -> Markup:
+    """The answer of a comparison, its warnings, and every difference whose interval leaves out 0."""
+    found = shown_differences(comparison)
+    clear = [row for _, row in found.iterrows() if differs_by_interval(row)]
+    rows = [
+        (pair_name(row["against_run"], row["against_model"], row["run"], row["model"]), row["index"], with_interval(row),
+         "yes" if row["paired"] else "no", row["note"] if isinstance(row["note"], str) else "")
+        for row in clear
+    ]  # fmt: skip
+    columns = ("difference", "index", "value [95 %]", "paired", "note")
+    return render("comparison.html", lines=opening(comparison), columns=columns, rows=rows, of=len(found))
 
 
 # Verdicts

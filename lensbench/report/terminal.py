@@ -96,26 +96,32 @@ def tolerance_table(run: Run) -> Table:
 
 
 def ruler_table(run: Run) -> Table:
-    """Every model on the ruler: the three indices of lenses held fixed, what is known of it, and the verdicts on it."""
+    """Every model on the ruler: its size, what is known of it, the verdicts on it, and the indices of both rules."""
     shown = shown_seeds(run.tables["indices.csv"]).set_index(["model", "index"])
     judged = shown_seeds(run.tables["verdicts.csv"]).set_index(["model", "scope"])
-    heads = {
-        INDEX_OF["consistency"]: INDICES[INDEX_OF["consistency"]].label,
-        INDEX_OF["visibility"]: INDICES[INDEX_OF["visibility"]].label,
-        "gain_visibility_without_layer0": INDICES["gain_visibility_without_layer0"].variant,
-        INDEX_OF["movement"]: INDICES[INDEX_OF["movement"]].label,
-    }
+    sizes = run.tables["models.csv"].drop_duplicates("model").set_index("model")
+    names = [name for name in RULER if (shown.index.get_level_values(1) == name).any()]
+    known = bool(judged["known"].notna().any())
     table = Table(
-        Column("model", no_wrap=True), "known by construction", *heads.values(), "verdict", "verdict without layer 0",
-        "of lenses held fixed", "of lenses held fixed, without layer 0",
-        title="the ruler [95 % intervals]",
+        Column("model", no_wrap=True), "parameters", "layers", *["known by construction"] * known, "verdict",
+        "verdict without layer 0", *(INDICES[name].label for name in names), "by lenses held fixed",
+        "by lenses held fixed, without layer 0", title="the ruler [95 % intervals]",
     )  # fmt: skip
     for model in dict.fromkeys(shown.index.get_level_values(0)):
-        cells = [with_interval(shown.loc[model, name]) for name in heads]
+        size = [f"{sizes.loc[model, column]:,.0f}" for column in ("parameters", "layers")]
         rows = [judged.loc[(model, scope)] for scope in SCOPES if (model, scope) in judged.index]
-        known = next((row["known"] for row in rows if pd.notna(row["known"])), "")
-        table.add_row(model, known, *cells, *map(verdict_cell, rows), *(row["fixed_lens_verdict"] for row in rows))
+        told = [next((row["known"] for row in rows if pd.notna(row["known"])), "")] * known
+        cells = [with_interval(shown.loc[model, name]) if (model, name) in shown.index else "" for name in names]
+        fixed = (row["fixed_lens_verdict"] for row in rows)
+        table.add_row(model, *size, *told, *map(verdict_cell, rows), *cells, *fixed)
     return table
+
+
+RULER = (
+    "in_place_without_layer0", "clarity_without_layer0", INDEX_OF["consistency"], INDEX_OF["visibility"],
+    "gain_visibility_without_layer0", INDEX_OF["movement"],
+)  # fmt: skip
+"""Indices of the ruler: those of the update decomposition, then those of lenses held fixed"""
 
 
 def verdict_cell(row: pd.Series) -> str:

@@ -44,20 +44,22 @@ def test_the_two_commands_are_there():
 @pytest.mark.results
 def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparison, predictive_comparison):
     console = Console(file=io.StringIO(), width=400)
-    print_comparison(predictive_comparison, console)
+    print_comparison(predictive_comparison, console, everything=True)
     folder = ROOT / "results" / "predictive-coding" / "in-context"
     if folder.is_dir():
         for table in in_context_tables({name: pd.read_csv(folder / name) for name in ("task.csv", "differences.csv")}):
             console.print(table)
     for name in COMMITTED:
         print_run(read_run(ROOT / "results" / name), console)
-        print_comparison(compare_runs([ROOT / "results" / name], load_suite("standard").verdict), console)
-    print_comparison(standard_comparison, console)
+        print_comparison(
+            compare_runs([ROOT / "results" / name], load_suite("standard").verdict), console, everything=True
+        )
+    print_comparison(standard_comparison, console, everything=True)
     for name in ("small", "smollm2"):
         print_run(read_run(ROOT / "results" / "probes" / name), console)
     vision = ROOT / "results" / "vision"
     print_run(read_run(vision), console)
-    print_comparison(compare_runs([vision]), console)
+    print_comparison(compare_runs([vision]), console, everything=True)
     console.print(regression_table(pd.read_csv(ROOT / "results/probes/in-context-regression/regression.csv")))
     console.print(calibration_table(pd.read_csv(ROOT / "results" / "calibration" / "calibration.csv")))
     calibrated = {name: pd.read_csv(ROOT / "results" / "update-calibration" / name) for name in (RIGHT, COVERAGE)}
@@ -94,7 +96,7 @@ def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured
     )
     console = Console(file=io.StringIO(), width=400)
     with contextlib.chdir(ROOT):
-        print_comparison(compare_runs([Path("results/predictive-coding/ablation")]), console)
+        print_comparison(compare_runs([Path("results/predictive-coding/ablation")]), console, everything=True)
     quoted, printed = QUOTED.findall(section), console.file.getvalue()
     assert len(quoted) >= 15
     assert [n for n in quoted if n not in printed] == []

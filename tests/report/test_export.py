@@ -52,7 +52,7 @@ def test_the_page_is_made_again_from_it_with_the_same_tables(tiny_run, light, tm
 
 def test_it_is_compared_as_the_run_is(tiny_run, light, tmp_path):
     result = run("compare", tiny_run, light, "--out", tmp_path / "out.csv")
-    assert "identical, every CSV byte for byte" in result.output
+    assert "reproduced: byte for byte" in result.output
     rows = pd.read_csv(tmp_path / "out.csv").query("kind == 'difference' and model == against_model")
     assert rows["paired"].all()
     assert len(rows) > 20

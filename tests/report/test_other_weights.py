@@ -10,7 +10,7 @@ from lensbench.results.manifest import write_manifest
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"), [("a", "identical, every CSV"), ("b", "model 'gpt' has other weights: compare the intervals")]
+    ("weights", "said"), [("a", "reproduced: byte for byte"), ("b", "not the same: model 'gpt' has other weights")]
 )
 def test_a_reproduction_is_of_the_same_weights(tiny_run, tmp_path, weights, said):
     folders = [tmp_path / "one", tmp_path / "two"]

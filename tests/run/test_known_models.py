@@ -273,7 +273,7 @@ def test_parts_of_a_suite_compare_as_the_whole_does_and_claims_are_corrected_tog
     parts = [part_of(folder, tmp_path / f"part{k}", suite, names[k], names[1 - k]) for k in (0, 1)]
     found = []
     for folders in ([folder], parts):
-        result = run("compare", *folders, "--out", tmp_path / "out.csv", "--figures", tmp_path / "figures")
+        result = run("compare", *folders, "--all", "--out", tmp_path / "out.csv", "--figures", tmp_path / "figures")
         assert result.exit_code == 0, result.output
         assert "known by" in result.output
         assert "carry-along" in result.output

@@ -172,7 +172,10 @@ def test_the_last_point_of_a_curve_is_the_model_that_the_lenses_read(curve_run):
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("column", "said"),
-    [("sentence", "reproduced but for a largest absolute difference"), ("verdict", "other verdicts")],
+    [
+        ("sentence", "reproduced: every number is the same, but not the text of verdicts.csv"),
+        ("verdict", "other verdicts"),
+    ],
 )
 def test_tables_of_words_that_differ_are_compared_too(curve_run, tmp_path, column, said):
     folder, _, _ = curve_run
@@ -198,7 +201,7 @@ def test_compare_pairs_curves_by_seed_and_timings_do_not_hinder_a_reproduction(c
     write_manifest(again, manifest)
     result = CliRunner().invoke(app, ["compare", str(folder), str(again), "--out", str(tmp_path / "table.csv")])
     assert result.exit_code == 0, result.output
-    assert "identical, every CSV byte for byte" in result.output
+    assert "reproduced: byte for byte" in result.output
     table = pd.read_csv(tmp_path / "table.csv")
     rows = table[(table["kind"] == "learning curve") & (table["run"] == str(folder))]
     curves = read_run(folder).tables["curves.csv"].set_index(["model", "train_tokens", "positions", "seed"])["ce"]

@@ -1,0 +1,135 @@
+"""Comparisons: which models are held against which, when differences are paired, and the line that answers."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lensbench.report.compare import ComparedModel, difference, why_unpaired, worth_comparing
+from lensbench.report.reproduction import answer, outside_interval, settings_that_differ
+from lensbench.results.folder import Run
+from lensbench.results.manifest import Manifest
+from lensbench.statistics import bootstrap_weights
+
+
+def compared(model, *, group=0, seed=0, corpus="text", tokens=(4, 6, 5), sizes=(40, 66, 53), shift=0.0, warnings=None):
+    """A model whose index is a mean over three documents, drawn with the weights that all models share."""
+    values = np.array([1.0, 5.0, 9.0]) + shift
+    draws = bootstrap_weights(3, 400, 0) @ values / 3
+    return ComparedModel(
+        f"run{group}", group, corpus, model, seed, ("a", "b", "c"), np.array(tokens, float), np.array(sizes, float),
+        {"x": values.mean()}, {"x": draws}, {}, {}, warnings or {},
+    )  # fmt: skip
+
+
+def test_two_models_of_two_runs_on_the_same_text_have_a_paired_difference():
+    one, other = compared("a"), compared("b", group=1, shift=2.0)
+    assert worth_comparing(one, other, [one, other])
+    row = difference(other, one, "x")
+    assert row["paired"]
+    # Draw by draw the two means differ by the shift alone: the interval of a paired difference has no length.
+    assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx((2, 2, 2))
+    assert row["note"] == ""
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ({"corpus": "another"}, "not paired: another corpus"),
+        ({"sizes": (40, 66, 54)}, "not paired: other windows of the text were scored (as many tokens, other bytes)"),
+        (
+            {"tokens": (5, 6, 5), "sizes": (41, 66, 53)},
+            "not paired: other windows of the text were scored (another tokenizer or other windows)",
+        ),
+    ],
+)
+def test_differences_on_other_text_are_unpaired_and_the_note_says_why(how, why):
+    one, other = compared("a"), compared("b", group=1, shift=2.0, **how)
+    row = difference(other, one, "x")
+    assert not row["paired"]
+    assert row["note"] == why
+    assert row["ci_low"] < 0 < row["ci_high"]
+
+
+def test_another_tokenizer_that_scored_the_same_bytes_is_paired():
+    assert why_unpaired(compared("a"), compared("b", group=1, tokens=(8, 12, 10))) == ""
+
+
+def test_images_are_paired_by_their_number():
+    none = (0, 0, 0)
+    assert why_unpaired(compared("a", sizes=none), compared("b", sizes=none)) == ""
+    assert why_unpaired(compared("a", sizes=none), compared("b", sizes=none, tokens=(4, 6, 6)))
+
+
+def test_of_two_runs_models_of_one_name_are_compared_and_those_without_a_namesake():
+    models = [compared(name, group=group) for group, names in enumerate(("ab", "ac")) for name in names]
+    a, b, again, c = models
+    pairs = [(a, again, True), (a, c, False), (b, again, False), (b, c, True), (a, b, True), (again, c, True)]
+    assert [worth_comparing(one, other, models) for one, other, _ in pairs] == [wanted for *_, wanted in pairs]
+
+
+def test_seeds_of_two_runs_are_compared_with_the_same_seed_unless_they_share_none():
+    models = [compared("a", group=0, seed=0), compared("a", group=1, seed=0), compared("a", group=1, seed=1)]
+    assert worth_comparing(models[0], models[1], models)
+    assert not worth_comparing(models[0], models[2], models)
+    assert worth_comparing(models[0], models[2], [models[0], models[2]])
+
+
+def test_warnings_of_the_tables_are_carried_into_differences():
+    few = {"x": "only 34 clusters: interval not to be trusted"}
+    row = difference(compared("b", shift=1.0, warnings=few), compared("a", warnings=few), "x")
+    assert row["note"] == few["x"]
+
+
+# The line that answers
+def run_of(models=("gpt",), *, fit=None, checksum="t", checksums=None, tables=None, model_settings=None):
+    bare = Manifest.of_tables(Path("runs/a"), list(models))
+    suite = bare.suite.model_copy(update={"fit": fit or {"ridge": 1}})
+    corpus = bare.corpus.model_copy(update={"checksum": checksum, "spec": "file:a.txt"})
+    files = {"indices.csv": "1"} if checksums is None else checksums
+    manifest = bare.model_copy(update={"suite": suite, "corpus": corpus, "files": files, "seeds": [0]})
+    return Run(Path("runs/a"), manifest, tables or {})
+
+
+def indices(value, verdict="mixed"):
+    rows = pd.DataFrame([{"model": "gpt", "index": "x", "value": value, "ci_low": 0.4, "ci_high": 0.6}])
+    verdicts = pd.DataFrame({"verdict": [verdict], "fixed_lens_verdict": ["cannot tell"]})
+    return {"indices.csv": rows, "verdicts.csv": verdicts}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (run_of(), "reproduced: byte for byte"),
+        (run_of(checksum="u"), "not the same: text"),
+        (run_of(fit={"ridge": 2}), "not the same: settings: fit.ridge is 1 and 2"),
+        (run_of(["pc"]), "other models, the same text and settings: gpt; pc"),
+    ],
+)
+def test_the_first_line_answers_whether_it_is_the_same_run(other, said):
+    assert answer(run_of(), other).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "said"),
+    [
+        (0.5001, "mixed", "reproduced within what another processor gives: the same verdicts"),
+        (0.7, "mixed", "not the same: x of gpt is 0.700, outside the other run's 0.500 [0.400, 0.600]"),
+        (0.5001, "undetermined", "not the same: verdicts.csv has other verdicts"),
+    ],
+)
+def test_a_run_is_reproduced_where_verdicts_are_the_same_and_values_lie_within_intervals(value, verdict, said):
+    one = run_of(tables=indices(0.5))
+    files = {"indices.csv": "2", "verdicts.csv": "2"}
+    assert answer(one, run_of(checksums=files, tables=indices(value, verdict))).startswith(said)
+
+
+def test_of_many_settings_that_differ_four_are_named_and_the_rest_counted():
+    one, other = run_of(fit=dict.fromkeys("abcdef", 1)), run_of(fit=dict.fromkeys("abcdef", 2))
+    said = settings_that_differ(one.manifest, other.manifest)
+    assert said == "fit.a is 1 and 2, fit.b is 1 and 2, fit.c is 1 and 2, fit.d is 1 and 2, and 2 more"
+
+
+def test_tables_that_did_not_change_are_not_looked_at():
+    assert outside_interval(run_of(tables=indices(0.5)), run_of(tables=indices(0.9)), []) == ""
