@@ -11,7 +11,7 @@ import pandas as pd
 
 from benchmarks.texts.numbers import Condition, Number, TextError, UndefinedNumber, markdown
 from lensbench.report.claims import claim_rows, p_text
-from lensbench.report.compare import joined
+from lensbench.report.joining import joined
 from lensbench.report.settings import REPORTED, doubt_frame, settings_frame
 from lensbench.report.verdicts import rule_of
 from lensbench.results.folder import Run, read_run

@@ -8,16 +8,60 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
+from typer.models import ArgumentInfo, CommandFunctionType
 
 from lensbench import __version__
 from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import messages
 
-app = typer.Typer(
+VALUES: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+"""The type of a value -> what stands for it on a help page, in place of Python's name of the type"""
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help page names arguments without Python's types."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """The command; recent versions of Typer write the type of an argument next to its name."""
+        super().__init__(*args, **kwargs)
+        for value in self.params:
+            if value.param_type_name == "argument":
+                setattr(value, "display_type_rich", lambda ctx: "")  # noqa: B010 (no version of Typer declares it so)
+
+
+class App(typer.Typer):
+    """The command ``lensbench``, on whose help pages values have no names of Python's types."""
+
+    def command(self, name: str | None = None, **kwargs: Any) -> Callable[[CommandFunctionType], CommandFunctionType]:
+        """As Typer's; values that name nothing of their own are named by :data:`VALUES`, arguments by themselves."""
+        register = super().command(name, **{"cls": PlainCommand, **kwargs})
+
+        def named(function: CommandFunctionType) -> CommandFunctionType:
+            for value, annotation in get_type_hints(function, include_extras=True).items():
+                for info in getattr(annotation, "__metadata__", ()):
+                    if info.metavar is None:
+                        info.metavar = value_name(value, annotation.__origin__, isinstance(info, ArgumentInfo))
+            return register(function)
+
+        return named
+
+
+def value_name(name: str, kind: Any, is_argument: bool) -> str | None:
+    """What stands for a value on help pages; None for a flag and a choice, which name theirs."""
+    inner = [k for k in (get_args(kind) or (kind,)) if k is not type(None)]
+    of = get_args(inner[0])[0] if get_args(inner[0]) else inner[0]
+    if is_argument:
+        several = get_origin(kind) is list
+        return f"{name.upper().removesuffix('S') if several else name.upper()}{'...' * several}"
+    return VALUES.get(of)
+
+
+app = App(
     name="lensbench",
     help="Does a language model refine one prediction, kept in one representation, layer by layer?\n\n"
     "lensbench trains small models, fits a lens per layer and one lens for all layers, reads every lens "
@@ -29,8 +73,8 @@ app = typer.Typer(
 )
 
 
-# Tables that go to a file or a pipe are not to be folded at 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 160)
+console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80))
+"""Where results go: tables are as wide as the terminal, in a file or a pipe 80 columns (or ``COLUMNS``)"""
 
 
 def say(line: str) -> None:
@@ -90,7 +134,15 @@ def one_line(error: Exception) -> str | None:
 
 Out = Annotated[
     Path | None,
-    typer.Option(help="Run folder; default runs/SUITE, with the names of --model and --corpus.", show_default=False),
+    typer.Option(metavar="FOLDER", help="Folder of the tables; default runs/NAME.", show_default=False),
+]
+
+
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="Refuse texts among which files are no text; without it they are left out and named."
+    ),
 ]
 
 
@@ -121,7 +173,9 @@ def about(
     """What every command has in common."""
 
 
-Source = Annotated[str, typer.Argument(help="hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE or package:NAME.")]
+Source = Annotated[
+    str, typer.Argument(metavar="MODEL", help="hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE or package:NAME.")
+]
 
 
 Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")]
@@ -135,6 +189,8 @@ def run_folder(out: Path | None, default: str) -> Path:
     from lensbench.results.folder import in_checkout_results
 
     folder = out or Path("runs") / default
+    if folder.exists() and not folder.is_dir():
+        raise LensbenchError(f"{folder} is a file; give --out a folder")
     if out is None and in_checkout_results(folder):
         raise LensbenchError(f"{folder} lies in results/ of a checkout of lensbench; name the folder with --out")
     return folder

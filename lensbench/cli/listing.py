@@ -22,6 +22,7 @@ def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
     from lensbench.data.images import SPECS
     from lensbench.models import FAMILIES
+    from lensbench.report.in_width import show
     from lensbench.suite.files import kind_of, named_files, read_toml
 
     named = Table(
@@ -44,11 +45,11 @@ def models(debug: Debug = False) -> None:
         else:
             inside = ", ".join(m["name"] for m in content["models"])
         named.add_row(name, inside, content["question"])
-    console.print(named)
+    show(named, console)
     families = Table("family", "settings", "what it is", title="model families")
     for name, family in FAMILIES.items():
         families.add_row(name, ", ".join(family.settings), family.description)
-    console.print(families)
+    show(families, console)
     corpora = "corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]"
     console.print(corpora, highlight=False, markup=False)
     console.print(f"images: {SPECS}", highlight=False, markup=False)

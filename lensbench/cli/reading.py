@@ -1,13 +1,14 @@
 """One model on one text: how well it predicts, and what each layer predicts."""
 
 import math
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lensbench.cli.app import Debug, Device, Dtype, Source, answerable, app, console, noted, say
+from lensbench.cli.app import Debug, Device, Dtype, Source, Strict, answerable, app, console, noted, say
 from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import Bars
 
@@ -24,7 +25,14 @@ class Begin(StrEnum):
 @answerable
 def bits(
     model: Source,
-    text: Annotated[Path, typer.Argument(help="A text file.")],
+    text: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT",
+            help="What --corpus of `lensbench run` takes: stdlib, file:PATH (a text, .jsonl[#FIELD], a folder, a pattern), "
+            "hf:NAME[/CONFIG][@SPLIT][#FIELD]; or the path of a file or folder.",
+        ),
+    ],
     length: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of a window; default 512, or the model's context.", show_default=False),
@@ -42,50 +50,69 @@ def bits(
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Read no more than this.", show_default=False)] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
+    strict: Strict = False,
     debug: Debug = False,
 ) -> None:
     """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
     from lensbench.data.reading import read_documents
     from lensbench.data.tokens import beginning, spelled_out
-    from lensbench.models.likelihood import text_likelihood
-    from lensbench.models.pretrained import check_context, context_length, load_pretrained, without_progress_bars
+    from lensbench.models.likelihood import texts_likelihood
+    from lensbench.models.pretrained import (
+        check_context,
+        check_source,
+        context_length,
+        load_pretrained,
+        without_progress_bars,
+    )
     from lensbench.runtime.environment import choose_device, dtype_named
-    from lensbench.statistics import bootstrap_weights, interval
+    from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
+    from lensbench.statistics import bootstrap_weights, few_clusters, interval
 
-    documents = read_documents(f"file:{text}", max_bytes, say=say)
-    if len(documents) != 1:
-        raise LensbenchError(f"{text} holds {len(documents)} documents: give one text file")
+    of_device, of_dtype = choose_device(device), dtype_named(dtype)
+    check_source(model)
+    refuse_unreachable(model, HERE)
+    spec = f"file:{text}" if os.path.exists(text) and text != "stdlib" else text
+    refuse_unreachable(spec, TEXTS_HERE)
+    documents = read_documents(spec, max_bytes, say=say, strict=strict)
     with without_progress_bars():
-        loaded = load_pretrained(model, dtype=dtype_named(dtype), device=choose_device(device), say=noted)
+        loaded = load_pretrained(model, dtype=of_dtype, device=of_device, say=noted)
     length = length or min(512, context_length(loaded.model.config) or 512)
     check_context(model, loaded.model.config, length, "set --length to {} or less")
     with Bars() as bars:
-        found = text_likelihood(
+        found = texts_likelihood(
             loaded.model,
             loaded.tokenizer,
-            documents[0].text,
+            [document.text for document in documents],
             length=length,
             begin=begin.value if bos else None,
             progress=bars,
         )
-    weights = bootstrap_weights(len(found.nats), 2000, 0)
+    many = len(documents) > 1
+    scored = found.by_document() if many else found
+    weights = bootstrap_weights(len(scored.nats), 2000, 0)
     for name, nats, per in (
-        ("nats/token", found.nats, found.tokens),
-        ("bits/byte", found.nats / math.log(2), found.bytes),
+        ("nats/token", scored.nats, scored.tokens),
+        ("bits/byte", scored.nats / math.log(2), scored.bytes),
     ):
         low, high = interval((weights @ nats) / (weights @ per))
         console.print(f"{name}: {nats.sum() / per.sum():.4f} [{low:.4f}, {high:.4f}]", highlight=False, markup=False)
     total = f"{found.tokens.sum()} tokens, {found.bytes.sum()} bytes, {len(found.nats)} windows of {length} tokens"
-    console.print(f"{total}; intervals: 95 %, bootstrap over windows", highlight=False, markup=False)
-    front = beginning(loaded.tokenizer, begin.value)
+    total += f", {len(documents)} documents" * many
+    over = "documents" if many else "windows"
+    console.print(f"{total}; intervals: 95 %, bootstrap over {over}", highlight=False, markup=False)
+    if few := few_clusters(len(scored.nats)) if many else "":
+        noted(few.replace("clusters", "documents"))
+    front, each = beginning(loaded.tokenizer, begin.value), "each" if many else "the"
     if not bos or not front.ids:
-        line = "the text stands as it is, so its first token is not scored"
+        line = f"{each} text stands as it is, so its first token is not scored"
     elif front.every_window:
         line = f"every window begins with {front.text}, which is not scored"
     else:
-        line = f"the text begins with {front.text}; every later window begins with the last token of the one before it"
+        line = (
+            f"{each} text begins with {front.text}; every later window begins with the last token of the one before it"
+        )
     console.print(line, highlight=False, markup=False)
-    if written := spelled_out(loaded.tokenizer, documents[0].text):
+    if written := spelled_out(loaded.tokenizer, "\n".join(document.text for document in documents)):
         words = ", ".join(f"{word} ({count})" for word, count in written.items())
         line = f"special tokens that the text spells out are read as the characters that they are: {words}"
         console.print(line, highlight=False, markup=False)
@@ -131,10 +158,12 @@ def trace(
     from lensbench.report.trace_tables import error_tables, trace_tables
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.runtime.files import write_atomically
+    from lensbench.runtime.hub import HERE, refuse_unreachable
 
     if out is not None and out.is_dir():
         raise LensbenchError(f"--out {out} is a folder: name a file, {out / 'trace.html'} say")
     named = traced_model(model, lens, run, seed)
+    refuse_unreachable(named.model, HERE)
     with without_progress_bars():
         loaded = load_pretrained(named.model, dtype=dtype_named(dtype), device=choose_device(device), say=noted)
     trajectory = traced(loaded, text, named.lens, tokens, named.view)

@@ -133,7 +133,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """One self-contained HTML page: ruler, verdicts, heatmaps, curves, sortable tables, settings, how to run it again."""
-    from lensbench.report.page import PAGE, write_page
+    from lensbench.report.page import write_page
+    from lensbench.results.folder import PAGE
 
     path = out or folders[0] / PAGE
     write_page(folders, path)
@@ -186,6 +187,7 @@ def settings(
 ) -> None:
     """An index of the update decomposition at other tolerances, metrics and units, and what its doubt is made of."""
     from lensbench.report.compare import read_distinct
+    from lensbench.report.in_width import show
     from lensbench.report.settings import doubt_frame, settings_frame, settings_tables
     from lensbench.results.folder import write_csv
 
@@ -195,4 +197,4 @@ def settings(
         for name, table in (("settings.csv", frame), ("doubt.csv", doubt)):
             write_csv(out / name, table)
     for shown in settings_tables(frame, doubt):
-        console.print(shown)
+        show(shown, console, keys=2)

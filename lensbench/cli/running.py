@@ -3,19 +3,22 @@
 import contextlib
 import re
 import time
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from lensbench.cli.app import Debug, Device, Out, answerable, app, console, run_folder
+from lensbench.cli.app import Debug, Device, Out, PlainCommand, Strict, answerable, app, console, run_folder
 from lensbench.cli.forecast import show_forecast
 from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import Bars
 from lensbench.runtime.progress import Quiet
 
+if TYPE_CHECKING:
+    from lensbench.suite.recipes import Suite
 
-class MayNameACluster(TyperCommand):
+
+class MayNameACluster(PlainCommand):
     """A command whose ``--ray`` may stand alone: then it is a cluster on this machine."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -29,6 +32,16 @@ class MayNameACluster(TyperCommand):
             ):
                 given.append("local")
         return super().parse_args(ctx, given)
+
+
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Run folder; default runs/SUITE, followed by what other options change.",
+        show_default=False,
+    ),
+]
 
 
 Seed = Annotated[
@@ -138,7 +151,7 @@ DryRun = Annotated[
 @answerable
 def run(
     suite: Annotated[str, typer.Argument(help="Name of a suite (see `lensbench models`) or a TOML file.")],
-    out: Out = None,
+    out: RunFolder = None,
     seed: Seed = None,
     model: Models = None,
     corpus: Corpus = None,
@@ -151,6 +164,7 @@ def run(
     limit: Limit = None,
     setting: Set = None,
     dry_run: DryRun = False,
+    strict: Strict = False,
     debug: Debug = False,
 ) -> None:
     """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
@@ -168,15 +182,20 @@ def run(
     if dry_run:
         show_forecast(console, chosen, folder, device, names, wanted)
         return
+    again = [("--only", names), ("--probes", wanted), ("--device", [device] * (device != "auto"))]
+    again += [("--ray", [ray] if ray else []), ("--max-hours", [f"{max_hours:g}"] * (max_hours != 1))]
+    command = changes.command(suite, folder, again)
+    refuse_what_is_no_text(chosen, strict)
     start = time.perf_counter()
     ranks = join_ranks()
+    on = choose_device(device)  # of several processes each has its own
     if ray is not None and ranks.size > 1:
         raise LensbenchError("give either --ray or torchrun's processes: a Ray cluster starts its own")
     with Bars() if ranks.first else contextlib.nullcontext(Quiet()) as progress:
         finished = run_suite(
             chosen,
             folder,
-            device=choose_device(device),
+            device=on,
             only=names,
             progress=progress,
             max_hours=max_hours,
@@ -184,6 +203,7 @@ def run(
             ranks=ranks,
             cluster=None if ray is None else Cluster(ray),
             options=changes.options(),
+            command=command,
         )
     leave_ranks(ranks)
     if not ranks.first:
@@ -193,7 +213,16 @@ def run(
     print_run(finished, console)
     for name, reason in finished.manifest.left_out.items():
         console.print(f"note: model {name} is left out: {reason}", highlight=False, markup=False)
-    console.print(f"\n{time.perf_counter() - start:.0f} s. Tables and figures: {folder}", highlight=False)
+    took = f"{time.perf_counter() - start:.0f} s. Tables and figures: {folder}"
+    console.print(took, highlight=False, markup=False, soft_wrap=True)
+
+
+def refuse_what_is_no_text(suite: "Suite", strict: bool) -> None:
+    """Raise :class:`LensbenchError` where a folder of texts holds other files, if the user asked for that."""
+    from lensbench.data.reading import read_documents
+
+    if strict and suite.images is None:
+        read_documents(suite.corpus.spec, suite.corpus.max_bytes, strict=True)
 
 
 @app.command()

@@ -36,6 +36,7 @@ def calibrate(
 ) -> None:
     """Measure how often verdicts are wrong, intervals miss, or how many tokens they take, on streams of known answer."""
     from lensbench.report.calibration_tables import update_calibration_tables, update_tokens_tables
+    from lensbench.report.in_width import show
     from lensbench.report.study_tables import calibration_table
     from lensbench.run.studies import calibration_study, update_calibration_study, update_tokens_study
     from lensbench.studies.calibration import Calibration, default_workers
@@ -63,7 +64,7 @@ def calibrate(
             written = update_calibration_study(chosen, folder, workers=workers, groups=groups, progress=bars)
         tables = update_calibration_tables(written)
     for table in tables:
-        console.print(table)
+        show(table, console)
     console.print(f"Tables: {folder}", highlight=False)
 
 
@@ -76,6 +77,7 @@ def in_context(
     debug: Debug = False,
 ) -> None:
     """Train models on documents whose exact Bayes predictor is known, and measure how far from it they stay."""
+    from lensbench.report.in_width import show
     from lensbench.report.study_tables import in_context_tables
     from lensbench.run.studies import in_context_study
     from lensbench.runtime.environment import choose_device
@@ -86,7 +88,7 @@ def in_context(
     with Bars() as bars:
         written = in_context_study(chosen, folder, device=choose_device(device), progress=bars)
     for table in in_context_tables(written):
-        console.print(table)
+        show(table, console)
     console.print(f"Tables and figure: {folder}", highlight=False)
 
 
@@ -100,6 +102,7 @@ def regression(
     debug: Debug = False,
 ) -> None:
     """Train self-attention on in-context linear regression, and hold it against the best-tuned gradient steps."""
+    from lensbench.report.in_width import show
     from lensbench.report.study_tables import regression_table
     from lensbench.run.studies import regression_study
     from lensbench.suite.files import load_regression
@@ -108,5 +111,5 @@ def regression(
     folder = run_folder(out, chosen.name)
     with Bars() as bars:
         table = regression_study(chosen, folder, progress=bars)
-    console.print(regression_table(table))
+    show(regression_table(table), console, keys=2)
     console.print(f"Table and figure: {folder}", highlight=False)

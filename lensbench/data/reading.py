@@ -12,7 +12,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from glob import glob, has_magic
 from logging import CRITICAL
 from pathlib import Path
 from tokenize import detect_encoding
@@ -21,7 +22,7 @@ from typing import Any
 from lensbench.data.columns import check_column
 from lensbench.errors import LensbenchError
 from lensbench.runtime.environment import needs
-from lensbench.runtime.texts import decode, kind_of, lines_of, parse_json, printable, read_bytes, reason
+from lensbench.runtime.texts import NoText, decode, kind_of, lines_of, parse_json, printable, read_bytes, reason
 
 BLOCK_BYTES = 8192  # about 2048 tokens of 4 bytes
 
@@ -71,25 +72,40 @@ class Oddities:
 
     nulls: int = 0
     halves: int = 0
-    others: int = 0
+    others: list[str] = field(default_factory=list)
+    """Files of other kinds"""
+    unread: list[str] = field(default_factory=list)
+    """Files of a folder that are named like text and are none"""
 
     def line(self, spec: str) -> str:
         """What was left out and changed; empty where nothing was."""
         counts = (
             (self.nulls, "text(s) that are null, left out"),
             (self.halves, "text(s) with half of a surrogate pair, replaced by U+FFFD"),
-            (self.others, "file(s) of other kinds, left out"),
+            (len(self.others), f"file(s) of other kinds, left out: {listed(self.others)}"),
+            (len(self.unread), f"file(s) that are no UTF-8 text, left out: {listed(self.unread)}"),
         )
         found = [f"{count} {what}" for count, what in counts if count]
         return f"{printable(spec)}: {'; '.join(found)}" if found else ""
 
 
-def read_documents(spec: str, max_bytes: int | None = None, *, say: Say = warn) -> list[Document]:
+MOST_LISTED = 8
+"""Files that a line names"""
+
+
+def listed(names: list[str]) -> str:
+    """Names in a line; of many the first ones, and how many more there are."""
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return f"{', '.join(names[:MOST_LISTED])}{more}"
+
+
+def read_documents(spec: str, max_bytes: int | None = None, *, say: Say = warn, strict: bool = False) -> list[Document]:
     """The documents of a corpus, in a fixed order and without blank ones.
 
     Reading stops at ``max_bytes`` bytes of text (UTF-8) and cuts the last document between two characters. By default
     there is no limit; for ``hf:`` it is 50 MB. Texts that are null are left out; ``say`` gets one line on how many, by
-    default a warning. Raises LensbenchError for a spec that cannot be read.
+    default a warning; files of a folder that are no text are left out and named, or with ``strict`` refused.
+    Raises LensbenchError for a spec that cannot be read.
     """
     if max_bytes is not None and max_bytes < 1:
         raise LensbenchError(f"max_bytes is {max_bytes}: it must be at least 1")
@@ -108,6 +124,10 @@ def read_documents(spec: str, max_bytes: int | None = None, *, say: Say = warn) 
         documents = list(_take_bytes((d for d in found if d.text and not d.text.isspace()), max_bytes))
     except OSError as error:
         raise LensbenchError(f"{printable(spec)} cannot be read: {reason(error)}") from error
+    if strict and (odd.others or odd.unread):
+        raise LensbenchError(
+            f"{odd.line(spec)}; take them away, name texts by a pattern (file:FOLDER/*.txt), or leave --strict out"
+        )
     if line := odd.line(spec):
         say(line)
     if not documents:
@@ -179,15 +199,22 @@ def _expanded(rest: str) -> Path:
 
 def _read_path(rest: str, max_bytes: int | None, odd: Oddities) -> Iterator[Document]:
     path, field = _expanded(rest), None
+    if not _exists(path) and (found := _matching(path)):
+        yield from _read_files(found, None, max_bytes, odd)
+        return
     if not _exists(path) and "#" in rest:  # a '#' may belong to an existing path
         before, _, field = rest.rpartition("#")
         path = _expanded(before)
     name, whole = printable(path.name), printable(rest)
-    if not _exists(path):
-        raise LensbenchError(f"file:{whole}: there is no such file or folder")
+    matching = {} if _exists(path) else _matching(path)
+    if not _exists(path) and not matching:
+        what = "nothing matches this pattern" if has_magic(str(path)) else "there is no such file or folder"
+        raise LensbenchError(f"file:{whole}: {what}")
     if field == "":
         raise LensbenchError(f"file:{whole}: the field after '#' is empty; give its name or leave the '#' out")
-    if path.is_dir():
+    if matching:
+        yield from _read_files(matching, field, max_bytes, odd)
+    elif path.is_dir():
         yield from _read_folder(path, field, max_bytes, odd)
     elif path.suffix.lower() in JSONL_SUFFIXES:
         yield from _read_jsonl(path, name, field or "text", max_bytes, odd)
@@ -196,13 +223,18 @@ def _read_path(rest: str, max_bytes: int | None, odd: Oddities) -> Iterator[Docu
     elif field is not None:
         raise LensbenchError(f"file:{whole}: only .jsonl files have fields; leave '#{printable(field)}' out")
     else:
-        yield _read_text(path, name, max_bytes, lone=True)
+        yield _read_text(path, name, max_bytes)
 
 
-def _read_text(path: Path, name: str, max_bytes: int | None, *, lone: bool = False) -> Document:
+def _read_text(path: Path, name: str, max_bytes: int | None) -> Document:
     text = decode(_beginning(path, name, max_bytes), name)
-    if lone and not text.strip():
+    if not text.strip():
         raise LensbenchError(f"{name} is empty: a corpus needs at least {MIN_LONE_BYTES} bytes of text")
+    return _checked(text, name)
+
+
+def _checked(text: str, name: str) -> Document:
+    """The text as a document; raises :class:`LensbenchError` for lines of JSON under the name of a text."""
     first = text[: 1 << 20].lstrip().partition("\n")[0].strip()
     if first.startswith('{"') and first.endswith("}") and _is_object(first):
         raise LensbenchError(f"{name} holds lines of JSON: name it .jsonl, so that each is read as a document")
@@ -218,16 +250,39 @@ def _is_object(line: str) -> bool:
 
 def _read_folder(folder: Path, field: str | None, max_bytes: int | None, odd: Oddities) -> Iterator[Document]:
     found = _files_in(folder)
-    known = [n for n in sorted(found) if found[n].suffix.lower() in (*TEXT_SUFFIXES, *JSONL_SUFFIXES)]
-    if not known:
+    if not any(_is_text(path) for path in found.values()):
         raise LensbenchError(
             f"folder {printable(folder.name)!r} holds no texts: expected {', '.join(TEXT_SUFFIXES)} or .jsonl"
         )
-    odd.others += len(found) - len(known)
-    for place in known:
+    yield from _read_files(found, field, max_bytes, odd)
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() in (*TEXT_SUFFIXES, *JSONL_SUFFIXES)
+
+
+def _matching(pattern: Path) -> dict[str, Path]:
+    """The files that match a pattern (``**`` for folders in folders), by their place below what has no wildcard."""
+    if not has_magic(str(pattern)):
+        return {}
+    wild = next(k for k, part in enumerate(pattern.parts) if has_magic(part))
+    base = Path(*pattern.parts[:wild])
+    found = (Path(path) for path in glob(str(pattern), recursive=True))
+    return {path.relative_to(base).as_posix(): path for path in found if path.is_file()}
+
+
+def _read_files(found: dict[str, Path], field: str | None, max_bytes: int | None, odd: Oddities) -> Iterator[Document]:
+    """The texts among files, in the order of their places; other files are left out, and counted."""
+    odd.others += [printable(place) for place in sorted(found) if not _is_text(found[place])]
+    for place in sorted(place for place, path in found.items() if _is_text(path)):
         name, path = printable(place), found[place]
         if path.suffix.lower() not in JSONL_SUFFIXES:
-            yield _read_text(path, name, max_bytes)
+            try:
+                text = decode(_beginning(path, name, max_bytes), name)
+            except NoText:
+                odd.unread.append(name)
+                continue
+            yield _checked(text, name)
         elif _exists(path) and not path.stat().st_size:
             continue
         else:
@@ -404,7 +459,11 @@ def _check_folder(folder: Path, rest: str, field: str, odd: Oddities) -> None:
     found = {place: path for place, path in _files_in(folder).items() if path.name not in NO_DATA}
     kinds = Counter(kind for path in found.values() if (kind := HF_KINDS.get(path.suffix.lower())))
     most = max(kinds.values(), default=0)
-    odd.others += kinds.total() - most
+    kept = next((kind for kind, count in kinds.items() if count == most), "")
+    read = (HF_KINDS.get(path.suffix.lower()) for _, path in sorted(found.items()))
+    odd.others += [
+        printable(place) for place, kind in zip(sorted(found), read, strict=True) if kind not in (None, kept)
+    ]
     for place, path in sorted(found.items()):
         if kinds[HF_KINDS.get(path.suffix.lower(), "")] != most:
             continue

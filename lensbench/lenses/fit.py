@@ -153,13 +153,17 @@ def fit(context: FitContext, *, task: str = "fit") -> Fit:
             def say(remark: str, done: int = number) -> None:
                 shown.update(done, remark)
 
+            there = job.name in context.pieces
             found = context.pieces.get(job.name, lambda job=job, say=say: job.run(say))  # type: ignore[misc]
             lenses = lenses_in(found)
             for lens in lenses:
                 context.parts.setdefault(lens.id, []).append(lens)
             if not lenses:
                 context.searched[job.name] = found
-            shown.update(number + 1, job.remark)
+            if there:
+                shown.restored(number + 1)
+            else:
+                shown.update(number + 1, job.remark)
     return _summarised(context)
 
 

@@ -1,5 +1,6 @@
 """Likelihood of a text under a model: nats per token and bits per byte, every token counted once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,18 @@ class Likelihood:
     nats: NDArray[np.float64]
     tokens: NDArray[np.int64]
     bytes: NDArray[np.int64]
+    document: NDArray[np.int64]
+    """The number of the document that a window is of"""
+
+    def by_document(self) -> "Likelihood":
+        """The sums over each document in place of each window."""
+        numbers, inverse = np.unique(self.document, return_inverse=True)
+
+        def summed(values: NDArray[Any]) -> NDArray[np.float64]:
+            return np.bincount(inverse, values).astype(float)
+
+        tokens, sizes = (summed(of).astype(np.int64) for of in (self.tokens, self.bytes))
+        return Likelihood(summed(self.nats), tokens, sizes, numbers)
 
     @property
     def nats_per_token(self) -> float:
@@ -36,6 +49,26 @@ class Likelihood:
     def bits_per_byte(self) -> float:
         """Bits per byte of the scored text; does not depend on the tokenizer's vocabulary."""
         return float(self.nats.sum() / np.log(2) / self.bytes.sum())
+
+
+def texts_likelihood(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    length: int,
+    begin: BeginSetting | None = "auto",
+    progress: Progress = QUIET,
+) -> Likelihood:
+    """The likelihood of every text by itself, as :func:`text_likelihood` scores it, their windows one after another."""
+    found = []
+    with progress.task("texts", len(texts), "texts") as task:
+        for number, text in enumerate(texts):
+            one = text_likelihood(model, tokenizer, text, length=length, begin=begin, progress=progress)
+            found.append(replace(one, document=np.full(len(one.nats), number)))
+            task.update(number + 1)
+    columns = ("nats", "tokens", "bytes", "document")
+    return Likelihood(*(np.concatenate([getattr(one, name) for one in found]) for name in columns))
 
 
 @torch.no_grad()
@@ -78,7 +111,7 @@ def text_likelihood(
             tokens.append(len(found))
             lengths.append(int(sizes.sum()))
             task.update(number + 1)
-    return Likelihood(np.array(nats), np.array(tokens), np.array(lengths))
+    return Likelihood(np.array(nats), np.array(tokens), np.array(lengths), np.zeros(len(nats), np.int64))
 
 
 def scoring_windows(document: TokenizedDocument, length: int) -> list[tuple[NDArray[np.int32], int, NDArray[np.int32]]]:

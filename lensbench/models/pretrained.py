@@ -55,6 +55,10 @@ CUT = re.compile(r"(\.gguf[._-]?(part|split|chunk)?[._-]?(\d+|[a-z]{2})|[._-]par
 """The end of the name of a piece of a GGUF file's bytes"""
 
 
+HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?")
+"""What a model on the hub may be called"""
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A loaded causal LM with its tokenizer."""
@@ -146,6 +150,8 @@ def check_source(source: str) -> None:
     if not rest or kind not in ("hub", "path", "gguf", "package"):
         meant = "gguf" if source.endswith(".gguf") else "path"
         hint = f"; did you mean {meant}:{source}?" if source and os.path.exists(source) else ""
+        if not hint and HUB_NAME.fullmatch(source):
+            hint = f"; did you mean hub:{source}?"
         raise LensbenchError(f"unknown model {source!r}: a model is {SOURCES}{hint}")
 
 

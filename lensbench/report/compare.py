@@ -204,8 +204,8 @@ def compared_models(run: Run, group: int) -> list[ComparedModel]:
         for key, rows in sums.groupby(["model", "seed"], observed=True, sort=False):
             model, seed = cast(tuple[str, int], key)
             who = str(model), int(seed)
-            known = updates.get(who, not_measured()), in_tables.get(who, {}), warned.get(who, {})
-            found.append(compared_model(run, group, *who, clustered(rows), draws, *known))
+            known, told, warnings = updates.get(who, not_measured()), in_tables.get(who, {}), warned.get(who, {})
+            found.append(compared_model(run, group, *who, clustered(rows), draws, known, told, warnings))
     except (KeyError, ValueError) as error:
         raise LensbenchError(f"the sums by cluster of {run.folder} are damaged: {error}") from error
     return found

@@ -12,7 +12,7 @@ from lensbench.report.joining import on_one_ruler
 from lensbench.report.probe_tables import places_table, probe_tables
 from lensbench.report.reproduction import differs_by_interval, is_identical
 from lensbench.report.study_tables import learning_table
-from lensbench.report.terminal import correlation_table, retention_table, ruler_table
+from lensbench.report.terminal import NOT_ALONE, correlation_table, retention_table, ruler_table
 from lensbench.report.verdicts import update_statements
 from lensbench.results.folder import Run
 from lensbench.studies.curves import ALL, differences, shown_curves
@@ -35,10 +35,6 @@ def gap_table(run: Run, declared: list[tuple[str, str]]) -> Table | None:
         if gaps:
             shown.add_row(f"{model} - {against}", *(with_interval(gaps[b]) if b in gaps else "" for b in budgets))
     return shown
-
-
-NOT_ALONE = ("gain_tracking",)
-"""Indices that say nothing without others next to them: they are in the CSV and in the table of all values"""
 
 
 MOST_PAIRS = 4

@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 
 from lensbench.errors import LensbenchError
 from lensbench.report.figures.draw import draw_figures
-from lensbench.report.page import PAGE
 from lensbench.results.draws import kept_draws
 from lensbench.results.folder import (
     PACKED,
+    PAGE,
     SEQUENCES,
     STAGES,
     SUMS,

@@ -80,10 +80,12 @@ def _plain(column: Column, *, stacked: bool) -> _Column:
 
 
 def _stacked(cell: str) -> str:
-    """``value [low, high]`` with the interval on a line of its own."""
-    value, bracket, ends = cell.partition(" [")
-    whole = bracket and ends.removesuffix(" *").endswith("]") and " " not in value
-    return f"{value}\n[{ends}" if whole else cell
+    """``value [low, high]`` with the interval, and what follows, on lines of their own."""
+    first, *more = cell.splitlines() or [""]
+    value, bracket, ends = first.partition(" [")
+    if bracket and ends.removesuffix(" *").endswith("]") and " " not in value:
+        return "\n".join([value, f"[{ends}", *(line.strip() for line in more)])
+    return cell
 
 
 def _part(table: Table, columns: list[_Column], chosen: list[int], width: int, keys: int, of: str) -> Table:

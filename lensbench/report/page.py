@@ -37,8 +37,6 @@ from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.results.schema import SCHEMA, unit
 from lensbench.runtime.files import write_atomically
 
-PAGE = "report.html"
-
 LARGEST_CSV = 1_500_000
 """Bytes of a table that the page holds as a file; of a larger one it gives the name."""
 

@@ -1,4 +1,6 @@
-"""What a run prints at its end: baselines, indices with intervals, and the verdict on each model in words."""
+"""What a run prints at its end: the answer, where the report is, tables, and the verdict on each model in words."""
+
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -12,14 +14,15 @@ from lensbench.measures.indices import (
     tolerance_order,
     variants_of,
 )
-from lensbench.measures.update.verdict import NOT_MEASURED
+from lensbench.measures.update.verdict import NOT_MEASURED, UNDETERMINED
 from lensbench.measures.verdict import INDEX_OF, SCOPES
 from lensbench.report.formatting import number, shown_seeds, with_interval, with_refits
+from lensbench.report.in_width import show
 from lensbench.report.probe_tables import places_table, probe_tables
 from lensbench.report.profile_table import profile_table
 from lensbench.report.study_tables import learning_table
 from lensbench.report.verdicts import statements, update_statements
-from lensbench.results.folder import Run
+from lensbench.results.folder import PAGE, Run
 from lensbench.results.schema import unit
 
 
@@ -57,6 +60,10 @@ def baseline_names(table: pd.DataFrame) -> pd.Series:
     return table["baseline"] + ", tokens of " + table["tokenizer"]
 
 
+NOT_ALONE = ("gain_tracking",)
+"""Indices that must not be read alone: they are in ``indices.csv``, next to those that they belong to"""
+
+
 def index_table(run: Run) -> Table:
     """Every shown index of every model, and the facts of its stream."""
     indices = shown_seeds(run.tables["indices.csv"])
@@ -68,6 +75,8 @@ def index_table(run: Run) -> Table:
     )
     measured = (name for name in similarity_indices() if (indices["index"] == name).any())
     for index in (*shown_indices(), *measured, *fact_indices()):
+        if index in NOT_ALONE:
+            continue
         cells = []
         for name in names:
             row = indices[(indices["model"] == name) & (indices["index"] == index)]
@@ -124,7 +133,7 @@ RULER = (
 """Indices of the ruler: those of the update decomposition, then those of lenses held fixed"""
 
 
-def verdict_cell(row: pd.Series) -> str:
+def verdict_cell(row: Any) -> str:
     """A verdict of ``verdicts.csv``; an undetermined one with its gate."""
     if row["gate"] == NOT_MEASURED:
         return NOT_MEASURED
@@ -239,16 +248,58 @@ def undefined_indices(run: Run) -> list[str]:
     return lines
 
 
+def answer_lines(run: Run) -> list[str]:
+    """The answer, two lines a model: the verdict from layer 1 on (and over all layers), and what it rests on."""
+    lines = []
+    for model, rows in shown_seeds(run.tables["verdicts.csv"]).groupby("model", sort=False):
+        by_scope: dict[Any, Any] = rows.set_index("scope").to_dict("index")
+        scope = HEADLINE if HEADLINE in by_scope else next(iter(by_scope))
+        main = by_scope[scope]
+        if main["gate"] == NOT_MEASURED:
+            lines.append(
+                f"{model}: {main['fixed_lens_verdict']}, by lenses held fixed; the update decomposition was not run"
+            )
+            continue
+        others = [verdict_cell(row) for name, row in by_scope.items() if name != scope]
+        also = f"; over all layers {others[0]}" if others and others[0] != verdict_cell(main) else ""
+        lines.append(f"{model}: {verdict_cell(main)} (from layer 1 on{also})")
+        first, *more = clauses(main["sentence"])
+        # What would help stands at the end of what is said of an undetermined one.
+        lines.append(f"  {first}; {more[-1]}" if main["verdict"] == UNDETERMINED and more else f"  {first}.")
+    return lines
+
+
+HEADLINE = "without layer 0"
+"""The scope of the verdict that a run is summed up by"""
+
+
+def clauses(sentence: str) -> list[str]:
+    """The parts of a long sentence of ``verdicts.csv``, each to stand on a line of its own."""
+    return [part.strip() for part in sentence.split("; ")]
+
+
 def print_run(run: Run, console: Console) -> None:
-    """Print the tables of a run, then the verdicts in words, then every warning once."""
-    for line in too_few_scored(run):
-        console.print(line, highlight=False, markup=False)
+    """Print the answer and where the report is; then tables, the verdicts in words, and every warning once."""
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+    for text in answer_lines(run):
+        line(text)
+    page = run.folder / PAGE
+    line(f"Report: {page}" if page.is_file() else f"Report: lensbench report {run.folder}")
+    for text in too_few_scored(run):
+        line(text)
     profile = profile_table(run, bars=console.is_terminal and console.encoding.startswith("utf"))
     if profile is not None:
-        console.print(profile)
+        show(profile, console, keys=2)
     shown = (baseline_table, index_table, tolerance_table, learning_table, places_table)
     for table in (*(make(run) for make in shown), *probe_tables(run)):
         if table is not None:
-            console.print(table)
-    for line in (*map(str, update_statements(run)), *map(str, statements(run)), *doubts(run), *undefined_indices(run)):
-        console.print(line, highlight=False, markup=False)
+            show(table, console)
+    for said in update_statements(run):
+        line(f"{said.model} ({said.scope}): {said.answer}")
+        for part in clauses(said.reasons):
+            line(f"  - {part}")
+    for text in (*map(str, statements(run)), *doubts(run), *undefined_indices(run)):
+        line(text)

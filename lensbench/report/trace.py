@@ -20,13 +20,22 @@ from lensbench.data.tokens import check_ids, tokenize
 from lensbench.errors import LensbenchError
 from lensbench.lenses.trajectory import prediction_trajectory
 from lensbench.lenses.tuned import SharedLens, load_tuned_lens
-from lensbench.models.pretrained import Pretrained, check_context, check_source, identity, named
+from lensbench.models.pretrained import Pretrained, check_context, check_source, identity, locate, named
+from lensbench.results.folder import OWNER
 from lensbench.results.manifest import Manifest, read_manifest
+from lensbench.runtime.texts import read_json
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.files import name_of
 
 LENSES_OF_A_RUN = ("tuned", "shared", "shared_bias", "tuned_headline")
 """Lenses that a run leaves in its stages."""
+
+
+LENSES = (
+    f"logit; {', '.join(LENSES_OF_A_RUN)} of a run (with --run FOLDER); path:FOLDER of a tuned or shared lens; "
+    "hub:RESOURCE of a tuned lens"
+)
+"""What a lens can be"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ def traced_model(model: str, lens: str | None, run: Path | None, seed: int | Non
     In a run, ``model`` is a name of one of its models, or a source whose lenses the run fitted. The lens is the run's shared
     one where none is named, the seed is its first. Raises :class:`LensbenchError` for what is missing.
     """
+    if lens is not None and lens not in (*LENSES_OF_A_RUN, "logit") and not lens.startswith(("path:", "hub:")):
+        raise LensbenchError(f"unknown lens {lens!r}: a lens is {LENSES}")
     if run is not None:
         return _of_a_run(model, lens or "shared", run, seed)
     if lens in LENSES_OF_A_RUN:
@@ -86,13 +97,27 @@ def _source_of(run: Path, owner: dict[str, Any], seed: int) -> str:
     if not source:
         return f"path:{_stage(run, 'train', owner['name'], seed, 'training of')}"
     if source.startswith(("path:", "gguf:")):
-        kind = source.partition(":")[0]
+        kind, _, held = source.partition(":")
+        given = _source_given(run, owner["name"])
+        if given is not None:
+            return given
         raise LensbenchError(
-            f"model {owner['name']!r} was read from {source}, and results hold nobody's folders: give {kind}: and its place "
-            "instead of its name"
+            f"model {owner['name']!r} was read from {source}, and results hold nobody's folders: name the place of {held}, "
+            f"lensbench trace {kind}:PLACE TEXT --run {run}"
         )
     # The results name the file that a package ships, too.
     return source.partition("/")[0] if source.startswith("package:") else source
+
+
+def _source_given(run: Path, name: str) -> str | None:
+    """The source that the command named on this machine, where it still holds the files that were run; else None."""
+    try:
+        source = read_json(run / OWNER)["sources"][name]
+        locate(source)
+        same = not _other_files(read_manifest(run), name, source)
+    except (LensbenchError, KeyError, TypeError):
+        return None  # a folder of another version, or moved: the user is asked for the place
+    return str(source) if same else None
 
 
 def _name_in(run: Path, manifest: Manifest, model: str) -> str:

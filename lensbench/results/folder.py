@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,22 +31,29 @@ STAGES = "stages"
 """The folder of finished work in a run folder"""
 
 
+PAGE = "report.html"
+"""The page of a finished run"""
+
+
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, name: str, threads: int | None = None, ranks: Ranks = ALONE) -> Iterator[None]:
+def claimed(
+    folder: Path, name: str, threads: int | None = None, ranks: Ranks = ALONE, facts: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """The run folder, locked for the suite, sweep or study ``name``, with ``threads`` for torch (None: as many as now).
 
     Creates the folder. At the end the lock is released and torch has its threads back. A folder in which nothing is worth
     keeping when the work fails is removed if it was made here, and free for another suite if not. Of several processes
-    the first one claims it; all must see it.
+    the first one claims it; all must see it. ``facts``: what else :data:`OWNER` says, for commands on this machine alone:
+    the ``command`` that goes on with unfinished work, and the ``sources`` of models.
 
     Raises :class:`LensbenchError` for a folder of another suite, one that holds something else, or one in use.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock: list[FileLock] = []
-    ranks.agreed(lambda: lock.append(lock_run_folder(folder, name)))
+    ranks.agreed(lambda: lock.append(lock_run_folder(folder, name, facts)))
     before = torch.get_num_threads()
     try:
         if not (folder / OWNER).is_file():
@@ -65,7 +72,7 @@ def claimed(folder: Path, name: str, threads: int | None = None, ranks: Ranks = 
             lock[0].release()
 
 
-def lock_run_folder(folder: Path, name: str) -> FileLock:
+def lock_run_folder(folder: Path, name: str, facts: Mapping[str, Any] | None = None) -> FileLock:
     """Create ``folder``, lock it, and write into it whose it is; the lock is held until it is released.
 
     Raises :class:`LensbenchError` for a folder of another suite, one that holds something else, or one in use.
@@ -88,7 +95,7 @@ def lock_run_folder(folder: Path, name: str) -> FileLock:
             lock.release()
             raise LensbenchError(f"{folder} holds a run of suite {owner!r}, not {name!r}; give --out another folder")
         shutil.rmtree(folder / STAGES, ignore_errors=True)
-    write_json(folder / OWNER, {"suite": name})
+    write_json(folder / OWNER, {"suite": name, **(facts or {})})
     return lock
 
 
@@ -139,6 +146,22 @@ def owner_of(folder: Path) -> str | None:
         except (LensbenchError, KeyError, TypeError):
             continue  # missing, or not of lensbench: the next one may say
     return None
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise :class:`LensbenchError` for the folder of a run that is not finished, with the command that goes on."""
+    if (folder / MANIFEST).is_file() or not (folder / OWNER).is_file():
+        return
+    try:
+        facts: Any = read_json(folder / OWNER)
+        suite, command = facts["suite"], facts.get("command")
+    except (LensbenchError, KeyError, TypeError, AttributeError):
+        return  # not of lensbench: what is missing is said
+    stages = sum(1 for path in (folder / STAGES).glob("*/stage.json"))
+    raise LensbenchError(
+        f"{folder} holds an unfinished run of {suite} ({stages} finished stages); to go on: "
+        f"{command or f'lensbench run {suite} --out {folder} (with the options of before)'}"
+    )
 
 
 SUMS = "cluster_sums.parquet"
@@ -288,6 +311,8 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
     """
     if not folder.is_dir():
         raise LensbenchError(f"there is no folder {folder}")
+    if need_manifest:
+        refuse_unfinished(folder)
     manifest = read_manifest(folder) if need_manifest or (folder / MANIFEST).exists() else None
     if manifest is not None and verify:
         for name, checksum in manifest.files.items():

@@ -147,13 +147,18 @@ class Cluster:
                 progress.update(len(tasks) - len(waiting), task.name)
                 context.progress.say(f"{task.name}: finished after {time.perf_counter() - start:.1f} s")
 
+    def check(self) -> None:
+        """Raise :class:`LensbenchError` where Ray is missing or nothing listens at the address: before any work."""
+        _ray()
+        try:
+            self._reached()
+        except (OSError, ValueError) as error:
+            raise LensbenchError(f"no Ray cluster at {self.address}: {error}") from error
+
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
         """The module ``ray``, connected to the cluster; what was started here is shut down at the end."""
-        try:
-            import ray
-        except ImportError as error:
-            raise LensbenchError("--ray needs Ray: python -m pip install 'lensbench[ray]'") from error
+        ray = _ray()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         started = not ray.is_initialized()
@@ -178,6 +183,15 @@ class Cluster:
         host, _, port = self.address.removeprefix("ray://").rpartition(":")
         if host:
             socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _ray() -> Any:
+    """The module ``ray``; raises :class:`LensbenchError` where it is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        raise LensbenchError("--ray needs Ray: python -m pip install 'lensbench[ray]'") from error
+    return ray
 
 
 def _refuse_failure(ray: Any, answer: Any, task: ClusterTask) -> None:

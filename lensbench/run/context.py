@@ -95,6 +95,8 @@ class Context:
         if name in self.cache.stages:
             return self.cache.stages[name]
         full = {**key, "code": CODE_VERSION, "format": STAGE_FORMAT, "device": self.device.type}
+        if self.compute and self.ranks.first and (spent := self.stages.begun(name, full)) is not None:
+            self.progress.say(f"{name}: goes on where an earlier attempt of {spent:.0f} s stopped")
         stage = self.stages.run(name, full, compute if self.compute else None, together=together)
         self.progress.finished(name, self.stages.seconds[name], stage.reused)
         self.cache.stages[name] = stage

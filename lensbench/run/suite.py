@@ -12,10 +12,11 @@ import torch
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import locate, without_progress_bars
 from lensbench.report.figures.draw import draw_figures
-from lensbench.report.page import PAGE, write_page
+from lensbench.report.page import write_page
 from lensbench.results import tables
 from lensbench.results.draws import update_draws
 from lensbench.results.folder import (
+    PAGE,
     SEQUENCES,
     SUMS,
     UPDATE_DRAWS,
@@ -50,6 +51,7 @@ from lensbench.run.scoring import scoring
 from lensbench.run.sharing import exact_share_of
 from lensbench.run.stage_names import stage_names
 from lensbench.run.updating import updating
+from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import ANEW, NotFinished, Stages
@@ -84,6 +86,7 @@ def run_suite(
     ranks: Ranks = ALONE,
     cluster: Cluster | None = None,
     options: Sequence[str] = (),
+    command: str = "",
 ) -> Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
 
@@ -92,12 +95,15 @@ def run_suite(
 
     ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Of several ``ranks`` the
     first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages. ``options``: what the
-    command line changed of the suite's file, which the manifest reports.
+    command line changed of the suite's file, which the manifest reports. ``command``: the command that goes on
+    with an unfinished run.
 
     Raises :class:`LensbenchError` for what a user can mend.
     """
     check_request(suite, only, probes)
-    with claimed(folder, suite.name, suite.threads, ranks), without_progress_bars():
+    if cluster is not None:
+        cluster.check()
+    with claimed(folder, suite.name, suite.threads, ranks, on_this_machine(suite, command)), without_progress_bars():
         context = Context(
             suite,
             Stages(folder / "stages", ranks),
@@ -110,7 +116,12 @@ def run_suite(
         )
         asked = [m for m in suite.models if not only or m.name in only]
         refuse_replacing(context)
-        progress.stages(len(stage_names(suite, asked, context.probes)))
+        names = stage_names(suite, asked, context.probes)
+        progress.stages(len(names), names)
+        if there := names & context.stages.finished():
+            progress.say(
+                f"goes on in {folder}: {len(there)} of {len(names)} stages are there; those that fit are reused"
+            )
         plans: dict[str, Any] = {}
         if suite.evaluate.precision is not None:
             context, plans = planned(context, asked, cluster)
@@ -125,6 +136,14 @@ def run_suite(
         return read_run(folder)
 
 
+def on_this_machine(suite: Suite, command: str) -> dict[str, Any]:
+    """What a run folder says for commands on this machine alone: the command that goes on, and where models lie."""
+    sources = {
+        m.name: m.source for m in suite.models if m.source is not None and m.source.startswith(("path:", "gguf:"))
+    }
+    return {**({"command": command} if command else {}), **({"sources": sources} if sources else {})}
+
+
 def check_request(suite: Suite, only: Sequence[str], probes: Sequence[str]) -> None:
     """Raise :class:`LensbenchError` for what cannot be run, before a folder is made for it."""
     unknown = [name for name in only if name not in {m.name for m in suite.models}]
@@ -137,6 +156,9 @@ def check_request(suite: Suite, only: Sequence[str], probes: Sequence[str]) -> N
     for model in suite.models:
         if model.source is not None and (not only or model.name in only):
             locate(model.source)
+            refuse_unreachable(model.source, HERE)
+    if suite.images is None:
+        refuse_unreachable(suite.corpus.spec, TEXTS_HERE)
 
 
 def read_only(context: Context) -> Context:

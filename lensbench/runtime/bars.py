@@ -1,5 +1,7 @@
 """Progress bars on a terminal, a line per finished stage elsewhere."""
 
+from collections.abc import Collection
+from statistics import fmean
 from typing import Self
 
 from rich.console import Console
@@ -20,13 +22,17 @@ messages = Console(stderr=True)
 class Bar:
     """One bar on the terminal; it goes when its ``with`` block ends."""
 
-    def __init__(self, bars: Progress, task: TaskID) -> None:
-        """The bar of ``task``, one of ``bars``."""
-        self.bars, self.task = bars, task
+    def __init__(self, bars: Progress, task: TaskID, unit: str) -> None:
+        """The bar of ``task``, one of ``bars``, which counts in ``unit``."""
+        self.bars, self.task, self.unit = bars, task, unit
 
     def update(self, done: int, remark: str = "") -> None:
         """Move the bar to ``done`` units, with ``remark`` next to it."""
         self.bars.update(self.task, completed=done, remark=remark)
+
+    def restored(self, done: int) -> None:
+        """Begin to measure at ``done`` units, which an earlier attempt finished."""
+        self.bars.reset(self.task, completed=done, unit=self.unit, remark="from an earlier attempt")
 
     def __enter__(self) -> Self:
         """The bar itself."""
@@ -57,6 +63,8 @@ class Bars:
         )
         self.whole: TaskID | None = None
         self.count, self.total = 0, 0
+        self.left: set[str] = set()
+        self.took: dict[str, list[float]] = {}
 
     def __enter__(self) -> Self:
         """The bars themselves, drawn from here on."""
@@ -69,20 +77,28 @@ class Bars:
 
     def task(self, name: str, total: int, unit: str) -> Bar:
         """A bar of ``total`` units."""
-        return Bar(self.bars, self.bars.add_task(name, total=total, unit=unit, remark=""))
+        return Bar(self.bars, self.bars.add_task(name, total=total, unit=unit, remark=""), unit)
 
-    def stages(self, total: int) -> None:
-        """A bar for the whole run of ``total`` stages stands above the others, with the time left."""
-        self.total = total
+    def stages(self, total: int, names: Collection[str] = ()) -> None:
+        """A line for the whole run of ``total`` stages stands above the bars, with the time left."""
+        self.total, self.left = total, set(names)
         self.whole = self.bars.add_task(self._position(), total=total, unit="stages", remark="")
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:
-        """Print the stage's name and its seconds, and count it."""
+        """Print the stage's name and its seconds, count it, and say how many there are and what is left."""
         self.count += 1
+        self.left.discard(name)
+        if not reused:
+            self.took.setdefault(kind_of(name), []).append(seconds)
+        minutes = time_left(self.left, self.took)
         if self.whole is not None:
-            self.bars.update(self.whole, completed=self.count, description=self._position())
+            self.bars.update(self.whole, completed=self.count, description=self._position(), remark=minutes)
         what = "reused, took" if reused else "done in"
-        messages.print(f"{name}: {what} {seconds:.1f} s", highlight=False)
+        place = f"stage {self.count} of {self.total}" if self.count <= self.total else ""
+        about = ", ".join(filter(None, [place, minutes]))
+        messages.print(
+            f"{name}: {what} {seconds:.1f} s{f' ({about})' if about else ''}", highlight=False, soft_wrap=True
+        )
 
     def _position(self) -> str:
         """``stage 5 of 12``: the one that is under way."""
@@ -91,3 +107,23 @@ class Bars:
     def say(self, line: str) -> None:
         """Print a line above the bars."""
         messages.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def kind_of(stage: str) -> str:
+    """What stages of one kind have in common: the beginning of their names, of a probe with the name of the probe."""
+    parts = stage.split("-")
+    return "-".join(parts[:2]) if parts[0] == "probe" else parts[0]
+
+
+def time_left(names: Collection[str], took: dict[str, list[float]]) -> str:
+    """``about 6 min left`` for the stages ``names``, by the mean of what others of their kind took, else of all.
+
+    Empty where nothing was measured yet, or nothing is left.
+    """
+    every = [seconds for of_kind in took.values() for seconds in of_kind]
+    if not names or not every:
+        return ""
+    seconds = sum(fmean(took.get(kind_of(name), every)) for name in names)
+    if seconds < 60:
+        return "under a minute left"
+    return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"

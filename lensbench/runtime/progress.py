@@ -4,6 +4,7 @@ Code that takes long gets a :class:`Progress` and opens a :class:`Task` for each
 draws bars; everything else uses :data:`QUIET`.
 """
 
+from collections.abc import Collection
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -13,6 +14,9 @@ class Task(Protocol):
 
     def update(self, done: int, remark: str = "") -> None:
         """``done`` units are finished by now; ``remark`` is shown next to the bar."""
+
+    def restored(self, done: int) -> None:
+        """``done`` units are there from an earlier attempt: rates count from here on."""
 
     def __enter__(self) -> Self:
         """The task itself."""
@@ -30,8 +34,11 @@ class Progress(Protocol):
     def task(self, name: str, total: int, unit: str) -> Task:
         """A task of ``total`` units begins."""
 
-    def stages(self, total: int) -> None:
-        """The whole run has ``total`` stages; :meth:`finished` counts them."""
+    def stages(self, total: int, names: Collection[str] = ()) -> None:
+        """The whole run has ``total`` stages; :meth:`finished` counts them.
+
+        With their ``names`` (``KIND-MODEL-seedN``) the time left is told by what others of their kind took.
+        """
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:
         """A stage is finished, or an earlier run had finished it (``reused``)."""
@@ -50,6 +57,9 @@ class Quiet:
     def update(self, done: int, remark: str = "") -> None:
         """Nothing is shown."""
 
+    def restored(self, done: int) -> None:
+        """Nothing is shown."""
+
     def __enter__(self) -> Self:
         """Itself."""
         return self
@@ -59,7 +69,7 @@ class Quiet:
     ) -> None:
         """Nothing is held."""
 
-    def stages(self, total: int) -> None:
+    def stages(self, total: int, names: Collection[str] = ()) -> None:
         """Nothing is counted."""
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:

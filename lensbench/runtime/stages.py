@@ -107,6 +107,19 @@ class Stages:
         )
         return Stage(folder, digest, reused=False)
 
+    def finished(self) -> set[str]:
+        """The names of the stages that are there, whether they fit the settings of now or not."""
+        return {path.parent.name for path in self.root.glob(f"*/{RECORD}")}
+
+    def begun(self, name: str, key: dict[str, Any]) -> float | None:
+        """How many seconds an earlier attempt at a stage took, whose pieces will be taken up; None without one."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        try:
+            record = self._record(self.root / f"{name}.partial", BEGUN)
+        except LensbenchError:
+            return None  # damaged, and computed anew
+        return float(record["seconds"]) if record is not None and record.get("key") == digest else None
+
     def _finished(self, folder: Path, digest: str) -> dict[str, Any] | None:
         """The record of a stage that is there, whole, and of this key."""
         if self.looking:
@@ -196,6 +209,10 @@ class Pieces:
     ranks: Ranks = ALONE
     mapped: bool = False
     """Whether finished pieces are read from their files when they are used, and take no memory; of one process alone"""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a file of this piece is there."""
+        return self.folder is not None and (self.folder / f"{name}.safetensors").is_file()
 
     def get(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The piece ``name``, computed unless it is there; a damaged file is computed anew."""

@@ -40,6 +40,10 @@ MAGIC = {
 """How files that are no UTF-8 text begin, and what they are"""
 
 
+class NoText(LensbenchError):
+    """A file is no UTF-8 text."""
+
+
 def printable(name: str) -> str:
     """A name of a file on one line, without control characters and without bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
@@ -80,32 +84,32 @@ def read_bytes(path: Path, name: str, limit: int | None = None) -> bytes:
 
 
 def refuse_binary(raw: bytes, name: str, *, first: bool = True) -> None:
-    """Raise :class:`LensbenchError` for NUL bytes, which no text has; at the ``first`` of a file say what it is."""
+    """Raise :class:`NoText` for NUL bytes, which no text has; at the ``first`` of a file say what it is."""
     if b"\0" not in raw:
         return
     if first:
         refuse_known(raw, name)
         quarters = [raw[k:4096:4].count(0) >= len(raw[:4096]) // 4 for k in range(4)]
         if len(raw) >= 8 and 2 <= sum(quarters) <= 3:  # ASCII in UTF-16 or UTF-32: zeros at fixed places
-            raise LensbenchError(f"{name} looks like UTF-{16 if sum(quarters) == 2 else 32} text: save it as UTF-8")
-    raise LensbenchError(f"{name} is binary (it holds NUL bytes): expected UTF-8 text")
+            raise NoText(f"{name} looks like UTF-{16 if sum(quarters) == 2 else 32} text: save it as UTF-8")
+    raise NoText(f"{name} is binary (it holds NUL bytes): expected UTF-8 text")
 
 
 def refuse_known(raw: bytes, name: str) -> None:
-    """Raise :class:`LensbenchError` naming the kind of a file that is no UTF-8 text, where its beginning tells."""
+    """Raise :class:`NoText` naming the kind of a file that is no UTF-8 text, where its beginning tells."""
     for start, what in MAGIC.items():
         if raw.startswith(start):
-            raise LensbenchError(f"{name} is {what}")
+            raise NoText(f"{name} is {what}")
 
 
 def decode(raw: bytes, name: str) -> str:
-    """UTF-8 with or without a byte order mark; raises :class:`LensbenchError` for anything else."""
+    """UTF-8 with or without a byte order mark; raises :class:`NoText` for anything else."""
     refuse_binary(raw, name)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         refuse_known(raw, name)
-        raise LensbenchError(f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        raise NoText(f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
 
 
 def lines_of(path: Path, name: str, limit: int | None = None) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,15 @@ class Changes:
         if len(label) > LONGEST_LABEL:
             label = f"set-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
         return "-".join([*parts, *([label] if label else [])])
+
+    def command(self, name: str, folder: Path, more: Sequence[tuple[str, Sequence[str]]] = ()) -> str:
+        """The command that goes on with a run into ``folder``, on this machine; ``more``: options that change no suite."""
+        single = [("--preset", self.preset), ("--corpus", self.text), ("--limit", self.limit), ("--seed", self.seed)]
+        given = [(option, str(value)) for option, value in single if value is not None]
+        several = [("--model", self.models), ("--set", self.settings), *more]
+        given += [(option, value) for option, values in several for value in values]
+        words = [word for option in given for word in option]
+        return shlex.join(["lensbench", "run", name, *words, "--out", str(folder)])
 
     def options(self) -> list[str]:
         """The options that say so, as a manifest has them: without folders of this machine."""

@@ -1,6 +1,7 @@
 """Suites and other recipes, read from TOML and checked before anything starts."""
 
 import copy
+import difflib
 import itertools
 import re
 import tomllib
@@ -43,7 +44,10 @@ def read_toml(name: str) -> tuple[str, dict[str, Any]]:
     path = known.get(name) or Path(name)
     if not path.is_file():
         if name.endswith(".toml"):
-            raise LensbenchError(f"there is no suite file {name}")
+            stem = Path(name).stem
+            close = [stem] if stem in known else difflib.get_close_matches(stem, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]}, which comes with lensbench?" if close else ""
+            raise LensbenchError(f"there is no suite file {name}{hint}")
         raise LensbenchError(f"unknown suite {name!r}; {nearest(name, list(known))}")
     try:
         return path.name, tomllib.loads(decode(read_bytes(path, path.name), path.name))

@@ -684,3 +684,44 @@ def test_windows_know_the_cluster_of_their_document():
     assert clusters[0] == clusters[1] == clusters[2]
     assert len(set(clusters)) == 64
     assert clusters[-1] == clusters[5]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of two texts, a picture, and a file that is named like a text and is none."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "in" / "b.md").write_text("second")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG")
+    (tmp_path / "d.txt").write_bytes(b"ab\0cd\xff")
+    return tmp_path
+
+
+def test_what_is_no_text_in_a_folder_is_left_out_and_named(mixed):
+    said = []
+    assert [d.text for d in read_documents(f"file:{mixed}", say=said.append)] == ["first", "second"]
+    (line,) = said
+    assert "1 file(s) of other kinds, left out: c.png" in line
+    assert "1 file(s) that are no UTF-8 text, left out: d.txt" in line
+
+
+def test_strict_refuses_a_folder_with_files_that_are_no_text(mixed):
+    with pytest.raises(LensbenchError, match=r"c\.png.*d\.txt"):
+        read_documents(f"file:{mixed}", strict=True)
+    assert len(read_documents(f"file:{mixed}/**/[ab].*", strict=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [("*.txt", ["a.txt"]), ("**/*.md", ["in/b.md"]), ("**/[ab].*", ["a.txt", "in/b.md"]), ("i?/b.md", ["in/b.md"])],
+)
+def test_a_pattern_names_the_files_that_match_it(mixed, pattern, names):
+    said = []
+    assert [d.name for d in read_documents(f"file:{mixed}/{pattern}", say=said.append)] == names
+
+
+def test_a_pattern_that_nothing_matches_is_refused(mixed):
+    with pytest.raises(LensbenchError, match=r"\*\.rst: nothing matches this pattern"):
+        read_documents(f"file:{mixed}/*.rst")
+    write_jsonl(mixed / "e.jsonl", ["third"], field="body")
+    assert [d.text for d in read_documents(f"file:{mixed}/*.jsonl#body")] == ["third"]

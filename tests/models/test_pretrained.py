@@ -144,7 +144,12 @@ def test_an_unknown_kind_is_refused_with_the_kinds_there_are(source):
     line = refusal(source)
     assert repr(source) in line
     assert all(kind in line for kind in ("hub:ORG/NAME", "path:FOLDER", "gguf:FILE", "package:NAME"))
-    assert "did you mean" not in line
+    assert ("did you mean" in line) == (source in ("gpt2", "Qwen/Qwen3-0.6B"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "EleutherAI/pythia-70m", "gpt2@refs/pr/3"])
+def test_the_name_of_a_model_of_the_hub_is_refused_with_the_source_that_was_meant(name):
+    assert refusal(name).endswith(f"did you mean hub:{name}?")
 
 
 def test_a_bare_folder_is_refused_with_the_source_that_was_meant(tmp_path):

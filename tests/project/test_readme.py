@@ -43,7 +43,7 @@ def test_the_two_commands_are_there():
 
 @pytest.mark.results
 def test_every_number_with_an_interval_is_printed_by_a_command(standard_comparison, predictive_comparison):
-    console = Console(file=io.StringIO(), width=400)
+    console = Console(file=io.StringIO(), width=4000)
     print_comparison(predictive_comparison, console, everything=True)
     folder = ROOT / "results" / "predictive-coding" / "in-context"
     if folder.is_dir():
@@ -94,7 +94,7 @@ def test_what_is_told_of_the_ablation_and_of_training_steps_is_what_was_measured
         " ".join((ROOT / "benchmarks" / name).read_text().split())
         for name in ("predictive-coding-model.md", "speed.md")
     )
-    console = Console(file=io.StringIO(), width=400)
+    console = Console(file=io.StringIO(), width=4000)
     with contextlib.chdir(ROOT):
         print_comparison(compare_runs([Path("results/predictive-coding/ablation")]), console, everything=True)
     quoted, printed = QUOTED.findall(section), console.file.getvalue()

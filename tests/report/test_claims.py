@@ -12,8 +12,8 @@ from statsmodels.stats.multitest import multipletests
 
 from lensbench.errors import LensbenchError
 from lensbench.report.claims import claim_rows, p_text
-from lensbench.report.compare import joined
 from lensbench.report.comparison import claim_table
+from lensbench.report.joining import joined
 from lensbench.report.page import claim_list
 from lensbench.results.folder import Run
 from lensbench.results.manifest import ClaimSettings, Manifest

@@ -284,7 +284,11 @@ def test_rotated_views_pretrained_models_and_other_kinds_of_runs(tiny_run, tmp_p
         four={"source": "hub:o/four", "dtype": "bfloat16"}, five={"source": "hub:o/x"}, six={"source": "hub:o/x"},
     )  # fmt: skip
     refused(run("trace", "gpt+rotated", TEXT, "--run", folder), "'gpt+rotated' is a rotated view", "trace 'gpt'")
-    refused(run("trace", "mine", TEXT, "--run", folder, "--lens", "logit"), "was read from path:weights", "path:")
+    refused(
+        run("trace", "mine", TEXT, "--run", folder, "--lens", "logit"),
+        "was read from path:weights",
+        "lensbench trace path:PLACE TEXT --run",
+    )
     # A source is found by what it was, not only by what its folder is called.
     with pytest.raises(LensbenchError, match="no lenses of 'mine' at seed 0"):
         traced_model("path:/some/weights", None, folder, None)

@@ -35,4 +35,29 @@ def test_elsewhere_there_is_a_line_for_each_finished_stage_and_no_more(monkeypat
         with progress.task("fit", 10, "lenses") as task:
             task.update(4)
         progress.finished("fit", 2.0, True)
-    assert out.getvalue() == "fit: reused, took 2.0 s\n"
+    assert out.getvalue() == "fit: reused, took 2.0 s (stage 1 of 2)\n"
+
+
+def test_a_finished_stage_says_its_place_and_about_how_long_the_rest_takes(monkeypatch):
+    out = shown(monkeypatch, False)
+    names = ["train-a-seed0", "fit-a-seed0", "train-b-seed0", "fit-b-seed0"]
+    with Bars() as progress:
+        progress.stages(len(names), names)
+        progress.finished("train-a-seed0", 600.0, False)
+        progress.finished("fit-a-seed0", 60.0, False)
+        progress.finished("train-b-seed0", 1.0, True)
+        progress.finished("fit-b-seed0", 30.0, False)
+    first, second, third, last = out.getvalue().splitlines()
+    # Nothing but a training is known: the three others are taken to last as long.
+    assert first == "train-a-seed0: done in 600.0 s (stage 1 of 4, about 30 min left)"
+    assert second == "fit-a-seed0: done in 60.0 s (stage 2 of 4, about 11 min left)"
+    assert third == "train-b-seed0: reused, took 1.0 s (stage 3 of 4, about 1 min left)"
+    assert last == "fit-b-seed0: done in 30.0 s (stage 4 of 4)"
+
+
+def test_what_an_earlier_attempt_finished_counts_for_no_rate(monkeypatch):
+    shown(monkeypatch, True)
+    with Bars() as progress, progress.task("fit-gpt-seed0", 10, "lenses") as task:
+        task.restored(8)
+        (bar,) = progress.bars.tasks
+        assert (bar.completed, bar.speed) == (8, None)
