@@ -16,8 +16,15 @@ from torch import Tensor
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import spread_layers
-from lensbench.measures.update.decomposition import pooled_folds
-from lensbench.measures.update.folds import FOLDS, Readings, deal_documents, fold_moments, pseudo_inverse, readings
+from lensbench.measures.update.folds import (
+    FOLDS,
+    Readings,
+    deal_documents,
+    fold_moments,
+    pooled_folds,
+    pseudo_inverse,
+    readings,
+)
 from lensbench.measures.update.metric import SMALLEST_EIGENVALUE, Metric, covariance_of
 from lensbench.measures.update.products import means_of
 from lensbench.probes.catalogue import Probe

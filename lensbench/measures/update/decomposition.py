@@ -16,7 +16,14 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
 from lensbench.measures.update.chance import principal_space, spreads_of, spreads_of_persistence
-from lensbench.measures.update.folds import Readings, deal_documents, fold_moments, readings, resampled, third_in_halves
+from lensbench.measures.update.folds import (
+    Readings,
+    deal_documents,
+    folds_and_halves,
+    pooled_folds,
+    readings,
+    resampled,
+)
 from lensbench.measures.update.gates import Losses, falls, gates, has_room, merged_blocks
 from lensbench.measures.update.held import HeldOut
 from lensbench.measures.update.metric import Metric, MetricKind, whitening
@@ -183,19 +190,6 @@ def full_lenses(
     return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(choices), tuple(climbs))
 
 
-def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
-    """The moments of all folds together, exactly, from each fold's own and its number of tokens."""
-    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-    mean = torch.stack([s * m.mean for s, m in zip(share, moments, strict=True)]).sum(0)
-    target = torch.stack([s * m.target_mean for s, m in zip(share, moments, strict=True)]).sum(0)
-    covariance, cross = torch.zeros_like(moments[0].covariance), torch.zeros_like(moments[0].cross)
-    for s, m in zip(share, moments, strict=True):
-        shift, moved = m.mean - mean, m.target_mean - target
-        covariance += s * (m.covariance + shift[:, :, None] * shift[:, None, :])
-        cross += s * (m.cross + moved[None, :, None] * shift[:, None, :])
-    return Moments(mean, covariance, cross, target)
-
-
 @dataclass(frozen=True)
 class Fitted:
     """What is fitted to the tokens of fit, and chosen on dev, before anything is measured."""
@@ -231,12 +225,11 @@ class Fitted:
         """See :func:`decompose`; ``others``: tolerances that :meth:`at` will be asked for."""
         coordinates, folds = Metric.of(metric, readout, fit), deal_documents(fit, seed)
         say("moments")
-        moments = fold_moments(fit, layers, folds)
+        moments, halves = folds_and_halves(fit, layers, folds)
         pooled = pooled_folds(moments, [int((folds[fit.document] == fold).sum()) for fold in range(len(moments))])
         search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
         say("ridges")
         lenses = full_lenses(search, pooled, layers, tolerance, known, others)
-        halves = third_in_halves(fit, layers, folds)
         maps = readings(moments, coordinates, lenses.ridges, halves)
         return cls(layers, coordinates, folds, moments, halves, pooled, lenses, maps, search)
 
@@ -255,14 +248,13 @@ class Fitted:
         At the same ridges.
         """
         counts = resampled(self.folds, seed)
-        moments = fold_moments(fit, self.layers, self.folds, counts)
+        moments, halves = folds_and_halves(fit, self.layers, self.folds, counts)
         fold_of = self.folds[fit.document]
         pooled = pooled_folds(
             moments, [int(counts[fit.document][fold_of == fold].sum()) for fold in range(len(moments))]
         )
         path = RidgePath(pooled.layer(range(len(self.layers))), "zero")
         best = path.solve(torch.tensor(self.lenses.best_ridges, dtype=torch.float64))
-        halves = third_in_halves(fit, self.layers, self.folds, counts)
         return readings(moments, self.metric, self.lenses.ridges, halves), best
 
 
@@ -391,8 +383,8 @@ def in_norm_units(
     Lenses are fitted anew, at the same ridges in median eigenvalues.
     """
     scaled = norm_units(fit, readout, layers)
-    moments = fold_moments(scaled, layers, fitted.folds)
-    maps = readings(moments, fitted.metric, fitted.lenses.ridges, third_in_halves(scaled, layers, fitted.folds))
+    moments, halves = folds_and_halves(scaled, layers, fitted.folds)
+    maps = readings(moments, fitted.metric, fitted.lenses.ridges, halves)
     scaled = norm_units(held_out, readout, layers)
     held = HeldOut.of(scaled, layers)
     (chance,), _ = chance_and_products(SecondMoments.of(scaled.states, layers, held.means), [maps], [])

@@ -67,17 +67,36 @@ def fold_moments(
     return [_moments_of(captured, layers, folds == fold, counts) for fold in range(FOLDS)]
 
 
-def third_in_halves(
+def folds_and_halves(
     captured: Capture, layers: Sequence[int], folds: NDArray[np.int64], counts: NDArray[np.int64] | None = None
-) -> tuple[Moments, Moments]:
-    """The moments of each half of the third fold's documents, of one of two or more; see :func:`fold_moments`."""
+) -> tuple[list[Moments], tuple[Moments, Moments]]:
+    """:func:`fold_moments`, and those of each half of the third fold's documents, in one pass over the tokens.
+
+    Where the third fold has fewer than two documents (or none of them in one half was drawn), each half is the whole.
+    """
     third = folds == FOLDS - 1
     side = np.cumsum(third) % 2
-    if third.sum() < 2 or (counts is not None and min(counts[third & (side == k)].sum() for k in (0, 1)) == 0):
+    sizes = np.ones(len(folds), dtype=np.int64) if counts is None else counts
+    lenses = [_moments_of(captured, layers, folds == fold, counts) for fold in range(FOLDS - 1)]
+    if third.sum() < 2 or min(sizes[third & (side == k)].sum() for k in (0, 1)) == 0:
         whole = _moments_of(captured, layers, third, counts)
-        return whole, whole
+        return [*lenses, whole], (whole, whole)
     first, second = (_moments_of(captured, layers, third & (side == k), counts) for k in (0, 1))
-    return first, second
+    tokens = [int(sizes[captured.document][(third & (side == k))[captured.document]].sum()) for k in (0, 1)]
+    return [*lenses, pooled_folds([first, second], tokens)], (first, second)
+
+
+def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
+    """The moments of several folds together, exactly, from each fold's own and its number of tokens."""
+    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    mean = torch.stack([s * m.mean for s, m in zip(share, moments, strict=True)]).sum(0)
+    target = torch.stack([s * m.target_mean for s, m in zip(share, moments, strict=True)]).sum(0)
+    covariance, cross = torch.zeros_like(moments[0].covariance), torch.zeros_like(moments[0].cross)
+    for s, m in zip(share, moments, strict=True):
+        shift, moved = m.mean - mean, m.target_mean - target
+        covariance += s * (m.covariance + shift[:, :, None] * shift[:, None, :])
+        cross += s * (m.cross + moved[None, :, None] * shift[:, None, :])
+    return Moments(mean, covariance, cross, target)
 
 
 def _moments_of(
@@ -113,7 +132,7 @@ def readings(
     """The maps of two folds' lenses, prior zero, at the given ridge for each layer, with the signal of the third fold.
 
     A ridge is in units of the median eigenvalue of the fold's own covariance. ``halves``: those of the third fold
-    (:func:`third_in_halves`); its whole in their place, if left out.
+    (:func:`folds_and_halves`); its whole in their place, if left out.
     """
     factor = metric.factor
     layers = range(len(ridges))

@@ -9,7 +9,7 @@ from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import decompose, index_estimates
 from lensbench.measures.update.chance import principal_space
-from lensbench.measures.update.folds import deal_documents, fold_moments, readings
+from lensbench.measures.update.folds import deal_documents, fold_moments, folds_and_halves, readings
 from lensbench.measures.update.metric import Metric
 from lensbench.measures.update.products import (
     Products,
@@ -152,6 +152,30 @@ def test_products_of_tokens_are_those_of_second_moments():
     for name, values in of_layer.items():
         np.testing.assert_allclose(of_tokens.layer[name] / tokens, values, rtol=1e-4, err_msg=name)
     assert of_tokens.target / tokens == pytest.approx(target, rel=1e-5)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_third_fold_is_its_halves_together(drawn):
+    _, fit, _, _ = captures("fresh")
+    folds, layers = deal_documents(fit, 1), [0, 2]
+    counts = np.arange(len(folds)) % 3 if drawn else None
+    moments, halves = folds_and_halves(fit, layers, folds, counts)
+    for found, expected in zip(moments, fold_moments(fit, layers, folds, counts), strict=True):
+        for name in ("mean", "covariance", "cross", "target_mean"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-7)
+    third = np.flatnonzero(folds == 2)
+    for half, documents in zip(halves, (third[1::2], third[::2]), strict=True):
+        times = np.isin(fit.document, documents) * (1 if counts is None else counts[fit.document])
+        own = np.repeat(fit.states.double().numpy(), times, axis=1)
+        np.testing.assert_allclose(half.covariance[1], np.cov(own[2].T, bias=True), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(half.target_mean, own[-1].mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_with_one_document_in_the_third_fold_each_half_is_the_whole():
+    _, fit, _, _ = captures("fresh")
+    folds = np.where(np.arange(int(fit.document.max()) + 1) == 4, 2, np.arange(int(fit.document.max()) + 1) % 2)
+    moments, (first, second) = folds_and_halves(fit, [0], folds)
+    assert first is second is moments[2]
 
 
 def test_a_cluster_holds_its_own_tokens_alone():
