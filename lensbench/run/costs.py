@@ -19,7 +19,10 @@ counts are typical ones.
 
 from dataclasses import dataclass, fields
 
+from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
+from lensbench.lenses.estimated import worth_estimating
 from lensbench.lenses.per_layer import curve_tolerances
+from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
 from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
 from lensbench.suite.recipes import Suite
@@ -42,6 +45,9 @@ PADS = 3
 
 READABLE_STEPS = 15
 """Evaluations of a fit of readable gain"""
+
+AUTO_SHARE = 0.15
+"""The share of exact log-partitions that ``evaluate.exact_share = "auto"`` is taken to find"""
 
 LANDMARKS = 5
 """Views of the model's own states that are decomposed"""
@@ -245,18 +251,41 @@ def score_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     """Every lens on the held-out tokens: the matrix, its curve, lenses on their own layers, refits."""
     fit, evaluate, n, layers = suite.fit, suite.evaluate, of.tokens("eval"), shape.layers
     whole, block = (layers + 1) ** 2, of.chosen**2
-    work = of.captured(shape, "eval") + read_out(shape, whole * n) + Work(words=whole * n * shape.vocabulary)
-    work += softmax_moments(shape, n * (layers + 1 + of.curve * of.chosen))
-    own = layers * (6 + of.views) + of.chosen + 2 * of.pairs
-    work += read_out(shape, n * (of.curve * block + own))
+    part = estimated_part(suite, shape)
+    exact_lenses = 3 * layers + of.chosen  # lenses of one layer each are never estimated
+    own = layers * (3 + of.views) + 2 * of.pairs
+    work = of.captured(shape, "eval") + read_out(shape, n * exact_lenses)
+    work += part * (read_out(shape, whole * n) + Work(words=whole * n * shape.vocabulary))
+    work += part * softmax_moments(shape, n * (layers + 1 + of.curve * of.chosen))
+    work += part * read_out(shape, n * (of.curve * block + own))
     if fit.refits:
         windows, _, scored = of.windows["eval"]
         sample = windows * min(scored, evaluate.refit_positions or scored) * (fit.refits + 1)
-        work += read_out(shape, sample * (block + layers * (2 + of.views) + of.chosen))
-        work += softmax_moments(shape, sample * of.chosen)
+        work += read_out(shape, sample * (layers + of.chosen))
+        work += part * read_out(shape, sample * (block + layers * (1 + of.views)))
+        work += part * softmax_moments(shape, sample * of.chosen)
     memory, disk = held(shape, suite, 2 * n)  # movement is measured from as much as the states
-    cells = whole + of.curve * block + own + layers
+    cells = whole + of.curve * block + own + exact_lenses + layers
     return Cost(work, memory, disk + 12 * of.windows["eval"][0] * cells)
+
+
+def estimated_part(suite: Suite, shape: Shape) -> float:
+    """What scoring a state takes where only a share of the log-partitions is exact, over what an exact one takes."""
+    asked = suite.evaluate.exact_share
+    share = AUTO_SHARE if asked == "auto" else asked
+    if share == 1 or not worth_estimating(shape.vocabulary):
+        return 1.0
+    return share + WORDS_FOR_ALL / shape.vocabulary
+
+
+def share_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
+    """The share that dev asks for: lenses of the chosen layers on some dev tokens, exactly and by words."""
+    if not worth_estimating(shape.vocabulary):
+        return Cost(Work(), PROCESS_GIB * GIB)
+    cells = (of.chosen + 1) ** 2 + of.chosen * (3 + of.views) + 2 * of.pairs
+    work = read_out(shape, PILOT_TOKENS * cells) + softmax_moments(shape, PILOT_TOKENS * (of.chosen + 1))
+    memory, disk = held(shape, suite, of.tokens("dev"))
+    return Cost((1 + WORDS_FOR_ALL / shape.vocabulary) * work, memory, disk)
 
 
 def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:

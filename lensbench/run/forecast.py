@@ -164,6 +164,8 @@ def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[st
         if suite.update is not None:
             found[f"update-{who}"] = costs.update_cost(suite, shape, of)
         found[f"fit-{who}"] = costs.fit_cost(suite, shape, of)
+        if suite.evaluate.exact_share == "auto":
+            found[f"share-{who}"] = costs.share_cost(suite, shape, of)
         if suite.evaluate.precision is not None:
             found[f"plan-{who}"] = costs.score_cost(suite, shape, of)
         found[f"score-{who}"] = costs.score_cost(suite, shape, of)

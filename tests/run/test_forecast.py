@@ -96,6 +96,16 @@ def test_a_glance_costs_less_than_the_default_and_that_less_than_full():
         assert all(a < b for a, b in zip(less, more, strict=True))
 
 
+def test_a_share_of_the_log_partitions_costs_less_and_one_what_it_did():
+    def seconds(share, shape=EIGHT_B):
+        suite = Changes(settings=(f"evaluate.exact_share={share}",)).of("pretrained")
+        return forecast.seconds(costs.score_cost(suite, shape, Counts.of(suite, shape)).work, RATES)
+
+    assert seconds(0.05) < seconds(0.1) < 0.5 * seconds(1)
+    small = Shape(layers=4, width=64, vocabulary=1000, body=10**5, outer=10**5)
+    assert seconds(0.1, small) == seconds(1, small)
+
+
 def test_rates_of_this_machine_are_measured_in_seconds():
     rates = measured_rates(CPU, torch.bfloat16, 64)
     assert all(value > 0 for value in vars(rates).values())
