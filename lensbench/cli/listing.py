@@ -1,7 +1,9 @@
 """What can be named, and what tables mean."""
 
 import sys
+from typing import Annotated
 
+import typer
 from rich.table import Table
 
 from lensbench.cli.app import Debug, answerable, app, console
@@ -9,11 +11,17 @@ from lensbench.cli.app import Debug, answerable, app, console
 
 @app.command()
 @answerable
-def schema(debug: Debug = False) -> None:
+def schema(
+    further: Annotated[
+        bool, typer.Option("--further", help="Of the tables of other commands than run, and of Parquet files.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """What every column of every table means, as Markdown."""
+    from lensbench.results.further import further_text
     from lensbench.results.schema import schema_text
 
-    sys.stdout.write(schema_text())
+    sys.stdout.write(further_text() if further else schema_text())
 
 
 @app.command()
