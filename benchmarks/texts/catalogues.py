@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from lensbench.measures.indices import indices_table
 from lensbench.probes import PROBES
 from lensbench.probes.catalogue import probes_markdown, quantities_markdown
+from lensbench.results.schema import indices_text, tables_text
 
 
 def table_of_quantities(*names: str) -> str:
@@ -18,7 +18,8 @@ def table_of_probes() -> str:
 
 
 CATALOGUES: dict[str, Callable[..., str]] = {
-    "table_of_indices": indices_table,
+    "text_of_tables": lambda: tables_text().rstrip(),
+    "text_of_indices": lambda: indices_text().rstrip(),
     "table_of_quantities": table_of_quantities,
     "table_of_probes": table_of_probes,
 }

@@ -66,6 +66,11 @@ class Number:
         return f"{written(100 * self.value, max(0, self.decimals - 2))} %"
 
     @property
+    def whole_percent(self) -> str:
+        """The value as a percentage without decimals."""
+        return f"{written(100 * self.value, 0)} %"
+
+    @property
     def percent_range(self) -> str:
         """The percentage and its interval, ``58 % [52, 64]``."""
         if self.low is None or self.high is None:

@@ -47,10 +47,10 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
 
 def rendered(made: Environment, name: str) -> str:
     """The text of one page; raises :class:`TextError` with the line of its template that cannot be filled in."""
-    opening = f"<!-- Written by `python -m benchmarks.texts` from benchmarks/texts/templates/{name}{SUFFIX}. -->\n"
+    opening = f"<!-- Written by `python -m benchmarks.texts` from benchmarks/texts/templates/{name}{SUFFIX} -->\n"
     try:
         return opening + made.get_template(f"{name}{SUFFIX}").render()
-    except (LensbenchError, TemplateError, KeyError, OSError) as error:
+    except (LensbenchError, TemplateError, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
         raise TextError(f"{name}{SUFFIX}, line {line_of(error)}: {error}") from error
 
 

@@ -98,3 +98,15 @@ class Studies:
             held = str(self.coverage(group, quantity, truth))
             body.append([f"`{quantity}`", truth, str(row["streams"]), held, *cells, f"`{family}` {least}"])
         return markdown(["quantity", "truth", "streams", "covered", "rms", "bias", "covered least"], body)
+
+    def tokens_table(self, folder: str) -> str:
+        """Fitting tokens that an interval of a given half-width takes, by family and width of the stream."""
+        body = []
+        for row in self.table(f"{folder}/needed.csv").to_dict("records"):
+            if pd.isna(row["tokens"]):
+                tokens, per_width = str(row["reason"]), ""
+            else:
+                how = "" if row["how"] == "measured" else f" ({row['how']})"
+                tokens, per_width = f"{float(format(row['tokens'], '.2g')):,.0f}{how}", f"{row['per_d']:.2g}"
+            body.append([f"`{row['family']}`", str(row["d"]), tokens, per_width])
+        return markdown(["family", "width d", "fitting tokens", "per width"], body)

@@ -1,7 +1,7 @@
 """The numbers of run folders, for templates: means over seeds, paired differences, verdicts, claims, tables of models."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,11 @@ class Results:
         """An index of ``indices.csv``."""
         return self.over_seeds(self.rows("indices.csv", model=model, index=name), f"{name} of {model}")
 
+    def warning(self, model: str, name: str) -> str:
+        """What the table warns of an index; empty where it warns of nothing."""
+        reason = self.rows("indices.csv", model=model, index=name)["reason"].iloc[0]
+        return reason if isinstance(reason, str) else ""
+
     def loss(self, model: str, name: str = "ce") -> Number:
         """Held-out ``ce`` (nats/token) or ``bits_per_byte``."""
         return self.over_seeds(self.rows("models.csv", model=model), f"{name} of {model}", name)
@@ -101,6 +106,11 @@ class Results:
         rows = self.rows("probes.csv", model=model, quantity=quantity, layer=layer, other=other)
         at = "" if layer is None else f" at layer {layer}" + ("" if other is None else f", {other}")
         return self.over_seeds(rows, f"{quantity} of {model}{at}")
+
+    def cell(self, table: str, model: str, column: str, **keys: Any) -> Number:
+        """A column of one row of a table, with its interval."""
+        at = " ".join(f"{key} {value}" for key, value in keys.items())
+        return self.over_seeds(self.rows(table, model=model, **keys), f"{column} of {model}, {at}", column)
 
     def probe_or_none(self, model: str, quantity: str) -> Number | str:
         """What a probe measured, or a dash for a model that it was not asked of."""
@@ -155,6 +165,11 @@ class Results:
             positions=positions,
         )
 
+    def tolerance_difference(self, model: str, against: str, index: str, tolerance: str) -> Number:
+        """The same of an index at another loss that a lens's ridge may cost on its own layer."""
+        what = f"{index} at tolerance {tolerance}"
+        return self._gap("tolerances.csv", "value", model, against, what, index=index, tolerance=tolerance)
+
     def _by_document(self, model: str, against: str) -> Number:
         (run,) = self.runs
         sums = run.sums()
@@ -180,6 +195,10 @@ class Results:
     def sentence(self, model: str, scope: str = LATER) -> str:
         """What the decomposition says of a model, in words."""
         return str(self._verdict(model, scope)["sentence"])
+
+    def first_words(self, model: str, scope: str = LATER) -> str:
+        """The sentence up to its first two statements."""
+        return "; ".join(self.sentence(model, scope).rstrip(".").split("; ")[:2])
 
     def verdict_cell(self, model: str, scope: str = LATER) -> str:
         """The verdict as tables have it: its short name, and why it is undetermined."""
@@ -250,6 +269,16 @@ class Results:
                 body.append([f"`{model}`", f"{row['from_layer']:.0f} to {row['to_layer']:.0f}", *cells])
         return markdown(["model", "layers", *(head for head, _ in columns)], body)
 
+    def change_table(self, base: str, labels: Mapping[str, str]) -> str:
+        """Of models of one seed: cross-entropy less that of ``base``, paired by document, the largest first."""
+        gaps = {name: self.loss_difference(name, base) for name in self.models() if name != base}
+        ordered = sorted(gaps.items(), key=lambda pair: -pair[1].value)
+        return markdown(["change", "nats/token"], [[labels.get(name, f"`{name}`"), str(gap)] for name, gap in ordered])
+
+    def heads_found(self, model: str) -> int:
+        """How many heads are found to carry errors."""
+        return int((self.rows("probes.csv", model=model, quantity="error_transport_found")["value"] == 1).sum())
+
     # Claims
     @cached_property
     def claims(self) -> pd.DataFrame:
@@ -274,7 +303,8 @@ class Results:
             if re.search(indices, str(row["index"])):
                 ends = (None if pd.isna(row[key]) else float(row[key]) for key in ("ci_low", "ci_high"))
                 value = ABSENT if pd.isna(row["value"]) else str(Number(float(row["value"]), *ends, row["claim"]))
-                body.append([in_words(row["claim"]), value, p_text(row["p_holm"]), row["outcome"], row["status"]])
+                status = ABSENT if pd.isna(row["status"]) else row["status"]
+                body.append([in_words(row["claim"]), value, p_text(row["p_holm"]), row["outcome"], status])
         if not body:
             raise TextError(f"{' and '.join(self.names)}: no claim on {indices}")
         return markdown(["claim", "value", "p (Holm)", "outcome", "declared"], body)
@@ -321,6 +351,10 @@ class Results:
             f"{row['model']} at {row['at']} by {row['difference']:.3f}" for row in beyond.to_dict("records")
         )
         return Condition(len(of) > 0 and beyond.empty, f"{index} changes more: {said}")
+
+    def fixed_threshold(self, name: str) -> float:
+        """A threshold of the rule on lenses held fixed."""
+        return float(getattr(rule_of(self.runs[0]), name))
 
     def settings_stay_on_side(self, index: str, bound: float) -> Condition:
         """Whether every model's index lies on one side of a bound at every setting."""

@@ -1,7 +1,7 @@
 """The catalogue of indices: what each is called, how it is computed, where it compares, how to read it.
 
 To add an index, add one :class:`Index` to :data:`INDICES`. ``indices.csv``, the terminal, ``compare``, the claims that a
-suite may make, the schema and the README's table are made from the catalogue.
+suite may make and the pages about indices are made from the catalogue.
 """
 
 import hashlib
@@ -394,7 +394,7 @@ def distance_estimates(point: Means, draws: Means, clusters: int) -> dict[str, E
 
 # Documentation
 def indices_table() -> str:
-    """The README's table of indices as Markdown: a row for each index, with the variants it has."""
+    """How to read each index, as Markdown: a row for each, with the variants it has."""
     main = [index for index in INDICES.values() if not index.variant_of]
     main.sort(key=lambda index: (index.shown is None, index.shown or 0))
     lines = ["| index | reading |", "|---|---|"]

@@ -3,10 +3,12 @@
 Everything after a run (figures, comparisons, pages) reads these tables and never a model.
 """
 
+from collections.abc import Iterator
+
 import pandas as pd
 
 from lensbench.lenses.kinds import kinds_in_words
-from lensbench.measures.indices import catalogue_table, curve_indices
+from lensbench.measures.indices import catalogue_table, curve_indices, indices_table
 from lensbench.measures.update.verdict import VERDICT_GATES
 
 _WHO = {
@@ -257,7 +259,7 @@ SCHEMA: dict[str, dict[str, str]] = {
     },
     "indices.csv": {
         **_WHO,
-        "index": "The name of the index; the table below says what each is.",
+        "index": "The name of the index; indices.md says what each is.",
         "value": "The value; empty where it is undefined.",
         **_bounds("", _OR_SEEDS),
         "fit_low": "The value plus the smallest change by a refit on resampled documents; empty if refits leave it out.",
@@ -269,57 +271,90 @@ SCHEMA: dict[str, dict[str, str]] = {
 }
 
 
-OPENING = """# What a run's tables hold
+OPENING = """# The tables of a run, column by column
 
-Written by `lensbench schema > results/README.md` from `lensbench/results/schema.py` and the catalogue of indices; a test
-keeps them together. Tables are CSV, UTF-8, with one header line. An empty cell is unknown, and `reason` says why. Losses are
-in nats/token (of image models nats/image) unless a column says otherwise. A mean has its 95 % interval in `_ci_low` and
-`_ci_high`: bootstrap over documents (or clusters of them) with the fitted lens held fixed; rows with `seed` = `all` are
-means over seeds with Student's t. `manifest.json` has the suite, seeds, versions, hardware, corpus checksum, code revision,
-and the SHA-256 of every table and of itself.
+`lensbench schema` prints this page and the next, [indices](indices.md), from `lensbench/results/schema.py` and the
+catalogue of indices. How to read a run: [results](README.md).
 
-Folders here hold runs in the light form that `lensbench export` writes, and what `lensbench sweep`, `lensbench calibrate`,
-`lensbench in-context` and `lensbench regression` wrote, unedited; `speed/` is described in `benchmarks/speed.md`. A light
-folder has every table, the long ones packed (`transfer.csv.gz`: pandas reads it by its name), and of the figures those that
-a text shows. `lensbench figures FOLDER --out OUT` draws all of them, `lensbench report FOLDER --out PAGE` makes the page,
-`lensbench compare` compares it as it compares the run. Numbers have nine digits.
-
-`cluster_sums.parquet` holds the sums that comparisons read, a row for each `model`, `seed`, `lens`, `lens_layer` (that it
-was fitted at), `layer` (that it reads), `stage`, `prior`, `view` (random basis; -1: none) and `cluster` of documents:
-`tokens`, `bytes`, and sums of `kl`, `ce` and `movement` in nats. They are rounded to steps that move a mean over N tokens by
-about 0.0003 / sqrt(N) nats. `update_draws.parquet` holds 500 bootstrap draws of each index of the update decomposition, in
-steps of at most a 64th of their spread. `exported` in the manifest has the SHA-256 of each CSV and says what the sums were
-made of.
-
-`estimated` in the manifest is there where a suite computes a share of the log-partitions (`evaluate.exact_share` below 1, or
-auto). For each model and seed it has `share`, which is 1 where all are exact after all. Where the share was found on dev it
-has `widest`, the kind of interval that asks for it; `ratio`, the variance that a share of one half would add to that
-interval's own; and the `tokens`, `documents` and `intervals` looked at. Losses are then unbiased estimates: a KL near 0 may
-be negative, and intervals hold the added variance.
+- Tables are CSV, UTF-8, with one header line. Numbers have nine digits. An empty cell is unknown, and `reason` says
+  why.
+- Losses are in nats/token (of image models nats/image) unless a column says otherwise.
+- `model` is the name in the suite; MODEL+rotated is its first view in random bases, whose own lenses check the
+  algebra. `seed` is that of initialisation, batches and rotations; `all` is the mean over seeds.
+- `X_ci_low` and `X_ci_high` are the ends of the 95 % interval of X: bootstrap over documents (or clusters of them)
+  with the fitted lens held fixed, unless said. For seed `all` it is Student's t over seeds.
+- `manifest.json` has the suite, seeds, versions, hardware, checksum of the texts, code revision, and the SHA-256 of
+  every table and of itself. In a light folder, `exported` has the SHA-256 of each CSV and says what the sums were
+  made of.
+- `cluster_sums.parquet`: what comparisons read. A row for each `model`, `seed`, `lens`, `lens_layer` (where it was
+  fitted), `layer` (that it reads), `stage`, `prior`, `view` (random basis; -1: none) and `cluster` of documents, with
+  its `tokens`, `bytes`, and sums of `kl`, `ce` and `movement` in nats. They are rounded to steps that move a mean
+  over N tokens by about 0.0003 / sqrt(N) nats.
+- `update_draws.parquet`: `model`, `seed`, `index`, `value`; 500 bootstrap draws of each index of the update
+  decomposition, over the same documents for every model, in steps of at most a 64th of their spread.
+- `estimated` in the manifest is there where a suite computes a share of the log-partitions (`evaluate.exact_share` below
+  1, or auto). For each model and seed it has `share`; 1: all are exact after all. Where the share was found on dev it
+  has `widest`, the kind of interval that asks for it; `ratio`, the variance that a share of one half would add to that
+  interval's own; and the `tokens`, `documents` and `intervals` looked at. Losses are then unbiased estimates: a KL near 0
+  may be negative, and intervals hold the added variance.
 """
 
 
-OF_INDICES = """
-The indices, in the order of their rows. *Lenses*: the stage of the lenses that an index is read off; *matrix* means those of
-the transfer matrix. *Compares*: between what its values can be compared. The main README says how to read each.
+OF_INDICES = """# The indices
+
+`indices.csv` has a row for each of them. First how to read each, then its definition.
 
 """
+
+
+OF_DEFINITIONS = """
+## Definitions
+
+In the order of their rows. *Lenses*: how the lenses were fitted that an index is read from; *matrix* means those of
+the transfer matrix. *Compares*: what its values can be compared between. Letters: K_ij is the KL of lens i at layer
+j, C_ij its cross-entropy, K_0 the KL of the best constant; r_i is what lens i reads at its own layer, s_ij at layer
+j, f_i the part of r_i that is signal.
+
+"""
+
+
+def tables_text() -> str:
+    """The schema of all tables, as Markdown."""
+    parts = [OPENING]
+    for name, columns in SCHEMA.items():
+        parts.append(f"\n## `{name}`\n\n| column | meaning |\n|---|---|\n")
+        shared = "update.csv" if name == "blocks.csv" else ""
+        if shared:
+            parts.append(f"| all of `{shared}` | The same, of blocks. |\n")
+            columns = {column: meaning for column, meaning in columns.items() if column not in SCHEMA[shared]}
+        parts += [f"| {names} | {meaning} |\n" for names, meaning in _column_rows(columns)]
+    return "".join(parts)
+
+
+def _column_rows(columns: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Names and meaning of columns; the two ends of an interval in one row, what every table has in none of its own."""
+    who = [column for column in _WHO if column in columns]
+    if who:
+        yield ", ".join(f"`{column}`" for column in who), "As in every table."
+    for column, meaning in columns.items():
+        if column in who or column.endswith("ci_high"):
+            continue
+        names, words = f"`{column}`", meaning
+        if column.endswith("ci_low"):
+            names += f", `{column.removesuffix('low')}high`"
+            words = words.replace("The lower end of", "The ends of")
+        words = words.replace("{curve}", ", ".join(curve_indices())).replace("{gates}", ", ".join(VERDICT_GATES))
+        yield names, words.replace("|", r"\|")
+
+
+def indices_text() -> str:
+    """How to read every index, and its definition, as Markdown."""
+    return "".join([OF_INDICES, indices_table(), OF_DEFINITIONS, catalogue_table()])
 
 
 def schema_text() -> str:
     """The schema of all tables, and the catalogue of indices, as Markdown."""
-    parts = [OPENING]
-    for name, columns in SCHEMA.items():
-        parts.append(f"\n## `{name}`\n\n| column | meaning |\n|---|---|\n")
-        for column, meaning in columns.items():
-            written = meaning.replace("{curve}", ", ".join(curve_indices())).replace(
-                "{gates}", ", ".join(VERDICT_GATES)
-            )
-            written = written.replace("|", r"\|")
-            parts.append(f"| `{column}` | {written} |\n")
-        if name == "indices.csv":
-            parts += [OF_INDICES, catalogue_table()]
-    return "".join(parts)
+    return f"{tables_text()}\n{indices_text()}"
 
 
 def unit(models: pd.DataFrame) -> str:

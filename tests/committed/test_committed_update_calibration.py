@@ -1,15 +1,11 @@
 """The committed calibration of the update decomposition is what its streams say, and what the guide tells of it."""
 
-import io
 import json
-import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from rich.console import Console
 
-from lensbench.report.calibration_tables import update_calibration_tables
 from lensbench.runtime.files import sha256
 from lensbench.studies.update_tables import BLOCKS, COVERAGE, RIGHT, STREAMS, VERDICTS, summaries
 from lensbench.suite.files import load_calibration, load_suite
@@ -42,17 +38,6 @@ def test_verdicts_and_coverage_follow_from_the_streams_by_the_rule_of_the_suites
         pd.testing.assert_frame_equal(
             table.reset_index(drop=True).replace("", None), tables[name].replace("", None), check_dtype=False
         )
-
-
-def test_what_the_guide_tells_of_the_calibration_is_what_the_command_prints(tables):
-    console = Console(file=io.StringIO(), width=300)
-    for table in update_calibration_tables(tables):
-        console.print(table)
-    printed = console.file.getvalue()
-    text = (ROOT / "benchmarks" / "calibration.md").read_text()
-    told = re.findall(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]", " ".join(text.split()))
-    assert len(told) >= 10
-    assert [one for one in told if one not in printed] == []
 
 
 def test_the_folder_is_light():

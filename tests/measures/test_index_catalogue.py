@@ -81,8 +81,8 @@ def test_the_guides_index_works(with_toy):
     assert TOY.name in shown_indices()
 
 
-def test_the_readme_shows_the_catalogue():
-    assert indices_table() in (ROOT / "README.md").read_text()
+def test_the_page_of_indices_shows_the_catalogue():
+    assert indices_table() in (ROOT / "results" / "indices.md").read_text()
 
 
 def test_every_index_says_what_it_is_and_stands_after_what_it_is_made_of():

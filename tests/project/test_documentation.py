@@ -34,22 +34,16 @@ def test_the_readmes_example_gives_a_verdict_a_matrix_and_their_figures(
     tiny_run, tiny_suite, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    example = blocks("README.md", "In Python, without a run folder:")[0]
-    assert len([line for line in example.splitlines() if line.strip()]) == 8
+    (example,) = blocks("README.md", "")
+    assert len([line for line in example.splitlines() if line.strip()]) == 6
     example = example.replace("runs/quick", str(tiny_run)).replace(
         '"stdlib"', f'"file:{tiny_suite.parent}/texts", length=64, recipe=recipe'
     )
     names: dict = {"recipe": load_suite(str(tiny_suite)).fit}
     exec(example, names)
-    cells = names["cells"]
-    assert len(cells) == 16
-    assert {"penalty_ce", "penalty_ce_ci_low", "penalty_ce_ci_high"} <= set(cells)
     for name in ("profile.png", "transfer.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.strip() == names["found"].sentence
-    assert list(cells.columns) == list(results.SCHEMA["transfer.csv"]) or set(cells.columns) == set(
-        results.SCHEMA["transfer.csv"]
-    )
 
 
 def of_gpt(run: Path, name: str) -> pd.DataFrame:
@@ -89,6 +83,8 @@ def test_what_is_measured_in_python_is_what_a_run_writes_of_the_same_tokens(tiny
     for column in ("kl", "ce", "penalty_ce", "penalty_ce_ci_low", "movement_kl"):
         assert ours[column].to_numpy() == pytest.approx(written[column].to_numpy(), rel=1e-5, abs=1e-7), column
     matrix = lensbench.transfer_matrix(lenses, sequences=96, positions=8, draws=200)
+    assert len(matrix) == 16
+    assert set(matrix.columns) == set(results.SCHEMA["transfer.csv"])
     pd.testing.assert_frame_equal(matrix[list(ours.columns)], ours, check_dtype=False, rtol=1e-6, atol=1e-9)
     assert isinstance(lensbench.plot(ours), Figure)
     same(numbered("update.csv", found["update.csv"]), of_gpt(tiny_run, "update.csv"))
@@ -178,10 +174,14 @@ def test_the_guides_model_lens_and_measure_work(monkeypatch):
 
 
 def test_the_schema_that_is_told_is_that_of_the_code():
-    assert (ROOT / "results" / "README.md").read_text() == results.schema_text()
+    text = results.tables_text()
+    assert text in (ROOT / "results" / "columns.md").read_text()
+    assert results.indices_text() in (ROOT / "results" / "indices.md").read_text()
     for name, columns in results.SCHEMA.items():
-        assert f"## `{name}`" in results.schema_text()
-        assert all(f"| `{c}` |" in results.schema_text() for c in columns)
+        section = text.partition(f"## `{name}`\n")[2].partition("\n## ")[0]
+        assert section, name
+        there = section + (text.partition("## `update.csv`\n")[2].partition("\n## ")[0] if name == "blocks.csv" else "")
+        assert [c for c in columns if f"`{c}`" not in there] == [], name
 
 
 @pytest.mark.slow
