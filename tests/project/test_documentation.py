@@ -34,7 +34,7 @@ def test_the_readmes_example_gives_a_verdict_a_matrix_and_their_figures(
     tiny_run, tiny_suite, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("README.md", "")
+    (example,) = blocks("README.md", "# lensbench")
     assert len([line for line in example.splitlines() if line.strip()]) == 6
     example = example.replace("runs/quick", str(tiny_run)).replace(
         '"stdlib"', f'"file:{tiny_suite.parent}/texts", length=64, recipe=recipe'
