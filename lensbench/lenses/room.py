@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +36,8 @@ class MatrixFile:
         free, size = shutil.disk_usage(path.parent).free, 8 * numbers
         if free < size:
             raise LensbenchError(
-                f"the moments of this fit take {size / 2**30:.1f} GiB on disk, and {path.parent} has {free / 2**30:.1f} GiB "
-                "free; give --out a folder on a larger disk, or set fit.rotations and fit.layers lower"
+                f"moments and maps take {size / 2**30:.1f} GiB on disk, and {path.parent} has {free / 2**30:.1f} GiB free; "
+                "take a larger disk (--out, TMPDIR), or set fit.rotations and fit.layers lower"
             )
         self.path = path
         self.all = torch.from_file(str(path), shared=True, size=numbers, dtype=torch.float64)
@@ -64,3 +65,23 @@ def again(room: Room, shape: tuple[int, ...]) -> Room:
         return in_memory
     parts = itertools.cycle(room(shape))
     return lambda asked: next(parts).view(asked)
+
+
+SHARE = 32
+"""An array that may lie in memory is no larger than ``memory_gib`` over this: some dozens are used at once"""
+
+
+def spilling(memory_gib: float) -> Room:
+    """Room in memory for small arrays; larger ones lie in files of the folder for temporary files (``TMPDIR``), mapped.
+
+    Each file is removed from its folder at once, and its place on the disk is free when the array is forgotten.
+    """
+
+    def room(shape: tuple[int, ...]) -> Tensor:
+        numbers = math.prod(shape)
+        if 8 * numbers <= memory_gib * 2**30 / SHARE:
+            return in_memory(shape)
+        with tempfile.TemporaryDirectory(prefix="lensbench-") as folder:
+            return MatrixFile(Path(folder) / FILE, numbers)(shape)
+
+    return room

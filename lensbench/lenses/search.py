@@ -78,11 +78,10 @@ def padded_kl(readout: ReadOut, x: Tensor, tokens: Tokens, pad: Tensor, pads: Se
     direction = pad.to(x) @ gain.T  # G v
     u = x @ gain.T
     n = [readout.final_norm(x + a * pad.to(x)) for a in pads]
-    # 1 / s of each row, by least squares over its entries.
     inverse = []
     for a, rows in zip(pads, n, strict=True):
         unscaled = u + a * direction
-        inverse.append(((rows - offset) * unscaled).sum(-1) / unscaled.pow(2).sum(-1))
+        inverse.append(readout.inverse_scale(unscaled, rows, offset))
     log_z = log_partition_of_pads(readout, u, direction, offset, torch.stack(inverse), torch.tensor(pads).to(x))
     kl = [token_kl(readout, rows, tokens, z) for rows, z in zip(n, log_z, strict=True)]
     return torch.stack(kl).double().cpu()

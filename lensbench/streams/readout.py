@@ -146,6 +146,15 @@ class ReadOut(Unembed):
             self._gains[key] = self._find_gain(d, weight.dtype, weight.device)
         return self._gains[key]
 
+    @staticmethod
+    def inverse_scale(unscaled: Tensor, normalised: Tensor, offset: Tensor) -> Tensor:
+        """``1 / scale(x)`` of states x, ``[n]``, up to the factor of G, where ``norm(x) = G x / scale(x) + norm(0)``.
+
+        ``unscaled`` ``[n, d_read]``: ``G x``; ``normalised``: ``norm(x)``; ``offset`` ``[d_read]``: ``norm(0)``. By least
+        squares over the entries.
+        """
+        return ((normalised - offset) * unscaled).sum(-1) / unscaled.pow(2).sum(-1)
+
     def _find_gain(self, d: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         offset = self.final_norm(torch.zeros(d, dtype=dtype, device=device))
         # Long vectors make the norm's epsilon negligible; directions that the norm does not see give the offset.

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_fitting import random_capture
 
+from lensbench.errors import LensbenchError
+from lensbench.lenses import room
 from lensbench.lenses.algebra import ACCURATE, ridge_unit, right_divided
 from lensbench.lenses.fit import fit
 from lensbench.lenses.maps import AffineMaps, TurnedMap
@@ -13,7 +15,7 @@ from lensbench.lenses.moments import CPU, Moments, RotatedMoments
 from lensbench.lenses.planning import FitContext, matrices
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
-from lensbench.lenses.room import FILE, MatrixFile
+from lensbench.lenses.room import FILE, MatrixFile, spilling
 from lensbench.runtime.sealed import write_tensors
 from lensbench.runtime.stages import Pieces
 from lensbench.streams.rotated import RotatedView
@@ -132,3 +134,22 @@ def test_tensors_are_written_one_by_one_as_safetensors_writes_them(tmp_path):
     save_file(tensors, tmp_path / "other.safetensors")
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
     assert all(torch.equal(v, tensors[k]) for k, v in load_file(tmp_path / "one.safetensors").items())
+
+
+def test_large_arrays_lie_in_files_that_leave_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = []
+    monkeypatch.setattr(room, "MatrixFile", lambda *how: made.append(how) or MatrixFile(*how))
+    small, large = spilling(1.0)((2, 3)), spilling(1e-9)((2, 3))
+    large[:] = torch.arange(6.0).view(2, 3)
+    assert len(made) == 1
+    assert not list(tmp_path.iterdir())
+    assert small.shape == large.shape == (2, 3)
+    assert large.sum() == 15
+
+
+def test_a_file_that_finds_no_room_on_disk_is_refused_in_a_line(tmp_path):
+    with pytest.raises(
+        LensbenchError, match=r"moments and maps take [0-9.]+ GiB on disk, and .* GiB free; take a larger disk"
+    ):
+        MatrixFile(tmp_path / FILE, 10**15)

@@ -25,26 +25,20 @@ def principal_space(moments: Covariances) -> Tensor:
     return space
 
 
-def persistence_spread(
-    moments: Covariances, i: int, maps: Readings, space: Tensor, signal: Array, folds: tuple[int, int]
-) -> Tensor:
-    """``U^T E[h_j f_i^T] F A_i U / <r_i, f_i>`` of layer i and itself and all later ones, ``[n - i, r, r]``.
-
-    Its squared norm over r is the variance of S, were h_j in a basis of its own. ``signal`` ``[n]``: ``<r_i, f_i>``.
-    """
-    a, b = folds
-    aimed = maps.signal[b, i].T @ (maps.read[a, i] @ space) / signal[i]
-    found: Tensor = space.T @ moments.goal[i:] @ aimed
-    return found
+def aimed(left: Tensor, read: Tensor, space: Tensor, signal: float) -> Tensor:
+    """``left^T F A_i U / <r_i, f_i>`` of one layer in both :data:`ORDERS`, ``[d, 2 r]``; the maps are ``[2, k, d]``."""
+    return torch.cat([left[b].T @ (read[a] @ space) for a, b in ORDERS], 1) / signal
 
 
 def spreads_of_persistence(moments: Covariances, i: int, maps: Readings, space: Tensor, signal: Array) -> Array:
-    """Spreads of S for layer i and all later ones, ``[n - 1 - i]``; no product of two layers is needed."""
-    square = sum(
-        persistence_spread(moments, i, maps, space, signal, folds)[1:].square().sum((-1, -2)) for folds in ORDERS
-    )
-    assert isinstance(square, Tensor)
-    return np.asarray((square / space.shape[1] / 2).sqrt().numpy())
+    """Spreads of S for layer i and all later ones, ``[n - 1 - i]``; no product of two layers is needed.
+
+    The variance of S, were h_j in a basis of its own, is the squared norm of ``U^T E[h_j f_i^T] F A_i U / <r_i, f_i>``
+    over r. ``signal`` ``[n]``: ``<r_i, f_i>``.
+    """
+    by_signal = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i])
+    squares = [float((space.T @ moments.goal[j] @ by_signal).square().sum()) for j in range(i + 1, len(signal))]
+    return np.sqrt(np.array(squares) / space.shape[1] / 2)
 
 
 def spreads_of(
@@ -54,12 +48,14 @@ def spreads_of(
 
     ``signal`` ``[n]``: ``<r_i, f_i>``; ``loading`` ``[n]``: a(r_i). See :meth:`Covariances.later` for ``later``.
     """
-    persistence, carried = torch.zeros(len(later)), torch.zeros(len(later))
-    for a, b in ORDERS:
-        of_signal = persistence_spread(moments, i, maps, space, signal, (a, b))
-        aimed = maps.read[b, i].T @ (maps.read[a, i] @ space) / signal[i]
-        moved = space.T @ (later - moments.own[i]) @ aimed
-        persistence = persistence + of_signal[1:].square().sum((-1, -2))
-        carried = carried + (moved - loading[i] * (of_signal[1:] - of_signal[0])).square().sum((-1, -2))
-    rank = space.shape[1]
-    return np.asarray((persistence / rank / 2).sqrt().numpy()), np.asarray((carried / rank / 2).sqrt().numpy())
+    by_signal = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i])
+    by_reading = aimed(maps.read[:, i], maps.read[:, i], space, signal[i])
+    here = space.T @ moments.goal[i] @ by_signal
+    persistence, carried = [], []
+    for k, j in enumerate(range(i + 1, len(signal))):
+        there = space.T @ moments.goal[j] @ by_signal
+        moved = space.T @ (later[k] - moments.own[i]) @ by_reading
+        persistence.append(float(there.square().sum()))
+        carried.append(float((moved - loading[i] * (there - here)).square().sum()))
+    scale = 2 * space.shape[1]
+    return np.sqrt(np.array(persistence) / scale), np.sqrt(np.array(carried) / scale)

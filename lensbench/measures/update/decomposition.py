@@ -14,6 +14,7 @@ from lensbench.lenses.moments import Moments
 from lensbench.lenses.read import own_layer_sums
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
+from lensbench.lenses.room import IN_MEMORY, Room, spilling
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
 from lensbench.measures.update.chance import principal_space, spreads_of, spreads_of_persistence
 from lensbench.measures.update.folds import (
@@ -206,6 +207,8 @@ class Fitted:
     lenses: FullLenses
     maps: Readings
     search: DevSearch
+    room: Room = IN_MEMORY
+    """Where moments and maps lie"""
 
     @classmethod
     def of(
@@ -225,22 +228,24 @@ class Fitted:
         """See :func:`decompose`; ``others``: tolerances that :meth:`at` will be asked for."""
         coordinates, folds = Metric.of(metric, readout, fit), deal_documents(fit, seed)
         say("moments")
-        moments, halves = folds_and_halves(fit, layers, folds)
-        pooled = pooled_folds(moments, [int((folds[fit.document] == fold).sum()) for fold in range(len(moments))])
+        room = spilling(recipe.memory_gib)
+        moments, halves = folds_and_halves(fit, layers, folds, room=room)
+        sizes = [int((folds[fit.document] == fold).sum()) for fold in range(len(moments))]
+        pooled = pooled_folds(moments, sizes, room)
         search = DevSearch(readout, dev, recipe, pad_direction(readout, fit.states[-1]))
         say("ridges")
         lenses = full_lenses(search, pooled, layers, tolerance, known, others)
-        maps = readings(moments, coordinates, lenses.ridges, halves)
-        return cls(layers, coordinates, folds, moments, halves, pooled, lenses, maps, search)
+        maps = readings(moments, coordinates, lenses.ridges, halves, room)
+        return cls(layers, coordinates, folds, moments, halves, pooled, lenses, maps, search, room)
 
     def at(self, tolerance: float) -> Readings:
         """The maps at the strongest ridges that another tolerance allows, one of those that were announced."""
         ridges = tuple(self.search.end_of(climb, tolerance).ridge for climb in self.lenses.climbs)
-        return readings(self.parts, self.metric, ridges, self.halves)
+        return readings(self.parts, self.metric, ridges, self.halves, self.room)
 
     def by(self, metric: Metric) -> Readings:
         """The maps of the same lenses in another metric."""
-        return readings(self.parts, metric, self.lenses.ridges, self.halves)
+        return readings(self.parts, metric, self.lenses.ridges, self.halves, self.room)
 
     def again(self, fit: Capture, seed: tuple[int, ...]) -> tuple[Readings, AffineMaps]:
         """The maps fitted to documents that are drawn anew within each fold, and the best lenses of all of them.
@@ -248,14 +253,14 @@ class Fitted:
         At the same ridges.
         """
         counts = resampled(self.folds, seed)
-        moments, halves = folds_and_halves(fit, self.layers, self.folds, counts)
+        moments, halves = folds_and_halves(fit, self.layers, self.folds, counts, self.room)
         fold_of = self.folds[fit.document]
         pooled = pooled_folds(
-            moments, [int(counts[fit.document][fold_of == fold].sum()) for fold in range(len(moments))]
+            moments, [int(counts[fit.document][fold_of == fold].sum()) for fold in range(len(moments))], self.room
         )
         path = RidgePath(pooled.layer(range(len(self.layers))), "zero")
         best = path.solve(torch.tensor(self.lenses.best_ridges, dtype=torch.float64))
-        return readings(moments, self.metric, self.lenses.ridges, halves), best
+        return readings(moments, self.metric, self.lenses.ridges, halves, self.room), best
 
 
 @torch.no_grad()
@@ -335,18 +340,20 @@ def measured(
     pairs = pairs_of(len(chosen))
     if gating is None:
         say("gates")
-        gating = _gates(readout, dev, chosen, fitted.lenses, fitted.maps, pairs)
+        gating = _gates(readout, dev, fitted, pairs)
     say("products")
     held = HeldOut.of(held_out, chosen)
     sums = held.products(fitted.maps)
     say("refits")
-    again = [fitted.again(fit, (seed, number)) for number in range(refits)]
-    moments = SecondMoments.of(held_out.states, chosen, held.means)
-    (chance, *chance_of), at_refits = chance_and_products(
-        moments, [fitted.maps, *(maps for *_, maps in others)], [maps for maps, _ in again]
-    )
+    moments = SecondMoments.of(held_out.states, chosen, held.means, fitted.room)
+    (chance, *chance_of), _ = chance_and_products(moments, [fitted.maps, *(maps for *_, maps in others)], [])
     point, draws = held.quantities(sums, chance)
-    refitted = [quantities(one, pairs, chance) for one in at_refits]
+    white, refitted, news_again = whitening(moments.last), [], []
+    for number in range(refits):  # the maps of one at a time
+        maps, lenses = fitted.again(fit, (seed, number))
+        refitted.append(quantities(chance_and_products(moments, [], [maps])[1][0], pairs, chance))
+        news_again.append(news_of_moments(moments, lenses, white, pairs))
+        del maps, lenses
     variants = tuple(
         Variant(setting, value, *held.quantities(held.products(maps), of_this))
         for (setting, value, maps), of_this in zip(others, chance_of, strict=True)
@@ -355,17 +362,14 @@ def measured(
         say("units of the final norm")
         variants += (in_norm_units(fitted, readout, fit, held_out, chosen),)
     say("news")
-    white = whitening(moments.last)
     gains = news_sums(held.states, chosen, held.means, held.cluster, held.clusters, fitted.lenses.best, white)
-    news_again = [news_of_moments(moments, lenses, white, pairs) for _, lenses in again]
     gained = None
     if readable:
         say("readable gain")
-        lenses, of_fit, metric = fitted.lenses.within, fitted.moments, fitted.metric
-        pad = fitted.search.pad
         gained = readable_gains(
-            readout, dev, held_out, chosen, lenses, of_fit, metric, pad, held.cluster, held.clusters, further=further
-        )
+            readout, dev, held_out, chosen, fitted.lenses.within, fitted.moments, fitted.metric, fitted.search.pad,
+            held.cluster, held.clusters, further=further,
+        )  # fmt: skip
     return Decomposition(
         layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws,
         refits=_stacked(refitted) if refitted else None, chance=chance, gate=gating.gate, blocks=gating.blocks,
@@ -382,12 +386,15 @@ def in_norm_units(
 
     Lenses are fitted anew, at the same ridges in median eigenvalues.
     """
-    scaled = norm_units(fit, readout, layers)
-    moments, halves = folds_and_halves(scaled, layers, fitted.folds)
-    maps = readings(moments, fitted.metric, fitted.lenses.ridges, halves)
-    scaled = norm_units(held_out, readout, layers)
+    memory_gib = fitted.search.recipe.memory_gib
+    scaled = norm_units(fit, readout, layers, memory_gib)
+    layers = tuple(range(len(layers)))
+    moments, halves = folds_and_halves(scaled, layers, fitted.folds, room=fitted.room)
+    maps = readings(moments, fitted.metric, fitted.lenses.ridges, halves, fitted.room)
+    del moments, halves
+    scaled = norm_units(held_out, readout, fitted.layers, memory_gib)
     held = HeldOut.of(scaled, layers)
-    (chance,), _ = chance_and_products(SecondMoments.of(scaled.states, layers, held.means), [maps], [])
+    (chance,), _ = chance_and_products(SecondMoments.of(scaled.states, layers, held.means, fitted.room), [maps], [])
     return Variant(NORMED, "final norm", *held.quantities(held.products(maps), chance))
 
 
@@ -402,15 +409,14 @@ def _both(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array] | None:
 def _gates(
     readout: ReadOut,
     dev: Capture,
-    layers: Sequence[int],
-    lenses: FullLenses,
-    maps: Readings,
+    fitted: Fitted,
     pairs: Pairs,
 ) -> Gating:
     """The gate of each pair, and the blocks merged until there is room; all on dev."""
+    layers, lenses, maps = fitted.layers, fitted.lenses, fitted.maps
     held = HeldOut.of(dev, layers)
     sums = held.products(maps)
-    moments = SecondMoments.of(dev.states, layers, held.means)
+    moments = SecondMoments.of(dev.states, layers, held.means, fitted.room)
     signal, space = sums.total().layer["rf"] / len(dev), principal_space(moments)
     spread = [spreads_of_persistence(moments, i, maps, space, signal) for i in range(len(layers) - 1)]
     # No gate looks at the spread of c, which would need the products of all pairs of layers.
@@ -431,7 +437,7 @@ def chance_and_products(
 
     One pass over the states for each layer, whatever the number of sets of lenses.
     """
-    space, count = principal_space(moments), len(moments.own)
+    space, count = principal_space(moments) if sets else None, len(moments.own)
     layer_of = [layer_products_of_moments(moments, one)[0] for one in sets]
     others = [layer_products_of_moments(moments, one) for one in again]
     rows: list[list[dict[str, Array]]] = [[] for _ in again]
@@ -440,6 +446,7 @@ def chance_and_products(
         later = moments.later(i)
         for into, maps, layer in zip(spreads, sets, layer_of, strict=True):
             loading = layer["rr"] / layer["rf"]
+            assert space is not None
             of_s, of_c = spreads_of(moments, i, later, maps, space, layer["rf"], loading)
             here = products_of_moments(moments, i, later, maps)
             with np.errstate(divide="ignore", invalid="ignore"):

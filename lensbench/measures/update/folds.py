@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lensbench.lenses.moments import MOMENT_BLOCK, Moments, MomentSums
 from lensbench.lenses.ridge import RidgePath
+from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.metric import SMALLEST_EIGENVALUE, Metric
 from lensbench.measures.update.undefined import Undefined
 from lensbench.streams.capture import Capture
@@ -58,17 +59,25 @@ def deal_documents(captured: Capture, seed: int) -> NDArray[np.int64]:
 
 
 def fold_moments(
-    captured: Capture, layers: Sequence[int], folds: NDArray[np.int64], counts: NDArray[np.int64] | None = None
+    captured: Capture,
+    layers: Sequence[int],
+    folds: NDArray[np.int64],
+    counts: NDArray[np.int64] | None = None,
+    room: Room = IN_MEMORY,
 ) -> list[Moments]:
     """Moments of each fold, of the regressions from ``layers`` (and, last, from the final state itself) to the final state.
 
-    ``counts`` ``[documents]``: how often each document was drawn; once each, if left out.
+    ``counts`` ``[documents]``: how often each document was drawn; once each, if left out. ``room``: where they lie.
     """
-    return [_moments_of(captured, layers, folds == fold, counts) for fold in range(FOLDS)]
+    return [_moments_of(captured, layers, folds == fold, counts, room) for fold in range(FOLDS)]
 
 
 def folds_and_halves(
-    captured: Capture, layers: Sequence[int], folds: NDArray[np.int64], counts: NDArray[np.int64] | None = None
+    captured: Capture,
+    layers: Sequence[int],
+    folds: NDArray[np.int64],
+    counts: NDArray[np.int64] | None = None,
+    room: Room = IN_MEMORY,
 ) -> tuple[list[Moments], tuple[Moments, Moments]]:
     """:func:`fold_moments`, and those of each half of the third fold's documents, in one pass over the tokens.
 
@@ -77,40 +86,46 @@ def folds_and_halves(
     third = folds == FOLDS - 1
     side = np.cumsum(third) % 2
     sizes = np.ones(len(folds), dtype=np.int64) if counts is None else counts
-    lenses = [_moments_of(captured, layers, folds == fold, counts) for fold in range(FOLDS - 1)]
+    lenses = [_moments_of(captured, layers, folds == fold, counts, room) for fold in range(FOLDS - 1)]
     if third.sum() < 2 or min(sizes[third & (side == k)].sum() for k in (0, 1)) == 0:
-        whole = _moments_of(captured, layers, third, counts)
+        whole = _moments_of(captured, layers, third, counts, room)
         return [*lenses, whole], (whole, whole)
-    first, second = (_moments_of(captured, layers, third & (side == k), counts) for k in (0, 1))
+    first, second = (_moments_of(captured, layers, third & (side == k), counts, room) for k in (0, 1))
     tokens = [int(sizes[captured.document][(third & (side == k))[captured.document]].sum()) for k in (0, 1)]
-    return [*lenses, pooled_folds([first, second], tokens)], (first, second)
+    return [*lenses, pooled_folds([first, second], tokens, room)], (first, second)
 
 
-def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
+def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int], room: Room = IN_MEMORY) -> Moments:
     """The moments of several folds together, exactly, from each fold's own and its number of tokens."""
     share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
     mean = torch.stack([s * m.mean for s, m in zip(share, moments, strict=True)]).sum(0)
     target = torch.stack([s * m.target_mean for s, m in zip(share, moments, strict=True)]).sum(0)
-    covariance, cross = torch.zeros_like(moments[0].covariance), torch.zeros_like(moments[0].cross)
+    covariance, cross = (room(tuple(moments[0].covariance.shape)).zero_() for _ in range(2))
     for s, m in zip(share, moments, strict=True):
         shift, moved = m.mean - mean, m.target_mean - target
-        covariance += s * (m.covariance + shift[:, :, None] * shift[:, None, :])
-        cross += s * (m.cross + moved[None, :, None] * shift[:, None, :])
-    return Moments(mean, covariance, cross, target)
+        for k, own in enumerate(shift):
+            covariance[k] += s * (m.covariance[k] + own[:, None] * own)
+            cross[k] += s * (m.cross[k] + moved[:, None] * own)
+    return Moments(mean, covariance, cross, target, moments[0].device)
 
 
 def _moments_of(
-    captured: Capture, layers: Sequence[int], chosen: NDArray[np.bool_], counts: NDArray[np.int64] | None
+    captured: Capture, layers: Sequence[int], chosen: NDArray[np.bool_], counts: NDArray[np.int64] | None, room: Room
 ) -> Moments:
-    """The moments of some documents, ``chosen`` ``[documents]``."""
-    rows = [*layers, captured.layers, captured.layers]  # the last is the target
+    """The moments of some documents, ``chosen`` ``[documents]``, one layer after the other."""
+    rows, d = [*layers, captured.layers], captured.states.shape[-1]
     drawn = None if counts is None else counts[captured.document]
-    sums = MomentSums(captured.ranks)
     at = torch.from_numpy(np.flatnonzero(chosen[captured.document]))
-    for tokens in at.split(MOMENT_BLOCK):
-        weights = None if drawn is None else torch.from_numpy(drawn[tokens.numpy()])
-        sums.add(torch.stack([captured.states[row][tokens] for row in rows]), weights)
-    return sums.moments()
+    covariance, cross, means = room((len(rows), d, d)), room((len(rows), d, d)), []
+    for k, row in enumerate(rows):
+        sums = MomentSums(captured.ranks)
+        for tokens in at.split(MOMENT_BLOCK):
+            weights = None if drawn is None else torch.from_numpy(drawn[tokens.numpy()])
+            sums.add(torch.stack([captured.states[r][tokens] for r in (row, captured.layers)]), weights)
+        one = sums.moments()
+        covariance[k], cross[k] = one.covariance[0], one.cross[0]
+        means.append(one.mean[0])
+    return Moments(torch.stack(means), covariance, cross, one.target_mean, one.device)
 
 
 def resampled(folds: NDArray[np.int64], seed: Sequence[int]) -> NDArray[np.int64]:
@@ -128,37 +143,34 @@ def readings(
     metric: Metric,
     ridges: Sequence[float],
     halves: tuple[Moments, Moments] | None = None,
+    room: Room = IN_MEMORY,
 ) -> Readings:
     """The maps of two folds' lenses, prior zero, at the given ridge for each layer, with the signal of the third fold.
 
     A ridge is in units of the median eigenvalue of the fold's own covariance. ``halves``: those of the third fold
-    (:func:`folds_and_halves`); its whole in their place, if left out.
+    (:func:`folds_and_halves`); its whole in their place, if left out. ``room``: where the maps lie.
     """
     factor = metric.factor
-    layers = range(len(ridges))
-    read, signal, apart = [], [], []
-    inverse = _inverse_target(moments[2], factor)
+    shape = (2, len(ridges), *factor.shape)
+    read, signal = room(shape), room(shape)
+    apart = signal if halves is None else room(shape)
+    of_target = _inverse_target(moments[2], factor)
     for fold in (0, 1):
-        own = moments[fold].layer(layers)
-        lenses = RidgePath(own, "zero").solve(torch.tensor(ridges, dtype=torch.float64)).matrix
-        maps = factor @ lenses.cpu()
-        read.append(maps)
-        signal.append(_signal(maps, moments[2], inverse, factor))
-        if halves is not None:
-            apart.append(_signal(maps, halves[fold], _inverse_target(halves[fold], factor), factor))
-    along = torch.stack(signal)
-    return Readings(torch.stack(read), along, factor, torch.stack(apart) if apart else along)
+        of_half = None if halves is None else _inverse_target(halves[fold], factor)
+        for k, ridge in enumerate(ridges):
+            lens = RidgePath(moments[fold].layer([k]), "zero").solve(ridge).matrix[0]
+            read[fold, k] = factor @ lens
+            # K_i F = Cov(r_i, T) Cov(T)^+ F
+            signal[fold, k] = read[fold, k] @ moments[2].cross[k].T @ of_target
+            if halves is not None:
+                assert of_half is not None
+                apart[fold, k] = read[fold, k] @ halves[fold].cross[k].T @ of_half
+    return Readings(read, signal, factor, apart)
 
 
 def _inverse_target(moments: Moments, factor: Tensor) -> Tensor:
-    return pseudo_inverse(factor @ moments.covariance[-1] @ factor.T)
-
-
-def _signal(maps: Tensor, moments: Moments, inverse: Tensor, factor: Tensor) -> Tensor:
-    """``K_i F`` of lenses ``[n, k, d]``: ``Cov(r_i, T) Cov(T)^+ F``."""
-    along = maps @ moments.cross[: len(maps)].transpose(-1, -2) @ factor.T  # Cov(r_i, T)
-    signal: Tensor = along @ inverse @ factor
-    return signal
+    """``F^T Cov(T)^+ F`` of the final state ``T = F h_L``, ``[d, d]``."""
+    return factor.T @ pseudo_inverse(factor @ moments.covariance[-1] @ factor.T) @ factor
 
 
 def pseudo_inverse(covariance: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ class NewsSums:
 
 def unread_directions(explained: Tensor) -> Tensor:
     """Projections ``[n, k, k]`` of the whitened final state on what the lens of each layer does not read."""
-    values, vectors = torch.linalg.eigh((explained + explained.transpose(-1, -2)) / 2)
-    projection: Tensor = (vectors * (values < UNREAD)[..., None, :]) @ vectors.transpose(-1, -2)
-    return projection
+    found = torch.empty_like(explained)
+    for k, one in enumerate(explained):
+        values, vectors = torch.linalg.eigh((one + one.T) / 2)
+        found[k] = vectors[:, values < UNREAD] @ vectors[:, values < UNREAD].T
+    return found
 
 
 def explained_power(moments: Covariances, lenses: AffineMaps, factor: Tensor) -> Tensor:
@@ -58,18 +60,21 @@ def explained_power(moments: Covariances, lenses: AffineMaps, factor: Tensor) ->
     but where a lens reads nothing all its products are small, whatever the sample of T: directions that it reads and
     directions that it does not are told apart at a few thousand tokens. ``factor`` ``[k, d]`` whitens the final state.
     """
-    maps = factor @ lenses.matrix.double().cpu()
-    across = maps @ moments.goal @ factor.T
-    return across + across.transpose(-1, -2) - maps @ moments.own @ maps.transpose(-1, -2)
+    found = []
+    for own, goal, lens in zip(moments.own, moments.goal, lenses.matrix, strict=True):
+        maps = factor @ lens.double().cpu()
+        across = maps @ goal @ factor.T
+        found.append(across + across.T - maps @ own @ maps.T)
+    return torch.stack(found)
 
 
 def news_of_moments(moments: Covariances, lenses: AffineMaps, factor: Tensor, pairs: Pairs) -> tuple[Array, Array]:
     """Gains in explained power of pairs, means over tokens: those in unread directions, and all; ``[P]`` each."""
     explained = explained_power(moments, lenses, factor)
-    i, j = (torch.from_numpy(side) for side in pairs)
-    gain, unread = explained[j] - explained[i], unread_directions(explained)
-    new, whole = (unread[i] * gain).sum((-1, -2)), gain.diagonal(dim1=-1, dim2=-2).sum(-1)
-    return new.numpy(), whole.numpy()
+    unread, whole = unread_directions(explained), explained.diagonal(dim1=-1, dim2=-2).sum(-1).numpy()
+    # A pair at a time: gains of all of them would take a matrix each.
+    new = [float((unread[i] * (explained[j] - explained[i])).sum()) for i, j in zip(*pairs, strict=True)]
+    return np.array(new), whole[pairs[1]] - whole[pairs[0]]
 
 
 @torch.no_grad()

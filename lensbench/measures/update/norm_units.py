@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
-from lensbench.streams.capture import Capture
+from lensbench.streams.capture import Capture, room_for
 from lensbench.streams.readout import ReadOut
 
 TOKEN_BLOCK = 4096
@@ -26,27 +26,28 @@ def inverse_scales(readout: ReadOut, h: Tensor) -> Tensor:
     if gain is None:
         raise LensbenchError("the final norm is no matrix over a scale: its units are unknown")
     offset = readout.final_norm(torch.zeros_like(h[0]))
-    found = []
-    for rows in h.split(TOKEN_BLOCK):
-        unscaled = rows @ gain.T
-        # By least squares over the entries.
-        found.append(((readout.final_norm(rows) - offset) * unscaled).sum(-1) / unscaled.square().sum(-1))
-    return torch.cat(found)
+    blocks = h.split(TOKEN_BLOCK)
+    return torch.cat([readout.inverse_scale(x @ gain.T, readout.final_norm(x), offset) for x in blocks])
 
 
 @torch.no_grad()
-def norm_units(captured: Capture, readout: ReadOut, layers: Sequence[int]) -> Capture:
-    """The capture with the states of ``layers``, and the last, divided by the final norm's scale of the last state.
+def norm_units(captured: Capture, readout: ReadOut, layers: Sequence[int], memory_gib: float = float("inf")) -> Capture:
+    """A capture of the layers ``layers`` and of the last: states ``[n + 1, N, d]`` divided by the final norm's scale of h_L.
 
     Second moments of these are those of the states with weights ``1 / scale^2`` of mean 1; weighted means are taken off
-    first, since what is divided with the state would else look like an update.
+    first, since what is divided with the state would else look like an update. States beyond ``memory_gib`` lie in a
+    memory-mapped file.
     """
     inverse = inverse_scales(readout, captured.states[-1])
     square = inverse.double().square()
     total = float(captured.ranks.sum(square.sum().cpu()))
     inverse = (inverse.double() * (captured.tokens / total) ** 0.5).to(captured.states)
-    states = torch.zeros_like(captured.states)
-    for row in (*layers, captured.layers):
-        mean = captured.ranks.sum((square @ captured.states[row].double()).cpu()) / total
-        torch.mul(captured.states[row] - mean.to(states), inverse[:, None], out=states[row])
+    shape = (len(layers) + 1, *captured.states.shape[1:])
+    states = room_for(shape, captured.states.device, memory_gib).to(captured.states.dtype)
+    for k, row in enumerate((*layers, captured.layers)):
+        weighted = square.new_zeros(shape[2])
+        for some, rows in zip(square.split(TOKEN_BLOCK), captured.states[row].split(TOKEN_BLOCK), strict=True):
+            weighted += some @ rows.double()
+        mean = captured.ranks.sum(weighted.cpu()) / total
+        torch.mul(captured.states[row] - mean.to(states), inverse[:, None], out=states[k])
     return replace(captured, states=states)

@@ -5,7 +5,7 @@ once, block by block; a second way computes the same products from second moment
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.folds import Readings
 from lensbench.statistics import Array
 
@@ -23,6 +24,9 @@ LAYER_PRODUCTS = ("rr", "rf", "ff", "rT", "fT")
 """Of one layer: r_i and its signal f_i, with themselves, with one another, and with T"""
 
 TOKEN_BLOCK = 1024
+
+LATER_GIB = 1.5
+"""Covariances of pairs of layers are kept, not made again for each set of lenses, if they take no more"""
 
 
 Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
@@ -179,31 +183,43 @@ class SecondMoments:
     """``[n, d, d]``: Cov(h_j, h_L)"""
     last: Tensor
     """``[d, d]``: Cov h_L"""
+    _later: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, states: Tensor, layers: Sequence[int], means: Tensor) -> "SecondMoments":
+    def of(cls, states: Tensor, layers: Sequence[int], means: Tensor, room: Room = IN_MEMORY) -> "SecondMoments":
         """Of ``states`` ``[L+1, N, d]``, ``means`` ``[n + 1, d]`` taken off those of ``layers`` and of the last one."""
-        count, d = len(layers), states.shape[-1]
-        # Summed where the states are: a GPU hands over each sum once, not each block's.
-        own, goal = (states.new_zeros(count, d, d, dtype=torch.float64) for _ in range(2))
-        last = states.new_zeros(d, d, dtype=torch.float64)
-        for centred in blocks(states, [*layers, len(states) - 1], means):
-            for j in range(count):
-                own[j] += (centred[j].T @ centred[j]).double()
-                goal[j] += (centred[j].T @ centred[-1]).double()
-            last += (centred[-1].T @ centred[-1]).double()
-        tokens = states.shape[1]
-        return cls(states, layers, means, *((total / tokens).cpu() for total in (own, goal, last)))
+        count, d, tokens = len(layers), states.shape[-1], states.shape[1]
+        own, goal = room((count, d, d)), room((count, d, d))
+        last = torch.zeros(d, d, dtype=torch.float64)
+        for j, row in enumerate([*layers, len(states) - 1]):
+            # Summed where the states are: a GPU hands over each sum once, not each block's.
+            here, to_last = (states.new_zeros(d, d, dtype=torch.float64) for _ in range(2))
+            for one, final in blocks(states, [row, len(states) - 1], means[[j, count]]):
+                here += (one.T @ one).double()
+                to_last += (one.T @ final).double()
+            if j == count:
+                last = (here / tokens).cpu()
+            else:
+                own[j], goal[j] = here / tokens, to_last / tokens
+        return cls(states, layers, means, own, goal, last)
 
     def later(self, i: int) -> Tensor:
-        """Cov(h_j, h_i) of the later layers j, ``[n - 1 - i, d, d]``: one pass over the states."""
+        """Cov(h_j, h_i) of the later layers j, ``[n - 1 - i, d, d]``: one pass over the states.
+
+        Those of all i are kept where they take no more than :data:`LATER_GIB`.
+        """
+        if i in self._later:
+            return self._later[i]
         count, d = len(self.layers), self.states.shape[-1]
         found = self.states.new_zeros(count - 1 - i, d, d, dtype=torch.float64)
         means = torch.cat([self.means[i:count]])
         for centred in blocks(self.states, self.layers[i:], means):
             for at in range(count - 1 - i):
                 found[at] += (centred[at + 1].T @ centred[0]).double()
-        return (found / self.states.shape[1]).cpu()
+        found = (found / self.states.shape[1]).cpu()
+        if 8 * count * (count - 1) // 2 * d * d <= LATER_GIB * 2**30:
+            self._later[i] = found
+        return found
 
 
 def blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tensor]:
@@ -223,41 +239,38 @@ def products_of_moments(moments: Covariances, i: int, later: Tensor, maps: Readi
 
     ``later``: what :meth:`SecondMoments.later` gives for i; ``maps`` in float64.
     """
-    after = slice(i + 1, None)
     read, signal = maps.read, maps.signal
-    own, goal = moments.own[after], moments.goal[after]
-
-    def crossed(values: dict[tuple[int, int], Tensor]) -> Array:
-        found: Array = ((values[0, 1] + values[1, 0]) / 2).numpy()
-        return found
-
-    orders = ((0, 1), (1, 0))
-    there = {a: read[a, i] @ later for a in (0, 1)}  # F A_i Cov(h_j, h_i)
-    still = {a: read[a, i] @ own for a in (0, 1)}  # F A_i Cov h_j
-    return {
-        "sr": crossed({(a, b): _inner(there[a], read[b, i]) for a, b in orders}),
-        "sf": crossed({(a, b): _inner(read[a, i] @ goal, signal[b, i]) for a, b in orders}),
-        "ss": crossed({(a, b): _inner(still[a], read[b, i]) for a, b in orders}),
-        "sj": crossed({(a, b): _inner(still[a], read[b, after]) for a, b in orders}),
-        "jr": crossed({(a, b): _inner(read[a, after] @ later, read[b, i]) for a, b in orders}),
-        "jf": crossed({(a, b): _inner(read[a, after] @ goal, signal[b, i]) for a, b in orders}),
-    }
+    # <A X, B> = <X, A^T B>: products with the maps of layer i alone are made once, whatever the number of later layers.
+    both, turned = read[:, i].flatten(0, 1), read[:, i].flip(0).flatten(0, 1)  # of both folds, and in the other order
+    f = signal[:, i].flip(0).flatten(0, 1)
+    of_s, of_f = both.T @ turned / 2, both.T @ f / 2
+    found: dict[str, list[float]] = {name: [] for name in PAIR_PRODUCTS}
+    for k, j in enumerate(range(i + 1, read.shape[1])):
+        there = read[:, j].flatten(0, 1).T
+        of_j = there @ turned / 2
+        pairs = {
+            "sr": (later[k], of_s), "sf": (moments.goal[j], of_f), "ss": (moments.own[j], of_s),
+            "sj": (moments.own[j], of_j), "jr": (later[k], of_j), "jf": (moments.goal[j], there @ f / 2),
+        }  # fmt: skip
+        for name, (left, right) in pairs.items():
+            found[name].append(float(torch.dot(left.reshape(-1), right.reshape(-1))))
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def layer_products_of_moments(moments: Covariances, maps: Readings) -> tuple[dict[str, Array], float]:
     """:data:`LAYER_PRODUCTS` ``[n]`` and the square of the final state, means over tokens."""
     read, signal, target = maps.read, maps.signal, maps.target
-    along = [read[a] @ moments.goal for a in (0, 1)]  # F A_i Cov(h_i, h_L)
-    held = [signal[a] @ moments.last for a in (0, 1)]
-    apart = maps.apart[0] @ moments.last
-    found = {
-        "rr": _inner(read[0] @ moments.own, read[1]),
-        "rf": (_inner(along[0], signal[1]) + _inner(along[1], signal[0])) / 2,
-        "ff": _inner(apart, maps.apart[1]),
-        "rT": (_inner(along[0], target) + _inner(along[1], target)) / 2,
-        "fT": (_inner(held[0], target) + _inner(held[1], target)) / 2,
-    }
-    return {name: values.numpy() for name, values in found.items()}, float(_inner(target @ moments.last, target))
+    found: dict[str, list[Tensor]] = {name: [] for name in LAYER_PRODUCTS}
+    for i in range(read.shape[1]):
+        along = [read[a, i] @ moments.goal[i] for a in (0, 1)]  # F A_i Cov(h_i, h_L)
+        held = [signal[a, i] @ moments.last for a in (0, 1)]
+        found["rr"].append(_inner(read[0, i] @ moments.own[i], read[1, i]))
+        found["rf"].append((_inner(along[0], signal[1, i]) + _inner(along[1], signal[0, i])) / 2)
+        found["ff"].append(_inner(maps.apart[0, i] @ moments.last, maps.apart[1, i]))
+        found["rT"].append((_inner(along[0], target) + _inner(along[1], target)) / 2)
+        found["fT"].append((_inner(held[0], target) + _inner(held[1], target)) / 2)
+    square = float(_inner(target @ moments.last, target))
+    return {name: torch.stack(values).numpy() for name, values in found.items()}, square
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

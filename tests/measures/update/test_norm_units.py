@@ -65,9 +65,9 @@ def test_second_moments_are_those_of_weighted_tokens():
     weight /= weight.mean()
     expected = [h - (weight[:, None] * h).mean(0) for h in states]
     found = norm_units(captured, readout, [0, 2]).states.double().numpy()
-    for row in (0, 2, 3):
+    for at, row in enumerate((0, 2, 3)):
         other = expected[row].T @ (weight[:, None] * expected[3]) / len(weight)
-        np.testing.assert_allclose(found[row].T @ found[3] / len(weight), other, rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(found[at].T @ found[2] / len(weight), other, rtol=2e-3, atol=1e-4)
 
 
 def test_the_variant_is_the_decomposition_of_states_in_these_units():
