@@ -50,6 +50,7 @@ from lensbench.run.replacing import refuse_replacing
 from lensbench.run.scoring import scoring
 from lensbench.run.sharing import exact_share_of
 from lensbench.run.stage_names import stage_names
+from lensbench.run.unfinished import Unfinished
 from lensbench.run.updating import updating
 from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
 from lensbench.runtime.progress import QUIET, Progress
@@ -96,7 +97,7 @@ def run_suite(
     ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Of several ``ranks`` the
     first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages. ``options``: what the
     command line changed of the suite's file, which the manifest reports. ``command``: the command that goes on
-    with an unfinished run.
+    with an unfinished run, which the page names that is written as results are finished.
 
     Raises :class:`LensbenchError` for what a user can mend.
     """
@@ -127,11 +128,17 @@ def run_suite(
             context, plans = planned(context, asked, cluster)
         if cluster is not None:
             cluster.compute(context, cluster_tasks(context, asked))
-        measured, left_out = measured_models(context, asked)
+        unfinished = Unfinished.of(context, asked, command or f"lensbench run {suite.name}")
+        try:
+            measured, left_out = measured_models(context, asked, unfinished)
+        except BaseException:
+            unfinished.interrupted()
+            raise
         counted = {d.name: baselines(context, d) for d in (data_of(context, m.model) for m in measured)}
         if ranks.first:
             write_run(context, measured, counted, plans, left_out)
             forget_captures(context)
+            unfinished.finished()
         ranks.wait()
         return read_run(folder)
 
@@ -185,7 +192,9 @@ def planned(
     return replace(context, sequences=max(plan["sequences"] for plan in plans.values())), plans
 
 
-def measured_models(context: Context, asked: list[ModelRecipe]) -> tuple[list[MeasuredModel], dict[str, str]]:
+def measured_models(
+    context: Context, asked: list[ModelRecipe], unfinished: Unfinished
+) -> tuple[list[MeasuredModel], dict[str, str]]:
     """The models of the suite in its order, and those left out with the reason.
 
     Models that are asked for are measured; others stay in the tables as earlier runs left them. One that cannot be read
@@ -198,7 +207,7 @@ def measured_models(context: Context, asked: list[ModelRecipe]) -> tuple[list[Me
     # What is damaged is told before anything is computed; what is missing may be made by the models that are asked for.
     found, damaged = read_again(context, others, missing=False)
     refuse_losing(context, damaged, kept)
-    found |= {m.name: measured_model(context, m) for m in asked}
+    found |= {m.name: measured_model(context, m, unfinished) for m in asked}
     late, left_out = read_again(context, [m for m in others if m.name not in found], missing=True)
     found |= late
     refuse_losing(context, left_out, kept)
@@ -236,20 +245,25 @@ def refuse_losing(context: Context, unread: dict[str, str], kept: Sequence[str])
             )
 
 
-def measured_model(context: Context, model: ModelRecipe) -> MeasuredModel:
-    """One model over its seeds: trained, fitted, scored and probed."""
+def measured_model(context: Context, model: ModelRecipe, unfinished: Unfinished | None = None) -> MeasuredModel:
+    """One model over its seeds: trained, fitted, scored and probed; ``unfinished`` shows what is there of it meanwhile."""
     suite, parts, scores, shares = context.suite, [], [], {}
     seeds = suite.seeds_of(model)
     points = [point for seed in seeds for point in learning_curve(context, model, seed)]
     for seed in seeds:
         begins = beginning_facts(context, model, seed)
         updates = updating(context, model, seed)
+        if unfinished is not None:
+            unfinished.decomposed(model, seed, updates)
         fitted, scored = fitting(context, model, seed), scoring(context, model, seed)
-        found, facts = probing(context, model, seed), origin_of(context, model, seed).facts
-        part = Part.load(
-            model.name, seed, fitted.folder, scored.folder, {**facts, **begins}, found, suite.known(model), updates
-        )
-        parts.append(by_cluster(part, suite.evaluate.groups))
+        facts = {**origin_of(context, model, seed).facts, **begins}
+        part = Part.load(model.name, seed, fitted.folder, scored.folder, facts, (), suite.known(model), updates)
+        part = by_cluster(part, suite.evaluate.groups)
+        if unfinished is not None:
+            unfinished.scored(model, part)
+        parts.append(replace(part, probes=probing(context, model, seed)))
+        if unfinished is not None:
+            unfinished.measured(model, seed)
         scores.append(scored.folder / "sequences.parquet")
         shares[f"{model.name}-seed{seed}"] = exact_share_of(context, model, seed)
     if not seeds:
