@@ -44,7 +44,7 @@ def forecast_table(suite: Suite, folder: Path, found: "Forecast", device: str) -
         title=f"{suite.name} in {folder} on {device}: what would run",
     )  # fmt: skip
     for stage in found.stages:
-        what = "finished, reused; took" if stage.finished else "predicted"
+        what = "reused, took" if stage.finished else "predicted"
         sizes = ("", "") if stage.finished else (f"{stage.cost.memory / gib:.1f}", f"{stage.cost.disk / gib:.2f}")
         table.add_row(stage.name, what, duration(stage.seconds), *sizes)
     table.add_section()

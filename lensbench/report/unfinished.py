@@ -9,10 +9,10 @@ from markupsafe import Markup
 
 from lensbench.report.figures.blocks import frame_of
 from lensbench.report.formatting import with_interval
-from lensbench.report.page import PAGE, table_cell
+from lensbench.report.page import table_cell
 from lensbench.report.profile_svg import profile
 from lensbench.report.render import render
-from lensbench.results.folder import write_table
+from lensbench.results.folder import PAGE, write_table
 from lensbench.results.schema import OF_UPDATES, SCHEMA, no_rows
 from lensbench.runtime.files import write_atomically
 

@@ -9,7 +9,8 @@ V words, T tokens of a window, N tokens that are looked at.
 | a state read out over all words | ``2 d V`` FLOPs and V exponentials |
 | the model's own prediction at a token | ``4 d V`` FLOPs: logits and ``W^T p`` |
 | second moments of a layer | ``4 N d^2`` FLOPs, float64 |
-| a ridge path | one eigendecomposition, ``d^3``, and a product of ``2 d^3`` FLOPs for each ridge, float64 |
+| a solution at a ridge | a Cholesky factor and what it solves, ``(2 + 1/3) d^3`` FLOPs, float64 |
+| the unit of a covariance's ridge | its eigenvalues, 0.4 of an eigendecomposition of ``d^3`` |
 | a choice on dev | 3 pads at each of about 4 ridges, or all, each for one product with the unembedding |
 | an update of refinement | ``4 d V'`` FLOPs a token, V' = ``fit.refine_vocabulary``; ``30 d^3`` to orthogonalise |
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass, fields
 from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.estimated import worth_estimating
 from lensbench.lenses.per_layer import curve_tolerances
+from lensbench.lenses.planning import matrices
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
 from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
@@ -42,6 +44,9 @@ PRODUCTS_OF_PADS = 1.2
 """Products with the unembedding at each ridge, each for :data:`PADS` pads"""
 
 PADS = 3
+
+VALUES_ALONE = 0.4
+"""What eigenvalues take, of a decomposition with eigenvectors"""
 
 READABLE_STEPS = 15
 """Evaluations of a fit of readable gain"""
@@ -145,6 +150,11 @@ def eigendecompositions(shape: Shape, count: float) -> Work:
     return Work(eigen=count * shape.width**3, double=2 * count * shape.width**3)
 
 
+def solutions(shape: Shape, count: float) -> Work:
+    """Of ridge regressions: a Cholesky factor and what it solves."""
+    return Work(double=count * (2 + 1 / 3) * shape.width**3)
+
+
 def products(shape: Shape, count: float) -> Work:
     """Of two ``[d, d]`` in float64."""
     return Work(double=2 * count * shape.width**3)
@@ -214,12 +224,16 @@ def fit_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     """All lenses of a model: capture, moments, closed forms, choices on dev, refits, refinement."""
     fit, n, dev, layers = suite.fit, of.tokens("fit"), of.tokens("dev"), shape.layers
     closed = of.chosen + 1 + of.views  # leave-one-out, shared, its null
-    paths = 7 * layers + 2 * of.views + (of.curve + 1) * of.chosen + 1 + of.chosen + of.pairs
-    paths += fit.refits * (layers + of.chosen + closed)
-    solves = layers * len(fit.ridges) + 6 * (3 * layers + closed + of.pairs) + 6 * layers * of.views
+    again = fit.refits * (layers + of.chosen + closed)
+    units = layers + closed + of.pairs + again  # the eigenvalues of each covariance, for the unit of its ridge
+    solves: float = layers * (len(fit.ridges) + 2) + (of.curve + 1) * of.chosen + again
+    solves += RIDGES_FROM_NEAR * (2 * layers + of.views + of.pairs) + RIDGES_FROM_MIDDLE * (2 + of.chosen)
+    turned = layers * of.views * (3 * (1 + fit.refits) + RIDGES_FROM_NEAR)
     work = of.captured(shape, "fit", "dev")
     work += moments(shape, n * (1 + fit.refits), layers)
-    work += eigendecompositions(shape, paths) + products(shape, solves + 3 * layers * of.views * (1 + fit.refits))
+    work += (
+        eigendecompositions(shape, of.views + VALUES_ALONE * units) + solutions(shape, solves) + products(shape, turned)
+    )
     work += searches(shape, layers * dev, len(fit.ridges))  # the matrix: all ridges
     work += searches(shape, 2 * layers * dev + of.views * of.pooled, RIDGES_FROM_NEAR)
     work += searches(shape, (2 + of.chosen) * of.pooled, RIDGES_FROM_MIDDLE)
@@ -228,10 +242,11 @@ def fit_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     work += read_out(shape, 6 * layers * (min(n, RECORD_TOKENS) + min(dev, RECORD_TOKENS)))
     work += refinement(suite, shape, of)
     maps = 8 * layers + (of.curve + of.chosen) + of.views * (1 + layers) + of.pairs + 4
-    maps += fit.refits * (layers + of.chosen + closed)
+    maps += again
     memory, disk = held(shape, suite, n + dev)
-    algebra = DOUBLE * layers * shape.width**2 * (8 + of.views + 3 * of.pair_views)
-    return Cost(work, memory + algebra, disk + FLOAT * maps * shape.width**2)
+    square = shape.width**2
+    algebra = DOUBLE * square * (layers + 8)  # the solutions of one lens; moments lie in a file
+    return Cost(work, memory + algebra, disk + square * (FLOAT * maps + DOUBLE * matrices(fit, layers)))
 
 
 def refinement(suite: Suite, shape: Shape, of: Counts) -> Work:
