@@ -160,7 +160,7 @@ def noted(line: str) -> None:
 def show_version(asked: bool) -> None:
     """Print the version and exit, where it is asked for."""
     if asked:
-        console.print(f"lensbench {__version__}", highlight=False)
+        console.print(f"lensbench {__version__}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit()
 
 

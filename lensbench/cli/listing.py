@@ -59,5 +59,5 @@ def models(debug: Debug = False) -> None:
         families.add_row(name, ", ".join(family.settings), family.description)
     show(families, console)
     corpora = "corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]"
-    console.print(corpora, highlight=False, markup=False)
-    console.print(f"images: {SPECS}", highlight=False, markup=False)
+    console.print(corpora, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"images: {SPECS}", highlight=False, markup=False, soft_wrap=True)

@@ -4,13 +4,20 @@ import math
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lensbench.cli.app import Debug, Device, Dtype, Source, Strict, answerable, app, console, noted, say
 from lensbench.errors import LensbenchError
 from lensbench.runtime.bars import Bars
+
+if TYPE_CHECKING:  # imported where they are used: torch and transformers take a second to load
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from lensbench.data.tokens import BeginSetting
+    from lensbench.models.likelihood import Likelihood
 
 
 class Begin(StrEnum):
@@ -55,7 +62,6 @@ def bits(
 ) -> None:
     """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
     from lensbench.data.reading import read_documents
-    from lensbench.data.tokens import beginning, spelled_out
     from lensbench.models.likelihood import texts_likelihood
     from lensbench.models.pretrained import (
         check_context,
@@ -66,7 +72,6 @@ def bits(
     )
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
-    from lensbench.statistics import bootstrap_weights, few_clusters, interval
 
     of_device, of_dtype = choose_device(device), dtype_named(dtype)
     check_source(model)
@@ -87,7 +92,17 @@ def bits(
             begin=begin.value if bos else None,
             progress=bars,
         )
-    many = len(documents) > 1
+    show_likelihood(found, len(documents), length)
+    texts = [document.text for document in documents]
+    for line in read_as(loaded.tokenizer, texts, begin.value if bos else None):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_likelihood(found: "Likelihood", documents: int, length: int) -> None:
+    """Print nats per token and bits per byte of so many documents, with intervals, and what was scored."""
+    from lensbench.statistics import bootstrap_weights, few_clusters, interval
+
+    many = documents > 1
     scored = found.by_document() if many else found
     weights = bootstrap_weights(len(scored.nats), 2000, 0)
     for name, nats, per in (
@@ -95,27 +110,36 @@ def bits(
         ("bits/byte", scored.nats / math.log(2), scored.bytes),
     ):
         low, high = interval((weights @ nats) / (weights @ per))
-        console.print(f"{name}: {nats.sum() / per.sum():.4f} [{low:.4f}, {high:.4f}]", highlight=False, markup=False)
+        line = f"{name}: {nats.sum() / per.sum():.4f} [{low:.4f}, {high:.4f}]"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     total = f"{found.tokens.sum()} tokens, {found.bytes.sum()} bytes, {len(found.nats)} windows of {length} tokens"
-    total += f", {len(documents)} documents" * many
-    over = "documents" if many else "windows"
-    console.print(f"{total}; intervals: 95 %, bootstrap over {over}", highlight=False, markup=False)
+    total += f", {documents} documents" * many
+    line = f"{total}; intervals: 95 %, bootstrap over {'documents' if many else 'windows'}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     if few := few_clusters(len(scored.nats)) if many else "":
         noted(few.replace("clusters", "documents"))
-    front, each = beginning(loaded.tokenizer, begin.value), "each" if many else "the"
-    if not bos or not front.ids:
-        line = f"{each} text stands as it is, so its first token is not scored"
+
+
+def read_as(
+    tokenizer: "Tokenizer | PreTrainedTokenizerBase", texts: list[str], begin: "BeginSetting | None"
+) -> list[str]:
+    """What the windows of texts begin with, and which special tokens the texts spell out."""
+    from lensbench.data.tokens import beginning, spelled_out
+
+    each = "each" if len(texts) > 1 else "the"
+    front = None if begin is None else beginning(tokenizer, begin)
+    if front is None or not front.ids:
+        lines = [f"{each} text stands as it is, so its first token is not scored"]
     elif front.every_window:
-        line = f"every window begins with {front.text}, which is not scored"
+        lines = [f"every window begins with {front.text}, which is not scored"]
     else:
-        line = (
+        lines = [
             f"{each} text begins with {front.text}; every later window begins with the last token of the one before it"
-        )
-    console.print(line, highlight=False, markup=False)
-    if written := spelled_out(loaded.tokenizer, "\n".join(document.text for document in documents)):
+        ]
+    if written := spelled_out(tokenizer, "\n".join(texts)):
         words = ", ".join(f"{word} ({count})" for word, count in written.items())
-        line = f"special tokens that the text spells out are read as the characters that they are: {words}"
-        console.print(line, highlight=False, markup=False)
+        lines.append(f"special tokens that the text spells out are read as the characters that they are: {words}")
+    return lines
 
 
 @app.command()
@@ -185,4 +209,4 @@ def trace(
         page = trace_page(trajectory, title=f"{model}, {read}: {text}", errors=errors, ids=ids.tolist(), note=note)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda partial: partial.write_text(page, encoding="utf-8"))
-        console.print(str(out), highlight=False, markup=False)
+        console.print(str(out), highlight=False, markup=False, soft_wrap=True)

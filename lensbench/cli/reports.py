@@ -37,7 +37,7 @@ def figures(
     tables = read_run(folder, need_manifest=False, verify=not unverified)
     formats = list(dict.fromkeys(format or ["png"]))
     for path in draw_figures(tables, out or folder / "figures", formats=formats, dpi=dpi, columns=columns):
-        console.print(str(path), highlight=False)
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -59,9 +59,9 @@ def export(
     from lensbench.report.export import export_run
 
     for path in export_run(folder, to, figures=figure or [], groups=groups):
-        console.print(f"removed: {path}", highlight=False, markup=False)
+        console.print(f"removed: {path}", highlight=False, markup=False, soft_wrap=True)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
-    console.print(f"{to}: {size / 1e6:.2f} MB", highlight=False, markup=False)
+    console.print(f"{to}: {size / 1e6:.2f} MB", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -119,7 +119,7 @@ def compare(
         write_comparison(comparison, html)
     print_comparison(comparison, console, everything=everything)
     if html is not None:
-        console.print(f"Page: {html}", highlight=False, markup=False)
+        console.print(f"Page: {html}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -138,7 +138,7 @@ def report(
 
     path = out or folders[0] / PAGE
     write_page(folders, path)
-    console.print(str(path), highlight=False, markup=False)
+    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -172,7 +172,7 @@ def ruler(
         draw_plane(beside, out)
     show(ruler_table(beside), console)
     if out is not None:
-        console.print(str(out), highlight=False, markup=False)
+        console.print(str(out), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

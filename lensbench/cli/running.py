@@ -212,7 +212,7 @@ def run(
 
     print_run(finished, console)
     for name, reason in finished.manifest.left_out.items():
-        console.print(f"note: model {name} is left out: {reason}", highlight=False, markup=False)
+        console.print(f"note: model {name} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     took = f"{time.perf_counter() - start:.0f} s. Tables and figures: {folder}"
     console.print(took, highlight=False, markup=False, soft_wrap=True)
 

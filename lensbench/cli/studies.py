@@ -65,7 +65,7 @@ def calibrate(
         tables = update_calibration_tables(written)
     for table in tables:
         show(table, console)
-    console.print(f"Tables: {folder}", highlight=False)
+    console.print(f"Tables: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("in-context")
@@ -89,7 +89,7 @@ def in_context(
         written = in_context_study(chosen, folder, device=choose_device(device), progress=bars)
     for table in in_context_tables(written):
         show(table, console)
-    console.print(f"Tables and figure: {folder}", highlight=False)
+    console.print(f"Tables and figure: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -112,4 +112,4 @@ def regression(
     with Bars() as bars:
         table = regression_study(chosen, folder, progress=bars)
     show(regression_table(table), console, keys=2)
-    console.print(f"Table and figure: {folder}", highlight=False)
+    console.print(f"Table and figure: {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -174,11 +174,22 @@ def test_a_folder_without_a_tokenizer_is_refused_as_that(tiny_run, text, tmp_pat
         refused(run(*command), "tokenizer")
 
 
-def test_bits_of_several_documents_are_refused(tiny_run, tmp_path):
+def test_bits_of_several_documents_are_those_of_each_document_by_itself(tiny_run, tmp_path):
     model = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
-    lines = tmp_path / "texts.jsonl"
-    lines.write_text('{"text": "abc de"}\n{"text": "fgh"}\n')
-    refused(run("bits", model, lines, "--length", 16), "holds 2 documents", "give one text file")
+    whole, nats, tokens = tmp_path / "texts.jsonl", 0.0, 0
+    whole.write_text('{"text": "abc de abc"}\n{"text": "fgh"}\n')
+    for text in ("abc de abc", "fgh"):
+        one = tmp_path / "one.txt"
+        one.write_text(text)
+        output = run("bits", model, one, "--length", 16).output
+        count = int(re.search(r"(\d+) tokens", output)[1])
+        nats, tokens = nats + count * float(re.search(r"nats/token: (\S+)", output)[1]), tokens + count
+    found = run("bits", model, whole, "--length", 16)
+    assert found.exit_code == 0
+    assert float(re.search(r"nats/token: (\S+)", found.output)[1]) == pytest.approx(nats / tokens, abs=2e-4)
+    assert f"{tokens} tokens, 13 bytes" in found.output
+    assert "2 documents; intervals: 95 %, bootstrap over documents" in found.output
+    assert "only 2 documents: interval not to be trusted" in found.output
 
 
 def test_bits_and_trace_refuse_weights_and_tokens_that_cannot_be(tiny_run, tmp_path, text):

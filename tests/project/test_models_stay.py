@@ -39,7 +39,7 @@ from lensbench.probes import PROBES
 from lensbench.probes.subject import Subject
 from lensbench.report import trace
 from lensbench.report.trace_errors import errors_of
-from lensbench.run import capturing, fitting, scoring
+from lensbench.run import capturing, fitting, forecast, scoring
 from lensbench.streams import ResidualStream, capture, parts
 from lensbench.streams.rotary import same_after_any_text
 from lensbench.streams.stream import refuse_non_finite
@@ -125,6 +125,9 @@ CALLS = {
     "lensbench.models.likelihood.text_likelihood": lambda c: likelihood.text_likelihood(
         c.model, tokenizer(), " ".join([WORDS] * 8), length=16
     ),
+    "lensbench.models.likelihood.texts_likelihood": lambda c: likelihood.texts_likelihood(
+        c.model, tokenizer(), [WORDS, WORDS], length=16
+    ),
     "lensbench.models.likelihood.token_nats": lambda c: likelihood.token_nats(c.model, IDS),
     "lensbench.models.likelihood.nats_with_and_without": lambda c: likelihood.nats_with_and_without(
         c.model, text(0, 4), 1
@@ -145,6 +148,7 @@ CALLS = {
     "lensbench.run.capturing.captured_states": lambda c: capturing.captured_states(
         run_of_a_suite(), c.stream, text(0, 4), name="m"
     ),
+    "lensbench.run.forecast.embedded": lambda c: forecast.embedded(c.model),
     "lensbench.run.fitting.loaded_lens": lambda c: fitting.loaded_lens(f"path:{c.exported / 'tuned'}", c.stream),
     "lensbench.run.scoring.model_facts": lambda c: scoring.model_facts(
         SimpleNamespace(facts={"family": None}), c.stream
@@ -224,6 +228,7 @@ NOT_TRIED = {
     "lensbench.probes.subject.Subject.words": "it gives the text that the subject holds",
     "lensbench.probes.subject.Subject.task": "it reports progress",
     "lensbench.probes.subject.Subject.say": "it reports progress",
+    "lensbench.run.capturing.KeptCaptures": HOLDS,
     "lensbench.run.context.Cache": HOLDS,
     "lensbench.models.gguf.tensors": "it asks for the names of a model's weights, on the way to a caller",
     "lensbench.models.training.load_checkpoint": "it restores the weights of a checkpoint, as its name says",
