@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 
 
+MODELS = "vit", "cnn-residual", "cnn-residual-slow", "cnn-plain"
+
+
 @pytest.fixture(scope="module")
 def vision() -> str:
     return page([folder.read_run(RESULTS / "vision")])
@@ -38,10 +41,13 @@ def test_a_page_asks_for_nothing_outside_itself_and_is_well_formed(vision):
 @pytest.mark.results
 def test_every_picture_has_an_alternative_text(vision):
     pictures = [a for tag, a in Read(vision).tags if tag == "svg" and a.get("aria-hidden") != "true"]
-    assert len(pictures) == 1 + 2 * 4
+    assert len(pictures) == 4 + 1 + 2 * 4  # profiles, the plane, and two of each model
     assert all(a["role"] == "img" and len(a["aria-label"]) > 60 for a in pictures)
-    assert "cnn-plain" in pictures[0]["aria-label"]
-    assert "0.035 [-0.073, 0.143]" in pictures[0]["aria-label"]
+    profiles, plane = [a["aria-label"] for a in pictures[:4]], pictures[4]["aria-label"]
+    assert all(f"each block of {m} keeps" in p for m, p in zip(MODELS, profiles, strict=True))
+    assert "keeps (R) 0.025 [0.006, 0.045]" in profiles[3]
+    assert "cnn-plain" in plane
+    assert "0.035 [-0.073, 0.143]" in plane
 
 
 @pytest.mark.results
@@ -65,8 +71,9 @@ def test_verdicts_settings_and_commands_are_told(vision):
     manifest = json.loads((RESULTS / "vision" / "manifest.json").read_text())
     assert "Do lenses transfer between the layers of image models" in vision
     assert re.search(
-        r"<strong>vit</strong>\s*<ul>\s*<li>all layers, lenses held fixed: <span class=verdict>refinement</span>\. Gain",
+        r"<strong>vit</strong>((?!<strong>).)*all layers, lenses held fixed: <span class=verdict>refinement</span>\. Gain",
         vision,
+        re.DOTALL,
     )
     assert f"git checkout {manifest['git_revision']}" in vision
     assert "lensbench run vision" in vision
