@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
+from lensbench.runtime.memory import in_units
 
 Room = Callable[[tuple[int, ...]], Tensor]
 """Makes a float64 tensor of a shape; its values are anything"""
@@ -36,7 +37,7 @@ class MatrixFile:
         free, size = shutil.disk_usage(path.parent).free, 8 * numbers
         if free < size:
             raise LensbenchError(
-                f"moments and maps take {size / 2**30:.1f} GiB on disk, and {path.parent} has {free / 2**30:.1f} GiB free; "
+                f"the disk is full: moments and maps take {in_units(size)}, and {path.parent} has {in_units(free)} free; "
                 "take a larger disk (--out, TMPDIR), or set fit.rotations and fit.layers lower"
             )
         self.path = path

@@ -9,6 +9,7 @@ from torch import Tensor
 from lensbench.data.samples import Samples, fingerprint_of
 from lensbench.run.context import CODE_VERSION, Context, digest_of
 from lensbench.run.origin import Origin
+from lensbench.runtime.memory import in_units
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.kept import STATES, keep, kept, mapped_file
@@ -114,7 +115,7 @@ class KeptCaptures:
         free = shutil.disk_usage(self.context.folder).free
         if size > free / 2:
             self._say_once(
-                f"states of {self.origin.name} take {size / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB "
+                f"states of {self.origin.name} take {in_units(size)}, more than half of the {in_units(free)} "
                 f"free in {self.context.folder}: they are not kept, each stage computes them again"
             )
             return passed(memory_gib=memory_gib)

@@ -10,6 +10,11 @@ from lensbench.errors import LensbenchError
 T = TypeVar("T")
 
 
+def in_units(size: float) -> str:
+    """A number of bytes in the unit that shows it: ``3.1 MiB``, ``66.0 GiB``."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU, or of the CPU (which torch tells by a plain RuntimeError)."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -150,6 +150,7 @@ def test_large_arrays_lie_in_files_that_leave_nothing_behind(tmp_path, monkeypat
 
 def test_a_file_that_finds_no_room_on_disk_is_refused_in_a_line(tmp_path):
     with pytest.raises(
-        LensbenchError, match=r"moments and maps take [0-9.]+ GiB on disk, and .* GiB free; take a larger disk"
+        LensbenchError,
+        match=r"the disk is full: moments and maps take [0-9.]+ GiB, and .* free; take a larger disk",
     ):
         MatrixFile(tmp_path / FILE, 10**15)

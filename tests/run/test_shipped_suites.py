@@ -73,7 +73,7 @@ def test_a_suite_that_comes_with_lensbench_runs_on_small_models_of_its_architect
     assert list(finished.tables["models.csv"]["layers"]) == [layers]
     assert len(finished.tables["transfer.csv"]) == (layers + 1) ** 2
     chosen = {int(k) for k in finished.tables["tolerances.csv"]["layers"].iloc[0].split()}
-    assert len(chosen) == min(layers, 8)
+    assert len(chosen) == min(layers, suite.fit.layers)
     assert {0, layers - 1} <= chosen
     left_out = finished.tables["lenses.csv"].query("lens == 'shared_loo'")
     assert set(left_out["layer"]) == chosen
