@@ -227,11 +227,6 @@ class Results:
         found = [model for model in self.models() if words in self.sentence(model, scope)]
         return Condition(not found, f"{words!r} is said of {', '.join(found)}")
 
-    def outcomes_are(self, index: str, models: Sequence[str], outcome: str) -> Condition:
-        """Whether the claims on an index of some models have this outcome."""
-        found = {model: self.claim_of(model, index)["outcome"] for model in models}
-        return Condition(set(found.values()) == {outcome}, f"claims on {index}: {found}")
-
     def known(self, model: str) -> str:
         """What is known of a model by its construction."""
         known = self._verdict(model, LATER)["known"]

@@ -17,6 +17,7 @@ from typer.models import ArgumentInfo, CommandFunctionType
 
 from lensbench import __version__
 from lensbench.errors import LensbenchError
+from lensbench.report.in_width import show_line
 from lensbench.runtime.bars import messages
 
 VALUES: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "NAME"}
@@ -154,13 +155,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def noted(line: str) -> None:
     """Show something that the user has to know, next to the results."""
-    console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+    show_line(f"note: {line}", console)
 
 
 def show_version(asked: bool) -> None:
     """Print the version and exit, where it is asked for."""
     if asked:
-        console.print(f"lensbench {__version__}", highlight=False, markup=False, soft_wrap=True)
+        show_line(f"lensbench {__version__}", console)
         raise typer.Exit()
 
 

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Column, Table
 
-from lensbench.suite.recipes import Suite
+from lensbench.report.in_width import show_line
 
 if TYPE_CHECKING:
     from lensbench.run.forecast import Forecast
+    from lensbench.suite.recipes import Suite
 
 
 def show_forecast(
-    console: Console, suite: Suite, folder: Path, device: str, only: list[str], probes: list[str]
+    console: Console, suite: "Suite", folder: Path, device: str, only: list[str], probes: list[str]
 ) -> None:
     """Print what a run into ``folder`` would take on a device."""
     from lensbench.models.pretrained import without_progress_bars
@@ -27,7 +28,7 @@ def show_forecast(
         found = forecast(suite, folder, device=at, only=tuple(only), probes=tuple(probes))
     console.print(forecast_table(suite, folder, found, at.type))
     for line in (*rate_lines(found, at.type), CAUTION):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show_line(line, console)
 
 
 CAUTION = (
@@ -36,7 +37,7 @@ CAUTION = (
 )
 
 
-def forecast_table(suite: Suite, folder: Path, found: "Forecast", device: str) -> Table:
+def forecast_table(suite: "Suite", folder: Path, found: "Forecast", device: str) -> Table:
     """A row for each stage, and the totals of those that would be computed."""
     gib = 2.0**30
     table = Table(

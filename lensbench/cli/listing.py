@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from lensbench.cli.app import Debug, answerable, app, console
+from lensbench.report.in_width import show, show_line
 
 
 @app.command()
@@ -30,7 +31,6 @@ def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
     from lensbench.data.images import SPECS
     from lensbench.models import FAMILIES
-    from lensbench.report.in_width import show
     from lensbench.suite.files import kind_of, named_files, read_toml
 
     named = Table(
@@ -59,5 +59,5 @@ def models(debug: Debug = False) -> None:
         families.add_row(name, ", ".join(family.settings), family.description)
     show(families, console)
     corpora = "corpora: stdlib, file:PATH (.txt, .jsonl[#FIELD], folder), hf:NAME[/CONFIG][@SPLIT]"
-    console.print(corpora, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"images: {SPECS}", highlight=False, markup=False, soft_wrap=True)
+    show_line(corpora, console)
+    show_line(f"images: {SPECS}", console)

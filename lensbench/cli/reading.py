@@ -10,6 +10,7 @@ import typer
 
 from lensbench.cli.app import Debug, Device, Dtype, Source, Strict, answerable, app, console, noted, say
 from lensbench.errors import LensbenchError
+from lensbench.report.in_width import show_line
 from lensbench.runtime.bars import Bars
 
 if TYPE_CHECKING:  # imported where they are used: torch and transformers take a second to load
@@ -95,7 +96,7 @@ def bits(
     show_likelihood(found, len(documents), length)
     texts = [document.text for document in documents]
     for line in read_as(loaded.tokenizer, texts, begin.value if bos else None):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show_line(line, console)
 
 
 def show_likelihood(found: "Likelihood", documents: int, length: int) -> None:
@@ -111,11 +112,11 @@ def show_likelihood(found: "Likelihood", documents: int, length: int) -> None:
     ):
         low, high = interval((weights @ nats) / (weights @ per))
         line = f"{name}: {nats.sum() / per.sum():.4f} [{low:.4f}, {high:.4f}]"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show_line(line, console)
     total = f"{found.tokens.sum()} tokens, {found.bytes.sum()} bytes, {len(found.nats)} windows of {length} tokens"
     total += f", {documents} documents" * many
     line = f"{total}; intervals: 95 %, bootstrap over {'documents' if many else 'windows'}"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    show_line(line, console)
     if few := few_clusters(len(scored.nats)) if many else "":
         noted(few.replace("clusters", "documents"))
 
@@ -209,4 +210,4 @@ def trace(
         page = trace_page(trajectory, title=f"{model}, {read}: {text}", errors=errors, ids=ids.tolist(), note=note)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda partial: partial.write_text(page, encoding="utf-8"))
-        console.print(str(out), highlight=False, markup=False, soft_wrap=True)
+        show_line(str(out), console)

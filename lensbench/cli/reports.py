@@ -7,6 +7,7 @@ import typer
 
 from lensbench.cli.app import Debug, answerable, app, console
 from lensbench.errors import LensbenchError
+from lensbench.report.in_width import show, show_line
 
 
 @app.command()
@@ -37,7 +38,7 @@ def figures(
     tables = read_run(folder, need_manifest=False, verify=not unverified)
     formats = list(dict.fromkeys(format or ["png"]))
     for path in draw_figures(tables, out or folder / "figures", formats=formats, dpi=dpi, columns=columns):
-        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+        show_line(str(path), console)
 
 
 @app.command()
@@ -59,9 +60,9 @@ def export(
     from lensbench.report.export import export_run
 
     for path in export_run(folder, to, figures=figure or [], groups=groups):
-        console.print(f"removed: {path}", highlight=False, markup=False, soft_wrap=True)
+        show_line(f"removed: {path}", console)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
-    console.print(f"{to}: {size / 1e6:.2f} MB", highlight=False, markup=False, soft_wrap=True)
+    show_line(f"{to}: {size / 1e6:.2f} MB", console)
 
 
 @app.command()
@@ -119,7 +120,7 @@ def compare(
         write_comparison(comparison, html)
     print_comparison(comparison, console, everything=everything)
     if html is not None:
-        console.print(f"Page: {html}", highlight=False, markup=False, soft_wrap=True)
+        show_line(f"Page: {html}", console)
 
 
 @app.command()
@@ -138,7 +139,7 @@ def report(
 
     path = out or folders[0] / PAGE
     write_page(folders, path)
-    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    show_line(str(path), console)
 
 
 @app.command()
@@ -157,7 +158,6 @@ def ruler(
     Models of other data and sizes differ in more than one thing; `compare` tells differences of those that share theirs.
     """
     from lensbench.report.compare import side_by_side
-    from lensbench.report.in_width import show
     from lensbench.report.terminal import ruler_table
 
     judge = None
@@ -172,7 +172,7 @@ def ruler(
         draw_plane(beside, out)
     show(ruler_table(beside), console)
     if out is not None:
-        console.print(str(out), highlight=False, markup=False, soft_wrap=True)
+        show_line(str(out), console)
 
 
 @app.command()
@@ -187,7 +187,6 @@ def settings(
 ) -> None:
     """An index of the update decomposition at other tolerances, metrics and units, and what its doubt is made of."""
     from lensbench.report.compare import read_distinct
-    from lensbench.report.in_width import show
     from lensbench.report.settings import doubt_frame, settings_frame, settings_tables
     from lensbench.results.folder import write_csv
 

@@ -11,6 +11,7 @@ import typer
 from lensbench.cli.app import Debug, Device, Out, PlainCommand, Strict, answerable, app, console, run_folder
 from lensbench.cli.forecast import show_forecast
 from lensbench.errors import LensbenchError
+from lensbench.report.in_width import show_line
 from lensbench.runtime.bars import Bars
 from lensbench.runtime.progress import Quiet
 
@@ -212,9 +213,9 @@ def run(
 
     print_run(finished, console)
     for name, reason in finished.manifest.left_out.items():
-        console.print(f"note: model {name} is left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+        show_line(f"note: model {name} is left out: {reason}", console)
     took = f"{time.perf_counter() - start:.0f} s. Tables and figures: {folder}"
-    console.print(took, highlight=False, markup=False, soft_wrap=True)
+    show_line(took, console)
 
 
 def refuse_what_is_no_text(suite: "Suite", strict: bool) -> None:

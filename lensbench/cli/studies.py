@@ -7,6 +7,7 @@ import typer
 
 from lensbench.cli.app import Debug, Device, Out, answerable, app, console, run_folder
 from lensbench.errors import LensbenchError
+from lensbench.report.in_width import show, show_line
 from lensbench.runtime.bars import Bars
 
 
@@ -36,7 +37,6 @@ def calibrate(
 ) -> None:
     """Measure how often verdicts are wrong, intervals miss, or how many tokens they take, on streams of known answer."""
     from lensbench.report.calibration_tables import update_calibration_tables, update_tokens_tables
-    from lensbench.report.in_width import show
     from lensbench.report.study_tables import calibration_table
     from lensbench.run.studies import calibration_study, update_calibration_study, update_tokens_study
     from lensbench.studies.calibration import Calibration, default_workers
@@ -65,7 +65,7 @@ def calibrate(
         tables = update_calibration_tables(written)
     for table in tables:
         show(table, console)
-    console.print(f"Tables: {folder}", highlight=False, markup=False, soft_wrap=True)
+    show_line(f"Tables: {folder}", console)
 
 
 @app.command("in-context")
@@ -77,7 +77,6 @@ def in_context(
     debug: Debug = False,
 ) -> None:
     """Train models on documents whose exact Bayes predictor is known, and measure how far from it they stay."""
-    from lensbench.report.in_width import show
     from lensbench.report.study_tables import in_context_tables
     from lensbench.run.studies import in_context_study
     from lensbench.runtime.environment import choose_device
@@ -89,7 +88,7 @@ def in_context(
         written = in_context_study(chosen, folder, device=choose_device(device), progress=bars)
     for table in in_context_tables(written):
         show(table, console)
-    console.print(f"Tables and figure: {folder}", highlight=False, markup=False, soft_wrap=True)
+    show_line(f"Tables and figure: {folder}", console)
 
 
 @app.command()
@@ -102,7 +101,6 @@ def regression(
     debug: Debug = False,
 ) -> None:
     """Train self-attention on in-context linear regression, and hold it against the best-tuned gradient steps."""
-    from lensbench.report.in_width import show
     from lensbench.report.study_tables import regression_table
     from lensbench.run.studies import regression_study
     from lensbench.suite.files import load_regression
@@ -112,4 +110,4 @@ def regression(
     with Bars() as bars:
         table = regression_study(chosen, folder, progress=bars)
     show(regression_table(table), console, keys=2)
-    console.print(f"Table and figure: {folder}", highlight=False, markup=False, soft_wrap=True)
+    show_line(f"Table and figure: {folder}", console)

@@ -7,7 +7,7 @@ from rich.table import Column, Table
 from lensbench.report.claims import CELLS, claim_cells
 from lensbench.report.compare import Comparison
 from lensbench.report.formatting import with_interval
-from lensbench.report.in_width import show
+from lensbench.report.in_width import show, show_line
 from lensbench.report.joining import on_one_ruler
 from lensbench.report.probe_tables import places_table, probe_tables
 from lensbench.report.reproduction import differs_by_interval, is_identical
@@ -48,7 +48,7 @@ def print_comparison(comparison: Comparison, console: Console, *, everything: bo
     too, every value, and every difference of a model in two runs.
     """
     for line in opening(comparison):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show_line(line, console)
     if is_identical(comparison.reproduction) and not everything:
         return
     table = comparison.table
@@ -57,7 +57,7 @@ def print_comparison(comparison: Comparison, console: Console, *, everything: bo
     if gaps is not None:
         show(gaps, console)
     for line in left_to_say(comparison):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show_line(line, console)
     claims = table[table["kind"] == "claim"]
     if everything:
         print_runs(comparison, console, claims)
@@ -66,7 +66,7 @@ def print_comparison(comparison: Comparison, console: Console, *, everything: bo
         show(claim_table(tested), console)
     if len(tested) < len(claims):
         line = f"{len(claims) - len(tested)} more claims of the suite were not tested; --all says why"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show_line(line, console)
     if everything:
         print_values(table, console)
 

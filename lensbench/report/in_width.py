@@ -43,6 +43,11 @@ def show(table: Table, console: Console, keys: int = 1) -> None:
         console.print(part)
 
 
+def show_line(line: str, console: Console) -> None:
+    """Print a line as it is, however long: paths and commands in it are to be copied whole."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def in_width(table: Table, width: int, keys: int = 1) -> Iterator[Table]:
     """A table as it is where it fits ``width``, else tables of as many of its columns as fit, none of them cut.
 

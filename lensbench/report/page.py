@@ -92,13 +92,28 @@ def compared_section(comparison: Comparison) -> Markup:
     """The answer of a comparison, its warnings, and every difference whose interval leaves out 0."""
     found = shown_differences(comparison)
     clear = [row for _, row in found.iterrows() if differs_by_interval(row)]
+    columns = ("difference", "index", "value [95 %]", "paired", "note")
     rows = [
         (pair_name(row["against_run"], row["against_model"], row["run"], row["model"]), row["index"], with_interval(row),
          "yes" if row["paired"] else "no", row["note"] if isinstance(row["note"], str) else "")
         for row in clear
     ]  # fmt: skip
-    columns = ("difference", "index", "value [95 %]", "paired", "note")
-    return render("comparison.html", lines=opening(comparison), columns=columns, rows=rows, of=len(found))
+    table = Markup()
+    if rows:
+        table = render(
+            "table.html",
+            id="table-compared",
+            name=f"What differs: {len(rows)} of {len(found)} differences have an interval without 0",
+            cut=None,
+            opened=True,
+            link="",
+            columns=columns,
+            rows=[
+                [TableCell(text, wraps=column == "note") for column, text in zip(columns, row, strict=True)]
+                for row in rows
+            ],
+        )
+    return render("comparison.html", lines=opening(comparison), table=table)
 
 
 # Verdicts

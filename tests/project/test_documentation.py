@@ -131,6 +131,14 @@ def test_the_matrix_alone_reads_no_other_lens(tiny_gpt, tiny_suite, monkeypatch)
     assert len(lensbench.transfer_matrix(lenses, sequences=8, positions=4, draws=10)) == 16
 
 
+def test_the_commands_are_there_before_anything_heavy_is_imported():
+    code = (
+        "import sys, lensbench.cli; print(sorted({'torch', 'transformers', 'pandas', 'pydantic'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_importing_lensbench_takes_no_time_and_no_torch():
     code = (
         "import sys, time; start = time.perf_counter(); import lensbench; spent = time.perf_counter() - start\n"
