@@ -138,7 +138,7 @@ def measure(job: Job, recipe: UpdateCalibration) -> Row:
     )  # fmt: skip
     truths: dict[str, Values] = {}
     if not isinstance(stream, UnevenStream):  # the states of these are not normal, so that moments do not say all
-        truths = true_values(found, fitted, fit, Population.of(stream), readout, job.number)
+        truths = true_values(found, fitted, Population.of(stream), readout, job.number)
     facts: dict[str, Any] = {"layers": stream.layers, "d": stream.d}
     if isinstance(stream, HeldOutStream):
         truths["declared"] = declared_values(found, stream.shares)

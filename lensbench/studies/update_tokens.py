@@ -182,7 +182,7 @@ def measure(job: TokensJob, recipe: UpdateTokens) -> Row:
     truth = None
     if with_truth:
         population = Population.of(stream)
-        truth = true_values(found, fitted, fit, population, stream.readout, job.number)["population"]["in_place"]
+        truth = true_values(found, fitted, population, stream.readout, job.number)["population"]["in_place"]
     return {
         "job": job.model_dump(), "dev_tokens": sizes[0], "eval_tokens": sizes[1], **interval_row(found), "truth": truth,
         "seconds": round(time.perf_counter() - began, 1), "peak_gib": peak_gib(),

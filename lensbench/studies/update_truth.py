@@ -18,14 +18,13 @@ from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.ridge import RidgePath
 from lensbench.measures.update.decomposition import Decomposition, Fitted, chance_and_products
-from lensbench.measures.update.folds import Readings, fold_moments, readings
+from lensbench.measures.update.folds import Readings, readings
 from lensbench.measures.update.metric import whitening
 from lensbench.measures.update.news import UNREAD
 from lensbench.measures.update.products import Pairs
 from lensbench.measures.update.quantities import Quantities, quantities
 from lensbench.measures.update.summary import WITHOUT_LAYER_0, pair_weights, passing, undetermined
 from lensbench.statistics import Array
-from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
 from lensbench.studies.population import Population
 from lensbench.studies.shares import DeclaredShares
@@ -77,7 +76,7 @@ def selections(found: Decomposition) -> dict[str, Selection]:
 
 
 def true_values(
-    found: Decomposition, fitted: Fitted, fit: Capture, population: Population, readout: ReadOut, seed: int
+    found: Decomposition, fitted: Fitted, population: Population, readout: ReadOut, seed: int
 ) -> dict[str, Values]:
     """Truth -> index -> value, by second moments; None where the stream's own decomposition has no such mean.
 
@@ -86,8 +85,7 @@ def true_values(
     """
     metric, moments, n = population.metric(readout, seed=seed), population.moments, len(found.layers)
     path, lenses = RidgePath(moments.layer(range(n)), "zero"), fitted.lenses
-    folds = fold_moments(fit, fitted.layers, fitted.folds)
-    of_folds = torch.stack([_unit(folds[fold], n) for fold in (0, 1)]).mean(0)
+    of_folds = torch.stack([_unit(fitted.parts[fold], n) for fold in (0, 1)]).mean(0)
     ridges = torch.tensor(lenses.ridges, dtype=torch.float64) * of_folds / path.unit
     best = torch.tensor(lenses.best_ridges, dtype=torch.float64) * _unit(fitted.moments, n) / path.unit
     at_best = path.solve(best)

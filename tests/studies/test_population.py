@@ -84,7 +84,7 @@ def test_the_truth_of_the_population_is_the_definition_written_out():
     """c, S and commission of ridge lenses on the population, from numpy alone."""
     stream, fit, fitted, found = decomposed("partly-carried")
     population = Population.of(stream)
-    got = true_values(found, fitted, fit, population, stream.readout, 0)["population"]
+    got = true_values(found, fitted, population, stream.readout, 0)["population"]
     h = population.maps.numpy()
     cov = lambda i, j: h[i].T @ h[j]  # noqa: E731
     factor = population.metric(stream.readout, seed=0).factor.numpy()
@@ -118,8 +118,8 @@ def test_the_truth_of_the_population_is_the_definition_written_out():
 
 def test_lenses_and_tokens_without_number_come_to_the_truth():
     """The same decomposition with many tokens lies near the truth of the few-token one, by either truth."""
-    stream, fit, fitted, found = decomposed("partly-carried", 20_000)
-    truths = true_values(found, fitted, fit, Population.of(stream), stream.readout, 0)
+    stream, _, fitted, found = decomposed("partly-carried", 20_000)
+    truths = true_values(found, fitted, Population.of(stream), stream.readout, 0)
     q = found.point
     for truth in ("lenses", "population"):
         assert truths[truth]["clarity"] == pytest.approx(q.clarity.mean(), abs=0.01)
@@ -136,7 +136,7 @@ def test_news_of_few_tokens_is_near_that_of_the_population():
     dev, scored = (stream.capture(n, seed=n, constant=fit.mean_p) for n in (512, 2048))
     fitted = Fitted.of(stream.readout, fit, dev, RECIPE, (0, 1, 2, 3), "fisher", 0.02, 0, lambda _: None)
     found = measured(stream.readout, fitted, fit, dev, scored, 3, readable=False)
-    truth = true_values(found, fitted, fit, Population.of(stream), stream.readout, 0)["lenses"]["news"]
+    truth = true_values(found, fitted, Population.of(stream), stream.readout, 0)["lenses"]["news"]
     value, draws = found.news(np.ones(6, bool))
     assert truth > 0.3
     assert value == pytest.approx(truth, abs=0.1)
