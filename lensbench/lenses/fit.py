@@ -18,6 +18,7 @@ from lensbench.lenses.per_layer import headline_of
 from lensbench.lenses.planning import FitContext, Job
 from lensbench.lenses.read import lens_sums
 from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
+from lensbench.lenses.search import thinned
 from lensbench.lenses.shared import SHARED_BIAS_LENS
 from lensbench.lenses.tuned import SharedLens, save_tuned_lens, tuned_lens
 from lensbench.runtime.files import write_json
@@ -169,8 +170,8 @@ def fit(context: FitContext, *, task: str = "fit") -> Fit:
 
 def _summarised(context: FitContext) -> Fit:
     """The finished lenses, with KLs on fitting and dev tokens in the records of those that the tables list."""
-    headline = headline_of(context)
-    samples = {"fit_kl": thinned(context.fit, RECORD_TOKENS), "dev_kl": thinned(context.dev, RECORD_TOKENS)}
+    headline, most = headline_of(context), context.recipe.record_tokens
+    samples = {"fit_kl": thinned(context.fit, most), "dev_kl": thinned(context.dev, most)}
     lenses: dict[LensId, FittedLens] = {}
     for name in context.parts:
         lens = context.lens(name)
@@ -202,16 +203,6 @@ def _is_listed(lens: LensId, headline: LensId) -> bool:
     """Whether tables list a lens layer by layer: the transfer matrix's, those with prior zero, the null's first view."""
     on_the_curve = lens.tolerance is not None and lens != headline
     return lens.view <= 0 and lens.refit < 0 and not on_the_curve and KINDS[lens.kind].reads != "pair"
-
-
-RECORD_TOKENS = 512
-"""Fitting and dev tokens at most that ``fit_kl`` and ``dev_kl`` of the tables are means over, drawn at random."""
-
-
-def thinned(captured: Capture, tokens: int) -> Capture:
-    """At most so many tokens, drawn at random: every n-th one would be the same place of every sequence."""
-    drawn = torch.randperm(captured.tokens, generator=torch.Generator().manual_seed(0))[:tokens]
-    return captured.chosen(drawn.sort().values)
 
 
 def _mean_kls(context: FitContext, lens: FittedLens, tokens: Capture, key: str) -> Sequence[float]:

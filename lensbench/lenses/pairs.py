@@ -18,7 +18,9 @@ def pairs_of(layers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def plan(context: FitContext) -> list[Job]:
-    """A job for each pair, then for each pair of every rotated view that gets lenses of pairs."""
+    """A job for each pair, then for each pair of every rotated view that gets lenses of pairs; none without pairs."""
+    if not context.recipe.pairs:
+        return []
 
     def plain(pair: tuple[int, int]) -> FittedLens:
         near = context.choice(SHARED_LENS)

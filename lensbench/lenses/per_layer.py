@@ -45,16 +45,11 @@ def plan(context: FitContext) -> list[Job]:
     def own() -> FittedLens:
         return closed_lens(OWN, reads, fit_each(context.search, context.moments, "zero"))
 
-    return [
-        *matrix,
-        Job.of(str(OWN), Phase.CLOSED, "per layer, prior zero", own),
-        Job.of(
-            str(OWN.of_view(0)),
-            Phase.NULL_CHECK,
-            "per layer, rotated view 0",
-            partial(_in_random_basis, context, reads),
-        ),
-    ]
+    check = Job.of(
+        str(OWN.of_view(0)), Phase.NULL_CHECK, "per layer, rotated view 0", partial(_in_random_basis, context, reads)
+    )
+    jobs = [*matrix, Job.of(str(OWN), Phase.CLOSED, "per layer, prior zero", own)]
+    return [*jobs, check] if context.recipe.rotated_own else jobs
 
 
 def _loaded_job(context: FitContext) -> Job:

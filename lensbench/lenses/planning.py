@@ -73,7 +73,7 @@ class FitContext:
             for k in range(recipe.rotations)
         ]
         turned = {k: RotatedMoments(moments, view) for k, view in enumerate(views)}
-        for k in range(min(recipe.pair_rotations, recipe.rotations)):
+        for k in range(paired_views(recipe)):
             turned[k].know(spread_layers(layers, recipe.layers), room)
         refit_room = again(room, (2, layers, d, d)) if recipe.refits else IN_MEMORY
         return cls(
@@ -94,7 +94,7 @@ class FitContext:
     @property
     def pair_rotations(self) -> int:
         """How many rotated views get lenses of pairs."""
-        return min(self.recipe.pair_rotations, self.recipe.rotations)
+        return paired_views(self.recipe)
 
     def lens(self, lens: LensId) -> FittedLens:
         """A lens that an earlier job fitted."""
@@ -113,13 +113,18 @@ class FitContext:
         return self._turned[view]
 
 
+def paired_views(recipe: FitRecipe) -> int:
+    """How many rotated views get lenses of pairs."""
+    return min(recipe.pair_rotations, recipe.rotations) if recipe.pairs else 0
+
+
 def matrices(recipe: FitRecipe, layers: int) -> int:
     """How many float64 matrices ``[d, d]`` a fit keeps on disk while it works.
 
     Two moments of each layer, one map of each layer and rotated view, the moments of rotated views that pairs are fitted
     to, and two moments of each layer for the resampled documents of a refit.
     """
-    pairs = min(recipe.pair_rotations, recipe.rotations) * len(spread_layers(layers, recipe.layers))
+    pairs = paired_views(recipe) * len(spread_layers(layers, recipe.layers))
     return layers * (2 + recipe.rotations + 2 * bool(recipe.refits)) + 2 * pairs
 
 

@@ -1,7 +1,7 @@
 """The settings that lenses are fitted and chosen by."""
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -15,6 +15,9 @@ LensStage = Literal["closed", "refined", "loaded", "none"]
 
 Tolerance = float | Literal["1se"]
 """The dev loss that a ridge may cost: a share of ``K_0 - best``, or one standard error."""
+
+
+ADDED_SETTINGS = ("pairs", "search_tokens", "record_tokens", "rotated_own")
 
 
 class FitRecipe(BaseModel):
@@ -43,12 +46,24 @@ class FitRecipe(BaseModel):
         ge=2,
         description="layers at most, evenly spread, of the curve over tolerances, leave-one-out, pairs and refits",
     )
+    pairs: bool = Field(True, description="lenses for every two of these layers")
     pair_rotations: int = Field(2, ge=1, description="rotated views of which pairs of layers get lenses")
     rotations: int = Field(5, ge=1, description="rotated views, each with a shared lens of its own")
     variance: float = Field(0.99, gt=0, le=1, description="share of pooled variance that rotations act on")
     refits: int = Field(5, ge=0, description="refits on document-resampled fit data")
     pooled_dev_tokens: int = Field(
         16384, ge=1, description="dev states at most that a lens of several layers is chosen on, equally many per layer"
+    )
+    search_tokens: int | None = Field(
+        None, ge=1, description="dev tokens at most that a lens of one layer is chosen on; all of them if left out"
+    )
+    record_tokens: int = Field(
+        512, ge=1, description="fitting and dev tokens at most that fit_kl and dev_kl of lenses.csv are means over"
+    )
+    rotated_own: bool = Field(
+        True,
+        description="the lenses per layer of the first rotated view, which must read as the plain ones do: they check the "
+        "algebra",
     )
     refine_tokens: int = Field(16384, ge=1, description="fitting tokens of a pass of refinement")
     refine_passes: int = Field(24, ge=0, description="most passes of a refinement")
@@ -65,6 +80,16 @@ class FitRecipe(BaseModel):
         gt=0,
         description="states beyond this are kept in a memory-mapped temporary file (TMPDIR) instead of in memory",
     )
+
+    @property
+    def fitted(self) -> dict[str, Any]:
+        """What a fit depends on."""
+        return self.model_dump(exclude={"memory_gib"} | self.as_before)
+
+    @property
+    def as_before(self) -> set[str]:
+        """Settings of their default values that earlier versions did not have: left out, so that finished fits are found."""
+        return {name for name in ADDED_SETTINGS if getattr(self, name) == FitRecipe.model_fields[name].default}
 
     @field_validator("ridges", "pads")
     @classmethod

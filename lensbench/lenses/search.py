@@ -120,10 +120,18 @@ Solve = Callable[[float], Reads]
 """The lens of a ridge"""
 
 
+def thinned(captured: Capture, tokens: int) -> Capture:
+    """At most so many tokens, drawn at random: every n-th one would be the same place of every sequence."""
+    drawn = torch.randperm(captured.tokens, generator=torch.Generator().manual_seed(0))[:tokens]
+    return captured.chosen(drawn.sort().values)
+
+
 class DevSearch:
     """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once."""
 
     def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
+        if recipe.search_tokens is not None:
+            dev = thinned(dev, recipe.search_tokens)
         self.readout, self.dev, self.recipe, self.pad = readout, dev, recipe, pad
         self.ranks = dev.ranks
         self.before, self.tokens = self.ranks.span(len(dev))

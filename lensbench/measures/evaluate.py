@@ -23,7 +23,7 @@ from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.read import lens_sums
 from lensbench.lenses.shared import SHARED_LENS, SHARED_LOO_LENS
 from lensbench.measures.means import Means
-from lensbench.measures.transfer import TransferSums, transfer_sums
+from lensbench.measures.transfer import TransferSums, own_sums, transfer_sums
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.stages import NOTHING_KEPT, Pieces
 from lensbench.streams.capture import Capture
@@ -64,7 +64,7 @@ class Evaluated:
     fit: FitSummary
 
     def matrix(self, quantity: str) -> Array:
-        """``kl``, ``ce``, ``movement`` or ``top1`` of the transfer matrix, ``[S, L+1, L+1]``; lens L is the logit lens."""
+        """``kl``, ``ce``, ``movement`` or ``top1`` of the whole matrix, ``[S, L+1, L+1]``; lens L is the logit lens."""
         rows = [getattr(self.lenses[lens], quantity) for lens in (self.fit.headline, LOGIT_LENS)]
         size = self.fit.depth + 1
         return np.concatenate(rows, 1).reshape(-1, size, size)
@@ -133,6 +133,8 @@ class EvalContext:
     memory_gib: float = float("inf")
     """What movement is measured from is as large as the states; beyond this it is kept on disk as they are."""
     pieces: Pieces = NOTHING_KEPT
+    matrix: bool = True
+    """Every lens on every layer; without it the lenses of the matrix are read at their own layers, the logit lens at all"""
     estimator: Estimator | None = None
     """Of ``captured``, where only a share of the log-partitions is computed"""
 
@@ -178,9 +180,14 @@ def readings(context: EvalContext) -> Iterator[Reading]:
     summary = context.fit.summary
     yield Reading(summary.depth + 1, partial(_matrix, context))
     curve = sorted(summary.curve(), key=lambda lens: lens.tolerance_label)
-    for lens in curve:
+    for lens in curve if context.matrix else ():
         yield Reading(1, partial(_on_the_curve, context, lens))
-    others = [lens for lens, record in summary.records.items() if not record.transfers and lens.refit < 0]
+    # A refined lens that no pass has changed is the closed form, which is read.
+    others = [
+        lens
+        for lens, record in summary.records.items()
+        if not record.transfers and lens.refit < 0 and not record.unchanged
+    ]
     for lens in sorted(others, key=row_order):
         yield Reading(1, partial(_on_own_layers, context, lens))
 
@@ -195,15 +202,22 @@ def row_order(lens: LensId) -> tuple[int, str, int]:
 def _matrix(context: EvalContext, tick: Tick) -> dict[LensId, LensSums]:
     """The transfer matrix: the lenses of all layers, and the logit lens as the last."""
     fit, depth = context.fit, context.fit.summary.depth
-    sums = transfer_sums(
-        context.readout, context.captured, fit.headline.maps, estimator=context.estimator,
-        memory_gib=context.memory_gib, pieces=context.pieces, name="matrix",
-        report=lambda layer: tick(f"matrix, layer {layer}"),
-    )  # fmt: skip
+    if context.matrix:
+        sums = transfer_sums(
+            context.readout, context.captured, fit.headline.maps, estimator=context.estimator,
+            memory_gib=context.memory_gib, pieces=context.pieces, name="matrix",
+            report=lambda layer: tick(f"matrix, layer {layer}"),
+        )  # fmt: skip
+    else:
+        sums = own_sums(
+            context.readout, context.captured, fit.headline.maps, pieces=context.pieces,
+            report=lambda layer: tick(f"own lens, layer {layer}"),
+        )  # fmt: skip
 
     def rows(which: range) -> LensSums:
-        cells = list(itertools.product(which, range(depth + 1)))
-        return LensSums(cells, *(_flat(getattr(sums, name)[:, which]) for name in QUANTITIES))
+        cells = [(i, j) for i, j in itertools.product(which, range(depth + 1)) if context.matrix or i in (j, depth)]
+        i, j = np.array(cells).T
+        return LensSums(cells, *(getattr(sums, name)[:, i, j] for name in QUANTITIES))
 
     return {fit.summary.headline: rows(range(depth)), LOGIT_LENS: rows(range(depth, depth + 1))}
 
@@ -234,6 +248,7 @@ def evaluate(
     fit: Fit,
     *,
     refit_positions: int | None = None,
+    matrix: bool = True,
     exact_share: float = 1.0,
     seed: Sequence[int] = (0,),
     memory_gib: float = float("inf"),
@@ -243,13 +258,15 @@ def evaluate(
 ) -> Evaluated:
     """Every lens of a fit on the held-out tokens; refits on at most ``refit_positions`` of each window.
 
+    Without the ``matrix`` lenses are read at their own layers alone; a fit with refits or a curve over tolerances needs it.
+
     Below an ``exact_share`` of 1 all losses are unbiased estimates from that share of the exact log-partitions, of tokens
     drawn with ``seed`` (:mod:`lensbench.lenses.estimated`); a vocabulary too small to save anything is read exactly.
     What movement is measured from is as large as the states; beyond ``memory_gib`` it is kept on disk as they are. Finished
     ``pieces`` are taken up. ``task``: what the progress is called.
     """
     estimator = Estimator.where_it_saves(readout, captured, fit.headline.maps, share=exact_share, seed=seed)
-    context = EvalContext(readout, captured, fit, memory_gib, pieces, estimator)
+    context = EvalContext(readout, captured, fit, memory_gib, pieces, matrix, estimator)
     planned, refits = list(readings(context)), fit.summary.refits
     done = 0
     lenses: dict[LensId, LensSums] = {}

@@ -356,8 +356,34 @@ def _undefined(index: Index, at_draws: dict[str, Value], point: Means) -> str:
         null_high = float(interval(at_draws[index.made_of[1]].value)[1])
         if null_high > LARGEST_ROTATED_RETENTION:
             return f"undefined: one map serves random bases too (rotated retention up to {null_high:.2f})"
+    if index.stage == "matrix":
+        return without_the_matrix(point)
+    if index.name in PAIR_INDICES and not np.isfinite(point.pair).any():
+        return f"{LEFT_OUT}no lens was fitted to two layers (fit.pairs = false)"
     if index.stage == "refined" and not np.isfinite(point.own_refined).any():
         return "undefined: no lens was refined"
+    return ""
+
+
+LEFT_OUT = "left out: "
+"""How the reason begins why an index is undefined because the suite did not ask for what it is made of"""
+
+
+PAIR_INDICES = (
+    "pair_penalty",
+    "pair_penalty_rotated",
+    "pair_consistency",
+    "pair_consistency_without_layer0",
+)
+"""Those made of lenses for two layers"""
+
+
+def without_the_matrix(point: Means) -> str:
+    """The reason why what is read off the transfer matrix is undefined where a suite leaves it out; otherwise empty."""
+    apart = ~np.eye(point.transfer.shape[-1], dtype=bool)
+    apart[-1] = False  # the logit lens reads every layer whether there is a matrix or not
+    if apart.any() and not np.isfinite(point.transfer[apart]).any():
+        return f"{LEFT_OUT}lenses were read at their own layers alone (evaluate.matrix = false)"
     return ""
 
 
@@ -367,7 +393,7 @@ def similarity_estimates(point: Means, draws: Means, similarity: Array, clusters
     for index in INDICES.values():
         if index.of_similarity is not None:
             here, there = (index.of_similarity(m, similarity) for m in (point, draws))
-            found[index.name] = estimate(here, there, float(point.constant), clusters)
+            found[index.name] = estimate(here, there, float(point.constant), clusters, without_the_matrix(point))
     return found
 
 
@@ -384,7 +410,7 @@ def by_distance(layers: int) -> dict[str, Index]:
 
 def distance_estimates(point: Means, draws: Means, clusters: int) -> dict[str, Estimate]:
     """The indices of :func:`by_distance` with their intervals."""
-    constant, reason = float(point.constant), nothing_to_gain(point)
+    constant, reason = float(point.constant), nothing_to_gain(point) or without_the_matrix(point)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
             name: estimate(index.value(point), index.value(draws), constant, clusters, reason)

@@ -96,6 +96,38 @@ def transfer_sums(
     return TransferSums(**{"movement": np.full_like(sums["kl"], np.nan), **sums})
 
 
+@torch.no_grad()
+def own_sums(
+    readout: ReadOut,
+    captured: Capture,
+    per_layer: AffineMaps,
+    *,
+    pieces: Pieces = NOTHING_KEPT,
+    name: str = "own-layers",
+    report: Callable[[int], None] | None = None,
+) -> TransferSums:
+    """What of the matrix needs no transfer: every lens on its own layer, and the logit lens on all; the rest is NaN.
+
+    Movement is NaN too. All are exact. Columns that are finished ``pieces`` called ``name`` are taken up.
+    """
+    depth = captured.layers
+    sums: dict[str, np.ndarray] = {}
+    for layer in range(depth + 1):
+        lenses = sorted({layer, depth})
+        _, _, maps = rows_and_columns(captured, per_layer, lenses, [layer])
+
+        def column(layer: int = layer, maps: AffineMaps = maps) -> dict[str, Tensor]:
+            scores = score(readout, captured.states[layer], maps, captured)
+            return {n: torch.from_numpy(sums_of_all(getattr(scores, n), captured)) for n in ("kl", "ce", "top1")}
+
+        for quantity, values in pieces.get(f"{name}-{layer}", column).items():
+            whole = sums.setdefault(quantity, np.full((values.shape[-1], depth + 1, depth + 1), np.nan))
+            whole[:, lenses, layer] = values.numpy().T
+        if report is not None:
+            report(layer)
+    return TransferSums(**{"movement": np.full_like(sums["kl"], np.nan), **sums})
+
+
 def penalties(sums: np.ndarray) -> np.ndarray:
     """``X_ij - X_jj`` of a whole square matrix of sums ``[..., L+1, L+1]``."""
     penalty: np.ndarray = sums - np.diagonal(sums, axis1=-2, axis2=-1)[..., None, :]

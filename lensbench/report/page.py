@@ -23,7 +23,7 @@ from lensbench.measures.verdict import rule_in_words
 from lensbench.report.claims import CELLS, claim_cells, claim_rows
 from lensbench.report.compare import Comparison
 from lensbench.report.comparison import opening, pair_name, shown_differences
-from lensbench.report.figures.frames import lens_frame
+from lensbench.report.figures.frames import lens_frame, transfer_frame
 from lensbench.report.formatting import shown_seeds, with_interval
 from lensbench.report.joining import grouped, joined, names_of
 from lensbench.report.profile_svg import profiles
@@ -155,8 +155,10 @@ def run_section(run: Run, place: int, names: dict[str, str]) -> Markup:
     manifest = run.manifest
     per = unit(run.tables["models.csv"])
     cells, lines = mean_cells(run.tables["transfer.csv"]), lens_frame(run)
+    has_matrix = set(transfer_frame(run)["model"])
+    cells = cells[cells["model"].isin(has_matrix)]
     off = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
-    top = max(float(np.percentile(off.clip(lower=0), 95)), 1e-3)
+    top = max(float(np.percentile(off.clip(lower=0), 95)), 1e-3) if has_matrix else 1.0
     further = [found for name in SCHEMA if name not in SHOWN_TABLES and (found := table_file(run.folder, name))]
     return render(
         "run.html",
@@ -166,7 +168,11 @@ def run_section(run: Run, place: int, names: dict[str, str]) -> Markup:
         question=manifest.suite.question,
         lines=doubts(run),
         unit=per,
-        maps=[heatmap(cells[cells["model"] == model], name, top, per) for model, name in names.items()],
+        maps=[
+            heatmap(cells[cells["model"] == model], name, top, per)
+            for model, name in names.items()
+            if model in has_matrix
+        ],
         curves=[kl_curves(lines[lines["model"] == model], name, per) for model, name in names.items()],
         tables=[table_html(run, name, place) for name in SHOWN_TABLES],
         links=[csv_link(path) for path in further],

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 
 from lensbench.measures.indices import (
     INDICES,
+    LEFT_OUT,
     fact_indices,
     shown_indices,
     similarity_indices,
@@ -74,8 +75,9 @@ def index_table(run: Run) -> Table:
         title="indices: value [95 % interval over documents; several seeds: over seeds] (range over refits)",
     )
     measured = (name for name in similarity_indices() if (indices["index"] == name).any())
+    absent = left_out(indices)
     for index in (*shown_indices(), *measured, *fact_indices()):
-        if index in NOT_ALONE:
+        if index in NOT_ALONE or index in absent:
             continue
         cells = []
         for name in names:
@@ -85,8 +87,16 @@ def index_table(run: Run) -> Table:
     return table
 
 
-def tolerance_table(run: Run) -> Table:
-    """How gain visibility depends on the loss that a lens's ridge may cost on its own layer."""
+def left_out(indices: pd.DataFrame) -> set[str]:
+    """The indices that no model has because the suite did not ask for what they are made of."""
+    absent = indices["reason"].fillna("").str.startswith(LEFT_OUT)
+    return set(indices["index"]) - set(indices.loc[~absent, "index"])
+
+
+def tolerance_table(run: Run) -> Table | None:
+    """How gain visibility depends on the loss that a lens's ridge may cost on its own layer; None without a matrix."""
+    if run.tables["tolerances.csv"].empty:
+        return None
     rows = run.tables["tolerances.csv"]
     pairs = {"gain_visibility": "all", "gain_visibility_without_layer0": "without 0"}
     rows = rows[rows["index"].isin(pairs)]

@@ -11,6 +11,7 @@ from typing import cast
 import pandas as pd
 
 from lensbench.errors import LensbenchError
+from lensbench.measures.indices import LEFT_OUT
 from lensbench.measures.update.verdict import NOT_MEASURED
 from lensbench.measures.verdict import (
     INDEX_OF,
@@ -122,11 +123,15 @@ def judged(run: Run, rule: VerdictRule) -> Run:
 
 
 def statements(run: Run) -> list[Statement]:
-    """What lenses held fixed say of every model of a run, by model and scope."""
+    """What lenses held fixed say of every model of a run whose lenses were read at other layers, by model and scope."""
+    indices = run.tables["indices.csv"]
+    left_out = indices["reason"].fillna("").str.startswith(LEFT_OUT) & (indices["index"] == INDEX_OF["visibility"])
+    absent = set(indices.loc[left_out, "model"])
     verdicts, rule = shown_seeds(run.tables["verdicts.csv"]), rule_of(run)
     return [
         statement(run, rule, str(row["model"]), str(row["scope"]), row["fixed_lens_verdict"])
-        for _, rows in verdicts.groupby("model", sort=False)
+        for model, rows in verdicts.groupby("model", sort=False)
+        if model not in absent
         for _, row in rows.iterrows()
     ]
 

@@ -264,13 +264,17 @@ def read_table(path: Path) -> pd.DataFrame:
         if column not in table:
             table[column] = None if column in text else float("nan")
     missing = [column for column in SCHEMA[path.name] if column not in table.columns]
-    if missing or (table.empty and path.name not in ("pairs.csv", *ADDED)):  # a single layer is in no pair
+    if missing or (table.empty and path.name not in (*MAY_BE_EMPTY, *ADDED)):
         what = f"column {missing[0]!r} is missing" if missing else "it has no rows"
         raise LensbenchError(f"{path} is damaged or of another version of lensbench: {what}")
     numeric = [c for c in table.columns if c not in text and not pd.api.types.is_numeric_dtype(table[c])]
     if numeric and len(table):
         raise LensbenchError(f"{path} is damaged: column {numeric[0]!r} holds something that is not a number")
     return table
+
+
+MAY_BE_EMPTY = ("tolerances.csv", "pairs.csv")
+"""Tables without rows where the suite leaves out the matrix, or pairs of layers, and for models of a single layer"""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class ClusterSums:
 
         def grid(column: str, rows: pd.DataFrame = matrix, size: int = layers + 1) -> NDArray[np.float64]:
             """``[clusters, size, size]``, NaN where there is no such row."""
+            if rows.empty:
+                return np.full((len(documents), size, size), np.nan)
             table = rows.pivot_table(
                 index="document", columns=["lens_layer", "layer"], values=column, aggfunc="sum", observed=True
             ).sort_index()
@@ -75,7 +77,8 @@ class ClusterSums:
             return values
 
         pairs = sequences[sequences["lens"] == "pair"]
-        pair_views = range(int(pairs["view"].max()) + 1)
+        bases = range(int(pairs["view"].max()) + 1) if len(pairs) else range(0)
+        in_bases = [grid("kl", pairs[pairs["view"] == k], layers) for k in bases]
         curve = {}
         for lens in sorted(label for label in sequences["lens"].unique() if tolerance_in(label)):
             rows = sequences[sequences["lens"] == lens]
@@ -94,7 +97,9 @@ class ClusterSums:
             own_refined=per_layer("tuned", "refined"),
             shared_refined=per_layer("shared", "refined"),
             pair=grid("kl", pairs[pairs["view"] == -1], layers),
-            pair_rotated=np.stack([grid("kl", pairs[pairs["view"] == k], layers) for k in pair_views], axis=1),
+            pair_rotated=np.stack(in_bases, axis=1)
+            if in_bases
+            else np.full((len(documents), 1, layers, layers), np.nan),
         )
         tokens, sizes = model["tokens"].to_numpy(float), model["bytes"].to_numpy(float)
         top1 = grid("top1") if "top1" in sequences else np.full_like(totals.transfer, np.nan)

@@ -28,6 +28,7 @@ from lensbench.measures.indices import (
     similarity_estimates,
     tolerance_order,
     values_of,
+    without_the_matrix,
 )
 from lensbench.measures.means import Estimate, Means, estimate, nothing_to_gain, of_layers
 from lensbench.measures.update import UpdateResult
@@ -150,7 +151,8 @@ def tables(
         # The null's first random basis stands next to its model, unless the suite has the rotated view as a model.
         rows["lenses.csv"] += lens_rows(part, sample.weights, with_null=f"{part.model}+rotated" not in names)
         rows["transfer.csv"] += transfer_rows(part, sample.sums, sample.weights)
-        rows["tolerances.csv"] += [who | row for row in tolerance_rows(part, sample, largest_ridge)]
+        if not without_the_matrix(sample.point):
+            rows["tolerances.csv"] += [who | row for row in tolerance_rows(part, sample, largest_ridge)]
         rows["pairs.csv"] += [who | row for row in pair_rows(part, sample.point, sample.drawn)]
         of_part = index_estimates(part, sample)
         if part.updates is not None:
@@ -318,6 +320,8 @@ def matrix_rows(
             low, mean, high = ratio_with_interval(penalty, tokens, weights)
             values |= {f"penalty_{name}": mean, f"penalty_{name}_ci_low": low, f"penalty_{name}_ci_high": high}
     for i, j in itertools.product(range(layers + 1), repeat=2):
+        if np.isnan(values["kl"][i, j]):
+            continue  # a suite without the matrix reads lenses at their own layers
         yield {
             "lens_layer": i,
             "stream_layer": j,
@@ -423,7 +427,9 @@ def pair_rows(part: Part, point: Means, drawn: Means) -> Iterator[dict[str, Any]
         return pair_penalty(m.own, m.pair), rotated.mean(-2)
 
     here, there = penalties(point), penalties(drawn)
-    record = part.fit.records[PAIR_LENS]
+    record = part.fit.records.get(PAIR_LENS)
+    if record is None:
+        return
     for p, (i, j) in enumerate(pairs_of(part.fit.layers)):
         row: dict[str, Any] = {"layer_i": i, "layer_j": j, "ridge": record.ridge[p], "pad": record.pad[p]}
         row |= {"kl_i": float(point.pair[j, i]), "kl_j": float(point.pair[i, j])}

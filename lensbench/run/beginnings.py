@@ -17,10 +17,15 @@ from lensbench.runtime.files import write_json
 from lensbench.runtime.stages import ANEW
 from lensbench.runtime.texts import read_json
 from lensbench.statistics import bootstrap_weights, ratio_with_interval
-from lensbench.suite.recipes import ModelRecipe
+from lensbench.suite.recipes import ModelRecipe, Suite
 
 WINDOWS = 32
-"""Number of dev windows that are read with the token and without it"""
+"""Number of dev windows at most that are read with the token and without it: a quarter of those that the fit has"""
+
+
+def windows_of(suite: Suite) -> int:
+    """How many windows a suite reads with and without the token."""
+    return min(WINDOWS, max(1, suite.fit.dev_sequences // 4))
 
 
 def beginning_facts(context: Context, model: ModelRecipe, seed: int) -> dict[str, Any]:
@@ -57,6 +62,7 @@ _PLACES = {"every window": "every window", "first window": "the first window of 
 def _worth(context: Context, model: ModelRecipe, seed: int, data: Texts) -> Path:
     """The file that says what the token is worth, in a stage of its own."""
     origin, owner = origin_of(context, model, seed), context.suite.trained(model)
+    asked = windows_of(context.suite)
 
     def compute(folder: Path) -> None:
         if not data.beginning.ids:
@@ -66,7 +72,7 @@ def _worth(context: Context, model: ModelRecipe, seed: int, data: Texts) -> Path
         # Of documents, not of the read data: there the token may stand in front of the first window alone.
         documents = tokenize(data.tokenizer, data.corpus.splits["dev"], "every")
         windows = sample_windows(
-            documents, n_sequences=WINDOWS, length=data.length, positions=1, seed=SPLITS.index("dev")
+            documents, n_sequences=asked, length=data.length, positions=1, seed=SPLITS.index("dev")
         )
         front = len(data.beginning.ids)
         given, taken, tokens = nats_with_and_without(
@@ -80,5 +86,5 @@ def _worth(context: Context, model: ModelRecipe, seed: int, data: Texts) -> Path
         means = {"with": float(given.sum()) / total, "without": float(taken.sum()) / total}
         write_json(folder / "beginning.json", {"begin_gain": gain, **means, "windows": len(windows)})
 
-    key = {"trained": origin.digest, "texts": data.digest, "length": data.length, "windows": WINDOWS}
+    key = {"trained": origin.digest, "texts": data.digest, "length": data.length, "windows": asked}
     return context.stage(f"begin-{owner.name}", key, compute).folder / "beginning.json"

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.estimated import worth_estimating
 from lensbench.lenses.per_layer import curve_tolerances
-from lensbench.lenses.planning import matrices
+from lensbench.lenses.planning import matrices, paired_views
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
 from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
@@ -56,9 +56,6 @@ AUTO_SHARE = 0.15
 
 LANDMARKS = 5
 """Views of the model's own states that are decomposed"""
-
-RECORD_TOKENS = 512
-"""Fitting and dev tokens that ``lenses.csv`` is made of"""
 
 
 @dataclass(frozen=True)
@@ -185,6 +182,8 @@ class Counts:
     """Tolerances of the curve, other than the matrix's"""
     pooled: int
     """Dev states that a lens of all layers is chosen on"""
+    searched: int
+    """Dev tokens that a lens of one layer is chosen on"""
 
     @classmethod
     def of(cls, suite: Suite, shape: Shape, sequences: int | None = None) -> "Counts":
@@ -195,10 +194,12 @@ class Counts:
             "dev": (fit.dev_sequences, length, fit.dev_positions),
             "eval": (sequences or evaluate.sequences, length, evaluate.positions),
         }
-        chosen, pair_views = min(fit.layers, shape.layers), min(fit.pair_rotations, fit.rotations)
-        pairs = chosen * (chosen - 1) // 2 * (1 + pair_views)
-        pooled = min(fit.pooled_dev_tokens, shape.layers * fit.dev_sequences * fit.dev_positions)
-        return cls(windows, chosen, pairs, fit.rotations, pair_views, len(curve_tolerances(fit)), pooled)
+        chosen, pair_views = min(fit.layers, shape.layers), paired_views(fit)
+        pairs = chosen * (chosen - 1) // 2 * (1 + pair_views) if fit.pairs else 0
+        dev = fit.dev_sequences * fit.dev_positions
+        searched = dev if fit.search_tokens is None else min(dev, fit.search_tokens)
+        pooled = min(fit.pooled_dev_tokens, shape.layers * searched)
+        return cls(windows, chosen, pairs, fit.rotations, pair_views, len(curve_tolerances(fit)), pooled, searched)
 
     def tokens(self, split: str) -> int:
         """Tokens of a split that are looked at."""
@@ -234,12 +235,13 @@ def fit_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     work += (
         eigendecompositions(shape, of.views + VALUES_ALONE * units) + solutions(shape, solves) + products(shape, turned)
     )
-    work += searches(shape, layers * dev, len(fit.ridges))  # the matrix: all ridges
-    work += searches(shape, 2 * layers * dev + of.views * of.pooled, RIDGES_FROM_NEAR)
+    own = (1 + fit.rotated_own) * layers
+    work += searches(shape, layers * of.searched, len(fit.ridges))  # the matrix: all ridges
+    work += searches(shape, own * of.searched + of.views * of.pooled, RIDGES_FROM_NEAR)
     work += searches(shape, (2 + of.chosen) * of.pooled, RIDGES_FROM_MIDDLE)
-    work += searches(shape, of.pairs * min(of.pooled, 2 * dev), RIDGES_FROM_NEAR)
-    work += read_out(shape, of.chosen * dev * len(fit.ridges) / 2)  # one standard error
-    work += read_out(shape, 6 * layers * (min(n, RECORD_TOKENS) + min(dev, RECORD_TOKENS)))
+    work += searches(shape, of.pairs * min(of.pooled, 2 * of.searched), RIDGES_FROM_NEAR)
+    work += read_out(shape, of.chosen * of.searched * len(fit.ridges) / 2)  # one standard error
+    work += read_out(shape, 6 * layers * (min(n, fit.record_tokens) + min(dev, fit.record_tokens)))
     work += refinement(suite, shape, of)
     maps = 8 * layers + (of.curve + of.chosen) + of.views * (1 + layers) + of.pairs + 4
     maps += again
@@ -258,20 +260,23 @@ def refinement(suite: Suite, shape: Shape, of: Counts) -> Work:
     updates, words = max(1, tokens // min(fit.refine_batch, tokens)), min(fit.refine_vocabulary, shape.vocabulary)
     one = Work(single=tokens * lenses * (4 * d * words + 6 * d**2), words=2 * tokens * lenses * words)
     one += Work(single=updates * lenses * 30 * d**3)
-    one += read_out(shape, 2 * (shape.layers * of.tokens("dev") + of.pooled))
+    one += read_out(shape, 2 * (shape.layers * of.searched + of.pooled))
     return fit.refine_passes * one
 
 
 def score_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     """Every lens on the held-out tokens: the matrix, its curve, lenses on their own layers, refits."""
     fit, evaluate, n, layers = suite.fit, suite.evaluate, of.tokens("eval"), shape.layers
-    whole, block = (layers + 1) ** 2, of.chosen**2
+    whole, block = (layers + 1) ** 2 if evaluate.matrix else 2 * layers + 1, of.chosen**2
     part = estimated_part(suite, shape)
-    exact_lenses = 3 * layers + of.chosen  # lenses of one layer each are never estimated
-    own = layers * (3 + of.views) + 2 * of.pairs
+    refined = bool(fit.refine_passes)
+    # Lenses of one layer each are never estimated.
+    exact_lenses = layers * (2 + fit.rotated_own + refined) + of.chosen
+    own = layers * (1 + refined + of.views) + 2 * of.pairs
     work = of.captured(shape, "eval") + read_out(shape, n * exact_lenses)
     work += part * (read_out(shape, whole * n) + Work(words=whole * n * shape.vocabulary))
-    work += part * softmax_moments(shape, n * (layers + 1 + of.curve * of.chosen))
+    if evaluate.matrix:  # movement is measured from every lens on its own layer
+        work += part * softmax_moments(shape, n * (layers + 1 + of.curve * of.chosen))
     work += part * read_out(shape, n * (of.curve * block + own))
     if fit.refits:
         windows, _, scored = of.windows["eval"]
@@ -312,7 +317,7 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     work = of.captured(shape, "fit", "dev", "eval")
     work += Work(single=2 * shape.vocabulary * shape.width**2)  # the metric
     one = decomposed(shape, layers, n, eval_)
-    work += searches(shape, layers * dev, RIDGES_FROM_NEAR) + read_out(shape, 2 * layers * dev) + 2 * one
+    work += searches(shape, layers * of.searched, RIDGES_FROM_NEAR) + read_out(shape, layers * dev) + 2 * one
     work += (1 + settings.refits + len(settings.tolerances) + len(settings.metrics)) * one
     if settings.readable:
         pairs = layers - 1 + FURTHER_PAIRS
@@ -324,7 +329,7 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
         work += read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_)) + eigendecompositions(shape, 5 * pairs)
     if settings.landmarks:
         some = min(of.chosen, layers)
-        of_views = decomposed(shape, some, n, eval_) + searches(shape, some * dev, RIDGES_FROM_NEAR)
+        of_views = decomposed(shape, some, n, eval_) + searches(shape, some * of.searched, RIDGES_FROM_NEAR)
         work += LANDMARKS * (of_views + read_out(shape, some * (dev + eval_)))
     memory, disk = held(shape, suite, n + dev + eval_)
     return Cost(work, memory + DOUBLE * layers * shape.width**2 * 2 * (FOLDS + 4), disk)

@@ -64,7 +64,7 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
         "texts": data.digest,
         "length": context.suite.length,
         "view": model.view,
-        "fit": recipe.model_dump(exclude={"memory_gib"}),
+        "fit": recipe.fitted,
         "format": FIT_FORMAT,
         "seed": seed,
         "first_position": context.suite.evaluate.first_position,

@@ -13,7 +13,7 @@ from lensbench.models.pretrained import load_config
 from lensbench.results.folder import holds_work, owner_of
 from lensbench.run import costs
 from lensbench.run.baselines import baselines
-from lensbench.run.beginnings import WINDOWS, beginning_facts
+from lensbench.run.beginnings import beginning_facts, windows_of
 from lensbench.run.context import Context
 from lensbench.run.costs import Cost, Counts, Shape, Work
 from lensbench.run.curves import has_curve, learning_curve
@@ -160,7 +160,7 @@ def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[st
                         found[f"train-{who}-{tokens}"] = costs.train_cost(suite, shape, tokens)
                     found[f"curve-{who}-{tokens}"] = Cost(of.captured(shape, "eval"), none.memory)
         else:
-            found[f"begin-{owner.name}"] = costs.begin_cost(suite, shape, WINDOWS)
+            found[f"begin-{owner.name}"] = costs.begin_cost(suite, shape, windows_of(suite))
         if suite.update is not None:
             found[f"update-{who}"] = costs.update_cost(suite, shape, of)
         found[f"fit-{who}"] = costs.fit_cost(suite, shape, of)

@@ -48,6 +48,7 @@ def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
             captured,
             fit,
             refit_positions=settings.refit_positions,
+            matrix=settings.matrix,
             exact_share=share["share"],
             seed=(seed,),
             memory_gib=recipe.memory_gib,

@@ -21,7 +21,7 @@ UPDATE_FORMAT = 8
 
 OF_LENSES = (
     "sequences", "positions", "dev_sequences", "dev_positions", "ridges", "pads", "tolerance", "pooled_dev_tokens",
-    "variance",
+    "search_tokens", "variance",
 )  # fmt: skip
 """The settings of the fit that the decomposition shares"""
 
@@ -45,7 +45,7 @@ def updating(context: Context, model: ModelRecipe, seed: int) -> UpdateResult | 
         "texts": data.digest,
         "length": context.suite.length,
         "view": model.view,
-        "fit": recipe.model_dump(include=set(OF_LENSES)),
+        "fit": recipe.model_dump(include=set(OF_LENSES) - recipe.as_before),
         "update": settings.model_dump(),
         "evaluate": context.suite.evaluate.model_dump(
             include={"sequences", "positions", "first_position", "max_share"}

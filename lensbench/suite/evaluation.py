@@ -35,6 +35,11 @@ class EvaluateRecipe(BaseModel):
         gt=0,
         description="largest half-width of the 95 % interval of a transfer penalty, nats; sequences are then the first try",
     )
+    matrix: bool = Field(
+        True,
+        description="every lens on every layer; without it lenses are read at the layers that they were fitted to, which "
+        "leaves out what is made of the matrix: gain visibility, movement, and all by lenses held fixed",
+    )
     exact_share: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         1.0,
         description="share of the log-partitions (over the whole vocabulary) that are computed: 1 is exact; below it losses "
@@ -61,7 +66,8 @@ class EvaluateRecipe(BaseModel):
     def scored(self) -> dict[str, Any]:
         """What the scores of a model depend on, but for ``begin``, which the texts themselves depend on.
 
-        Of exact scores it says what it said before there were others, so that finished ones are found.
+        Of exact scores of a whole matrix it says what it said before there were others, so that finished ones are found.
         """
         exact = {"exact_share"} if self.exact_share == 1 else set()
-        return self.model_dump(exclude={"draws", "probe_sequences", "sums", "groups", "begin"} | exact)
+        whole = {"matrix"} if self.matrix else set()
+        return self.model_dump(exclude={"draws", "probe_sequences", "sums", "groups", "begin"} | exact | whole)

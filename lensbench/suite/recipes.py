@@ -295,6 +295,7 @@ class Suite(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Suite":
         self._names_differ()
+        self._without_the_matrix()
         self._claims_are_of_this_suite()
         for model in self.models:
             self._has_an_owner(model)
@@ -305,6 +306,20 @@ class Suite(_Strict):
         else:
             self._text_is_long_enough()
         return self
+
+    def _without_the_matrix(self) -> None:
+        """Raise for what is read off a transfer matrix that the suite leaves out."""
+        evaluate, fit = self.evaluate, self.fit
+        if evaluate.matrix:
+            return
+        needs = {
+            "fit.tolerances must be empty": bool(fit.tolerances),
+            "fit.refits must be 0": bool(fit.refits),
+            "evaluate.exact_share must be 1": evaluate.exact_share != 1,
+            "evaluate.precision must be left out": evaluate.precision is not None,
+        }
+        if wrong := [need for need, is_so in needs.items() if is_so]:
+            raise ValueError(f"evaluate.matrix is false: {' and '.join(wrong)}, or matrix = true")
 
     def _names_differ(self) -> None:
         names = [m.name for m in self.models]
@@ -435,6 +450,10 @@ class Suite(_Strict):
             del settings["evaluate"]["groups"]
         if self.evaluate.exact_share == 1:
             del settings["evaluate"]["exact_share"]
+        if self.evaluate.matrix:
+            del settings["evaluate"]["matrix"]
+        for name in self.fit.as_before:
+            del settings["fit"][name]
         return settings
 
     @property

@@ -193,11 +193,10 @@ def test_leave_one_out_lens_never_sees_its_layer():
         assert torch.equal(a, b)
 
 
-def test_what_a_lens_says_of_its_kl_is_that_on_a_sample_of_the_tokens(monkeypatch):
+def test_what_a_lens_says_of_its_kl_is_that_on_a_sample_of_the_tokens():
     """``fit_kl`` and ``dev_kl``: means over 100 tokens drawn from each split, by definition."""
     it = small(0)
-    monkeypatch.setattr(fitting, "RECORD_TOKENS", 100)
-    recipe = SMALL.model_copy(update={"refine_passes": 0})
+    recipe = SMALL.model_copy(update={"refine_passes": 0, "record_tokens": 100})
     found = fit(FitContext.of(it.stream.readout, it.captured, it.dev, recipe, seed=0))
     some = {"fit_kl": thinned(it.captured, 100), "dev_kl": thinned(it.dev, 100)}
     for lens in (HEADLINE, OWN, SHARED_LENS, SHARED_BIAS_LENS, SHARED_LOO_LENS):

@@ -77,12 +77,12 @@ def test_the_frame_reproduces_the_sums(it, some):
         "shared_loo": of_some(kl[SHARED_LOO_LENS], layers, some),
         "pair": pairs[0], "pair_rotated": np.stack(pairs[1:], 1),
         "rotated": np.stack([kl[SHARED_LENS.of_view(k)] for k in range(2)], 1),
-        "own_refined": kl[OWN_REFINED], "shared_refined": kl[SHARED_REFINED],
     }  # fmt: skip
     for name, lens in (("own_refined", OWN_REFINED), ("shared_refined", SHARED_REFINED)):  # without an update: no rows
         updated = any(it.fit.summary.records[lens].iterations)
         assert updated == (it.fit is small(0).fit)
-        direct[name] = direct[name] if updated else np.full_like(direct[name], np.nan)
+        assert (lens in kl) == updated
+        direct[name] = kl[lens] if updated else np.full_like(direct["own"], np.nan)
     assert set(direct) == {f.name for f in fields(Means)}
     for name, values in direct.items():
         np.testing.assert_allclose(getattr(sums.totals, name), values, rtol=1e-5, atol=1e-5, err_msg=name)

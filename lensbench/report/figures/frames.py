@@ -7,7 +7,7 @@ import pandas as pd
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.kinds import layer_kinds
-from lensbench.measures.indices import INDICES
+from lensbench.measures.indices import INDICES, LEFT_OUT
 from lensbench.results.folder import Run
 from lensbench.studies.curves import shown_curves
 
@@ -34,16 +34,24 @@ SHOWN_INDICES = (*VISIBILITIES, "movement")
 
 
 def transfer_frame(run: Run) -> pd.DataFrame:
-    """``model, lens_layer, stream_layer, penalty_ce``, and ``layers``; no cell of the (L+1) x (L+1) grid is missing."""
+    """``model, lens_layer, stream_layer, penalty_ce``, and ``layers``; no cell of the (L+1) x (L+1) grid is missing.
+
+    A model whose lenses were read at their own layers alone has no rows. Raises :class:`LensbenchError` where cells of a
+    matrix are missing.
+    """
     cell = ["lens_layer", "stream_layer"]
     table = run.tables["transfer.csv"].loc[lambda table: np.isfinite(table["penalty_ce"])]
     frames = []
     for _, (model, seed, layers) in run.tables["models.csv"][["model", "seed", "layers"]].iterrows():
         rows = table[(table["model"] == model) & (table["seed"] == seed)]
+        if rows[(rows["lens_layer"] < layers) & (rows["lens_layer"] != rows["stream_layer"])].empty:
+            continue
         missing = (layers + 1) ** 2 - len(rows[cell].drop_duplicates())
         if missing:
             raise LensbenchError(f"transfer.csv: {missing} cells of model {model}, seed {seed}, have no penalty_ce")
         frames.append(rows.assign(layers=layers))
+    if not frames:
+        return pd.DataFrame(columns=["model", "layers", *cell, "penalty_ce"])
     groups = pd.concat(frames).groupby(["model", "layers", *cell], sort=False)
     means: pd.DataFrame = groups[["penalty_ce"]].mean().reset_index()
     return means
@@ -79,8 +87,14 @@ def lens_frame(run: Run) -> pd.DataFrame:
 
 
 def index_frame(run: Run, names: Sequence[str] = SHOWN_INDICES) -> pd.DataFrame:
-    """One row per index and model, undefined ones too: ``value`` and its intervals, of seed ``all`` where there is one."""
+    """One row per index and model, undefined ones too: ``value`` and its intervals, of seed ``all`` where there is one.
+
+    No rows where the suite left all of these indices out.
+    """
     table = run.tables["indices.csv"]
+    table = table[~table["reason"].fillna("").str.startswith(LEFT_OUT)]
+    if not table["index"].isin(names).any():
+        return table.head(0)
     table = table.iloc[(table["seed"] == "all").argsort(kind="stable")].drop_duplicates(["index", "model"], keep="last")
     numbers = ["value", "ci_low", "ci_high", "fit_low", "fit_high"]
     every = pd.MultiIndex.from_product([names, run.tables["models.csv"]["model"].unique()], names=["index", "model"])
@@ -100,6 +114,7 @@ def shown_rows(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def distance_frame(run: Run) -> pd.DataFrame:
     """``model, distance, value, ci_low, ci_high`` of gain visibility; not a number where undefined."""
     table = run.tables["indices.csv"]
+    table = table[~table["reason"].fillna("").str.startswith(LEFT_OUT)]
     name = "gain_visibility_distance_"
     rows = shown_rows(table[table["index"].str.startswith(name)], ["index"])
     rows = rows.assign(distance=rows["index"].str.removeprefix(name).astype(int))

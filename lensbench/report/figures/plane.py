@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from lensbench.measures.indices import LEFT_OUT
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
 from lensbench.report.figures.frames import index_frame
 from lensbench.report.figures.layout import (
@@ -99,10 +100,13 @@ def plane_frame(run: Run) -> pd.DataFrame:
     """
     names = [name for view in VIEWS for name in (view.x, view.y, view.size) if name]
     models = index_frame(run, names)
-    written = run.tables["indices.csv"][["model", "index"]].drop_duplicates()
-    for view in VIEWS[1:]:  # what was not measured has no place, not even that of the undetermined
+    indices = run.tables["indices.csv"]
+    written = indices[~indices["reason"].fillna("").str.startswith(LEFT_OUT)][["model", "index"]].drop_duplicates()
+    for view in VIEWS:  # what was not measured has no place, not even that of the undetermined
         measured = set(written.loc[written["index"] == view.x, "model"])
         models = models[~models["index"].isin([view.x, view.y, view.size]) | models["model"].isin(measured)]
+    if models.empty:
+        return models
     own = run.tables["landmarks.csv"]
     own = own[own["index"].isin([VIEWS[-1].x, VIEWS[-1].y])].astype({"value": float})
     landmarks = own.groupby(["model", "landmark", "index"], sort=False)["value"].mean().reset_index()
