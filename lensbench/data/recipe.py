@@ -1,7 +1,10 @@
 """Settings of a training, on which the data depend too."""
 
+import itertools
+from typing import Annotated
+
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TrainingRecipe(BaseModel):
@@ -25,7 +28,26 @@ class TrainingRecipe(BaseModel):
         False,
         description="train the read-out alone, with the embedding where the two are tied: blocks stay random features",
     )
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(100, ge=1, description="steps between what an interrupted training goes on from")
+    checkpoints: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="training tokens at which the model is kept, and measured as a model NAME@TOKENS of its own"
+    )
+
+    @model_validator(mode="after")
+    def _checkpoints_differ(self) -> "TrainingRecipe":
+        steps = [self.step_of(tokens) for tokens in self.checkpoints]
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            raise ValueError(f"checkpoints must rise, by a step of {self.batch * self.length} tokens at least")
+        if steps and steps[-1] >= self.steps:
+            raise ValueError(
+                f"checkpoints must stay below tokens, {self.tokens}: there the model itself is measured; the last of them "
+                f"is {self.checkpoints[-1]}"
+            )
+        return self
+
+    def step_of(self, tokens: int) -> int:
+        """The number of steps behind which ``tokens`` have been read, to the nearest step."""
+        return round(tokens / (self.batch * self.length))
 
     @property
     def steps(self) -> int:

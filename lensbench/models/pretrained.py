@@ -166,8 +166,10 @@ def locate(source: str) -> Located:
         folder = Path(rest)
         if not (folder / "config.json").is_file():
             raise LensbenchError(f"{source}: no config.json in {folder}; give a folder that save_pretrained wrote")
-        tokenizer = folder.parent / "tokenizer" / "tokenizer.json"
-        trained_here = (folder / "stage.json").is_file() and tokenizer.is_file()
+        # A checkpoint of a training lies within its stage.
+        stage = next((place for place in (folder, folder.parent) if (place / "stage.json").is_file()), folder)
+        tokenizer = stage.parent / "tokenizer" / "tokenizer.json"
+        trained_here = (stage / "stage.json").is_file() and tokenizer.is_file()
         return Located(source, str(folder), {}, tokenizer if trained_here else None)
     file = _gguf_of_package(rest) if kind == "package" else _gguf_file(Path(rest))
     return Located(source, str(file.parent), {"gguf_file": file.name})

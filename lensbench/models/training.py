@@ -26,6 +26,11 @@ from lensbench.streams.parts import find_readout
 from lensbench.streams.readout import ReadOut
 
 
+def checkpoint_folder(training: Path, tokens: int) -> Path:
+    """The model that a training kept behind so many tokens, within the folder of the training."""
+    return training / f"at-{tokens}"
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What :func:`train` reports after a step."""
@@ -291,6 +296,7 @@ def train(
     checkpoints: Path,
     device: torch.device,
     report: Callable[[StepReport], None] | None = None,
+    keep: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> PreTrainedModel:
     """The trained ``model``, in evaluation mode.
@@ -299,7 +305,8 @@ def train(
     batch. Training resumes from the last checkpoint in ``checkpoints``; a resumed training ends with the same weights as
     one without interruption. A batch that does not fit into memory is halved until its pieces fit, and their gradients are
     averaged. Of several processes each takes its own sequences of every batch, and gradients are summed. ``report`` is
-    called after every step.
+    called after every step. ``keep`` is called with each of the recipe's ``checkpoints`` while ``model`` is as it is behind
+    so many tokens; it must not change it, nor draw random numbers. A resumed training may call it again.
 
     Raises :class:`LensbenchError` where the stream is shorter than a sequence, where one sequence does not fit into
     memory, and where the loss is no longer finite (with the step, the layer and the likely cause).
@@ -315,6 +322,7 @@ def train(
         find_readout(model).requires_grad_(True)
     optimizers = optimizers_of(model, recipe)
     start = load_checkpoint(checkpoints, model, optimizers, ranks)
+    kept = {recipe.step_of(tokens): tokens for tokens in recipe.checkpoints}
     own = ranks.share(recipe.batch)
     micro = own.stop - own.start
     for step in range(start, recipe.steps):
@@ -334,8 +342,10 @@ def train(
                 f"the training loss is {loss.item():g} at step {step + 1} of {recipe.steps}, the norm of its gradient "
                 f"{norm.item():g}: {where}; {cause} (last good checkpoint kept)"
             )
+        # Not earlier: only this loss and gradient show that the last step's weights are good.
+        if ranks.first and keep is not None and step in kept:
+            keep(kept[step])
         if ranks.first and step > start and step % recipe.checkpoint_every == 0:
-            # Not earlier: only this loss and gradient show that the last step's weights are good.
             save_checkpoint(checkpoints, model, optimizers, step)
         for optimizer in optimizers:
             optimizer.step()

@@ -21,6 +21,7 @@ from lensbench.errors import LensbenchError
 from lensbench.lenses.trajectory import prediction_trajectory
 from lensbench.lenses.tuned import SharedLens, load_tuned_lens
 from lensbench.models.pretrained import Pretrained, check_context, check_source, identity, locate, named
+from lensbench.models.training import checkpoint_folder
 from lensbench.results.folder import OWNER
 from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.runtime.texts import read_json
@@ -95,7 +96,9 @@ def _source_of(run: Path, owner: dict[str, Any], seed: int) -> str:
     """Where the weights of a run's model are: its own source, or the folder of its training."""
     source: str | None = owner.get("source")
     if not source:
-        return f"path:{_stage(run, 'train', owner['name'], seed, 'training of')}"
+        folder = _stage(run, "train", owner.get("checkpoint_of") or owner["name"], seed, "training of")
+        tokens = owner.get("checkpoint")
+        return f"path:{folder if tokens is None else checkpoint_folder(folder, tokens)}"
     if source.startswith(("path:", "gguf:")):
         kind, _, held = source.partition(":")
         given = _source_given(run, owner["name"])

@@ -99,7 +99,7 @@ def cluster_tasks(context: Context, models: list[ModelRecipe], *, planning: bool
     groups: dict[tuple[str, int], list[ModelRecipe]] = {}
     for model in models:
         for seed in suite.seeds_of(model):
-            groups.setdefault((suite.trained(model).name, seed), []).append(model)
+            groups.setdefault((suite.whole_training(model).name, seed), []).append(model)
     return [
         ClusterTask(
             suite,

@@ -94,13 +94,21 @@ class Context:
         """
         if name in self.cache.stages:
             return self.cache.stages[name]
-        full = {**key, "code": CODE_VERSION, "format": STAGE_FORMAT, "device": self.device.type}
+        full = self._whole(key)
         if self.compute and self.ranks.first and (spent := self.stages.begun(name, full)) is not None:
             self.progress.say(f"{name}: goes on where an earlier attempt of {spent:.0f} s stopped")
         stage = self.stages.run(name, full, compute if self.compute else None, together=together)
         self.progress.finished(name, self.stages.seconds[name], stage.reused)
         self.cache.stages[name] = stage
         return stage
+
+    def digest(self, key: dict[str, Any]) -> str:
+        """The digest of a stage of this key."""
+        return Stages.digest_of(self._whole(key))
+
+    def _whole(self, key: dict[str, Any]) -> dict[str, Any]:
+        """A stage's key with what every stage depends on."""
+        return {**key, "code": CODE_VERSION, "format": STAGE_FORMAT, "device": self.device.type}
 
 
 def digest_of(key: dict[str, Any]) -> str:

@@ -9,19 +9,19 @@ from lensbench.run.training import TRAINING, trained_network, training
 from lensbench.runtime.stages import ANEW, Stage
 from lensbench.runtime.texts import read_json
 from lensbench.studies.curves import CurvePoint, PositionSums, score_positions
-from lensbench.suite.recipes import ModelRecipe
+from lensbench.suite.recipes import ModelRecipe, Suite
 
 
-def has_curve(context: Context, model: ModelRecipe) -> bool:
-    """Whether the suite asks for a learning curve and trains this model; a view of another model has none."""
-    trained = model.view_of is None and model.source is None and not model.untrained
-    return context.suite.curve is not None and trained
+def has_curve(suite: Suite, model: ModelRecipe) -> bool:
+    """Whether the suite asks for a learning curve and trains this model; a view or a checkpoint has none."""
+    trained = model.view_of is None and model.source is None and not model.untrained and model.checkpoint is None
+    return suite.curve is not None and trained
 
 
 def learning_curve(context: Context, model: ModelRecipe, seed: int) -> list[CurvePoint]:
     """The learning curve of a model that is trained here, a point per budget; else empty."""
     recipe = context.suite.curve
-    if recipe is None or not has_curve(context, model):
+    if recipe is None or not has_curve(context.suite, model):
         return []
     data, points = data_of(context), []
     for tokens in (*recipe.budgets, context.suite.training.tokens):

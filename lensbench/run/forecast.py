@@ -153,8 +153,8 @@ def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[st
         if owner.source is None:
             found["tokenizer"] = none
             tokens = 0 if owner.untrained else suite.training_of(owner).tokens
-            found[f"train-{owner.name}-seed{seed}"] = costs.train_cost(suite, shape, tokens)
-            if suite.curve is not None and owner is model and not owner.untrained:
+            found[f"train-{suite.whole_training(owner).name}-seed{seed}"] = costs.train_cost(suite, shape, tokens)
+            if suite.curve is not None and has_curve(suite, model):
                 for tokens in (*suite.curve.budgets, suite.training.tokens):
                     if tokens != suite.training_of(model).tokens:
                         found[f"train-{who}-{tokens}"] = costs.train_cost(suite, shape, tokens)
@@ -208,7 +208,7 @@ def finished_stages(
 def looked_for(context: Context, model: ModelRecipe, seed: int, probes: tuple[str, ...]) -> None:
     """Ask for each stage of a model and seed; those that are there report themselves to the context's progress."""
     asks = [origin_of, beginning_facts, updating, fitting, scoring]
-    if has_curve(context, model):
+    if has_curve(context.suite, model):
         asks.append(learning_curve)
     for ask in asks:
         try:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,19 @@ from transformers import PreTrainedModel
 
 from lensbench.data.inputs import Texts
 from lensbench.errors import LensbenchError
-from lensbench.models.pretrained import check_context, check_vocabulary, digest, load_model, locate, named
+from lensbench.models.pretrained import (
+    check_context,
+    check_vocabulary,
+    digest,
+    load_config,
+    load_model,
+    locate,
+    named,
+)
 from lensbench.results.manifest import MANIFEST
 from lensbench.run.context import Context, digest_of
 from lensbench.run.inputs import corpus_of, data_of, identity_of
-from lensbench.run.training import loader_of, trained_network, training
+from lensbench.run.training import checkpoint, loader_of, trained_network, training
 from lensbench.runtime.environment import choose_device, dtype_named
 from lensbench.runtime.texts import read_json
 from lensbench.streams.rotary import depends_on_length
@@ -40,14 +49,19 @@ def origin_of(context: Context, model: ModelRecipe, seed: int) -> Origin:
     owner = context.suite.trained(model)
     if owner.source is not None:
         return _pretrained(context, owner, owner.source)
-    stage = training(context, data_of(context), owner, seed)
+    stage = whole = training(context, data_of(context), context.suite.whole_training(owner), seed)
     recipe = context.suite.training
+    steps = recipe.steps
+    if owner.checkpoint is not None:
+        stage, steps = checkpoint(whole, owner.checkpoint), recipe.step_of(owner.checkpoint)
+    stored = {Path(name): checksum for name, checksum in whole.checksums(".safetensors").items()}
+    own = {file.name: checksum for file, checksum in stored.items() if whole.folder / file.parent == stage.folder}
     facts = {
         "family": owner.family,
         "source": None,
-        "weights": digest(stage.checksums(".safetensors")),
+        "weights": digest(own),
         "dtype": "float32",
-        "train_tokens": 0 if owner.untrained else recipe.steps * recipe.batch * recipe.length,
+        "train_tokens": 0 if owner.untrained else steps * recipe.batch * recipe.length,
     }
     return Origin(owner.name, stage.digest, partial(trained_network, context, stage), facts)
 
@@ -65,15 +79,22 @@ def _pretrained(context: Context, owner: ModelRecipe, source: str) -> Origin:
     key: dict[str, Any] = {"source": identified, "dtype": owner.dtype}
     if owner.device is not None:
         key["device"] = device.type
-    # What was trained elsewhere was not trained on tokens that can be counted here.
     facts = {
         "family": None,
         "source": named(source),
         "weights": digest(identified),
         "dtype": owner.dtype,
-        "train_tokens": None,
+        "train_tokens": train_tokens_of(owner, source),
     }
     return Origin(owner.name, digest_of(key), partial(_load, context, owner, source, device), facts)
+
+
+def train_tokens_of(owner: ModelRecipe, source: str) -> int | None:
+    """The tokens that a pretrained model was trained on: as the suite says, or its config; None where neither does."""
+    if owner.train_tokens is not None or source.startswith(("gguf:", "package:")):
+        return owner.train_tokens
+    said = getattr(load_config(source), "train_tokens", None)
+    return said if isinstance(said, int) else None
 
 
 def _load(context: Context, owner: ModelRecipe, source: str, device: torch.device) -> PreTrainedModel:

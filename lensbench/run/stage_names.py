@@ -1,5 +1,6 @@
 """Which stages a run has, before it begins: what its progress counts to."""
 
+from lensbench.run.curves import has_curve
 from lensbench.suite.recipes import ModelRecipe, Suite
 
 
@@ -20,14 +21,14 @@ def stage_names(suite: Suite, models: list[ModelRecipe], probes: tuple[str, ...]
             names |= {f"fit-{who}", f"score-{who}"}
             names |= {f"probe-{name}-{who}" for name in probes or suite.probes}
             if owner.source is None:
-                names.add(f"train-{owner.name}-seed{seed}")
+                names.add(f"train-{suite.whole_training(owner).name}-seed{seed}")
             if suite.update is not None:
                 names.add(f"update-{who}")
             if suite.evaluate.precision is not None:
                 names.add(f"plan-{who}")
             if suite.evaluate.exact_share == "auto":
                 names.add(f"share-{who}")
-            if suite.curve is not None and owner is model and owner.source is None and not owner.untrained:
+            if suite.curve is not None and has_curve(suite, model):
                 budgets = {*suite.curve.budgets, suite.training.tokens}
                 names |= {f"curve-{who}-{tokens}" for tokens in budgets}
                 names |= {f"train-{who}-{tokens}" for tokens in budgets - {suite.training_of(model).tokens}}

@@ -31,8 +31,9 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
     Writes ``sweep.csv`` and ``manifest.json``; finished trials are reused.
     """
     suite = load_suite(sweep.suite)
-    suite = suite.model_copy(update={"training": suite.training.model_copy(update={"tokens": sweep.tokens})})
-    models = {m.name: m for m in suite.models}
+    shorter = suite.training.model_copy(update={"tokens": sweep.tokens, "checkpoints": ()})
+    suite = suite.model_copy(update={"training": shorter})
+    models = {m.name: m for m in suite.models if m.checkpoint is None}
     unknown = [t.model for t in sweep.trials if t.model not in models]
     if unknown:
         raise LensbenchError(f"sweep {sweep.name} tries model {unknown[0]!r}, which suite {suite.name} does not have")

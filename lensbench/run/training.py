@@ -1,6 +1,9 @@
 """The stage that trains a model of the suite."""
 
+import os
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from lensbench.data.inputs import Data
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
 from lensbench.models import build
-from lensbench.models.training import StepReport, train
-from lensbench.run.context import Context
+from lensbench.models.training import StepReport, checkpoint_folder, train
+from lensbench.run.context import Context, digest_of
 from lensbench.runtime.files import write_json
 from lensbench.runtime.progress import Task
 from lensbench.runtime.stages import Stage
@@ -28,14 +31,14 @@ TRAINING = "training.json"
 def training(
     context: Context, data: Data, model: ModelRecipe, seed: int, name: str | None = None, tokens: int | None = None
 ) -> Stage:
-    """The stage that trains ``model``: a ``save_pretrained`` folder.
+    """The stage that trains ``model``: a ``save_pretrained`` folder, with one in it for each checkpoint.
 
     ``tokens``: train on so many in place of the suite's number. An untrained model is built and saved.
     """
     recipe = context.suite.training_of(model)
     name = name or f"train-{model.name}-seed{seed}"
     if tokens is not None and tokens != recipe.tokens:
-        recipe, name = recipe.model_copy(update={"tokens": tokens}), f"{name}-{tokens}"
+        recipe, name = recipe.model_copy(update={"tokens": tokens, "checkpoints": ()}), f"{name}-{tokens}"
 
     def compute(folder: Path) -> None:
         network = build(str(model.family), seed=seed, **data.shape(recipe), **model.shape, **model.settings)
@@ -51,7 +54,16 @@ def training(
         "training": None if model.untrained else training_key(recipe),
         "seed": seed,
     }
-    return context.stage(name, key, compute, together=not model.untrained)
+    kept = {"checkpoints": list(recipe.checkpoints)} if recipe.checkpoints and not model.untrained else {}
+    stage = context.stage(name, {**key, **kept}, compute, together=not model.untrained)
+    # The model at the end is the same whatever is kept on the way, and so is what was measured of it.
+    return replace(stage, digest=context.digest(key))
+
+
+def checkpoint(stage: Stage, tokens: int) -> Stage:
+    """The model that a training kept behind so many tokens, as a part of the training's stage."""
+    digest = digest_of({"trained": stage.digest, "tokens": tokens})
+    return Stage(checkpoint_folder(stage.folder, tokens), digest, stage.reused)
 
 
 def _train(
@@ -73,6 +85,14 @@ def _train(
         rate = at.tokens / (ends[-1] - start)
         task.update(at.step, f"loss {at.loss:.3f}, {rate:,.0f} {context.unit}s/s")
 
+    def keep(tokens: int) -> None:
+        place = checkpoint_folder(folder, tokens)
+        if not place.exists():  # of a resumed training: the same weights
+            aside = place.with_name(f"{place.name}.partial")
+            shutil.rmtree(aside, ignore_errors=True)
+            network.save_pretrained(aside)
+            os.replace(aside, place)
+
     train(
         network,
         batches,
@@ -81,6 +101,7 @@ def _train(
         checkpoints=folder,
         device=context.device,
         report=report,
+        keep=keep,
         ranks=context.ranks,
     )
     # The median step, as often as there are steps: pauses, and what else the machine did for a while, do not count.
@@ -114,7 +135,7 @@ def save(context: Context, network: PreTrainedModel, folder: Path, length: int) 
 def training_key(recipe: TrainingRecipe) -> dict[str, Any]:
     """What a model's weights depend on in a recipe; what a recipe may leave out is named only where it does not."""
     unset = {name for name in ("deep_supervision", "read_out_alone") if not getattr(recipe, name)}
-    key = recipe.model_dump(exclude={"checkpoint_every"} | unset)
+    key = recipe.model_dump(exclude={"checkpoint_every", "checkpoints"} | unset)
     return {**key, "optimizer": "Muon in float32 and AdamW"}
 
 

@@ -87,8 +87,7 @@ class Stages:
         thrown away. Raises :class:`LensbenchError` where a finished file is no longer what was written, and
         :class:`NotFinished` where there is nothing and ``compute`` is None.
         """
-        text = json.dumps(key, sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        digest = self.digest_of(key)
         folder = self.root / name
         record = self.ranks.agreed(lambda: self._finished(folder, digest))
         if record is not None:
@@ -107,13 +106,18 @@ class Stages:
         )
         return Stage(folder, digest, reused=False)
 
+    @staticmethod
+    def digest_of(key: Mapping[str, Any]) -> str:
+        """SHA-256 (hex) of a key."""
+        return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+
     def finished(self) -> set[str]:
         """The names of the stages that are there, whether they fit the settings of now or not."""
         return {path.parent.name for path in self.root.glob(f"*/{RECORD}")}
 
     def begun(self, name: str, key: dict[str, Any]) -> float | None:
         """How many seconds an earlier attempt at a stage took, whose pieces will be taken up; None without one."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        digest = self.digest_of(key)
         try:
             record = self._record(self.root / f"{name}.partial", BEGUN)
         except LensbenchError:

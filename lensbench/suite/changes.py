@@ -14,6 +14,7 @@ from lensbench.models.pretrained import named
 from lensbench.statistics import FEWEST_CLUSTERS
 from lensbench.suite.files import (
     COMMAND,
+    as_written,
     expect,
     names_of,
     on_request,
@@ -135,8 +136,7 @@ def with_settings(suite: Suite, settings: Sequence[str]) -> Suite:
     """The suite with ``KEY=VALUE`` settings, checked as those of a file are; keys are dotted, values TOML."""
     if not settings:
         return suite
-    content = suite.model_dump(exclude_unset=True)
-    content["models"] = list(content["models"])
+    content = as_written(suite)
     for setting in settings:
         key, value = split_setting(setting)
         put(content, path_of(key, content), parsed(key, value), COMMAND)

@@ -22,6 +22,7 @@ from lensbench.studies.regression import RegressionRecipe
 from lensbench.studies.update_calibration import UpdateCalibration
 from lensbench.studies.update_tokens import UpdateTokens
 from lensbench.suite.recipes import Suite
+from lensbench.suite.snapshots import without_checkpoints, written_out
 from lensbench.suite.sweep import Sweep
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -74,7 +75,8 @@ def validated(kind: type[Recipe], name: str, content: dict[str, Any]) -> Recipe:
 def place_in(location: tuple[int | str, ...], content: dict[str, Any]) -> str:
     """Where a validation error points to, as a dotted key; a setting of a model by the model's name."""
     if len(location) > 2 and location[0] == "models" and isinstance(location[1], int):
-        location = ("models", content["models"][location[1]].get("name", location[1]), *location[2:])
+        models = written_out(content)["models"]  # errors count those that a model stands for, too
+        location = ("models", models[location[1]].get("name", location[1]), *location[2:])
     return ".".join(str(part) for part in location)
 
 
@@ -138,12 +140,18 @@ COMMAND = "command line"
 """What messages call the place of a wrong setting that no file has"""
 
 
+def as_written(suite: Suite) -> dict[str, Any]:
+    """What a suite was made from, without the checkpoints that its training writes out: they follow from it again."""
+    content = suite.model_dump(exclude_unset=True)
+    return {**content, "models": without_checkpoints(list(content["models"]))}
+
+
 def on_request(suite: Suite, models: list[str], text: str | None) -> Suite:
     """The suite with pretrained ``models`` (sources) in place of its own, on another ``text``; None changes nothing.
 
     Raises :class:`LensbenchError` for an unknown source or text.
     """
-    content = suite.model_dump(exclude_unset=True)
+    content = as_written(suite)
     if text is not None:
         section = "corpus" if suite.images is None else "images"
         content[section] = {**content.get(section, {}), "spec": text}

@@ -17,6 +17,7 @@ from lensbench.probes.registry import PROBES
 from lensbench.studies.curves import CurveRecipe
 from lensbench.suite.claims import Claim, check_claim, of_each_model
 from lensbench.suite.evaluation import LARGEST_GROUPS, EvaluateRecipe
+from lensbench.suite.snapshots import written_out
 
 
 class _Strict(BaseModel):
@@ -79,7 +80,7 @@ class ImageRecipe(_Strict):
 class ModelRecipe(_Strict):
     """A model to train, a pretrained one (``source``), or a second view (``view_of``) of either."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+@-]*$")
     family: str | None = None
     # Bounds far beyond what one machine trains: a slip of the keyboard is refused before anything is built.
     d_model: int | None = Field(None, gt=0, le=2**16)
@@ -91,6 +92,15 @@ class ModelRecipe(_Strict):
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the family")
     training: dict[str, Any] = Field(default_factory=dict, description="what differs from the suite's training")
     source: str | None = Field(None, description=f"a pretrained model: {SOURCES}")
+    revisions: tuple[str, ...] = Field(
+        (),
+        description="of a source on the hub, or folders within a path:FOLDER; each is a model NAME@REVISION of its own",
+    )
+    train_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="tokens that a pretrained model was trained on, a list for revisions; left out, what its config says",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="what a pretrained model computes in; lenses are float32"
     )
@@ -111,6 +121,10 @@ class ModelRecipe(_Strict):
         False,
         description="every layer before the last seen in a random basis of its own; NAME+rotated alone says so too",
     )
+    checkpoint: int | None = Field(
+        None, ge=0, description="tokens of the training of checkpoint_of; training.checkpoints writes such models out"
+    )
+    checkpoint_of: str | None = Field(None, description="name of the model whose training kept this one")
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -125,6 +139,8 @@ class ModelRecipe(_Strict):
             self._is_pretrained_alone(self.source)
             return self
         self._loads_nothing()
+        if (self.checkpoint is None) != (self.checkpoint_of is None):
+            raise ValueError(f"model {self.name!r}: checkpoint and checkpoint_of go together")
         if self.untrained and self.training:
             raise ValueError(f"model {self.name!r} is untrained and cannot set training")
         if self.view_of is None:
@@ -154,7 +170,7 @@ class ModelRecipe(_Strict):
             check_source(source)
         except LensbenchError as error:  # pydantic says which model of which file it is
             raise ValueError(str(error)) from error
-        made = ["view_of"] * (self.view_of is not None) + self._made_here()
+        made = [key for key in ("view_of", "checkpoint") if getattr(self, key) is not None] + self._made_here()
         if made:
             raise ValueError(f"model {self.name!r} is pretrained ({source}) and cannot set {', '.join(made)}")
         if self.device is not None and self.device_map is not None:
@@ -162,7 +178,8 @@ class ModelRecipe(_Strict):
 
     def _loads_nothing(self) -> None:
         """A model that is built here sets nothing that is for pretrained models."""
-        loading: dict[str, str | None] = {"device": self.device, "device_map": self.device_map}
+        loading: dict[str, Any] = {"device": self.device, "device_map": self.device_map}
+        loading["train_tokens"] = self.train_tokens
         if self.dtype != "float32":
             loading["dtype"] = self.dtype
         wrong = next((key for key, value in loading.items() if value is not None), None)
@@ -254,20 +271,8 @@ class Suite(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _rotated_by_name(cls, content: Any) -> Any:
-        """A model that is nothing but ``name = "MODEL+rotated"`` is the rotated view of MODEL, whichever view that is."""
-        models = content.get("models") if isinstance(content, dict) else None
-        if not isinstance(models, list | tuple) or not all(isinstance(m, dict) for m in models):
-            return content
-        by_name = {m["name"]: m for m in models if isinstance(m.get("name"), str)}
-        whole = []
-        for model in models:
-            of = by_name.get(str(model.get("name")).removesuffix("+rotated"))
-            if set(model) == {"name"} and of is not None and of is not model:
-                view = {"view": of["view"]} if "view" in of else {}
-                model = {**model, "view_of": of.get("view_of", of["name"]), **view, "rotated": True}
-            whole.append(model)
-        return {**content, "models": whole}
+    def _written_out(cls, content: Any) -> Any:
+        return written_out(content)
 
     @model_validator(mode="before")
     @classmethod
@@ -431,7 +436,7 @@ class Suite(_Strict):
     def known(self, model: ModelRecipe) -> str | None:
         """What a model's construction says of its stream; None where it says nothing."""
         owner = self.trained(model)
-        if owner.untrained:
+        if owner.untrained or owner.checkpoint == 0:
             return "nothing learned"
         if model.rotated:
             return "re-representation"
@@ -442,10 +447,16 @@ class Suite(_Strict):
         return "one representation" if tied and model.view == "prediction" else None
 
     def described(self) -> dict[str, Any]:
-        """What a manifest says of the suite; without curves or images it says the same as before there were any."""
+        """What a manifest says of the suite; what it does without is not named, as before there was any."""
         absent = {name for name in ("curve", "images") if getattr(self, name) is None}
         settings = self.model_dump(mode="json", exclude=absent | (set() if self.images is None else {"corpus"}))
         settings["claims"] = [claim.model_dump(mode="json", exclude_none=True) for claim in self.claims]
+        if not self.training.checkpoints:
+            del settings["training"]["checkpoints"]
+        for model in settings["models"]:
+            for key in ("revisions", "train_tokens", "checkpoint", "checkpoint_of"):
+                if model[key] in (None, []):
+                    del model[key]
         if self.evaluate.groups == LARGEST_GROUPS:
             del settings["evaluate"]["groups"]
         if self.evaluate.exact_share == 1:
@@ -464,3 +475,8 @@ class Suite(_Strict):
     def trained(self, model: ModelRecipe) -> ModelRecipe:
         """The model itself, or the one it is a view of."""
         return model if model.view_of is None else next(m for m in self.models if m.name == model.view_of)
+
+    def whole_training(self, model: ModelRecipe) -> ModelRecipe:
+        """The model at the end of the training that ``model`` or what it is a view of comes from; a checkpoint is not."""
+        owner = self.trained(model)
+        return next(m for m in self.models if m.name == (owner.checkpoint_of or owner.name))

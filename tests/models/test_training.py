@@ -331,3 +331,49 @@ def test_steps_are_those_of_torchs_muon_but_for_its_precision(nesterov):
         moved.append([p.detach() - q for p, q in zip(params, start, strict=True)])
     for ours, theirs in zip(*moved, strict=True):
         assert torch.linalg.norm(ours - theirs) < 0.05 * torch.linalg.norm(theirs)  # bfloat16 has three digits
+
+
+# Checkpoints that are kept
+
+
+def kept_weights(folder, setup, report=None):
+    """Weights by tokens as they are kept, over as many attempts as it takes, and those at the end."""
+    kept, model = {}, model_of()
+
+    def keep(tokens):
+        kept[tokens] = {k: v.clone() for k, v in model.state_dict().items()}
+
+    try:
+        train(model, STREAM, setup, seed=0, checkpoints=folder, device=CPU, report=report, keep=keep)
+    except Interrupted:
+        rest = kept_weights(folder, setup)
+        return {**kept, **rest[0]}, rest[1]
+    return kept, model
+
+
+def test_a_checkpoint_is_the_model_behind_as_many_steps_and_the_end_is_the_same_without(tmp_path):
+    setup = recipe(checkpoints=(0, 4 * 64, 6 * 64))
+    kept, end = kept_weights(tmp_path / "a", setup)
+    assert same_weights(end, run(tmp_path / "b", setup=recipe()))
+    assert list(kept) == [0, 256, 384]
+    assert all(torch.equal(v, model_of().state_dict()[k]) for k, v in kept[0].items())
+    for tokens in (256, 384):  # an independent loop that stops there: what a callback after that step sees
+        seen, model = {}, model_of()
+
+        def look(at, seen=seen, model=model, tokens=tokens):
+            if at.step * 64 == tokens:
+                seen.update({k: v.clone() for k, v in model.state_dict().items()})
+
+        run(tmp_path / f"c{tokens}", model, report=look)
+        assert seen.keys() == kept[tokens].keys()
+        assert all(torch.equal(seen[k], v) for k, v in kept[tokens].items())
+
+
+@pytest.mark.parametrize("step", [2, 5, 6, 7])
+def test_an_interrupted_training_keeps_the_same_checkpoints(step, tmp_path):
+    setup = recipe(checkpoints=(0, 4 * 64, 6 * 64))
+    kept, end = kept_weights(tmp_path / "a", setup)
+    again, resumed = kept_weights(tmp_path / "b", setup, interrupt_at(step))
+    assert same_weights(end, resumed)
+    assert set(again) == set(kept)
+    assert all(torch.equal(v, again[tokens][k]) for tokens, found in kept.items() for k, v in found.items())
