@@ -9,6 +9,7 @@ from lensbench.probes.error_transport import ERROR_TRANSPORT
 from lensbench.probes.few_shot import FEW_SHOT
 from lensbench.probes.gradient_alignment import GRADIENT_ALIGNMENT
 from lensbench.probes.gradient_steps import GRADIENT_STEPS
+from lensbench.probes.guess_and_refine import GUESS_AND_REFINE
 from lensbench.probes.head_weights import HEAD_WEIGHTS
 from lensbench.probes.injection_survival import INJECTION_SURVIVAL
 from lensbench.probes.known_places import KNOWN_PLACES
@@ -35,6 +36,7 @@ PROBES: dict[str, Probe] = {
         INJECTION_SURVIVAL,
         GRADIENT_STEPS,
         PREFIX_READ_OUT,
+        GUESS_AND_REFINE,
     )
 }
 """Name, as a suite's ``probes`` gives it -> probe. Tables and panels show quantities in this order."""

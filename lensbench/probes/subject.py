@@ -1,7 +1,7 @@
 """What a probe is given: a model's stream, its lenses and the tokens of each split."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,7 +12,7 @@ from lensbench.data.ngram import KneserNeyBigram
 from lensbench.data.samples import Samples
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
-from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.maps import AffineMaps, Reads
 from lensbench.runtime.progress import QUIET, Progress, Task
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.stream import ResidualStream
@@ -64,6 +64,10 @@ class Subject:
     progress: Progress = QUIET
     ridges: tuple[float, ...] = ()
     """The ridge of each of ``own``, in median eigenvalues of the layer's covariance; empty where they were not fitted"""
+    nulls: Mapping[str, Reads] = field(default_factory=dict)
+    """Kind of lens -> the lens of a random basis, which reads plain states of layers 0..L-1"""
+    further: Mapping[str, Reads] = field(default_factory=dict)
+    """Other kinds of lens that read every layer 0..L-1"""
 
     @classmethod
     def plain(

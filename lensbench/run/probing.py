@@ -9,6 +9,7 @@ from typing import Any
 from lensbench.data.inputs import Texts
 from lensbench.data.samples import Samples
 from lensbench.lenses.fit import Fit
+from lensbench.lenses.maps import TurnedMap
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.shared import SHARED_LENS
 from lensbench.probes.measured import Measurement, load_measurement
@@ -107,4 +108,5 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
         who,
         context.progress,
         tuple(ridge or 0.0 for ridge in fit[OWN].record.ridge),
+        {"shared": TurnedMap(fit[SHARED_LENS.of_view(0)].maps, fit.views[0], fit[SHARED_LENS].reads[0])},
     )

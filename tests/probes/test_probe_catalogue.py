@@ -68,7 +68,7 @@ def test_a_quantity_has_one_name_one_probe_and_says_all_of_itself():
 def test_the_documentations_tables_are_those_of_the_catalogue():
     benchmarks = ROOT / "benchmarks"
     assert probes_markdown(PROBES.values()) in (benchmarks / "probes.md").read_text()
-    pages = [(benchmarks / f"quantities-of-{name}.md").read_text() for name in ("errors", "layers")]
+    pages = [(benchmarks / f"quantities-of-{name}.md").read_text() for name in ("errors", "layers", "lenses")]
     for probe in PROBES.values():
         rows = quantities_markdown([probe]).split("\n", 2)[2]
         assert sum(rows in page for page in pages) == 1, probe.name

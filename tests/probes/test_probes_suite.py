@@ -7,14 +7,14 @@ from helpers.suites import write_suite
 from typer.testing import CliRunner
 
 from lensbench.cli import app
-from lensbench.report.figures import frames, probes, style
+from lensbench.report.figures import frames, guesses, probes, style
 from lensbench.results.folder import read_run
 
 pytestmark = pytest.mark.run
 
 NAMES = [
     "prediction_visibility", "error_transport", "head_weights", "few_shot", "causal_fidelity", "gradient_steps",
-    "prefix_read_out",
+    "prefix_read_out", "guess_and_refine",
 ]  # fmt: skip
 
 
@@ -108,3 +108,15 @@ def test_unknown_probes_are_refused_in_one_line(tmp_path):
     result = CliRunner().invoke(app, ["run", str(suite), "--out", str(tmp_path / "out")])
     assert result.exit_code != 0
     assert "did you mean 'error_transport'?" in result.output
+
+
+def test_guesses_of_every_lens_stand_next_to_their_nulls(run):
+    frame = guesses.guess_frame(read_run(run[1]))
+    assert set(frame["lens"]) == {"logit", "tuned", "shared", ""}
+    for what, beside in guesses.BESIDE.items():
+        lenses = {"logit", "tuned", "shared"} if beside == "chance" else {"tuned", "shared"}
+        for model in ("gpt", "pc"):
+            rows = frame[(frame["model"] == model) & (frame["what"] == what) & (frame["beside"] == beside)]
+            assert set(rows["lens"]) == lenses
+            assert rows["value"].between(0, 1).all()
+    assert (run[1] / "figures" / "guess_and_refine.png").stat().st_size > 10_000

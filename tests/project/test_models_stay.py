@@ -205,6 +205,10 @@ PARTS_OF_PROBES = {
     ],
     "gradient_alignment": ["gradient_alignment.states_and_gradients"],
     "gradient_steps": ["gradient_steps.updates_and_steps"],
+    "guess_and_refine": [
+        "guess_and_refine.bigram_words", "guess_and_refine.words_of", "tools.layer_lenses.layer_lenses",
+        "tools.layer_lenses.Uninformed.of",
+    ],
     "head_weights": ["head_weights.previous_attention", "head_weights.written_by"],
     "known_places": ["known_places.uniform_twin", "known_places.against_uniform", "known_places.at_places"],
     "injection_survival": [
