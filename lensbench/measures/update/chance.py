@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.folds import Readings
 from lensbench.measures.update.products import Covariances
 from lensbench.statistics import Array
@@ -41,21 +42,51 @@ def spreads_of_persistence(moments: Covariances, i: int, maps: Readings, space: 
     return np.sqrt(np.array(squares) / space.shape[1] / 2)
 
 
+def goals_in(space: Tensor, moments: Covariances, room: Room = IN_MEMORY) -> Tensor:
+    """``E[h_j h_L^T]^T U U^T E[h_j h_L^T]`` of every layer, ``[n, d, d]``: what spreads of S are made of."""
+    count, d = len(moments.own), space.shape[0]
+    found = room((count, d, d))
+    for j in range(count):
+        along = (space.T @ moments.goal[j]).float()
+        found[j] = along.T @ along
+    return found
+
+
 def spreads_of(
-    moments: Covariances, i: int, later: Tensor, maps: Readings, space: Tensor, signal: Array, loading: Array
+    moments: Covariances,
+    i: int,
+    later: Tensor,
+    maps: Readings,
+    space: Tensor,
+    goals: Tensor,
+    signal: Array,
+    loading: Array,
 ) -> tuple[Array, Array]:
     """Spreads of S, and of c before it is divided by ``|a(r_i) - a(r_j)| |S|``, for layer i and all later ones, ``[n-1-i]``.
 
-    ``signal`` ``[n]``: ``<r_i, f_i>``; ``loading`` ``[n]``: a(r_i). See :meth:`Covariances.later` for ``later``.
+    ``signal`` ``[n]``: ``<r_i, f_i>``; ``loading`` ``[n]``: a(r_i). See :meth:`Covariances.later` for ``later``, and
+    :func:`goals_in` for ``goals``.
+
+    They are squared norms of ``U^T G_j S`` and of ``U^T (D R - a E S)`` for wide matrices R and S of layer i alone, D and E
+    differences of the covariances of the two layers with h_i and h_L. Written out, layer i comes in as ``R R^T``, ``S R^T``
+    and ``S S^T``, ``[d, d]`` each, which are made once. In float32: a spread is needed to a few digits.
     """
-    by_signal = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i])
-    by_reading = aimed(maps.read[:, i], maps.read[:, i], space, signal[i])
-    here = space.T @ moments.goal[i] @ by_signal
-    persistence, carried = [], []
+    s = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i]).float()
+    r = aimed(maps.read[:, i], maps.read[:, i], space, signal[i]).float()
+    of_r, of_both, of_s = r @ r.T, s @ r.T, s @ s.T
+    narrow, goal, a = space.float(), moments.goal[i].float(), float(loading[i])
+    back = narrow @ (narrow.T @ (goal @ of_s))  # U U^T G_i S S^T
+
+    def inner(left: Tensor, right: Tensor) -> float:
+        return float((left * right).sum(dtype=torch.float64))
+
+    own, here, persistence, carried = moments.own[i], inner(goals[i], of_s), [], []
     for k, j in enumerate(range(i + 1, len(signal))):
-        there = space.T @ moments.goal[j] @ by_signal
-        moved = space.T @ (later[k] - moments.own[i]) @ by_reading
-        persistence.append(float(there.square().sum()))
-        carried.append(float((moved - loading[i] * (there - here)).square().sum()))
+        there, moved = inner(goals[j], of_s), (later[k] - own).float()
+        gained = (moments.goal[j] - moments.goal[i]).float()
+        of_gain = there + here - 2 * inner(back, moments.goal[j].float())
+        along = narrow.T @ torch.stack([moved, moved @ of_r - 2 * a * (gained @ of_both)])
+        persistence.append(there)
+        carried.append(max(0.0, inner(along[0], along[1]) + a**2 * of_gain))
     scale = 2 * space.shape[1]
     return np.sqrt(np.array(persistence) / scale), np.sqrt(np.array(carried) / scale)

@@ -16,7 +16,7 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.room import IN_MEMORY, Room, spilling
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
-from lensbench.measures.update.chance import principal_space, spreads_of, spreads_of_persistence
+from lensbench.measures.update.chance import goals_in, principal_space, spreads_of, spreads_of_persistence
 from lensbench.measures.update.folds import (
     Readings,
     deal_documents,
@@ -35,6 +35,7 @@ from lensbench.measures.update.products import (
     Pairs,
     Products,
     SecondMoments,
+    later_readings_of_moments,
     layer_products_of_moments,
     pairs_of,
     products_of_moments,
@@ -346,12 +347,14 @@ def measured(
     sums = held.products(fitted.maps)
     say("refits")
     moments = SecondMoments.of(held_out.states, chosen, held.means, fitted.room)
-    (chance, *chance_of), _ = chance_and_products(moments, [fitted.maps, *(maps for *_, maps in others)], [])
+    (chance, *chance_of), _ = chance_and_products(
+        moments, [fitted.maps, *(maps for *_, maps in others)], [], fitted.room
+    )
     point, draws = held.quantities(sums, chance)
     white, refitted, news_again = whitening(moments.last), [], []
     for number in range(refits):  # the maps of one at a time
         maps, lenses = fitted.again(fit, (seed, number))
-        refitted.append(quantities(chance_and_products(moments, [], [maps])[1][0], pairs, chance))
+        refitted.append(quantities(chance_and_products(moments, [], [maps], fitted.room)[1][0], pairs, chance))
         news_again.append(news_of_moments(moments, lenses, white, pairs))
         del maps, lenses
     variants = tuple(
@@ -394,7 +397,9 @@ def in_norm_units(
     del moments, halves
     scaled = norm_units(held_out, readout, fitted.layers, memory_gib)
     held = HeldOut.of(scaled, layers)
-    (chance,), _ = chance_and_products(SecondMoments.of(scaled.states, layers, held.means, fitted.room), [maps], [])
+    (chance,), _ = chance_and_products(
+        SecondMoments.of(scaled.states, layers, held.means, fitted.room), [maps], [], fitted.room
+    )
     return Variant(NORMED, "final norm", *held.quantities(held.products(maps), chance))
 
 
@@ -431,29 +436,33 @@ def _gates(
 
 
 def chance_and_products(
-    moments: Covariances, sets: Sequence[Readings], again: Sequence[Readings]
+    moments: Covariances, sets: Sequence[Readings], again: Sequence[Readings], room: Room = IN_MEMORY
 ) -> tuple[list[Chance], list[Products]]:
     """Chance under random bases for each of ``sets``, and the products of each of ``again``.
 
-    One pass over the states for each layer, whatever the number of sets of lenses.
+    One pass over the states for each layer, whatever the number of sets of lenses. ``room``: where what is kept for each
+    layer lies.
     """
     space, count = principal_space(moments) if sets else None, len(moments.own)
+    goals = goals_in(space, moments, room) if space is not None else None
     layer_of = [layer_products_of_moments(moments, one)[0] for one in sets]
+    known = [later_readings_of_moments(moments, one) for one in (*sets, *again)]
     others = [layer_products_of_moments(moments, one) for one in again]
     rows: list[list[dict[str, Array]]] = [[] for _ in again]
     spreads: list[list[tuple[Array, Array]]] = [[] for _ in sets]
     for i in range(count - 1):
         later = moments.later(i)
-        for into, maps, layer in zip(spreads, sets, layer_of, strict=True):
+        for into, maps, layer, of_later in zip(spreads, sets, layer_of, known[: len(sets)], strict=True):
             loading = layer["rr"] / layer["rf"]
             assert space is not None
-            of_s, of_c = spreads_of(moments, i, later, maps, space, layer["rf"], loading)
-            here = products_of_moments(moments, i, later, maps)
+            assert goals is not None
+            of_s, of_c = spreads_of(moments, i, later, maps, space, goals, layer["rf"], loading)
+            here = products_of_moments(moments, i, later, maps, of_later)
             with np.errstate(divide="ignore", invalid="ignore"):
                 scale = np.abs(loading[i] - here["jr"] / here["jf"]) * np.abs(here["sf"] / layer["rf"][i])
                 into.append((of_s, of_c / scale))
-        for rows_of, one in zip(rows, again, strict=True):
-            rows_of.append(products_of_moments(moments, i, later, one))
+        for rows_of, one, of_later in zip(rows, again, known[len(sets) :], strict=True):
+            rows_of.append(products_of_moments(moments, i, later, one, of_later))
     chances = [Chance(*(np.concatenate(parts) for parts in zip(*of_set, strict=True))) for of_set in spreads]
     products = [
         Products(

@@ -234,27 +234,48 @@ def blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tenso
         )
 
 
-def products_of_moments(moments: Covariances, i: int, later: Tensor, maps: Readings) -> dict[str, Array]:
+def later_readings_of_moments(moments: Covariances, maps: Readings) -> dict[str, Array]:
+    """``sj`` and ``jf`` of :data:`PAIR_PRODUCTS`, means over tokens, each ``[n, n]`` at [i, j], i < j.
+
+    ``<A_i X, A_j X> = <A_i, A_j Cov X>``: the right side is made once for a layer j, whatever the number of earlier ones.
+    """
+    count = maps.read.shape[1]
+    found = {name: np.full((count, count), np.nan) for name in ("sj", "jf")}
+    for j in range(1, count):
+        of_own, of_goal = maps.read[:, j] @ moments.own[j], maps.read[:, j] @ moments.goal[j]
+        for i in range(j):
+            found["sj"][i, j] = _crossed(maps.read[:, i], of_own)
+            found["jf"][i, j] = _crossed(maps.signal[:, i], of_goal)
+    return found
+
+
+def products_of_moments(
+    moments: Covariances, i: int, later: Tensor, maps: Readings, known: dict[str, Array]
+) -> dict[str, Array]:
     """:data:`PAIR_PRODUCTS` of layer i with all later ones, means over tokens, each ``[n - 1 - i]``.
 
-    ``later``: what :meth:`SecondMoments.later` gives for i; ``maps`` in float64.
+    ``later``: what :meth:`SecondMoments.later` gives for i; ``maps`` in float64. ``known``: what
+    :func:`later_readings_of_moments` gives.
     """
     read, signal = maps.read, maps.signal
     # <A X, B> = <X, A^T B>: products with the maps of layer i alone are made once, whatever the number of later layers.
     both, turned = read[:, i].flatten(0, 1), read[:, i].flip(0).flatten(0, 1)  # of both folds, and in the other order
     f = signal[:, i].flip(0).flatten(0, 1)
     of_s, of_f = both.T @ turned / 2, both.T @ f / 2
-    found: dict[str, list[float]] = {name: [] for name in PAIR_PRODUCTS}
+    found: dict[str, list[float]] = {name: [] for name in PAIR_PRODUCTS if name not in known}
     for k, j in enumerate(range(i + 1, read.shape[1])):
-        there = read[:, j].flatten(0, 1).T
-        of_j = there @ turned / 2
-        pairs = {
-            "sr": (later[k], of_s), "sf": (moments.goal[j], of_f), "ss": (moments.own[j], of_s),
-            "sj": (moments.own[j], of_j), "jr": (later[k], of_j), "jf": (moments.goal[j], there @ f / 2),
-        }  # fmt: skip
+        pairs = {"sr": (later[k], of_s), "sf": (moments.goal[j], of_f), "ss": (moments.own[j], of_s)}
         for name, (left, right) in pairs.items():
             found[name].append(float(torch.dot(left.reshape(-1), right.reshape(-1))))
-    return {name: np.array(values) for name, values in found.items()}
+        found["jr"].append(_crossed(read[:, i], read[:, j] @ later[k]))
+    whole = {name: np.array(values) for name, values in found.items()}
+    return whole | {name: values[i, i + 1 :] for name, values in known.items()}
+
+
+def _crossed(left: Tensor, right: Tensor) -> float:
+    """Inner product of maps ``[2, k, d]`` of two folds, the mean of both orders."""
+    first, second = (torch.dot(left[a].reshape(-1), right[1 - a].reshape(-1)) for a in (0, 1))
+    return float(first + second) / 2
 
 
 def layer_products_of_moments(moments: Covariances, maps: Readings) -> tuple[dict[str, Array], float]:

@@ -15,6 +15,7 @@ from lensbench.measures.update.products import (
     Products,
     SecondMoments,
     cluster_products,
+    later_readings_of_moments,
     layer_products_of_moments,
     means_of,
     pairs_of,
@@ -144,7 +145,7 @@ def test_products_of_tokens_are_those_of_second_moments():
     clusters = int(held_out.document.max()) + 1
     of_tokens = cluster_products(held_out.states, layers, means, cluster, clusters, maps).total()
     moments = SecondMoments.of(held_out.states, layers, means)
-    of_pair = products_of_moments(moments, 0, moments.later(0), maps)
+    of_pair = products_of_moments(moments, 0, moments.later(0), maps, later_readings_of_moments(moments, maps))
     of_layer, target = layer_products_of_moments(moments, maps)
     tokens = len(held_out)
     for name, values in of_pair.items():
