@@ -387,7 +387,7 @@ IN_WORDS = {
     "in_place": "added in place",
     "gain_visibility": "gain visibility",
     "shared_consistency": "consistency",
-    "shared_retention": "R",
+    "shared_retention": "retention",
 }
 """Names as claims have them -> words"""
 

@@ -54,7 +54,7 @@ def loo_retention(m: Means) -> Value:
 
 
 def consistency(kept: Value, null: Value) -> Value:
-    """``(R - R_rot) / (1 - R_rot)``."""
+    """``(R - R_rot) / (1 - R_rot)``, R the retention."""
     return Value((kept.value - null.value) / (1 - null.value), kept.denominator)
 
 

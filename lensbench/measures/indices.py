@@ -58,35 +58,37 @@ CATALOGUE = (
         stage="none", unit="nats", comparable="models with the same tokens", compute=lambda m: Value(m.constant),
     ),
     Index(
-        "shared_retention", "R", "1 - sum_j (K_shared,j - K_jj) / sum_j (K_0 - K_jj)",
-        "R: the share of the per-layer lenses' information that one lens for all layers keeps.",
+        "shared_retention", "retention", "1 - sum_j (K_shared,j - K_jj) / sum_j (K_0 - K_jj)",
+        "The share of what lenses per layer read that one lens for all layers keeps.",
         compute=lambda m: retention(m.own, m.shared, m.constant), shown=14,
     ),
     Index(
-        "rotated_retention", "R in random bases", "R of lenses fitted with every layer in a random basis; mean over bases",
-        "R_rot, the random-basis null: R where every layer is in a random basis. It is not zero, because a wide stream can "
+        "rotated_retention", "retention in random bases",
+        "retention by lenses fitted with every layer in a random basis; mean over bases",
+        "The random-basis null: retention where every layer is in a random basis. It is not zero, because a wide stream can "
         "serve several bases at once.",
         compute=rotated_retention, each_view=retention_by_view, shown=15,
     ),
     Index(
-        "loo_shared_retention", "R, layer left out", "R of lenses fitted without the layer they read",
-        "R where the lens that reads a layer was fitted without data of this layer.",
+        "loo_shared_retention", "retention, layer left out", "retention by lenses fitted without the layer they read",
+        "Retention where the lens that reads a layer was fitted without data of this layer.",
         compute=loo_retention, shown=19,
     ),
     Index(
-        "shared_retention_refined", "R, refined", "R of lenses refined on KL",
-        "R of lenses that were refined on KL. It has no refined null.", stage="refined",
+        "shared_retention_refined", "retention, refined", "retention by lenses refined on KL",
+        "Retention by lenses that were refined on KL. It has no refined null.", stage="refined",
         compute=lambda m: retention(m.own_refined, m.shared_refined, m.constant),
         variant_of="shared_retention", variant="refined", shown=18,
     ),
     Index(
-        "shared_retention_without_layer0", "R without layer 0", "R with sums over j >= 1",
-        "R of the same lenses, fitted to all layers, read from layer 1 on.",
+        "shared_retention_without_layer0", "retention without layer 0", "retention with sums over j >= 1",
+        "Retention by the same lenses, fitted to all layers, read from layer 1 on.",
         compute=lambda m: retention(m.own[..., 1:], m.shared[..., 1:], m.constant),
         variant_of="shared_retention", variant=WITHOUT_LAYER_0,
     ),
     Index(
-        "rotated_retention_without_layer0", "R in random bases without layer 0", "R_rot with sums over j >= 1",
+        "rotated_retention_without_layer0", "retention in random bases without layer 0",
+        "retention in random bases with sums over j >= 1",
         "The random-basis null, read from layer 1 on.",
         compute=partial(rotated_retention, first=1), each_view=partial(retention_by_view, first=1),
         variant_of="rotated_retention", variant=WITHOUT_LAYER_0,
@@ -174,7 +176,7 @@ CATALOGUE = (
         compute=partial(distance_trend, keep=lambda i, j: i > j), variant_of="distance_trend", variant="backward",
     ),
     Index(
-        "shared_consistency", "consistency", "(R - R_rot) / (1 - R_rot)",
+        "shared_consistency", "consistency", "(retention - the same in random bases) / (1 - the same in random bases)",
         "How much more one lens keeps than it would in random bases. 0: no more. 1: one lens does all. Above 1: it reads "
         "held-out text better than lenses per layer, which are fitted to less. Blind to information that is carried along "
         "unchanged.",
@@ -182,7 +184,7 @@ CATALOGUE = (
         made_of=("shared_retention", "rotated_retention"), shown=16,
     ),
     Index(
-        "shared_consistency_without_layer0", "consistency without layer 0", "consistency of R and R_rot without layer 0",
+        "shared_consistency_without_layer0", "consistency without layer 0", "consistency of the retentions without layer 0",
         "Consistency of the same lenses, read from layer 1 on.",
         compute=lambda m: consistency(
             retention(m.own[..., 1:], m.shared[..., 1:], m.constant), rotated_retention(m, first=1)

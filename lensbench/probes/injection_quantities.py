@@ -114,21 +114,21 @@ def _add(
         sums.add(quantity, top, layer=layer, other=other)
 
 
-Fate = Literal["corrected", "carried", "shrunk", "neither", "undetermined"]
+Fate = Literal["corrected", "unchanged", "shrunk", "neither", "undetermined"]
 """What becomes of injected errors"""
 
 
-CARRIED = (0.9, 1.1)
-"""Within these bounds an interval of survival says that errors are carried on as they are"""
+UNCHANGED = (0.9, 1.1)
+"""Within these bounds an interval of survival says that errors stay as they are"""
 
 
 def fate_of_errors(rows: pd.DataFrame, suffix: str = "_without_layer0") -> Fate:
     """What becomes of injected errors, from the rows of ``probes.csv`` of one model and seed (or of all seeds).
 
     ``corrected``: an error survives less than a signal, less than noise, and less than 1, each with its interval, while
-    signals stay. ``shrunk``: it would be, but signals too surely lie below the lower of :data:`CARRIED`, as where skips are
-    scaled down: everything shrinks.
-    ``carried``: the interval of its survival lies within :data:`CARRIED`. ``undetermined``: an interval is missing.
+    signals stay. ``shrunk``: it would be, but signals too surely lie below the lower of :data:`UNCHANGED`, as where
+    skips are scaled down: everything shrinks.
+    ``unchanged``: the interval of its survival lies within :data:`UNCHANGED`. ``undetermined``: an interval is missing.
     """
     of = rows.drop_duplicates("quantity").set_index("quantity")
     names = [f"mean_{what}{suffix}" for what in ("survival_error", *DIFFERENCES, "survival_signal")]
@@ -136,8 +136,8 @@ def fate_of_errors(rows: pd.DataFrame, suffix: str = "_without_layer0") -> Fate:
         return "undetermined"
     low, high = (of.loc[names, column].astype(float).to_numpy() for column in ("ci_low", "ci_high"))
     if high[0] < 1 and high[1] < 0 and high[2] < 0:
-        return "shrunk" if high[3] < CARRIED[0] else "corrected"
-    return "carried" if CARRIED[0] <= low[0] and high[0] <= CARRIED[1] else "neither"
+        return "shrunk" if high[3] < UNCHANGED[0] else "corrected"
+    return "unchanged" if UNCHANGED[0] <= low[0] and high[0] <= UNCHANGED[1] else "neither"
 
 
 WHAT = {

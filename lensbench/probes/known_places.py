@@ -139,19 +139,19 @@ KNOWN_PLACES = Probe(
         ),
         Quantity(
             "carried_error_rms",
-            "rms of the carried error",
+            "rms of the error a block is given",
             "rms of the error that block l is given",
             "layer",
             "It differs from the rms of the error in the variants with a cheap error and with none.",
         ),
         Quantity(
             "error_cosine",
-            "cosine of carried and true error",
+            "cosine of the error given and the true one",
             "cosine of the error that block l is given and the true one",
             "layer",
             "It is 1 where the block is given the true error.",
             table="places",
-            panel=Panel("block (from 0)", "cosine of carried and true error", one_view=True),
+            panel=Panel("block (from 0)", "cosine of the error given and the true one", one_view=True),
         ),
         Quantity(
             "update_share",

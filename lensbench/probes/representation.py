@@ -76,7 +76,7 @@ def _unexplained(captured: Capture, moments: Moments, matrix: Tensor, i: int, j:
 REPRESENTATION = Probe(
     "representation",
     representation,
-    "covariance similarity of layers; carried-along share (linear R^2 of an earlier layer from a later one)",
+    "covariance similarity of layers; how much of an earlier layer a later one still holds (linear R^2)",
     (
         Quantity(
             "covariance_similarity",
@@ -88,7 +88,7 @@ REPRESENTATION = Probe(
         ),
         Quantity(
             "carried_share",
-            "carried-along share",
+            "earlier state in the later one",
             "linear R^2 of h_i from h_j, i < j",
             "pair",
             "At 1, layer j still holds all that layer i held, in a linear form.",
@@ -96,5 +96,5 @@ REPRESENTATION = Probe(
         ),
     ),
     images=True,
-    topic="what is carried along",
+    topic="what later layers still hold of earlier ones",
 )

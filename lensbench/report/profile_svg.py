@@ -17,7 +17,7 @@ from lensbench.results.folder import Run
 STRIPS = {"clarity": ("keeps", 8, 62), "in_place": ("adds", 92, 62), "news": ("news", 176, 34)}
 """Quantity -> the name of its strip, and where it begins and how high it is, in pixels"""
 
-NAMES = {"clarity": "keeps (R)", "in_place": "adds in place", "news": "news"}
+NAMES = {"clarity": "keeps (clarity)", "in_place": "adds in place", "news": "news"}
 
 OVER = 0.12
 """How far a value beyond 0 or 1 is drawn"""

@@ -13,10 +13,10 @@ MOST_SPACED = 12
 """Layers of the deepest model whose bars have a space between them: then a wide bar is a merged group"""
 
 ROWS = {
-    "keeps (R)": "clarity",
-    "drowned (1 - R)": "drowned",
-    "adds in place (1 - c)": "in_place",
-    "adds elsewhere (c)": "elsewhere",
+    "keeps (clarity)": "clarity",
+    "drowned": "drowned",
+    "adds in place": "in_place",
+    "adds elsewhere": "elsewhere",
     "news": "news",
 }
 """Label -> the quantity of a block"""

@@ -83,7 +83,7 @@ SHARES = {
     "covered_gain_visibility": "covered: visibility",
     "covered_movement": "movement",
     "covered_shared_consistency": "consistency",
-    "covered_shared_retention": "R",
+    "covered_shared_retention": "retention",
 }
 """Share in ``calibration.csv`` -> the head of its column."""
 

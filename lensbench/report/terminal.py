@@ -15,14 +15,15 @@ from lensbench.measures.indices import (
     tolerance_order,
     variants_of,
 )
-from lensbench.measures.update.verdict import NOT_MEASURED, UNDETERMINED
+from lensbench.measures.update.sentences import advice_in
+from lensbench.measures.update.verdict import NOT_MEASURED
 from lensbench.measures.verdict import INDEX_OF, SCOPES
 from lensbench.report.formatting import number, shown_seeds, with_interval, with_refits
 from lensbench.report.in_width import show
 from lensbench.report.probe_tables import places_table, probe_tables
 from lensbench.report.profile_table import profile_table
 from lensbench.report.study_tables import learning_table
-from lensbench.report.verdicts import statements, update_statements
+from lensbench.report.verdicts import HEADLINE, statements, update_statements
 from lensbench.results.folder import PAGE, Run
 from lensbench.results.schema import unit
 
@@ -271,16 +272,12 @@ def answer_lines(run: Run) -> list[str]:
             )
             continue
         others = [verdict_cell(row) for name, row in by_scope.items() if name != scope]
-        also = f"; over all layers {others[0]}" if others and others[0] != verdict_cell(main) else ""
-        lines.append(f"{model}: {verdict_cell(main)} (from layer 1 on{also})")
-        first, *more = clauses(main["sentence"])
-        # What would help stands at the end of what is said of an undetermined one.
-        lines.append(f"  {first}; {more[-1]}" if main["verdict"] == UNDETERMINED and more else f"  {first}.")
+        also = f"; over all layers: {others[0]}" if others and others[0] != verdict_cell(main) else ""
+        lines.append(f"{model}: {verdict_cell(main)}{also}")
+        said, advice = main["sentence"], advice_in(main["sentence"])
+        first = clauses(said)[0].removesuffix(".")
+        lines.append(f"  {first}; {advice}." if advice else f"  {first}.")
     return lines
-
-
-HEADLINE = "without layer 0"
-"""The scope of the verdict that a run is summed up by"""
 
 
 def clauses(sentence: str) -> list[str]:
@@ -309,7 +306,7 @@ def print_run(run: Run, console: Console) -> None:
             show(table, console)
     for said in update_statements(run):
         line(f"{said.model} ({said.scope}): {said.answer}")
-        for part in clauses(said.reasons):
+        for part in filter(None, [*clauses(said.said), said.landmarks]):
             line(f"  - {part}")
     for text in (*map(str, statements(run)), *doubts(run), *undefined_indices(run)):
         line(text)

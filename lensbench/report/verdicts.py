@@ -12,6 +12,7 @@ import pandas as pd
 
 from lensbench.errors import LensbenchError
 from lensbench.measures.indices import LEFT_OUT
+from lensbench.measures.update.sentences import without_advice
 from lensbench.measures.update.verdict import NOT_MEASURED
 from lensbench.measures.verdict import (
     INDEX_OF,
@@ -28,6 +29,9 @@ from lensbench.report.formatting import shown_seeds, with_interval
 from lensbench.results.folder import Run
 from lensbench.results.verdicts import known_number, span_of, verdict_table
 
+HEADLINE = "without layer 0"
+"""The scope that a model is summed up by: advice and landmarks are given for it alone"""
+
 
 @dataclass(frozen=True)
 class UpdateStatement:
@@ -36,8 +40,15 @@ class UpdateStatement:
     model: str
     scope: str
     answer: str
-    reasons: str
-    """The graded sentence"""
+    said: str
+    """The graded sentence; what would help stands in that of :data:`HEADLINE` alone, where the model has it"""
+    landmarks: str
+    """What the same rule says of the model's landmarks; empty on another scope than :data:`HEADLINE`"""
+
+    @property
+    def reasons(self) -> str:
+        """Everything but the answer."""
+        return " ".join(filter(None, [self.said, self.landmarks]))
 
     def __str__(self) -> str:
         """One line of the terminal."""
@@ -46,30 +57,37 @@ class UpdateStatement:
 
 def update_statements(run: Run) -> list[UpdateStatement]:
     """What the update decomposition says of every model of a run, by model and scope; none where it was not measured."""
-    beside = run.tables["landmarks.csv"]
-    return [
-        UpdateStatement(
-            str(row["model"]),
-            str(row["scope"]),
-            row["verdict"],
-            " ".join(filter(None, [row["sentence"], landmarks_in_words(beside, row["model"], row["scope"])])),
-        )
-        for _, rows in shown_seeds(run.tables["verdicts.csv"]).groupby("model", sort=False)
-        for _, row in rows.iterrows()
-        if row["gate"] != NOT_MEASURED
-    ]
+    found = []
+    for name, rows in shown_seeds(run.tables["verdicts.csv"]).groupby("model", sort=False):
+        headline = HEADLINE if (rows["scope"] == HEADLINE).any() else rows["scope"].iloc[0]
+        for _, row in rows[rows["gate"] != NOT_MEASURED].iterrows():
+            main = row["scope"] == headline
+            said = row["sentence"] if main else without_advice(row["sentence"])
+            beside = landmarks_in_words(run.tables["landmarks.csv"], str(name), headline) if main else ""
+            found.append(UpdateStatement(str(name), str(row["scope"]), row["verdict"], said, beside))
+    return found
 
 
 def landmarks_in_words(table: pd.DataFrame, model: str, scope: str) -> str:
-    """The verdicts on a model's landmarks, several where seeds differ; empty where it has none."""
+    """How many of a model's landmarks get the verdict that is known of them, and what others get; empty without any.
+
+    A landmark gets it where it does at every seed.
+    """
     rows = table[(table["model"] == model) & (table["index"] == "in_place" + SCOPES[scope])].dropna(subset=["verdict"])
-    said = []
+    wrong, count = [], 0
     for landmark, of_landmark in rows.groupby("landmark", sort=False):
-        texts = of_landmark["verdict"] + of_landmark["gate"].map(
-            lambda gate: f" ({gate})" if isinstance(gate, str) else ""
-        )
-        said.append(f"{landmark}, {' or '.join(dict.fromkeys(texts))}")
-    return f"The same rule on landmarks made of its own states: {'; '.join(said)}." if said else ""
+        count += 1
+        known, right = of_landmark["known"].iloc[0], of_landmark["verdict"] == of_landmark["known"]
+        if right.all():
+            continue
+        gates = of_landmark["gate"].map(lambda gate: f" ({gate})" if isinstance(gate, str) else "")
+        answers = list(dict.fromkeys(of_landmark["verdict"] + gates))
+        got = f"gets {answers[0]}, not {known}" if len(answers) == 1 else f"at {right.sum()} of {len(right)} seeds"
+        wrong.append(f"{landmark} {got}")
+    if not count:
+        return ""
+    each = "".join(f"; {one}" for one in wrong)
+    return f"Landmarks that get their known answer: {count - len(wrong)} of {count}{each}."
 
 
 @dataclass(frozen=True)

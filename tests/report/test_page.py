@@ -45,7 +45,7 @@ def test_every_picture_has_an_alternative_text(vision):
     assert all(a["role"] == "img" and len(a["aria-label"]) > 60 for a in pictures)
     profiles, plane = [a["aria-label"] for a in pictures[:4]], pictures[4]["aria-label"]
     assert all(f"each block of {m} keeps" in p for m, p in zip(MODELS, profiles, strict=True))
-    assert "keeps (R) 0.025 [0.006, 0.045]" in profiles[3]
+    assert "keeps (clarity) 0.025 [0.006, 0.045]" in profiles[3]
     assert "cnn-plain" in plane
     assert "0.035 [-0.073, 0.143]" in plane
 

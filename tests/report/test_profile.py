@@ -246,7 +246,7 @@ def printed(run: Run, *, bars: bool) -> str:
 def test_the_terminal_has_a_bar_per_block_and_plain_text_its_number(four: Run) -> None:
     lines = printed(four, bars=True).splitlines()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    kept = [cell[2].split() for cell in cells if cell[1] == "keeps (R)"]
+    kept = [cell[2].split() for cell in cells if cell[1] == "keeps (clarity)"]
     for model, glyphs in zip(FOUR, kept, strict=True):
         wanted = [BARS[round(min(x, 1) * 7)] for x in blocks_of(four, model)["clarity"]]
         assert glyphs == wanted
@@ -277,7 +277,7 @@ def test_the_page_draws_every_block_with_its_numbers(four: Run) -> None:
             tips = {tip for tip in read.tips if tip.startswith(where)}
             assert len(tips) == 1
             (tip,) = tips
-            assert f"keeps (R) {row['clarity']:.3f}" in tip
+            assert f"keeps (clarity) {row['clarity']:.3f}" in tip
             said = (
                 f"undetermined: {row['gate']}" if pd.notna(row["gate"]) else f"{round(1 - row['carried'], 3) + 0.0:.3f}"
             )

@@ -129,7 +129,7 @@ def test_what_becomes_of_errors_is_said_where_the_probe_has_measured_it():
     ]
     tables["probes.csv"] = frame("probes.csv", rows)
     found = verdict_table(tables, {}, RULE).set_index(["model", "scope"])["sentence"]
-    said = "injected errors are carried, not corrected (1.01 [0.99, 1.03] of each is left)"
+    said = "injected errors are not corrected (1.01 [0.99, 1.03] of each is left)"
     assert said in found["gpt", "without layer 0"]
     assert "injected" not in found["gpt", "all layers"] + found["unmeasured", "without layer 0"]
 

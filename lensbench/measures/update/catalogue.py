@@ -23,7 +23,7 @@ OF_UPDATES: tuple[Index, ...] = (
         "in_place", "added in place", "1 - c, c = (a(s_ij) - a(r_j)) / (a(r_i) - a(r_j)), a(z) = <z, r_i> / <z, f_i>",
         "Of what later layers add to the prediction and take off its error, the share that shows in the reading of the "
         "earlier lens as it does in the new one's. 1: added up in one representation, as in any stack of additions. 0: it "
-        "went elsewhere (carried along). Over pairs that pass the gates.", shown=(7, 1),
+        "was added elsewhere, and the earlier reading is carried along. Over pairs that pass the gates.", shown=(7, 1),
     ),
     *_both(
         "in_place_normed", "added in place, final norm's units", "1 - c with states over the final norm's scale of h_L",
@@ -31,10 +31,13 @@ OF_UPDATES: tuple[Index, ...] = (
         "the final norm undoes: where the two differ, loud tokens do not do as the others.", shown=(None, None),
     ),
     *_both(
-        "clarity_normed", "clarity, final norm's units", "R with states over the final norm's scale of h_L",
+        "clarity_normed", "clarity, final norm's units", "clarity with states over the final norm's scale of h_L",
         "Clarity where every token counts alike.", shown=(None, None),
     ),
-    *_both("carried", "carried along", "c", "One minus what is added in place.", shown=(None, None)),
+    *_both(
+        "carried", "added elsewhere", "c", "One minus what is added in place: the share that lies in other "
+        "directions, while the earlier reading is carried along.", shown=(None, None),
+    ),
     *_both(
         "clarity", "clarity", "sqrt of R2 of s_ij on (r_i, r_j), less chance", "How much of what the earlier lens reads at "
         "a later layer the two layers' own readings explain. Near 1: it reads the same prediction. Near 0: another basis, "

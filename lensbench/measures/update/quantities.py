@@ -35,7 +35,7 @@ class Quantities:
     room: Array
     """1 - B: the share of lens i's error loading that lens j no longer has"""
     clarity: Array
-    """R: share of reading i at layer j, as an amplitude, that readings of the two layers explain beyond chance"""
+    """Share of reading i at layer j, as an amplitude, that readings of the two layers explain beyond chance"""
     drowned: Array
     """1 - R where S >= 1, else NaN: what is neither kept nor, for sure, in another basis"""
     kept_low: Array

@@ -37,6 +37,23 @@ from lensbench.measures.update.verdict import (
 NO_TEXT_HELPS = (SEEDS_DIFFER, UNEVEN, NOT_REACHED)
 """Gates that narrower intervals do not open"""
 
+MORE_TEXT = "more text to fit and to evaluate on would narrow the intervals"
+MORE_FIT_TEXT = "more fit text would narrow the interval, most of which comes from lens refits"
+MORE_EVAL_TEXT = "more eval text would narrow the interval, most of which comes from documents"
+
+HELP = {
+    NO_FALL: "more dev text would make a small fall sure, but without a fall there is no gain to speak of",
+    NO_ROOM: "more fit text would make lenses better, and layers further apart have more room",
+    NOT_KEPT: "more fit text would raise what an earlier lens reads above chance",
+    NOT_CLEAR: "more fit text would lower the interference",
+    FEW_PAIRS: "text does not help: between so few layers there are too few pairs",
+    NOT_REACHED: "no amount of text helps: no linear lens reads the rest before the last block",
+    UNEVEN: "no amount of text helps: decompose loud tokens and the others apart",
+    NOT_READABLE: "no amount of text helps here: look for the channel that predicts",
+    SEEDS_DIFFER: "more seeds, or more text for each, would help",
+}
+"""Gate -> what would open it"""
+
 NEARLY_ALL = 0.9
 """Reach from which a sentence does not mention it"""
 
@@ -180,7 +197,7 @@ def _undecided(rule: UpdateRule, facts: UpdateFacts, found: UpdateVerdict, share
         said = f"{passed} of {asked} pairs of layers pass the gates and {needed} are needed{each}{why}"
         return f"{said} ({_changes(found)})" if found.changes[1] else said
     if not shares:
-        return f"what is added in place is unknown: {VERDICT_GATES[found.gate]}"
+        return f"the share that is added in place is unknown: {VERDICT_GATES[found.gate]}"
     if found.gate == SEEDS_DIFFER:
         return f"{shares}, but seeds differ: {_alternatives(found)}"
     if found.gate == BETWEEN:
@@ -255,7 +272,7 @@ def _reached(facts: UpdateFacts, found: UpdateVerdict) -> str:
     one = facts["reach"]
     if one.value is None or one.value >= NEARLY_ALL or found.gate == NOT_REACHED:
         return ""
-    return f"all this is of the {percent(one)} of the prediction that the lens of the last layer reads"
+    return f"all this is about the {percent(one)} of the prediction that the lens of the last layer reads"
 
 
 def _first_layer(rule: UpdateRule, facts: UpdateFacts) -> str:
@@ -275,21 +292,21 @@ def what_would_help(facts: UpdateFacts, found: UpdateVerdict) -> str:
         return ""
     if found.gate == NO_INTERVAL or (found.open and found.gate not in NO_TEXT_HELPS):
         if facts.of_refits is None:
-            return "more text to fit and to evaluate on would narrow the intervals"
-        if facts.of_refits > 0.5:
-            return "more fit text would narrow the interval, most of which comes from lens refits"
-        return "more eval text would narrow the interval, most of which comes from documents"
-    return {
-        NO_FALL: "more dev text would make a small fall sure, but without a fall there is no gain to speak of",
-        NO_ROOM: "more fit text would make lenses better, and layers further apart have more room",
-        NOT_KEPT: "more fit text would raise what an earlier lens reads above chance",
-        NOT_CLEAR: "more fit text would lower the interference",
-        FEW_PAIRS: "text does not help: between so few layers there are too few pairs",
-        NOT_REACHED: "no amount of text helps: no linear lens reads the rest before the last block",
-        UNEVEN: "no amount of text helps: decompose loud tokens and the others apart",
-        NOT_READABLE: "no amount of text helps here: look for the channel that predicts",
-        SEEDS_DIFFER: "more seeds, or more text for each, would help",
-    }.get(found.gate, "")
+            return MORE_TEXT
+        return MORE_FIT_TEXT if facts.of_refits > 0.5 else MORE_EVAL_TEXT
+    return HELP.get(found.gate, "")
+
+
+def without_advice(said: str) -> str:
+    """A sentence of :func:`sentence` without what would help, which is its last clause where there is one."""
+    advice = advice_in(said)
+    return f"{said.removesuffix(f'; {advice}.')}." if advice else said
+
+
+def advice_in(said: str) -> str:
+    """What would help, from a sentence of :func:`sentence`; empty where it says nothing of that."""
+    every = (MORE_TEXT, MORE_FIT_TEXT, MORE_EVAL_TEXT, *HELP.values())
+    return next((advice for advice in every if said.endswith(f"; {advice}.")), "")
 
 
 # Errors
@@ -301,6 +318,6 @@ def errors_in_words(fate: str, survival: Estimate) -> str:
     return {
         "corrected": f"injected errors are corrected: {left}, less than of signals and of noise",
         "shrunk": f"injected errors shrink, and so do signals ({left})",
-        "carried": f"injected errors are carried, not corrected ({left})",
-        "neither": f"injected errors are neither carried as they are nor corrected ({left})",
+        "unchanged": f"injected errors are not corrected ({left})",
+        "neither": f"injected errors change, but are not corrected ({left})",
     }.get(fate, f"what becomes of injected errors is undetermined ({left})")

@@ -46,8 +46,8 @@ VERDICT_GATES: dict[str, str] = {
     **REASONS,
     FEW_PAIRS: "there are too few pairs of layers",
     NO_INTERVAL: "there are too few clusters of documents for an interval",
-    NOT_CLEAR: "what the earlier lens reads at later layers is drowned in interference, or turned",
-    NOT_READABLE: "what is added in place is not what lowers the cross-entropy",
+    NOT_CLEAR: "what the earlier lens reads at later layers is drowned in interference, or its basis changed",
+    NOT_READABLE: "the earlier lens can read too little of the fall in cross-entropy",
     NOT_REACHED: "linear lenses read too little of the model's prediction, up to the last layer",
     UNEVEN: "loud tokens differ from the others",
     BETWEEN: "an interval reaches across a threshold of the rule",
@@ -119,7 +119,7 @@ class BlockFact:
     persistence: Estimate
     """S"""
     clarity: Estimate
-    """R"""
+    """How much of the earlier reading the two layers' own readings explain, beyond chance"""
     kept_high: Estimate
     """``min(1, S)``, 0 where S is within chance"""
     chance: float

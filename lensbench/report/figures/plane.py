@@ -80,7 +80,7 @@ VIEWS = (
     ),
     View(
         "update decomposition, without layer 0", f"in_place{WITHOUT_LAYER_0}", f"clarity{WITHOUT_LAYER_0}", "",
-        ("added in place, $1 - c$", "clarity $R$"),
+        ("added in place", "clarity"),
     ),
 )  # fmt: skip
 """The last is drawn where a model was decomposed"""

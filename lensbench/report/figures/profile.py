@@ -44,11 +44,11 @@ NEWS = Strip("news", "news", 0.2, 0.5)
 STRIPS = (KEEPS, ADDS, NEWS)
 
 FILLS = {
-    "kept": (BLUE, "kept: clarity $R$"),
-    "drowned": ("#D4D4D4", "drowned: $1 - R$, signal still there"),
+    "kept": (BLUE, "kept (clarity)"),
+    "drowned": ("#D4D4D4", "drowned (1 - clarity), signal still there"),
     "turned": ("#F3C6A5", "re-represented or drowned"),
-    "in place": (GREEN, "added in place: $1 - c$"),
-    "elsewhere": (ORANGE, "added elsewhere: $c$"),
+    "in place": (GREEN, "added in place"),
+    "elsewhere": (ORANGE, "added elsewhere"),
     "news": (PURPLE, "news: in directions not read before"),
 }
 """Part of a bar -> its colour, and its name in the legend"""
@@ -102,7 +102,7 @@ def title_of(frame: pd.DataFrame) -> str:
         numbers = f"{100 * row['in_place']:.0f} %" + ("" if pd.isna(low) else f" [{low:.0f}, {high:.0f}]") + " in place"
     if sheet().on_paper:
         return "\n".join([row["model"], *textwrap.wrap(verdict or numbers, 32)])
-    clear = "" if pd.isna(row["clarity"]) else f"R {row['clarity']:.2f}"
+    clear = "" if pd.isna(row["clarity"]) else f"clarity {row['clarity']:.2f}"
     first = f"{row['model']}: {verdict}" if verdict else row["model"]
     return f"{first}\n{', '.join(filter(None, [numbers, clear]))}"
 
@@ -113,7 +113,7 @@ def caption_of(frame: pd.DataFrame) -> str:
     caption = (
         "All: every pair from layer 1 on. Pale: from layer 0. Thick lines: 95 % intervals"
         + (" over seeds; thin steps: each seed. " if several else ". ")
-        + "Blue frame: kept, at least R, at most min(1, S). One wide bar: neighbours merged until there was room. "
+        + "Blue frame: kept, between clarity and min(1, persistence). One wide bar: neighbours merged until there was room. "
         "Hatched: undetermined, with the gate that stops it."
     )
     landmarks = frame[frame["part"] == "landmark"]

@@ -56,11 +56,11 @@ def said(of, **others):
 
 
 def test_additions_are_said_with_their_null_and_what_is_not_known_of_them():
-    assert said(facts(), null=NULL, errors=errors_in_words("carried", Estimate(1.01, 0.99, 1.02))) == (
+    assert said(facts(), null=NULL, errors=errors_in_words("unchanged", Estimate(1.01, 0.99, 1.02))) == (
         "From layer 1 on 98 % [95, 101] of what later layers add shows in the reading of earlier lenses, as in any stack "
         "of additions (its own updates shuffled: 99 %), and cross-entropy falls at every step; 60 % [57, 63] of "
         "that fall can be read by the earlier lens where it looked; clarity 0.954 [0.952, 0.956]; 33 % [30, 36] of the "
-        "gain is news to the earlier lens; injected errors are carried, not corrected (1.01 [0.99, 1.02] of each is left); "
+        "gain is news to the earlier lens; injected errors are not corrected (1.01 [0.99, 1.02] of each is left); "
         "layer 0 is drowned."
     )
 
@@ -186,7 +186,7 @@ def test_no_error_is_called_corrected_but_by_the_probe():
         errors_in_words("shrunk", about(0.4))
         == "injected errors shrink, and so do signals (0.40 [0.37, 0.43] of each is left)"
     )
-    assert "neither carried as they are nor corrected" in errors_in_words("neither", about(1.3))
+    assert "change, but are not corrected" in errors_in_words("neither", about(1.3))
     assert errors_in_words("undetermined", UNKNOWN) == "what becomes of injected errors is undetermined"
 
 
