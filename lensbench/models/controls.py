@@ -97,6 +97,11 @@ class ControlGPTConfig(PreTrainedConfig):
         start, stop = (2 * self.read_size + k * left // slices for k in (block - 1, block))
         return slice(start, stop)
 
+    @property
+    def summed_blocks(self) -> int:
+        """How many blocks add to the stream one after another."""
+        return self.num_hidden_layers
+
 
 def rotate(x: Tensor) -> Tensor:
     """``x`` (B, H, T, dk) with rotary positions (arXiv 2104.09864): each pair of entries turned by position x frequency."""
@@ -153,7 +158,7 @@ class ControlGPTBlock(nn.Module):
 class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
     """A GPT of known answer, or the baseline of one (see the module's docstring)."""
 
-    config_class = ControlGPTConfig
+    config_class: type[PreTrainedConfig] = ControlGPTConfig
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012 (as transformers declares it)
     _no_split_modules = ["ControlGPTBlock"]  # noqa: RUF012 (as transformers declares it)
@@ -182,7 +187,14 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, ControlGPTBlock) and self.config.skip == 1:
             # Blocks start small, so that the sum of L changes has the size of one. Without skips nothing is summed.
             for output in (module.attention_output, module.down):
-                output.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
+                output.weight.mul_((2 * self.config.summed_blocks) ** -0.5)
+
+    def states(self, e: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """The states h_0..h_L ``[B, T, d]`` of embedded tokens e, all before the final norm."""
+        states = [e]
+        for block in range(self.config.num_hidden_layers):
+            states.append(self.layers[block % len(self.layers)](states[-1], mask))
+        return states
 
     def forward(
         self,
@@ -204,11 +216,8 @@ class ControlGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if config.partitioned:
             place = config.written_by(0)
             e = F.pad(e, (place.start, config.hidden_size - place.stop))
-        h, states = e, [e]
-        for block in range(config.num_hidden_layers):
-            h = self.layers[block % len(self.layers)](h, mask)
-            states.append(h)
-        logits = self.lm_head(self.norm(h))
+        states = self.states(e, mask)
+        logits = self.lm_head(self.norm(states[-1]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lensbench.errors import LensbenchError
 from lensbench.models.controls import ControlGPTConfig, ControlGPTForCausalLM
 from lensbench.models.gpt import gpt2, llama
+from lensbench.models.looped import LoopedGPTConfig, LoopedGPTForCausalLM
 from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingForCausalLM
 from lensbench.models.vision import cnn, vit
 
@@ -86,6 +87,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt-tied": Family(
         partial(control, tied_layers=True), "gpt-conv with one block for all layers", ("initializer_range",)
+    ),
+    "gpt-looped": Family(
+        partial(from_config, LoopedGPTConfig, LoopedGPTForCausalLM),
+        "one group of gpt-conv's blocks in a loop, the input injected at every loop; `layers` is the number of loops",
+        ("initializer_range", "blocks_per_loop", "loops_spread", "backward_loops"),
     ),
     "gpt-noskip": Family(
         partial(control, skip=0.0),

@@ -202,7 +202,7 @@ def loss_of(
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
     last = cross_entropy(output.logits)
-    if readout is None:
+    if readout is None or len(output.hidden_states) < 3:  # a looped model may draw a single loop
         return last, last
     inner = [cross_entropy(readout(h)) for h in output.hidden_states[1:-1]]
     return last + weight * torch.stack(inner).mean(), last
@@ -213,6 +213,17 @@ def rows_of(batch: TrainingBatch, rows: slice, device: torch.device) -> Training
     if isinstance(batch, tuple):
         return batch[0][rows].to(device), batch[1][rows].to(device)
     return batch[rows].to(device)
+
+
+def draw_step(model: PreTrainedModel, seed: int, step: int) -> None:
+    """Let a model that changes from step to step draw what it does in this one.
+
+    It has a method ``draw``, which takes a random generator. That of a step is the same in a resumed training and in every
+    process, and differs from the one that draws the step's batch.
+    """
+    draw = getattr(model, "draw", None)
+    if draw is not None:
+        draw(np.random.default_rng([seed, step, 1]))
 
 
 def backward(
@@ -329,6 +340,7 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
+        draw_step(model, seed, step)
         batch = stream(step) if callable(stream) else batch_of(stream, recipe, seed, step)
         mine = rows_of(batch, own, device)
         loss, last, micro = backward(model, mine, readout, recipe, recipe.batch, micro)

@@ -13,6 +13,7 @@ from lensbench.probes.guess_and_refine import GUESS_AND_REFINE
 from lensbench.probes.head_weights import HEAD_WEIGHTS
 from lensbench.probes.injection_survival import INJECTION_SURVIVAL
 from lensbench.probes.known_places import KNOWN_PLACES
+from lensbench.probes.loops import LOOPS
 from lensbench.probes.matched_transfer import MATCHED_TRANSFER
 from lensbench.probes.prediction_visibility import PREDICTION_VISIBILITY
 from lensbench.probes.prefix_read_out import PREFIX_READ_OUT
@@ -37,6 +38,7 @@ PROBES: dict[str, Probe] = {
         GRADIENT_STEPS,
         PREFIX_READ_OUT,
         GUESS_AND_REFINE,
+        LOOPS,
     )
 }
 """Name, as a suite's ``probes`` gives it -> probe. Tables and panels show quantities in this order."""

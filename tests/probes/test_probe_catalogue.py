@@ -38,10 +38,13 @@ SECONDS = ("causal_fidelity", "error_transport", "few_shot", "prediction_visibil
 )
 def test_a_probe_writes_the_quantities_of_its_catalogue_and_no_others(name, subjects):
     probe, written = PROBES[name], set()
-    deeper = (
-        [subject_of(build("gpt", seed=1, **SHAPE | {"layers": 4}).eval(), count=8)] if name == "block_order" else []
-    )
-    for subject in [*subjects, *deeper]:
+    families = {"block_order": ("gpt", 4), "loops": ("gpt-looped", 3)}  # what some quantities take
+    others = [
+        subject_of(build(family, seed=1, **SHAPE | {"layers": layers}).eval(), count=8)
+        for probe_name, (family, layers) in families.items()
+        if probe_name == name
+    ]
+    for subject in [*subjects, *others]:
         measured = probe.measure(subject)
         if measured.reason:
             continue
