@@ -184,6 +184,8 @@ class Counts:
     """Dev states that a lens of all layers is chosen on"""
     searched: int
     """Dev tokens that a lens of one layer is chosen on"""
+    there: bool = False
+    """Whether an earlier stage has passed over the splits"""
 
     @classmethod
     def of(cls, suite: Suite, shape: Shape, sequences: int | None = None) -> "Counts":
@@ -207,7 +209,9 @@ class Counts:
         return windows * scored
 
     def captured(self, shape: Shape, *splits: str) -> Work:
-        """The passes over splits."""
+        """The passes over splits; a run makes each once."""
+        if self.there:
+            return Work()
         return sum((forward(shape, *self.windows[split]) for split in splits), Work())
 
 
@@ -316,11 +320,15 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     layers = min(settings.layers, shape.layers)
     work = of.captured(shape, "fit", "dev", "eval")
     work += Work(single=2 * shape.vocabulary * shape.width**2)  # the metric
-    one = decomposed(shape, layers, n, eval_)
-    work += searches(shape, layers * of.searched, RIDGES_FROM_NEAR) + read_out(shape, layers * dev) + 2 * one
-    work += (1 + settings.refits + len(settings.tolerances) + len(settings.metrics)) * one
+    one, pairs = decomposed(shape, layers, n, eval_), layers * (layers - 1) / 2
+    work += searches(shape, layers * of.searched, RIDGES_FROM_NEAR) + read_out(shape, layers * dev)
+    work += Work(single=dev * shape.width**2 * (24 * layers + 4 * pairs))  # gates
+    work += (2 + len(settings.tolerances) + len(settings.metrics)) * one + news(shape, layers, eval_)  # units, too
+    if settings.largest_norm is not None:
+        work += one + news(shape, layers, eval_)
+    work += settings.refits * (fitted_again(shape, layers, n) + eigendecompositions(shape, layers))
     if settings.readable:
-        pairs = layers - 1 + FURTHER_PAIRS
+        pairs = min(pairs, layers - 1 + FURTHER_PAIRS)
         words, tokens = min(WORDS, shape.vocabulary), min(DEV_TOKENS, dev)
         work += Work(
             single=pairs * 3 * READABLE_STEPS * tokens * 4 * shape.width * words,
@@ -335,12 +343,25 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     return Cost(work, memory + DOUBLE * layers * shape.width**2 * 2 * (FOLDS + 4), disk)
 
 
+def fitted_again(shape: Shape, layers: int, tokens: int) -> Work:
+    """Lenses of the folds of some documents with their signals, and products of every pair of layers from moments."""
+    pairs = layers * (layers - 1) / 2
+    work = moments(shape, 1.4 * tokens, layers + 1) + eigendecompositions(shape, 4)
+    return work + products(shape, 24 * layers + 2 * pairs)
+
+
 def decomposed(shape: Shape, layers: int, tokens: int, held_out: int) -> Work:
-    """One decomposition: moments of folds, lenses of two of them, products of every pair of layers on held-out tokens."""
+    """One decomposition: lenses of folds, products of every pair of layers on held-out tokens, and chance."""
     pairs, d = layers * (layers - 1) / 2, shape.width
-    work = moments(shape, 1.4 * tokens, layers + 1) + eigendecompositions(shape, 3 * layers)
-    work += products(shape, 16 * layers + 4 * pairs)
-    return work + Work(double=held_out * d**2 * (12 * layers + 6 * pairs))
+    work = fitted_again(shape, layers, tokens) + products(shape, 16 * layers) + eigendecompositions(shape, 1)
+    chance = Work(single=7.5 * pairs * d**3)
+    return work + chance + Work(single=held_out * d**2 * (24 * layers + 6 * pairs))
+
+
+def news(shape: Shape, layers: int, held_out: int) -> Work:
+    """Directions that a lens leaves unread, and what later lenses gain there."""
+    pairs, d = layers * (layers - 1) / 2, shape.width
+    return eigendecompositions(shape, 3 * layers) + Work(single=held_out * d**2 * (12 * layers + 4 * pairs))
 
 
 def train_cost(suite: Suite, shape: Shape, tokens: int) -> Cost:

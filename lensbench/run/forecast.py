@@ -146,10 +146,10 @@ def embedded(network: PreTrainedModel) -> int:
 # Stages
 def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[str, ...]) -> dict[str, Cost]:
     """The stages of a model in the order that they run in, with their costs: the names of :func:`stage_names`."""
-    of, found = Counts.of(suite, shape), {}
+    found: dict[str, Cost] = {}
     none, owner = Cost(Work(), costs.PROCESS_GIB * costs.GIB), suite.trained(model)
     for seed in suite.seeds_of(model):
-        who = f"{model.name}-seed{seed}"
+        who, of = f"{model.name}-seed{seed}", Counts.of(suite, shape)
         if owner.source is None:
             found["tokenizer"] = none
             tokens = 0 if owner.untrained else suite.training_of(owner).tokens
@@ -163,6 +163,7 @@ def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[st
             found[f"begin-{owner.name}"] = costs.begin_cost(suite, shape, windows_of(suite))
         if suite.update is not None:
             found[f"update-{who}"] = costs.update_cost(suite, shape, of)
+            of = replace(of, there=True)
         found[f"fit-{who}"] = costs.fit_cost(suite, shape, of)
         if suite.evaluate.exact_share == "auto":
             found[f"share-{who}"] = costs.share_cost(suite, shape, of)

@@ -31,17 +31,6 @@ def aimed(left: Tensor, read: Tensor, space: Tensor, signal: float) -> Tensor:
     return torch.cat([left[b].T @ (read[a] @ space) for a, b in ORDERS], 1) / signal
 
 
-def spreads_of_persistence(moments: Covariances, i: int, maps: Readings, space: Tensor, signal: Array) -> Array:
-    """Spreads of S for layer i and all later ones, ``[n - 1 - i]``; no product of two layers is needed.
-
-    The variance of S, were h_j in a basis of its own, is the squared norm of ``U^T E[h_j f_i^T] F A_i U / <r_i, f_i>``
-    over r. ``signal`` ``[n]``: ``<r_i, f_i>``.
-    """
-    by_signal = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i])
-    squares = [float((space.T @ moments.goal[j] @ by_signal).square().sum()) for j in range(i + 1, len(signal))]
-    return np.sqrt(np.array(squares) / space.shape[1] / 2)
-
-
 def goals_in(space: Tensor, moments: Covariances, room: Room = IN_MEMORY) -> Tensor:
     """``E[h_j h_L^T]^T U U^T E[h_j h_L^T]`` of every layer, ``[n, d, d]``: what spreads of S are made of."""
     count, d = len(moments.own), space.shape[0]
@@ -50,6 +39,17 @@ def goals_in(space: Tensor, moments: Covariances, room: Room = IN_MEMORY) -> Ten
         along = (space.T @ moments.goal[j]).float()
         found[j] = along.T @ along
     return found
+
+
+def spreads_of_persistence(i: int, maps: Readings, space: Tensor, goals: Tensor, signal: Array) -> Array:
+    """Spreads of S for layer i and all later ones, ``[n - 1 - i]``; no product of two layers is needed.
+
+    The variance of S, were h_j in a basis of its own, is the squared norm of ``U^T E[h_j f_i^T] F A_i U / <r_i, f_i>``
+    over r. ``signal`` ``[n]``: ``<r_i, f_i>``. ``goals``: of :func:`goals_in`.
+    """
+    by_signal = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i]).float()
+    of_s = by_signal @ by_signal.T
+    return np.sqrt(np.array([_inner(one, of_s) for one in goals[i + 1 :]]) / space.shape[1] / 2)
 
 
 def spreads_of(
@@ -77,16 +77,18 @@ def spreads_of(
     narrow, goal, a = space.float(), moments.goal[i].float(), float(loading[i])
     back = narrow @ (narrow.T @ (goal @ of_s))  # U U^T G_i S S^T
 
-    def inner(left: Tensor, right: Tensor) -> float:
-        return float((left * right).sum(dtype=torch.float64))
-
-    own, here, persistence, carried = moments.own[i], inner(goals[i], of_s), [], []
+    own, here, persistence, carried = moments.own[i], _inner(goals[i], of_s), [], []
     for k, j in enumerate(range(i + 1, len(signal))):
-        there, moved = inner(goals[j], of_s), (later[k] - own).float()
+        there, moved = _inner(goals[j], of_s), (later[k] - own).float()
         gained = (moments.goal[j] - moments.goal[i]).float()
-        of_gain = there + here - 2 * inner(back, moments.goal[j].float())
+        of_gain = there + here - 2 * _inner(back, moments.goal[j].float())
         along = narrow.T @ torch.stack([moved, moved @ of_r - 2 * a * (gained @ of_both)])
         persistence.append(there)
-        carried.append(max(0.0, inner(along[0], along[1]) + a**2 * of_gain))
+        carried.append(max(0.0, _inner(along[0], along[1]) + a**2 * of_gain))
     scale = 2 * space.shape[1]
     return np.sqrt(np.array(persistence) / scale), np.sqrt(np.array(carried) / scale)
+
+
+def _inner(left: Tensor, right: Tensor) -> float:
+    """Inner product of two matrices."""
+    return float((left * right).sum(dtype=torch.float64))

@@ -423,7 +423,8 @@ def _gates(
     sums = held.products(maps)
     moments = SecondMoments.of(dev.states, layers, held.means, fitted.room)
     signal, space = sums.total().layer["rf"] / len(dev), principal_space(moments)
-    spread = [spreads_of_persistence(moments, i, maps, space, signal) for i in range(len(layers) - 1)]
+    goals = goals_in(space, moments, fitted.room)
+    spread = [spreads_of_persistence(i, maps, space, goals, signal) for i in range(len(layers) - 1)]
     # No gate looks at the spread of c, which would need the products of all pairs of layers.
     chance = Chance(np.concatenate(spread), np.full(len(pairs[0]), np.nan))
     point, draws = held.quantities(sums, chance)
