@@ -85,9 +85,8 @@ def main(
             for row in run_preset(preset, given, changes, out / "work" / preset, place):
                 ledger.add(**row)
             total = ledger.at(preset=preset, stage=WHOLE).iloc[0]
-            say(
-                f"{preset}: {total['seconds']:.0f} s, {total['predicted']:.0f} predicted, {total['floor']:.0f} of them passes"
-            )
+            numbers = [f"{total[name]:.0f}" for name in ("seconds", "predicted", "floor")]
+            say(f"{preset}: {numbers[0]} s, {numbers[1]} predicted, {numbers[2]} of them passes of the model")
         described = {
             "model": model, "text": text, "device": place, "settings": list(setting or ()),
             "hardware": hardware(torch.device(place)), "versions": versions(), "git_revision": git_revision(),
