@@ -65,8 +65,8 @@ def value_name(name: str, kind: Any, is_argument: bool) -> str | None:
 app = App(
     name="lensbench",
     help="Does a language model refine one prediction, kept in one representation, layer by layer?\n\n"
-    "lensbench trains small models, fits a lens per layer and one lens for all layers, reads every lens "
-    "at every layer, and reports indices with intervals beside their nulls.",
+    "lensbench trains small models or reads pretrained ones. It fits a lens at each layer, asks whether what later layers "
+    "add to the prediction shows in the lenses of earlier layers, and reports the answer with intervals and nulls.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -10,7 +10,7 @@ from lensbench.cli.app import Debug, answerable, app, console
 from lensbench.report.in_width import show, show_line
 
 
-@app.command()
+@app.command(short_help="What every column of every table means.")
 @answerable
 def schema(
     further: Annotated[
@@ -25,7 +25,7 @@ def schema(
     sys.stdout.write(further_text() if further else schema_text())
 
 
-@app.command()
+@app.command(short_help="What can be named: suites, models, corpora.")
 @answerable
 def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""

@@ -29,7 +29,7 @@ class Begin(StrEnum):
     first = "first"
 
 
-@app.command()
+@app.command(short_help="How well a model predicts a text.")
 @answerable
 def bits(
     model: Source,
@@ -143,7 +143,7 @@ def read_as(
     return lines
 
 
-@app.command()
+@app.command(short_help="What each layer predicts in a text.")
 @answerable
 def trace(
     model: Annotated[

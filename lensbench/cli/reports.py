@@ -10,7 +10,7 @@ from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show, show_line
 
 
-@app.command()
+@app.command(short_help="Draw a run's figures again from its tables.")
 @answerable
 def figures(
     folder: Annotated[Path, typer.Argument(help="A run folder; its CSV tables are all that is read.")],
@@ -41,7 +41,7 @@ def figures(
         show_line(str(path), console)
 
 
-@app.command()
+@app.command(short_help="Write the light form of a run.")
 @answerable
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
@@ -65,7 +65,7 @@ def export(
     show_line(f"{to}: {size / 1e6:.2f} MB", console)
 
 
-@app.command()
+@app.command(short_help="Compare runs: reproduced, or what differs?")
 @answerable
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; the first is what the others are held against.")],
@@ -123,7 +123,7 @@ def compare(
         show_line(f"Page: {html}", console)
 
 
-@app.command()
+@app.command(short_help="One HTML page of a run.")
 @answerable
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; what is shown is read from them alone.")],
@@ -142,7 +142,7 @@ def report(
     show_line(str(path), console)
 
 
-@app.command()
+@app.command(short_help="All models of several runs on one page, side by side.")
 @answerable
 def ruler(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, of texts and of images.")],
@@ -175,7 +175,7 @@ def ruler(
         show_line(str(out), console)
 
 
-@app.command()
+@app.command(short_help="The decomposition at other tolerances, metrics and units.")
 @answerable
 def settings(
     folders: Annotated[list[Path], typer.Argument(help="Run folders with an update decomposition.")],

@@ -16,7 +16,7 @@ from lensbench.runtime.bars import Bars
 from lensbench.runtime.progress import Quiet
 
 if TYPE_CHECKING:
-    from lensbench.suite.recipes import Suite
+    pass
 
 
 class MayNameACluster(PlainCommand):
@@ -148,7 +148,7 @@ DryRun = Annotated[
 ]
 
 
-@app.command(cls=MayNameACluster)
+@app.command(cls=MayNameACluster, short_help="Run a suite: train or load models, fit lenses, measure, report.")
 @answerable
 def run(
     suite: Annotated[str, typer.Argument(help="Name of a suite (see `lensbench models`) or a TOML file.")],
@@ -186,7 +186,6 @@ def run(
     again = [("--only", names), ("--probes", wanted), ("--device", [device] * (device != "auto"))]
     again += [("--ray", [ray] if ray else []), ("--max-hours", [f"{max_hours:g}"] * (max_hours != 1))]
     command = changes.command(suite, folder, again)
-    refuse_what_is_no_text(chosen, strict)
     start = time.perf_counter()
     ranks = join_ranks()
     on = choose_device(device)  # of several processes each has its own
@@ -205,6 +204,7 @@ def run(
             cluster=None if ray is None else Cluster(ray),
             options=changes.options(),
             command=command,
+            strict=strict,
         )
     leave_ranks(ranks)
     if not ranks.first:
@@ -218,15 +218,7 @@ def run(
     show_line(took, console)
 
 
-def refuse_what_is_no_text(suite: "Suite", strict: bool) -> None:
-    """Raise :class:`LensbenchError` where a folder of texts holds other files, if the user asked for that."""
-    from lensbench.data.reading import read_documents
-
-    if strict and suite.images is None:
-        read_documents(suite.corpus.spec, suite.corpus.max_bytes, strict=True)
-
-
-@app.command()
+@app.command(short_help="Try equally many settings of each model of a suite.")
 @answerable
 def sweep(
     name: Annotated[str, typer.Argument(help="Name of a sweep or a TOML file.")],

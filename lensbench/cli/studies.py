@@ -19,7 +19,7 @@ class Only(StrEnum):
     uneven = "uneven"
 
 
-@app.command()
+@app.command(short_help="How often verdicts and intervals are right where the truth is known.")
 @answerable
 def calibrate(
     name: Annotated[str, typer.Argument(help="Name of a calibration or a TOML file.")] = "calibration",
@@ -68,7 +68,7 @@ def calibrate(
     show_line(f"Tables: {folder}", console)
 
 
-@app.command("in-context")
+@app.command("in-context", short_help="How far models stay from an exact Bayes predictor.")
 @answerable
 def in_context(
     name: Annotated[str, typer.Argument(help="Name of a file of tasks, or a TOML file.")] = "in-context",
@@ -91,7 +91,7 @@ def in_context(
     show_line(f"Tables and figure: {folder}", console)
 
 
-@app.command()
+@app.command(short_help="Self-attention against gradient steps, on in-context regression.")
 @answerable
 def regression(
     name: Annotated[

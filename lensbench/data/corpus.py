@@ -72,17 +72,18 @@ def load_corpus(
     seed: int = 0,
     max_bytes: int | None = None,
     say: Say = warn,
+    strict: bool = False,
 ) -> Corpus:
     """The corpus of ``spec``, read and split.
 
     ``fractions`` are shares of the bytes, one for each of ``SPLITS``; only that of train may be 0. Whole documents are
     assigned to a split, near-duplicates together. Fewer than 20 documents are cut into blocks of 8192 bytes. The blocks
     form four contiguous sections with one block dropped at each border; the seed then has no effect. ``say`` gets one line
-    on texts that are left out. Raises LensbenchError for a corpus that cannot be read or is too short, and for fractions
-    that are not shares.
+    on texts that are left out; with ``strict`` files that are no text are refused. Raises LensbenchError for a corpus that
+    cannot be read or is too short, and for fractions that are not shares.
     """
     _check_fractions(fractions)
-    documents = read_documents(spec, max_bytes, say=say)
+    documents = read_documents(spec, max_bytes, say=say, strict=strict)
     if len(documents) < MIN_DOCUMENTS:
         splits = _split_blocks(spec, documents, fractions)
     else:

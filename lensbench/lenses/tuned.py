@@ -158,9 +158,18 @@ def load_tuned_lens(unembed: Unembed, source: str) -> TunedLens:
         config = TunedLensConfig.from_dict(read_json(config_path, ours=False))
         wanted = config.unembed_hash
         lens = _blank(unembed, config)  # writes the model's own hash into the config
+    except Exception as error:  # json and tuned-lens each raise their own
+        raise unreadable_lens(source, error) from error
+    try:
         state = torch.load(parameters, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip files and torch each raise their own, some with a number alone
+        raise LensbenchError(
+            f"{source}: its weights ({parameters.name}) are damaged: they are no file that torch.save wrote, or a part of "
+            "one; copy or save the lens again"
+        ) from error
+    try:
         lens.layer_translators.load_state_dict(state)
-    except Exception as error:  # json, pickle and torch each raise their own
+    except Exception as error:
         raise unreadable_lens(source, error) from error
     other = f"{source}: the lens was fitted to another model"
     if wanted is not None and wanted not in _unembedding_hashes(unembed):

@@ -16,24 +16,33 @@ from lensbench.data.samples import Samples
 from lensbench.data.tokens import train_tokenizer
 from lensbench.models.pretrained import identity, load_config, load_image_processor, load_tokenizer
 from lensbench.run.context import Context, digest_of
+from lensbench.runtime.progress import Progress
 from lensbench.streams.parts import image_shape
-from lensbench.suite.recipes import ImageRecipe, ModelRecipe
+from lensbench.suite.recipes import ImageRecipe, ModelRecipe, Suite
 
 
 def corpus_of(context: Context) -> Corpus:
     """The text of the suite, read and split once."""
-    cache, recipe = context.cache, context.suite.corpus
+    cache = context.cache
     if cache.corpus is None:
-        with context.progress.task("corpus", 1, "steps") as task:
-            cache.corpus = load_corpus(
-                recipe.spec,
-                fractions=recipe.fractions,
-                seed=recipe.seed,
-                max_bytes=recipe.max_bytes,
-                say=context.progress.say,
-            )
-            task.update(1)
+        cache.corpus = read_corpus(context.suite, context.progress)
     return cache.corpus
+
+
+def read_corpus(suite: Suite, progress: Progress, *, strict: bool = False) -> Corpus:
+    """The text of a suite, read and split; with ``strict`` files that are no text are refused."""
+    recipe = suite.corpus
+    with progress.task("corpus", 1, "steps") as task:
+        corpus = load_corpus(
+            recipe.spec,
+            fractions=recipe.fractions,
+            seed=recipe.seed,
+            max_bytes=recipe.max_bytes,
+            say=progress.say,
+            strict=strict,
+        )
+        task.update(1)
+    return corpus
 
 
 def images_of(context: Context) -> ImageSet:

@@ -38,11 +38,11 @@ from lensbench.run.baselines import baselines
 from lensbench.run.beginnings import beginning_facts
 from lensbench.run.capturing import forget_captures
 from lensbench.run.cluster import Cluster, cluster_tasks
-from lensbench.run.context import Context
+from lensbench.run.context import Cache, Context
 from lensbench.run.curves import learning_curve
 from lensbench.run.description import describe
 from lensbench.run.fitting import fitting
-from lensbench.run.inputs import data_of
+from lensbench.run.inputs import data_of, read_corpus
 from lensbench.run.origin import origin_of
 from lensbench.run.planning import planning
 from lensbench.run.probing import probing
@@ -88,6 +88,7 @@ def run_suite(
     cluster: Cluster | None = None,
     options: Sequence[str] = (),
     command: str = "",
+    strict: bool = False,
 ) -> Run:
     """Run a suite into ``folder`` and return its tables; finished stages are reused.
 
@@ -97,13 +98,17 @@ def run_suite(
     ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Of several ``ranks`` the
     first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages. ``options``: what the
     command line changed of the suite's file, which the manifest reports. ``command``: the command that goes on
-    with an unfinished run, which the page names that is written as results are finished.
+    with an unfinished run, which the page names that is written as results are finished. With ``strict`` a folder of
+    texts may hold nothing else.
 
     Raises :class:`LensbenchError` for what a user can mend.
     """
     check_request(suite, only, probes)
     if cluster is not None:
         cluster.check()
+    cache = Cache()
+    if strict and suite.images is None:  # refused before a folder is made; what is read here is not read again
+        cache.corpus = read_corpus(suite, progress, strict=True)
     with claimed(folder, suite.name, suite.threads, ranks, on_this_machine(suite, command)), without_progress_bars():
         context = Context(
             suite,
@@ -114,6 +119,7 @@ def run_suite(
             probes=tuple(probes),
             max_hours=max_hours,
             options=tuple(options),
+            cache=cache,
         )
         asked = [m for m in suite.models if not only or m.name in only]
         refuse_replacing(context)

@@ -10,7 +10,7 @@ from lensbench.measures.update.sentences import sentence
 from lensbench.measures.update.verdict import WITHOUT_FIRST
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
-from lensbench.run.fitting import random_bases
+from lensbench.run.fitting import loaded_lens, random_bases
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.runtime.stages import NotFinished
@@ -73,6 +73,8 @@ def decomposed(
 ) -> UpdateResult:
     """The decomposition itself: states of three splits, and what follows from them."""
     stream, recipe, who = stream_of(context, origin, model.view), context.suite.fit, f"{model.name}-seed{seed}"
+    if model.lens is not None:
+        loaded_lens(model.lens, stream)  # one of another model is refused before anything is measured
     samples = data.samples("fit", recipe.sequences, recipe.positions)
     fit, _ = captured_states(context, stream, samples, name=f"capture-update-fit-{who}", origin=origin)
     fit = in_clusters(fit, samples)

@@ -9,11 +9,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 messages = Console(stderr=True)
 """Where progress and messages go: standard error."""
@@ -44,6 +46,14 @@ class Bar:
             self.bars.remove_task(self.task)
 
 
+class Count(MofNCompleteColumn):
+    """How many units of how many; nothing for a bar of a single unit."""
+
+    def render(self, task: Task) -> Text:
+        """``3/10 lenses``."""
+        return Text() if task.total is None else super().render(task).append(f" {task.fields['unit']}")
+
+
 class Bars:
     """The :class:`lensbench.runtime.progress.Progress` of a terminal: bars with the time left; lines elsewhere."""
 
@@ -53,8 +63,7 @@ class Bars:
         self.bars = Progress(
             TextColumn("{task.description:<22}"),
             BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
+            Count(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[remark]}"),
@@ -76,8 +85,9 @@ class Bars:
         self.bars.stop()
 
     def task(self, name: str, total: int, unit: str) -> Bar:
-        """A bar of ``total`` units."""
-        return Bar(self.bars, self.bars.add_task(name, total=total, unit=unit, remark=""), unit)
+        """A bar of ``total`` units; one of a single unit moves to and fro, as nothing says how far it is."""
+        known = None if total == 1 else total
+        return Bar(self.bars, self.bars.add_task(name, total=known, unit=unit, remark=""), unit)
 
     def stages(self, total: int, names: Collection[str] = ()) -> None:
         """A line for the whole run of ``total`` stages stands above the bars, with the time left."""

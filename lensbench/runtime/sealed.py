@@ -26,7 +26,8 @@ def read_tensors(path: Path, remedy: str = "") -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        empty = path.is_file() and not path.stat().st_size
+        reason = "it is empty" if empty else next(iter(str(error).splitlines()), type(error).__name__)
         raise LensbenchError(f"{path} is damaged: {reason}{remedy and '; '}{remedy}") from error
 
 

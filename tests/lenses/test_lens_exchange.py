@@ -340,6 +340,17 @@ def test_code_in_a_lens_is_refused_and_not_run(tmp_path, kind):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"no weights at all", None])
+def test_damaged_weights_of_a_lens_are_said_in_words(tmp_path, content):
+    model = small_model("gpt2")
+    TunedLens.from_model(model).save(tmp_path / "lens")
+    weights = tmp_path / "lens" / "params.pt"
+    weights.write_bytes(weights.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(LensbenchError, match=r"its weights \(params.pt\) are damaged") as refused:
+        load_tuned_lens(ResidualStream(model).readout, f"path:{tmp_path / 'lens'}")
+    assert "Errno" not in str(refused.value)
+
+
 @pytest.mark.parametrize("change", [{"d_model": D + 1}, {"num_hidden_layers": L + 1}, {"num_hidden_layers": L - 1}])
 def test_a_config_that_is_not_of_its_weights_is_refused(tmp_path, change):
     model = small_model("gpt2")

@@ -657,7 +657,7 @@ LENSES = {
     "another model": (of_another_model, None, ("another model", "hash")),
     "fewer layers": (of_fewer_layers, None, ("2 layers of width 32", "3 of 32")),
     "another width": (of_another_width, None, ("another model", "width is 16")),
-    "damaged weights": (of_this_model, cut, ("cannot be loaded",)),
+    "damaged weights": (of_this_model, cut, ("(params.pt) are damaged", "save the lens again")),
     "no weights": (of_this_model, without_weights, ("params.pt",)),
     "damaged config": (of_this_model, no_config, ("cannot be loaded",)),
 }

@@ -61,3 +61,14 @@ def test_what_an_earlier_attempt_finished_counts_for_no_rate(monkeypatch):
         task.restored(8)
         (bar,) = progress.bars.tasks
         assert (bar.completed, bar.speed) == (8, None)
+
+
+def test_a_bar_of_a_single_unit_moves_without_a_count(monkeypatch):
+    out = shown(monkeypatch, True)
+    with Bars() as progress, progress.task("corpus", 1, "steps") as task:
+        (bar,) = progress.bars.tasks
+        assert bar.total is None  # rich moves such a bar to and fro
+        progress.bars.refresh()
+        task.update(1)
+    assert "corpus" in out.getvalue()
+    assert "0/" not in out.getvalue()
