@@ -4,19 +4,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import total_ordering
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses.jacobian import JacobianFacts
 from lensbench.lenses.maps import AffineMaps, rotated_maps
 from lensbench.lenses.recipe import ONE_STANDARD_ERROR, LensStage, Prior, Tolerance
 from lensbench.streams.rotated import RotatedView
 
 SPELLING = re.compile(
-    r"(?P<kind>[a-z][a-z0-9_]*)-(?P<prior>zero|identity|none)-(?P<stage>closed|refined|loaded|none)"
+    r"(?P<kind>[a-z][a-z0-9_]*)-(?P<prior>zero|identity|none)-(?P<stage>closed|refined|backward|loaded|none)"
     r"(@(?P<tolerance>1se|[0-9.]+(e[+-]?[0-9]+)?))?(-view(?P<view>[0-9]+))?(-refit(?P<refit>[0-9]+))?"
 )
 
@@ -134,6 +142,16 @@ class LensRecord(BaseModel):
     iterations: list[int] = []
     """Updates that a refinement kept, for each map."""
     ended: list[str] = []
+    jacobian: JacobianFacts | None = None
+    """How it was estimated, of a Jacobian lens"""
+
+    @model_serializer(mode="wrap")
+    def _as_made(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only of Jacobian lenses does a record say how they were estimated."""
+        content: dict[str, Any] = serialize(self)
+        if self.jacobian is None:
+            content.pop("jacobian", None)
+        return content
 
     @property
     def layers(self) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from lensbench.lenses.closed import ClosedForms
+from lensbench.lenses.jacobian import JacobianSource
 from lensbench.lenses.lens import FittedLens, LensId, LensRecord, joined
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments, RotatedMoments
@@ -37,6 +38,8 @@ class FitContext:
     """The random bases of the null."""
     loaded: AffineMaps | None = None
     """Lenses of others, one per layer, for the transfer matrix instead of fitting them."""
+    jacobians: JacobianSource | None = None
+    """The model and the prompts that Jacobian lenses are estimated from; None: there are states alone"""
     pieces: Pieces = NOTHING_KEPT
     progress: Progress = QUIET
     parts: dict[LensId, list[FittedLens]] = field(default_factory=dict)
@@ -56,6 +59,7 @@ class FitContext:
         *,
         seed: int,
         loaded: AffineMaps | None = None,
+        jacobians: JacobianSource | None = None,
         pieces: Pieces = NOTHING_KEPT,
         progress: Progress = QUIET,
     ) -> "FitContext":
@@ -77,8 +81,8 @@ class FitContext:
             turned[k].know(spread_layers(layers, recipe.layers), room)
         refit_room = again(room, (2, layers, d, d)) if recipe.refits else IN_MEMORY
         return cls(
-            readout, fit, dev, moments, search, recipe, seed, views, loaded, pieces, progress, refit_room=refit_room,
-            _turned=turned,
+            readout, fit, dev, moments, search, recipe, seed, views, loaded, jacobians, pieces, progress,
+            refit_room=refit_room, _turned=turned,
         )  # fmt: skip
 
     @property
@@ -138,6 +142,8 @@ class Phase(IntEnum):
     PAIRS = 4
     REFITS = 5
     REFINED = 6
+    BACKWARD = 7
+    AFTER_BACKWARD = 8
 
 
 @dataclass(frozen=True)

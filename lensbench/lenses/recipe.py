@@ -3,21 +3,53 @@
 import itertools
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 Prior = Literal["zero", "identity", "none"]
 """The map B0 that a ridge shrinks towards; ``none`` for a lens that no regression made."""
 
 
-LensStage = Literal["closed", "refined", "loaded", "none"]
-"""How a lens was made: closed form, refined on KL, loaded from a file, or not fitted at all."""
+LensStage = Literal["closed", "refined", "backward", "loaded", "none"]
+"""How a lens was made: closed form, refined on KL, by backward passes, loaded from a file, or not fitted at all."""
 
 
 Tolerance = float | Literal["1se"]
 """The dev loss that a ridge may cost: a share of ``K_0 - best``, or one standard error."""
 
 
-ADDED_SETTINGS = ("pairs", "search_tokens", "record_tokens", "rotated_own")
+ADDED_SETTINGS = ("pairs", "search_tokens", "record_tokens", "rotated_own", "lenses", "jacobian")
+
+
+Further = Literal["jacobian", "jacobian_local", "shared_jacobian"]
+"""Kinds of lens that are fitted where a recipe names them"""
+
+
+class JacobianRecipe(BaseModel):
+    """How Jacobian lenses are estimated; what is left out is as published."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    prompts: int = Field(100, ge=2, description="sequences of the fit split at most that the mean is over")
+    method: Literal["auto", "exact", "random"] = Field(
+        "auto",
+        description="exact: a backward pass for every row of J; random: unbiased, from random vectors; auto: the cheaper",
+    )
+    precision: float = Field(
+        0.1, gt=0, description="relative standard error (Frobenius) for which auto chooses the method and the prompts"
+    )
+    probes: int = Field(4, ge=1, description="random vectors of each prompt")
+    positions: int = Field(2, ge=1, description="positions of each prompt of an exact jacobian_local, drawn at random")
+    skip_first: int = Field(
+        16, ge=-1, description="positions left out at the start of a prompt; -1: those before evaluate.first_position"
+    )
+    skip_last: int = Field(1, ge=0, description="positions left out at its end")
+    rows: int = Field(16, ge=1, description="copies of a prompt, or prompts, in a backward pass")
 
 
 class FitRecipe(BaseModel):
@@ -80,6 +112,18 @@ class FitRecipe(BaseModel):
         gt=0,
         description="states beyond this are kept in a memory-mapped temporary file (TMPDIR) instead of in memory",
     )
+    lenses: tuple[Further, ...] = Field(
+        (), description="further kinds of lens: jacobian, jacobian_local, shared_jacobian (needs jacobian)"
+    )
+    jacobian: JacobianRecipe = JacobianRecipe()
+
+    @model_validator(mode="after")
+    def _mean_of_something(self) -> "FitRecipe":
+        if "shared_jacobian" in self.lenses and "jacobian" not in self.lenses:
+            raise ValueError("lenses names shared_jacobian, the mean of the lenses jacobian: name jacobian, too")
+        if len(set(self.lenses)) < len(self.lenses):
+            raise ValueError("lenses names a kind twice")
+        return self
 
     @property
     def fitted(self) -> dict[str, Any]:

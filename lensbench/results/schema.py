@@ -18,7 +18,7 @@ _WHO = {
 
 
 _HOW = {
-    "stage": "How lenses were fitted: closed (ridge), refined (on KL), loaded (someone else's), or none.",
+    "stage": "How lenses were fitted: closed (ridge), refined (on KL), backward (Jacobian), loaded (another's), or none.",
     "prior": "What the ridge shrinks the map towards: zero or identity.",
 }
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import FIT_FORMAT, fit
+from lensbench.lenses.jacobian import JacobianSource
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.planning import FitContext
@@ -38,7 +40,7 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
         if stream.layers < 2:
             raise LensbenchError(f"model {model.name} has one layer: there is nothing to transfer a lens to")
         loaded = None if model.lens is None else loaded_lens(model.lens, stream)
-        samples = data.samples("fit", recipe.sequences, recipe.positions)
+        samples = windows = data.samples("fit", recipe.sequences, recipe.positions)
         captured, _ = captured_states(
             context, stream, samples, name=f"capture-fit-{who}", origin=origin, ranks=context.ranks
         )
@@ -46,14 +48,22 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
         dev, readout = captured_states(
             context, stream, samples, name=f"capture-dev-{who}", origin=origin, constant=constant, ranks=context.ranks
         )
+        view = None
         if model.rotated:
             view = random_bases(context, captured, seed)
             view.save(folder / ROTATION)
             captured, dev = view.apply(captured), view.apply(dev)
+        jacobians = None
+        if recipe.lenses:
+            assert isinstance(windows, Windows)  # the suite refuses further kinds of images
+            jacobians = JacobianSource(
+                stream, windows, recipe.jacobian, seed, context.suite.evaluate.first_position, view, context.ranks
+            )
         pieces = Pieces(folder / "pieces", context.ranks, mapped=True)
         work = FitContext.of(
-            readout, captured, dev, recipe, seed=seed, loaded=loaded, pieces=pieces, progress=context.progress
-        )
+            readout, captured, dev, recipe, seed=seed, loaded=loaded, jacobians=jacobians, pieces=pieces,
+            progress=context.progress,
+        )  # fmt: skip
         fitted = fit(work, task=f"fit-{who}")
         fitted.save(folder)
         fitted.export(folder, readout, model_name=label_of(context, model, origin))

@@ -174,13 +174,22 @@ class ResidualStream:
         states, logits = self._states(inputs, torch.clone if self.pooling is None else self.pooling)
         return states, logits.to(self.device)
 
-    def graph(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+    def graph(self, inputs: Tensor, *, read_out: bool = True) -> tuple[list[Tensor], Tensor]:
         """States h_0..h_L, each ``[B, T, d]``, and logits ``[B, T, V]``, in one autograd graph if gradients are enabled.
 
         The states are whole, whatever the view: gradients flow through the entries that a view leaves out. States of
-        images are not pooled: ``[B, N, d]`` or ``[B, d, H, W]``, with logits ``[B, V]``.
+        images are not pooled: ``[B, N, d]`` or ``[B, d, H, W]``, with logits ``[B, V]``. With ``read_out=False`` the head
+        runs at no position, and the logits hold none.
         """
-        return self._collected(inputs, lambda h: h, self._run)
+        if read_out:
+            return self._collected(inputs, lambda h: h, self._run)
+        none = self._head.register_forward_pre_hook(
+            lambda _, args: args[0][:1, :0] if self.pooling is None else args[0][:0]
+        )
+        try:
+            return self._collected(inputs, lambda h: h, self._run)
+        finally:
+            none.remove()
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

@@ -308,6 +308,8 @@ class Suite(_Strict):
                 self._can_be_trained(model)
         if self.images is not None:
             self._probes_see_images()
+            if self.fit.lenses:
+                raise ValueError(f"fit.lenses names {self.fit.lenses[0]}: that is for language models")
         else:
             self._text_is_long_enough()
         return self

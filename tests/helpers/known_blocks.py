@@ -33,7 +33,7 @@ class _Known(LlamaDecoderLayer):  # of this class, or transformers would not rep
 def known_model(steps: list[Step], first: Tensor, seed: int = 0) -> PreTrainedModel:
     """A Llama whose block k is ``steps[k]``; ``first`` ``[V, d]`` are its embeddings."""
     model = small_model(
-        "llama", seed, vocab_size=V, hidden_size=first.shape[1], num_attention_heads=2, num_key_value_heads=2,
+        "llama", seed, vocab_size=len(first), hidden_size=first.shape[1], num_attention_heads=2, num_key_value_heads=2,
         num_hidden_layers=len(steps), tie_word_embeddings=False,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ def lens_colours() -> dict[str, str]:
     return {kind.name: kind.colour for kind in layer_kinds()} | {NULL: PURPLE}
 
 
-DASHES = {"none": "", "refined": "", "closed": (4, 1.5), "rotated": (1, 1)}
+DASHES = {"none": "", "refined": "", "backward": "", "closed": (4, 1.5), "rotated": (1, 1)}
 
 
 @figure("kl_by_layer", needs=("lenses.csv",), frame=lens_frame)
