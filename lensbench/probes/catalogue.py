@@ -8,9 +8,10 @@ from lensbench.probes.measured import Measurement
 from lensbench.probes.subject import Subject
 from lensbench.streams.parts import evaluating
 
-Owner = Literal["model", "layer", "pair", "head", "blocks"]
+Owner = Literal["model", "layer", "pair", "head", "blocks", "rank", "layer and rank"]
 """What a value belongs to. The columns ``layer`` and ``other`` of ``probes.csv`` say which one: a layer or block
-(``layer``), two layers (both), a head of a layer (both), a number of blocks (``other``), or the whole model (neither)."""
+(``layer``), two layers (both), a head of a layer (both), a number of blocks or a rank (``other``), a rank of a layer's
+lens (both), or the whole model (neither)."""
 
 
 Table = Literal["places", "layers", "models", "heads"]

@@ -13,6 +13,7 @@ from lensbench.probes.guess_and_refine import GUESS_AND_REFINE
 from lensbench.probes.head_weights import HEAD_WEIGHTS
 from lensbench.probes.injection_survival import INJECTION_SURVIVAL
 from lensbench.probes.known_places import KNOWN_PLACES
+from lensbench.probes.lens_rank import LENS_RANK
 from lensbench.probes.loops import LOOPS
 from lensbench.probes.matched_transfer import MATCHED_TRANSFER
 from lensbench.probes.prediction_visibility import PREDICTION_VISIBILITY
@@ -38,6 +39,7 @@ PROBES: dict[str, Probe] = {
         GRADIENT_STEPS,
         PREFIX_READ_OUT,
         GUESS_AND_REFINE,
+        LENS_RANK,
         LOOPS,
     )
 }

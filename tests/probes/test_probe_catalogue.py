@@ -18,6 +18,8 @@ COLUMNS = {
     "pair": (True, True),
     "head": (True, True),
     "blocks": (False, True),
+    "rank": (False, True),
+    "layer and rank": (True, True),
 }
 """Whether ``layer`` and ``other`` have a value, by what a quantity belongs to."""
 

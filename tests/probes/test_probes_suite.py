@@ -7,14 +7,14 @@ from helpers.suites import write_suite
 from typer.testing import CliRunner
 
 from lensbench.cli import app
-from lensbench.report.figures import frames, guesses, probes, style
+from lensbench.report.figures import frames, guesses, probes, ranks, style
 from lensbench.results.folder import read_run
 
 pytestmark = pytest.mark.run
 
 NAMES = [
     "prediction_visibility", "error_transport", "head_weights", "few_shot", "causal_fidelity", "gradient_steps",
-    "prefix_read_out", "guess_and_refine",
+    "prefix_read_out", "guess_and_refine", "lens_rank",
 ]  # fmt: skip
 
 
@@ -120,3 +120,11 @@ def test_guesses_of_every_lens_stand_next_to_their_nulls(run):
             assert set(rows["lens"]) == lenses
             assert rows["value"].between(0, 1).all()
     assert (run[1] / "figures" / "guess_and_refine.png").stat().st_size > 10_000
+
+
+def test_every_rank_of_every_lens_is_drawn(run):
+    frame = ranks.rank_frame(read_run(run[1]))
+    for _, rows in frame.groupby(["model", "what", "kind"]):
+        assert list(rows["rank"]) == [0, 1, 2, 4, 8, 16]
+    assert len(frame) == 2 * 2 * 3 * 6
+    assert (run[1] / "figures" / "lens_rank.png").stat().st_size > 10_000

@@ -216,6 +216,7 @@ PARTS_OF_PROBES = {
         "injection_survival.answers_of", "tools.interventions.after_moves",
         "tools.interventions.last_states",
     ],
+    "lens_rank": ["lens_rank.cuts_of"],
     "prediction_visibility": ["prediction_visibility.Baseline.of", "tools.predictions.Directions.of"],
     "prefix_read_out": ["prefix_read_out.prefix_against_full"],
 }  # fmt: skip
