@@ -197,3 +197,43 @@ def settings(
             write_csv(out / name, table)
     for shown in settings_tables(frame, doubt):
         show(shown, console, keys=2)
+
+
+@app.command()
+@answerable
+def trends(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders of models that differ in size, or in training.")],
+    index: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An index, or 'PROBE: QUANTITY'; repeat it. Default: every one is tested, the headlines shown."
+        ),
+    ] = None,
+    series: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME,NAME,...: models that differ in parameters, whose names do not say so; repeat it."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write trends.csv and trend_points.csv here.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Draw each index over tokens and over parameters here.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every index.")] = False,
+    debug: Debug = False,
+) -> None:
+    """How much does each index change as training tokens or parameters double?
+
+    Series are the checkpoints (or revisions) of a model, and models whose names differ in a size alone. Slopes have
+    intervals over seeds, of one seed over documents; p is corrected (Holm) over the indices of a series.
+    """
+    from lensbench.report.trends import draw_trends, shown_indices, trend_tables, trends_of
+    from lensbench.results.folder import write_csv
+
+    named = [[name.strip() for name in several.split(",")] for several in series or ()]
+    found = trends_of(folders, indices=index or (), named=named)
+    shown = shown_indices(found, index or (), everything)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, table in (("trends.csv", found.table), ("trend_points.csv", found.points)):
+            write_csv(out / name, table)
+    for one in trend_tables(found, shown):
+        show(one, console, keys=2)
+    for path in draw_trends(found, shown, figures) if figures is not None else ():
+        show_line(str(path), console)

@@ -1,0 +1,85 @@
+"""Indices over training tokens and over parameters: each seed, and the mean over seeds with its interval."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lensbench.measures.indices import INDICES
+from lensbench.report.figures.layout import legend_outside, panel_for_each, title_and_caption
+from lensbench.report.figures.registry import figure, nats_per
+from lensbench.report.figures.style import line_looks, pt
+from lensbench.report.series import HEADLINES, OVER, PARAMETERS, TOKENS, points_of, series_of, values_of
+from lensbench.results.folder import Run
+
+FIGURE_OVER = {TOKENS: "over_training", PARAMETERS: "over_parameters"}
+"""What models differ in -> name of the figure"""
+
+
+def tokens_frame(run: Run) -> pd.DataFrame:
+    """The headline indices of every series over training tokens, as :func:`points_of` has them."""
+    return headline_frame(run, TOKENS)
+
+
+def parameters_frame(run: Run) -> pd.DataFrame:
+    """The headline indices of every series over parameters."""
+    return headline_frame(run, PARAMETERS)
+
+
+def headline_frame(run: Run, over: str) -> pd.DataFrame:
+    """The points of the headlines in their order; empty for a run without a series."""
+    series = [one for one in series_of(run.tables["models.csv"]) if one.over == over]
+    values = values_of(run) if series else pd.DataFrame({"index": []})
+    return points_of(values[values["index"].isin(HEADLINES)], series)
+
+
+@figure("over_training", needs=("models.csv", "indices.csv"), frame=tokens_frame)
+def over_training(frame: pd.DataFrame) -> Figure:
+    """A panel for each index over the tokens that models were trained on, a line for each series."""
+    return trend_panels(frame, TOKENS, HEADLINES)
+
+
+@figure("over_parameters", needs=("models.csv", "indices.csv"), frame=parameters_frame)
+def over_parameters(frame: pd.DataFrame) -> Figure:
+    """A panel for each index over the parameters of models, a line for each series."""
+    return trend_panels(frame, PARAMETERS, HEADLINES)
+
+
+def trend_panels(frame: pd.DataFrame, over: str, indices: Sequence[str]) -> Figure:
+    """Panels of ``indices`` over one of :data:`OVER`, on a scale of doublings."""
+    there = [name for name in indices if name in set(frame["index"])]
+    drawing, panels = panel_for_each(there, 2.9, 1.2, sharey=False)
+    names = list(dict.fromkeys(frame["series"]))
+    for panel, index in zip(panels, there, strict=True):
+        for name, look in zip(names, line_looks(len(names)), strict=True):
+            rows = frame[(frame["index"] == index) & (frame["series"] == name)]
+            draw_series(panel, rows, name, look)
+        panel.set_xscale("log")
+        panel.set(xlabel=OVER[over], ylabel=label_of(index, frame))
+        panel.yaxis.label.set_fontsize(pt(8))
+    legend_outside(drawing, *panels[0].get_legend_handles_labels())
+    caption = "Faint: each seed. Bars: 95 % intervals, Student's t over seeds; of one seed, over documents."
+    title_and_caption(drawing, f"What changes with {OVER[over]}?", caption)
+    return drawing
+
+
+def draw_series(panel: Axes, rows: pd.DataFrame, name: str, look: dict[str, Any]) -> None:
+    """A line through the means (or the one seed's values) with their intervals, and a faint line for each seed."""
+    several = rows.groupby("model")["seed"].transform(lambda seeds: (seeds.astype(str) == "all").any())
+    shown = rows[(rows["seed"].astype(str) == "all") | ~several].sort_values("x")
+    for _, seed in rows[several & (rows["seed"].astype(str) != "all")].groupby("seed"):
+        ordered = seed.sort_values("x")
+        panel.plot(ordered["x"], ordered["value"], color=look["color"], lw=0.7, alpha=0.35)
+    panel.plot(shown["x"], shown["value"], lw=1.4, ms=4, label=name, **look)
+    panel.vlines(shown["x"], shown["ci_low"], shown["ci_high"], color=look["color"], lw=1.4)
+
+
+def label_of(index: str, frame: pd.DataFrame) -> str:
+    """What an axis calls a quantity."""
+    if index in ("ce", "bits_per_byte"):
+        return f"cross-entropy ({nats_per(frame)})" if index == "ce" else "bits per byte"
+    if index in INDICES:
+        return INDICES[index].label.replace(", ", ",\n")
+    return index.replace(": ", ":\n").replace("_without_layer0", ",\nwithout layer 0").replace("_", " ")
