@@ -180,10 +180,9 @@ def difference_of_measure(a: Manifest, b: Manifest) -> str:
     """What makes two runs measure different things, by their manifests; empty where nothing does."""
     if a.code_version != b.code_version:
         return f"code versions {a.code_version} and {b.code_version}; run one of them again"
-    if a.corpus.spec != b.corpus.spec:
-        return f"text: {a.corpus.spec} and {b.corpus.spec}"
-    if a.corpus.spec != "stdlib" and a.corpus.checksum != b.corpus.checksum:
-        return f"text: {a.corpus.spec} held other documents"
+    # A model on two texts can be compared with itself: its differences are those of the texts.
+    if not set(a.models) & set(b.models) and (texts := difference_of_texts(a, b)):
+        return f"text: {texts}"
     for section, key in SAME_MEASURE:
         first, second = (manifest.suite.content().get(section, {}).get(key) for manifest in (a, b))
         if first != second:
@@ -193,6 +192,15 @@ def difference_of_measure(a: Manifest, b: Manifest) -> str:
         places = [m.tokenizers[name].get("begin", {}).get("begin", "first window") for m in (a, b)]
         if places[0] != places[1] and "every window" in places:
             return f"the beginning-of-text token of {name} stands in {places[0]} and {places[1]}"
+    return ""
+
+
+def difference_of_texts(a: Manifest, b: Manifest) -> str:
+    """How the texts of two runs differ; empty where they do not, or where they are those of two versions of Python."""
+    if a.corpus.spec != b.corpus.spec:
+        return f"{a.corpus.spec} and {b.corpus.spec}"
+    if a.corpus.spec != "stdlib" and a.corpus.checksum != b.corpus.checksum:
+        return f"{a.corpus.spec} held other documents"
     return ""
 
 
@@ -280,13 +288,14 @@ def facts_and_verdicts(run: Run) -> list[dict[str, Any]]:
 def worth_comparing(first: ComparedModel, second: ComparedModel, models: list[ComparedModel]) -> bool:
     """Whether a difference is of interest: two models of one run; of two runs, those of one name, and those without.
 
-    A model is without a namesake where the other run has no model of its name. Two of one run share their seed; of two
-    runs, too, unless they have none in common. ``models``: all that are compared.
+    A model is without a namesake where the other run has no model of its name; on two texts only namesakes
+    compare. Two of one run share their seed; of two runs, too, unless they have none in common. ``models``: all that are
+    compared.
     """
     if first.group == second.group:
         return first.seed == second.seed
     ours, theirs = ({m.model for m in models if m.group == one.group} for one in (first, second))
-    alone = first.model not in theirs and second.model not in ours
+    alone = first.model not in theirs and second.model not in ours and first.corpus == second.corpus
     if first.model != second.model and not alone:
         return False
     seeds = [{m.seed for m in models if (m.group, m.model) == (one.group, one.model)} for one in (first, second)]

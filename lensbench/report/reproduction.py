@@ -30,7 +30,10 @@ def answer(reference: Run, run: Run) -> str:
     """The answer without the names of the folders."""
     a, b = reference.manifest, run.manifest
     if a.corpus.checksum != b.corpus.checksum:
-        return f"not the same: text ({a.corpus.spec} held other documents); differences are unpaired"
+        texts = f"{a.corpus.spec} held other documents"
+        if a.corpus.spec != b.corpus.spec:
+            texts = f"{a.corpus.spec} and {b.corpus.spec}"
+        return f"not the same: text ({texts}); differences are those of the texts, and unpaired"
     if parts_of_one(reference, run):
         return f"other models of the same suite ({', '.join(b.models)}): read as one run"
     changed = settings_that_differ(a, b)

@@ -120,22 +120,27 @@ def ruler_table(run: Run) -> Table:
     shown = shown_seeds(run.tables["indices.csv"]).set_index(["model", "index"])
     judged = shown_seeds(run.tables["verdicts.csv"]).set_index(["model", "scope"])
     sizes = run.tables["models.csv"].drop_duplicates("model").set_index("model")
-    names = [name for name in RULER if (shown.index.get_level_values(1) == name).any()]
+    absent = left_out(run.tables["indices.csv"])
+    names = [name for name in RULER if (shown.index.get_level_values(1) == name).any() and name not in absent]
+    fixed_columns = [] if INDEX_OF["visibility"] in absent else list(FIXED)
     known = bool(judged["known"].notna().any())
     table = Table(
         Column("model", no_wrap=True), "parameters", "layers", *["known by construction"] * known, "verdict",
-        "verdict without layer 0", *(INDICES[name].label for name in names), "by lenses held fixed",
-        "by lenses held fixed, without layer 0", title="the ruler [95 % intervals]",
+        "verdict without layer 0", *(INDICES[name].label for name in names), *fixed_columns,
+        title="the ruler [95 % intervals]",
     )  # fmt: skip
     for model in dict.fromkeys(shown.index.get_level_values(0)):
         size = [f"{sizes.loc[model, column]:,.0f}" for column in ("parameters", "layers")]
         rows = [judged.loc[(model, scope)] for scope in SCOPES if (model, scope) in judged.index]
         told = [next((row["known"] for row in rows if pd.notna(row["known"])), "")] * known
         cells = [with_interval(shown.loc[model, name]) if (model, name) in shown.index else "" for name in names]
-        fixed = (row["fixed_lens_verdict"] for row in rows)
+        fixed = [row["fixed_lens_verdict"] for row in rows] if fixed_columns else []
         table.add_row(model, *size, *told, *map(verdict_cell, rows), *cells, *fixed)
     return table
 
+
+FIXED = ("by lenses held fixed", "by lenses held fixed, without layer 0")
+"""Columns of the ruler for the verdicts by lenses held fixed"""
 
 RULER = (
     "in_place_without_layer0", "clarity_without_layer0", INDEX_OF["consistency"], INDEX_OF["visibility"],

@@ -195,8 +195,32 @@ def test_compare_refuses_runs_that_measure_different_things(tiny_run, tmp_path):
     refused(run("compare", tiny_run, other), "not the same: fit.tolerance is 0.02 and 0.05")
 
 
-def test_compare_refuses_runs_on_different_texts(tiny_run, tmp_path):
+def test_a_model_on_two_texts_is_compared_with_itself_unpaired(tiny_run, tmp_path):
     other = with_manifest(tiny_run, tmp_path / "other", lambda m: m["corpus"].update(checksum="another"))
+    result = run("compare", tiny_run, other, "--out", tmp_path / "table.csv")
+    assert result.exit_code == 0, result.output
+    first = result.output.splitlines()[0]
+    assert first.startswith("not the same: text")
+    assert "differences are those of the texts" in first
+    table = pd.read_csv(tmp_path / "table.csv")
+    between = table[(table["kind"] == "difference") & (table["run"] != table["against_run"]) & (table["seed"] != "all")]
+    assert len(between)
+    assert (between["model"] == between["against_model"]).all()
+    assert not between["paired"].any()
+    told = between.dropna(subset=["value"])
+    assert told["note"].str.contains("another corpus").all()
+    np.testing.assert_allclose(told["value"], 0.0, atol=1e-12)  # both hold the same numbers ...
+    wide = told[told["index"] == "ce"]
+    assert (wide["ci_low"] < -1e-6).all()  # ... and their draws do not move together
+    assert (wide["ci_high"] > 1e-6).all()
+
+
+def test_compare_refuses_other_models_on_different_texts(tiny_run, tmp_path):
+    def renamed(m):
+        m["corpus"].update(checksum="another")
+        m["models"] = [f"other-{name}" for name in m["models"]]
+
+    other = with_manifest(tiny_run, tmp_path / "other", renamed)
     refused(run("compare", tiny_run, other), "not the same: text", "held other documents")
 
 
@@ -206,7 +230,7 @@ def test_compare_refuses_what_other_settings_and_texts_gave(tiny_run, tmp_path):
     suite = write_suite(tmp_path, **{"rotations = 2": "rotations = 2\ntolerance = 0.05"})
     write_texts(tmp_path / "texts", seed=5)
     assert run("run", suite, "--out", tmp_path / "other", "--only", "gpt").exit_code == 0
-    refused(run("compare", tiny_run, tmp_path / "other"), "not the same: text", "held other documents")
+    refused(run("compare", tiny_run, tmp_path / "other"), "not the same: fit.tolerance is 0.02 and 0.05")
     corpus = read_run(tiny_run).manifest.corpus
     same = with_manifest(tmp_path / "other", tmp_path / "same", lambda m: m["corpus"].update(checksum=corpus.checksum))
     refused(run("compare", tiny_run, same), "not the same: fit.tolerance is 0.02 and 0.05")
