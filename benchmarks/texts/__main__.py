@@ -1,11 +1,13 @@
 """``python -m benchmarks.texts``: write the pages; with ``--check``, say which are not what the templates give."""
 
 import sys
+from itertools import chain
 from typing import Annotated
 
 import typer
 
-from benchmarks.texts.pages import differing_pages, write_pages
+from benchmarks.texts.annotated import write_annotated
+from benchmarks.texts.pages import ROOT, differing_pages, write_pages
 
 
 def main(
@@ -16,7 +18,9 @@ def main(
 ) -> None:
     """Write README.md, the findings and the guides from benchmarks/texts/templates and the numbers in results/."""
     failed = False
-    for line in differing_pages() if check else write_pages(names=pages):
+    of_readme = not check and (not pages or "README.md" in pages)
+    figure = write_annotated(ROOT / "results") if of_readme else ()
+    for line in chain(differing_pages() if check else write_pages(names=pages), figure):
         sys.stdout.write(f"{line}\n")
         failed = failed or check or line.startswith("failed")
     if failed:

@@ -155,7 +155,7 @@ def ruler(
 ) -> None:
     """All models of several runs on one ruler, whatever they read: side by side, not compared.
 
-    Models of other data and sizes differ in more than one thing; `compare` tells differences of those that share theirs.
+    Models of other data and sizes differ in more than one thing; `compare` is for those that share both.
     """
     from lensbench.report.compare import side_by_side
     from lensbench.report.terminal import ruler_table
@@ -185,7 +185,7 @@ def settings(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """An index of the update decomposition at other tolerances, metrics and units, and what its doubt is made of."""
+    """An index of the update decomposition at other tolerances, metrics and units, and where its uncertainty comes from."""
     from lensbench.report.compare import read_distinct
     from lensbench.report.settings import doubt_frame, settings_frame, settings_tables
     from lensbench.results.folder import write_csv

@@ -19,7 +19,7 @@ class Only(StrEnum):
     uneven = "uneven"
 
 
-@app.command(short_help="How often verdicts and intervals are right where the truth is known.")
+@app.command(short_help="How often verdicts and intervals are right on known answers.")
 @answerable
 def calibrate(
     name: Annotated[str, typer.Argument(help="Name of a calibration or a TOML file.")] = "calibration",
@@ -35,7 +35,7 @@ def calibrate(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure how often verdicts are wrong, intervals miss, or how many tokens they take, on streams of known answer."""
+    """Measure on streams of known answer how often verdicts are wrong and intervals miss, or how many tokens they need."""
     from lensbench.report.calibration_tables import update_calibration_tables, update_tokens_tables
     from lensbench.report.study_tables import calibration_table
     from lensbench.run.studies import calibration_study, update_calibration_study, update_tokens_study

@@ -1,4 +1,4 @@
-"""An index of the update decomposition at other settings, and what its doubt is made of: appendix tables of runs."""
+"""An index of the update decomposition at other settings, and where its uncertainty comes from: appendix tables of runs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -188,6 +188,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, KeyError) and "in_context" in content:
             raise LensbenchError(f"{folder} holds tasks (`lensbench in-context`), not a run of a suite") from error
+        if isinstance(error, KeyError) and "schema_version" not in content:
+            raise LensbenchError(f"{folder} holds no run of a suite: its {MANIFEST} is another command's") from error
         raise LensbenchError(f"{path} is damaged: {error}") from error
     if manifest is None:
         raise LensbenchError(

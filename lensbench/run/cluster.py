@@ -153,7 +153,8 @@ class Cluster:
         try:
             self._reached()
         except (OSError, ValueError) as error:
-            raise LensbenchError(f"no Ray cluster at {self.address}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise LensbenchError(f"no Ray cluster at {self.address}: {reason}") from error
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
