@@ -1,11 +1,9 @@
 """A number with its 95 % interval: how it is written, and what can be said of it."""
 
-import math
 from dataclasses import dataclass
 
 from lensbench.errors import LensbenchError
-
-MOST_DECIMALS = 3
+from lensbench.report.formatting import MOST_DECIMALS, decimals_within, written
 
 
 class TextError(LensbenchError):
@@ -39,10 +37,7 @@ class Number:
     @property
     def decimals(self) -> int:
         """The fewest decimals whose unit is at most half of the interval's half-width, three at most."""
-        if self.low is None or self.high is None or self.high <= self.low:
-            return MOST_DECIMALS
-        unit = (self.high - self.low) / 4
-        return min(MOST_DECIMALS, max(0, math.ceil(-math.log10(unit) - 1e-9)))
+        return MOST_DECIMALS if self.low is None or self.high is None else decimals_within(self.low, self.high)
 
     def __str__(self) -> str:
         """The value and its interval, ``0.58 [0.52, 0.64]``."""
@@ -109,11 +104,6 @@ class Number:
     @property
     def _high(self) -> float:
         return self.value if self.high is None else self.high
-
-
-def written(value: float, decimals: int) -> str:
-    """A number with so many decimals, thousands separated; no minus before a zero."""
-    return f"{round(value, decimals) + 0.0:,.{decimals}f}"
 
 
 def claim(words: str, *conditions: Condition | bool) -> str:

@@ -47,7 +47,8 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
 
 def rendered(made: Environment, name: str) -> str:
     """The text of one page; raises :class:`TextError` with the line of its template that cannot be filled in."""
-    opening = f"<!-- Written by `python -m benchmarks.texts` from benchmarks/texts/templates/{name}{SUFFIX} -->\n"
+    said = f"Written by `python -m benchmarks.texts` from benchmarks/texts/templates/{name}{SUFFIX}"
+    opening = f"# {said}\n" if name.endswith(".csv") else f"<!-- {said} -->\n"
     try:
         return opening + made.get_template(f"{name}{SUFFIX}").render()
     except (LensbenchError, TemplateError, LookupError, AttributeError, TypeError, ValueError, OSError) as error:

@@ -12,6 +12,7 @@ import pandas as pd
 from benchmarks.texts.numbers import Condition, Number, TextError, UndefinedNumber, markdown
 from lensbench.report.claims import claim_rows, p_text
 from lensbench.report.joining import joined
+from lensbench.report.landmarks import landmark_table
 from lensbench.report.settings import REPORTED, doubt_frame, settings_frame
 from lensbench.report.verdicts import rule_of
 from lensbench.results.folder import Run, read_run
@@ -45,6 +46,11 @@ class Results:
     def runs(self) -> list[Run]:
         """The runs, checked."""
         return [run_of(folder) for folder in self.folders]
+
+    @property
+    def landmarks(self) -> str:
+        """The models as landmarks, as CSV."""
+        return landmark_table(self.runs).to_csv(index=False, lineterminator="\n")
 
     @cache  # noqa: B019 (as long as the environment, which is as long as the command)
     def table(self, name: str) -> pd.DataFrame:

@@ -4,13 +4,11 @@ It reads run folders and nothing else. All that it shows is in the markup; the s
 asks for no file, font or address outside itself.
 """
 
-import base64
 import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,29 +18,28 @@ from scipy import stats
 from lensbench.errors import LensbenchError
 from lensbench.measures.update.sentences import update_rule_in_words
 from lensbench.measures.verdict import rule_in_words
+from lensbench.report.answers import answer_section, colours_of
 from lensbench.report.claims import CELLS, claim_cells, claim_rows
 from lensbench.report.compare import Comparison
 from lensbench.report.comparison import opening, pair_name, shown_differences
 from lensbench.report.figures.frames import lens_frame, transfer_frame
-from lensbench.report.formatting import shown_seeds, with_interval
+from lensbench.report.figures.transfer import COSTS, cost_scale
 from lensbench.report.joining import grouped, joined, names_of
+from lensbench.report.number_cells import aligned
+from lensbench.report.page_tables import PageColumn, TableCell, csv_link, sortable, table_html
+from lensbench.report.plane_svg import planes
 from lensbench.report.profile_svg import profiles
-from lensbench.report.render import render
+from lensbench.report.render import render, shade
 from lensbench.report.reproduction import differs_by_interval
-from lensbench.report.svg import heatmap, kl_curves, ruler
+from lensbench.report.svg import heatmap, kl_curves
 from lensbench.report.terminal import doubts
 from lensbench.report.verdicts import Statement, UpdateStatement, rule_of, statements, update_statements
-from lensbench.results.folder import PACKED, Run, read_run, table_bytes, table_file
+from lensbench.results.folder import Run, read_run, table_file
 from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.results.schema import SCHEMA, unit
 from lensbench.runtime.files import write_atomically
 
-LARGEST_CSV = 1_500_000
-"""Bytes of a table that the page holds as a file; of a larger one it gives the name."""
-
 SHOWN_TABLES = ("models.csv", "indices.csv", "verdicts.csv", "baselines.csv", "tolerances.csv")
-
-MOST_ROWS = 400
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:
@@ -73,46 +70,63 @@ def page(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
     """The whole page, of a ``comparison`` with what it found; the same folders give the same bytes."""
     questions = list(dict.fromkeys(run.manifest.suite.question for run in runs))
     names = names_of(runs)
+    claims = [claims for parts in grouped([*runs]) if (claims := claim_list(joined(parts)))]
+    drawn = profiles(runs, names)
+    plane, held_fixed = planes(runs, names, colours_of(names))
     content = render(
         "report.html",
         title=questions[0] if questions else "lensbench",
         folders=list(dict.fromkeys(run.folder.name for run in runs)),
-        questions=questions,
+        heading=questions[0] if len(questions) == 1 else f"{len(runs)} runs, {len(questions)} questions",
         compared=Markup() if comparison is None else compared_section(comparison),
+        answers=answer_section(runs, names),
+        contents=contents(runs, drawn=bool(drawn), placed=bool(plane), claims=bool(claims)),
         verdicts=verdict_list(runs, names),
-        profiles=profiles(runs, names),
-        claims=[claims for parts in grouped([*runs]) if (claims := claim_list(joined(parts)))],
-        ruler=ruler(runs, names),
-        sections=[run_section(run, place, called) for place, (run, called) in enumerate(zip(runs, names, strict=True))],
+        profiles=drawn,
+        claims=claims,
+        plane=plane,
+        ruler=held_fixed,
+        sections=[
+            run_section(run, place, called, question=len(questions) > 1)
+            for place, (run, called) in enumerate(zip(runs, names, strict=True))
+        ],
     )
     return f"{content}\n"
+
+
+def contents(runs: Sequence[Run], *, drawn: bool, placed: bool, claims: bool) -> list[tuple[str, str]]:
+    """The sections of a page: where each is, and its name."""
+    found = [
+        *[("profile", "Where the prediction grows")] * drawn,
+        *[("plane", "Among landmarks")] * placed,
+        *[("claims", "Claims")] * claims,
+        ("verdicts", "The verdicts in full"),
+        ("ruler", "Lenses held fixed"),
+    ]
+    for place, run in enumerate(runs):
+        of = f" of {run.folder.name}" if len(runs) > 1 else ""
+        found += [(f"run{place}", f"Transfer penalties{of}"), (f"kl{place}", f"KL by layer{of}")]
+        found += [(f"tables{place}", f"Tables{of}"), (f"settings{place}", f"Settings{of}")]
+    return found
 
 
 def compared_section(comparison: Comparison) -> Markup:
     """The answer of a comparison, its warnings, and every difference whose interval leaves out 0."""
     found = shown_differences(comparison)
     clear = [row for _, row in found.iterrows() if differs_by_interval(row)]
-    columns = ("difference", "index", "value [95 %]", "paired", "note")
-    rows = [
-        (pair_name(row["against_run"], row["against_model"], row["run"], row["model"]), row["index"], with_interval(row),
-         "yes" if row["paired"] else "no", row["note"] if isinstance(row["note"], str) else "")
-        for row in clear
-    ]  # fmt: skip
-    table = Markup()
-    if rows:
-        table = render(
-            "table.html",
-            id="table-compared",
-            name=f"What differs: {len(rows)} of {len(found)} differences have an interval without 0",
-            cut=None,
-            opened=True,
-            link="",
-            columns=columns,
-            rows=[
-                [TableCell(text, wraps=column == "note") for column, text in zip(columns, row, strict=True)]
-                for row in rows
-            ],
-        )
+    columns = {
+        "difference": [pair_name(r["against_run"], r["against_model"], r["run"], r["model"]) for r in clear],
+        "index": [r["index"] for r in clear],
+        "paired": ["yes" if r["paired"] else "no" for r in clear],
+        "note": [r["note"] if isinstance(r["note"], str) else "" for r in clear],
+    }
+    written = [
+        PageColumn(name, [TableCell(text, wraps=name == "note") for text in texts]) for name, texts in columns.items()
+    ]
+    spans = [(r["value"], r["ci_low"], r["ci_high"]) for r in clear]
+    written.insert(2, PageColumn("value [95 %]", [TableCell(c.text, c.value, c.interval) for c in aligned(spans)]))
+    title = f"What differs: {len(clear)} of {len(found)} differences have an interval without 0"
+    table = sortable("table-compared", title, written, opened=True) if clear else Markup()
     return render("comparison.html", lines=opening(comparison), table=table)
 
 
@@ -150,30 +164,31 @@ def claim_list(run: Run) -> Markup:
 
 
 # One run
-def run_section(run: Run, place: int, names: dict[str, str]) -> Markup:
-    """Everything about one run below the ruler; ``place``: its number on the page."""
+def run_section(run: Run, place: int, names: dict[str, str], *, question: bool) -> Markup:
+    """Everything about one run below the ruler; ``place``: its number on the page; with its ``question`` or without."""
     manifest = run.manifest
     per = unit(run.tables["models.csv"])
     cells, lines = mean_cells(run.tables["transfer.csv"]), lens_frame(run)
     has_matrix = set(transfer_frame(run)["model"])
     cells = cells[cells["model"].isin(has_matrix)]
-    off = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
-    top = max(float(np.percentile(off.clip(lower=0), 95)), 1e-3) if has_matrix else 1.0
+    scale = cost_scale(cells) if has_matrix else None
     further = [found for name in SCHEMA if name not in SHOWN_TABLES and (found := table_file(run.folder, name))]
     return render(
         "run.html",
         place=place,
         suite=manifest.suite_name,
         folder=run.folder.name,
-        question=manifest.suite.question,
+        question=manifest.suite.question if question else "",
         lines=doubts(run),
         unit=per,
+        scale=scale,
+        ramp=", ".join(shade(k / 8, COSTS)[0] for k in range(9)),
         maps=[
-            heatmap(cells[cells["model"] == model], name, top, per)
+            heatmap(cells[cells["model"] == model], name, scale, per)
             for model, name in names.items()
-            if model in has_matrix
+            if scale is not None and model in has_matrix
         ],
-        curves=[kl_curves(lines[lines["model"] == model], name, per) for model, name in names.items()],
+        curves=[kl_curves(lines, model, name, per) for model, name in names.items()],
         tables=[table_html(run, name, place) for name in SHOWN_TABLES],
         links=[csv_link(path) for path in further],
         rule=rule_in_words(rule_of(run)),
@@ -195,59 +210,6 @@ def mean_cells(table: pd.DataFrame) -> pd.DataFrame:
     for column, sign in (("penalty_ce_ci_low", -1), ("penalty_ce_ci_high", 1)):
         found[column] = found[column].where(~several, found["penalty_ce"] + sign * half)
     return found.reset_index()
-
-
-# Tables
-@dataclass(frozen=True)
-class TableCell:
-    """A cell: its text, the number that it is sorted by (None: by its text), and whether its lines may be broken."""
-
-    text: str
-    value: float | None = None
-    wraps: bool = False
-
-
-def csv_link(path: Path) -> Markup:
-    """A link to a table that the page holds; of a large one its name and size. ``path``: its file, packed or not."""
-    raw = table_bytes(path)
-    data = None if len(raw) > LARGEST_CSV else base64.b64encode(raw).decode()
-    return render("csv_link.html", name=path.name.removesuffix(PACKED), data=data, megabytes=len(raw) / 1e6)
-
-
-def table_html(run: Run, name: str, place: int) -> Markup:
-    """A sortable table with a link to its CSV: rows over seeds where there are, else each; empty for a missing table."""
-    table, path = run.tables[name], table_file(run.folder, name)
-    if table.empty or path is None:
-        return Markup()
-    rows = shown_seeds(table) if {"model", "seed"} <= set(table) and name != "models.csv" else table
-    shown = rows.head(MOST_ROWS).dropna(axis=1, how="all")
-    return render(
-        "table.html",
-        id=f"table-{place}-{name.partition('.')[0]}",
-        name=name,
-        cut=MOST_ROWS if len(rows) > MOST_ROWS else None,
-        opened=name in ("models.csv", "verdicts.csv"),
-        link=csv_link(path),
-        columns=list(shown),
-        rows=[
-            [table_cell(column, value) for column, value in zip(shown, row, strict=True)]
-            for row in shown.itertuples(index=False)
-        ],
-    )
-
-
-def table_cell(column: object, value: Any) -> TableCell:
-    """A value as the page shows it; missing ones are empty."""
-    if pd.isna(value):
-        return TableCell("")
-    if isinstance(value, float | int | np.number) and not isinstance(value, bool):
-        return TableCell(number_text(float(value)), float(value))
-    return TableCell(str(value), wraps=column in ("reason", "sentence", "fixed_lens_reason"))
-
-
-def number_text(value: float) -> str:
-    """Four digits, or all of a whole number from 1,000."""
-    return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
 
 
 # Running it again

@@ -1,7 +1,7 @@
-"""The profile over depth as SVG, the first drawing of a page: what each block keeps, adds and brings, with its tips."""
+"""The profile over depth as SVG, whole, small, or as a table's cell: what each block keeps, adds and brings, with tips."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -9,13 +9,10 @@ from markupsafe import Markup
 
 from lensbench.report.figures.blocks import gate_text, profile_frame
 from lensbench.report.figures.profile import FILLS
-from lensbench.report.formatting import number, with_interval
+from lensbench.report.formatting import number, with_interval, written
 from lensbench.report.render import render
 from lensbench.report.svg import Tick
 from lensbench.results.folder import Run
-
-STRIPS = {"clarity": ("keeps", 8, 62), "in_place": ("adds", 92, 62), "news": ("news", 176, 34)}
-"""Quantity -> the name of its strip, and where it begins and how high it is, in pixels"""
 
 NAMES = {"clarity": "keeps (clarity)", "in_place": "adds in place", "news": "news"}
 
@@ -56,14 +53,37 @@ class GreyLine:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What a drawing of a profile measures, in pixels. ``strips``: quantity -> its name, where it begins, how high it is."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    strips: dict[str, tuple[str, int, int]] = field(hash=False)
+    most_ticks: int = 9
+    landmarks: bool = False
+
+    @property
+    def tiny(self) -> bool:
+        """Whether there is room for bars alone."""
+        return not self.most_ticks
+
+
+WHOLE = Size(
+    430, 236, 44, 62, {"clarity": ("keeps", 8, 62), "in_place": ("adds", 92, 62), "news": ("news", 176, 34)},
+    landmarks=True,
+)  # fmt: skip
+SMALL = Size(340, 70, 44, 4, {"clarity": ("keeps", 4, 18), "in_place": ("adds", 30, 18)})
+TINY = Size(120, 28, 0, 0, {"clarity": ("keeps", 2, 11), "in_place": ("adds", 15, 11)}, most_ticks=0)
+
+
+@dataclass(frozen=True)
 class ProfileAxes:
     """The x axis of one model: layers, a gap, and the bar of all blocks from layer 1 on."""
 
     layers: int
-    width: int = 430
-    height: int = 236
-    left: int = 44
-    right: int = 62
+    size: Size
 
     @property
     def end(self) -> int:
@@ -75,77 +95,98 @@ class ProfileAxes:
         """The width of the bar of all, in layers."""
         return max(1.0, 0.12 * self.end)
 
+    @property
+    def last(self) -> int:
+        """Pixels from the left to the right end of the strips."""
+        return self.size.width - self.size.right
+
     def across(self, layer: float) -> float:
         """Pixels from the left."""
         share = layer / (self.end + 0.6 + self.wide)
-        return round(self.left + share * (self.width - self.left - self.right), 1)
+        return round(self.size.left + share * (self.last - self.size.left), 1)
+
+    def down(self, quantity: str, value: float) -> float:
+        """Pixels from the top of a value in the strip of its quantity."""
+        _, top, high = self.size.strips[quantity]
+        return round(top + high * (1 - min(max(value, -OVER), 1 + OVER)), 1)
 
     @property
     def ticks(self) -> list[Tick]:
-        """At most nine layers, and all."""
-        layers = range(0, self.layers, max(1, -(-self.layers // 9)))
-        whole = self.end + 0.6 + self.wide / 2
-        shown = [Tick(self.across(layer), str(layer)) for layer in layers if whole - layer > 0.08 * self.end]
-        return [*shown, Tick(self.across(whole), "all")]
-
-
-def down(quantity: str, value: float) -> float:
-    """Pixels from the top of a value in the strip of its quantity."""
-    _, top, high = STRIPS[quantity]
-    return round(top + high * (1 - min(max(value, -OVER), 1 + OVER)), 1)
+        """Some layers, the last of them always, and all."""
+        if self.size.tiny:
+            return []
+        step = max(1, -(-self.layers // self.size.most_ticks))
+        layers = [layer for layer in range(0, self.end, step) if self.end - layer >= 0.6 * step]
+        shown = [Tick(self.across(layer), str(layer)) for layer in (*layers, self.end)]
+        return [*shown, Tick(self.across(self.end + 0.6 + self.wide / 2), "all")]
 
 
 def profiles(runs: Sequence[Run], names: Sequence[dict[str, str]]) -> Markup:
     """The profiles of all models of ``runs`` that were decomposed, and the names of the others; empty where none was.
 
-    ``names``: of each run, model -> its name on the page.
+    ``names``: of each run, model -> its name on the page. A single model's profile is not drawn: its answer has it.
     """
-    drawn, missing = [], []
+    drawn, missing, reaches = [], [], []
     for run, called in zip(runs, names, strict=True):
         frame = profile_frame(run)
         for model, name in called.items():
             own = frame[frame["model"] == model]
             if (own["part"] == "block").any():
                 drawn.append(profile(own, name))
+                reaches += reach_of(own, name)
             else:
                 reason = "not measured" if own.empty else own["reason"].iloc[0]
                 missing.append(f"{name} ({reason})")
     if not drawn:
         return Markup()
-    key = [(colour, label.replace("$", "")) for colour, label in FILLS.values()]
-    return render("profiles.html", drawings=drawn, missing=missing, key=key)
+    alone = sum(map(len, names)) == 1
+    return render(
+        "profiles.html", drawings=[] if alone else drawn, missing=missing, key=key_of_fills(), reaches=reaches
+    )
 
 
-def profile(frame: pd.DataFrame, name: str) -> Markup:
+def reach_of(frame: pd.DataFrame, name: str) -> list[str]:
+    """``gpt 86 %``: how much of a model's prediction the lens of the last layer reads; nothing where that is unknown."""
+    reach = frame.loc[frame["part"] == "overall", "reach"].iloc[0]
+    return [] if pd.isna(reach) else [f"{name} {written(100 * float(reach), 0)} %"]
+
+
+def key_of_fills() -> list[tuple[str, str]]:
+    """Colour and name of every part of a bar."""
+    return [(colour, label) for colour, label in FILLS.values()]
+
+
+def profile(frame: pd.DataFrame, name: str, size: Size = WHOLE) -> Markup:
     """The profile of one model. ``frame``: its rows of :func:`lensbench.report.figures.blocks.profile_frame`."""
-    axes = ProfileAxes(int(frame["layers"].iloc[0]))
+    axes = ProfileAxes(int(frame["layers"].iloc[0]), size)
     whole = frame[frame["part"] == "overall"].iloc[0]
     bars: list[Bar] = []
     whiskers: list[Whisker] = []
     for _, row in frame[frame["part"].isin(["block", "overall"])].iterrows():
         of_all = row["part"] == "overall"
         ends = (axes.end + 0.6, axes.end + 0.6 + axes.wide) if of_all else (row["from_layer"], row["to_layer"])
-        left, right = axes.across(ends[0]) + 0.8, axes.across(ends[1]) - 0.8
+        aside = 0.4 if size.tiny else 0.8
+        left, right = round(axes.across(ends[0]) + aside, 1), round(axes.across(ends[1]) - aside, 1)
         where = "all from layer 1 on" if of_all else f"layers {row['from_layer']:.0f} to {row['to_layer']:.0f}"
         tip = "\n".join([f"{name}, {where}", *facts(row)])
-        bars += row_bars(row, left, right - left, tip)
-        for quantity in STRIPS:
-            if pd.notna(row[f"{quantity}_low"]):
-                low, high = (down(quantity, row[f"{quantity}{end}"]) for end in ("_low", "_high"))
+        bars += row_bars(row, axes, left, right - left, tip)
+        for quantity in size.strips:
+            if pd.notna(row[f"{quantity}_low"]) and not size.tiny:
+                low, high = (axes.down(quantity, row[f"{quantity}{end}"]) for end in ("_low", "_high"))
                 whiskers.append(Whisker(round((left + right) / 2, 1), low, high))
     seeds = [
-        (axes.across(row["from_layer"]), axes.across(row["to_layer"]), down(quantity, row[quantity]))
+        (axes.across(row["from_layer"]), axes.across(row["to_layer"]), axes.down(quantity, row[quantity]))
         for _, row in frame[frame["part"] == "seed"].iterrows()
-        for quantity in STRIPS
-        if pd.notna(row[quantity])
+        for quantity in size.strips
+        if pd.notna(row[quantity]) and size.landmarks
     ]
     said = "; ".join([*filter(None, [whole["verdict"]]), *facts(whole)])
-    alt = f"What each block of {name} keeps and adds. From layer 1 on: {said}"
-    strips = [(label, top, top + high) for label, top, high in STRIPS.values()]
-    lines = [line for quantity in ("clarity", "in_place") for line in grey_lines(frame, quantity)]
+    strips = [(label, top, top + high) for label, top, high in size.strips.values()]
+    lines = [line for quantity in ("clarity", "in_place") for line in grey_lines(frame, axes, quantity)]
     return render(
-        "profile.html", name=name, axes=axes, bars=bars, whiskers=whiskers, seeds=seeds, strips=strips, lines=lines,
-        alt=alt, said=said,
+        "profile.html" if size.landmarks else "small_profile.html", name=name, axes=axes, size=size, bars=bars,
+        whiskers=whiskers, seeds=seeds, strips=strips, lines=lines, said=said,
+        alt=f"What each block of {name} keeps and adds. From layer 1 on: {said}",
     )  # fmt: skip
 
 
@@ -164,30 +205,33 @@ def facts(row: Any) -> list[str]:
     return lines
 
 
-def row_bars(row: Any, x: float, width: float, tip: str) -> Iterator[Bar]:
+def row_bars(row: Any, axes: ProfileAxes, x: float, width: float, tip: str) -> Iterator[Bar]:
     """The parts of one bar in all strips; an open one where a quantity is undetermined or undefined."""
     lost = "turned" if pd.isna(row["drowned"]) else "drowned"
     parts = {"clarity": ("kept", lost), "in_place": ("in place", "elsewhere"), "news": ("news", "")}
     pale = row["from_layer"] == 0
-    for quantity, (first, rest) in parts.items():
+    for quantity in axes.size.strips:
+        first, rest = parts[quantity]
         value = row[quantity]
-        top, bottom = down(quantity, 1.0), down(quantity, 0.0)
+        top, bottom = axes.down(quantity, 1.0), axes.down(quantity, 0.0)
         if pd.isna(value):
-            text = gate_text(row) if quantity == "in_place" and width > 12 else ""
+            text = gate_text(row) if quantity == "in_place" and width > 12 and axes.size.landmarks else ""
             yield Bar(x, top, round(width, 1), round(bottom - top, 1), "", False, tip, text)
             continue
-        middle = down(quantity, min(max(value, 0.0), 1.0))
+        middle = axes.down(quantity, min(max(value, 0.0), 1.0))
         yield Bar(x, middle, round(width, 1), round(bottom - middle, 1), FILLS[first][0], pale, tip)
         if rest:
             yield Bar(x, top, round(width, 1), round(middle - top, 1), FILLS[rest][0], pale, tip)
 
 
-def grey_lines(frame: pd.DataFrame, quantity: str) -> Iterator[GreyLine]:
-    """The landmarks of a strip, their names so far apart that none lies on another."""
+def grey_lines(frame: pd.DataFrame, axes: ProfileAxes, quantity: str) -> Iterator[GreyLine]:
+    """The landmarks of a strip, their names so far apart that none lies on another; none where there is no room."""
+    if not axes.size.landmarks:
+        return
     rows = frame[(frame["part"] == "landmark") & frame[quantity].notna()].sort_values(quantity, ascending=False)
     at = 0.0
     for _, row in rows.iterrows():
-        y = down(quantity, row[quantity])
+        y = axes.down(quantity, row[quantity])
         at = max(at, y + 3.0) if at else y + 3.0
         yield GreyLine(y, f"+{row['name']}", round(at, 1))
         at += 10.0

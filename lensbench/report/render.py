@@ -37,12 +37,12 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(ENVIRONMENT.get_template(template).render(values))
 
 
-def shade(share: float) -> tuple[str, str]:
+def shade(share: float, colours: str = "cividis_r") -> tuple[str, str]:
     """The colour of a cell and of the text on it: light to dark, in the same order to the colour-blind and in print.
 
     The text is black or white, whichever has more contrast (WCAG).
     """
-    fill = matplotlib.colors.to_hex(matplotlib.colormaps["cividis_r"](float(np.clip(share, 0, 1))))
+    fill = matplotlib.colors.to_hex(matplotlib.colormaps[colours](float(np.clip(share, 0, 1))))
     linear = [
         (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
         for c in (b / 255 for b in bytes.fromhex(fill[1:]))

@@ -8,8 +8,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from lensbench.report.figures.blocks import frame_of
-from lensbench.report.formatting import with_interval
-from lensbench.report.page import table_cell
+from lensbench.report.page_tables import page_columns, sortable
 from lensbench.report.profile_svg import profile
 from lensbench.report.render import render
 from lensbench.results.folder import PAGE, write_table
@@ -53,14 +52,9 @@ class ModelSoFar:
             rows = self.tables.get(name)
             if rows is None or rows.empty:
                 continue
-            rows = rows.assign(shown=[with_interval(row, *NUMBERS[name]) for _, row in rows.iterrows()])
-            cells = [[table_cell(column, row[column]) for column in (*columns, "shown")] for _, row in rows.iterrows()]
-            found.append(
-                render(
-                    "table.html", id=f"table-{place}-{name.partition('.')[0]}", name=name, cut=None, opened=True, link="",
-                    columns=[*columns, f"{NUMBERS[name][0]} [95 %]"], rows=cells,
-                )
-            )  # fmt: skip
+            number = [name for name in NUMBERS[name] if name in rows]
+            shown = rows[[*columns, *number]]
+            found.append(sortable(f"table-{place}-{name.partition('.')[0]}", name, page_columns(shown), opened=True))
         return found
 
 

@@ -46,7 +46,7 @@ def said_by_the_terminal(run):
 
 
 def said_by_the_page(run):
-    verdicts = r"<li><strong>(\S+)</strong>(?: \(by construction: [^)]*\))?\s*<ul>(.*?)</ul>"
+    verdicts = r"<summary><strong>(\S+)</strong>[^<]*</summary>\s*<ul>(.*?)</ul>"
     items = re.findall(verdicts, page([run]), re.S)
     item = re.compile(r"<li>([^:,]*), lenses held fixed: <span class=verdict>([^<]*)</span>\. (.*?)</li>")
     return {

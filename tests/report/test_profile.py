@@ -277,10 +277,10 @@ def test_the_page_draws_every_block_with_its_numbers(four: Run) -> None:
             tips = {tip for tip in read.tips if tip.startswith(where)}
             assert len(tips) == 1
             (tip,) = tips
-            assert f"keeps (clarity) {row['clarity']:.3f}" in tip
-            said = (
-                f"undetermined: {row['gate']}" if pd.notna(row["gate"]) else f"{round(1 - row['carried'], 3) + 0.0:.3f}"
-            )
+            # Intervals are 0.1 wide: two decimals.
+            assert f"keeps (clarity) {row['clarity']:.2f} [" in tip
+            share = f"{round(1 - row['carried'], 2) + 0.0:.2f} ["
+            said = f"undetermined: {row['gate']}" if pd.notna(row["gate"]) else share
             assert f"adds in place {said}" in tip
     opened = [a for tag, a in read.tags if tag == "rect" and a.get("class") == "open"]
     assert len(opened) == 4 + 1  # the gated blocks, and the bar of all

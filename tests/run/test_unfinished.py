@@ -1,6 +1,7 @@
 """Results appear as they are finished, each with what is still missing, and the finished run is what it would have been."""
 
 import html
+import math
 import re
 import shutil
 
@@ -47,8 +48,10 @@ def test_a_page_of_an_unfinished_run_says_what_is_there_and_what_is_missing(comm
     verdicts = committed.tables["verdicts.csv"]
     for sentence in verdicts[verdicts["model"] == "gpt"]["sentence"]:
         assert " ".join(sentence.split()) in text
-    value = committed.tables["indices.csv"].query("model == 'gpt' and index == 'shared_consistency'")["value"].iloc[0]
-    assert f"shared_consistency {value:.3f} [" in text
+    row = committed.tables["indices.csv"].query("model == 'gpt' and index == 'shared_consistency'").iloc[0]
+    digits = math.ceil(-math.log10((row["ci_high"] - row["ci_low"]) / 4))
+    value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+    assert re.search(rf"shared_consistency\s+{value}\s+\[{low}, {high}\]", text)
 
 
 def test_the_tables_so_far_lie_aside(committed, tmp_path):

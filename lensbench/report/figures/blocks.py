@@ -19,7 +19,7 @@ WITH_INTERVAL = ("clarity", "in_place", "news")
 
 NUMBERS = (
     *(name + end for name in WITH_INTERVAL for end in ("", "_low", "_high")),
-    "kept_low", "kept_high", "drowned",
+    "kept_low", "kept_high", "drowned", "reach",
 )  # fmt: skip
 
 LANDMARK_ORDER = ("rotated", "carried", "drifting", "shuffled")
@@ -41,8 +41,9 @@ def frame_of(tables: Tables) -> pd.DataFrame:
     seed ``name``, where there are several), ``overall`` (the index from layer 1 on) or ``landmark`` (the same of the view
     ``name``). ``clarity, in_place, news`` have intervals (``_low``, ``_high``); further columns are ``kept_low, kept_high,
     drowned``. ``in_place`` is missing where no seed passes its gate, and ``gate`` then says which; ``passed`` of ``seeds``
-    do. ``reason``: why a model, or a landmark, has no ``in_place``. ``verdict``: on a model from layer 1 on. The frame is
-    empty where no model of the tables has a block.
+    do. ``reach``: of a model, the share of its prediction that the lens of its last layer reads. ``reason``: why a model,
+    or a landmark, has no ``in_place``. ``verdict``: on a model from layer 1 on. The frame is empty where no model of the
+    tables has a block.
     """
     blocks = tables["blocks.csv"]
     rows: list[dict[str, Any]] = []
@@ -138,6 +139,7 @@ def overall_row(tables: Tables, model: str) -> dict[str, Any]:
         if name + WITHOUT_LAYER_0 in own.index:
             row = own.loc[name + WITHOUT_LAYER_0]
             found |= {name: row["value"], f"{name}_low": row["ci_low"], f"{name}_high": row["ci_high"]}
+    found["reach"] = own.loc["reach", "value"] if "reach" in own.index else np.nan
     if f"in_place{WITHOUT_LAYER_0}" in own.index:
         reason: Any = own.loc[f"in_place{WITHOUT_LAYER_0}", "reason"]
         found["reason"] = "" if pd.notna(found["in_place"]) or pd.isna(reason) else str(reason)

@@ -19,8 +19,10 @@ from lensbench.report.figures.layout import (
     panels_per_row,
     title_and_caption,
 )
-from lensbench.report.figures.registry import figure
-from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, line_looks, pt, sheet, use_symlog
+from lensbench.report.figures.registry import figure, looks_of
+from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, pt, sheet, use_symlog
+
+WITHOUT_FIRST = "gain_visibility_without_layer0"
 
 
 @figure("gain_visibility", needs=("indices.csv",), frame=index_frame)
@@ -41,7 +43,12 @@ def gain_visibility(frame: pd.DataFrame) -> Figure:
     elif left.get_legend_handles_labels()[0]:
         left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handletextpad=0, columnspacing=1)
     caption = "Thick: 95 % interval with the lenses held fixed; thin: range over refits. Linear within ±1, log beyond."
-    title_and_caption(drawing, "Does a fixed lens see the later layers' gain, and does anything move?", caption)
+    seen = frame.loc[(frame["index"] == WITHOUT_FIRST) & frame["value"].notna()]
+    title = "Does a fixed lens see the later layers' gain, and does anything move?"
+    if len(seen):
+        clear = int((seen["ci_low"] > 0).sum())
+        title = f"From layer 1 on, a fixed lens surely sees later layers' gain in {clear} of {len(seen)} models"
+    title_and_caption(drawing, title, caption)
     return drawing
 
 
@@ -105,7 +112,7 @@ def visibility_by_distance(frame: pd.DataFrame) -> Figure:
     models = list(frame["model"].unique())
     drawing = new_figure(7.2, 4.0)
     panel = drawing.subplots()
-    for k, (model, look) in enumerate(zip(models, line_looks(len(models)), strict=True)):
+    for k, (model, look) in enumerate(looks_of(frame).items()):
         rows = frame[frame["model"] == model]
         x = rows["distance"] + 0.3 * ((k + 0.5) / len(models) - 0.5)
         panel.plot(x, rows["value"], lw=1.3, ms=4, label=model, **look)

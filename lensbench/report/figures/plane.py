@@ -1,6 +1,6 @@
 """The plane of all models: where each stands, with and without layer 0, among the rule's regions and its own landmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lensbench.measures.indices import LEFT_OUT
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
+from lensbench.measures.verdict import VerdictRule
 from lensbench.report.figures.frames import index_frame
 from lensbench.report.figures.layout import (
     label_points,
@@ -110,9 +111,7 @@ def plane_frame(run: Run) -> pd.DataFrame:
     own = run.tables["landmarks.csv"]
     own = own[own["index"].isin([VIEWS[-1].x, VIEWS[-1].y])].astype({"value": float})
     landmarks = own.groupby(["model", "landmark", "index"], sort=False)["value"].mean().reset_index()
-    rule = rule_of(run)
-    thresholds = {name: float(value) for name, value in rule.model_dump(exclude={"update"}).items()}
-    thresholds |= {f"update_{name}": float(value) for name, value in rule.update.model_dump().items()}
+    thresholds = thresholds_of(rule_of(run))
     return pd.concat(
         [
             models.assign(part="model", name=""),
@@ -123,6 +122,45 @@ def plane_frame(run: Run) -> pd.DataFrame:
         ],
         ignore_index=True,
     )
+
+
+def thresholds_of(rule: VerdictRule) -> dict[str, float]:
+    """The thresholds of both rules by name; those of the update decomposition begin with ``update_``."""
+    found = {name: float(value) for name, value in rule.model_dump(exclude={"update"}).items()}
+    return found | {f"update_{name}": float(value) for name, value in rule.update.model_dump().items()}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region of the rule: its name, what it spans along both axes, its colour, and where its name is written."""
+
+    name: str
+    x: tuple[float, float]
+    y: tuple[float, float]
+    colour: str
+    where: str
+
+
+def regions_of(
+    view: View, rule: Mapping[str, float], x: tuple[float, float, float], y: tuple[float, float]
+) -> list[Region]:
+    """The regions of the rule in a view; ``x``: where the panel begins, where its axis does, and where both end."""
+    (left, start, right), (low, high) = x, y
+    if view.size:
+        still = rule["still"]
+        return [
+            Region("refinement", (rule["visible"], right), (rule["consistent"], high), GREEN, "top"),
+            Region("re-representation", (start, rule["unseen"]), (low, rule["inconsistent"]), VERMILION, "bottom"),
+            Region(f"carry-along (movement < {still:g})", (-still, still), (low, high), ORANGE, "band"),
+        ]
+    # What has changed its basis is re-represented, wherever it adds; and where it adds cannot be told then.
+    changed, clear = rule["update_changed"], rule["update_clear"]
+    return [
+        Region("added up", (rule["update_added"], right), (clear, high), GREEN, "top"),
+        Region("mixed", (rule["update_carried"], rule["update_added"]), (changed, high), BLUE, "top"),
+        Region("carried along", (start, rule["update_carried"]), (changed, high), ORANGE, "top"),
+        Region("re-represented", (left, right), (low, changed), VERMILION, "bottom"),
+    ]
 
 
 @figure("plane", needs=("indices.csv",), frame=plane_frame)
@@ -216,22 +254,10 @@ def set_span(panel: Axes, low: float, high: float, *, open_at_left: bool) -> Gut
 def draw_regions(panel: Axes, view: View, rule: pd.Series, gutter: Gutter) -> list[Artist]:
     """Shade the regions of the rule, with their names; return the names."""
     (left, right), (low, high), start = panel.get_xlim(), panel.get_ylim(), gutter.right
-    if view.size:
-        still = rule["still"]
-        regions = [
-            ("refinement", (rule["visible"], right), (rule["consistent"], high), GREEN, "top"),
-            ("re-representation", (start, rule["unseen"]), (low, rule["inconsistent"]), VERMILION, "bottom"),
-            (f"carry-along (movement < {still:g})", (-still, still), (low, high), ORANGE, "band"),
-        ]
-    else:
-        regions = [
-            ("added up", (rule["update_added"], right), (rule["update_clear"], high), GREEN, "top"),
-            ("mixed", (rule["update_carried"], rule["update_added"]), (low, high), BLUE, "top"),
-            ("carried along", (start, rule["update_carried"]), (low, high), ORANGE, "top"),
-        ]
     names: list[Artist] = []
-    for name, (x0, x1), (y0, y1), colour, where in regions:
-        x0, x1 = max(x0, left), min(x1, right)
+    for region in regions_of(view, rule.to_dict(), (left, start, right), (low, high)):
+        name, colour, where, (y0, y1) = region.name, region.colour, region.where, region.y
+        x0, x1 = max(region.x[0], left), min(region.x[1], right)
         if x1 <= x0 or y1 <= y0:
             continue
         panel.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fc=colour, alpha=0.13, lw=0, zorder=0.5, label=name))

@@ -15,21 +15,20 @@ from lensbench.probes.catalogue import Panel
 from lensbench.probes.registry import PROBES, quantities
 from lensbench.report.figures.frames import head_frame, probe_frame
 from lensbench.report.figures.layout import legend_outside, new_figure, panels_per_row, subplots, title_and_caption
-from lensbench.report.figures.registry import figure, nats_per
-from lensbench.report.figures.style import GREY, line_looks, pt, sheet, use_symlog
+from lensbench.report.figures.registry import figure, looks_of, nats_per
+from lensbench.report.figures.style import GREY, pt, sheet, use_symlog
 
 
 @figure("probes", needs=("probes.csv",), frame=probe_frame)
 def probes(frame: pd.DataFrame) -> Figure:
     """What probes measured, one panel per quantity and one line per model; means over equal distances."""
-    models = list(frame["model"].unique())
     measured = set(frame["quantity"])
     shown = [(q.name, q.panel) for q in quantities() if q.panel is not None and q.name in measured]
     columns = panels_per_row(max(1, len(shown)))
     rows = max(1, math.ceil(len(shown) / columns))
     drawing = new_figure(3.0 * columns + 1.6, 2.4 * rows + 0.8, (1.3 if sheet().most_per_row < 3 else 1.6) * rows)
     axes = subplots(drawing, len(shown), columns)
-    looks = dict(zip(models, line_looks(len(models)), strict=True))
+    looks = looks_of(frame)
     for on, (quantity, panel) in zip(axes, shown, strict=True):
         draw_quantity(on, frame, quantity, panel, looks)
     named = {label: line for on in axes for line, label in zip(*on.get_legend_handles_labels(), strict=True)}

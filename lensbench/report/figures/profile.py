@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from lensbench.report.figures.blocks import gate_text, profile_frame
 from lensbench.report.figures.layout import legend_outside, new_figure, panels_per_row, subplots, title_and_caption
 from lensbench.report.figures.registry import figure
-from lensbench.report.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, cell_text, pt, sheet
+from lensbench.report.figures.style import BLUE, GREEN, GREY, MINUS, ORANGE, PURPLE, pt, sheet
 
 INK = "#222222"
 
@@ -87,9 +87,27 @@ def profile_over_depth(frame: pd.DataFrame) -> Figure:
     order = [label for _, label in FILLS.values()]
     labels = [label for label in order if label in seen] + sorted(set(seen) - set(order))
     legend_outside(drawing, [seen[label] for label in labels], labels, handlelength=1.6)
-    title_and_caption(drawing, "Does each block add to one prediction, in one representation?", caption_of(frame))
+    title_and_caption(drawing, finding(frame), caption_of(frame))
     fit_texts(drawing, panels)
     return drawing
+
+
+MOST_NAMED = 4
+"""Models that a figure's title names; of more it counts them"""
+
+
+def finding(frame: pd.DataFrame) -> str:
+    """The verdicts on all models, the title of the figure; the question where there is none."""
+    rows = frame[frame["part"] == "overall"]
+    said = rows["verdict"].str.partition(" (")[0]
+    groups = {verdict: list(rows.loc[said == verdict, "model"]) for verdict in said.unique() if verdict}
+    if not groups:
+        return "Does each block add to one prediction, in one representation?"
+    if len(rows) <= MOST_NAMED:
+        title = "; ".join(f"{verdict}: {', '.join(models)}" for verdict, models in groups.items())
+    else:
+        title = f"of {len(rows)} models, " + ", ".join(f"{len(models)} {verdict}" for verdict, models in groups.items())
+    return title[0].upper() + title[1:]
 
 
 def title_of(frame: pd.DataFrame) -> str:
@@ -116,6 +134,11 @@ def caption_of(frame: pd.DataFrame) -> str:
         + "Blue frame: kept, between clarity and min(1, persistence). One wide bar: neighbours merged until there was room. "
         "Hatched: undetermined, with the gate that stops it."
     )
+    reach = frame.loc[frame["part"] == "overall", "reach"].dropna() if "reach" in frame else pd.Series(dtype=float)
+    if len(reach):
+        low, high = (f"{100 * end:.0f} %" for end in (reach.min(), reach.max()))
+        read = low if low == high else f"{low} to {high}"
+        caption += f" The last block writes the output, of which the last lens reads {read}: nothing comes after it."
     landmarks = frame[frame["part"] == "landmark"]
     if len(landmarks):
         caption += " Grey: the model's own states, turned into something known, from layer 1 on."
@@ -145,7 +168,8 @@ def draw_model(panel: Axes, frame: pd.DataFrame) -> dict[str, Any]:
     panel.grid(False)
     step = max(1, math.ceil(layers / (5 if sheet().on_paper and layers > 8 else 8)))
     whole = end + 0.6 + wide / 2
-    ticks = [layer for layer in range(0, layers, step) if whole - layer > 0.12 * right]
+    ticks = [layer for layer in range(0, end, step) if end - layer >= 0.6 * step]
+    ticks += [end] if whole - end > 0.06 * right else []
     panel.set_xticks([*ticks, whole], [*map(str, ticks), "all"])
     panel.set_yticks([strip.base + strip.height / 2 for strip in STRIPS], [strip.label for strip in STRIPS])
     panel.tick_params(axis="both", length=0, labelsize=pt(8), pad=2)
@@ -201,7 +225,7 @@ def draw_marks(panel: Axes, row: pd.Series, x: float, width: float) -> None:
             panel.plot(middle, strip.at(value), marker="^" if value > 1 else "v", ms=4, color=INK, zorder=5, ls="none")
         inside = strip is not NEWS and np.nanmin([value, low]) > 0.35
         place = strip.base + 0.06 if inside else strip.at(np.nanmax([value, high])) + 0.04
-        text = panel.text(middle, place, cell_text(value, 1.0), ha="center", va="bottom", size=pt(6.5), zorder=6)
+        text = panel.text(middle, place, share_text(value), ha="center", va="bottom", size=pt(6.5), zorder=6)
         text.set(color="white" if inside else INK, gid=f"{row['part']} {width}")
         if not inside:
             text.set_bbox({"fc": "w", "alpha": 0.6, "lw": 0, "pad": 0.3})
@@ -209,6 +233,12 @@ def draw_marks(panel: Axes, row: pd.Series, x: float, width: float) -> None:
         low, high = (float(KEEPS.at(row[name])) for name in ("kept_low", "kept_high"))
         panel.vlines(x, low, high, color=BLUE, lw=0.8, zorder=3).set_label("bracket")
         panel.hlines([low, high], x, x + width, color=BLUE, lw=0.8, zorder=3)
+
+
+def share_text(value: float) -> str:
+    """Two decimals, without the zero before the point: above 1 a share is no less exact."""
+    text = f"{round(value, 2) + 0.0:.2f}"
+    return (text.replace("0.", ".", 1) if abs(value) < 0.995 else text).replace("-", MINUS)
 
 
 def draw_gaps(panel: Axes, row: pd.Series, x: float, width: float) -> dict[str, Any]:

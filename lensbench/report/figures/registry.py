@@ -9,10 +9,12 @@ A new figure is one function in one of this package's files::
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lensbench.report.figures.style import line_looks
 from lensbench.results.folder import Run
 from lensbench.results.schema import unit
 
@@ -38,7 +40,12 @@ class RunFigure:
         if any(run.tables[name].empty for name in self.needs):
             return None
         frame = self.frame(run)
-        return None if frame.empty else self.draw(frame.assign(unit=unit(run.tables["models.csv"])))
+        if frame.empty:
+            return None
+        models = run.tables["models.csv"]
+        rank = {model: number for number, model in enumerate(models["model"].unique())}
+        ranked = frame.assign(rank=frame["model"].map(rank)) if "model" in frame else frame
+        return self.draw(ranked.assign(unit=unit(models)))
 
 
 FIGURES: dict[str, RunFigure] = {}
@@ -48,8 +55,9 @@ FIGURES: dict[str, RunFigure] = {}
 def figure(name: str, *, needs: tuple[str, ...], frame: Frame) -> Callable[[Draw], Draw]:
     """Register the decorated function as the figure ``name`` of a run.
 
-    It takes the tidy frame that ``frame`` makes of a run, with one more column: ``unit``, what losses are given per
-    (``token`` or ``image``). It is called for runs whose tables ``needs`` have rows, and whose frame has some.
+    It takes the tidy frame that ``frame`` makes of a run, with two more columns: ``unit``, what losses are given per
+    (``token`` or ``image``), and ``rank``, the number of the model in its run (see :func:`looks_of`). It is called for runs
+    whose tables ``needs`` have rows, and whose frame has some.
     """
 
     def register(draw: Draw) -> Draw:
@@ -57,6 +65,16 @@ def figure(name: str, *, needs: tuple[str, ...], frame: Frame) -> Callable[[Draw
         return draw
 
     return register
+
+
+def looks_of(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Model -> the colour, marker and dash that it has in every figure of its run; the first ones where there is no run."""
+    models = list(dict.fromkeys(frame["model"]))
+    ranks = frame.drop_duplicates("model")["rank"].tolist() if "rank" in frame else []
+    if not ranks or pd.isna(ranks).any():
+        ranks = list(range(len(models)))
+    looks = line_looks(int(max(ranks, default=-1)) + 1)
+    return {model: looks[int(rank)] for model, rank in zip(models, ranks, strict=True)}
 
 
 def nats_per(frame: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lensbench.report.figures.frames import curve_frame
 from lensbench.report.figures.layout import legend_outside, new_figure, panel_for_each, title_and_caption
-from lensbench.report.figures.registry import figure
+from lensbench.report.figures.registry import figure, looks_of
 from lensbench.report.figures.style import GREY, line_looks, sheet, style
 from lensbench.studies.curves import ALL, BOUND, shown_curves
 from lensbench.studies.regression import shown
@@ -26,8 +26,9 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
     whole = frame[frame["positions"] == ALL]
     parts = [name for name in dict.fromkeys(frame["positions"]) if name != ALL]
     last = frame[frame["train_tokens"] == frame["train_tokens"].max()]
-    models = list(dict.fromkeys(frame["model"]))
-    for k, (model, look) in enumerate(zip(models, line_looks(len(models)), strict=True)):
+    looks = looks_of(frame)
+    models = list(looks)
+    for k, (model, look) in enumerate(looks.items()):
         of = whole[whole["model"] == model].sort_values("train_tokens")
         at = last[(last["model"] == model) & (last["positions"] != ALL)].set_index("positions").reindex(parts)
         for panel, x, points in (

@@ -1,6 +1,7 @@
 """The transfer matrix, its penalties by distance, and the cost of one lens for two layers."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,21 +14,42 @@ from matplotlib.ticker import MaxNLocator
 
 from lensbench.report.figures.frames import layer_pair_frame, pair_frame, transfer_frame
 from lensbench.report.figures.layout import colour_bar, legend_outside, new_figure, panel_for_each, title_and_caption
-from lensbench.report.figures.registry import figure, nats_per
+from lensbench.report.figures.registry import figure, looks_of, nats_per
 from lensbench.report.figures.style import ANNOTATED_LAYERS, GREY, cell_text, pt, sheet, use_symlog
 
 CLIP_PERCENTILE = 95
+
+COSTS = "rocket_r"
+"""The colours of costs: dark where they are large, in the same order to the colour-blind and in print"""
+
+
+@dataclass(frozen=True)
+class CostScale:
+    """The colours of penalties, from 0 to ``top``; ``highest`` and ``lowest``: of the cells off the diagonal."""
+
+    top: float
+    highest: float
+    lowest: float
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the highest is far beyond the darkest colour."""
+        return self.highest > 1.5 * self.top
+
+
+def cost_scale(cells: pd.DataFrame) -> CostScale:
+    """One scale for the matrices of all models: to the 95th percentile where a few cells are far above it."""
+    penalties = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
+    ceiling = float(np.percentile(penalties, CLIP_PERCENTILE, method="lower"))
+    highest = float(penalties.max())
+    return CostScale(max(ceiling if highest > 1.5 * ceiling > 0 else highest, 1e-3), highest, float(penalties.min()))
 
 
 @figure("transfer_penalty", needs=("transfer.csv",), frame=transfer_frame)
 def transfer_penalty(cells: pd.DataFrame) -> Figure:
     """One heatmap per model, all on one colour scale: lens of layer i (rows) read at layer j (columns)."""
     models = list(cells["model"].unique())
-    penalties = cells.loc[cells["lens_layer"] != cells["stream_layer"], "penalty_ce"]
-    ceiling = float(np.percentile(penalties, CLIP_PERCENTILE, method="lower"))
-    lowest, highest = float(penalties.min()), float(penalties.max())
-    clipped = highest > 1.5 * ceiling > 0
-    top = max(ceiling if clipped else highest, 1e-3)
+    scale = cost_scale(cells)
     drawing, panels = panel_for_each(models, 2.9, 0.9, sharey=False, square=True)
     drawing.set_layout_engine("compressed", h_pad=0.07)
     for panel, model in zip(panels, models, strict=True):
@@ -39,18 +61,37 @@ def transfer_penalty(cells: pd.DataFrame) -> Figure:
         if layers <= ANNOTATED_LAYERS:
             texts = grid.map(partial(cell_text, largest=grid.abs().max(axis=None)))
             look |= {"annot": texts, "fmt": "", "annot_kws": {"size": pt(6.5)}, "linewidths": 0.4}
-        cost_heatmap(panel, grid, top, **look)
+        cost_heatmap(panel, grid, scale.top, **look)
         panel.set(title=model, xlabel="read at stream layer $j$", ylabel="lens of layer $i$")
-    extend = ["neither", "max", "min", "both"][clipped + 2 * (lowest < -0.02 * top)]
-    label = f"$C_{{ij}} - C_{{jj}}$ ({nats_per(cells)})" + (f"\nclipped, maximum {highest:.3g}" if clipped else "")
+    extend = ["neither", "max", "min", "both"][scale.clipped + 2 * (scale.lowest < -0.02 * scale.top)]
+    clipped = f"\nclipped, maximum {scale.highest:.3g}" if scale.clipped else ""
+    label = f"$C_{{ij}} - C_{{jj}}$ ({nats_per(cells)}){clipped}"
     colour_bar(drawing, panels, label, extend=extend)
-    title_and_caption(drawing, "Transfer penalty: layer $j$ through the lens of layer $i$", "Last row: the logit lens.")
+    caption = "Rows: the lens of layer $i$; columns: the layer $j$ that it reads. Last row: the logit lens."
+    title_and_caption(drawing, cost_in_words(cells), caption)
     return drawing
+
+
+MOST_NAMED = 4
+"""Models that a figure's title names; of more it gives the range"""
+
+
+def cost_in_words(cells: pd.DataFrame) -> str:
+    """What reading a layer through another layer's lens costs, the title of the figure."""
+    last = cells.groupby("model", sort=False)["lens_layer"].transform("max")
+    off = cells[(cells["lens_layer"] != cells["stream_layer"]) & (cells["lens_layer"] < last)]
+    medians = off.groupby("model", sort=False)["penalty_ce"].median() if len(off) else pd.Series(dtype=float)
+    if medians.empty:
+        return "Transfer penalty: layer $j$ through the lens of layer $i$"
+    said = ", ".join(f"{value:.2g} ({model})" for model, value in medians.items())
+    if len(medians) > MOST_NAMED:
+        said = f"{medians.min():.2g} to {medians.max():.2g}"
+    return f"Another layer's lens costs a median of {said} {nats_per(cells)}"
 
 
 def cost_heatmap(panel: Axes, grid: pd.DataFrame, top: float, **look: Any) -> None:
     """Draw costs from 0 to ``top`` as a heatmap of square cells, dark where they are large."""
-    sns.heatmap(grid, ax=panel, vmin=0, vmax=top, cmap="rocket_r", cbar=False, square=True, **look)
+    sns.heatmap(grid, ax=panel, vmin=0, vmax=top, cmap=COSTS, cbar=False, square=True, **look)
     panel.tick_params(rotation=0, length=0)
 
 
@@ -65,7 +106,12 @@ def penalty_by_distance(pairs: pd.DataFrame) -> Figure:
     drawing = new_figure(7.2, 4.0)
     panel = drawing.subplots()
     look: dict[str, Any] = {"x": "distance", "y": "penalty_ce", "hue": "model", "style": "direction", "ax": panel}
-    look |= {"palette": "colorblind", "hue_order": models, "style_order": [*directions], "markers": ["o", "X"]}
+    look |= {
+        "palette": {model: one["color"] for model, one in looks_of(pairs).items()},
+        "hue_order": models,
+        "style_order": [*directions],
+        "markers": ["o", "X"],
+    }
     dot, mark = (6, 4) if sheet().on_paper else (14, 6)
     sns.scatterplot(rows, s=dot, alpha=0.35, linewidth=0, legend=False, **look)
     sns.lineplot(rows, errorbar=None, lw=1.6, markersize=mark, dashes=directions, **look)

@@ -4,8 +4,8 @@ function show(text,x,y){tip.textContent=text;tip.className='on';var b=tip.getBou
  tip.style.left=Math.max(4,Math.min(x+14,innerWidth-b.width-4))+'px';
  tip.style.top=(y+18+b.height>innerHeight?Math.max(4,y-b.height-10):y+18)+'px';}
 function hide(){tip.className='';}
-document.addEventListener('pointermove',function(e){var t=e.target.closest&&e.target.closest('[data-tip]');
- if(t)show(t.getAttribute('data-tip'),e.clientX,e.clientY);else hide();});
+['pointermove','pointerdown'].forEach(function(kind){document.addEventListener(kind,function(e){var t=e.target.closest&&e.target.closest('[data-tip]');
+ if(t)show(t.getAttribute('data-tip'),e.clientX,e.clientY);else hide();});});
 document.addEventListener('focusin',function(e){var t=e.target.closest&&e.target.closest('[data-tip]');
  if(t){var b=t.getBoundingClientRect();show(t.getAttribute('data-tip'),b.left,b.bottom);}});
 document.addEventListener('focusout',hide);
@@ -18,6 +18,10 @@ document.addEventListener('keydown',function(e){
  svg.querySelectorAll('rect.on').forEach(function(r){r.classList.remove('on');});
  var cell=svg.querySelector('rect[data-cell="'+at.join(',')+'"]');if(!cell)return;cell.classList.add('on');
  var b=cell.getBoundingClientRect();show(cell.getAttribute('data-tip'),b.left,b.bottom);});
+document.querySelectorAll('table.flow').forEach(function(table){
+ var heads=Array.prototype.map.call(table.tHead.rows[0].cells,function(h){return h.textContent.trim();});
+ Array.prototype.forEach.call(table.tBodies[0].rows,function(row){Array.prototype.forEach.call(row.cells,function(c,k){
+  c.dataset.name=heads[k];if(!c.textContent.trim()&&!c.firstElementChild)c.classList.add('empty');});});});
 document.querySelectorAll('th button').forEach(function(button){button.addEventListener('click',function(){
  var th=button.parentNode,table=th.closest('table'),body=table.tBodies[0],k=th.cellIndex;
  var up=th.getAttribute('aria-sort')!=='ascending';
