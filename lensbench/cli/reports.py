@@ -29,6 +29,10 @@ def figures(
     out: Annotated[
         Path | None, typer.Option(help="Folder for them; default FOLDER/figures.", show_default=False)
     ] = None,
+    figure: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw this figure alone; repeat it for several. Default: all.", show_default=False),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Redraw a run's figures from its CSV tables alone; the same tables give the same bytes."""
@@ -37,7 +41,8 @@ def figures(
 
     tables = read_run(folder, need_manifest=False, verify=not unverified)
     formats = list(dict.fromkeys(format or ["png"]))
-    for path in draw_figures(tables, out or folder / "figures", formats=formats, dpi=dpi, columns=columns):
+    to = out or folder / "figures"
+    for path in draw_figures(tables, to, formats=formats, dpi=dpi, columns=columns, names=figure):
         show_line(str(path), console)
 
 

@@ -186,7 +186,7 @@ def places_of(runs: Sequence[Run], names: Sequence[dict[str, str]], view: View, 
         verdicts = run.tables["verdicts.csv"].dropna(subset=["known"]).drop_duplicates("model")
         known = dict(zip(verdicts["model"], verdicts["known"], strict=True))
         for model, name in called.items():
-            x, y = (rows.loc[(model, index)] if (model, index) in rows.index else None for index in (view.x, view.y))
+            x, y = (row_of(rows, model, index) for index in (view.x, view.y))
             if y is None or pd.isna(y["value"]):
                 continue
             said = [f"{plain(view.labels[0])} {told(x)}", f"{plain(view.labels[1])} {told(y)}"]
@@ -194,6 +194,11 @@ def places_of(runs: Sequence[Run], names: Sequence[dict[str, str]], view: View, 
             shape = "square" if model in known else "circle"
             found.append(Place(name, colours[name], shape, span(x), span(y), "\n".join([name, *said, *built])))
     return found
+
+
+def row_of(rows: pd.DataFrame, model: str, index: str) -> Any:
+    """The row of an index of a model; None where it was not measured."""
+    return rows.loc[(model, index)] if (model, index) in rows.index else None
 
 
 def told(row: Any) -> str:

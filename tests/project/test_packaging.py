@@ -21,7 +21,9 @@ def test_suites_work_from_an_installed_wheel(tmp_path):
         packed = {name for name in inside.namelist() if name.startswith("lensbench/")}
     ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "lensbench").rglob("*.py")}
     suites = {f"lensbench/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "benchmarks").glob("*.toml")}
-    assert (ours | suites) - packed == set()
+    data = {f"lensbench/report/{name}" for name in ("landmarks.csv", "lensbench.mplstyle")} | {"lensbench/py.typed"}
+    data |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "lensbench" / "report" / "templates").iterdir()}
+    assert (ours | suites | data) - packed == set()
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}

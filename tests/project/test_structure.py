@@ -66,12 +66,12 @@ def test_a_wheel_holds_every_package():
     assert all((ROOT / package.replace(".", "/") / "__init__.py").is_file() for package in there)
 
 
-def test_every_file_gives_the_same_version():
-    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
-    changes = re.search(r"^## \[(\S+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert citation is not None
+def test_every_file_gives_the_same_version_and_date():
+    citation = dict(re.findall(r"^(version|date-released): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M))
+    changes = re.search(r"^## \[(\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert changes is not None
-    assert {citation[1], changes[1]} == {lensbench.__version__}
+    assert (citation["version"], citation["date-released"]) == changes.groups()
+    assert citation["version"] == lensbench.__version__
 
 
 def test_every_extra_that_a_message_names_exists():

@@ -43,9 +43,9 @@ def test_a_page_asks_for_nothing_outside_itself_and_is_well_formed(vision):
 @pytest.mark.results
 def test_every_picture_has_an_alternative_text(vision):
     pictures = [a for tag, a in Read(vision).tags if tag == "svg" and a.get("aria-hidden") != "true"]
-    assert len(pictures) == 4 + 4 + 1 + 2 * 4  # profiles, small and whole, the ruler, and two of each model
+    assert len(pictures) == 4 + 4 + 2 + 2 * 4  # profiles, small and whole, two planes, and two of each model
     assert all(a["role"] == "img" and len(a["aria-label"]) > 60 for a in pictures)
-    profiles, plane = [a["aria-label"] for a in pictures[4:8]], pictures[8]["aria-label"]
+    profiles, plane = [a["aria-label"] for a in pictures[4:8]], pictures[9]["aria-label"]
     assert profiles == [a["aria-label"] for a in pictures[:4]]
     assert all(f"each block of {m} keeps" in p for m, p in zip(MODELS, profiles, strict=True))
     assert "keeps (clarity) 0.025 [0.006, 0.045]" in profiles[3]

@@ -255,7 +255,9 @@ def draw_regions(panel: Axes, view: View, rule: pd.Series, gutter: Gutter) -> li
     """Shade the regions of the rule, with their names; return the names."""
     (left, right), (low, high), start = panel.get_xlim(), panel.get_ylim(), gutter.right
     names: list[Artist] = []
-    for region in regions_of(view, rule.to_dict(), (left, start, right), (low, high)):
+    for region in regions_of(
+        view, {str(name): float(at) for name, at in rule.items()}, (left, start, right), (low, high)
+    ):
         name, colour, where, (y0, y1) = region.name, region.colour, region.where, region.y
         x0, x1 = max(region.x[0], left), min(region.x[1], right)
         if x1 <= x0 or y1 <= y0:
@@ -266,7 +268,7 @@ def draw_regions(panel: Axes, view: View, rule: pd.Series, gutter: Gutter) -> li
             middle = (low + high) / 2
             names.append(panel.text((x0 + x1) / 2, middle, name, rotation=90, ha="center", va="center", **look))
         else:
-            at = {"ha": "right", "x": x1} if where == "top" else {"ha": "left", "x": x0}
+            at: dict[str, Any] = {"ha": "right", "x": x1} if where == "top" else {"ha": "left", "x": x0}
             lift = high - 0.02 * (high - low) if where == "top" else low + 0.02 * (high - low)
             names.append(panel.text(at["x"], lift, f" {name} ", ha=at["ha"], va=where, **look))
     if gutter.ends[0] < gutter.ends[1]:
