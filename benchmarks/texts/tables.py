@@ -261,6 +261,12 @@ class Results:
         rows = rows[~rows["model"].isin(list(leave_out))]
         return int((rows["verdict"] == verdict).sum()), len(rows)
 
+    def landmark_cell(self, model: str, landmark: str) -> str:
+        """The verdict without layer 0 on a landmark of a model of one seed, and why it is undetermined."""
+        row = self.rows("landmarks.csv", model=model, landmark=landmark, index="in_place_without_layer0").iloc[0]
+        undetermined = row["verdict"] == "undetermined" and isinstance(row["gate"], str)
+        return f"undetermined ({row['gate']})" if undetermined else short(row["verdict"])
+
     def block_table(self, models: Sequence[str], columns: Sequence[tuple[str, str]]) -> str:
         """Blocks of models of one seed as a Markdown table: from, to, and columns of ``blocks.csv``."""
         body = []
