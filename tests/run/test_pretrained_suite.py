@@ -430,6 +430,54 @@ def cached(original, tmp_path, monkeypatch):
     return point
 
 
+REVISIONS = """
+[[models]]
+name = "tiny"
+source = "{source}"
+revisions = [{revisions}]
+{tokens}
+"""
+
+
+def revisions_of(path: Path, texts: Path, source: str, names: str, tokens: str = "") -> Path:
+    write_suite(path, texts)
+    path.write_text(path.read_text() + REVISIONS.format(source=source, revisions=names, tokens=tokens))
+    return path
+
+
+def tokens_in(folder: Path) -> dict[str, int]:
+    return table(folder, "models.csv").set_index("model")["train_tokens"].to_dict()
+
+
+def test_revisions_on_the_hub_are_models_with_their_tokens_and_finished_ones_stay(original, cached, tmp_path):
+    cached("a")
+    for name, letter in (("step1", "a"), ("step2", "b")):
+        (tmp_path / "hub" / "models--org--tiny" / "refs" / name).write_text(letter * 40)
+    one = revisions_of(tmp_path / "suite.toml", original.texts, "hub:org/tiny", '"step1"', "train_tokens = [5]")
+    assert "fit-tiny@step1-seed0" in computed(run("run", one, "--out", tmp_path / "run"))
+    names, tokens = '"step1", "step2"', "train_tokens = [5, 9]"
+    both = revisions_of(tmp_path / "suite.toml", original.texts, "hub:org/tiny", names, tokens)
+    new = computed(run("run", both, "--out", tmp_path / "run"))
+    assert "fit-tiny@step2-seed0" in new
+    assert not {name for name in new if "@step1" in name}
+    assert tokens_in(tmp_path / "run") == {"tiny@step1": 5, "tiny@step2": 9}
+    sources = json.loads((tmp_path / "run" / "manifest.json").read_text())["sources"]
+    assert {name: held["commit"] for name, held in sources.items()} == {"tiny@step1": "a" * 40, "tiny@step2": "b" * 40}
+
+
+def test_revisions_in_a_folder_have_the_tokens_that_their_configs_say(original, tmp_path):
+    for name, tokens in (("step1", 1_000), ("step2", None)):
+        shutil.copytree(original.root / "neox", tmp_path / "all" / name)
+        config = json.loads((tmp_path / "all" / name / "config.json").read_text())
+        said = {} if tokens is None else {"train_tokens": tokens}
+        (tmp_path / "all" / name / "config.json").write_text(json.dumps({**config, **said}))
+    suite = revisions_of(tmp_path / "suite.toml", original.texts, f"path:{tmp_path / 'all'}", '"step1", "step2"')
+    assert run("run", suite, "--out", tmp_path / "run").exit_code == 0
+    found = tokens_in(tmp_path / "run")
+    assert found["tiny@step1"] == 1_000
+    assert np.isnan(found["tiny@step2"])
+
+
 def test_a_model_of_the_hub_is_known_by_its_commit(original, cached, tmp_path):
     suite = write_suite(tmp_path / "suite.toml", original.texts, neox={"source": "hub:org/tiny"})
     cached("a")

@@ -16,13 +16,17 @@ from lensbench.suite.files import load_suite, name_of, named_files, names_of, on
 
 pytestmark = pytest.mark.run
 
-ARCHITECTURES = {"pythia": "gpt_neox", "gpt2": "gpt2", "pretrained": "llama", "pretrained-updates": "llama"}
+ARCHITECTURES = {
+    "pythia": "gpt_neox", "pythia-training": "gpt_neox", "gpt2": "gpt2", "pretrained": "llama",
+    "pretrained-updates": "llama", "qwen": "qwen3", "gemma": "gemma3_text",
+}  # fmt: skip
 """Suite -> model type of the models that it names."""
 
 LAYERS = {
     "pythia-70m": 6, "pythia-160m": 12, "pythia-410m": 24, "pythia-1b": 16, "pythia-1.4b": 24, "pythia-2.8b": 32,
     "pythia-6.9b": 32, "pythia-12b": 36, "gpt2-small": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48,
-    "smollm2-135m": 30,
+    "smollm2-135m": 30, "qwen3-0.6b": 28, "qwen3-1.7b": 28, "qwen3-4b": 36, "qwen3-8b": 36, "qwen3-14b": 40,
+    "gemma-3-270m": 18, "gemma-3-1b": 26,
 }  # fmt: skip
 """As their configs on the hub say."""
 
@@ -46,11 +50,12 @@ def layers_of(config) -> int:
 def test_a_suite_that_comes_with_lensbench_runs_on_small_models_of_its_architecture(name, texts, tmp_path, no_figures):
     """With as many layers as the smallest of its models, and settings that are its own but for the amount of data."""
     suite = load_suite(name)
-    assert {m.name for m in suite.models} <= set(LAYERS)
+    models = {m.name.partition("@")[0] for m in suite.models}
+    assert models <= set(LAYERS)
     assert all(m.source is not None for m in suite.models)
     kind = ARCHITECTURES[name]
     field = {"gpt2": "n_layer"}.get(kind, "num_hidden_layers")
-    layers = min(LAYERS[m.name] for m in suite.models)
+    layers = min(LAYERS[name] for name in models)
     folder = save_model(tmp_path / "small", kind, texts, 300, **{field: layers})
     config = AutoConfig.from_pretrained(folder)
     assert layers_of(config) == layers
@@ -82,7 +87,7 @@ def test_a_suite_that_comes_with_lensbench_runs_on_small_models_of_its_architect
 
 
 def test_what_the_hub_is_asked_for_is_what_the_suites_name():
-    for name in ("pythia", "gpt2"):
+    for name in ("pythia", "pythia-training", "gpt2", "qwen", "gemma"):
         for model in load_suite(name).models:
             assert str(model.source).startswith("hub:")
             assert (model.device_map is None) == (model.dtype == "float32")

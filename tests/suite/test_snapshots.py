@@ -8,7 +8,7 @@ from helpers.suites import SUITE
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
 from lensbench.suite.changes import with_settings
-from lensbench.suite.files import validated
+from lensbench.suite.files import read_toml, validated
 from lensbench.suite.recipes import Suite
 
 KEPT = "checkpoints = [0, 1_024, 4_096]\nlength = 64"
@@ -140,3 +140,35 @@ def test_revisions_that_cannot_be_are_refused(keys, expected):
     with pytest.raises(LensbenchError, match=r"my\.toml") as error:
         revisioned(keys)
     assert expected in str(error.value)
+
+
+def test_every_revision_of_pythia_training_has_its_steps_worth_of_tokens():
+    for model in read_toml("pythia-training")[1]["models"]:
+        steps = [int(name.removeprefix("step")) for name in model["revisions"]]
+        assert model["train_tokens"] == [step * 1024 * 2048 for step in steps]  # sequences of a batch, tokens of each
+
+
+def test_every_size_of_scale_has_twenty_tokens_a_parameter_and_the_rate_of_its_width():
+    content = read_toml("scale")[1]
+    sizes = {"16k": content, **content["presets"]}
+    counts = dict(zip(sizes, (16_000, 64_000, 250_000, 1_000_000, 4_000_000, 16_000_000), strict=True))
+    for size, table in sizes.items():
+        assert table["training"]["tokens"] == 20 * counts[size]
+        for model in table["models"]:
+            assert size in model["name"]
+            if "view_of" in model:
+                continue
+            assert model["parameters"] == pytest.approx(counts[size], rel=0.01)
+            rule = 3.072 if model["family"] == "gpt-conv" else 1.536
+            assert model["training"]["learning_rate"] * model["d_model"] == pytest.approx(rule)
+
+
+def test_the_sweep_of_scale_tries_half_the_rule_the_rule_and_twice_of_it():
+    trained = {m["name"]: m for m in read_toml("scale")[1]["models"]}
+    trials = read_toml("scale-sweep")[1]["trials"]
+    for name, model in trained.items():
+        if "family" in model:
+            tried = [t for t in trials if t["model"] == name]
+            rates = [t["training"]["learning_rate"] / model["training"]["learning_rate"] for t in tried]
+            assert rates == pytest.approx([0.5, 1, 2])
+            assert all(t.get("settings") == model.get("settings") for t in tried)

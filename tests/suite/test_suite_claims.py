@@ -89,7 +89,8 @@ def test_a_difference_is_described_as_before_there_were_other_claims():
 
 
 @pytest.mark.parametrize(
-    "name", ["standard", "vision", "predictive-coding", "pretrained", "pretrained-updates", "gpt2", "pythia"]
+    "name",
+    ["standard", "vision", "predictive-coding", "pretrained", "pretrained-updates", "gpt2", "pythia", "qwen", "gemma"],
 )
 def test_claims_of_the_decomposition_say_whether_a_prototype_had_shown_them(name):
     claims = load_suite(name).claims
