@@ -24,6 +24,7 @@ from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.estimated import worth_estimating
 from lensbench.lenses.per_layer import curve_tolerances
 from lensbench.lenses.planning import matrices, paired_views
+from lensbench.lenses.room import SHARE
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
 from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
@@ -340,7 +341,12 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
         of_views = decomposed(shape, some, n, eval_) + searches(shape, some * of.searched, RIDGES_FROM_NEAR)
         work += LANDMARKS * (of_views + read_out(shape, some * (dev + eval_)))
     memory, disk = held(shape, suite, n + dev + eval_)
-    return Cost(work, memory + DOUBLE * layers * shape.width**2 * 2 * (FOLDS + 4), disk)
+    square = layers * shape.width**2
+    # Covariances of a layer with all later ones, lenses at two ridges, maps in float32; the rest spills beyond memory_gib.
+    spilt = DOUBLE * square * (3 * (FOLDS + 4) + 6 * (len(settings.tolerances) + len(settings.metrics)))
+    if spilt < GIB * suite.fit.memory_gib / SHARE:
+        return Cost(work, memory + 6 * DOUBLE * square + spilt, disk)
+    return Cost(work, memory + 6 * DOUBLE * square, disk + spilt)
 
 
 def fitted_again(shape: Shape, layers: int, tokens: int) -> Work:

@@ -14,7 +14,7 @@ from lensbench.lenses.moments import Moments
 from lensbench.lenses.read import own_layer_sums
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
-from lensbench.lenses.room import IN_MEMORY, Room, spilling
+from lensbench.lenses.room import IN_MEMORY, SHARE, Room, spilling
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
 from lensbench.measures.update.chance import goals_in, principal_space, spreads_of, spreads_of_persistence
 from lensbench.measures.update.folds import (
@@ -355,17 +355,21 @@ def measured(
     for number in range(refits):  # the maps of one at a time
         maps, lenses = fitted.again(fit, (seed, number))
         refitted.append(quantities(chance_and_products(moments, [], [maps], fitted.room)[1][0], pairs, chance))
-        news_again.append(news_of_moments(moments, lenses, white, pairs))
+        news_again.append(news_of_moments(moments, lenses, white, pairs, fitted.room))
         del maps, lenses
     variants = tuple(
         Variant(setting, value, *held.quantities(held.products(maps), of_this))
         for (setting, value, maps), of_this in zip(others, chance_of, strict=True)
     )
+    del moments  # as large as the states of many tokens
     if normed:
         say("units of the final norm")
         variants += (in_norm_units(fitted, readout, fit, held_out, chosen),)
     say("news")
-    gains = news_sums(held.states, chosen, held.means, held.cluster, held.clusters, fitted.lenses.best, white)
+    gains = news_sums(
+        held.states, chosen, held.means, held.cluster, held.clusters, fitted.lenses.best, white,
+        fitted.search.recipe.memory_gib / SHARE,
+    )  # fmt: skip
     gained = None
     if readable:
         say("readable gain")

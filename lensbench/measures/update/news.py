@@ -1,6 +1,6 @@
 """News: the share of a gain that lies in directions of the prediction that the earlier lens does not read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.lenses.maps import AffineMaps
+from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.products import TOKEN_BLOCK, Covariances, Pairs, blocks
 from lensbench.statistics import Array
+from lensbench.streams.capture import room_for
 
 UNREAD = 0.1
 """A lens that explains less than this share of a direction of the final state does not read it"""
@@ -45,35 +47,42 @@ class NewsSums:
 
 
 def unread_directions(explained: Tensor) -> Tensor:
-    """Projections ``[n, k, k]`` of the whitened final state on what the lens of each layer does not read."""
-    found = torch.empty_like(explained)
-    for k, one in enumerate(explained):
-        values, vectors = torch.linalg.eigh((one + one.T) / 2)
-        found[k] = vectors[:, values < UNREAD] @ vectors[:, values < UNREAD].T
-    return found
+    """Projection ``[k, k]`` of the whitened final state on what a lens that explains ``[k, k]`` of it does not read."""
+    values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
+    unread: Tensor = vectors[:, values < UNREAD] @ vectors[:, values < UNREAD].T
+    return unread
 
 
-def explained_power(moments: Covariances, lenses: AffineMaps, factor: Tensor) -> Tensor:
-    """What the lens of each layer explains of the whitened final state T, ``[n, k, k]``, in float64.
+def explained_power(moments: Covariances, lenses: AffineMaps, factor: Tensor, layer: int) -> Tensor:
+    """What the lens of a layer explains of the whitened final state T, ``[k, k]``, in float64.
 
     ``Cov(T_i, T) + Cov(T, T_i) - Cov T_i`` for ``T_i`` that lens i reads. Along a unit vector that is ``1 - E (T - T_i)^2``,
     but where a lens reads nothing all its products are small, whatever the sample of T: directions that it reads and
     directions that it does not are told apart at a few thousand tokens. ``factor`` ``[k, d]`` whitens the final state.
     """
-    found = []
-    for own, goal, lens in zip(moments.own, moments.goal, lenses.matrix, strict=True):
-        maps = factor @ lens.double().cpu()
-        across = maps @ goal @ factor.T
-        found.append(across + across.T - maps @ own @ maps.T)
-    return torch.stack(found)
+    maps = factor @ lenses.matrix[layer].double().cpu()
+    across = maps @ moments.goal[layer] @ factor.T
+    found: Tensor = across + across.T - maps @ moments.own[layer] @ maps.T
+    return found
 
 
-def news_of_moments(moments: Covariances, lenses: AffineMaps, factor: Tensor, pairs: Pairs) -> tuple[Array, Array]:
-    """Gains in explained power of pairs, means over tokens: those in unread directions, and all; ``[P]`` each."""
-    explained = explained_power(moments, lenses, factor)
-    unread, whole = unread_directions(explained), explained.diagonal(dim1=-1, dim2=-2).sum(-1).numpy()
-    # A pair at a time: gains of all of them would take a matrix each.
-    new = [float((unread[i] * (explained[j] - explained[i])).sum()) for i, j in zip(*pairs, strict=True)]
+def news_of_moments(
+    moments: Covariances, lenses: AffineMaps, factor: Tensor, pairs: Pairs, room: Room = IN_MEMORY
+) -> tuple[Array, Array]:
+    """Gains in explained power of pairs, means over tokens: those in unread directions, and all; ``[P]`` each.
+
+    ``room``: where what each lens explains lies.
+    """
+    count, k = len(lenses), len(factor)
+    explained = room((count, k, k))
+    for layer in range(count):
+        explained[layer] = explained_power(moments, lenses, factor, layer)
+    whole = np.array([float(one.diagonal().sum()) for one in explained])
+    new, unread, of_layer = [], torch.empty(0), -1
+    for i, j in zip(*pairs, strict=True):  # in the order of i
+        if i != of_layer:
+            unread, of_layer = unread_directions(explained[i]), i
+        new.append(float((unread * (explained[j] - explained[i])).sum()))
     return np.array(new), whole[pairs[1]] - whole[pairs[0]]
 
 
@@ -86,59 +95,77 @@ def news_sums(
     clusters: int,
     lenses: AffineMaps,
     factor: Tensor,
+    memory_gib: float = float("inf"),
 ) -> NewsSums:
     """The gains of all pairs i < j of ``layers`` in the final state T, whitened by ``factor`` ``[k, d]``.
 
     The power that lens i explains along a direction v is ``1 - E (v.(T - T_i))^2``. Directions are the eigenvectors of
     :func:`explained_power`. ``lenses``: one for each of ``layers``; ``means`` ``[n + 1, d]`` are taken off their states and
-    off the last one.
+    off the last one. What lenses miss of T, as large as the states, lies in a file beyond ``memory_gib``; of matrices
+    ``[k, k]`` those of one layer are held at a time.
     """
-    like = states[-1]
-    maps, goal = (factor @ lenses.matrix.double().cpu()).to(like), factor.to(like)
-    rows, half = [*layers, len(states) - 1], cluster % 2
-    count, k = len(layers), len(factor)
-    explained = torch.zeros(2, count, k, k, dtype=torch.float64)
-    for at, (read, final) in _whitened(states, rows, means, maps, goal):
-        for side in (0, 1):
-            mine = half[at] == side
-            t, r = final[mine], read[:, mine]
-            across = (r.transpose(-1, -2) @ t).double().cpu()
-            explained[side] += across + across.transpose(-1, -2) - (r.transpose(-1, -2) @ r).double().cpu()
-    sizes = torch.bincount(half, minlength=2)
-    unread = unread_directions(explained.sum(0) / len(cluster)).to(like)
-    of_half = torch.stack([unread_directions(e / max(1, int(n))) for e, n in zip(explained, sizes, strict=True)]).to(
-        like
-    )
-    pairs = count * (count - 1) // 2
-    sums = NewsSums(*(np.zeros((clusters, pairs)) for _ in range(3)))
-    for at, (read, final) in _whitened(states, rows, means, maps, goal):
-        number = cluster[at].numpy()
-        _add_gains(sums.all, final - read, unread, number)
-        _add_gains(sums.whole, final - read, None, number)
-        for side in (0, 1):
-            mine = half[at] == side
-            _add_gains(sums.halves, (final - read)[:, mine], of_half[side], number[mine.numpy()])
+    like, count, k = states[-1], len(layers), len(factor)
+    final = room_for((1, states.shape[1], k), states.device, memory_gib)[0].to(like.dtype)
+    missed = room_for((count, states.shape[1], k), states.device, memory_gib).to(like.dtype)
+    goal = factor.to(like)
+    for number, (centred,) in enumerate(blocks(states, [len(states) - 1], means[[count]])):
+        final[_block(number)] = centred @ goal.T
+    for i, row in enumerate(layers):
+        read = (factor @ lenses.matrix[i].double().cpu()).to(like)
+        for number, (centred,) in enumerate(blocks(states, [row], means[[i]])):
+            at = _block(number)
+            torch.sub(final[at], centred @ read.T, out=missed[i, at])
+    half, numbers = cluster % 2, cluster.numpy()
+    sides = [torch.from_numpy(np.flatnonzero(half.numpy() == side)) for side in (0, 1)]
+    sums = NewsSums(*(np.zeros((clusters, count * (count - 1) // 2)) for _ in range(3)))
+    column = 0
+    for i in range(count - 1):
+        columns = slice(column, column + count - 1 - i)
+        explained = [_explained(final, missed[i], side) for side in sides]
+        _add_gains(sums.whole[:, columns], missed[i:], None, numbers)
+        unread = unread_directions(sum(explained) / len(cluster)).to(like)  # type: ignore[arg-type]
+        _add_gains(sums.all[:, columns], missed[i:], unread, numbers)
+        for side, one in zip(sides, explained, strict=True):
+            unread = unread_directions(one / max(1, len(side))).to(like)
+            _add_gains(sums.halves[:, columns], missed[i:], unread, numbers, side)
+        column = columns.stop
     return sums
 
 
-def _whitened(
-    states: Tensor, rows: Sequence[int], means: Tensor, maps: Tensor, goal: Tensor
-) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-    """Block by block: the tokens, what lenses read there ``[n, tokens, k]``, and the whitened final state."""
-    for number, centred in enumerate(blocks(states, rows, means)):
-        at = slice(number * TOKEN_BLOCK, (number + 1) * TOKEN_BLOCK)
-        yield at, (centred[:-1] @ maps.transpose(-1, -2), centred[-1] @ goal.T)
+def _block(number: int) -> slice:
+    return slice(number * TOKEN_BLOCK, (number + 1) * TOKEN_BLOCK)
 
 
-def _add_gains(sums: Array, missed: Tensor, unread: Tensor | None, cluster: NDArray[np.int64]) -> None:
-    """Add the gains of all pairs, in unread directions of the earlier lens or in all, to the sums of their clusters.
+def _explained(final: Tensor, missed: Tensor, tokens: Tensor) -> Tensor:
+    """What a lens explains of T summed over some tokens, ``[k, k]`` float64, from T and what the lens misses of it."""
+    k = final.shape[-1]
+    found = torch.zeros(k, k, dtype=torch.float64)
+    for some in tokens.split(TOKEN_BLOCK):
+        here = some.to(final.device)
+        t = final[here]
+        r = t - missed[here]
+        across = (r.T @ t).double().cpu()
+        found += across + across.T - (r.T @ r).double().cpu()
+    return found
 
-    ``missed`` ``[n, tokens, k]``: what each lens misses of the final state.
+
+def _add_gains(
+    sums: Array, missed: Tensor, unread: Tensor | None, cluster: NDArray[np.int64], tokens: Tensor | None = None
+) -> None:
+    """Add the gains of a layer's pairs, in unread directions or in all, to the sums ``[clusters, n - 1]`` of their clusters.
+
+    ``missed`` ``[n, N, k]``: what the layer's lens misses of the final state, and each later one. ``tokens``: some of them.
     """
-    column, count = 0, len(missed)
-    for i in range(count - 1):
-        left = missed[i:] if unread is None else missed[i:] @ unread[i]
-        squares = left.double().square().sum(-1).cpu()
-        gains = (squares[0] - squares[1:]).numpy()
-        np.add.at(sums[:, column : column + count - 1 - i], cluster, gains.T)
-        column += count - 1 - i
+    every = torch.arange(missed.shape[1]) if tokens is None else tokens
+    for some in every.split(TOKEN_BLOCK):
+        here = some.to(missed.device)
+        squares = [_squares(one[here], unread) for one in missed]
+        gains = np.stack([squares[0] - later for later in squares[1:]], -1)
+        np.add.at(sums, cluster[some.numpy()], gains)
+
+
+def _squares(missed: Tensor, unread: Tensor | None) -> Array:
+    """Squared lengths ``[tokens]`` of what is missed, in unread directions or in all."""
+    left = missed if unread is None else missed @ unread
+    found: Array = left.double().square().sum(-1).cpu().numpy()
+    return found

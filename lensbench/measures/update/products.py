@@ -25,7 +25,7 @@ LAYER_PRODUCTS = ("rr", "rf", "ff", "rT", "fT")
 
 TOKEN_BLOCK = 1024
 
-LATER_GIB = 1.5
+LATER_GIB = 0.5
 """Covariances of pairs of layers are kept, not made again for each set of lenses, if they take no more"""
 
 
