@@ -1,11 +1,15 @@
-"""Losses of lenses from the exact log-partitions of some tokens, and cheap ones of all: unbiased, at a share of the cost.
+"""Unbiased estimates of lens losses: cheap values for all tokens, exact log-partitions for a sample of them.
 
-Two-phase sampling with a control variate (Cochran 1977, section 12.9). Every token gets a cheap value, by :class:`Words`; a
-simple random sample, n of N tokens, gets the exact value too. With the difference y = exact - cheap and its mean B over the
-sample, the estimate of a token is ``cheap + B``, and of a sampled one ``cheap + B + (N / n) (y - B)``. The mean over tokens
-is then ``mean cheap + B``: given the tokens and whatever the words, its mean over samples is the exact mean. Sums over
-clusters of tokens hold the spread of y, so that a bootstrap over clusters holds the estimate's own variance too. The sample
-is the same for every lens and layer, and differences stay paired. An estimate of a KL may be negative.
+Two-phase sampling with a control variate (Cochran 1977, section 12.9):
+
+- Every token gets a cheap value, from a subset of the vocabulary (:class:`Words`).
+- A simple random sample, n of N tokens, gets the exact value as well.
+- y = exact - cheap on the sample, and B is its mean.
+- The estimate of a token is ``cheap + B``; of a sampled token it is ``cheap + B + (N / n) (y - B)``.
+
+The mean over tokens is then ``mean cheap + B``. For given tokens and words, its expectation over samples is the exact
+mean. Sums over clusters contain the spread of y, so a bootstrap over clusters includes the variance of the estimate. All
+lenses and layers share one sample, so differences stay paired. An estimated KL may be negative.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,34 +29,34 @@ from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
 
 WORDS = 4096
-"""Words that stand for the vocabulary"""
+"""How many words stand for the vocabulary"""
 
 WORDS_FROM = 4096
-"""Read-outs that the words are chosen by"""
+"""How many read-outs the words are chosen from"""
 
 
 STRIDE = 7919
-"""Tokens between those that the words are chosen by: a prime, so that all parts of a text are among them"""
+"""Step between the tokens that the words are chosen from. A prime, so that they come from all parts of a text"""
 
 
 def worth_estimating(vocabulary: int) -> bool:
-    """Whether a vocabulary is so large that :data:`WORDS` of it cost less than half of it."""
+    """Whether :data:`WORDS` words are less than half of the vocabulary, so that an estimate saves time."""
     return vocabulary > 2 * WORDS
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A sample of a capture's tokens that gets exact values, and words for all of them."""
+    """The words for cheap values of all tokens, and the sample of tokens that gets exact values."""
 
     words: Words
     captured: Capture
     """All tokens of this process"""
     drawn: Tensor
-    """Those of them that get exact values, ``[n]``, rising"""
+    """Positions of the sampled tokens, ``[n]``, ascending"""
     few: Capture
-    """Their capture"""
+    """The capture of the sampled tokens"""
     share: float
-    """Of the tokens of all processes that is drawn"""
+    """The share of tokens that is sampled, over all processes"""
     seed: tuple[int, ...]
 
     @classmethod
@@ -67,13 +71,13 @@ class Estimator:
         seed: Sequence[int],
         words: int | None = None,
     ) -> "Estimator":
-        """A simple random sample of ``share`` of the tokens, and words by what lenses ``per_layer`` read out at all layers.
+        """A simple random sample of ``share`` of the tokens, and words chosen from what the lenses ``per_layer`` read out.
 
         ``words``: how many stand for the vocabulary, :data:`WORDS` if left out. Raises :class:`LensbenchError` for a share
         that is not above 0 and at most 1.
         """
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        # What is chosen by does not depend on the draw of tokens, which keeps the estimate unbiased.
+        # The words do not depend on the sampled tokens: this keeps the estimate unbiased.
         chosen = Words.draw(readout, mean_read_out(readout, captured, per_layer), words or WORDS, generator)
         return cls.drawn_with(chosen, captured, share=share, seed=seed)
 
@@ -81,14 +85,14 @@ class Estimator:
     def where_it_saves(
         cls, readout: ReadOut, captured: Capture, per_layer: AffineMaps, *, share: float, seed: Sequence[int]
     ) -> "Estimator | None":
-        """As :meth:`of`; None for a share of 1, and where the vocabulary is so small that nothing would be saved."""
+        """As :meth:`of`; None for a share of 1, and for a vocabulary so small that nothing would be saved."""
         if share == 1 or not worth_estimating(len(readout.weight)):
             return None
         return cls.of(readout, captured, per_layer, share=share, seed=seed)
 
     @classmethod
     def drawn_with(cls, words: Words, captured: Capture, *, share: float, seed: Sequence[int]) -> "Estimator":
-        """With given words, which must not depend on the draw of tokens."""
+        """A sample for given words, which must not depend on it."""
         if not 0 < share <= 1:
             raise LensbenchError(f"exact_share is {share}: it must be above 0 and at most 1")
         total = captured.tokens
@@ -100,13 +104,13 @@ class Estimator:
         return cls(words, captured, drawn, captured.take(drawn), count / total, tuple(seed))
 
     def again(self, captured: Capture, number: int) -> "Estimator":
-        """The same words and share on other tokens, with a draw of their own, the ``number``-th."""
+        """The same words and share for other tokens, with a new sample; ``number`` seeds it."""
         return Estimator.drawn_with(self.words, captured, share=self.share, seed=(*self.seed, number))
 
     def references(
         self, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")
     ) -> tuple[Reference, Reference]:
-        """What movement is measured from: lens k on layer ``lenses[k]``, by words at all tokens, exactly at the drawn."""
+        """References for movement: lens k on layer ``lenses[k]``, cheap at all tokens and exact at the sampled ones."""
         readout, words = self.words.readout, self.words
 
         def normalised(captured: Capture) -> Iterable[Tensor]:
@@ -124,13 +128,13 @@ class Estimator:
             entropies.append(entropy)
         if len(self.few):
             exact = Reference.of(readout, normalised(self.few), len(lenses), memory_gib)
-        else:  # of many processes, some may have drawn none
+        else:  # one of many processes may have no sampled token
             exact = Reference(moment[:, :0], entropies[0].new_zeros(len(lenses), 0))
         return Reference(moment, torch.stack(entropies)), exact
 
     @torch.no_grad()
     def score(self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None) -> Scores:
-        """M lenses on one layer's states: estimates of what :func:`score` says of every token, float64 ``[M, N]``."""
+        """Estimates of what :func:`score` computes, for M lenses on the states of one layer: float64 ``[M, N]``."""
         cheap, exact = self.both(layer, maps, references)
         moved = None
         if cheap.movement is not None and exact.movement is not None:
@@ -142,9 +146,9 @@ class Estimator:
     def both(
         self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None
     ) -> tuple[Scores, Scores]:
-        """What the words say of all tokens ``[M, N]``, and exact values of the drawn ones ``[M, n]``.
+        """Cheap values of all tokens ``[M, N]``, and exact values of the sampled ones ``[M, n]``.
 
-        The logit lens of the last layer is the model itself, which is known: there the words say what is exact.
+        The logit lens of the last layer is the model itself, whose losses are known: there the cheap values are exact.
         """
         cheap_reference, exact_reference = (None, None) if references is None else references
         cheap = self._by_words(layer, maps, cheap_reference)
@@ -157,7 +161,7 @@ class Estimator:
         return cheap, exact
 
     def _mended(self, cheap: Tensor, exact: Tensor) -> Tensor:
-        """Estimates ``[M, N]`` from cheap values ``[M, N]`` and the exact ones of the drawn tokens ``[M, n]``."""
+        """Estimates ``[M, N]`` from cheap values ``[M, N]`` and exact values of the sampled tokens ``[M, n]``."""
         ranks, total = self.captured.ranks, cheap.double()
         difference = exact.double() - total[:, self.drawn]
         mean = ranks.sum(difference.sum(1)) / ranks.span(len(self.drawn))[1]
@@ -166,7 +170,7 @@ class Estimator:
         return found
 
     def _by_words(self, layer: int, maps: AffineMaps, reference: Reference | None) -> Scores:
-        """What the words say of all tokens, as :func:`score`."""
+        """Cheap values of all tokens, in the form of :func:`score`."""
         readout, captured, words = self.words.readout, self.captured, self.words
         h = captured.states[layer]
         maps = maps.to(h)
@@ -206,9 +210,9 @@ class Estimator:
 
 
 def mean_read_out(readout: ReadOut, captured: Capture, per_layer: AffineMaps) -> Tensor:
-    """The mean probability of every word ``[V]``, float64: half by the model, half by every layer's lens at every layer.
+    """The mean probability of every word ``[V]``, float64: half from the model, half from every layer's lens at every layer.
 
-    The second half is from ``WORDS_FROM`` read-outs at most, equally many of every lens and layer (and one at least).
+    The second half uses at most ``WORDS_FROM`` read-outs, equally many (at least one) of every lens and layer.
     """
     ranks, states = captured.ranks, captured.states
     identity = AffineMaps.identity(states.shape[-1])

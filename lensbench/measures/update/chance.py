@@ -1,4 +1,4 @@
-"""What persistence and the carried share would be by chance: the analytic spreads under random bases."""
+"""What persistence and the share added elsewhere would be by chance: their analytic spreads under random bases."""
 
 import numpy as np
 import torch

@@ -1,8 +1,8 @@
 """Cross-fitted lenses of the update decomposition: two lenses per layer and a signal, each from documents of its own.
 
 Fitting documents are dealt into three folds. Two of them fit a lens for each layer, the third says which part of a reading
-is signal. A product of two readings is taken between the lenses of two folds, so that what one lens has learnt of its own
-documents by heart is in neither its own square nor its signal.
+is signal. A product of two readings is taken between the lenses of two folds. So the noise that one lens has learnt from
+its own documents enters neither a square nor the signal.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which pairs of layers the decomposition may speak of, decided on the dev split and held fixed ever after."""
+"""Which pairs of layers the decomposition may speak of: decided on the dev split, then held fixed."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from lensbench.measures.update.quantities import Chance, Quantities
 from lensbench.statistics import Array, interval
 
 LARGEST_BASELINE = 0.9
-"""B above this: lens j has hardly less error loading than lens i, so that no share of the difference can be told"""
+"""B above this: the error loading of lens j is hardly below that of lens i, so their difference has no measurable shares"""
 
 CONFIDENCE = 0.95
 """Of all falls of one model together"""

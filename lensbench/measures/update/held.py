@@ -1,4 +1,4 @@
-"""Held-out states of the update decomposition: their clusters, the draws of these, and what is summed over them."""
+"""Held-out states of the update decomposition: their clusters, the bootstrap draws of the clusters, and sums over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def cluster_numbers(captured: Capture) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out states, centred on their own means, with their clusters and the draws of these."""
+    """Held-out states, centred on their own means, with their clusters and bootstrap draws."""
 
     states: Tensor
     layers: Sequence[int]

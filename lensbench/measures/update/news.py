@@ -22,14 +22,14 @@ UNREAD = 0.1
 class NewsSums:
     """Gains in explained power of all pairs, summed by cluster, ``[clusters, P]`` each.
 
-    Sorted into read and unread on the very tokens that they are measured on, directions look unread too often, by about
-    c / tokens. Directions that are sorted on half of the clusters show it twice, so that it can be taken off.
-    """
+    Directions are sorted into read and unread. If they are sorted and measured on the same tokens, too many look unread,
+    by about c / tokens for some constant c. Sorting on half of the clusters doubles this bias, so it can be estimated
+    and subtracted."""
 
     all: Array
     """In directions that are unread over all clusters"""
     halves: Array
-    """In directions that are unread over those clusters that are of the same half"""
+    """In directions that are unread over the clusters of the same half"""
     whole: Array
     """In all directions"""
 

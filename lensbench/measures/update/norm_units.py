@@ -1,7 +1,7 @@
 """States in the units that the final norm reads, in which every token counts alike.
 
-The final norm divides a state by its scale, so that a loud token's prediction weighs no more than a quiet one's. Second
-moments of states weigh a token by the square of its length: a loud minority can decide them.
+Second moments of states weigh a token by the square of its length, so a minority of long states can dominate them. The
+final norm divides each state by its scale: in these units a loud token weighs no more than a quiet one.
 """
 
 from collections.abc import Sequence

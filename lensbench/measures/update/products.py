@@ -1,7 +1,7 @@
 """Inner products of readings, the only thing that the update decomposition is made of.
 
-They are sums over tokens, kept by cluster, so that intervals and paired comparisons need no state again. States are passed
-once, block by block; a second way computes the same products from second moments, for many sets of lenses at once.
+Products are sums over tokens, kept by cluster: intervals and paired comparisons then need no states. States are read
+once, block by block. A second way computes the same products from second moments, for many sets of lenses at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ LAYER_PRODUCTS = ("rr", "rf", "ff", "rT", "fT")
 TOKEN_BLOCK = 1024
 
 LATER_GIB = 0.5
-"""Covariances of pairs of layers are kept, not made again for each set of lenses, if they take no more"""
+"""Up to this size, covariances of pairs of layers are kept; above it, they are computed again for each set of lenses"""
 
 
 Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]

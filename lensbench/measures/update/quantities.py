@@ -12,13 +12,13 @@ from lensbench.statistics import Array
 class Chance:
     """Spreads under random bases, analytic: ``E tr(QX)^2 = |X|^2 / r`` for a Haar rotation Q of a space of rank r.
 
-    A variance over bases that might have been, not an error of sampling.
+    It is a variance over random bases, not a sampling error.
     """
 
     persistence: Array
-    """``[P]``: sd of S, were h_j in a basis of its own"""
+    """``[P]``: standard deviation of S if h_j were in a random basis"""
     carried: Array
-    """``[P]``: sd of c, were what was added in random directions"""
+    """``[P]``: standard deviation of c if the update were in random directions"""
 
 
 @dataclass(frozen=True)

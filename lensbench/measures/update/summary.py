@@ -1,4 +1,4 @@
-"""What the update decomposition comes to: a row for each pair and each block, and the model's indices."""
+"""The results of the update decomposition: a row for each pair and each block, and the model's indices."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lensbench.measures.update.quantities import Quantities
 from lensbench.statistics import Array, few_clusters, small_sample_interval, too_few_clusters
 
 EXTRA_SPREAD = 0.1
-"""Added to the spread of every pair's carried share before pairs are weighted: no pair decides alone"""
+"""Added to the spread of the share of every pair before pairs are weighted, so that no pair decides alone"""
 
 WITHOUT_LAYER_0 = "_without_layer0"
 

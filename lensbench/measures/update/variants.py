@@ -1,7 +1,7 @@
 """The decomposition at other settings, next to the one that is reported: tolerances, metrics, and no massive activations.
 
-Every variant looks at the pairs of layers that passed the gates at the reported setting, with their weights, and at the same
-documents, so that a difference is that of the setting alone.
+Every variant uses the pairs of layers that passed the gates at the reported setting, with their weights, and the same
+documents. So only the setting differs.
 """
 
 from collections.abc import Callable, Iterator, Sequence

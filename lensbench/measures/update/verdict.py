@@ -1,8 +1,8 @@
 """From an update decomposition to a verdict: added up, carried along, re-represented, mixed, or undetermined.
 
 A suite declares its :class:`UpdateRule` before it runs. Every condition is about a whole interval: one that reaches across
-a threshold leaves both sides possible, and a verdict is given only where a single answer is left. So a wider interval never
-commits where a narrower one did not. Words are in :mod:`lensbench.measures.update.sentences`.
+a threshold leaves both sides possible, and a verdict is given only where a single answer is left. So widening an
+interval never adds a verdict. Words are in :mod:`lensbench.measures.update.sentences`.
 """
 
 import itertools

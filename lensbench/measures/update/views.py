@@ -1,7 +1,7 @@
-"""Nulls and landmarks of the update decomposition, made of the model itself: what is read where the answer is known.
+"""Nulls and landmarks of the update decomposition: the model's own states, rebuilt so that the answer is known.
 
 ``NAME+rotated`` re-represents, ``NAME+carried`` carries along, ``NAME+drifting`` changes its basis by 45 degrees in all,
-``NAME+shuffled`` adds up in one representation and does not get better.
+``NAME+shuffled`` adds up in one representation, but its losses do not fall.
 """
 
 from collections.abc import Callable, Sequence
