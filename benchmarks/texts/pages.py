@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
-from benchmarks.texts.catalogues import CATALOGUES
+from benchmarks.texts.catalogues import CATALOGUES, gallery
 from benchmarks.texts.numbers import TextError, claim, markdown
 from benchmarks.texts.studies import Studies
 from benchmarks.texts.tables import Results
@@ -39,6 +39,7 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
         "exists": lambda name: (results / name / "manifest.json").is_file(),
         "studies": Studies(results),
         "claim": claim,
+        "gallery": lambda: gallery(results),
         "markdown": markdown,
         **CATALOGUES,
     }

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # imported where they are used: torch and transformers take a
 
     from lensbench.data.tokens import BeginSetting
     from lensbench.models.likelihood import Likelihood
+    from lensbench.models.pretrained import Pretrained
+    from lensbench.report.trace_page import TracedText
 
 
 class Begin(StrEnum):
@@ -152,12 +154,15 @@ def trace(
             help="hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE or package:NAME; with --run a model's name in that run."
         ),
     ],
-    text: Annotated[str, typer.Argument(help="The text itself.")],
+    texts: Annotated[
+        list[str], typer.Argument(metavar="TEXT...", help="The text itself; several are shown one by one.")
+    ],
     lens: Annotated[
         str | None,
         typer.Option(
-            help="logit; tuned, shared, shared_bias or tuned_headline (of a run); path:FOLDER of a tuned or shared lens, "
-            "hub:RESOURCE of a tuned one. Left out: the run's shared lens, without a run the logit lens.",
+            help="logit; tuned, shared, shared_bias, tuned_headline or another kind that a run fitted; path:FOLDER of a "
+            "tuned or shared lens, hub:RESOURCE of a tuned one. Left out: the run's shared lens, without a run the logit "
+            "lens.",
             show_default=False,
         ),
     ] = None,
@@ -174,16 +179,14 @@ def trace(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """What each layer predicts next in a text, through a lens of your choice; prediction errors where a model has them."""
-    from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
+    """What each layer predicts next in a text, and what each block adds to it; errors of predictive-coding models."""
     from lensbench.models.pretrained import load_pretrained, without_progress_bars
-    from lensbench.report.trace import token_ids, traced, traced_model, words_of
-    from lensbench.report.trace_errors import errors_of
+    from lensbench.report.trace import traced_model
     from lensbench.report.trace_page import trace_page
-    from lensbench.report.trace_tables import error_tables, trace_tables
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.runtime.files import write_atomically
     from lensbench.runtime.hub import HERE, refuse_unreachable
+    from lensbench.suite.files import name_of
 
     if out is not None and out.is_dir():
         raise LensbenchError(f"--out {out} is a folder: name a file, {out / 'trace.html'} say")
@@ -191,8 +194,31 @@ def trace(
     refuse_unreachable(named.model, HERE)
     with without_progress_bars():
         loaded = load_pretrained(named.model, dtype=dtype_named(dtype), device=choose_device(device), say=noted)
-    trajectory = traced(loaded, text, named.lens, tokens, named.view)
-    for table in trace_tables(trajectory, tokens, console.width):
+    shown = []
+    for text in texts:
+        if len(texts) > 1:
+            show_line(f"\n{text}", console)
+        shown.append(trace_text(loaded, text, named.lens, named.view, tokens))
+    if out is not None:
+        read = "the logit lens" if named.lens is None else f"lens {named.lens.rpartition('/')[2]}"
+        content = trace_page(shown, title=f"{name_of(model) if ':' in model else model}, {read}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, lambda partial: partial.write_text(content, encoding="utf-8"))
+        show_line(str(out), console)
+
+
+def trace_text(loaded: "Pretrained", text: str, lens: str | None, view: str, tokens: int) -> "TracedText":
+    """Print the tables of one text, of its last ``tokens``; return what a page shows of it."""
+    from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
+    from lensbench.report.trace import growth_of, token_ids, traced_in_place, words_of
+    from lensbench.report.trace_errors import errors_of
+    from lensbench.report.trace_page import TracedText
+    from lensbench.report.trace_tables import error_tables, growth_tables, trace_tables
+
+    trajectory, later = traced_in_place(loaded, text, lens, tokens, view)
+    growth = growth_of(trajectory, later)
+    tables = trace_tables(trajectory, tokens, console.width)
+    for table in [*tables, *growth_tables(trajectory, growth, tokens, console.width)]:
         console.print(table)
     ids, errors, note = token_ids(loaded, text), None, None
     if isinstance(loaded.model, PredictiveCodingForCausalLM):
@@ -205,9 +231,4 @@ def trace(
             words, word = words_of(trajectory, ids.tolist()), words_of(trajectory, [errors.word])[0]
             for part in error_tables(errors, words, word, tokens, console.width):
                 console.print(part, highlight=False)
-    if out is not None:
-        read = "the logit lens" if named.lens is None else f"lens {named.lens.rpartition('/')[2]}"
-        page = trace_page(trajectory, title=f"{model}, {read}: {text}", errors=errors, ids=ids.tolist(), note=note)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, lambda partial: partial.write_text(page, encoding="utf-8"))
-        show_line(str(out), console)
+    return TracedText(text, trajectory, growth, errors, ids.tolist(), note)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,34 @@ def prediction_trajectory(
     are not what every model reports. ``targets`` ``[T]`` left out are the next tokens, the last one's being the model's own.
     With ``last`` the trajectory is that of so many tokens at the end: what it takes is (L+1) V floats for each.
     """
+    return _read(lens, stream, ids, tokenizer, targets, last, ahead=False)[0]
+
+
+def trajectory_in_place(
+    lens: Lens,
+    stream: "ResidualStream",
+    ids: Tensor,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    last: int | None = None,
+) -> tuple[PredictionTrajectory, NDArray[np.float64]]:
+    """The trajectory of :func:`prediction_trajectory`, and what each layer's lens reads one layer later.
+
+    The second, ``[L-1, n]``: the log-probability of each target under the lens of layer i at layer i + 1, nats. Less what
+    that lens reads at its own layer, it is what block i adds in place.
+    """
+    return _read(lens, stream, ids, tokenizer, None, last, ahead=True)
+
+
+def _read(
+    lens: Lens,
+    stream: "ResidualStream",
+    ids: Tensor,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    targets: Tensor | None,
+    last: int | None,
+    *,
+    ahead: bool,
+) -> tuple[PredictionTrajectory, NDArray[np.float64]]:
     first = 0 if last is None else max(0, len(ids) - last)
     at = torch.arange(first, len(ids))
     with torch.no_grad():
@@ -49,6 +78,13 @@ def prediction_trajectory(
         for layer, h in enumerate(states[:-1]):
             log_probs[layer] = lens(h.float(), idx=layer).log_softmax(-1).cpu().numpy()
         log_probs[-1] = own.cpu().numpy()
-    targets = torch.cat([ids[1:].cpu(), own[-1:].argmax(-1).cpu()]) if targets is None else targets.cpu()
+        targets = torch.cat([ids[1:].cpu(), own[-1:].argmax(-1).cpu()]) if targets is None else targets.cpu()
+        of = targets[first:, None]
+        later = [
+            lens(h.float(), idx=layer).log_softmax(-1).cpu().gather(-1, of)[:, 0].double().numpy()
+            for layer, h in enumerate(states[1:-1] if ahead else [])
+        ]
     words: Any = _Words(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
-    return PredictionTrajectory(log_probs, ids[first:].cpu().numpy(), targets=targets[first:].numpy(), tokenizer=words)
+    inputs = ids[first:].cpu().numpy()
+    trajectory = PredictionTrajectory(log_probs, inputs, targets=targets[first:].numpy(), tokenizer=words)
+    return trajectory, np.stack(later) if later else np.empty((0, len(inputs)))

@@ -27,8 +27,8 @@ GREY = "#808080"
 BEYOND = 1e9
 """A value beyond every axis"""
 
-LETTER = 0.56
-"""The width of a letter, in units of its size"""
+LETTER, BOLD = 0.56, 0.64
+"""The width of a letter and of a bold one, in units of its size"""
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,10 @@ def landmarks_of_suite(runs: Sequence[Run]) -> list[Place]:
 def labelled(marks: Sequence[Mark], plane: Plane, regions: Sequence[Area]) -> list[Mark]:
     """Marks with their names, each where it covers no mark and no other name; landmarks of one name are named once."""
     taken = [(mark.x - 6, mark.y - 6, mark.x + 6, mark.y + 6) for mark in marks]
+    for mark in marks:
+        if mark.place.own:
+            taken.append((min(mark.x_ends), mark.y - 2, max(mark.x_ends), mark.y + 2))
+            taken.append((mark.x - 2, min(mark.y_ends), mark.x + 2, max(mark.y_ends)))
     for region in regions:
         wide = LETTER * 9 * len(region.name)
         left = region.text_x - (wide if region.anchor == "end" else 0)
@@ -283,7 +287,7 @@ Box = tuple[float, float, float, float]
 def room_for(mark: Mark, size: float, plane: Plane, taken: Sequence[Box]) -> tuple[Mark, Box] | None:
     """The mark with its name at the nearest free place, and the box of the name; None where nothing near is free."""
     text = mark.place.name
-    wide = LETTER * size * len(text)
+    wide = (BOLD if mark.place.own else LETTER) * size * len(text)
     for far in (8, 12, 18, 26, 36, 48):
         for right, up in ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)):
             middle = mark.x + far * right + (right * wide / 2)

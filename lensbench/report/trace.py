@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tuned_lens.nn.lenses import Lens, LogitLens
 from tuned_lens.plotting import PredictionTrajectory
@@ -18,13 +19,16 @@ from tuned_lens.plotting import PredictionTrajectory
 from lensbench.data.reading import Document
 from lensbench.data.tokens import check_ids, tokenize
 from lensbench.errors import LensbenchError
-from lensbench.lenses.trajectory import prediction_trajectory
-from lensbench.lenses.tuned import SharedLens, load_tuned_lens
+from lensbench.lenses.fit import FIT_SUMMARY, Fit
+from lensbench.lenses.kinds import KINDS
+from lensbench.lenses.trajectory import prediction_trajectory, trajectory_in_place
+from lensbench.lenses.tuned import SharedLens, load_tuned_lens, tuned_lens
 from lensbench.models.pretrained import Pretrained, check_context, check_source, identity, locate, named
 from lensbench.models.training import checkpoint_folder
 from lensbench.results.folder import OWNER
 from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.runtime.texts import read_json
+from lensbench.streams.readout import ReadOut
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.files import name_of
 
@@ -33,7 +37,8 @@ LENSES_OF_A_RUN = ("tuned", "shared", "shared_bias", "tuned_headline")
 
 
 LENSES = (
-    f"logit; {', '.join(LENSES_OF_A_RUN)} of a run (with --run FOLDER); path:FOLDER of a tuned or shared lens; "
+    f"logit; of a run (with --run FOLDER) {', '.join(LENSES_OF_A_RUN)} or another kind that it fitted "
+    f"({', '.join(kind for kind in KINDS if kind not in LENSES_OF_A_RUN)}); path:FOLDER of a tuned or shared lens; "
     "hub:RESOURCE of a tuned lens"
 )
 """What a lens can be"""
@@ -54,11 +59,12 @@ def traced_model(model: str, lens: str | None, run: Path | None, seed: int | Non
     In a run, ``model`` is a name of one of its models, or a source whose lenses the run fitted. The lens is the run's shared
     one where none is named, the seed is its first. Raises :class:`LensbenchError` for what is missing.
     """
-    if lens is not None and lens not in (*LENSES_OF_A_RUN, "logit") and not lens.startswith(("path:", "hub:")):
+    of_a_run = (*LENSES_OF_A_RUN, *(kind for kind in KINDS if kind != "logit"))
+    if lens is not None and lens not in (*of_a_run, "logit") and not lens.startswith(("path:", "hub:")):
         raise LensbenchError(f"unknown lens {lens!r}: a lens is {LENSES}")
     if run is not None:
         return _of_a_run(model, lens or "shared", run, seed)
-    if lens in LENSES_OF_A_RUN:
+    if lens in of_a_run:
         raise LensbenchError(f"--lens {lens} is one that a run fitted: give its folder with --run")
     if seed is not None:
         raise LensbenchError("--seed chooses among the trainings of a run: give its folder with --run")
@@ -86,7 +92,7 @@ def _of_a_run(model: str, lens: str, run: Path, seed: int | None) -> TracedModel
         )
     owner = known[recipe.get("view_of") or name]
     seed = (owner.get("seeds") or manifest.seeds)[0] if seed is None else seed
-    if lens in LENSES_OF_A_RUN:
+    if lens != "logit" and ":" not in lens:
         lens = f"path:{_stage(run, 'fit', name, seed, 'lenses of') / lens}"
     source = model if ":" in model else _source_of(run, owner, seed)
     return TracedModel(source, recipe.get("view", "state"), None if lens == "logit" else lens)
@@ -169,6 +175,8 @@ def load_lens(stream: ResidualStream, source: str | None) -> Lens:
     if source is None:
         return LogitLens(stream.readout)
     folder = Path(source.removeprefix("path:"))
+    if source.startswith("path:") and not folder.exists() and (folder.parent / FIT_SUMMARY).is_file():
+        return fitted_lens(stream.readout, folder.parent, folder.name).to(stream.device)
     if source.startswith("path:") and (folder / "params.safetensors").is_file():
         lens: Lens = SharedLens.load(stream.readout, folder)
         width, layers = lens.translator.in_features, None if lens.layer_bias is None else len(lens.layer_bias)
@@ -182,6 +190,29 @@ def load_lens(stream: ResidualStream, source: str | None) -> Lens:
             other += "; was it fitted to predictions alone? then name model and lens in their run, with --run"
         raise LensbenchError(other)
     return lens.to(stream.device)
+
+
+def fitted_lens(readout: ReadOut, stage: Path, kind: str) -> Lens:
+    """A lens of some kind in the stage of a fit, refined where it was; it reads every layer.
+
+    Raises :class:`LensbenchError` where the fit holds none of that kind, or for some layers alone.
+    """
+    fit = Fit.load(stage)
+    layers = len(fit.headline.maps)
+    own = [lens for lens in fit.lenses if lens.view < 0 and lens.refit < 0]
+    able = [lens for lens in own if len(fit[lens].maps) in (1, layers) and lens.kind != "pair"]
+    found = [lens for lens in able if lens.kind == kind]
+    if not found:
+        some = " for every layer" if any(lens.kind == kind for lens in own) else ""
+        there = ", ".join(sorted({lens.kind for lens in able}))
+        raise LensbenchError(f"{stage} holds no lens {kind!r}{some}; it has {there}")
+    best = min(
+        found, key=lambda lens: (lens.stage != "refined", lens.tolerance is not None, lens.prior != "zero", str(lens))
+    )
+    maps = fit[best].maps
+    if len(maps) == 1:
+        return SharedLens.from_maps(readout, maps)
+    return tuned_lens(readout, maps, model_name=kind)
 
 
 def token_ids(loaded: Pretrained, text: str) -> Tensor:
@@ -213,17 +244,64 @@ def traced(
     return prediction_trajectory(load_lens(stream, lens), stream, ids, loaded.tokenizer, last=last)
 
 
+def traced_in_place(
+    loaded: Pretrained, text: str, lens: str | None = None, last: int | None = None, view: str = "state"
+) -> tuple[PredictionTrajectory, NDArray[np.float64]]:
+    """What :func:`traced` gives, and each lens read one layer later, ``[L-1, n]``, for :func:`growth_of`."""
+    ids = token_ids(loaded, text)
+    stream = ResidualStream(loaded.model, view)
+    return trajectory_in_place(load_lens(stream, lens), stream, ids, loaded.tokenizer, last)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How the prediction of each next token grows over depth: log-probabilities of ``n`` targets, nats.
+
+    ``start`` ``[n]``: under the lens of layer 0. ``added`` ``[L, n]``: what each block adds, under the lens of the layer
+    that it leads to (the last leads to the model itself); ``start + added.sum(0)`` is the model's own. ``in_place``
+    ``[L-1, n]``: the share of it that the lens of the earlier layer sees, in nats; ``fixed``: it is all of it, since one
+    lens reads both layers alike.
+    """
+
+    start: NDArray[np.float64]
+    added: NDArray[np.float64]
+    in_place: NDArray[np.float64]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all that blocks add is in place: one lens reads all layers."""
+        return bool(np.allclose(self.in_place, self.added[:-1], atol=1e-5))
+
+
+def growth_of(trajectory: PredictionTrajectory, later: NDArray[np.float64]) -> Growth:
+    """The growth of a trajectory's predictions of its targets. ``later``: as of :func:`traced_in_place`."""
+    targets = np.asarray(trajectory.targets)
+    read = trajectory.log_probs[:, np.arange(len(targets)), targets].astype(np.float64)  # [L+1, n]
+    return Growth(read[0], np.diff(read, axis=0), later - read[: len(later)])
+
+
+def next_words(trajectory: PredictionTrajectory) -> list[str]:
+    """The text's true next token after each token; '' after the last, where the text ends."""
+    words = words_of(trajectory, np.asarray(trajectory.targets))
+    return [*words[:-1], ""]
+
+
 def layer_name(layer: int, layers: int) -> str:
     """What a row of a trajectory of ``layers`` rows is called: the last is the model itself."""
     return f"layer {layer}" if layer < layers - 1 else "model"
 
 
+def block_name(block: int, blocks: int) -> str:
+    """What a row of what blocks add is called, by the layers that the block leads from and to."""
+    return f"block {block} to {block + 1 if block < blocks - 1 else 'model'}"
+
+
 def words_of(trajectory: PredictionTrajectory, ids: Iterable[int]) -> list[str]:
-    """Tokens as they are shown: escapes for characters that cannot be printed, a mark for each blank of a blank token."""
+    """Tokens as they are shown: escapes for characters that cannot be printed, and a mark for each blank."""
     tokenizer: Any = trajectory.tokenizer
     shown = []
     for token in map(int, ids):
         # Decoding leaves special tokens out, and rows of the head beyond the vocabulary have no name.
         word = tokenizer.decode([token]) or tokenizer.convert_ids_to_tokens([token])[0] or f"#{token}"
-        shown.append(repr(word)[1:-1] if word.strip(" ") else "\u2423" * len(word))
+        shown.append(repr(word)[1:-1].replace(" ", "\u2423"))
     return shown

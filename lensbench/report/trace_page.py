@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from tuned_lens.plotting import PredictionTrajectory
 
 from lensbench.report.render import render, shade
-from lensbench.report.trace import layer_name, words_of
+from lensbench.report.trace import Growth, block_name, layer_name, next_words, words_of
 from lensbench.report.trace_errors import PredictionErrors, largest_moves, moved_title
+
+ADDED = "PuOr"
+"""The colours of what blocks add: purple is more, orange less"""
 
 MOST_WORDS = 10
 """Words that the tip of a cell names."""
@@ -51,6 +54,8 @@ class ColouredCell:
     tip: str
     fill: str
     ink: str
+    hit: bool = False
+    """Whether it is the true next token of the text"""
 
 
 @dataclass(frozen=True)
@@ -63,36 +68,85 @@ class ErrorRows:
     title: str
 
 
-def trace_page(
-    trajectory: PredictionTrajectory,
-    *,
-    title: str,
-    errors: PredictionErrors | None = None,
-    ids: Sequence[int] = (),
-    note: str | None = None,
-) -> str:
-    """The trajectory as one HTML page.
+@dataclass(frozen=True)
+class TracedText:
+    """One text of a page: its trajectory, how its predictions grow, and the errors of a predictive-coding model.
 
-    ``errors`` of the text with token ids ``ids`` (all of it) are shown below, or the ``note`` that says why there are none.
+    ``ids``: of all its tokens. ``note``: why there are no errors.
     """
+
+    text: str
+    trajectory: PredictionTrajectory
+    growth: Growth | None = None
+    errors: PredictionErrors | None = None
+    ids: Sequence[int] = ()
+    note: str | None = None
+
+
+def trace_page(texts: Sequence[TracedText], *, title: str) -> str:
+    """Trajectories as one HTML page."""
     content = render(
         "trace.html",
         title=title,
-        heads=words_of(trajectory, trajectory.input_ids),
-        rows=prediction_rows(trajectory),
+        texts=[page_text(one, place) for place, one in enumerate(texts)],
         key=[(share, *shade(share)) for share in (0, 0.25, 0.5, 0.75, 1)],
-        errors=None if errors is None else error_rows(trajectory, errors, ids),
-        note=note,
     )
     return f"{content}\n"
 
 
+def page_text(one: TracedText, place: int) -> dict[str, Any]:
+    """What the template shows of one text; ``place``: its number on the page."""
+    trajectory, growth = one.trajectory, one.growth
+    return {
+        "place": place,
+        "text": one.text,
+        "heads": words_of(trajectory, trajectory.input_ids),
+        "next": next_words(trajectory),
+        "targets": words_of(trajectory, np.asarray(trajectory.targets)),
+        "rows": prediction_rows(trajectory),
+        "growth": [] if growth is None else growth_rows(trajectory, growth),
+        "fixed": growth is not None and growth.fixed,
+        "errors": None if one.errors is None else error_rows(trajectory, one.errors, one.ids),
+        "note": one.note,
+    }
+
+
+def levels(targets: Sequence[str], nats: NDArray[np.float64], where: str) -> list[ColouredCell | None]:
+    """Cells of the log-probability of each target, without a colour."""
+    return [
+        ColouredCell(f"{x:.2f}", f"{word}\nlog-probability {where}: {x:.3f} nats", "", "")
+        for word, x in zip(targets, nats, strict=True)
+    ]
+
+
+def growth_rows(trajectory: PredictionTrajectory, growth: Growth) -> list[tuple[str, list[ColouredCell | None]]]:
+    """What each block adds to the log-probability of each next token, and how much of it in place."""
+    targets = words_of(trajectory, np.asarray(trajectory.targets))
+    largest = float(np.abs(growth.added).max(initial=0.0)) or 1.0
+    rows = [("layer 0", levels(targets, growth.start, "at layer 0"))]
+    for block, added in enumerate(growth.added):
+        name = block_name(block, len(growth.added))
+        cells: list[ColouredCell | None] = []
+        for at, nats in enumerate(added):
+            tip = [f"{targets[at]}, {name}", f"adds {nats:+.3f} nats"]
+            text = f"{nats:+.2f}"
+            if block < len(growth.in_place) and not growth.fixed:
+                tip.append(f"of them in place {growth.in_place[block, at]:+.3f}")
+                text += f" ({growth.in_place[block, at]:+.2f})"
+            cells.append(ColouredCell(text, "\n".join(tip), *shade(0.5 + 0.4 * float(nats) / largest, ADDED)))
+        rows.append((name, cells))
+    rows.append(("model", levels(targets, growth.start + growth.added.sum(0), "of the model")))
+    return rows
+
+
 def prediction_rows(trajectory: PredictionTrajectory) -> list[tuple[str, list[ColouredCell]]]:
-    """Rows of cells, one per layer with the model itself on top, one cell per token."""
+    """Rows of cells, one per layer with the model itself at the end, one cell per token."""
     entropy, kl = entropies(trajectory), kl_to_model(trajectory)
     after = words_of(trajectory, trajectory.input_ids)
     rows = []
-    for layer, log_probs in reversed(list(enumerate(trajectory.log_probs))):
+    true = next_words(trajectory)
+    targets = np.asarray(trajectory.targets)
+    for layer, log_probs in enumerate(trajectory.log_probs):
         name = layer_name(layer, len(trajectory.log_probs))
         cells = []
         for at, log_q in enumerate(log_probs):
@@ -104,7 +158,12 @@ def prediction_rows(trajectory: PredictionTrajectory) -> list[tuple[str, list[Co
                 f"entropy {entropy[layer, at]:.3f} nats",
                 f"KL to the model {kl[layer, at]:.3f} nats",
             ]
-            cells.append(ColouredCell(words[0], "\n".join(tip), *shade(float(chances[0]))))
+            hit = False
+            if true[at]:
+                hit = int(best[0]) == int(targets[at])
+                rank = int((log_q > log_q[targets[at]]).sum()) + 1
+                tip.append(f"next in the text: {true[at]}, number {rank}, {float(np.exp(log_q[targets[at]])):.3f}")
+            cells.append(ColouredCell(words[0], "\n".join(tip), *shade(float(chances[0])), hit))
         rows.append((name, cells))
     return rows
 
@@ -116,7 +175,7 @@ def error_rows(trajectory: PredictionTrajectory, errors: PredictionErrors, ids: 
     largest = float(np.nanmax(errors.size)) or 1.0
     rows = [
         (f"layer {layer}", [error_cell(errors, layer, s, words[s], largest) for s in shown])
-        for layer in reversed(range(len(errors.size)))
+        for layer in range(len(errors.size))
     ]
     moves = [(layer, words[s], s, change) for layer, s, change in largest_moves(errors)]
     title = moved_title(errors, words, words_of(trajectory, [errors.word])[0])

@@ -9,8 +9,11 @@ from rich.text import Text
 from tuned_lens.plotting import PredictionTrajectory
 
 from lensbench.report.render import shade
-from lensbench.report.trace import layer_name, words_of
+from lensbench.report.trace import Growth, block_name, layer_name, next_words, words_of
 from lensbench.report.trace_errors import PredictionErrors, largest_moves, moved_title
+
+HIT = "\u2713 "
+"""The mark of a layer's most probable word that is the text's own next one"""
 
 
 def trace_tables(trajectory: PredictionTrajectory, tokens: int, width: int) -> list[Table]:
@@ -22,15 +25,37 @@ def trace_tables(trajectory: PredictionTrajectory, tokens: int, width: int) -> l
     shown = min(tokens, trajectory.num_tokens)
     words = words_of(trajectory, trajectory.input_ids[-shown:])
     log_probs = trajectory.log_probs[:, -shown:]  # [L+1, n, V]
+    true, targets = next_words(trajectory)[-shown:], np.asarray(trajectory.targets)[-shown:]
     rows = []
     for layer, row in enumerate(log_probs.argmax(-1)):
         chances = np.exp(np.take_along_axis(log_probs[layer], row[:, None], -1)[:, 0])
         cells = []
-        for word, chance in zip(words_of(trajectory, row), chances, strict=True):
+        for at, (word, chance) in enumerate(zip(words_of(trajectory, row), chances, strict=True)):
             fill, ink = shade(float(chance))
-            cells.append(Text(f"{word} {chance:.2f}", style=f"{ink} on {fill}"))
+            hit = bool(true[at]) and row[at] == targets[at]
+            cells.append(Text(f"{HIT if hit else ''}{word} {chance:.2f}", style=f"{ink} on {fill}"))
         rows.append((layer_name(layer, len(log_probs)), cells))
-    return tables_within(Text("next word"), "after", words, rows, width)
+    rows.append(("in the text", [Text(word) for word in true]))
+    return tables_within(Text(f"next word ({HIT.strip()}: as in the text)"), "after", words, rows, width)
+
+
+def growth_tables(trajectory: PredictionTrajectory, growth: Growth, tokens: int, width: int) -> list[Table]:
+    """What each block adds to the log-probability of each next token, of the last ``tokens``; how much of it in place."""
+    shown = min(tokens, trajectory.num_tokens)
+    words = words_of(trajectory, np.asarray(trajectory.targets)[-shown:])
+    rows = [("layer 0", [Text(f"{x:.2f}") for x in growth.start[-shown:]])]
+    for block, added in enumerate(growth.added):
+        beside = growth.in_place[block] if block < len(growth.in_place) and not growth.fixed else None
+        texts = [
+            Text(f"{x:+.2f}" + ("" if beside is None else f" ({beside[k]:+.2f})"))
+            for k, x in list(enumerate(added))[-shown:]
+        ]
+        rows.append((block_name(block, len(growth.added)), texts))
+    rows.append(("model", [Text(f"{x:.2f}") for x in (growth.start + growth.added.sum(0))[-shown:]]))
+    said = "" if growth.fixed else " (of them in place)"
+    return tables_within(
+        Text(f"log-probability of each next word, nats: what blocks add{said}"), "of", words, rows, width
+    )
 
 
 def error_tables(

@@ -19,11 +19,21 @@ from lensbench.errors import LensbenchError
 from lensbench.models import build
 from lensbench.models.pretrained import identity, load_pretrained
 from lensbench.report.render import shade
-from lensbench.report.trace import TracedModel, traced, traced_model, words_of
+from lensbench.report.trace import (
+    TracedModel,
+    fitted_lens,
+    growth_of,
+    load_lens,
+    traced,
+    traced_in_place,
+    traced_model,
+    words_of,
+)
 from lensbench.report.trace_errors import errors_of, largest_moves
-from lensbench.report.trace_page import entropies, kl_to_model, trace_page
+from lensbench.report.trace_page import TracedText, entropies, kl_to_model, trace_page
 from lensbench.report.trace_tables import trace_tables
 from lensbench.results.manifest import read_manifest, write_manifest
+from lensbench.streams.stream import ResidualStream
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "layers": 3, "heads": 2, "context": 32, "parameters": 9_000}
 TEXT = "abc de fgh abc de"
@@ -112,11 +122,14 @@ def test_a_page_tells_the_ten_most_probable_words_entropy_and_kl(tiny_run):
     source = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
     loaded = load_pretrained(source)
     trajectory = traced(loaded, TEXT, f"path:{tiny_run / 'stages' / 'fit-gpt-seed0' / 'shared'}", 4)
-    tips = Read(trace_page(trajectory, title="a trace")).tips
+    tips = Read(trace_page([TracedText(TEXT, trajectory)], title="a trace")).tips
     assert len(tips) == trajectory.log_probs.shape[0] * 4
     tip = next(t for t in tips if t.startswith("layer 1 after")).splitlines()
     q = np.exp(trajectory.log_probs[1, 0].astype(float))
-    assert len(tip) == 1 + 10 + 2
+    assert len(tip) == 1 + 10 + 3
+    target, at = int(trajectory.targets[0]), q[trajectory.targets[0]]
+    assert target == trajectory.input_ids[1]
+    assert tip[13].endswith(f", number {(q > at).sum() + 1}, {at:.3f}")
     assert [float(line.rpartition(" ")[2]) for line in tip[1:11]] == [round(x, 3) for x in sorted(q, reverse=True)[:10]]
     assert float(tip[11].split()[1]) == pytest.approx(-(q * np.log(q)).sum(), abs=2e-3)
     p = np.exp(trajectory.log_probs[-1, 0].astype(float))
@@ -210,23 +223,27 @@ def test_a_word_that_cannot_come_makes_nothing_undefined():
     possible = logits[..., [0, 1, 3, 4, 5]].softmax(-1)
     np.testing.assert_allclose(entropies(trajectory), -(possible * possible.log()).sum(-1), atol=1e-5)
     assert np.isfinite(kl_to_model(trajectory)).all()
-    assert "nan" not in trace_page(trajectory, title="x")
+    assert "nan" not in trace_page([TracedText("x", trajectory)], title="x")
 
 
 def test_no_token_breaks_a_page_or_is_lost():
     trajectory, _ = odd_trajectory(tokens=6)
     assert words_of(trajectory, range(6))[2:] == ["\\n\\t", "\\udc80", "\u2423\u2423", "<eos>"]
-    content = trace_page(trajectory, title="\udc80 </title><script>x</script>")
+    content = trace_page(
+        [TracedText("\udc80 <script>x</script>", trajectory)], title="\udc80 </title><script>x</script>"
+    )
     content.encode()
     read = Read(content)
     assert [tag for tag, _ in read.tags].count("script") == 1
     assert "alert(1)<" not in content
     assert any(Odd.words[0] in tip for tip in read.tips)
     cells = [a for tag, a in read.tags if tag == "td" and "data-tip" in a]
+    best = trajectory.log_probs[:, :-1].argmax(-1) == np.asarray(trajectory.targets)[:-1]
+    assert sum("hit" in a["class"].split() for a in cells) == best.sum() > 0
     assert len(cells) == 3 * 6
     assert all(a["tabindex"] == "0" for a in cells)
-    # The model itself is on top.
-    assert [tip.partition(" after")[0] for tip in read.tips[::6]] == ["model", "layer 1", "layer 0"]
+    # The model itself is at the end, as in the terminal.
+    assert [tip.partition(" after")[0] for tip in read.tips[::6]] == ["layer 0", "layer 1", "model"]
     for asks in ("http://", "https://", "<script src", "@import", "url("):
         assert asks not in content
     assert "prefers-color-scheme:dark" in content
@@ -259,6 +276,53 @@ def test_the_terminal_shows_every_probability_however_narrow(tiny_run, width):
     coloured = shown(trace_tables(trajectory, 7, width), width, force_terminal=True, color_system="truecolor")
     fill = bytes.fromhex(shade(float(chances[-1]))[0][1:])
     assert "48;2;{};{};{}m".format(*fill) in coloured
+
+
+def test_what_blocks_add_sums_to_the_models_own_and_in_place_is_the_earlier_lens_at_the_next_layer(tiny_run):
+    loaded = load_pretrained(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+    source = f"path:{tiny_run / 'stages' / 'fit-gpt-seed0' / 'tuned'}"
+    trajectory, later = traced_in_place(loaded, TEXT, source)
+    growth = growth_of(trajectory, later)
+    ids = torch.from_numpy(trajectory.input_ids)
+    stream = ResidualStream(loaded.model, "state")
+    with torch.no_grad():
+        own = loaded.model(ids[None]).logits[0].double().log_softmax(-1)
+        at = torch.arange(len(ids))
+        states, _ = stream.at(ids[None], torch.zeros_like(at), at)
+        lens = load_lens(stream, source)
+        for token, target in enumerate(trajectory.targets):
+            whole = growth.start[token] + growth.added[:, token].sum()
+            assert whole == pytest.approx(float(own[token, target]), abs=1e-4)
+            for block in range(stream.layers - 1):
+                here, there = (
+                    float(lens(states[layer].float(), idx=block).double().log_softmax(-1)[token, target])
+                    for layer in (block, block + 1)
+                )
+                assert growth.in_place[block, token] == pytest.approx(there - here, abs=1e-4)
+    assert not growth.fixed
+    assert growth_of(*traced_in_place(loaded, TEXT)).fixed, "the logit lens reads every layer alike"
+
+
+def test_several_texts_stand_under_each_other_without_the_place_of_the_model(tiny_run, tmp_path):
+    page = tmp_path / "t.html"
+    model = f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}"
+    found = run("trace", model, "abc de", "fgh abc", "--out", page)
+    assert found.exit_code == 0, found.output
+    content = page.read_text()
+    assert content.index(">abc de</h2>") < content.index(">fgh abc</h2>")
+    assert str(tiny_run) not in content
+    assert "train-gpt-seed0, the logit lens</h1>" in content
+
+
+def test_every_kind_that_a_run_fitted_for_all_layers_can_be_read(tiny_run):
+    stage = tiny_run / "stages" / "fit-gpt-seed0"
+    loaded = load_pretrained(f"path:{tiny_run / 'stages' / 'train-gpt-seed0'}")
+    stream = ResidualStream(loaded.model, "state")
+    for kind in ("tuned", "shared"):
+        fitted, saved = fitted_lens(stream.readout, stage, kind), load_lens(stream, f"path:{stage / kind}")
+        h = torch.randn(3, stream.d_model, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(fitted(h, idx=1), saved(h, idx=1))
+    refused(run("trace", "gpt", TEXT, "--run", tiny_run, "--lens", "pair"), "holds no lens 'pair'")
 
 
 def changed_run(tiny_run, folder, **changes):
@@ -370,9 +434,9 @@ def test_focus_tells_a_cell_and_a_phone_scrolls_the_table_alone(browser, tiny_ru
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(24, 23, 22)"
     tab.keyboard.press("Tab")
     tip = tab.locator("#tip").text_content().splitlines()
-    assert tip[0].startswith("model after")
-    assert len(tip) == 13
-    assert tip[-1] == "KL to the model 0.000 nats"
+    assert tip[0].startswith("layer 0 after")
+    assert len(tip) == 14
+    assert tip[-2].startswith("KL to the model ")
     assert told == []
     assert asked == [f"file://{path}"]
     tab.close()
