@@ -43,9 +43,10 @@ class RunFigure:
         if frame.empty:
             return None
         models = run.tables["models.csv"]
-        rank = {model: number for number, model in enumerate(models["model"].unique())}
-        ranked = frame.assign(rank=frame["model"].map(rank)) if "model" in frame else frame
-        return self.draw(ranked.assign(unit=unit(models)))
+        numbers = {model: number for number, model in enumerate(models["model"].unique())}
+        if "model" in frame:
+            frame = frame.assign(model_number=frame["model"].map(numbers))
+        return self.draw(frame.assign(unit=unit(models)))
 
 
 FIGURES: dict[str, RunFigure] = {}
@@ -56,8 +57,8 @@ def figure(name: str, *, needs: tuple[str, ...], frame: Frame) -> Callable[[Draw
     """Register the decorated function as the figure ``name`` of a run.
 
     It takes the tidy frame that ``frame`` makes of a run, with two more columns: ``unit``, what losses are given per
-    (``token`` or ``image``), and ``rank``, the number of the model in its run (see :func:`looks_of`). It is called for runs
-    whose tables ``needs`` have rows, and whose frame has some.
+    (``token`` or ``image``), and ``model_number``, the number of the model in its run (see :func:`looks_of`). It is called
+    for runs whose tables ``needs`` have rows, and whose frame has some.
     """
 
     def register(draw: Draw) -> Draw:
@@ -70,11 +71,11 @@ def figure(name: str, *, needs: tuple[str, ...], frame: Frame) -> Callable[[Draw
 def looks_of(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Model -> the colour, marker and dash that it has in every figure of its run; the first ones where there is no run."""
     models = list(dict.fromkeys(frame["model"]))
-    ranks = frame.drop_duplicates("model")["rank"].tolist() if "rank" in frame else []
-    if not ranks or pd.isna(ranks).any():
-        ranks = list(range(len(models)))
-    looks = line_looks(int(max(ranks, default=-1)) + 1)
-    return {model: looks[int(rank)] for model, rank in zip(models, ranks, strict=True)}
+    numbers = frame.drop_duplicates("model")["model_number"].tolist() if "model_number" in frame else []
+    if not numbers or pd.isna(numbers).any():
+        numbers = list(range(len(models)))
+    looks = line_looks(int(max(numbers, default=-1)) + 1)
+    return {model: looks[int(number)] for model, number in zip(models, numbers, strict=True)}
 
 
 def nats_per(frame: pd.DataFrame) -> str:
