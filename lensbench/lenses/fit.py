@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses import refined, refits
+from lensbench.lenses.jacobian_files import write_jacobian
+from lensbench.lenses.jacobian_kinds import JACOBIAN_LENS, JACOBIAN_LOCAL_LENS
 from lensbench.lenses.kinds import KINDS
 from lensbench.lenses.lens import FittedLens, LensId, LensKey, LensRecord, lenses_in
 from lensbench.lenses.maps import AffineMaps
@@ -124,12 +126,21 @@ class Fit:
             raise LensbenchError(f"lens file {path} is damaged ({error}); delete its folder to fit anew") from error
         return cls(lenses, views, summary)
 
-    def export(self, folder: Path, readout: ReadOut, *, model_name: str) -> None:
-        """Write the lenses that others may use: ``tuned``, ``tuned_headline``, ``shared`` and ``shared_bias``."""
+    def export(self, folder: Path, readout: ReadOut, *, model_name: str, source: str | None = None) -> None:
+        """Write the lenses that others may use: ``tuned``, ``tuned_headline``, ``shared`` and ``shared_bias``.
+
+        Jacobian lenses that were fitted are files, ``jacobian_lens.pt`` and ``jacobian_local_lens.pt``; ``source`` of a
+        pretrained model is recorded in them.
+        """
         for name, lens in (("tuned", OWN_REFINED), ("tuned_headline", self.summary.headline)):
             save_tuned_lens(tuned_lens(readout, self[lens].maps, model_name=model_name), folder / name)
         for name, lens in (("shared", SHARED_REFINED), ("shared_bias", SHARED_BIAS_LENS)):
             SharedLens.from_maps(readout, self[lens].maps).save(folder / name)
+        for lens in (JACOBIAN_LENS, JACOBIAN_LOCAL_LENS):
+            facts = self[lens].record.jacobian if lens in self.lenses else None
+            if facts is not None:
+                path = folder / f"{lens.kind}_lens.pt"
+                write_jacobian(path, self[lens].maps.matrix, facts, model=source or model_name)
 
 
 def _view_name(number: int) -> str:
@@ -166,6 +177,25 @@ def fit(context: FitContext, *, task: str = "fit") -> Fit:
             else:
                 shown.update(number + 1, job.remark)
     return _summarised(context)
+
+
+def fit_some(context: FitContext, wanted: Sequence[LensId], *, task: str = "fit") -> dict[LensId, FittedLens]:
+    """Some lenses of a fit, float32, and nothing else; what they are made from must be among them.
+
+    Raises KeyError for one that the kinds do not plan.
+    """
+    names = {str(lens) for lens in wanted} | ({"refined"} if any(w.stage == "refined" for w in wanted) else set())
+    jobs = [job for job in plan(context) if job.name in names]
+    with context.progress.task(task, len(jobs), "lenses") as shown:
+        for number, job in enumerate(jobs):
+
+            def say(remark: str, done: int = number) -> None:
+                shown.update(done, remark)
+
+            for lens in lenses_in(job.run(say)):
+                context.parts.setdefault(lens.id, []).append(lens)
+            shown.update(number + 1, job.remark)
+    return {lens: context.lens(lens).float32() for lens in wanted}
 
 
 def _summarised(context: FitContext) -> Fit:

@@ -59,7 +59,7 @@ class JacobianFacts(BaseModel):
     control: list[float] = []
     """Factor b of the control variate at each layer; empty without one"""
     error: list[float]
-    """Relative standard error of each layer's J: Frobenius norm, over prompts and random vectors"""
+    """Relative standard error of each layer's J: Frobenius norm, over prompts and random vectors; empty of one prompt"""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class JacobianSource:
         spread = (whole.squares / whole.prompts - mean.square().sum((1, 2))).clamp(min=0) / max(1, whole.prompts - 1)
         if of_control is not None:
             mean = mean + of_control.to(mean)
-        error = (spread.sqrt() / mean.square().sum((1, 2)).sqrt()).tolist()
+        error = (spread.sqrt() / mean.square().sum((1, 2)).sqrt().clamp(min=1e-300)).tolist()
         facts = JacobianFacts(
             targets=targets,
             method="random" if choice.probes else "exact",
@@ -208,7 +208,7 @@ class JacobianSource:
             skip_last=self.recipe.skip_last,
             products=whole.products + pilot.products,
             control=[] if of_control is None else pilot.factor.tolist(),
-            error=error if whole.prompts > 1 else [float("nan")] * len(error),
+            error=error if whole.prompts > 1 else [],
         )
         mean = mean.cpu()
         if self.rotation is not None:

@@ -66,7 +66,7 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
         )  # fmt: skip
         fitted = fit(work, task=f"fit-{who}")
         fitted.save(folder)
-        fitted.export(folder, readout, model_name=label_of(context, model, origin))
+        fitted.export(folder, readout, model_name=label_of(context, model, origin), source=origin.facts["source"])
         pieces.clear()
 
     key: dict[str, Any] = {

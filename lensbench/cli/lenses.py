@@ -1,0 +1,71 @@
+"""Lens files of others next to a model's own lenses."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lensbench.cli.app import Debug, Device, Dtype, Out, Source, answerable, app, console, noted, run_folder
+from lensbench.errors import LensbenchError
+from lensbench.report.in_width import show, show_line
+from lensbench.runtime.bars import Bars
+
+
+@app.command("compare-lenses", short_help="Lens files side by side with a model's own lenses.")
+@answerable
+def compare_lenses(
+    model: Source,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE...]",
+            help="A Jacobian lens: FILE.pt or hub:OWNER/NAME/FILE.pt[@REVISION]; a tuned lens: a folder that TunedLens.save "
+            "wrote or hub:RESOURCE[@REVISION].",
+            show_default=False,
+        ),
+    ] = None,
+    corpus: Annotated[str, typer.Option(help="stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT].")] = "stdlib",
+    length: Annotated[int, typer.Option(min=32, help="Tokens of a window.")] = 128,
+    sequences: Annotated[int, typer.Option(min=1, help="Held-out windows that all lenses are measured on.")] = 64,
+    positions: Annotated[int, typer.Option(min=1, help="Scored positions of each.")] = 16,
+    fit: Annotated[
+        int, typer.Option(min=0, help="Windows that our own tuned and shared lenses are fitted to; 0: none are.")
+    ] = 96,
+    jacobian: Annotated[
+        int, typer.Option(min=0, help="Prompts of our own Jacobian lens; 0: it is not estimated. At least 2.")
+    ] = 0,
+    refine: Annotated[int, typer.Option(min=0, help="Passes of refining our own lenses on KL.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    out: Out = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """KL, cross-entropy, top-1 and top-10 precision of anybody's lenses, on the same held-out tokens as our own."""
+    from lensbench.models.pretrained import check_source, load_pretrained, without_progress_bars
+    from lensbench.report.lens_comparison_tables import lens_comparison_tables
+    from lensbench.run.lens_comparison import TABLE, LensComparison
+    from lensbench.run.lens_comparison import compare_lenses as compared
+    from lensbench.runtime.environment import choose_device, dtype_named
+    from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
+
+    if jacobian == 1 or (jacobian and not fit):
+        raise LensbenchError("--jacobian needs at least 2 prompts, and --fit above 0 where they are taken from")
+    of_device, of_dtype = choose_device(device), dtype_named(dtype)
+    check_source(model)
+    refuse_unreachable(model, HERE)
+    refuse_unreachable(corpus, TEXTS_HERE)
+    folder = run_folder(out, "compare-lenses")
+    with without_progress_bars():
+        loaded = load_pretrained(model, dtype=of_dtype, device=of_device, say=noted)
+    recipe = LensComparison(
+        tuple(files or ()), corpus, length, sequences, positions, fit, jacobian, refine_passes=refine, seed=seed
+    )
+    with Bars() as bars:
+        found = compared(loaded, recipe, Path(folder), progress=bars)
+    for table in lens_comparison_tables(found.table):
+        show(table, console)
+    noted("* behind the logit lens, beyond the 95 % interval of the difference over documents")
+    for note in found.notes:
+        noted(note)
+    show_line(f"Table with intervals: {folder / TABLE}", console)
