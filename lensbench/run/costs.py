@@ -247,13 +247,26 @@ def fit_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     work += searches(shape, of.pairs * min(of.pooled, 2 * of.searched), RIDGES_FROM_NEAR)
     work += read_out(shape, of.chosen * of.searched * len(fit.ridges) / 2)  # one standard error
     work += read_out(shape, 6 * layers * (min(n, fit.record_tokens) + min(dev, fit.record_tokens)))
-    work += refinement(suite, shape, of)
+    work += refinement(suite, shape, of) + jacobians(suite, shape)
     maps = 8 * layers + (of.curve + of.chosen) + of.views * (1 + layers) + of.pairs + 4
     maps += again
     memory, disk = held(shape, suite, n + dev)
     square = shape.width**2
     algebra = DOUBLE * square * (layers + 8)  # the solutions of one lens; moments lie in a file
     return Cost(work, memory + algebra, disk + square * (FLOAT * maps + DOUBLE * matrices(fit, layers)))
+
+
+def jacobians(suite: Suite, shape: Shape) -> Work:
+    """Jacobian lenses of all prompts that are allowed: exactly, but of the current position, unless asked for otherwise.
+
+    A product with a vector goes back through activations alone and costs about what a forward pass does.
+    """
+    fit, d = suite.fit, shape.width
+    how = fit.jacobian
+    products = {"jacobian": how.probes if how.method == "random" else d}
+    products["jacobian_local"] = how.positions * d if how.method == "exact" else how.probes
+    passes = how.prompts * sum(1 + count for kind, count in products.items() if kind in fit.lenses)
+    return Work(model=passes * suite.length * (2 * shape.body + 4 * shape.layers * suite.length * d))
 
 
 def refinement(suite: Suite, shape: Shape, of: Counts) -> Work:
