@@ -66,6 +66,19 @@ def test_a_checkpoint_is_a_source_with_the_tokenizer_of_its_run(kept):
     assert traced_model("gpt@2048", None, kept, None).model == source
 
 
+def test_a_run_of_checkpoints_has_trends_over_its_tokens(kept, tmp_path):
+    result = run("trends", kept, "--index", "ce", "--out", tmp_path / "out", "--figures", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "Change per doubling of training tokens" in result.output
+    (row,) = pd.read_csv(tmp_path / "out" / "trends.csv").to_dict("records")
+    ce = pd.read_csv(kept / "models.csv").set_index("model")["ce"]
+    # Two models, 2048 and 8192 tokens, are two doublings apart; the initial weights have no place on the axis.
+    assert row["slope"] == pytest.approx((ce["gpt"] - ce["gpt@2048"]) / 2, rel=1e-4)
+    assert row["ci_low"] < row["slope"] < row["ci_high"] < 0
+    assert row["note"] == "one seed: over documents"
+    assert (tmp_path / "over_training.png").is_file()
+
+
 def test_the_same_run_again_computes_nothing(kept, tmp_path):
     shutil.copytree(kept, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
     result = run("run", kept.parent / "tiny.toml", "--out", tmp_path / "run", *ONLY)
