@@ -34,7 +34,7 @@ def loops(subject: Subject) -> Measured:
     if subject.rotated:
         return Measured(NAME, reason="a rotated view has no loops of its own")
     scored, stream = subject.eval, subject.stream
-    states = looped_states(stream, subject, scored) if can_loop(stream.model) else scored.states
+    states = _looped_states(stream, subject, scored) if can_loop(stream.model) else scored.states
     sums = Sums(NAME, subject.samples, sum_by_window(torch.ones(len(scored)), scored))
     moved: dict[int, np.ndarray] = {}
     for layer in range(1, len(states)):
@@ -58,7 +58,7 @@ def loops(subject: Subject) -> Measured:
     return sums.measured()
 
 
-def looped_states(stream: ResidualStream, subject: Subject, scored: Capture) -> Tensor:
+def _looped_states(stream: ResidualStream, subject: Subject, scored: Capture) -> Tensor:
     """The states ``[4 L + 1, N, d]`` of a model that loops on, at the scored tokens."""
     with looping(stream.model, BEYOND * stream.layers):
         states = capture(ResidualStream(stream.model, stream.view), subject.samples, constant=scored.mean_p).states

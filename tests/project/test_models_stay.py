@@ -33,7 +33,7 @@ from lensbench.data.recipe import TrainingRecipe
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.trajectory import prediction_trajectory
-from lensbench.models import build, count_parameters, likelihood, training, unused
+from lensbench.models import build, count_parameters, likelihood, looped, training, unused
 from lensbench.models.pretrained import Pretrained
 from lensbench.probes import PROBES
 from lensbench.probes.subject import Subject
@@ -132,6 +132,8 @@ CALLS = {
     "lensbench.models.likelihood.nats_with_and_without": lambda c: likelihood.nats_with_and_without(
         c.model, text(0, 4), 1
     ),
+    "lensbench.models.looped.can_loop": lambda c: looped.can_loop(c.model),
+    "lensbench.models.looped.looping": lambda c: looped_on(c.model),
     "lensbench.models.training.optimizers_of": optimizers,
     "lensbench.models.training.save_checkpoint": lambda c: training.save_checkpoint(
         c.folder, c.model, optimizers(c), 1
@@ -237,6 +239,7 @@ NOT_TRIED = {
     "lensbench.run.context.Cache": HOLDS,
     "lensbench.models.gguf.tensors": "it asks for the names of a model's weights, on the way to a caller",
     "lensbench.models.training.load_checkpoint": "it restores the weights of a checkpoint, as its name says",
+    "lensbench.models.training.draw_step": TRAINS,
     "lensbench.models.training.loss_of": TRAINS,
     "lensbench.models.training.backward": TRAINS,
     "lensbench.models.training.share_gradients": TRAINS,
@@ -252,6 +255,11 @@ NOT_TRIED = {
 def evaluated(model):
     with parts.evaluating(model):
         model(input_ids=IDS[None])
+
+
+def looped_on(model):
+    with looped.looping(model, 9):
+        pass
 
 
 def unaware(model):

@@ -8,6 +8,7 @@ import pytest
 
 from lensbench.report.compare import COLUMNS
 from lensbench.report.settings import DOUBT_COLUMNS, SETTINGS_COLUMNS
+from lensbench.results.between import BETWEEN_COLUMNS
 from lensbench.results.folder import PACKED
 from lensbench.results.further import FURTHER, describes, further_text
 from lensbench.results.schema import SCHEMA
@@ -53,7 +54,12 @@ def test_every_committed_table_is_in_a_schema_with_all_of_its_columns():
 
 @pytest.mark.parametrize(
     ("name", "columns"),
-    [("compare --out", COLUMNS), ("settings.csv", SETTINGS_COLUMNS), ("doubt.csv", DOUBT_COLUMNS)],
+    [
+        ("compare --out", COLUMNS),
+        ("settings.csv", SETTINGS_COLUMNS),
+        ("doubt.csv", DOUBT_COLUMNS),
+        ("between.csv", BETWEEN_COLUMNS),
+    ],
 )
 def test_tables_that_are_not_committed_have_exactly_the_columns_of_the_schema(name, columns):
     assert set(FURTHER[name]) == set(columns)
