@@ -15,6 +15,7 @@ from lensbench.measures.update.metric import SMALLEST_EIGENVALUE, Metric, covari
 from lensbench.probes.catalogue import SAME_TOKENIZER, Probe, Quantity, Table
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject
+from lensbench.probes.tools.layer_lenses import PROBED
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import Tokens, sum_by_window, token_kl
@@ -33,8 +34,12 @@ PADS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ROWS = 256
 """Rows of logits in memory at once on a processor"""
 
-SETS = {"tuned": "per-layer lenses", "shared": "shared lens", "single": "best lens of one layer"}
-"""Which maps read the layers -> their name in tables"""
+SINGLE = "single"
+
+SETS = {kind: PROBED[kind] for kind in ("tuned", "shared")}
+SETS |= {SINGLE: "best lens of one layer"}
+SETS |= {kind: PROBED[kind] for kind in ("jacobian", "shared_jacobian")}
+"""Which maps read the layers -> their name in tables; the last two are read where a suite asks for such lenses"""
 
 
 def lens_rank(subject: Subject) -> Measured:
@@ -42,13 +47,13 @@ def lens_rank(subject: Subject) -> Measured:
 
     Linear shortcuts of low rank (arXiv 2504.13984), with the model's own distribution as the truth. Per-layer lenses read
     their own layers; the shared lens, and the lens of the one layer whose mean KL over all layers is lowest on dev at this
-    rank, read all of them. A rank is that of :class:`Cut`: the best in the read-out's Fisher metric for the states that are
-    read. A lens with fewer directions is surer than it should be, since the final norm makes up for the length that it
-    lost; so each rank gets its own length of the pad, chosen on dev. Rank 0 is the constant that the lens reads on average,
-    rank d the lens itself.
+    rank, read all of them. Jacobian lenses are read where the subject holds some. A rank is that of :class:`Cut`: the best
+    in the read-out's Fisher metric for the states that are read. A lens with fewer directions is surer than it should be,
+    since the final norm makes up for the length that it lost; so each rank gets its own length of the pad, chosen on dev.
+    Rank 0 is the constant that the lens reads on average, rank d the lens itself.
 
-    Ranks are 0, the powers of two below d, and d. Products with the unembedding: 3 maps times ranks times layers times
-    tokens, and on dev layers squared times ranks times 128.
+    Ranks are 0, the powers of two below d, and d. Products with the unembedding: 3 maps (5 with
+    Jacobian lenses) times ranks times layers times tokens, and on dev layers squared times ranks times 128.
     """
     name, readout = "lens_rank", subject.stream.readout
     layers = spread_layers(subject.stream.layers, LAYERS)
@@ -56,7 +61,7 @@ def lens_rank(subject: Subject) -> Measured:
         metric = Metric.of("fisher", readout, subject.fit)
     except LensbenchError as error:  # a norm that is no gain over a scale
         return Measured(name, reason=str(error))
-    own, shared = cuts_of(subject, layers, metric.factor)
+    cuts = cuts_of(subject, layers, metric.factor)
     scored, dev = subject.eval, thinned(subject.dev, DEV_TOKENS)
     pad = pad_direction(readout, subject.fit.states[-1])
     sums = Sums(name, subject.samples, sum_by_window(torch.ones(len(scored)), scored))
@@ -64,10 +69,10 @@ def lens_rank(subject: Subject) -> Measured:
     named = f"{name}-{subject.name}" if subject.name else name
     with subject.progress.task(named, len(ranks), "ranks") as task:
         for number, rank in enumerate(ranks):
-            choice = Choices.of(readout, dev, layers, own, shared, rank, pad)
+            choice = Choices.of(readout, dev, layers, cuts, rank, pad)
             found = {
                 kind: [scores(readout, scored, layer, read) for layer, read in zip(layers, reads, strict=True)]
-                for kind, reads in choice.readers(own, shared, len(layers)).items()
+                for kind, reads in choice.readers(cuts, len(layers)).items()
             }
             add_rank(sums, scored, layers, found, rank)
             sums.add("single_layer", layers[choice.single] * sums.tokens, other=rank)
@@ -125,19 +130,28 @@ class Cut:
         return x.to(h.dtype)
 
 
-def cuts_of(subject: Subject, layers: Sequence[int], factor: Tensor) -> tuple[list[Cut], Cut]:
-    """The per-layer lenses of some layers, each for its own states, and the shared lens for the states of all of them."""
-    states, own = subject.fit.states, []
-    d = states.shape[-1]
-    pooled, means = torch.zeros(d, d, dtype=torch.float64), []
-    for layer in layers:
-        covariance, mean = covariance_of(states[layer]), states[layer].mean(0, dtype=torch.float64).cpu()
-        own.append(Cut.of(subject.own[[layer]] if len(subject.own) > 1 else subject.own, mean, covariance, factor))
-        pooled += covariance / len(layers)
-        means.append(mean)
-    mean = torch.stack(means).mean(0)
-    shift = torch.stack(means) - mean
-    return own, Cut.of(subject.shared, mean, pooled + shift.T @ shift / len(layers), factor)
+def cuts_of(subject: Subject, layers: Sequence[int], factor: Tensor) -> dict[str, list[Cut]]:
+    """Kind of lens -> a cut for each of some layers, for its own states; or one, for the states of all of them together."""
+    states = subject.fit.states
+    covariances = [covariance_of(states[layer]) for layer in layers]
+    means = torch.stack([states[layer].mean(0, dtype=torch.float64).cpu() for layer in layers])
+    mean = means.mean(0)
+    shift = means - mean
+    pooled = torch.stack(covariances).mean(0) + shift.T @ shift / len(layers)
+    found = {}
+    for kind, maps in {"tuned": subject.own, "shared": subject.shared, **subject.further}.items():
+        if kind not in SETS:
+            continue
+        if kind in PER_LAYER:
+            each = zip(layers, means, covariances, strict=True)
+            found[kind] = [Cut.of(maps[[layer]], m, covariance, factor) for layer, m, covariance in each]
+        else:
+            found[kind] = [Cut.of(maps, mean, pooled, factor)]
+    return found
+
+
+PER_LAYER = ("tuned", "jacobian")
+"""Kinds with a lens for each layer"""
 
 
 @dataclass(frozen=True)
@@ -161,9 +175,8 @@ class Choices:
     rank: int
     pad: Tensor
     """Of length 1, ``[d]``"""
-    own: tuple[float, ...]
-    """Of each per-layer lens on its own layer"""
-    shared: float
+    lengths: dict[str, tuple[float, ...]]
+    """Kind of lens -> length of the pad of each of its maps"""
     single: int
     """Number of the layer"""
     of_single: float
@@ -175,31 +188,37 @@ class Choices:
         readout: ReadOut,
         dev: Capture,
         layers: Sequence[int],
-        own: Sequence[Cut],
-        shared: Cut,
+        cuts: dict[str, list[Cut]],
         rank: int,
         pad: Tensor,
     ) -> "Choices":
         """The lowest KL on dev, each from :data:`PADS`; the whole lens has the pad that it was fitted with."""
         pads = (0.0,) if rank >= len(pad) else PADS
 
-        def kl(cut: Cut) -> Tensor:  # [layers, pads]
-            return torch.stack([dev_kl(readout, dev, layer, cut, rank, pad, pads) for layer in layers])
+        def kl(cut: Cut, at: Sequence[int]) -> Tensor:  # [layers, pads]
+            return torch.stack([dev_kl(readout, dev, layer, cut, rank, pad, pads) for layer in at])
 
-        each = torch.stack([kl(cut) for cut in own])  # [lens, layer, pad]
-        at_home = each.diagonal().T.argmin(-1)  # [layer]
-        everywhere = each.mean(1)
-        single, of_single = divmod(int(everywhere.argmin()), len(pads))
-        chosen = int(kl(shared).mean(0).argmin())
-        return cls(rank, pad, tuple(pads[int(k)] for k in at_home), pads[chosen], single, pads[of_single])
+        every = torch.stack([kl(cut, layers) for cut in cuts["tuned"]])  # [lens, layer, pad]
+        single, of_single = divmod(int(every.mean(1).argmin()), len(pads))
+        lengths = {}
+        for kind, maps in cuts.items():
+            if kind == "tuned":
+                chosen = every.diagonal().T
+            elif kind in PER_LAYER:
+                chosen = torch.cat([kl(cut, [layer]) for cut, layer in zip(maps, layers, strict=True)])
+            else:
+                chosen = kl(maps[0], layers).mean(0, keepdim=True)
+            lengths[kind] = tuple(pads[int(k)] for k in chosen.argmin(-1))
+        return cls(rank, pad, lengths, single, pads[of_single])
 
-    def readers(self, own: Sequence[Cut], shared: Cut, count: int) -> dict[str, list[Read]]:
+    def readers(self, cuts: dict[str, list[Cut]], count: int) -> dict[str, list[Read]]:
         """Kind of :data:`SETS` -> what reads each of ``count`` layers."""
-        return {
-            "tuned": [Read(cut, self.rank, a * self.pad) for cut, a in zip(own, self.own, strict=True)],
-            "shared": [Read(shared, self.rank, self.shared * self.pad)] * count,
-            "single": [Read(own[self.single], self.rank, self.of_single * self.pad)] * count,
-        }
+        found = {}
+        for kind, maps in cuts.items():
+            read = [Read(cut, self.rank, a * self.pad) for cut, a in zip(maps, self.lengths[kind], strict=True)]
+            found[kind] = read if kind in PER_LAYER else read * count
+        found[SINGLE] = [Read(cuts["tuned"][self.single], self.rank, self.of_single * self.pad)] * count
+        return found
 
 
 @torch.no_grad()
@@ -260,7 +279,7 @@ def add_rank(sums: Sums, scored: Capture, layers: Sequence[int], found: dict[str
                 for layer, values in zip(layers, by_layer, strict=True):
                     sums.add(f"rank_top1_by_layer_{kind}", values, layer=layer, other=rank)
     for one, other in DIFFERENCES:
-        for what in ("kl", "top1"):
+        for what in ("kl", "top1") if one in found else ():
             sums.add(f"rank_{what}_{one}_minus_{other}", by_kind[one, what] - by_kind[other, what], other=rank)
 
 
@@ -274,7 +293,13 @@ MEASURES = {
     ),
 }
 
-DIFFERENCES = (("shared", "tuned"), ("single", "shared"))
+DIFFERENCES = {
+    ("shared", "tuned"): "What is lost by one map for all layers.",
+    ("single", "shared"): "What a lens fitted to all layers gains.",
+    ("jacobian", "tuned"): "What a layer holds of the output, and what moving it would do, differ by so much.",
+    ("shared_jacobian", "shared"): "The same of one map for all layers.",
+}
+"""Which kinds are compared -> how to read it"""
 
 
 def quantities() -> Iterator[Quantity]:
@@ -292,16 +317,14 @@ def quantities() -> Iterator[Quantity]:
             "Equal over layers, one map serves all exits alike.",
             SAME_TOKENIZER,
         )
-    for one, other in DIFFERENCES:
+    for (one, other), reading in DIFFERENCES.items():
         for what in ("kl", "top1"):
             label, formula, _ = MEASURES[what]
             yield _of_rank(
                 f"rank_{what}_{one}_minus_{other}",
                 f"{label} by rank, {SETS[one]} - {SETS[other]}",
                 f"{formula}, {SETS[one]} minus {SETS[other]}, same tokens, mean over layers",
-                "What is lost by one map for all layers."
-                if other == "tuned"
-                else "What a lens fitted to all layers gains.",
+                reading,
             )
     yield _of_rank(
         "single_layer",

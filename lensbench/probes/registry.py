@@ -19,6 +19,7 @@ from lensbench.probes.matched_transfer import MATCHED_TRANSFER
 from lensbench.probes.prediction_visibility import PREDICTION_VISIBILITY
 from lensbench.probes.prefix_read_out import PREFIX_READ_OUT
 from lensbench.probes.representation import REPRESENTATION
+from lensbench.probes.top1_kept import TOP1_KEPT
 
 PROBES: dict[str, Probe] = {
     probe.name: probe
@@ -40,6 +41,7 @@ PROBES: dict[str, Probe] = {
         PREFIX_READ_OUT,
         GUESS_AND_REFINE,
         LENS_RANK,
+        TOP1_KEPT,
         LOOPS,
     )
 }

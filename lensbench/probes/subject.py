@@ -66,8 +66,8 @@ class Subject:
     """The ridge of each of ``own``, in median eigenvalues of the layer's covariance; empty where they were not fitted"""
     nulls: Mapping[str, Reads] = field(default_factory=dict)
     """Kind of lens -> the lens of a random basis, which reads plain states of layers 0..L-1"""
-    further: Mapping[str, Reads] = field(default_factory=dict)
-    """Other kinds of lens that read every layer 0..L-1"""
+    further: Mapping[str, AffineMaps] = field(default_factory=dict)
+    """Other kinds of lens that read every layer 0..L-1: one map for all, or L"""
 
     @classmethod
     def plain(

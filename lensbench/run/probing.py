@@ -9,12 +9,13 @@ from typing import Any
 from lensbench.data.inputs import Texts
 from lensbench.data.samples import Samples
 from lensbench.lenses.fit import Fit
-from lensbench.lenses.maps import TurnedMap
+from lensbench.lenses.maps import AffineMaps, TurnedMap
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.shared import SHARED_LENS
 from lensbench.probes.measured import Measurement, load_measurement
 from lensbench.probes.registry import PROBES
 from lensbench.probes.subject import ReadText, Subject
+from lensbench.probes.tools.layer_lenses import FITTED_ALWAYS, PROBED
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
 from lensbench.run.fitting import fitting, rotation_of
@@ -68,6 +69,19 @@ def probe_sequences(context: Context) -> int:
     return min(evaluate.probe_sequences, context.sequences or evaluate.sequences)
 
 
+def further_lenses(fit: Fit) -> tuple[dict[str, TurnedMap], dict[str, AffineMaps]]:
+    """Of the kinds that probes read: the nulls in the first random basis, and the lenses that not every fit has."""
+    nulls, further = {}, {}
+    for lens, fitted in fit.lenses.items():
+        if lens.kind not in PROBED or lens.refit >= 0:
+            continue
+        if lens.view == 0 and fitted.record.basis == "view":
+            nulls[lens.kind] = TurnedMap(fitted.maps, fit.views[0], fitted.reads[0])
+        elif lens.view < 0 and lens.kind not in FITTED_ALWAYS:
+            further[lens.kind] = fitted.maps
+    return nulls, further
+
+
 def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
     """A model with its lenses and samples, as probes look at it."""
     fitted, data, recipe = fitting(context, model, seed), data_of(context, model), context.suite.fit
@@ -108,5 +122,5 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
         who,
         context.progress,
         tuple(ridge or 0.0 for ridge in fit[OWN].record.ridge),
-        {"shared": TurnedMap(fit[SHARED_LENS.of_view(0)].maps, fit.views[0], fit[SHARED_LENS].reads[0])},
+        *further_lenses(fit),
     )

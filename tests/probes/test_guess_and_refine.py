@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from lensbench.lenses.fit import Fit
+from lensbench.lenses.lens import FittedLens, LensId, LensRecord
 from lensbench.lenses.maps import AffineMaps, TurnedMap
 from lensbench.probes.guess_and_refine import Chance, Guesses, early_layers, most_frequent
 from lensbench.probes.registry import PROBES
 from lensbench.probes.tools.layer_lenses import Uninformed, layer_lenses, top_words
+from lensbench.run.probing import further_lenses
 from lensbench.streams.rotated import RotatedView
 
 
@@ -41,7 +44,7 @@ def subject():
 
 @pytest.fixture(scope="module")
 def values(subject):
-    measured = PROBES["guess_and_refine"].measure(subject)
+    measured = PROBES["guess_and_refine"].measure(replace(subject, further={"jacobian": subject.shared}))
     frame = measured.frame(20)
     layers = [None if np.isnan(layer) else int(layer) for layer in frame["layer"].astype(float)]
     return dict(zip(zip(frame["quantity"], layers, strict=True), frame["value"], strict=True))
@@ -116,9 +119,39 @@ def by_loops(subject):
 
 def test_every_quantity_is_what_plain_loops_over_tokens_say(subject, values):
     expected = by_loops(subject)
-    assert {key for key in values if "tuned_null" not in key[0]} == set(expected)
+    assert {key for key in values if "tuned_null" not in key[0] and "jacobian" not in key[0]} == set(expected)
     for key, value in expected.items():
         assert values[key] == pytest.approx(value, abs=1e-9), key
+
+
+def test_a_further_lens_has_the_quantities_of_its_maps(values):
+    """Here the shared lens by another name, without a null."""
+    of_shared = {key for key in values if "shared" in key[0] and "null" not in key[0]}
+    assert len(of_shared) > 20
+    for name, layer in of_shared:
+        assert values[name.replace("shared", "jacobian"), layer] == values[name, layer]
+
+
+def test_the_lenses_of_a_fit_that_probes_read_are_found():
+    d, layers, names = 4, 3, ["shared-zero-closed", "jacobian-none-backward", "shared_jacobian-none-backward"]
+    fitted = {}
+    for name in [
+        *names,
+        *(f"{n}-view{k}" for n in names[::2] for k in (0, 1)),
+        f"{names[0]}-refit0",
+        "pair-zero-closed",
+    ]:
+        lens = LensId.parse(name)
+        count = layers if lens.kind == "jacobian" else 1
+        record = LensRecord(lens=lens, reads=[list(range(layers))], basis="view" if lens.view >= 0 else "plain")
+        fitted[lens] = FittedLens(record, some_maps(len(fitted), count, d))
+    views = [RotatedView.random(torch.eye(d).double().repeat(layers, 1, 1), seed=k, variance=1.0) for k in range(2)]
+    nulls, further = further_lenses(Fit(fitted, views, None))
+    assert set(nulls) == {"shared", "shared_jacobian"}
+    assert set(further) == {"jacobian", "shared_jacobian"}
+    h, null = torch.randn(2, d), fitted[LensId.parse(f"{names[0]}-view0")].maps
+    by_hand = (h.double() @ views[0].maps[1].T) @ null.matrix[0].double().T + null.offset[0].double()
+    torch.testing.assert_close(nulls["shared"].read(1, h), by_hand.float())
 
 
 def test_the_null_of_per_layer_lenses_is_a_ridge_regression_on_other_documents(subject):

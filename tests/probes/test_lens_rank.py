@@ -26,7 +26,7 @@ def drawn_map(seed, d=6):
     rng = rng_of(seed)
     scale = rng.standard_normal((d, d)) * 2.0 ** -np.arange(d)
     maps = AffineMaps(torch.from_numpy(rng.standard_normal((1, d, d))), torch.from_numpy(rng.standard_normal((1, d))))
-    mean, covariance = torch.from_numpy(rng.standard_normal(d)), torch.from_numpy(scale @ scale.T)
+    mean, covariance = torch.from_numpy(rng.standard_normal(d)), torch.from_numpy(scale @ scale.T + 1e-2 * np.eye(d))
     return maps, mean, covariance, torch.from_numpy(rng.standard_normal((d - 2, d)))
 
 
@@ -114,7 +114,14 @@ def by_hand(subject, captured, layer, matrix, offset):
 
 
 def test_the_whole_lenses_have_the_scores_that_plain_loops_find(subject):
-    frame = PROBES["lens_rank"].measure(subject).frame(20)
+    further = {"jacobian": subject.own, "shared_jacobian": subject.shared}
+    frame = PROBES["lens_rank"].measure(replace(subject, further=further)).frame(20)
+    for kind, same in (("jacobian", "tuned"), ("shared_jacobian", "shared")):  # the same maps by another name
+        for what in ("kl", "top1", "top10", "top1_by_layer"):
+            of_kind, of_same = (frame[frame["quantity"] == f"rank_{what}_{k}"]["value"] for k in (kind, same))
+            assert len(of_kind) >= 7
+            np.testing.assert_allclose(of_kind.astype(float), of_same.astype(float), atol=1e-6)
+        assert frame[frame["quantity"] == f"rank_kl_{kind}_minus_{same}"]["value"].abs().max() < 1e-6
     whole = frame[frame["other"] == subject.stream.d_model].set_index(["quantity", "layer"])["value"].astype(float)
     layers, scored = range(subject.stream.layers), subject.eval
     single = int(whole["single_layer"].item())

@@ -219,6 +219,7 @@ PARTS_OF_PROBES = {
         "tools.interventions.last_states",
     ],
     "lens_rank": ["lens_rank.cuts_of"],
+    "top1_kept": ["top1_kept.top_words"],
     "prediction_visibility": ["prediction_visibility.Baseline.of", "tools.predictions.Directions.of"],
     "prefix_read_out": ["prefix_read_out.prefix_against_full"],
 }  # fmt: skip

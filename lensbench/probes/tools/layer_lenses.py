@@ -18,10 +18,23 @@ from lensbench.streams.partition import rows_at_once
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.views.shuffled import donors
 
-PROBED = {"logit": "logit lens", "tuned": "per-layer lenses", "shared": "shared lens"}
-"""Kind of lens -> its name in tables, in their order. A subject holds further kinds in ``further``."""
+PROBED = {
+    "logit": "logit lens",
+    "tuned": "per-layer lenses",
+    "shared": "shared lens",
+    "jacobian": "Jacobian lenses",
+    "shared_jacobian": "shared Jacobian lens",
+}
+"""Kind of lens -> its name in tables, in their order. Those after the third are read where a suite asks for them."""
 
-NULL_OF = {"tuned": "lenses of shuffled targets", "shared": "shared lens of a random basis"}
+FITTED_ALWAYS = ("logit", "tuned", "shared")
+"""The kinds that every subject has; it holds the others in ``further``."""
+
+NULL_OF = {
+    "tuned": "lenses of shuffled targets",
+    "shared": "shared lens of a random basis",
+    "shared_jacobian": "shared Jacobian lens of a random basis",
+}
 """Kind of lens -> its null"""
 
 RIDGE = 1e-2
@@ -44,7 +57,7 @@ def layer_lenses(subject: Subject) -> dict[str, LayerLens]:
     """Kind -> lens, of the kinds in :data:`PROBED` that the subject has.
 
     The null of per-layer lenses has other tokens' final states as targets: see :class:`Uninformed`. That of the shared lens
-    is the shared lens of a random basis. The logit lens has none: nothing of it is fitted.
+    is the shared lens of a random basis. The logit lens and Jacobian lenses have none: nothing of them is fitted to targets.
     """
     found = {
         "logit": LayerLens(AffineMaps.identity(subject.stream.d_model)),

@@ -58,6 +58,8 @@ def draw_ranks(panel: Axes, rows: pd.DataFrame) -> None:
     colours = {"single": PURPLE} | lens_colours()
     for kind, label in SETS.items():
         line = rows[rows["kind"] == kind].sort_values("rank")
+        if line.empty:
+            continue
         panel.plot(line["rank"], line["value"], "o-", color=colours[kind], lw=1.4, ms=2.5, label=label)
         panel.fill_between(line["rank"], line["ci_low"], line["ci_high"], color=colours[kind], alpha=0.18, lw=0)
     panel.set_xscale("symlog", base=2, linthresh=1)
