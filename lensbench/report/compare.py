@@ -329,23 +329,34 @@ def means_over_seeds(seeds: list[ComparedModel]) -> Iterator[dict[str, Any]]:
 
 
 def differences_over_seeds(pairs: list[tuple[ComparedModel, ComparedModel]]) -> Iterator[dict[str, Any]]:
-    """Two models' difference, paired by seed, a row for every quantity, with the p of the paired t-test."""
+    """Two models' difference, paired by seed, a row for every quantity, with the p of the paired t-test.
+
+    All seeds of a model are scored on the same documents. Of two texts the documents are others, for all seeds alike: a
+    row is then marked as not paired, has no p, and its note says what its interval lacks.
+    """
     here, there = pairs[0]
     who: dict[str, Any] = {"kind": "difference", "run": here.run, "model": here.model, "seed": "all"}
     who |= {
         "against_run": there.run,
         "against_model": there.model,
         "against_seed": "all",
-        "paired": True,
         "seeds": len(pairs),
     }
+    unpaired = next(filter(None, (other_documents(a, b) for a, b in pairs)), "")
+    who["paired"] = not unpaired
     for name in compared_quantities():
         reason = next((m.reasons[name] for pair in pairs for m in pair if name in m.reasons), "")
         gaps = [a.point[name] - b.point[name] for a, b in pairs]
         row = who | {"index": name} | mean_row(gaps, reason)
-        if not reason and np.std(gaps) > 0:
+        if unpaired and not reason:
+            row["note"] = f"{unpaired}; {OVER_SEEDS_ALONE}"
+        if not (reason or unpaired) and np.std(gaps) > 0:
             row["p"] = float(stats.ttest_1samp(gaps, 0.0).pvalue)
         yield row
+
+
+OVER_SEEDS_ALONE = "its interval is over seeds, and holds nothing of which documents were scored"
+"""Of a difference over seeds between two texts"""
 
 
 def mean_row(values: list[float], reason: str) -> dict[str, Any]:
@@ -396,15 +407,22 @@ def curve_rows(run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def other_documents(model: ComparedModel, against: ComparedModel) -> str:
+    """How the documents of two models differ, as a note; empty where they are the same."""
+    if model.corpus != against.corpus:
+        return "not paired: another corpus"
+    if model.documents != against.documents:
+        return "not paired: other documents were scored"
+    return ""
+
+
 def why_unpaired(model: ComparedModel, against: ComparedModel) -> str:
     """Why two models' draws do not resample the same text; empty where they do.
 
     They do where the scored tokens of every cluster of documents are the same text, by its bytes; of images, by how many.
     """
-    if model.corpus != against.corpus:
-        return "not paired: another corpus"
-    if model.documents != against.documents:
-        return "not paired: other documents were scored"
+    if other := other_documents(model, against):
+        return other
     sizes = (model.bytes, against.bytes) if model.bytes.any() else (model.tokens, against.tokens)
     if not np.array_equal(*sizes):
         alike = np.array_equal(model.tokens, against.tokens)

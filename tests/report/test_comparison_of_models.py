@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lensbench.report.compare import ComparedModel, difference, why_unpaired, worth_comparing
+from lensbench.report import compare
+from lensbench.report.compare import ComparedModel, difference, differences_over_seeds, why_unpaired, worth_comparing
 from lensbench.report.reproduction import answer, outside_interval, settings_that_differ
 from lensbench.results.folder import Run
 from lensbench.results.manifest import Manifest
@@ -50,6 +51,22 @@ def test_differences_on_other_text_are_unpaired_and_the_note_says_why(how, why):
     assert not row["paired"]
     assert row["note"] == why
     assert row["ci_low"] < 0 < row["ci_high"]
+
+
+@pytest.mark.parametrize(("corpus", "paired"), [("text", True), ("another", False)])
+def test_over_seeds_two_texts_are_marked_as_unpaired_and_have_no_p(monkeypatch, corpus, paired):
+    """Documents are common to all seeds: a spread over seeds holds nothing of what other documents would have given."""
+    monkeypatch.setattr(compare, "compared_quantities", lambda: ["x"])
+    pairs = [
+        (compared("a", seed=seed, shift=shift), compared("a", group=1, seed=seed, corpus=corpus))
+        for seed, shift in enumerate((0.9, 1.0, 1.1))
+    ]
+    (row,) = differences_over_seeds(pairs)
+    assert row["value"] == pytest.approx(1.0)
+    assert (row["seeds"], row["paired"]) == (3, paired)
+    assert ("p" in row) == paired
+    told = "not paired: another corpus; its interval is over seeds, and holds nothing of which documents were scored"
+    assert row["note"] == ("" if paired else told)
 
 
 def test_another_tokenizer_that_scored_the_same_bytes_is_paired():

@@ -67,24 +67,20 @@ def spreads_of(
     ``signal`` ``[n]``: ``<r_i, f_i>``; ``loading`` ``[n]``: a(r_i). See :meth:`Covariances.later` for ``later``, and
     :func:`goals_in` for ``goals``.
 
-    They are squared norms of ``U^T G_j S`` and of ``U^T (D R - a E S)`` for wide matrices R and S of layer i alone, D and E
-    differences of the covariances of the two layers with h_i and h_L. Written out, layer i comes in as ``R R^T``, ``S R^T``
-    and ``S S^T``, ``[d, d]`` each, which are made once. In float32: a spread is needed to a few digits.
+    They are norms of ``U^T G_j S`` and of ``U^T (D R - a E S)`` for wide matrices R and S of layer i alone, D and E
+    differences of the covariances of the two layers with h_i and h_L. The first is made of ``S S^T``. The second is written
+    out: where a layer changes the stream little, a difference of squares would lose it. In float32: a spread is needed to
+    a few digits.
     """
-    s = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i]).float()
-    r = aimed(maps.read[:, i], maps.read[:, i], space, signal[i]).float()
-    of_r, of_both, of_s = r @ r.T, s @ r.T, s @ s.T
-    narrow, goal, a = space.float(), moments.goal[i].float(), float(loading[i])
-    back = narrow @ (narrow.T @ (goal @ of_s))  # U U^T G_i S S^T
-
-    own, here, persistence, carried = moments.own[i], _inner(goals[i], of_s), [], []
+    s = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i])
+    r = aimed(maps.read[:, i], maps.read[:, i], space, signal[i])
+    of_s, turned = (s @ s.T).float(), torch.cat([r, -float(loading[i]) * s]).float()
+    narrow, own, goal, persistence, carried = space.float(), moments.own[i], moments.goal[i], [], []
     for k, j in enumerate(range(i + 1, len(signal))):
-        there, moved = _inner(goals[j], of_s), (later[k] - own).float()
-        gained = (moments.goal[j] - moments.goal[i]).float()
-        of_gain = there + here - 2 * _inner(back, moments.goal[j].float())
-        along = narrow.T @ torch.stack([moved, moved @ of_r - 2 * a * (gained @ of_both)])
-        persistence.append(there)
-        carried.append(max(0.0, _inner(along[0], along[1]) + a**2 * of_gain))
+        # Differences before float32: what is common to two layers may be far larger.
+        changed = torch.cat([(later[k] - own).float(), (moments.goal[j] - goal).float()], 1)
+        persistence.append(_inner(goals[j], of_s))
+        carried.append(float((narrow.T @ changed @ turned).square().sum(dtype=torch.float64)))
     scale = 2 * space.shape[1]
     return np.sqrt(np.array(persistence) / scale), np.sqrt(np.array(carried) / scale)
 
