@@ -198,7 +198,7 @@ def trace(
     for text in texts:
         if len(texts) > 1:
             show_line(f"\n{text}", console)
-        shown.append(trace_text(loaded, text, named.lens, named.view, tokens))
+        shown.append(_trace_text(loaded, text, named.lens, named.view, tokens))
     if out is not None:
         read = "the logit lens" if named.lens is None else f"lens {named.lens.rpartition('/')[2]}"
         content = trace_page(shown, title=f"{name_of(model) if ':' in model else model}, {read}")
@@ -207,7 +207,7 @@ def trace(
         show_line(str(out), console)
 
 
-def trace_text(loaded: "Pretrained", text: str, lens: str | None, view: str, tokens: int) -> "TracedText":
+def _trace_text(loaded: "Pretrained", text: str, lens: str | None, view: str, tokens: int) -> "TracedText":
     """Print the tables of one text, of its last ``tokens``; return what a page shows of it."""
     from lensbench.models.predictive_coding import PredictiveCodingForCausalLM
     from lensbench.report.trace import growth_of, token_ids, traced_in_place, words_of

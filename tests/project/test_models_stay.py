@@ -32,7 +32,7 @@ from lensbench.data.images import Images, load_images, pixels_of_size
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.recipe import FitRecipe
-from lensbench.lenses.trajectory import prediction_trajectory
+from lensbench.lenses.trajectory import prediction_trajectory, trajectory_in_place
 from lensbench.models import build, count_parameters, likelihood, looped, training, unused
 from lensbench.models.pretrained import Pretrained
 from lensbench.probes import PROBES
@@ -121,6 +121,9 @@ CALLS = {
     "lensbench.lenses.trajectory.prediction_trajectory": lambda c: prediction_trajectory(
         LogitLens(c.stream.readout), c.stream, IDS, tokenizer()
     ),
+    "lensbench.lenses.trajectory.trajectory_in_place": lambda c: trajectory_in_place(
+        LogitLens(c.stream.readout), c.stream, IDS, tokenizer()
+    ),
     "lensbench.models.families.count_parameters": lambda c: count_parameters(c.model),
     "lensbench.models.likelihood.text_likelihood": lambda c: likelihood.text_likelihood(
         c.model, tokenizer(), " ".join([WORDS] * 8), length=16
@@ -146,6 +149,7 @@ CALLS = {
     "lensbench.report.trace.load_lens": lambda c: trace.load_lens(c.stream, f"path:{c.exported / 'shared'}"),
     "lensbench.report.trace.token_ids": lambda c: trace.token_ids(c.loaded, WORDS),
     "lensbench.report.trace.traced": lambda c: trace.traced(c.loaded, WORDS, f"path:{c.exported / 'tuned'}"),
+    "lensbench.report.trace.traced_in_place": lambda c: trace.traced_in_place(c.loaded, WORDS),
     "lensbench.report.trace_errors.errors_of": lambda c: errors_of(c.model, IDS),
     "lensbench.run.capturing.captured_states": lambda c: capturing.captured_states(
         run_of_a_suite(), c.stream, text(0, 4), name="m"
