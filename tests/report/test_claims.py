@@ -239,8 +239,8 @@ def test_claims_are_told_in_words_on_the_terminal_and_on_the_page():
     ):
         assert told in text
         assert told in page
-    assert "0.928 [" in text
-    assert "0.928 [" in page
+    assert "0.93 [" in text
+    assert "0.93 [" in page
     assert not claim_list(run_of([]))
 
 
