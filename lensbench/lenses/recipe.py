@@ -7,7 +7,9 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -23,7 +25,7 @@ Tolerance = float | Literal["1se"]
 """The dev loss that a ridge may cost: a share of ``K_0 - best``, or one standard error."""
 
 
-ADDED_SETTINGS = ("pairs", "search_tokens", "record_tokens", "rotated_own", "lenses", "jacobian")
+ADDED_SETTINGS = ("pairs", "search_tokens", "record_tokens", "rotated_own")
 
 
 Further = Literal["jacobian", "jacobian_local", "shared_jacobian"]
@@ -116,6 +118,15 @@ class FitRecipe(BaseModel):
         (), description="further kinds of lens: jacobian, jacobian_local, shared_jacobian (needs jacobian)"
     )
     jacobian: JacobianRecipe = JacobianRecipe()
+
+    @model_serializer(mode="wrap")
+    def _as_asked(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without further kinds a recipe says what it said before there were any: keys and manifests stay the same."""
+        content: dict[str, Any] = serialize(self)
+        if not self.lenses:
+            for name in ("lenses", "jacobian"):
+                content.pop(name, None)
+        return content
 
     @model_validator(mode="after")
     def _mean_of_something(self) -> "FitRecipe":
