@@ -1,5 +1,6 @@
 """Models that differ in one thing alone, their training or their size, and what the tables say of them."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ SIZE = re.compile(
     r"(?:^|[-_.+])(?:\d+(?:\.\d+)?[kmbt]|tiny|mini|small|medium|base|large|xl|xxl)(?=$|[-_.+])", re.IGNORECASE
 )
 """What a name says of a model's size"""
+
+LEAST_DOUBLINGS = 0.5
+"""Models that lie closer together are of one size: the sizes of models that are to be equal differ by a percent"""
 
 HEADLINES = (
     "ce", "in_place_without_layer0", "clarity_without_layer0", "news_without_layer0", "shared_consistency_without_layer0",
@@ -47,7 +51,7 @@ def series_of(models: pd.DataFrame, named: Sequence[Sequence[str]] = ()) -> list
     """The series in ``models.csv``: checkpoints and revisions of one model, and models whose names differ in a size alone.
 
     ``named``: models in series over parameters by their names, beside those that names tell. A model without tokens, or
-    of which the table does not say how many, has no place over tokens.
+    of which the table does not say how many, has no place over tokens. Models within half a doubling are no series.
     """
     found = models.drop_duplicates("model").set_index("model")
     over_tokens: dict[str, list[str]] = {}
@@ -63,7 +67,7 @@ def series_of(models: pd.DataFrame, named: Sequence[Sequence[str]] = ()) -> list
         for name, members in groups.items():
             sizes = pd.to_numeric(found[over]).loc[members].sort_values(kind="stable")
             known = {str(m): float(x) for m, x in sizes.items() if x > 0}
-            if len(set(known.values())) > 1:
+            if known and math.log2(max(known.values()) / min(known.values())) >= LEAST_DOUBLINGS:
                 kept.append(Series(over, name, known))
     return kept
 

@@ -84,6 +84,9 @@ def trends_of(folders: Sequence[Path], *, indices: Sequence[str] = (), named: Se
             "there is no series of models: their names would differ in a size (gpt-16k, gpt-64k) or behind @ (gpt@10000 and "
             "gpt), with tokens in models.csv; --series NAME,NAME names one"
         )
+    for several in named:
+        if ", ".join(several) not in {one.name for one in series}:
+            raise LensbenchError(f"--series {','.join(several)}: these models are of one size, within half a doubling")
     there = list(dict.fromkeys(values["index"]))
     if unknown := [name for name in indices if name not in there]:
         raise LensbenchError(f"no run has an index {unknown[0]!r}; {nearest(unknown[0], there)}")

@@ -215,5 +215,7 @@ def test_what_has_no_trend_is_told(monkeypatch):
     monkeypatch.setattr(trends, "read_distinct", lambda _: [trained()])
     with pytest.raises(trends.LensbenchError, match="no run has an index 'movemnt'; did you mean 'movement'"):
         trends.trends_of(["x"], indices=["movemnt"])
+    with pytest.raises(trends.LensbenchError, match="of one size"):
+        trends.trends_of(["x"], named=[["other", "gpt"]])
     with pytest.raises(trends.LensbenchError, match="no run has a model 'gtp'"):
         trends.trends_of(["x"], named=[["gtp", "gpt"]])

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from lensbench.measures.indices import INDICES
 from lensbench.report.figures.layout import legend_outside, panel_for_each, title_and_caption
@@ -13,6 +14,9 @@ from lensbench.report.figures.registry import figure, nats_per
 from lensbench.report.figures.style import line_looks, pt
 from lensbench.report.series import HEADLINES, OVER, PARAMETERS, TOKENS, points_of, series_of, values_of
 from lensbench.results.folder import Run
+
+MOST_TICKS = 4
+"""Models are marked along x where they are so few"""
 
 FIGURE_OVER = {TOKENS: "over_training", PARAMETERS: "over_parameters"}
 """What models differ in -> name of the figure"""
@@ -57,6 +61,10 @@ def trend_panels(frame: pd.DataFrame, over: str, indices: Sequence[str]) -> Figu
             rows = frame[(frame["index"] == index) & (frame["series"] == name)]
             draw_series(panel, rows, name, look)
         panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        if frame["x"].nunique() <= MOST_TICKS:
+            panel.set_xticks(sorted(frame["x"].unique()))
         panel.set(xlabel=OVER[over], ylabel=label_of(index, frame))
         panel.yaxis.label.set_fontsize(pt(8))
     legend_outside(drawing, *panels[0].get_legend_handles_labels())
