@@ -51,7 +51,7 @@ def top1_kept(subject: Subject) -> Measured:
         def kept() -> Array:
             task.update(len(deleted) + len(exchanged) + 1)
             same = top_words(stream, few)[0] == whole
-            return np.bincount(window, same & (whole >= 0), len(few))
+            return np.bincount(window, same & (whole >= 0), len(few)).astype(float)
 
         deleted: dict[int, Array] = {}
         exchanged: dict[int, Array | str] = {}
@@ -65,7 +65,8 @@ def top1_kept(subject: Subject) -> Measured:
                 continue
             with swapped(stream, k):
                 exchanged[k] = kept()
-    sums.add("top1_kept_chance", np.bincount(window, Chance(whole, few.documents[window], stream.vocab_size).of(whole)))
+    by_chance = Chance(whole, few.documents[window], stream.vocab_size).of(whole)
+    sums.add("top1_kept_chance", np.bincount(window, by_chance, len(few)).astype(float))
     _add(sums, deleted, exchanged, stream.layers)
     return sums.measured()
 
