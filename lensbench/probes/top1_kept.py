@@ -41,6 +41,8 @@ def top1_kept(subject: Subject) -> Measured:
         )
     few = subject.samples.spread(WINDOWS)
     whole, window = top_words(stream, few)
+    if (whole < 0).any():
+        return Measured(name, reason="undefined: the model's logits overflow")
     places = np.bincount(window, minlength=len(few)).astype(float)
     sums = Sums(name, few, places)
     deletions = spread_layers(stream.layers, BLOCKS) if stream.layers > 1 else [0]
@@ -51,7 +53,7 @@ def top1_kept(subject: Subject) -> Measured:
         def kept() -> Array:
             task.update(len(deleted) + len(exchanged) + 1)
             same = top_words(stream, few)[0] == whole
-            return np.bincount(window, same & (whole >= 0), len(few)).astype(float)
+            return np.bincount(window, same, len(few)).astype(float)
 
         deleted: dict[int, Array] = {}
         exchanged: dict[int, Array | str] = {}
