@@ -105,7 +105,10 @@ def contents(runs: Sequence[Run], *, drawn: bool, placed: bool, claims: bool) ->
     ]
     for place, run in enumerate(runs):
         of = f" of {run.folder.name}" if len(runs) > 1 else ""
-        found += [(f"run{place}", f"Transfer penalties{of}"), (f"kl{place}", f"KL by layer{of}")]
+        cells = run.tables["transfer.csv"]
+        read = (cells["lens_layer"] != cells["stream_layer"]) & cells["penalty_ce"].notna()
+        first = "Transfer penalties" if read.any() else "Doubts"
+        found += [(f"run{place}", f"{first}{of}"), (f"kl{place}", f"KL by layer{of}")]
         found += [(f"tables{place}", f"Tables{of}"), (f"settings{place}", f"Settings{of}")]
     return found
 
