@@ -37,7 +37,10 @@ LONG_TABLES = (
     "lenses.csv", "transfer.csv", "tolerances.csv", "pairs.csv", "update.csv", "distances.csv", "variants.csv",
     "landmarks.csv", "probes.csv",
 )  # fmt: skip
-"""Tables that are packed; what a reader looks at first (indices, blocks, verdicts, models) stays plain CSV."""
+"""Tables that are packed; what a reader looks at first (indices, blocks, verdicts, models) stays plain CSV while it is short."""
+
+LONG = 64_000
+"""Bytes above which any table is packed"""
 
 FIGURES = "figures"
 """The folder of figures in a run folder"""
@@ -109,8 +112,8 @@ def write_light(run: Run, light: Path, figures: Sequence[str], groups: int | Non
     for name, table in tables.items():
         write_table(light, name, table)
     checksums = {name: sha256(light / name) for name in tables}
-    for name in LONG_TABLES:
-        if name in tables:
+    for name in tables:
+        if name in LONG_TABLES or (light / name).stat().st_size > LONG:
             pack(light / name)
     made_of = write_light_sums(run, light, groups)
     if (run.folder / UPDATE_DRAWS).is_file():

@@ -191,11 +191,14 @@ def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
     write_atomically(folder / name, write)
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """A table of a study as CSV, compressed where its name says so, with six digits; the same table gives the same bytes."""
+def write_csv(path: Path, table: pd.DataFrame, digits: str | None = "%.6g") -> None:
+    """A table of a study as CSV, packed where its name says so; the same table gives the same bytes.
+
+    ``digits``: of floats, six by default; None: all.
+    """
     # Without a time of writing, which would change the bytes.
     compression: Any = {"method": "gzip", "mtime": 0} if path.suffix == PACKED else None
-    write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.6g", compression=compression)
+    write = partial(table.to_csv, index=False, lineterminator="\n", float_format=digits, compression=compression)
     write_atomically(path, write)
 
 

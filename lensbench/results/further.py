@@ -149,7 +149,7 @@ FURTHER: dict[str, dict[str, str]] = {
         "covered_INDEX": "The share of streams whose interval holds the true index (INDEX_own_views: in the bases drawn).",
         **_ends("covered_INDEX", _SHARE),
     },
-    "streams.csv of calibration": {
+    "streams.csv.gz of calibration": {
         **_STREAM,
         "truth": "What is true of it by construction.",
         "seed": "The seed of the stream.",

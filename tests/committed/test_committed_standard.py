@@ -159,7 +159,7 @@ def test_the_committed_calibration_is_what_its_streams_say_and_reaches_what_was_
     assert manifest["calibration"] == asked
     for name, checksum in manifest["files"].items():
         assert files.sha256(CALIBRATION / name) == checksum, name
-    streams, table = (pd.read_csv(CALIBRATION / name) for name in ("streams.csv", "calibration.csv"))
+    streams, table = (pd.read_csv(CALIBRATION / name) for name in ("streams.csv.gz", "calibration.csv"))
     summarise(streams).to_csv(tmp_path / "again.csv", index=False)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "again.csv"), table, rtol=1e-9)
     thresholds = midpoints(streams).set_index("threshold")["midpoint"]

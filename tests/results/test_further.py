@@ -15,7 +15,7 @@ from lensbench.results.schema import SCHEMA
 from lensbench.results.verdicts import EARLIER_NAMES
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-OF_STUDIES = {"streams.csv": "streams.csv of calibration"}
+OF_STUDIES = {"streams.csv.gz": "streams.csv.gz of calibration"}
 OF_STUDIES |= {n: f"{n} of update-calibration" for n in ("streams.csv.gz", "blocks.csv.gz", "verdicts.csv")}
 COMMITTED = [p for p in sorted([*RESULTS.rglob("*.csv"), *RESULTS.rglob(f"*.csv{PACKED}")]) if "speed" not in p.parts]
 
