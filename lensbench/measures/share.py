@@ -172,9 +172,11 @@ def token_values(estimator: Estimator, fit: Fit) -> tuple[Means, Means]:
                 both[:, :, other, at] = _two(estimator, chosen[at], one, None, joined)["kl"][:, 0]
         return both
 
-    assert pairs_of(chosen) == [tuple(reads) for reads in fit[PAIR_LENS].reads]
+    has_pairs = PAIR_LENS in fit.lenses
+    assert not has_pairs or pairs_of(chosen) == [tuple(reads) for reads in fit[PAIR_LENS].reads]
     constant = joined(captured.constant_kl)
     unknown = np.full((2, len(constant), size), np.nan)
+    no_pairs = np.full((2, len(constant), size, size), np.nan)
     of_lenses = {
         "constant": np.stack([constant, np.zeros_like(constant)]),
         "transfer": matrix["kl"].swapaxes(1, 2),
@@ -186,8 +188,8 @@ def token_values(estimator: Estimator, fit: Fit) -> tuple[Means, Means]:
         "rotated": np.stack([own(SHARED_LENS.of_view(k)) for k in range(summary.rotations)], 2),
         "own_refined": unknown,
         "shared_refined": unknown,
-        "pair": pairs(PAIR_LENS),
-        "pair_rotated": np.stack([pairs(PAIR_LENS.of_view(k)) for k in range(summary.pair_rotations)], 2),
+        "pair": pairs(PAIR_LENS) if has_pairs else no_pairs,
+        "pair_rotated": np.stack([pairs(PAIR_LENS.of_view(k)) for k in range(summary.pair_rotations)] or [no_pairs], 2),
     }
     exact, difference = (Means(**{name: x[k] for name, x in of_lenses.items()}) for k in range(2))
     return exact, difference

@@ -8,7 +8,6 @@ gets a verdict. Its true indices are those of the same lenses on many times as m
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +34,7 @@ from lensbench.measures.indices import INDICES, estimates
 from lensbench.measures.means import Means, Value, with_last
 from lensbench.measures.transfer import transfer_sums
 from lensbench.measures.verdict import CANNOT_TELL, SCOPES, Span, VerdictRule, decide_on
-from lensbench.results.folder import claimed
+from lensbench.results.folder import claimed, write_csv
 from lensbench.results.manifest import write_manifest
 from lensbench.results.sums import ClusterSums
 from lensbench.runtime.files import sha256

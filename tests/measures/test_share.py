@@ -1,10 +1,13 @@
 """The share of exact log-partitions that widens no interval too much: what it is found from, against repeated draws."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.synthetic import small, true_token_kl
 
 from lensbench.lenses.estimated import Estimator
+from lensbench.lenses.pairs import PAIR_LENS
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.shared import SHARED_LENS
 from lensbench.measures import share
@@ -80,6 +83,19 @@ def test_added_variance_is_that_of_repeated_draws(pilot):
     assert np.square(of_documents).sum() / count**2 == pytest.approx(
         retention(own, shared, constant[:, 0]).var(), rel=0.2
     )
+
+
+def test_a_fit_without_pairs_has_a_share_by_its_other_intervals(pilot):
+    it, estimator, exact, _ = pilot
+    lenses = {lens: fitted for lens, fitted in it.fit.lenses.items() if lens.kind != PAIR_LENS.kind}
+    alone = replace(it.fit, lenses=lenses, summary=replace(it.fit.summary, pair_rotations=0))
+    without, _ = token_values(estimator, alone)
+    assert np.isnan(without.pair).all()
+    assert np.isnan(without.pair_rotated).all()
+    np.testing.assert_array_equal(without.transfer, exact.transfer)
+    found = find_share(estimator, alone, 10**6)
+    assert 0 < found.share <= 1
+    assert "pair" not in found.widest
 
 
 def test_the_widest_interval_decides(pilot, monkeypatch):
