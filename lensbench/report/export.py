@@ -37,7 +37,7 @@ LONG_TABLES = (
     "lenses.csv", "transfer.csv", "tolerances.csv", "pairs.csv", "update.csv", "distances.csv", "variants.csv",
     "landmarks.csv", "probes.csv",
 )  # fmt: skip
-"""Tables that are packed; what a reader looks at first (indices, blocks, verdicts, models) stays plain CSV while it is short."""
+"""Tables that are packed; what a reader looks at first (indices, blocks, verdicts, models) stays plain while it is short."""
 
 LONG = 64_000
 """Bytes above which any table is packed"""
