@@ -16,13 +16,16 @@ def schema(
     further: Annotated[
         bool, typer.Option("--further", help="Of the tables of other commands than run, and of Parquet files.")
     ] = False,
+    studies: Annotated[
+        bool, typer.Option("--studies", help="Of the tables of calibrations, tasks and regressions.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """What every column of every table means, as Markdown."""
     from lensbench.results.further import further_text
     from lensbench.results.schema import schema_text
 
-    sys.stdout.write(further_text() if further else schema_text())
+    sys.stdout.write(further_text(studies=studies) if further or studies else schema_text())
 
 
 @app.command(short_help="What can be named: suites, models, corpora.")

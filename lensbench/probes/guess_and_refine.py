@@ -281,8 +281,12 @@ def quantities_of(kind: str) -> Iterator[Quantity]:
         f"`early_revised_{kind}` minus its chance, same tokens",
         "Below 0, early frequent guesses are right more often than a guess at any other token: they are no mere prior.",
     )
-    if kind in ("logit", "tuned"):
-        return
+    if kind not in ("logit", "tuned"):
+        yield from _against_tuned(kind, lens)
+
+
+def _against_tuned(kind: str, lens: str) -> Iterator[Quantity]:
+    """Per-layer lenses minus another kind."""
     for what, label in BY_LAYER.items():
         yield _of_layer(
             f"{what}_tuned_minus_{kind}",

@@ -374,13 +374,26 @@ def describes(name: str, column: str) -> bool:
     return any(re.fullmatch(re.sub(r"[A-Z]{2,}", "[a-z0-9_ -]+", known), column) for known in FURTHER[name])
 
 
-def further_text() -> str:
-    """The schema of :data:`FURTHER`, as Markdown."""
+OF_STUDIES = (
+    "task.csv", "differences.csv", "regression.csv", "calibration.csv", "streams.csv.gz of calibration", "thresholds.csv",
+    "streams.csv.gz of update-calibration", "blocks.csv.gz of update-calibration", "verdicts.csv of update-calibration",
+    "coverage.csv", "right.csv", "points.csv", "tokens.csv", "needed.csv",
+)  # fmt: skip
+"""Tables of calibrations, tasks and regressions: on a page of their own"""
+
+
+def further_text(*, studies: bool = False) -> str:
+    """The schema of :data:`FURTHER`, as Markdown: of :data:`OF_STUDIES`, or of all others."""
+    title, option, page = "Tables of other commands, and Parquet files", "--further", "tables"
+    if studies:
+        title, option, page = "Tables of calibrations, tasks and regressions", "--studies", "study-tables"
     parts = [
-        "# Tables of other commands, and Parquet files\n\nWritten by `lensbench schema --further > results/tables.md`. "
+        f"# {title}\n\nWritten by `lensbench schema {option} > results/{page}.md`. "
         "A word in capitals in the name of a\ncolumn stands for the name of an index, a quantity or a verdict.\n"
     ]
     for name, columns in FURTHER.items():
+        if (name in OF_STUDIES) != studies:
+            continue
         parts.append(f"\n## `{name}`\n\n| column | meaning |\n|---|---|\n")
         parts += [f"| `{column}` | {meaning} |\n" for column, meaning in columns.items()]
     return "".join(parts)

@@ -111,16 +111,9 @@ def run_suite(
         cache.corpus = read_corpus(suite, progress, strict=True)
     with claimed(folder, suite.name, suite.threads, ranks, on_this_machine(suite, command)), without_progress_bars():
         context = Context(
-            suite,
-            Stages(folder / "stages", ranks),
-            device,
-            progress,
-            ranks,
-            probes=tuple(probes),
-            max_hours=max_hours,
-            options=tuple(options),
-            cache=cache,
-        )
+            suite, Stages(folder / "stages", ranks), device, progress, ranks, probes=tuple(probes), max_hours=max_hours,
+            options=tuple(options), cache=cache,
+        )  # fmt: skip
         asked = [m for m in suite.models if not only or m.name in only]
         refuse_replacing(context)
         names = stage_names(suite, asked, context.probes)

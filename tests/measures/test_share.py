@@ -88,7 +88,7 @@ def test_added_variance_is_that_of_repeated_draws(pilot):
 def test_a_fit_without_pairs_has_a_share_by_its_other_intervals(pilot):
     it, estimator, exact, _ = pilot
     lenses = {lens: fitted for lens, fitted in it.fit.lenses.items() if lens.kind != PAIR_LENS.kind}
-    alone = replace(it.fit, lenses=lenses, summary=replace(it.fit.summary, pair_rotations=0))
+    alone = replace(it.fit, lenses=lenses, summary=it.fit.summary.model_copy(update={"pair_rotations": 0}))
     without, _ = token_values(estimator, alone)
     assert np.isnan(without.pair).all()
     assert np.isnan(without.pair_rotated).all()

@@ -30,6 +30,7 @@ from tuned_lens.nn.lenses import LogitLens
 import lensbench
 from lensbench.data.images import Images, load_images, pixels_of_size
 from lensbench.data.recipe import TrainingRecipe
+from lensbench.lenses.jacobian import linearised
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.trajectory import prediction_trajectory, trajectory_in_place
@@ -103,10 +104,16 @@ def run_of_a_suite() -> Any:
     return SimpleNamespace(progress=Steps(), unit="token", suite=SimpleNamespace(fit=SimpleNamespace(memory_gib=1.0)))
 
 
+def multiplied(stream: ResidualStream) -> list[torch.Tensor]:
+    with linearised(stream, IDS[None]) as product:
+        return product(torch.ones(1, len(IDS), stream.d_model))
+
+
 IDS = torch.arange(8)
 WORDS = "ak bl cm dn eo ak bl cm"
 SMALL = {"sequences": 8, "positions": 4}
 CALLS = {
+    "lensbench.lenses.jacobian.linearised": lambda c: multiplied(c.stream),
     "lensbench.api.fit": lambda c: lensbench.fit(c.loaded, f"file:{c.texts}", length=32, recipe=RECIPE, progress=False),
     "lensbench.api.decompose": lambda c: lensbench.decompose(
         c.loaded, f"file:{c.texts}", length=32, recipe=RECIPE, update=UPDATE, **SMALL, progress=False
@@ -234,6 +241,10 @@ TRAINS = "it is a step of a training, which changes the model"
 NOT_TRIED = {
     "lensbench.probes.subject.no_blocks": "it asks for the names of what a stream has",
     "lensbench.api.Lenses": HOLDS,
+    "lensbench.lenses.jacobian.JacobianSource": HOLDS,
+    "lensbench.run.lens_comparison.Comparing": HOLDS,
+    "lensbench.run.lens_comparison.compare_lenses": "it calls what is tried: a stream, lenses of others, linearised",
+    "lensbench.run.lens_comparison.file_lens": "it reads the sizes of a stream, and hands its read-out on to what is tried",
     "lensbench.models.pretrained.Pretrained": HOLDS,
     "lensbench.probes.subject.Subject": HOLDS,
     "lensbench.probes.subject.Subject.windows": "it gives the windows that the subject holds",

@@ -11,6 +11,7 @@ from lensbench.report.settings import DOUBT_COLUMNS, SETTINGS_COLUMNS
 from lensbench.results.between import BETWEEN_COLUMNS
 from lensbench.results.folder import PACKED
 from lensbench.results.further import FURTHER, describes, further_text
+from lensbench.results.further import OF_STUDIES as OF_THE_PAGE
 from lensbench.results.schema import SCHEMA
 from lensbench.results.verdicts import EARLIER_NAMES
 
@@ -25,6 +26,8 @@ def schema_of(path):
     if path.parent.name in ("calibration", "update-calibration"):
         return OF_STUDIES.get(path.name, path.name)
     name = path.name.removesuffix(PACKED)
+    if name == "comparison.csv":
+        return "compare --out"
     return name if name in (*SCHEMA, *FURTHER) else None
 
 
@@ -79,3 +82,5 @@ def test_a_column_that_nobody_described_is_found():
 
 def test_the_page_of_these_tables_is_that_of_the_code():
     assert (RESULTS / "tables.md").read_text() == further_text()
+    assert (RESULTS / "study-tables.md").read_text() == further_text(studies=True)
+    assert set(OF_THE_PAGE) <= set(FURTHER)
