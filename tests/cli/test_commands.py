@@ -151,6 +151,7 @@ def test_lenses_are_left_in_tuned_lens_format(tiny_run):
 # Figures and comparisons read tables alone
 
 
+@pytest.mark.slow
 def test_figures_are_redrawn_from_csv_alone(tiny_run, tmp_path):
     folder = tmp_path / "csv"
     folder.mkdir()

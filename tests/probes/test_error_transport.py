@@ -52,7 +52,8 @@ def test_the_ratio_is_the_one_that_was_planted(share):
     assert high - low < 0.4 * share
 
 
-@pytest.mark.parametrize("snr", [1.0, pytest.param(10.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("snr", [1.0, 10.0])
 def test_a_planted_copying_head_has_ratio_nothing(snr):
     frame = frame_of(planted("copy", snr))
     assert at(frame, "error_ratio", "ci_low")[PLANTED] <= 0 <= at(frame, "error_ratio", "ci_high")[PLANTED]
@@ -79,7 +80,8 @@ def sharp(model, seed=3):
     return model.eval()
 
 
-@pytest.mark.parametrize("kernel", ["exp", *(pytest.param(k, marks=pytest.mark.slow) for k in ("linear", "softmax"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["exp", "linear", "softmax"])
 def test_every_head_of_a_predictive_coding_model_has_ratio_one_at_its_own_places(kernel):
     model = sharp(build("predictive-coding", seed=1, kernel=kernel, error_gradient=False, **SHAPE))
     frame = frame_of(model)
@@ -92,6 +94,7 @@ def test_every_head_of_a_predictive_coding_model_has_ratio_one_at_its_own_places
     assert (whole <= 1 + 1e-9).all()
 
 
+@pytest.mark.slow
 def test_every_head_of_its_control_without_errors_has_ratio_nothing():
     frame = frame_of(sharp(build("predictive-coding", seed=1, error="none", **SHAPE)))
     assert np.abs(at(frame, "error_ratio").to_numpy()).max() < 1e-3

@@ -113,6 +113,7 @@ def by_hand(subject, captured, layer, matrix, offset):
     return np.mean(found, axis=0)
 
 
+@pytest.mark.slow
 def test_the_whole_lenses_have_the_scores_that_plain_loops_find(subject):
     further = {"jacobian": subject.own, "shared_jacobian": subject.shared}
     frame = PROBES["lens_rank"].measure(replace(subject, further=further)).frame(20)
@@ -141,6 +142,7 @@ def test_the_whole_lenses_have_the_scores_that_plain_loops_find(subject):
             assert whole[f"rank_{what}_{one}_minus_{other}"].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_layer_is_chosen_on_dev_and_not_on_what_is_scored(subject):
     """Dev states are such that the lens of layer 0 reads every layer best; the scored ones are as they were."""
     dev = subject.eval
@@ -159,6 +161,7 @@ def test_the_layer_is_chosen_on_dev_and_not_on_what_is_scored(subject):
     assert int(np.argmin(everywhere)) != 0, "on the scored tokens another layer would have been chosen"
 
 
+@pytest.mark.slow
 def test_a_permutation_of_the_vocabulary_changes_no_score(subject):
     model, order = planted("none"), torch.randperm(V, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
@@ -173,6 +176,7 @@ def test_a_permutation_of_the_vocabulary_changes_no_score(subject):
     assert torch.equal(found.top10, again.top10)
 
 
+@pytest.mark.slow
 def test_a_longer_pad_on_dev_is_what_it_would_be_when_scored(subject):
     cut = Cut.of(subject.own[[0]], torch.zeros(32).double(), torch.eye(32).double(), torch.eye(32).double())
     pad = torch.randn(32, generator=torch.Generator().manual_seed(5)).double()

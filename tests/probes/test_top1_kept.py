@@ -21,6 +21,7 @@ def values(frame, quantity):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_is_kept_is_what_mixed_blocks_called_by_hand_keep():
     model, texts = mixed_model("gemma3_text"), windows()
     model.lm_head.weight.mul_(10)  # predictions far from uniform

@@ -190,7 +190,7 @@ def tables(tiny_run, tmp_path_factory):
     return folder
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(results.WRITTEN)), st.data())
 def test_a_changed_table_is_refused_and_one_without_a_manifest_is_read_or_refused(tables, name, data):
     path = tables / name

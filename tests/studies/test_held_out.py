@@ -131,6 +131,7 @@ def test_a_refined_channel_gets_better_in_the_way_that_it_names(how):
         assert after == pytest.approx(first / np.arange(2, layers + 1), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", some(name for name in FAMILIES if name != "standstill"))
 def test_declared_shares_are_those_of_regressions_on_hidden_parts(family):
     stream, parts = sample(family)
