@@ -95,6 +95,8 @@ def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
             ratio = np.where(own > NEGLIGIBLE * constant**2, added / own, np.nan)
         if np.isfinite(ratio).any():
             ratios[name] = float(np.nanmax(ratio))
+    if not ratios or len(known) < 2:  # nothing is known of any interval
+        return Share(1.0, "", 0.0, count, len(known), 0)
     widest = max(ratios, key=ratios.__getitem__)
     intervals = sum(int(np.prod(x.shape[1:])) for x in whole.values())
     share = share_for(ratios[widest], scored)

@@ -70,6 +70,8 @@ def said_of(share: dict[str, Any], vocabulary: int) -> str:
         return str(share["why"])
     if share["share"] == 1:
         widest = share.get("widest")
+        if widest == "":
+            return "all log-partitions are exact: the dev split has too few documents to tell what a share would cost"
         return "" if widest is None else f"all log-partitions are exact: {widest} asks for more than half of them"
     if not worth_estimating(vocabulary):
         return exact_because(vocabulary)

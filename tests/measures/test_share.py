@@ -116,3 +116,10 @@ def test_the_widest_interval_decides(pilot, monkeypatch):
     assert {"penalty_kl", "penalty_ce", "kl", "pair_penalty_of_pairs", "shared_consistency", "gain_visibility"} <= set(
         whole
     )
+
+
+def test_with_one_dev_document_nothing_is_known_and_all_is_exact(pilot):
+    it, estimator, *_ = pilot
+    one = replace(estimator, captured=replace(estimator.captured, document=np.zeros_like(it.dev.document)))
+    found = find_share(one, it.fit, 10**6)
+    assert (found.share, found.widest, found.documents) == (1.0, "", 1)
