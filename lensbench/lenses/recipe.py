@@ -121,11 +121,14 @@ class FitRecipe(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_asked(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without further kinds a recipe says what it said before there were any: keys and manifests stay the same."""
+        """Without further kinds, and with defaults of what was added, a recipe says what it said before there were any.
+
+        So keys and manifests stay the same.
+        """
         content: dict[str, Any] = serialize(self)
-        if not self.lenses:
-            for name in ("lenses", "jacobian"):
-                content.pop(name, None)
+        added = [name for name in ADDED_SETTINGS if getattr(self, name) == FitRecipe.model_fields[name].default]
+        for name in (*added, *(() if self.lenses else ("lenses", "jacobian"))):
+            content.pop(name, None)
         return content
 
     @model_validator(mode="after")
@@ -139,12 +142,7 @@ class FitRecipe(BaseModel):
     @property
     def fitted(self) -> dict[str, Any]:
         """What a fit depends on."""
-        return self.model_dump(exclude={"memory_gib"} | self.as_before)
-
-    @property
-    def as_before(self) -> set[str]:
-        """Settings of their default values that earlier versions did not have: left out, so that finished fits are found."""
-        return {name for name in ADDED_SETTINGS if getattr(self, name) == FitRecipe.model_fields[name].default}
+        return self.model_dump(exclude={"memory_gib"})
 
     @field_validator("ridges", "pads")
     @classmethod

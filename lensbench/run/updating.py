@@ -45,7 +45,7 @@ def updating(context: Context, model: ModelRecipe, seed: int) -> UpdateResult | 
         "texts": data.digest,
         "length": context.suite.length,
         "view": model.view,
-        "fit": recipe.model_dump(include=set(OF_LENSES) - recipe.as_before),
+        "fit": recipe.model_dump(include=set(OF_LENSES)),
         "update": settings.model_dump(),
         "evaluate": context.suite.evaluate.model_dump(
             include={"sequences", "positions", "first_position", "max_share"}

@@ -465,8 +465,6 @@ class Suite(_Strict):
             del settings["evaluate"]["exact_share"]
         if self.evaluate.matrix:
             del settings["evaluate"]["matrix"]
-        for name in self.fit.as_before:
-            del settings["fit"][name]
         return settings
 
     @property

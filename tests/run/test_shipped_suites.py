@@ -64,7 +64,7 @@ def test_a_suite_that_comes_with_lensbench_runs_on_small_models_of_its_architect
     content = named_files()[name].read_text()
     for old, new in SMALL.items():
         content = content.replace(old, new)
-    head = re.sub(r"^refits = \d+\n", "", content.split("[[models]]")[0], flags=re.M)
+    head = re.sub(r"^(refits|refine_tokens) = \d+\n", "", content.split("[[models]]")[0], flags=re.M)
     head = head.replace("[fit]", "[fit]\nrefits = 1\nrefine_tokens = 256", 1).replace(
         "rotations = 5\n", "rotations = 2\n"
     )
