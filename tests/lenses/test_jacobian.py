@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.architectures import CONFIGS, small_model
+from helpers.architectures import small_model
 from helpers.jacobians import jacobian_by_definition, windows_of_ids
 from helpers.known_blocks import V, drawn, known_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -70,8 +70,8 @@ def test_the_jacobian_of_a_view_is_that_of_the_entries_it_shows(targets):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_the_jacobian_of_every_architecture_is_that_of_autograd(architecture):
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama", "qwen3", "gemma3_text", "falcon"])
+def test_the_jacobian_of_transformers_architectures_is_that_of_autograd(architecture):
     # Many compute norms and rotations in float32, so that the two agree to its digits.
     stream = ResidualStream(small_model(architecture).double())
     check_against_autograd(stream, texts(2, 8), "later", [1], tolerance=1e-5)

@@ -159,7 +159,7 @@ def regions_of(
         Region("added up", (rule["update_added"], right), (clear, high), GREEN, "top"),
         Region("mixed", (rule["update_carried"], rule["update_added"]), (changed, high), BLUE, "top"),
         Region("carried along", (start, rule["update_carried"]), (changed, high), ORANGE, "top"),
-        Region("re-represented", (left, right), (low, changed), VERMILION, "bottom"),
+        Region("re-represented", (left, right), (low, changed), VERMILION, "bottom right"),  # landmarks lie at its left
     ]
 
 
@@ -268,9 +268,9 @@ def draw_regions(panel: Axes, view: View, rule: pd.Series, gutter: Gutter) -> li
             middle = (low + high) / 2
             names.append(panel.text((x0 + x1) / 2, middle, name, rotation=90, ha="center", va="center", **look))
         else:
-            at: dict[str, Any] = {"ha": "right", "x": x1} if where == "top" else {"ha": "left", "x": x0}
+            at: dict[str, Any] = {"ha": "left", "x": x0} if where == "bottom" else {"ha": "right", "x": x1}
             lift = high - 0.02 * (high - low) if where == "top" else low + 0.02 * (high - low)
-            names.append(panel.text(at["x"], lift, f" {name} ", ha=at["ha"], va=where, **look))
+            names.append(panel.text(at["x"], lift, f" {name} ", ha=at["ha"], va=where.split()[0], **look))
     if gutter.ends[0] < gutter.ends[1]:
         look = {"color": GREY, "style": "italic", "size": pt(7.5), "rotation": 90, "ha": "center", "va": "center"}
         names.append(panel.text(gutter.along(0.5), (low + high) / 2, "undetermined", **look))

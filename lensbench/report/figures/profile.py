@@ -169,7 +169,7 @@ def draw_model(panel: Axes, frame: pd.DataFrame) -> dict[str, Any]:
     step = max(1, math.ceil(layers / (5 if sheet().on_paper and layers > 8 else 8)))
     whole = end + 0.6 + wide / 2
     ticks = [layer for layer in range(0, end, step) if end - layer >= 0.6 * step]
-    ticks += [end] if whole - end > 0.06 * right else []
+    ticks += [end] if whole - end > (0.1 if sheet().on_paper else 0.06) * right else []
     panel.set_xticks([*ticks, whole], [*map(str, ticks), "all"])
     panel.set_yticks([strip.base + strip.height / 2 for strip in STRIPS], [strip.label for strip in STRIPS])
     panel.tick_params(axis="both", length=0, labelsize=pt(8), pad=2)
