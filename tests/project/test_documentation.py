@@ -211,7 +211,9 @@ def test_the_tour_runs_from_its_first_cell_to_its_last_on_a_small_model(tiny_run
     notebook = nbformat.read(ROOT / "benchmarks" / "tour.ipynb", as_version=4)
     (setting,) = [cell for cell in notebook.cells if cell.source.rstrip().endswith('"--preset glance"')]
     small = tiny_run / "stages" / "train-gpt-seed0"
-    setting.source = f'MODEL, OPTIONS = "path:{small}", "--preset glance --limit 64 --set evaluate.length=24"'
+    few = " ".join(f"--set {key}=8" for key in ("fit.positions", "fit.dev_positions", "evaluate.positions"))
+    options = f"--preset glance --limit 64 --set evaluate.length=32 {few}"
+    setting.source = f'MODEL, OPTIONS = "path:{small}", "{options}"'
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
