@@ -103,6 +103,7 @@ def test_two_layers_that_share_a_representation_share_a_lens(kind):
     assert found["pair_penalty_rotated"].low > 0.2 * found["constant_kl"].value
 
 
+@pytest.mark.slow
 def test_two_layers_in_random_bases_share_no_more_than_the_null():
     found = estimates_of(known("rebased").frame)
     assert abs(found["pair_consistency"].value) < 0.05

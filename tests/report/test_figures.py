@@ -386,6 +386,7 @@ def test_any_depth_and_number_of_models(tmp_path: Path, models: dict[str, int]) 
     assert len(figures.draw_figures(run, tmp_path / "out")) == len(FILES)
 
 
+@pytest.mark.slow
 def test_a_single_layer_leaves_no_distance_to_draw_but_all_other_figures(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run", {"flat": 1}))
     drawn = [path.name for path in figures.draw_figures(run, tmp_path / "out")]

@@ -248,6 +248,7 @@ def test_the_cross_entropy_of_a_least_squares_lens_falls_with_depth(family):
     assert captured.model_ce.mean().item() < found[-1]
 
 
+@pytest.mark.slow
 def test_verdicts_of_uneven_streams_are_their_families_and_of_the_quiet_where_nearly_all_are():
     for family in PLACE:
         assert UnevenStream(family).verdicts == (ADDED,)
