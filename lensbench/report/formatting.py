@@ -5,6 +5,8 @@ from typing import Any
 
 import pandas as pd
 
+from lensbench.measures.indices import LEFT_OUT
+
 MOST_DECIMALS = 3
 
 
@@ -46,6 +48,11 @@ def with_refits(row: Any) -> str:
         return with_interval(row)
     places = MOST_DECIMALS if pd.isna(row["ci_low"]) else decimals_within(row["ci_low"], row["ci_high"])
     return f"{with_interval(row)}\n      ({written(row['fit_low'], places)}, {written(row['fit_high'], places)})"
+
+
+def is_left_out(indices: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of ``indices.csv`` are undefined because the suite did not ask for what they are made of."""
+    return indices["reason"].fillna("").str.startswith(LEFT_OUT)
 
 
 def shown_seeds(indices: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,6 @@ from rich.table import Column, Table
 
 from lensbench.measures.indices import (
     INDICES,
-    LEFT_OUT,
     fact_indices,
     shown_indices,
     similarity_indices,
@@ -18,7 +17,7 @@ from lensbench.measures.indices import (
 from lensbench.measures.update.sentences import advice_in
 from lensbench.measures.update.verdict import NOT_MEASURED
 from lensbench.measures.verdict import INDEX_OF, SCOPES
-from lensbench.report.formatting import number, shown_seeds, with_interval, with_refits
+from lensbench.report.formatting import is_left_out, number, shown_seeds, with_interval, with_refits
 from lensbench.report.in_width import show
 from lensbench.report.probe_tables import places_table, probe_tables
 from lensbench.report.profile_table import profile_table
@@ -90,7 +89,7 @@ def index_table(run: Run) -> Table:
 
 def left_out(indices: pd.DataFrame) -> set[str]:
     """The indices that no model has because the suite did not ask for what they are made of."""
-    absent = indices["reason"].fillna("").str.startswith(LEFT_OUT)
+    absent = is_left_out(indices)
     return set(indices["index"]) - set(indices.loc[~absent, "index"])
 
 

@@ -11,7 +11,6 @@ from typing import cast
 import pandas as pd
 
 from lensbench.errors import LensbenchError
-from lensbench.measures.indices import LEFT_OUT
 from lensbench.measures.update.sentences import without_advice
 from lensbench.measures.update.verdict import NOT_MEASURED
 from lensbench.measures.verdict import (
@@ -25,7 +24,7 @@ from lensbench.measures.verdict import (
     sign_over_tolerances,
     spans_on,
 )
-from lensbench.report.formatting import shown_seeds, with_interval
+from lensbench.report.formatting import is_left_out, shown_seeds, with_interval
 from lensbench.results.folder import Run
 from lensbench.results.verdicts import known_number, span_of, verdict_table
 
@@ -143,7 +142,7 @@ def judged(run: Run, rule: VerdictRule) -> Run:
 def statements(run: Run) -> list[Statement]:
     """What lenses held fixed say of every model of a run whose lenses were read at other layers, by model and scope."""
     indices = run.tables["indices.csv"]
-    left_out = indices["reason"].fillna("").str.startswith(LEFT_OUT) & (indices["index"] == INDEX_OF["visibility"])
+    left_out = is_left_out(indices) & (indices["index"] == INDEX_OF["visibility"])
     absent = set(indices.loc[left_out, "model"])
     verdicts, rule = shown_seeds(run.tables["verdicts.csv"]), rule_of(run)
     return [

@@ -7,7 +7,8 @@ import pandas as pd
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.kinds import layer_kinds
-from lensbench.measures.indices import INDICES, LEFT_OUT
+from lensbench.measures.indices import INDICES
+from lensbench.report.formatting import is_left_out
 from lensbench.results.folder import Run
 from lensbench.studies.curves import shown_curves
 
@@ -92,7 +93,7 @@ def index_frame(run: Run, names: Sequence[str] = SHOWN_INDICES) -> pd.DataFrame:
     No rows where the suite left all of these indices out.
     """
     table = run.tables["indices.csv"]
-    table = table[~table["reason"].fillna("").str.startswith(LEFT_OUT)]
+    table = table[~is_left_out(table)]
     if not table["index"].isin(names).any():
         return table.head(0)
     table = table.iloc[(table["seed"] == "all").argsort(kind="stable")].drop_duplicates(["index", "model"], keep="last")
@@ -114,7 +115,7 @@ def shown_rows(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def distance_frame(run: Run) -> pd.DataFrame:
     """``model, distance, value, ci_low, ci_high`` of gain visibility; not a number where undefined."""
     table = run.tables["indices.csv"]
-    table = table[~table["reason"].fillna("").str.startswith(LEFT_OUT)]
+    table = table[~is_left_out(table)]
     name = "gain_visibility_distance_"
     rows = shown_rows(table[table["index"].str.startswith(name)], ["index"])
     rows = rows.assign(distance=rows["index"].str.removeprefix(name).astype(int))

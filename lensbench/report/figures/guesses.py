@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lensbench.probes.tools.layer_lenses import PROBED
 from lensbench.report.figures.frames import shown_rows
-from lensbench.report.figures.layout import legend_outside, new_figure, subplots, title_and_caption
+from lensbench.report.figures.layout import legend_of_panels, new_figure, subplots, title_and_caption
 from lensbench.report.figures.lenses import lens_colours
 from lensbench.report.figures.registry import figure
 from lensbench.report.figures.style import GREY, sheet
@@ -52,8 +52,7 @@ def guess_and_refine(frame: pd.DataFrame) -> Figure:
             draw_guesses(panel, frame[frame["model"] == model], what)
             if number == 0:
                 panel.set_title(model)
-    named = {label: line for on in panels for line, label in zip(*on.get_legend_handles_labels(), strict=True)}
-    legend_outside(drawing, named.values(), named.keys())
+    legend_of_panels(drawing, panels)
     caption = (
         "Bands: 95 % intervals. Dotted, in the colour of its lens: the null (lenses of shuffled targets, the shared lens "
         "of a random basis), in the middle row what tokens of other documents give by chance."

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,13 @@ def panel_for_each(
 def make_higher(figure: Figure, points: float) -> None:
     """Add so many points to the height of a figure."""
     figure.set_figheight(figure.get_figheight() + points / 72)
+
+
+def legend_of_panels(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Draw one legend of all that panels name, each name once (:func:`legend_outside`); none where they name nothing."""
+    named = {label: line for on in panels for line, label in zip(*on.get_legend_handles_labels(), strict=True)}
+    if named:
+        legend_outside(figure, named.values(), named.keys())
 
 
 def legend_outside(figure: Figure, handles: Any, labels: Any, **look: Any) -> None:

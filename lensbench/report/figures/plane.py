@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from lensbench.measures.indices import LEFT_OUT
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
 from lensbench.measures.verdict import VerdictRule
 from lensbench.report.figures.frames import index_frame
@@ -38,6 +37,7 @@ from lensbench.report.figures.style import (
     sheet,
     use_symlog,
 )
+from lensbench.report.formatting import is_left_out
 from lensbench.report.verdicts import rule_of
 from lensbench.results.folder import Run
 
@@ -102,7 +102,7 @@ def plane_frame(run: Run) -> pd.DataFrame:
     names = [name for view in VIEWS for name in (view.x, view.y, view.size) if name]
     models = index_frame(run, names)
     indices = run.tables["indices.csv"]
-    written = indices[~indices["reason"].fillna("").str.startswith(LEFT_OUT)][["model", "index"]].drop_duplicates()
+    written = indices[~is_left_out(indices)][["model", "index"]].drop_duplicates()
     for view in VIEWS:  # what was not measured has no place, not even that of the undetermined
         measured = set(written.loc[written["index"] == view.x, "model"])
         models = models[~models["index"].isin([view.x, view.y, view.size]) | models["model"].isin(measured)]

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lensbench.probes.catalogue import Panel
 from lensbench.probes.registry import PROBES, quantities
 from lensbench.report.figures.frames import head_frame, probe_frame
-from lensbench.report.figures.layout import legend_outside, new_figure, panels_per_row, subplots, title_and_caption
+from lensbench.report.figures.layout import legend_of_panels, new_figure, panels_per_row, subplots, title_and_caption
 from lensbench.report.figures.registry import figure, looks_of, nats_per
 from lensbench.report.figures.style import GREY, pt, sheet, use_symlog
 
@@ -31,9 +31,7 @@ def probes(frame: pd.DataFrame) -> Figure:
     looks = looks_of(frame)
     for on, (quantity, panel) in zip(axes, shown, strict=True):
         draw_quantity(on, frame, quantity, panel, looks)
-    named = {label: line for on in axes for line, label in zip(*on.get_legend_handles_labels(), strict=True)}
-    if named:
-        legend_outside(drawing, named.values(), named.keys())
+    legend_of_panels(drawing, axes)
     one = nats_per(frame).removeprefix("nats/")
     caption = f"Bars: 95 % intervals. Thin lines, the null: another {one}'s gradient, another direction's response."
     names = {quantity for quantity, _ in shown}

@@ -7,7 +7,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from lensbench.probes.lens_rank import SETS
 from lensbench.report.figures.frames import shown_rows
-from lensbench.report.figures.layout import legend_outside, new_figure, subplots, title_and_caption
+from lensbench.report.figures.layout import legend_of_panels, new_figure, subplots, title_and_caption
 from lensbench.report.figures.lenses import lens_colours
 from lensbench.report.figures.registry import figure, nats_per
 from lensbench.report.figures.style import PURPLE
@@ -43,8 +43,7 @@ def lens_rank(frame: pd.DataFrame) -> Figure:
             panel.set(ylabel=labels[what], xlabel="rank of the map")
             if number == 0:
                 panel.set_title(model)
-    named = {label: line for on in panels for line, label in zip(*on.get_legend_handles_labels(), strict=True)}
-    legend_outside(drawing, named.values(), named.keys())
+    legend_of_panels(drawing, panels)
     caption = (
         "Means over layers; bands: 95 % intervals. Rank 0: the constant that a lens reads on average. The best lens of one "
         "layer is chosen on dev at each rank."
