@@ -14,7 +14,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import FitRecipe
@@ -49,10 +57,29 @@ ONE_THREAD_BELOW = 1024
 """Width below which matrix products are too small for several threads: streams are measured in parallel instead"""
 
 
-class Width(BaseModel):
-    """A width of the state, and the numbers of tokens that its streams are decomposed at."""
+class Coarser(BaseModel):
+    """What a width may have less of than the others: its algebra grows with the cube of d."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    ridges: tuple[float, ...] | None = Field(None, min_length=1, description="instead of fit.ridges")
+    pads: tuple[float, ...] | None = Field(None, min_length=1, description="instead of fit.pads")
+    refits: int | None = Field(None, ge=0, description="instead of refits")
+
+    @property
+    def fit(self) -> dict[str, tuple[float, ...]]:
+        """Settings of the fit that differ."""
+        return {name: of for name, of in (("ridges", self.ridges), ("pads", self.pads)) if of is not None}
+
+    @model_serializer(mode="wrap")
+    def _what_is_set(self, whole: SerializerFunctionWrapHandler) -> Row:
+        """Without what is left as it is, so that streams measured before keep their names."""
+        less = ("ridges", "pads", "refits")
+        return {name: value for name, value in whole(self).items() if name not in less or value is not None}
+
+
+class Width(Coarser):
+    """A width of the state, and the numbers of tokens that its streams are decomposed at."""
 
     d: int = Field(ge=8, le=65_536, description="width of the state")
     tokens: tuple[int, ...] = Field(min_length=1, description="fitting tokens, in multiples of d, rising")
@@ -109,6 +136,7 @@ class UpdateTokens(BaseModel):
             raise ValueError("widths: a width stands there twice")
         needed = FEWEST_DOCUMENTS * PER_DOCUMENT
         for width in self.widths:
+            self.fit_of(width)
             if width.d < self.layers + 2:
                 raise ValueError(f"widths: d = {width.d} is too narrow for {self.layers} layers and an answer")
             fewest = width.d * width.tokens[0]
@@ -122,6 +150,10 @@ class UpdateTokens(BaseModel):
     def sizes(self, fit_tokens: int) -> tuple[int, int]:
         """How many dev and held-out tokens go with so many fitting tokens."""
         return round(self.dev_share * fit_tokens), round(self.eval_share * fit_tokens)
+
+    def fit_of(self, coarser: Coarser) -> FitRecipe:
+        """The fit of a width's streams. Raises :class:`ValueError` where what it has instead is no fit's."""
+        return FitRecipe.model_validate(self.fit.model_dump() | coarser.fit)
 
     def jobs(self, up_to: int | None = None) -> "list[TokensJob]":
         """Every stream to decompose, of widths up to ``up_to`` (None: of all).
@@ -140,13 +172,12 @@ class UpdateTokens(BaseModel):
             if up_to is not None and width.d > up_to:
                 continue
             for family, number, of_d in itertools.product(self.families, range(width.streams), width.tokens):
-                yield TokensJob(family=family, number=number, d=width.d, fit_tokens=of_d * width.d)
+                coarser = {name: getattr(width, name) for name in Coarser.model_fields}
+                yield TokensJob(family=family, number=number, d=width.d, fit_tokens=of_d * width.d, **coarser)
 
 
-class TokensJob(BaseModel):
+class TokensJob(Coarser):
     """One stream at one number of fitting tokens; its number is its seed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     family: str
     number: int
@@ -174,9 +205,9 @@ def measure(job: TokensJob, recipe: UpdateTokens) -> Row:
         for at, tokens in enumerate(sizes)
     )
     with_truth = job.d <= recipe.truth_up_to
-    fitted = fitted_to(stream, fit, dev, recipe.fit, job.number, keep=with_truth)
+    fitted = fitted_to(stream, fit, dev, recipe.fit_of(job), job.number, keep=with_truth)
     found = measured(
-        stream.readout, fitted, fit, dev, scored, recipe.refits,
+        stream.readout, fitted, fit, dev, scored, recipe.refits if job.refits is None else job.refits,
         readable=False, normed=False, seed=job.number, spread=(job.number, len(job.family)),
     )  # fmt: skip
     truth = None

@@ -290,3 +290,17 @@ def test_an_option_that_does_not_fit_is_refused_in_one_line(tmp_path, options, s
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_width_may_have_fewer_ridges_and_refits_and_streams_of_others_keep_their_names() -> None:
+    plain, coarser = recipe(), recipe(widths=(Width(d=24, tokens=(20,), streams=1, ridges=(0.1, 1.0), refits=1),))
+    assert "ridges" not in plain.jobs()[0].model_dump()
+    assert "refits" not in plain.jobs()[0].model_dump()
+    (job, *_) = coarser.jobs()
+    assert job.model_dump()["ridges"] == (0.1, 1.0)
+    assert job.refits == 1
+    assert coarser.fit_of(job).ridges == (0.1, 1.0)
+    assert coarser.fit_of(job).pads == coarser.fit.pads
+    assert plain.fit_of(plain.jobs()[0]) == plain.fit
+    with pytest.raises(ValueError, match="ridges"):
+        recipe(widths=(Width(d=24, tokens=(20,), ridges=(1.0, 0.1)),))
