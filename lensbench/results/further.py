@@ -44,7 +44,8 @@ FURTHER: dict[str, dict[str, str]] = {
         "against_run": "The run folder of the model that is subtracted.",
         "against_model": "The model that is subtracted.",
         "against_seed": "Its seed.",
-        "paired": "Whether both scored the same text, so that draws are paired; over seeds: paired by seed.",
+        "paired": "Whether both scored the same text, so that draws are paired; over seeds: paired by seed, where both "
+        "scored the same documents.",
         "seeds": "How many seeds a row over seeds has.",
         "p": "Of a claim or of a difference over seeds; uncorrected.",
         "p_holm": "p corrected over all claims of the suite (Holm).",
