@@ -27,14 +27,18 @@ def show_forecast(
     with without_progress_bars():
         found = forecast(suite, folder, device=at, only=tuple(only), probes=tuple(probes))
     console.print(forecast_table(suite, folder, found, at.type))
-    for line in (*rate_lines(found, at.type), CAUTION):
+    for line in (*rate_lines(found, at.type), *busy_lines(found), CAUTION):
         show_line(line, console)
 
 
 CAUTION = (
-    "Predicted from FLOPs and the rates above. Searches end where dev says, and a text may hold fewer sequences: expect "
-    "between half and twice as long. Nothing was computed or written."
+    "Predicted from FLOPs and the rates above; trainings and passes of models that are trained here from steps of each. "
+    "Searches end where dev says, and a text may hold fewer sequences: expect between half and twice as long. Nothing was "
+    "computed or written."
 )
+
+BUSY = 0.8
+"""Share of the time that this process must get for the machine to count as free"""
 
 
 def forecast_table(suite: "Suite", folder: Path, found: "Forecast", device: str) -> Table:
@@ -64,6 +68,17 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return shown
     return f"{shown} ({seconds / 60:.0f} min)" if seconds < 7200 else f"{shown} ({seconds / 3600:.1f} h)"
+
+
+def busy_lines(found: "Forecast") -> list[str]:
+    """Says how much longer it takes next to the other work on this machine, where there is much of it."""
+    share = min(rates.at_hand for rates in found.rates.values())
+    if share >= BUSY:
+        return []
+    return [
+        f"These are seconds of a free machine. This one is busy: the measurement had the processor for {share:.0%} of its "
+        f"time. Next to that work a run takes about {1 / share:.1f} times as long."
+    ]
 
 
 def rate_lines(found: "Forecast", device: str) -> list[str]:

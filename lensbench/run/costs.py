@@ -5,6 +5,7 @@ V words, T tokens of a window, N tokens that are looked at.
 
 | ingredient | costs |
 |---|---|
+| a training step, and a pass of a model that is built here | measured: the model itself does some |
 | a token of the model's forward pass | ``2 P + 4 L T d`` FLOPs, P parameters without embedding and head |
 | a state read out over all words | ``2 d V`` FLOPs and V exponentials |
 | the model's own prediction at a token | ``4 d V`` FLOPs: logits and ``W^T p`` |
@@ -95,6 +96,8 @@ class Work:
     """Sum of ``d^3`` over symmetric eigendecompositions in float64"""
     words: float = 0.0
     """Logits that are shifted, exponentiated and added up"""
+    steps: float = 0.0
+    """Training steps of the model, whose seconds are measured"""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
@@ -383,15 +386,11 @@ def news(shape: Shape, layers: int, held_out: int) -> Work:
     return eigendecompositions(shape, 3 * layers) + Work(single=held_out * d**2 * (12 * layers + 4 * pairs))
 
 
-def train_cost(suite: Suite, shape: Shape, tokens: int) -> Cost:
-    """A training: three times the forward pass, and the head at every token."""
-    length = suite.training.length
-    per_token = 3 * (2 * shape.body + 4 * shape.layers * length * shape.width + 2 * shape.width * shape.vocabulary)
-    if shape.errors:
-        per_token += 4 * shape.layers * shape.width * shape.vocabulary
-    work = Work(model=tokens * per_token, words=3.0 * tokens * shape.vocabulary)
-    logits = 2 * FLOAT * suite.training.batch * length * shape.vocabulary
-    return Cost(work, PROCESS_GIB * GIB + 5 * FLOAT * shape.parameters + logits, FLOAT * shape.parameters)
+def train_cost(suite: Suite, shape: Shape, steps: int) -> Cost:
+    """A training: its steps, whose seconds are measured. Operations of a small model take longer than its FLOPs."""
+    logits = 2 * FLOAT * suite.training.batch * suite.training.length * shape.vocabulary
+    memory = PROCESS_GIB * GIB + 5 * FLOAT * shape.parameters + logits
+    return Cost(Work(steps=steps), memory, FLOAT * shape.parameters)
 
 
 PROBE_PASSES: dict[str, float] = {"injection_survival": 1.0, "block_order": 18.0}

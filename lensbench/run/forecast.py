@@ -1,6 +1,6 @@
 """What a run would take: its stages with seconds, memory and disk, before anything is computed or written."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lensbench.run.origin import origin_of
 from lensbench.run.probing import probing
 from lensbench.run.replacing import refuse_replacing
 from lensbench.run.scoring import scoring
+from lensbench.run.speeds import Speed, measured_speed
 from lensbench.run.stage_names import stage_names
 from lensbench.run.updating import updating
 from lensbench.runtime.environment import dtype_named
@@ -84,6 +85,7 @@ def forecast(
         rates: dict[str, Rates] = {
             str(dtype): measured_rates(device, dtype_named(dtype), width) for dtype in sorted(dtypes)
         }
+        own = rates_of_models(suite, [m for m in asked if m.name in shapes], shapes, rates, device)
     finally:
         torch.set_num_threads(before)
     stages: list[PlannedStage] = []
@@ -93,25 +95,52 @@ def forecast(
         for name, cost in stage_costs(suite, model, shapes[model.name], probes).items():
             if name not in {stage.name for stage in stages}:
                 took = finished.get(name)
-                predicted = seconds(cost.work, rates[suite.trained(model).dtype])
+                predicted = seconds(cost.work, own[model.name])
                 stages.append(PlannedStage(name, predicted if took is None else took, cost, took is not None))
     return Forecast(stages, rates)
 
 
 def seconds(work: Work, rates: Rates) -> float:
     """How long some work takes."""
-    kinds = ("model", "single", "double", "eigen", "words")
-    return float(sum(getattr(work, kind) / getattr(rates, kind) for kind in kinds))
+    return float(sum(getattr(work, kind.name) / getattr(rates, kind.name) for kind in fields(work)))
+
+
+def rates_of_models(
+    suite: Suite, models: list[ModelRecipe], shapes: dict[str, Shape], rates: dict[str, Rates], device: torch.device
+) -> dict[str, Rates]:
+    """The rates of each model, by name: of those that are built here with their own, each architecture measured once."""
+    speeds: dict[str, Speed] = {}
+    found = {}
+    for model in models:
+        owner, recipe = suite.trained(model), suite.training_of(suite.trained(model))
+        found[model.name] = rates[owner.dtype]
+        if owner.source is not None:
+            continue
+        trains = not owner.untrained
+        alike = repr(
+            (owner.family, owner.shape, owner.settings, trains, recipe.deep_supervision, recipe.read_out_alone)
+        )
+        if alike not in speeds:
+            speeds[alike] = measured_speed(
+                network_of(suite, owner), shapes[model.name], recipe, rates[owner.dtype], device, trains
+            )
+        found[model.name] = speeds[alike].within(rates[owner.dtype], shapes[model.name], recipe.length)
+    return found
 
 
 # Shapes
+def network_of(suite: Suite, owner: ModelRecipe) -> PreTrainedModel:
+    """A model that is trained here, as it is before training."""
+    shape = {"vocab_size": suite.corpus.vocab_size, "context": suite.training.length}
+    return build(str(owner.family), **shape, **owner.shape, **owner.settings)
+
+
 def shape_of(suite: Suite, model: ModelRecipe) -> Shape:
     """The sizes of a model: from its config, or, of one that is trained here, from the model as it is built."""
     owner = suite.trained(model)
     if owner.source is not None:
         return shape_of_source(owner.source, owner.dtype)
-    shape = {"vocab_size": suite.corpus.vocab_size, "context": suite.training.length}
-    network = build(str(owner.family), **shape, **owner.shape, **owner.settings)
+    network = network_of(suite, owner)
     stream = ResidualStream(network.eval(), model.view)
     outer = embedded(network)
     body = count_parameters(network) - outer
@@ -152,12 +181,14 @@ def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[st
         who, of = f"{model.name}-seed{seed}", Counts.of(suite, shape)
         if owner.source is None:
             found["tokenizer"] = none
-            tokens = 0 if owner.untrained else suite.training_of(owner).tokens
-            found[f"train-{suite.whole_training(owner).name}-seed{seed}"] = costs.train_cost(suite, shape, tokens)
+            recipe = suite.training_of(owner)
+            steps = 0 if owner.untrained else recipe.steps
+            found[f"train-{suite.whole_training(owner).name}-seed{seed}"] = costs.train_cost(suite, shape, steps)
             if suite.curve is not None and has_curve(suite, model):
                 for tokens in (*suite.curve.budgets, suite.training.tokens):
                     if tokens != suite.training_of(model).tokens:
-                        found[f"train-{who}-{tokens}"] = costs.train_cost(suite, shape, tokens)
+                        steps = recipe.model_copy(update={"tokens": tokens}).steps
+                        found[f"train-{who}-{tokens}"] = costs.train_cost(suite, shape, steps)
                     found[f"curve-{who}-{tokens}"] = Cost(of.captured(shape, "eval"), none.memory)
         else:
             found[f"begin-{owner.name}"] = costs.begin_cost(suite, shape, windows_of(suite))

@@ -1,5 +1,6 @@
 """How fast this machine computes: a measurement of two seconds, from which times are predicted."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ class Rates:
     """Logits that are shifted, exponentiated and added up"""
     copied: float
     """Bytes that are read and written"""
+    steps: float = math.inf
+    """Training steps of the model that is asked about"""
+    at_hand: float = 1.0
+    """Share of the measurement in which this process had the processor; other work on the machine takes the rest"""
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, width: int) -> Rates:
@@ -39,38 +44,64 @@ def measured_rates(device: torch.device, dtype: torch.dtype, width: int) -> Rate
     block = torch.empty(2**24, device=device)
     covariance = torch.cov(torch.randn(size, 4 * size, dtype=torch.float64))
 
+    watch = Stopwatch(device)
+
     def exponentials() -> None:
         logits.sub_(1.0).exp_().sum(-1)
         logits.zero_()
 
     return Rates(
-        model=product_rate(device, dtype, width),
-        single=product_rate(device, torch.float32, width),
-        double=product_rate(cpu, torch.float64, min(width, 1024)),
-        eigen=size**3 * per_second(lambda: torch.linalg.eigh(covariance), cpu),
-        words=ROWS**2 * per_second(exponentials, device),
-        copied=2 * block.nbytes * per_second(block.clone, device),
+        model=product_rate(watch, dtype, width),
+        single=product_rate(watch, torch.float32, width),
+        double=product_rate(Stopwatch(cpu), torch.float64, min(width, 1024)),
+        eigen=size**3 * per_second(lambda: torch.linalg.eigh(covariance), Stopwatch(cpu)),
+        words=ROWS**2 * per_second(exponentials, watch),
+        copied=2 * block.nbytes * per_second(block.clone, watch),
+        at_hand=watch.at_hand,
     )
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """FLOPs in a second of products of ``[ROWS, width]`` with ``[width, ROWS]``, the form of most products here."""
-    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((ROWS, width), (width, ROWS)))
-    return 2 * ROWS**2 * width * per_second(lambda: a @ b, device)
+class Stopwatch:
+    """Seconds that a device works for this process alone.
 
+    On the CPU these are the seconds of the thread that gives the work, which takes its part in every operation: what other
+    processes take of a busy machine does not count.
+    """
 
-def per_second(work: Callable[[], object], device: torch.device) -> float:
-    """How often a device does something in a second, its first time left out."""
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._own = self._passed = 0.0
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    work()
-    wait()
-    count, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < SECONDS_EACH or not count:
+    def time(self, work: Callable[[], object]) -> float:
+        """The seconds of some work."""
+        passed, own = time.perf_counter(), time.thread_time()
         work()
-        wait()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        passed, own = time.perf_counter() - passed, time.thread_time() - own
+        if self.device.type != "cpu":
+            return passed
+        self._passed, self._own = self._passed + passed, self._own + own
+        return own
+
+    @property
+    def at_hand(self) -> float:
+        """The share of the time so far in which this process had the processor; 1 on other devices."""
+        return min(1.0, self._own / self._passed) if self._passed else 1.0
+
+
+def product_rate(watch: Stopwatch, dtype: torch.dtype, width: int) -> float:
+    """FLOPs in a second of products of ``[ROWS, width]`` with ``[width, ROWS]``, the form of most products here."""
+    a, b = (torch.randn(shape, device=watch.device).to(dtype) for shape in ((ROWS, width), (width, ROWS)))
+    return 2 * ROWS**2 * width * per_second(lambda: a @ b, watch)
+
+
+def per_second(work: Callable[[], object], watch: Stopwatch, least: float = SECONDS_EACH) -> float:
+    """How often a device does something in a second, its first time left out; ``least`` seconds are measured."""
+    watch.time(work)
+    count, spent, began = 0, 0.0, time.perf_counter()
+    # On a busy machine the wait ends, too.
+    while not count or (spent < least and time.perf_counter() - began < 2 * least):
+        spent += watch.time(work)
         count += 1
     return count / max(spent, 1e-9)

@@ -2,17 +2,23 @@
 
 import itertools
 import json
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.commands import refused, run
 from transformers import LlamaConfig
 
+from lensbench.cli.forecast import busy_lines
+from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
+from lensbench.models import build
 from lensbench.run import costs, forecast
 from lensbench.run.costs import Counts, Shape, Work
+from lensbench.run.speeds import Speed, measured_speed
 from lensbench.run.stage_names import stage_names
-from lensbench.runtime.rates import Rates, measured_rates
+from lensbench.runtime.rates import Rates, Stopwatch, measured_rates
 from lensbench.suite.changes import Changes
 from lensbench.suite.files import load_suite
 
@@ -27,6 +33,7 @@ EIGHT_B = Shape(layers=32, width=4096, vocabulary=128_256, body=6_979_588_096, o
 @pytest.fixture
 def known_rates(monkeypatch):
     monkeypatch.setattr(forecast, "measured_rates", lambda *_: RATES)
+    monkeypatch.setattr(forecast, "measured_speed", lambda *_: Speed(sequences=1000, steps=10))
 
 
 def config_alone(folder, **changes):
@@ -109,6 +116,40 @@ def test_a_share_of_the_log_partitions_costs_less_and_one_what_it_did():
 def test_rates_of_this_machine_are_measured_in_seconds():
     rates = measured_rates(CPU, torch.bfloat16, 64)
     assert all(value > 0 for value in vars(rates).values())
+
+
+SMALL = Shape(layers=4, width=16, vocabulary=384, body=8_000, outer=384 * 16)
+
+
+def speed_of(family, batch=4, **settings):
+    """The measured speed of a model of width 16 on sequences of 32 tokens."""
+    network = build(family, vocab_size=384, context=32, d_model=16, heads=2, parameters=10_000, **settings)
+    recipe = TrainingRecipe(tokens=4096, length=32, batch=batch)
+    return measured_speed(network, SMALL, recipe, RATES, CPU, True)
+
+
+def test_a_training_is_predicted_from_its_steps_and_a_tied_model_costs_its_depth():
+    """A layer that is applied 16 times has the parameters of one, and takes several times as long."""
+    tied = {layers: speed_of("gpt-tied", layers=layers) for layers in (2, 16)}
+    assert tied[16].steps < 0.5 * tied[2].steps
+    assert tied[16].sequences < 0.5 * tied[2].sequences
+    rates = tied[16].within(RATES, SMALL, 32)
+    suite = load_suite("quick")
+    taken = forecast.seconds(costs.train_cost(suite, SMALL, 100).work, rates)
+    assert taken == pytest.approx(100 / tied[16].steps)
+    passes = costs.forward(SMALL, windows=50, length=32, scored=0)
+    assert forecast.seconds(passes, rates) == pytest.approx(50 / tied[16].sequences)
+
+
+def test_what_other_processes_take_is_not_counted_and_said():
+    watch = Stopwatch(CPU)
+    assert watch.time(lambda: time.sleep(0.05)) < 0.02
+    assert watch.at_hand < 0.5
+    found = forecast.Forecast([], {"float32": replace(RATES, at_hand=0.25)})
+    (line,) = busy_lines(found)
+    assert "25% of its time" in line
+    assert "about 4.0 times as long" in line
+    assert busy_lines(forecast.Forecast([], {"float32": RATES})) == []
 
 
 def test_suites_of_images_and_devices_that_are_missing_are_told(tmp_path):
