@@ -36,6 +36,7 @@ from lensbench.report.figures.style import style
 from lensbench.report.figures.transfer import transfer_penalty
 from lensbench.results import folder, tables
 from lensbench.results.folder import Run
+from lensbench.results.matrix import matrix_rows
 from lensbench.results.schema import OF_UPDATES, no_rows
 from lensbench.results.sums import MatrixSums
 from lensbench.results.tables import Part
@@ -294,7 +295,7 @@ def transfer_matrix(lenses: Lenses, *, sequences: int = 256, positions: int = 16
     # Rows of a run hold sums by window in float32: the same numbers need the same rounding.
     rounded = (getattr(sums, name).astype(np.float32).astype(float) for name in ("kl", "ce", "movement", "top1"))
     matrix = MatrixSums(*map(by_cluster, rounded))
-    rows = tables.matrix_rows(lenses.fitted.summary, matrix, tokens, bootstrap_weights(len(tokens), draws, 0))
+    rows = matrix_rows(lenses.fitted.summary, matrix, tokens, bootstrap_weights(len(tokens), draws, 0))
     who = {"model": lenses.name, "seed": lenses.seed}
     return pd.DataFrame([who | row for row in rows])
 

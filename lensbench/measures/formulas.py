@@ -160,3 +160,19 @@ def similarity_correlation_given_distance(m: Means, similarity: Array) -> Value:
     with np.errstate(invalid="ignore", divide="ignore"):
         left = np.sqrt((1 - of_penalty**2) * (1 - of_similarity**2))
         return Value((direct - of_penalty * of_similarity) / left)
+
+
+def explained_by_distance(kl: Array) -> Value:
+    """Share of the variance of ``K_ij - K_jj`` over i != j < L that its mean at each distance ``|i - j|`` explains: R2.
+
+    ``kl`` ``[..., L+1, L+1]``. Of L layers with no structure at all it is about ``(L - 2) / (L (L - 1) - 1)``: as many means
+    as distances are fitted.
+    """
+    layers = kl.shape[-1] - 1
+    penalty = kl - np.diagonal(kl, axis1=-2, axis2=-1)[..., None, :]
+    i, j = np.nonzero(~np.eye(layers, dtype=bool))
+    values, distance = penalty[..., i, j], np.abs(i - j)
+    left = values.copy()
+    for k in range(1, layers):
+        left[..., distance == k] -= values[..., distance == k].mean(-1, keepdims=True)
+    return Value(1 - (left**2).sum(-1) / ((values - values.mean(-1, keepdims=True)) ** 2).sum(-1))

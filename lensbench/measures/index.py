@@ -8,17 +8,17 @@ from lensbench.errors import LensbenchError
 from lensbench.measures.means import Means, Value
 from lensbench.statistics import Array
 
-Stage = Literal["none", "closed", "refined", "matrix"]
+Stage = Literal["none", "closed", "refined", "matrix", "backward"]
 """Lenses that an index is read off: none at all, those of the closed form (of folds of documents, for the update
-decomposition), those refined on KL, or the transfer matrix."""
+decomposition), those refined on KL, the transfer matrix, or that of Jacobian lenses."""
 
 
 @dataclass(frozen=True)
 class Index:
     """One number about a model's layers, with all that tables, figures and documentation say of it.
 
-    Exactly one of ``compute``, ``at_distance``, ``of_similarity``, ``of_updates`` and ``fact`` says where its value comes
-    from.
+    Exactly one of ``compute``, ``at_distance``, ``of_similarity``, ``of_matrix``, ``of_updates`` and ``fact`` says where its
+    value comes from.
     """
 
     name: str
@@ -43,6 +43,8 @@ class Index:
     """For a family of indices, one for every distance K of layers."""
     of_similarity: Callable[[Means, Array], Value] | None = None
     """Needs the similarity of every two layers ``[L, L]``, which a probe measures."""
+    of_matrix: Callable[[Array], Value] | None = None
+    """Of KLs ``[..., L+1, L+1]`` of every lens on every layer, in suites that ask for the matrix of Jacobian lenses."""
     of_updates: bool = False
     """Whether it is one of the update decomposition's, which a stage of its own computes"""
     fact: bool = False
@@ -57,10 +59,12 @@ class Index:
 
     def __post_init__(self) -> None:
         """Raise ValueError unless it is clear where the value comes from."""
-        sources = (self.compute, self.at_distance, self.of_similarity, self.of_updates or None, self.fact or None)
+        sources = (
+            self.compute, self.at_distance, self.of_similarity, self.of_matrix, self.of_updates or None, self.fact or None
+        )  # fmt: skip
         if sum(source is not None for source in sources) != 1:
             raise ValueError(
-                f"index {self.name!r} needs one of compute, at_distance, of_similarity, of_updates and fact"
+                f"index {self.name!r} needs one of compute, at_distance, of_similarity, of_matrix, of_updates and fact"
             )
 
     def value(self, m: Means) -> Value:

@@ -20,6 +20,7 @@ from lensbench.measures.formulas import (
     Layers,
     consistency,
     distance_trend,
+    explained_by_distance,
     gain_tracking,
     gain_visibility,
     loo_retention,
@@ -219,6 +220,18 @@ CATALOGUE = (
         of_similarity=similarity_correlation_given_distance, variant_of="similarity_correlation", variant="given distance",
     ),
     Index(
+        "explained_by_distance", "penalty explained by distance",
+        "R2 of K_ij - K_jj, i != j < L, on its mean at each distance |i - j|",
+        "The share of the matrix's structure that the distance of two layers alone explains. Near 1, the matrix says no "
+        "more than that near layers are alike. Only in suites with `evaluate.jacobian_matrix`.", stage="matrix",
+        of_matrix=explained_by_distance,
+    ),
+    Index(
+        "explained_by_distance_jacobian", "penalty explained by distance, Jacobian lenses",
+        "the same of Jacobian lenses", "The same of the matrix of Jacobian lenses.", stage="backward",
+        of_matrix=explained_by_distance, variant_of="explained_by_distance", variant="Jacobian lenses",
+    ),
+    Index(
         "layers", "L", "L", "L: how many blocks the model has.", stage="none", unit="count", comparable="all models",
         fact=True,
     ),
@@ -263,6 +276,11 @@ def curve_indices() -> tuple[str, ...]:
 def similarity_indices() -> tuple[str, ...]:
     """The names of the indices that need the similarity of layers, which not every suite measures."""
     return tuple(index.name for index in INDICES.values() if index.of_similarity is not None)
+
+
+def structure_indices() -> tuple[Index, ...]:
+    """The indices of whole matrices, which are there where a suite asks for that of Jacobian lenses."""
+    return tuple(index for index in INDICES.values() if index.of_matrix is not None)
 
 
 def update_indices() -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from lensbench.report.terminal import doubts
 from lensbench.report.verdicts import Statement, UpdateStatement, rule_of, statements, update_statements
 from lensbench.results.folder import Run, read_run, table_file
 from lensbench.results.manifest import Manifest, read_manifest
-from lensbench.results.schema import SCHEMA, unit
+from lensbench.results.schema import SCHEMA, of_the_matrix, unit
 from lensbench.runtime.files import write_atomically
 
 SHOWN_TABLES = ("models.csv", "indices.csv", "verdicts.csv", "baselines.csv", "tolerances.csv")
@@ -105,7 +105,7 @@ def contents(runs: Sequence[Run], *, drawn: bool, placed: bool, claims: bool) ->
     ]
     for place, run in enumerate(runs):
         of = f" of {run.folder.name}" if len(runs) > 1 else ""
-        cells = run.tables["transfer.csv"]
+        cells = of_the_matrix(run.tables["transfer.csv"])
         read = (cells["lens_layer"] != cells["stream_layer"]) & cells["penalty_ce"].notna()
         first = "Transfer penalties" if read.any() else "Doubts"
         found += [(f"run{place}", f"{first}{of}"), (f"kl{place}", f"KL by layer{of}")]
@@ -171,7 +171,7 @@ def run_section(run: Run, place: int, names: dict[str, str], *, question: bool) 
     """Everything about one run below the ruler; ``place``: its number on the page; with its ``question`` or without."""
     manifest = run.manifest
     per = unit(run.tables["models.csv"])
-    cells, lines = mean_cells(run.tables["transfer.csv"]), lens_frame(run)
+    cells, lines = mean_cells(of_the_matrix(run.tables["transfer.csv"])), lens_frame(run)
     has_matrix = set(transfer_frame(run)["model"])
     cells = cells[cells["model"].isin(has_matrix)]
     scale = cost_scale(cells) if has_matrix else None

@@ -16,7 +16,16 @@ from filelock import FileLock, Timeout
 
 from lensbench.errors import LensbenchError
 from lensbench.results.manifest import MANIFEST, Manifest, read_manifest
-from lensbench.results.schema import ADDED, ADDED_COLUMNS, SCHEMA, TEXT_COLUMNS, TEXT_COLUMNS_OF, no_rows
+from lensbench.results.schema import (
+    ADDED,
+    ADDED_COLUMNS,
+    ASKED_COLUMNS,
+    SCHEMA,
+    TEXT_COLUMNS,
+    TEXT_COLUMNS_OF,
+    columns_of,
+    no_rows,
+)
 from lensbench.results.verdicts import as_now
 from lensbench.runtime.files import sha256, write_atomically, write_json
 from lensbench.runtime.ranks import ALONE, Ranks
@@ -182,9 +191,8 @@ def digits(value: float) -> str:
 
 
 def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
-    """One CSV with exactly the columns of its schema, in their order."""
-    columns = list(SCHEMA[name])
-    unknown = set(table.columns) ^ set(columns)
+    """One CSV with exactly the columns of its schema, in their order, but for those that nobody asked for."""
+    unknown = (set(table.columns) ^ set(SCHEMA[name])) - set(ASKED_COLUMNS.get(name, ()))
     if unknown:
         raise ValueError(f"{name}: columns differ from the schema: {sorted(unknown)}")
     write = partial(numbered(name, table).to_csv, index=False, lineterminator="\n", float_format=digits)
@@ -203,8 +211,11 @@ def write_csv(path: Path, table: pd.DataFrame, digits: str | None = "%.6g") -> N
 
 
 def numbered(name: str, table: pd.DataFrame) -> pd.DataFrame:
-    """A table with the columns of its schema, in their order; columns of numbers and gaps are numbers, not objects."""
-    columns, text = list(SCHEMA[name]), TEXT_COLUMNS | TEXT_COLUMNS_OF.get(name, set())
+    """A table with the columns of its schema, in their order; columns of numbers and gaps are numbers, not objects.
+
+    Columns that nobody asked for are left out.
+    """
+    columns, text = columns_of(name, table), TEXT_COLUMNS | TEXT_COLUMNS_OF.get(name, set())
     numbers = {c: pd.to_numeric(table[c]) for c in columns if c not in text and table[c].dtype == object}
     return table.assign(**numbers)[columns]
 

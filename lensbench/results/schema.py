@@ -123,11 +123,16 @@ SCHEMA: dict[str, dict[str, str]] = {
         **_bounds("kl"),
         "ce": "Held-out cross-entropy, nats/token.",
         **_bounds("ce"),
+        "top1": "The share of tokens at which the lens's most probable word is the model's; where evaluate.top asks.",
+        **_bounds("top1"),
+        "top10": "The share at which the model's most probable word is among the lens's ten (arXiv 2504.13984); likewise.",
+        **_bounds("top10"),
         "fit_kl": "KL on the fitting tokens.",
         "dev_kl": "KL on the dev tokens.",
     },
     "transfer.csv": {
         **_WHO,
+        "lens": "tuned, logit (row L) or jacobian: a column where evaluate.jacobian_matrix asks for the last.",
         "lens_layer": "The layer i that the lens was fitted at; L is the identity, the logit lens.",
         "stream_layer": "The layer j that it reads.",
         **_HOW,
@@ -363,6 +368,19 @@ def unit(models: pd.DataFrame) -> str:
     return "image" if images.all() else "prediction" if images.any() else "token"
 
 
+def columns_of(name: str, table: pd.DataFrame) -> list[str]:
+    """The columns of a table's schema in their order, without those that nobody asked for."""
+    asked = ASKED_COLUMNS.get(name, ())
+    return [
+        column for column in SCHEMA[name] if column not in asked or (column in table and table[column].notna().any())
+    ]
+
+
+def of_the_matrix(transfer: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``transfer.csv`` that are of the fit's own transfer matrix: not of Jacobian lenses."""
+    return transfer[transfer["stage"] != "backward"]
+
+
 def no_rows(name: str) -> pd.DataFrame:
     """An empty table with its columns."""
     return pd.DataFrame(columns=list(SCHEMA[name]))
@@ -399,7 +417,15 @@ MEASURED_TIME = ("timings.csv",)
 """Tables that are not the same in any two runs."""
 
 
+ASKED_COLUMNS = {
+    "lenses.csv": ("top1", "top1_ci_low", "top1_ci_high", "top10", "top10_ci_low", "top10_ci_high"),
+    "transfer.csv": ("lens",),
+}
+"""Columns that a table has where a suite asks for them; read as empty from other tables."""
+
+
 ADDED_COLUMNS = {
+    **ASKED_COLUMNS,
     "models.csv": ("weights", "begin_token", "begin", "begin_gain", "begin_gain_ci_low", "begin_gain_ci_high"),
     "verdicts.csv": ("known",),
     "landmarks.csv": ("verdict", "gate"),

@@ -12,6 +12,9 @@ from lensbench.errors import LensbenchError
 from lensbench.lenses.lens import tolerance_in
 from lensbench.measures.means import Means
 
+JACOBIAN_MATRIX = "jacobian_matrix"
+"""In the column ``lens`` of sums: the Jacobian lens of every layer as it reads every layer"""
+
 
 @dataclass(frozen=True)
 class MatrixSums:
@@ -133,7 +136,7 @@ def summed_by_cluster(sequences: pd.DataFrame, groups: int | None = None) -> pd.
     ``groups``: as :func:`joined_clusters` takes it. Raises :class:`LensbenchError` where a KL is not a number.
     """
     refuse_missing(sequences)
-    nats = [name for name in ("kl", "ce", "movement", "top1") if name in sequences]
+    nats = [name for name in ("kl", "ce", "movement", "top1", "top10") if name in sequences]
     names = sequences["document"].astype(str)
     of = sequences.assign(document=names.map(joined_clusters(names.unique(), groups)).astype("category"))
     # A sum of nothing but unknown values stays unknown.

@@ -1,6 +1,5 @@
 """The tables of a run folder, from the per-sequence sums of its models: means, penalties, indices, with intervals."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,15 +30,17 @@ from lensbench.measures.indices import (
     without_the_matrix,
 )
 from lensbench.measures.means import Estimate, Means, estimate, nothing_to_gain, of_layers
+from lensbench.measures.top_words import TOP
 from lensbench.measures.update import UpdateResult
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
 from lensbench.measures.update.verdict import SUFFIXES
 from lensbench.measures.update.views import LANDMARKS
 from lensbench.measures.verdict import VerdictRule
 from lensbench.probes.measured import Measured, Measurement
+from lensbench.results.matrix import structure_estimates, sums_of_jacobians, transfer_rows
 from lensbench.results.probes import probe_table
 from lensbench.results.schema import ADDED_COLUMNS, OF_UPDATES, no_rows
-from lensbench.results.sums import ClusterSums, MatrixSums, by_document, clustered
+from lensbench.results.sums import ClusterSums, by_document, clustered
 from lensbench.results.verdicts import landmark_verdicts, verdict_table
 from lensbench.runtime.sealed import read_tensors
 from lensbench.runtime.texts import read_json
@@ -150,11 +151,14 @@ def tables(
         rows["models.csv"].append(who | model_row(part, sample))
         # The null's first random basis stands next to its model, unless the suite has the rotated view as a model.
         rows["lenses.csv"] += lens_rows(part, sample.weights, with_null=f"{part.model}+rotated" not in names)
-        rows["transfer.csv"] += transfer_rows(part, sample.sums, sample.weights)
+        jacobians = sums_of_jacobians(part.sequences)
+        rows["transfer.csv"] += [who | row for row in transfer_rows(part.fit, sample.sums, sample.weights, jacobians)]
         if not without_the_matrix(sample.point):
             rows["tolerances.csv"] += [who | row for row in tolerance_rows(part, sample, largest_ridge)]
         rows["pairs.csv"] += [who | row for row in pair_rows(part, sample.point, sample.drawn)]
-        of_part = index_estimates(part, sample)
+        of_part = index_estimates(part, sample) | structure_estimates(
+            sample.sums, sample.point, sample.drawn, sample.weights, jacobians
+        )
         if part.updates is not None:
             for name, of_table in update_rows(part.updates, rule).items():
                 rows[name] += [who | row for row in of_table]
@@ -273,64 +277,20 @@ def lens_rows(part: Part, weights: NDArray[np.float64], *, with_null: bool = Tru
     of_the_matrix = (kept["lens"] == "tuned") & (kept["prior"] == "identity")
     kept = kept[~of_the_matrix & (kept["view"] <= (0 if with_null else -1))]
     keys = ["view", "lens", "stage", "prior", "layer"]
+    columns = ["kl", "ce", *(TOP if "top10" in kept else ())]
     for key, group in kept.groupby(keys, observed=True, sort=True):
         view, lens, stage, prior, layer = cast(tuple[int, str, str, str, int], key)
-        sums = group.groupby("document", observed=True)[["tokens", "kl", "ce"]].sum().sort_index()
+        sums = group.groupby("document", observed=True)[["tokens", *columns]].sum().sort_index()
         tokens = sums["tokens"].to_numpy(float)
         row = {"model": part.model + ("+rotated" if view == 0 else ""), "seed": part.seed, "lens": lens, "layer": layer}
         row |= {"stage": stage, "prior": prior}
-        for name in ("kl", "ce"):
+        for name in columns:
             low, mean, high = ratio_with_interval(sums[name].to_numpy(float), tokens, weights)
             row |= {name: float(mean), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
         chosen = part.fit.records.get(LensId(lens, cast(Prior, prior), cast(LensStage, stage), view=view))
         for column in ("ridge", "pad", "fit_kl", "dev_kl"):
             row[column] = None if chosen is None else chosen.at(layer, column)
         yield row
-
-
-def transfer_rows(part: Part, sums: ClusterSums, weights: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-    """``transfer.csv``: the transfer matrix of a model and seed."""
-    totals = sums.totals
-    matrix = MatrixSums(totals.transfer, totals.transfer_ce, totals.movement, sums.top1)
-    for row in matrix_rows(part.fit, matrix, sums.tokens, weights):
-        yield {"model": part.model, "seed": part.seed} | row
-
-
-def matrix_rows(
-    fit: FitSummary, sums: MatrixSums, tokens: NDArray[np.float64], weights: NDArray[np.float64]
-) -> Iterator[dict[str, Any]]:
-    """A row for each lens and layer: means and penalties in nats/token, with intervals.
-
-    ``tokens`` ``[clusters]``; ``weights`` ``[draws, clusters]`` of the bootstrap.
-    """
-    lens, layers = fit.headline, fit.depth
-    ridges = fit.records[lens].ridge
-    values = {}
-    for name, array in (
-        ("kl", sums.kl),
-        ("ce", sums.ce),
-        ("movement_kl", sums.movement),
-        ("top1_agreement", sums.top1),
-    ):
-        low, values[name], high = ratio_with_interval(array, tokens, weights)
-        if name == "top1_agreement":
-            values |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
-        if name in ("kl", "ce"):
-            penalty = array - np.diagonal(array, axis1=1, axis2=2)[:, None, :]
-            low, mean, high = ratio_with_interval(penalty, tokens, weights)
-            values |= {f"penalty_{name}": mean, f"penalty_{name}_ci_low": low, f"penalty_{name}_ci_high": high}
-    for i, j in itertools.product(range(layers + 1), repeat=2):
-        if np.isnan(values["kl"][i, j]):
-            continue  # a suite without the matrix reads lenses at their own layers
-        yield {
-            "lens_layer": i,
-            "stream_layer": j,
-            "stage": lens.stage,
-            "prior": lens.prior,
-            "ridge": ridges[i] if i < layers else None,
-            "tolerance": lens.tolerance,
-            **{name: float(array[i, j]) for name, array in values.items()},
-        }
 
 
 def tolerance_rows(part: Part, sample: Sample, largest_ridge: float | None = None) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from lensbench.models.pretrained import without_progress_bars
 from lensbench.results.folder import OWNER
 from lensbench.run.context import Context
 from lensbench.run.curves import learning_curve
+from lensbench.run.further_scores import further_stages
 from lensbench.run.inputs import data_of
 from lensbench.run.planning import planning
 from lensbench.run.probing import probing
@@ -90,6 +91,7 @@ class ClusterTask:
             learning_curve(context, model, self.seed)
             updating(context, model, self.seed)
             scoring(context, model, self.seed)
+            further_stages(context, model, self.seed)
             probing(context, model, self.seed)
 
 

@@ -310,6 +310,24 @@ def score_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     return Cost(work, memory, disk + 12 * of.windows["eval"][0] * cells)
 
 
+def precision_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
+    """Words that a lens finds more probable than the model's, of every lens of ``lenses.csv``."""
+    fit, n, layers = suite.fit, of.tokens("eval"), shape.layers
+    kinds = len(fit.lenses) + ("shared_jacobian" in fit.lenses) * 2
+    lenses = layers * (6 + 2 * bool(fit.refine_passes) + kinds)
+    memory, disk = held(shape, suite, n)
+    return Cost(read_out(shape, n * lenses), memory, disk)
+
+
+def jacobian_matrix_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
+    """The Jacobian lens of every layer on every layer, with movement."""
+    n, layers = of.tokens("eval"), shape.layers
+    work = read_out(shape, n * (layers + 1) ** 2) + softmax_moments(shape, n * (layers + 1))
+    work += Work(words=(layers + 1) ** 2 * n * shape.vocabulary)
+    memory, disk = held(shape, suite, 2 * n)
+    return Cost(work, memory, disk)
+
+
 def estimated_part(suite: Suite, shape: Shape) -> float:
     """What scoring a state takes where only a share of the log-partitions is exact, over what an exact one takes."""
     asked = suite.evaluate.exact_share

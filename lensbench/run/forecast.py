@@ -1,5 +1,6 @@
 """What a run would take: its stages with seconds, memory and disk, before anything is computed or written."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lensbench.run.context import Context
 from lensbench.run.costs import Cost, Counts, Shape, Work
 from lensbench.run.curves import has_curve, learning_curve
 from lensbench.run.fitting import fitting
+from lensbench.run.further_scores import PRECISION, asked_for, further_stages
 from lensbench.run.inputs import data_of
 from lensbench.run.origin import origin_of
 from lensbench.run.probing import probing
@@ -201,6 +203,9 @@ def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[st
         if suite.evaluate.precision is not None:
             found[f"plan-{who}"] = costs.score_cost(suite, shape, of)
         found[f"score-{who}"] = costs.score_cost(suite, shape, of)
+        for what in asked_for(suite):
+            cost = costs.precision_cost if what == PRECISION else costs.jacobian_matrix_cost
+            found[f"{what}-{who}"] = cost(suite, shape, of)
         for probe in probes or suite.probes:
             found[f"probe-{probe}-{who}"] = costs.probe_cost(suite, shape, of, probe)
     if found:
@@ -239,7 +244,8 @@ def finished_stages(
 
 def looked_for(context: Context, model: ModelRecipe, seed: int, probes: tuple[str, ...]) -> None:
     """Ask for each stage of a model and seed; those that are there report themselves to the context's progress."""
-    asks = [origin_of, beginning_facts, updating, fitting, scoring]
+    asks: list[Callable[[Context, ModelRecipe, int], Any]] = [origin_of, beginning_facts, updating, fitting, scoring]
+    asks.append(further_stages)
     if has_curve(context.suite, model):
         asks.append(learning_curve)
     for ask in asks:

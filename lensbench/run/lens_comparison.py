@@ -32,7 +32,7 @@ from lensbench.lenses.recipe import FitRecipe, JacobianRecipe
 from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
 from lensbench.lenses.shared import SHARED_LENS
 from lensbench.lenses.tuned import load_tuned_lens, maps_of
-from lensbench.measures.top_words import top_word_ranks
+from lensbench.measures.top_words import TOP, top_word_ranks
 from lensbench.models.pretrained import Pretrained, check_context
 from lensbench.results.folder import claimed, write_csv
 from lensbench.results.manifest import write_manifest
@@ -46,10 +46,7 @@ from lensbench.streams.stream import ResidualStream
 
 TABLE = "lens_comparison.csv"
 
-QUANTITIES = ("kl", "ce", "top1", "top10")
-
-TOP = 10
-"""Most probable words of a lens among which the model's most probable one is looked for"""
+QUANTITIES = ("kl", "ce", *TOP)
 
 
 @dataclass(frozen=True)
@@ -220,7 +217,8 @@ class Comparing:
                     maps = lens.maps[layer].to(h)
                     found = score(stream.readout, h, maps, captured)
                     ranks = top_word_ranks(stream.readout, h, maps, 0, captured)
-                    sums = {"kl": found.kl[0], "ce": found.ce[0], "top1": ranks < 1, "top10": ranks < TOP}
+                    sums = {"kl": found.kl[0], "ce": found.ce[0]}
+                    sums |= {precision: ranks < most for precision, most in TOP.items()}
                     by = {name: summed(values) for name, values in sums.items()}
                     logit = by["kl"] if lens.kind == "logit" else logit
                     assert logit is not None

@@ -1,6 +1,7 @@
 """Which stages a run has, before it begins: what its progress counts to."""
 
 from lensbench.run.curves import has_curve
+from lensbench.run.further_scores import asked_for
 from lensbench.suite.recipes import ModelRecipe, Suite
 
 
@@ -22,6 +23,7 @@ def stage_names(suite: Suite, models: list[ModelRecipe], probes: tuple[str, ...]
             names |= {f"probe-{name}-{who}" for name in probes or suite.probes}
             if owner.source is None:
                 names.add(f"train-{suite.whole_training(owner).name}-seed{seed}")
+            names |= {f"{what}-{who}" for what in asked_for(suite)}
             if suite.update is not None:
                 names.add(f"update-{who}")
             if suite.evaluate.precision is not None:

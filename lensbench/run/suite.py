@@ -42,6 +42,7 @@ from lensbench.run.context import Cache, Context
 from lensbench.run.curves import learning_curve
 from lensbench.run.description import describe
 from lensbench.run.fitting import fitting
+from lensbench.run.further_scores import with_further_sums
 from lensbench.run.inputs import data_of, read_corpus
 from lensbench.run.origin import origin_of
 from lensbench.run.planning import planning
@@ -257,6 +258,7 @@ def measured_model(context: Context, model: ModelRecipe, unfinished: Unfinished 
         fitted, scored = fitting(context, model, seed), scoring(context, model, seed)
         facts = {**origin_of(context, model, seed).facts, **begins}
         part = Part.load(model.name, seed, fitted.folder, scored.folder, facts, (), suite.known(model), updates)
+        part = replace(part, sequences=with_further_sums(context, model, seed, part.sequences))
         part = by_cluster(part, suite.evaluate.groups)
         if unfinished is not None:
             unfinished.scored(model, part)

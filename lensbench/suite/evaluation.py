@@ -40,6 +40,16 @@ class EvaluateRecipe(BaseModel):
         description="every lens on every layer; without it lenses are read at the layers that they were fitted to, which "
         "leaves out what is made of the matrix: gain visibility, movement, and all by lenses held fixed",
     )
+    top: bool = Field(
+        False,
+        description="top-1 and top-10 precision of every lens in lenses.csv: the share of tokens at which the model's most "
+        "probable word is the lens's, or among its ten most probable ones",
+    )
+    jacobian_matrix: bool = Field(
+        False,
+        description="the transfer matrix of Jacobian lenses, too: rows of lens jacobian in transfer.csv; fit.lenses must "
+        "name jacobian",
+    )
     exact_share: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         1.0,
         description="share of the log-partitions (over the whole vocabulary) that are computed: 1 is exact; below it losses "
@@ -70,4 +80,5 @@ class EvaluateRecipe(BaseModel):
         """
         exact = {"exact_share"} if self.exact_share == 1 else set()
         whole = {"matrix"} if self.matrix else set()
-        return self.model_dump(exclude={"draws", "probe_sequences", "sums", "groups", "begin"} | exact | whole)
+        apart = {"draws", "probe_sequences", "sums", "groups", "begin", "top", "jacobian_matrix"}
+        return self.model_dump(exclude=apart | exact | whole)

@@ -315,8 +315,10 @@ class Suite(_Strict):
         return self
 
     def _without_the_matrix(self) -> None:
-        """Raise for what is read off a transfer matrix that the suite leaves out."""
+        """Raise for what is read off a transfer matrix that the suite leaves out, and for one of lenses not fitted."""
         evaluate, fit = self.evaluate, self.fit
+        if evaluate.jacobian_matrix and "jacobian" not in fit.lenses:
+            raise ValueError("evaluate.jacobian_matrix is true: fit.lenses must name jacobian")
         if evaluate.matrix:
             return
         needs = {
@@ -465,6 +467,9 @@ class Suite(_Strict):
             del settings["evaluate"]["exact_share"]
         if self.evaluate.matrix:
             del settings["evaluate"]["matrix"]
+        for added in ("top", "jacobian_matrix"):
+            if not settings["evaluate"][added]:
+                del settings["evaluate"][added]
         return settings
 
     @property

@@ -386,7 +386,7 @@ def test_indices_of_a_constant_stream_are_undefined_and_say_so():
 
 
 def test_a_stage_is_named_for_every_index():
-    assert {index.stage for index in INDICES.values()} == {"closed", "refined", "matrix", "none"}
+    assert {index.stage for index in INDICES.values()} == {"closed", "refined", "matrix", "backward", "none"}
     names = {f.name for f in fields(Means)}
     assert names == set(dict(random_means().items()))
 
@@ -443,3 +443,25 @@ def test_visibility_and_movement_by_distance_add_up_to_those_of_all_pairs(seed, 
         gained += own
     assert seen / gained == pytest.approx(float(INDICES["gain_visibility"].value(m).value))
     assert moved / gained == pytest.approx(float(INDICES["movement"].value(m).value))
+
+
+def test_what_distance_explains_of_a_matrix_is_the_r2_of_its_means_at_each_distance():
+    rng = np.random.default_rng(0)
+    kl = rng.normal(size=(3, 6, 6))
+    found = formulas.explained_by_distance(kl).value
+    for k, one in enumerate(kl):
+        cells = {(i, j): one[i, j] - one[j, j] for i in range(5) for j in range(5) if i != j}
+        mean = sum(cells.values()) / len(cells)
+        left = 0.0
+        for (i, j), value in cells.items():
+            alike = [v for (a, b), v in cells.items() if abs(a - b) == abs(i - j)]
+            left += (value - sum(alike) / len(alike)) ** 2
+        assert found[k] == pytest.approx(1 - left / sum((v - mean) ** 2 for v in cells.values()))
+
+
+def test_a_matrix_of_distances_alone_is_explained_whole_and_one_of_noise_as_many_means_would():
+    i, j = np.indices((8, 8))
+    assert formulas.explained_by_distance(np.abs(i - j) ** 1.5 + 0.0).value == pytest.approx(1.0)
+    noise = np.random.default_rng(1).normal(size=(4000, 8, 8))
+    noise[:, range(8), range(8)] = 0.0
+    assert formulas.explained_by_distance(noise).value.mean() == pytest.approx((7 - 2) / (7 * 6 - 1), abs=0.01)

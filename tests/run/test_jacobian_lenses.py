@@ -1,12 +1,13 @@
 """Jacobian lenses of a suite, and lens files of others side by side, from the command line to the tables."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.commands import run
+from helpers.commands import refused, run
 from helpers.suites import without_figures, write_suite
 from pydantic import ValidationError
 
@@ -14,6 +15,7 @@ from lensbench.lenses.fit import Fit
 from lensbench.lenses.jacobian_files import read_jacobian
 from lensbench.lenses.jacobian_kinds import JACOBIAN_LENS, SHARED_JACOBIAN_LENS
 from lensbench.lenses.recipe import FitRecipe
+from lensbench.results.folder import read_table
 from lensbench.results.further import describes
 
 
@@ -99,3 +101,51 @@ def test_files_are_measured_on_the_same_tokens_as_our_own_lenses(jacobian_run):
     wrong = run("compare-lenses", f"path:{stages / 'train-gpt-seed0'}", jacobian_run / "tiny.pt", "--out", out)
     assert wrong.exit_code == 2
     assert "there is no file" in wrong.output
+
+
+@pytest.mark.run
+def test_the_matrix_of_jacobian_lenses_needs_them(jacobian_run):
+    content = (jacobian_run / "tiny.toml").read_text().replace("[evaluate]", "[evaluate]\njacobian_matrix = true")
+    (jacobian_run / "without.toml").write_text(content.replace('"jacobian", "jacobian_local", "shared_jacobian"', ""))
+    refused(
+        run("run", jacobian_run / "without.toml"), "evaluate.jacobian_matrix is true: fit.lenses must name jacobian"
+    )
+
+
+@pytest.mark.run
+def test_precision_and_the_matrix_of_jacobian_lenses_are_added_to_a_finished_run_and_leave_the_rest_as_it_was(
+    jacobian_run,
+):
+    """Stages of their own: nothing else runs again, and tables differ by what was asked for alone."""
+    before, after = jacobian_run / "run", shutil.copytree(jacobian_run / "run", jacobian_run / "asked")
+    content = (jacobian_run / "tiny.toml").read_text()
+    asked = jacobian_run / "asked.toml"
+    asked.write_text(content.replace("[evaluate]", "[evaluate]\ntop = true\njacobian_matrix = true"))
+    with without_figures():
+        result = run("run", asked, "--out", after)
+    assert result.exit_code == 0, result.output
+    assert "score-gpt-seed0: reused" in result.output
+    lenses, transfer = (read_table(after / name) for name in ("lenses.csv", "transfer.csv"))
+    plain = pd.read_csv(before / "lenses.csv")
+    assert not {"top1", "top10"} & set(plain)
+    pd.testing.assert_frame_equal(lenses[plain.columns], read_table(before / "lenses.csv")[plain.columns])
+    assert "lens" not in pd.read_csv(before / "transfer.csv")
+    old = transfer[transfer["lens"] != "jacobian"].drop(columns="lens").reset_index(drop=True)
+    pd.testing.assert_frame_equal(old, read_table(before / "transfer.csv").drop(columns="lens"))
+    assert lenses[["top1", "top10"]].notna().all(axis=None)
+    assert (lenses["top10"] >= lenses["top1"]).all()
+    assert ((lenses["top1_ci_low"] <= lenses["top1"]) & (lenses["top1"] <= lenses["top1_ci_high"])).all()
+    # The logit lens of lenses.csv is the last row of the matrix, a Jacobian lens the diagonal of its own.
+    own = lenses.query("model == 'gpt'").set_index(["lens", "layer"])
+    last = transfer.query("model == 'gpt' and lens == 'logit'").set_index("stream_layer")
+    assert np.allclose(own.loc["logit", "top1"], last["top1_agreement"])
+    diagonal = transfer.query("model == 'gpt' and lens == 'jacobian' and lens_layer == stream_layer").set_index(
+        "lens_layer"
+    )
+    for here, there in (("kl", "kl"), ("ce", "ce"), ("top1", "top1_agreement")):
+        assert np.allclose(own.loc["jacobian", here], diagonal[there], rtol=1e-5, atol=1e-6), here
+    assert np.allclose(diagonal[["penalty_kl", "movement_kl"]], 0, atol=1e-5)
+    assert len(transfer.query("model == 'gpt' and lens == 'jacobian'")) == 3 * 4
+    indices = read_table(after / "indices.csv").query("model == 'gpt'").set_index("index")
+    assert {"explained_by_distance", "explained_by_distance_jacobian"} <= set(indices.index)
+    assert "explained_by_distance" not in set(read_table(before / "indices.csv")["index"])

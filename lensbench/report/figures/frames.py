@@ -10,6 +10,7 @@ from lensbench.lenses.kinds import layer_kinds
 from lensbench.measures.indices import INDICES
 from lensbench.report.formatting import is_left_out
 from lensbench.results.folder import Run
+from lensbench.results.schema import of_the_matrix
 from lensbench.studies.curves import shown_curves
 
 SMALLEST_KL = 1e-6  # nats/token; a log axis has no zero
@@ -41,7 +42,7 @@ def transfer_frame(run: Run) -> pd.DataFrame:
     matrix are missing.
     """
     cell = ["lens_layer", "stream_layer"]
-    table = run.tables["transfer.csv"].loc[lambda table: np.isfinite(table["penalty_ce"])]
+    table = of_the_matrix(run.tables["transfer.csv"]).loc[lambda table: np.isfinite(table["penalty_ce"])]
     frames = []
     for _, (model, seed, layers) in run.tables["models.csv"][["model", "seed", "layers"]].iterrows():
         rows = table[(table["model"] == model) & (table["seed"] == seed)]
