@@ -24,6 +24,7 @@ from lensbench.lenses.search import thinned
 from lensbench.lenses.shared import SHARED_BIAS_LENS
 from lensbench.lenses.tuned import SharedLens, save_tuned_lens, tuned_lens
 from lensbench.runtime.files import write_json
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.runtime.sealed import read_tensors, write_tensors
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
@@ -176,6 +177,7 @@ def fit(context: FitContext, *, task: str = "fit") -> Fit:
                 shown.restored(number + 1)
             else:
                 shown.update(number + 1, job.remark)
+            give_back_pages()
     return _summarised(context)
 
 
@@ -195,6 +197,7 @@ def fit_some(context: FitContext, wanted: Sequence[LensId], *, task: str = "fit"
             for lens in lenses_in(job.run(say)):
                 context.parts.setdefault(lens.id, []).append(lens)
             shown.update(number + 1, job.remark)
+            give_back_pages()
     return {lens: context.lens(lens).float32() for lens in wanted}
 
 

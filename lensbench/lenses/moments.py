@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lensbench.lenses.algebra import algebra_device, ridge_unit
 from lensbench.lenses.room import IN_MEMORY, Room
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture
 from lensbench.streams.rotated import RotatedView
@@ -55,6 +56,7 @@ class Moments:
             one = sums.moments()
             covariance[layer], cross[layer] = one.covariance[0], one.cross[0]
             means.append(one.mean[0])
+            give_back_pages()
         return cls(torch.stack(means), covariance, cross, one.target_mean, algebra_device(captured.states))
 
     @cached_property

@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
+from lensbench.runtime.mapped import mapped
 from lensbench.runtime.memory import in_units
 
 Room = Callable[[tuple[int, ...]], Tensor]
@@ -41,7 +43,7 @@ class MatrixFile:
                 "take a larger disk (--out, TMPDIR), or set fit.rotations and fit.layers lower"
             )
         self.path = path
-        self.all = torch.from_file(str(path), shared=True, size=numbers, dtype=torch.float64)
+        self.all = mapped(path, (numbers,), np.float64)
         self.used = 0
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lensbench.data.samples import Samples
 from lensbench.errors import LensbenchError
+from lensbench.runtime.mapped import give_back_pages, mapped
 from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.readout import ReadOut
@@ -190,6 +192,7 @@ def capture(
 
     def one(rows: slice) -> None:
         found.add(rows)
+        give_back_pages()
         if report is not None:
             report(rows.stop - own.start, own.stop - own.start)
 
@@ -224,4 +227,4 @@ def room_for(shape: tuple[int, int, int], device: torch.device, memory_gib: floa
                 f"the states take {4 * size / 2**30:.1f} GiB, more than memory_gib allows in memory and more than the "
                 f"{free / 2**30:.1f} GiB free in {tempfile.gettempdir()}; set TMPDIR to a larger disk or fit fewer tokens"
             )
-        return torch.from_file(file.name, shared=True, size=size).view(shape)
+        return mapped(Path(file.name), shape, np.float32)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lensbench.runtime.files import sha256
+from lensbench.runtime.mapped import shared
 from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
 from lensbench.streams.capture import Capture
 
@@ -30,7 +31,7 @@ ARRAYS = ("window", "document", "target_bytes")
 
 def mapped_file(path: Path, shape: tuple[int, ...]) -> Tensor:
     """A new float32 array on disk, as a tensor that is written through to it; its folder must be there."""
-    return torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
+    return shared(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
 
 
 def keep(captured: Capture, folder: Path) -> None:

@@ -13,6 +13,7 @@ from lensbench.data.windows import Windows, sample_windows
 from lensbench.errors import LensbenchError
 from lensbench.models import build
 from lensbench.models.predictive_coding import PredictionNorm
+from lensbench.runtime.mapped import mapped
 from lensbench.streams.capture import Capture, capture, room_for
 from lensbench.streams.parts import find_readout
 from lensbench.streams.readout import ReadOut
@@ -660,10 +661,10 @@ def test_states_beyond_the_memory_setting_lie_in_a_file_and_are_the_same(tmp_pat
     documents = [TokenizedDocument("a", np.arange(200, dtype=np.int32) % V, np.ones(200, np.int32))]
     windows = sample_windows(documents, n_sequences=4, length=40, positions=8, seed=0)
     opened = []
-    from_file = torch.from_file
-    monkeypatch.setattr(torch, "from_file", lambda name, **how: opened.append(how) or from_file(name, **how))
+    monkeypatch.setattr("lensbench.streams.capture.mapped", lambda *how: opened.append(how) or mapped(*how))
     in_memory, in_file = capture(stream, windows), capture(stream, windows, memory_gib=1e-6)
-    assert opened == [{"shared": True, "size": in_memory.states.numel()}]
+    ((_, shape, dtype),) = opened
+    assert (shape, dtype) == (in_memory.states.shape, np.float32)
     torch.testing.assert_close(in_file.states, in_memory.states, rtol=0, atol=0)
     assert not list(tmp_path.iterdir())
 

@@ -44,6 +44,7 @@ from lensbench.measures.update.quantities import Chance, Quantities, quantities
 from lensbench.measures.update.reach import Reach
 from lensbench.measures.update.readable import FURTHER_PAIRS, Gains, readable_gains
 from lensbench.measures.update.undefined import Undefined
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.statistics import Array, effective_clusters
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
@@ -189,6 +190,7 @@ def full_lenses(
         best.append(path.solve(near.ridge))
         within.append(search.padded(path.solve(chosen.ridge), chosen.pad))
         choices.append((near, chosen))
+        give_back_pages()
     return FullLenses(AffineMaps.stack(best), AffineMaps.stack(within), tuple(choices), tuple(climbs))
 
 

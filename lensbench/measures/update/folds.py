@@ -18,6 +18,7 @@ from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.metric import SMALLEST_EIGENVALUE, Metric
 from lensbench.measures.update.undefined import Undefined
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.streams.capture import Capture
 
 FOLDS = 3
@@ -125,6 +126,7 @@ def _moments_of(
         one = sums.moments()
         covariance[k], cross[k] = one.covariance[0], one.cross[0]
         means.append(one.mean[0])
+        give_back_pages()
     return Moments(torch.stack(means), covariance, cross, one.target_mean, one.device)
 
 

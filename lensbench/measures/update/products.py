@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.folds import Readings
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.statistics import Array
 
 PAIR_PRODUCTS = ("sr", "sf", "ss", "sj", "jr", "jf")
@@ -201,6 +202,7 @@ class SecondMoments:
                 last = (here / tokens).cpu()
             else:
                 own[j], goal[j] = here / tokens, to_last / tokens
+            give_back_pages()
         return cls(states, layers, means, own, goal, last)
 
     def later(self, i: int) -> Tensor:
@@ -216,6 +218,7 @@ class SecondMoments:
         for centred in blocks(self.states, self.layers[i:], means):
             for at in range(count - 1 - i):
                 found[at] += (centred[at + 1].T @ centred[0]).double()
+        give_back_pages()
         found = (found / self.states.shape[1]).cpu()
         if 8 * count * (count - 1) // 2 * d * d <= LATER_GIB * 2**30:
             self._later[i] = found

@@ -1,0 +1,40 @@
+"""Arrays in files that are mapped into memory, and how their pages are given back.
+
+A page that was read or written stays in the process until the system needs its place, and counts as its memory. It lies in
+the file, too: given back, it is read from there when it is used again.
+"""
+
+import mmap
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MAPPED: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
+"""Of every shared mapping that is alive"""
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
+    """A new raw array in ``path``, as a tensor that is written through to it; its values are anything."""
+    return shared(np.memmap(path, dtype=dtype, mode="w+", shape=shape))
+
+
+def shared(array: "np.memmap[tuple[int, ...], np.dtype[np.generic]]") -> Tensor:
+    """An array that is mapped with its changes written to the file, as a tensor whose pages can be given back."""
+    own = array.base
+    while own is not None and not isinstance(own, mmap.mmap):
+        own = getattr(own, "base", None)
+    if own is not None:
+        _MAPPED.add(own)
+    return torch.from_numpy(array)
+
+
+def give_back_pages() -> None:
+    """Take the pages of all mapped arrays off this process's memory; what was written stays in their files."""
+    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+        return
+    for one in list(_MAPPED):
+        if not one.closed:
+            one.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,46 @@
+"""Arrays in mapped files: what was written is read again after their pages were given back."""
+
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lensbench.lenses.room import FILE, MatrixFile
+from lensbench.runtime.mapped import give_back_pages, mapped
+from lensbench.streams.kept import mapped_file
+
+
+def of_files() -> int:
+    """Kilobytes of this process's memory that lie in files."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+    return int(line.split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process holds")
+def test_pages_that_are_given_back_are_no_memory_of_the_process_and_hold_what_was_written(tmp_path: Path) -> None:
+    array = mapped(tmp_path / "array", (8, 1024, 1024), np.float32)
+    array.copy_(torch.arange(8.0)[:, None, None].expand_as(array))
+    before = of_files()
+    give_back_pages()
+    assert before - of_files() > 24 * 1024
+    assert array.mean((1, 2)).tolist() == list(range(8))
+
+
+def test_moments_and_states_in_files_survive_their_pages(tmp_path: Path) -> None:
+    states, file = mapped_file(tmp_path / "states.npy", (3, 5, 4)), MatrixFile(tmp_path / FILE, 32)
+    first, second = file((4, 4)), file((4, 4))
+    for number, one in enumerate((states, first, second)):
+        one.fill_(number + 1)
+    give_back_pages()
+    assert [float(one.sum()) for one in (states, first, second)] == [60.0, 32.0, 48.0]
+    assert np.load(tmp_path / "states.npy").sum() == 60.0
+
+
+def test_an_array_that_is_forgotten_is_no_longer_asked_for_its_pages(tmp_path: Path) -> None:
+    mapped(tmp_path / "array", (4,), np.float64).fill_(1.0)
+    gc.collect()
+    give_back_pages()
+    assert np.fromfile(tmp_path / "array").tolist() == [1.0] * 4
