@@ -1,6 +1,7 @@
 """Reading a residual stream: every architecture's own logits, states, gains; captures and rotations by slow references."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -661,7 +662,9 @@ def test_states_beyond_the_memory_setting_lie_in_a_file_and_are_the_same(tmp_pat
     documents = [TokenizedDocument("a", np.arange(200, dtype=np.int32) % V, np.ones(200, np.int32))]
     windows = sample_windows(documents, n_sequences=4, length=40, positions=8, seed=0)
     opened = []
-    monkeypatch.setattr("lensbench.streams.capture.mapped", lambda *how: opened.append(how) or mapped(*how))
+    monkeypatch.setattr(
+        sys.modules["lensbench.streams.capture"], "mapped", lambda *how: opened.append(how) or mapped(*how)
+    )
     in_memory, in_file = capture(stream, windows), capture(stream, windows, memory_gib=1e-6)
     ((_, shape, dtype),) = opened
     assert (shape, dtype) == (in_memory.states.shape, np.float32)
