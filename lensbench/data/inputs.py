@@ -29,7 +29,7 @@ from lensbench.data.tokens import (
     tokenize,
     training_stream,
 )
-from lensbench.data.windows import Windows, sample_windows
+from lensbench.data.windows import Turns, Windows, sample_windows
 
 TRAINED_HERE = "trained here"
 """Name of the tokenizer that is trained on the train split; no model can have this name"""
@@ -52,7 +52,9 @@ class Data(Protocol):
         """Checksum of the data; it changes when they do"""
         ...
 
-    def samples(self, split: str, count: int, positions: int, *, share: float | None = None) -> Samples:
+    def samples(
+        self, split: str, count: int, positions: int, *, share: float | None = None, turns: Turns = "document"
+    ) -> Samples:
         """At most ``count`` inputs of a split, drawn at random, with at most ``positions`` scored positions each."""
         ...
 
@@ -118,8 +120,10 @@ class Texts:
             for document in documents:
                 check_ids(f"model {self.name}", document.ids, network.config.get_text_config().vocab_size)
 
-    def samples(self, split: str, count: int, positions: int, *, share: float | None = None) -> Windows:
-        """At most ``count`` windows of a split; ``share``: see ``max_share`` of :func:`sample_windows`."""
+    def samples(
+        self, split: str, count: int, positions: int, *, share: float | None = None, turns: Turns = "document"
+    ) -> Windows:
+        """At most ``count`` windows of a split; ``share``, ``turns``: see :func:`sample_windows`."""
         return sample_windows(
             self.documents[split],
             n_sequences=count,
@@ -127,6 +131,7 @@ class Texts:
             positions=positions,
             seed=SPLITS.index(split),
             max_share=share,
+            turns=turns,
             first_position=self.first_position,
         )
 
@@ -177,7 +182,9 @@ class Pictures:
         """What ``load`` gives, loaded when it is first needed"""
         return self.load()
 
-    def samples(self, split: str, count: int, positions: int = 1, *, share: float | None = None) -> Images:
+    def samples(
+        self, split: str, count: int, positions: int = 1, *, share: float | None = None, turns: Turns = "document"
+    ) -> Images:
         """At most ``count`` images of a split, drawn at random."""
         rows = self.images.splits[split]
         if len(rows) > count:

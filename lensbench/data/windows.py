@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,9 @@ from lensbench.data.tokens import TokenizedDocument
 from lensbench.errors import LensbenchError
 
 MIN_WINDOW = 32
+
+Turns = Literal["document", "cluster"]
+"""What windows are taken from in turn"""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def sample_windows(
     positions: int,
     seed: int,
     max_share: float | None = None,
+    turns: Turns = "document",
     first_position: int = 1,
 ) -> Windows:
     """Windows drawn without replacement, with random positions to score in each.
@@ -112,8 +118,12 @@ def sample_windows(
 
     Without ``max_share`` each window is equally likely. With it, windows are taken in turn from as many documents as there
     are, and no document gives more than that share of the windows drawn. A document may always give one, and with fewer
-    documents than ``1 / max_share`` each may give twice an equal share. Where fewer than ``n_sequences`` windows are
-    available, all are taken; the caller reports how many. Raises LensbenchError where there are none.
+    documents than ``1 / max_share`` each may give twice an equal share. With ``turns`` of clusters, windows are taken in
+    turn from as many clusters as there are (:func:`clusters_of` the documents that have a window), and within a cluster in
+    turn from its documents: intervals resample clusters, and are narrowest where these are of one size.
+
+    Where fewer than ``n_sequences`` windows are available, all are taken; the caller reports how many. Raises
+    LensbenchError where there are none.
     """
     front = max((d.front for d in documents), default=0)
     earliest = max(first_position, front - 1)
@@ -139,7 +149,12 @@ def sample_windows(
         there = len({d for d, _ in cut})
         # With fewer than 1 / max_share documents some must give more: at most twice an equal share.
         share = max_share if there * max_share >= 1 else min(1.0, 2 / there)
-        windows = _take_in_turn(windows, n_sequences, share, rng.permutation(len(documents)))
+        clusters = None
+        if turns == "cluster":
+            of = clusters_of(documents[d].name for d in {d for d, _ in cut})
+            number = {name: k for k, name in enumerate(sorted(set(of.values())))}
+            clusters = np.array([number.get(of.get(document.name, ""), -1) for document in documents])
+        windows = _take_in_turn(windows, n_sequences, share, rng.permutation(len(documents)), clusters)
 
     shape = (len(windows), positions)
     ids = np.zeros((len(windows), length), dtype=np.int64)
@@ -184,9 +199,16 @@ def _check_window_arguments(
 
 
 def _take_in_turn(
-    windows: NDArray[np.int64], wanted: int, max_share: float, turn: NDArray[np.int64]
+    windows: NDArray[np.int64],
+    wanted: int,
+    max_share: float,
+    turn: NDArray[np.int64],
+    clusters: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
-    """``wanted`` rows, taken from one document after the other in the order ``turn`` [documents], each within its share."""
+    """``wanted`` rows, taken from one document after the other in the order ``turn`` [documents], each within its share.
+
+    With ``clusters`` [documents], one cluster after the other, in the order of their first documents.
+    """
     counts = np.bincount(windows[:, 0], minlength=len(turn))
     while True:  # the share is one of the windows drawn: if the cap leaves fewer windows, it shrinks too
         cap = max(1, math.floor(max_share * wanted + 1e-9))
@@ -197,5 +219,16 @@ def _take_in_turn(
     by_document = np.argsort(windows[:, 0], kind="stable")
     round_of = np.empty(len(windows), dtype=np.int64)  # number of each window among those of its document
     round_of[by_document] = np.arange(len(windows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    order = np.lexsort((np.argsort(turn)[windows[:, 0]], round_of))
+    place = np.argsort(turn)
+    order = np.lexsort((place[windows[:, 0]], round_of))
+    order = order[round_of[order] < cap]
+    if clusters is not None:
+        of = clusters[windows[order, 0]]
+        firsts = {int(cluster): int(place[clusters == cluster].min()) for cluster in np.unique(of)}
+        seen: Counter[int] = Counter()
+        keys = []
+        for cluster in of.tolist():
+            keys.append((seen[cluster], firsts[cluster]))
+            seen[cluster] += 1
+        order = order[np.lexsort(np.array(keys).T[::-1])]
     return windows[order[:wanted]]

@@ -32,7 +32,9 @@ def learning_curve(context: Context, model: ModelRecipe, seed: int) -> list[Curv
             assert isinstance(windows, Windows)
             score_positions(trained_network(context, trained).eval(), windows, recipe.positions).save(folder)
 
-        evaluate = context.suite.evaluate.model_dump(include={"sequences", "positions", "max_share", "first_position"})
+        evaluate = context.suite.evaluate.model_dump(
+            include={"sequences", "positions", "max_share", "turns", "first_position"}
+        )
         key = {"trained": trained.digest, "texts": data.digest, "length": context.suite.length}
         key |= {"evaluate": evaluate, "sequences": context.sequences, "positions": recipe.positions}
         scored = PositionSums.load(context.stage(f"curve-{model.name}-seed{seed}-{tokens}", key, measure).folder)

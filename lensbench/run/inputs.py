@@ -94,7 +94,7 @@ def eval_samples(context: Context, data: Data, count: int | None = None) -> Samp
     """The held-out windows or images: as many as asked, as the precision needs, or as the suite says."""
     recipe = context.suite.evaluate
     count = count or context.sequences or recipe.sequences
-    return data.samples("eval", count, recipe.positions, share=recipe.max_share)
+    return data.samples("eval", count, recipe.positions, share=recipe.max_share, turns=recipe.turns)
 
 
 def _texts_here(context: Context) -> Texts:

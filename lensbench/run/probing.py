@@ -36,7 +36,7 @@ def probing(context: Context, model: ModelRecipe, seed: int) -> list[Measurement
     if not context.suite.probes:
         return []
     fitted, count = fitting(context, model, seed), probe_sequences(context)
-    evaluate = context.suite.evaluate.model_dump(include={"positions", "max_share"})
+    evaluate = context.suite.evaluate.model_dump(include={"positions", "max_share", "turns"})
     subject = cache(lambda: subject_of(context, model, seed))  # loaded when the first unfinished probe asks
     found = []
     for name in context.suite.probes:

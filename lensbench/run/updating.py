@@ -48,7 +48,7 @@ def updating(context: Context, model: ModelRecipe, seed: int) -> UpdateResult | 
         "fit": recipe.model_dump(include=set(OF_LENSES)),
         "update": settings.model_dump(),
         "evaluate": context.suite.evaluate.model_dump(
-            include={"sequences", "positions", "first_position", "max_share"}
+            include={"sequences", "positions", "first_position", "max_share", "turns"}
         ),
         "seed": seed,
         "rotated": model.rotated,

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from lensbench.data.tokens import BeginSetting
+from lensbench.data.windows import Turns
 from lensbench.statistics import FEWEST_CLUSTERS
 
 LARGEST_GROUPS = 128
@@ -58,6 +59,11 @@ class EvaluateRecipe(BaseModel):
     )
     probe_sequences: int = Field(128, ge=1, description="held-out sequences that probes look at")
     max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
+    turns: Turns = Field(
+        "document",
+        description="what sequences are taken from in turn: documents, or clusters of them, such as packages, which "
+        "intervals resample. Of clusters, each counts alike however many documents it has",
+    )
     draws: int = Field(2000, ge=100, description="bootstrap draws")
     sums: Literal["sequence", "cluster"] = Field(
         "cluster",
@@ -71,6 +77,14 @@ class EvaluateRecipe(BaseModel):
         description="more clusters than this are joined at random into so many, which keeps cluster_sums.parquet small "
         "and leaves intervals as they are but for what a bootstrap of fewer can tell",
     )
+
+    @model_serializer(mode="wrap")
+    def _as_asked(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With the default of what was added, a recipe says what it said before: keys and manifests stay the same."""
+        content: dict[str, Any] = serialize(self)
+        if self.turns == "document":
+            content.pop("turns", None)
+        return content
 
     @property
     def scored(self) -> dict[str, Any]:

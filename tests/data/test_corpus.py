@@ -4,10 +4,12 @@ import itertools
 import json
 import random
 import string
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -599,6 +601,37 @@ def test_windows(sizes, n, length, positions, first, share, seed):
         assert len(counts) == min(drawn, sum(map(bool, available)))  # as many documents as there can be
         spare = [c for c, a in zip(counts, [available[int(x[1:])] for x in w.document_names], strict=True) if c < a]
         assert counts.max() - min(spare, default=counts.max()) <= 1  # and as even
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    folders=st.lists(st.lists(st.integers(20, 400), min_size=1, max_size=6), min_size=64, max_size=70),
+    n=st.integers(1, 300),
+    seed=st.integers(0, 5),
+)
+def test_turns_of_clusters_take_as_many_clusters_as_there_are_and_as_evenly_as_their_windows_allow(folders, n, seed):
+    sizes = [size for folder in folders for size in folder]
+    names = [f"p{k:02d}/{d}" for k, folder in enumerate(folders) for d in range(len(folder))]
+    documents = [replace(document, name=name) for document, name in zip(numbered(sizes), names, strict=True)]
+    whole = [
+        sum(sum(1 for k in range(0, size, 64) if min(size - k, 64) >= 32) for size in folder) for folder in folders
+    ]
+    assume(sum(map(bool, whole)) >= 64)
+    w = sample_windows(documents, n_sequences=n, length=64, positions=4, seed=seed, max_share=1.0, turns="cluster")
+    counts = Counter(w.document_names[d].partition("/")[0] for d in w.documents)
+    assert sum(counts.values()) == min(n, sum(whole))
+    assert len(counts) == min(n, sum(map(bool, whole)))
+    spare = [counts[f"p{k:02d}"] for k, there in enumerate(whole) if counts[f"p{k:02d}"] < there]
+    assert max(counts.values()) - min(spare, default=max(counts.values())) <= 1
+
+
+def test_turns_of_clusters_are_those_of_documents_where_each_is_its_own():
+    documents = numbered([300, 200, 64, 900] * 5)
+    one, other = (
+        sample_windows(documents, n_sequences=40, length=64, positions=4, seed=1, max_share=0.1, turns=turns)
+        for turns in ("document", "cluster")
+    )
+    assert one.fingerprint == other.fingerprint
 
 
 def test_windows_follow_the_seed():
