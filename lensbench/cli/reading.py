@@ -64,7 +64,7 @@ def bits(
     debug: Debug = False,
 ) -> None:
     """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
-    from lensbench.data.reading import read_documents
+    from lensbench.data.sources import read_sources, sources_of
     from lensbench.models.likelihood import texts_likelihood
     from lensbench.models.pretrained import (
         check_context,
@@ -80,8 +80,9 @@ def bits(
     check_source(model)
     refuse_unreachable(model, HERE)
     spec = f"file:{text}" if os.path.exists(text) and text != "stdlib" else text
-    refuse_unreachable(spec, TEXTS_HERE)
-    documents = read_documents(spec, max_bytes, say=say, strict=strict)
+    for source in sources_of(spec):
+        refuse_unreachable(source, TEXTS_HERE)
+    documents = read_sources(spec, max_bytes, say=say, strict=strict).documents
     with without_progress_bars():
         loaded = load_pretrained(model, dtype=of_dtype, device=of_device, say=noted)
     length = length or min(512, context_length(loaded.model.config) or 512)

@@ -66,8 +66,8 @@ Models = Annotated[
 Corpus = Annotated[
     str | None,
     typer.Option(
-        help="A text instead of the suite's: stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT]; of a suite of images, "
-        "images: digits, folder:PATH or hf:NAME.",
+        help="A text instead of the suite's: stdlib, file:PATH, hf:NAME[/CONFIG][@SPLIT] or package:NAME, several joined "
+        "by ' + '; of a suite of images, images: digits, folder:PATH or hf:NAME.",
         show_default=False,
     ),
 ]

@@ -1,25 +1,23 @@
 """A corpus: documents in four splits, disjoint by document, with near-duplicates in the same split.
 
 A spec names a corpus: ``stdlib`` (sources and documentation of the running interpreter's standard library, no network
-needed), ``file:PATH[#FIELD]`` (a text, a ``.jsonl`` file, or a folder of these) or ``hf:NAME[/CONFIG][@SPLIT][#FIELD]`` (a
-Hugging Face dataset, streamed).
+needed), ``package:NAME`` (those of an installed package), ``file:PATH[#FIELD]`` (a text, a ``.jsonl`` file, or a folder of
+these) or ``hf:NAME[/CONFIG][@SPLIT][#FIELD]`` (a Hugging Face dataset, streamed), or several of them, joined by `` + ``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.sparse import coo_array, csr_array
-from scipy.sparse.csgraph import connected_components
 
-from lensbench.data.reading import BLOCK_BYTES, MIN_LONE_BYTES, Document, Say, _n_bytes, read_documents, warn
+from lensbench.data.duplicates import duplicate_groups
+from lensbench.data.reading import BLOCK_BYTES, MIN_LONE_BYTES, Document, Say, _n_bytes, warn
+from lensbench.data.sources import Source, checksum, read_sources
 from lensbench.errors import LensbenchError
 from lensbench.statistics import FEWEST_CLUSTERS
 
@@ -35,12 +33,6 @@ MIN_DOCUMENTS = 20  # with fewer, documents are cut into blocks, as a single tex
 LARGEST_GROUP = 0.25  # of the smallest split
 
 
-GRAM_WORDS = 13
-
-
-MAX_JACCARD = 0.5
-
-
 @dataclass(frozen=True)
 class Corpus:
     """Documents in four splits."""
@@ -51,6 +43,8 @@ class Corpus:
     """SHA-256 (hex) over names and texts of all documents read, independent of their order"""
     splits: dict[str, tuple[Document, ...]]
     """The documents of each of ``SPLITS``; empty where the fraction is 0"""
+    sources: tuple[Source, ...] = ()
+    """What each part of the spec held"""
 
 
 def clusters_of(names: Iterable[str]) -> dict[str, str]:
@@ -77,18 +71,19 @@ def load_corpus(
     """The corpus of ``spec``, read and split.
 
     ``fractions`` are shares of the bytes, one for each of ``SPLITS``; only that of train may be 0. Whole documents are
-    assigned to a split, near-duplicates together. Fewer than 20 documents are cut into blocks of 8192 bytes. The blocks
-    form four contiguous sections with one block dropped at each border; the seed then has no effect. ``say`` gets one line
-    on texts that are left out; with ``strict`` files that are no text are refused. Raises LensbenchError for a corpus that
-    cannot be read or is too short, and for fractions that are not shares.
+    assigned to a split, near-duplicates together; of several sources one of them is kept. Fewer than 20 documents are cut
+    into blocks of 8192 bytes. The blocks form four contiguous sections with one block dropped at each border; the seed then
+    has no effect. ``say`` gets one line on texts that are left out; with ``strict`` files that are no text are refused.
+    Raises LensbenchError for a corpus that cannot be read or is too short, and for fractions that are not shares.
     """
     _check_fractions(fractions)
-    documents = read_documents(spec, max_bytes, say=say, strict=strict)
+    read = read_sources(spec, max_bytes, say=say, strict=strict)
+    documents = read.documents
     if len(documents) < MIN_DOCUMENTS:
         splits = _split_blocks(spec, documents, fractions)
     else:
         splits = _split_documents(spec, documents, fractions, seed)
-    return Corpus(spec, _checksum(documents), splits)
+    return Corpus(spec, checksum(documents), splits, read.sources)
 
 
 def _check_fractions(fractions: Mapping[str, float]) -> None:
@@ -98,14 +93,6 @@ def _check_fractions(fractions: Mapping[str, float]) -> None:
         raise LensbenchError(f"fractions sum to {sum(fractions.values()):g}: they must sum to 1")
     if fractions["train"] < 0 or min(fractions[s] for s in SPLITS[1:]) <= 0:
         raise LensbenchError("fractions of fit, dev and eval must be above 0, and that of train at least 0")
-
-
-def _checksum(documents: Iterable[Document]) -> str:
-    # Names and texts are hashed to a fixed size first, so that no text can imitate a border between two of them.
-    def digest(text: str) -> bytes:  # file names that are not UTF-8 hold surrogates
-        return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
-
-    return hashlib.sha256(b"".join(sorted(digest(d.name) + digest(d.text) for d in documents))).hexdigest()
 
 
 def _split_documents(
@@ -202,46 +189,3 @@ def _border(raw: bytes, at: int) -> int:
     while at > 0 and raw[at] & 0xC0 == 0x80:  # a UTF-8 continuation byte
         at -= 1
     return at
-
-
-def duplicate_groups(texts: Sequence[str]) -> NDArray[np.int64]:
-    """The group of each text, int64 [N]: exact and near-duplicates, and texts connected by them, have the same number.
-
-    Two texts are near-duplicates when their words are the same, or when the Jaccard index of their sets of 13-grams of
-    whitespace-separated words is above 0.5. The index is exact up to collisions of a 64-bit hash; there is no sketch.
-    """
-    # A gram's hash is linear in its word numbers with fixed random odd coefficients, modulo 2**64.
-    coefficients = np.random.default_rng(13).integers(2**64, size=GRAM_WORDS, dtype=np.uint64) | np.uint64(1)
-    numbers: dict[str, int] = {}
-    first_with: dict[bytes, int] = {}
-    pairs = [np.zeros((2, 0), dtype=np.int64)]
-    grams = [np.zeros(0, dtype=np.uint64)]
-    sizes = np.zeros(len(texts), dtype=np.int64)  # 13-grams of each text
-    for i, text in enumerate(texts):
-        words = text.split()
-        first = first_with.setdefault(hashlib.sha256(" ".join(words).encode()).digest(), i)
-        if first != i:
-            pairs.append(np.array([[first], [i]]))
-        elif len(words) >= GRAM_WORDS:
-            ids = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.uint64)
-            hashes = np.zeros(len(ids) - GRAM_WORDS + 1, dtype=np.uint64)
-            for k, coefficient in enumerate(coefficients):
-                hashes += coefficient * ids[k : k + len(hashes)]
-            grams.append(np.unique(hashes))
-            sizes[i] = len(grams[-1])
-
-    _, columns, frequency = np.unique(np.concatenate(grams), return_inverse=True, return_counts=True)
-    shared = frequency[columns] >= 2  # grams of a single text are in no intersection
-    rows = np.repeat(np.arange(len(texts)), sizes)
-    ones = np.ones(int(shared.sum()), dtype=np.int32)
-    has = csr_array((ones, (rows[shared], columns[shared])), shape=(len(texts), len(frequency)))
-    transposed = has.T.tocsr()
-    for start in range(0, len(texts), 512):  # in slices: boilerplate that all texts share makes the product dense
-        common = coo_array(has[start : start + 512] @ transposed)
-        a, b = common.row + start, common.col
-        near = (a < b) & (common.data > MAX_JACCARD * (sizes[a] + sizes[b] - common.data))
-        pairs.append(np.stack([a[near], b[near]]))
-    edges = np.concatenate(pairs, axis=1)
-    graph = coo_array((np.ones(edges.shape[1], dtype=np.int8), (edges[0], edges[1])), shape=(len(texts), len(texts)))
-    labels: NDArray[np.int64] = connected_components(graph, directed=False)[1].astype(np.int64)
-    return labels

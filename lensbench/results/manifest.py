@@ -66,6 +66,10 @@ class CorpusFacts(_Facts):
     spec: str
     documents: dict[str, int] = {}
     tokens: dict[str, int] = {}
+    sources: list[dict[str, Any]] = []
+    """Of a text of packages or of several sources: each with its checksum, documents, bytes, and what was left out of it"""
+    epochs: float | None = None
+    """How often models that were trained here read the train split, on average"""
 
 
 class ScoredCounts(_Facts):

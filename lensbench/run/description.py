@@ -2,10 +2,12 @@
 
 import json
 import time
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from lensbench.data.inputs import Texts, documents_of
+from lensbench.data.corpus import Corpus
+from lensbench.data.inputs import TRAINED_HERE, Texts, documents_of
+from lensbench.data.sources import JOIN, sources_of
 from lensbench.models.pretrained import named
 from lensbench.probes.registry import PROBES
 from lensbench.results.manifest import SCHEMA_VERSION, Manifest
@@ -14,6 +16,7 @@ from lensbench.run.inputs import identity_of, source_of
 from lensbench.run.sources import lens_identity
 from lensbench.runtime.environment import hardware, versions
 from lensbench.runtime.files import sha256
+from lensbench.suite.changes import without_folder
 from lensbench.suite.recipes import ModelRecipe
 
 
@@ -49,6 +52,8 @@ def describe(
             "checksum": source_of(context).checksum,
             "documents": documents_of(source_of(context)),
             "tokens": first["tokens"],
+            **sources_read(context),
+            **({"epochs": round(read, 3)} if (read := epochs(context, counted)) is not None else {}),
         },
         "scored": {
             **first["scored"],
@@ -96,8 +101,24 @@ def spec_of(context: Context) -> str:
     """The text or images as results name them: the same text is the same corpus wherever it lies."""
     suite = context.suite
     given = suite.corpus.spec if suite.images is None else suite.images.spec
-    kind, _, rest = given.partition(":")
-    return f"{kind}:{Path(rest).name}" if kind in ("file", "folder") else given
+    return JOIN.join(without_folder(part) for part in sources_of(given))
+
+
+def sources_read(context: Context) -> dict[str, Any]:
+    """What each source of the text held, where the text's checksum does not say it all."""
+    corpus = source_of(context)
+    if not isinstance(corpus, Corpus) or not (len(corpus.sources) > 1 or corpus.spec.startswith("package:")):
+        return {}
+    return {"sources": [{**asdict(source), "spec": without_folder(source.spec)} for source in corpus.sources]}
+
+
+def epochs(context: Context, counted: dict[str, dict[str, Any]]) -> float | None:
+    """How often a training reads the train split on average; None where no model of the run is trained here on text."""
+    suite = context.suite
+    trained = any(m.source is None and m.view_of is None and not m.untrained for m in suite.models)
+    if suite.images is not None or not trained or TRAINED_HERE not in counted:
+        return None
+    return float(suite.training.tokens / max(1, counted[TRAINED_HERE]["tokens"]["train"]))
 
 
 def source_facts(context: Context, source: str) -> dict[str, str]:

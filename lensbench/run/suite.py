@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from lensbench.data.sources import refuse_missing_packages, sources_of
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import locate, without_progress_bars
 from lensbench.report.figures.draw import draw_figures
@@ -165,7 +166,9 @@ def check_request(suite: Suite, only: Sequence[str], probes: Sequence[str]) -> N
             locate(model.source)
             refuse_unreachable(model.source, HERE)
     if suite.images is None:
-        refuse_unreachable(suite.corpus.spec, TEXTS_HERE)
+        refuse_missing_packages(suite.corpus.spec)
+        for text in sources_of(suite.corpus.spec):
+            refuse_unreachable(text, TEXTS_HERE)
 
 
 def read_only(context: Context) -> Context:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
-from lensbench.data.inputs import Data
+from lensbench.data.inputs import Data, Texts
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
 from lensbench.models import build
@@ -77,6 +77,8 @@ def _train(
 ) -> None:
     """Train the network, save it into ``folder``, and note the seconds."""
     batches = data.batches(recipe, seed)
+    if isinstance(data, Texts):
+        warn_of_repeats(context, recipe.tokens, len(batches))
     start = time.perf_counter()
     ends = [start]
 
@@ -110,6 +112,22 @@ def _train(
     # transformers writes a config on the first of several processes alone; what the others hold is thrown away.
     context.ranks.agreed(lambda: save(context, network.cpu(), folder, recipe.length))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+MOST_EPOCHS = 4
+"""Beyond it, reading a text again teaches less than new text would (arXiv 2305.16264)"""
+
+
+def warn_of_repeats(context: Context, tokens: int, there: int) -> None:
+    """Say once where a training reads its text more often than new text could be spared."""
+    if tokens <= MOST_EPOCHS * there or "repeats" in context.cache.warned:
+        return
+    context.cache.warned.add("repeats")
+    context.progress.say(
+        f"{tokens:,} training tokens read the {there:,} tokens of the train split {tokens / there:.1f} times: beyond "
+        f"{MOST_EPOCHS} a repeated text teaches less than a new one; give a longer text (--corpus "
+        "'stdlib + package:NAME + file:FOLDER') or lower training.tokens"
+    )
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lensbench.data.sources import JOIN, sources_of
 from lensbench.errors import LensbenchError, nearest
 from lensbench.models.pretrained import named
 from lensbench.statistics import FEWEST_CLUSTERS
@@ -189,6 +190,8 @@ FILES = ("file:", "folder:", "path:", "gguf:")
 
 def without_folder(value: str) -> str:
     """A value as results report it: of a file or folder of this machine its name alone."""
+    if len(parts := sources_of(value)) > 1:
+        return JOIN.join(map(without_folder, parts))
     bare = value.strip("\"'")
     beginning = next((kind for kind in FILES if bare.startswith(kind)), None)
     return value if beginning is None else value.replace(bare, beginning + Path(bare.removeprefix(beginning)).name)

@@ -27,7 +27,9 @@ class _Strict(BaseModel):
 class CorpusRecipe(_Strict):
     """The text, its splits and the tokenizer that models trained here share."""
 
-    spec: str = Field("stdlib", description="stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT]")
+    spec: str = Field(
+        "stdlib", description="stdlib, file:PATH, hf:NAME[/CONFIG][@SPLIT] or package:NAME; several are joined by ' + '"
+    )
     vocab_size: int = Field(1024, ge=257, description="entries of the byte-level BPE trained on the train split")
     train: float = Field(FRACTIONS["train"], ge=0, lt=1, description="share of the bytes for training")
     fit: float = Field(FRACTIONS["fit"], gt=0, lt=1, description="share for fitting lenses")
