@@ -411,15 +411,15 @@ def train_cost(suite: Suite, shape: Shape, steps: int) -> Cost:
     return Cost(Work(steps=steps), memory, FLOAT * shape.parameters)
 
 
-PROBE_PASSES: dict[str, float] = {"injection_survival": 1.0, "block_order": 18.0}
-"""Passes of the model over the sequences of a probe; of others two for each layer"""
+PROBE_PASSES: dict[str, float] = {"injection_survival": 24.0, "block_order": 18.0}
+"""Passes of a model of six layers over the sequences of a probe; of others two for each layer"""
 
 
 def probe_cost(suite: Suite, shape: Shape, of: Counts, probe: str) -> Cost:
     """A probe, roughly: passes of the model over its sequences, and one over fitting and dev tokens."""
     windows = min(suite.evaluate.probe_sequences, of.windows["eval"][0])
     one = forward(shape, windows, suite.length, suite.evaluate.positions)
-    work = PROBE_PASSES.get(probe, 2.0 * shape.layers) * one
+    work = PROBE_PASSES.get(probe, 12.0) * shape.layers / 6 * one
     if probe == "injection_survival":
         work += of.captured(shape, "fit", "dev") + read_out(shape, windows * 6 * of.chosen**2)
     memory, disk = held(shape, suite, windows * suite.evaluate.positions)
