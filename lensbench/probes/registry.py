@@ -5,6 +5,7 @@ from lensbench.probes.block_order import BLOCK_ORDER
 from lensbench.probes.block_paths import BLOCK_PATHS
 from lensbench.probes.catalogue import Probe, Quantity
 from lensbench.probes.causal_fidelity import CAUSAL_FIDELITY
+from lensbench.probes.decodable_used import DECODABLE_USED
 from lensbench.probes.error_transport import ERROR_TRANSPORT
 from lensbench.probes.few_shot import FEW_SHOT
 from lensbench.probes.gradient_alignment import GRADIENT_ALIGNMENT
@@ -12,6 +13,7 @@ from lensbench.probes.gradient_steps import GRADIENT_STEPS
 from lensbench.probes.guess_and_refine import GUESS_AND_REFINE
 from lensbench.probes.head_weights import HEAD_WEIGHTS
 from lensbench.probes.injection_survival import INJECTION_SURVIVAL
+from lensbench.probes.jacobian_halves import JACOBIAN_HALVES
 from lensbench.probes.known_places import KNOWN_PLACES
 from lensbench.probes.lens_rank import LENS_RANK
 from lensbench.probes.loops import LOOPS
@@ -41,6 +43,8 @@ PROBES: dict[str, Probe] = {
         PREFIX_READ_OUT,
         GUESS_AND_REFINE,
         LENS_RANK,
+        DECODABLE_USED,
+        JACOBIAN_HALVES,
         TOP1_KEPT,
         LOOPS,
     )

@@ -12,6 +12,7 @@ from lensbench.data.ngram import KneserNeyBigram
 from lensbench.data.samples import Samples
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
+from lensbench.lenses.jacobian import JacobianSource
 from lensbench.lenses.maps import AffineMaps, Reads
 from lensbench.runtime.progress import QUIET, Progress, Task
 from lensbench.streams.capture import Capture, capture
@@ -68,6 +69,8 @@ class Subject:
     """Kind of lens -> the lens of a random basis, which reads plain states of layers 0..L-1"""
     further: Mapping[str, AffineMaps] = field(default_factory=dict)
     """Other kinds of lens that read every layer 0..L-1: one map for all, or L"""
+    jacobians: Callable[[Windows], JacobianSource] | None = None
+    """What mean Jacobians over some prompts are estimated from, where the suite estimates any"""
 
     @classmethod
     def plain(

@@ -8,7 +8,9 @@ from typing import Any
 
 from lensbench.data.inputs import Texts
 from lensbench.data.samples import Samples
+from lensbench.data.windows import Windows
 from lensbench.lenses.fit import Fit
+from lensbench.lenses.jacobian import JacobianSource
 from lensbench.lenses.maps import AffineMaps, TurnedMap
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.shared import SHARED_LENS
@@ -104,6 +106,11 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
             context, stream, samples[split](), name=name, origin=origin, constant=constant, rotation=rotation
         )
 
+    def jacobians(prompts: Windows) -> JacobianSource:
+        return JacobianSource(
+            stream, prompts, recipe.jacobian, seed, context.suite.evaluate.first_position, rotation, context.ranks
+        )
+
     # Products of log-partitions are made in half precision on GPUs alone, where the scored states allow it.
     on_gpu = stream.device.type == "cuda"
 
@@ -123,4 +130,5 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
         context.progress,
         tuple(ridge or 0.0 for ridge in fit[OWN].record.ridge),
         *further_lenses(fit),
+        jacobians if recipe.lenses else None,
     )

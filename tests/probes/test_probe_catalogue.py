@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from helpers.planted import planted, subject_of
 
+from lensbench.lenses.jacobian import JacobianSource
+from lensbench.lenses.recipe import JacobianRecipe
 from lensbench.models import build
 from lensbench.probes.catalogue import probes_markdown, quantities_markdown
 from lensbench.probes.registry import PROBES, quantities, quantity_of
@@ -50,6 +52,9 @@ def test_a_probe_writes_the_quantities_of_its_catalogue_and_no_others(name, subj
     if name in ("guess_and_refine", "lens_rank"):  # lenses that not every suite asks for
         further = {"jacobian": subjects[0].own, "shared_jacobian": subjects[0].shared}
         others = [replace(subjects[0], further=further)]
+    if name in ("decodable_used", "jacobian_halves"):
+        recipe = JacobianRecipe(method="random", prompts=8, probes=1, skip_first=2)
+        others = [replace(subjects[0], jacobians=lambda prompts: JacobianSource(subjects[0].stream, prompts, recipe))]
     for subject in [*subjects, *others]:
         measured = probe.measure(subject)
         if measured.reason:
