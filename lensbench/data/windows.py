@@ -146,14 +146,10 @@ def sample_windows(
     if max_share is None:
         windows = windows[:n_sequences]
     else:
-        there = len({d for d, _ in cut})
+        there = sorted({d for d, _ in cut})
         # With fewer than 1 / max_share documents some must give more: at most twice an equal share.
-        share = max_share if there * max_share >= 1 else min(1.0, 2 / there)
-        clusters = None
-        if turns == "cluster":
-            of = clusters_of(documents[d].name for d in {d for d, _ in cut})
-            number = {name: k for k, name in enumerate(sorted(set(of.values())))}
-            clusters = np.array([number.get(of.get(document.name, ""), -1) for document in documents])
+        share = max_share if len(there) * max_share >= 1 else min(1.0, 2 / len(there))
+        clusters = _numbered_clusters(documents, there) if turns == "cluster" else None
         windows = _take_in_turn(windows, n_sequences, share, rng.permutation(len(documents)), clusters)
 
     shape = (len(windows), positions)
@@ -196,6 +192,15 @@ def _check_window_arguments(
         )
     if max_share is not None and not 0 < max_share <= 1:
         raise LensbenchError(f"max_share is {max_share}: it must be above 0 and at most 1")
+
+
+def _numbered_clusters(documents: Sequence[TokenizedDocument], there: Sequence[int]) -> NDArray[np.int64]:
+    """The number of the cluster of each document that is ``there``, -1 of the others, ``[documents]``."""
+    of = clusters_of(documents[d].name for d in there)
+    number = {name: k for k, name in enumerate(sorted(set(of.values())))}
+    found = np.full(len(documents), -1)
+    found[there] = [number[of[documents[d].name]] for d in there]
+    return found
 
 
 def _take_in_turn(

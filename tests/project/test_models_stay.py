@@ -245,6 +245,8 @@ NOT_TRIED = {
     "lensbench.run.lens_comparison.Comparing": HOLDS,
     "lensbench.run.lens_comparison.compare_lenses": "it calls what is tried: a stream, lenses of others, linearised",
     "lensbench.run.lens_comparison.file_lens": "it reads the sizes of a stream, and hands its read-out on to what is tried",
+    "lensbench.run.speeds.measured_speed": "it trains a model that was made for this alone",
+    "lensbench.run.speeds.seconds_of_step": "it trains a model that was made for this alone",
     "lensbench.models.pretrained.Pretrained": HOLDS,
     "lensbench.probes.subject.Subject": HOLDS,
     "lensbench.probes.subject.Subject.windows": "it gives the windows that the subject holds",
