@@ -129,19 +129,8 @@ def sample_windows(
     earliest = max(first_position, front - 1)
     _check_window_arguments(n_sequences, length, positions, max_share, first_position, earliest)
     rng = np.random.default_rng(seed)
-    shortest = max(MIN_WINDOW, earliest + 2)
     pieces = [document.pieces(length) for document in documents]
-    cut = [
-        (d, k)
-        for d, document in enumerate(documents)
-        for k, (begin, end) in enumerate(pieces[d])
-        if document.repeated + end - begin >= shortest
-    ]
-    if not cut:
-        longest = max((len(d.ids) for d in documents), default=0)
-        raise LensbenchError(
-            f"no windows: one needs {shortest} tokens, and the longest of {len(documents)} document(s) has {longest}"
-        )
+    cut = _long_enough(documents, pieces, max(MIN_WINDOW, earliest + 2))
     windows = np.array(cut, dtype=np.int64)[rng.permutation(len(cut))]  # [windows, (document, sequence)]
     if max_share is None:
         windows = windows[:n_sequences]
@@ -192,6 +181,27 @@ def _check_window_arguments(
         )
     if max_share is not None and not 0 < max_share <= 1:
         raise LensbenchError(f"max_share is {max_share}: it must be above 0 and at most 1")
+
+
+def _long_enough(
+    documents: Sequence[TokenizedDocument], pieces: Sequence[Sequence[tuple[int, int]]], shortest: int
+) -> list[tuple[int, int]]:
+    """Document and number of each piece of at least ``shortest`` tokens.
+
+    Raises :class:`LensbenchError` where there is none.
+    """
+    cut = [
+        (d, k)
+        for d, document in enumerate(documents)
+        for k, (begin, end) in enumerate(pieces[d])
+        if document.repeated + end - begin >= shortest
+    ]
+    if not cut:
+        longest = max((len(d.ids) for d in documents), default=0)
+        raise LensbenchError(
+            f"no windows: one needs {shortest} tokens, and the longest of {len(documents)} document(s) has {longest}"
+        )
+    return cut
 
 
 def _numbered_clusters(documents: Sequence[TokenizedDocument], there: Sequence[int]) -> NDArray[np.int64]:
