@@ -84,7 +84,8 @@ def busy_lines(found: "Forecast") -> list[str]:
 def rate_lines(found: "Forecast", device: str) -> list[str]:
     """A line for each type that models compute in: what was measured of this machine."""
     return [
-        f"{device}, models in {dtype}: {r.model / 1e9:,.0f} GFLOP/s in {dtype}, {r.single / 1e9:,.0f} in float32, "
-        f"{r.double / 1e9:,.0f} in float64, {r.words / 1e9:.2f} G exponentials/s, {r.copied / 1e9:.1f} GB/s"
+        f"{device}: models in {dtype} run at {r.model / 1e9:,.0f} GFLOP/s; products of matrices for lenses at "
+        f"{r.single / 1e9:,.0f} in float32 and {r.double / 1e9:,.0f} in float64; {r.words / 1e9:.2f} G exponentials/s; "
+        f"copies at {r.copied / 1e9:.1f} GB/s"
         for dtype, r in found.rates.items()
     ]

@@ -34,24 +34,25 @@ def profile_table(run: Run, *, bars: bool) -> Table | None:
     frame = frame.assign(elsewhere=1 - frame["in_place"])
     frame = frame.assign(elsewhere_low=1 - frame["in_place_high"], elsewhere_high=1 - frame["in_place_low"])
     bars_column = Column("blocks, from layer 0", no_wrap=bars)
+    own = bool((frame["part"] == "landmark").any())
     table = Table(
-        Column("model", max_width=24), "", bars_column, "from layer 1 on", "its own landmarks",
+        Column("model", max_width=24), "", bars_column, "from layer 1 on", *["its own landmarks"] * own,
         title="where the prediction grows, block by block [95 %]",
     )  # fmt: skip
     for model, of_model in frame.groupby("model", sort=False):
         blocks, whole = of_model[of_model["part"] == "block"], of_model[of_model["part"] == "overall"].iloc[0]
         if blocks.empty:
-            table.add_row(str(model), "not decomposed", "", whole["reason"], "")
+            table.add_row(str(model), "not decomposed", "", whole["reason"])
             continue
         landmarks = of_model[of_model["part"] == "landmark"]
         for k, (label, quantity) in enumerate(ROWS.items()):
             shown = bar_line(blocks, quantity) if bars else number_line(blocks, quantity)
-            near = landmark_text(landmarks, quantity)
+            near = [landmark_text(landmarks, quantity)] * own
             who = (str(model), whole["verdict"])[k] if k < 2 else ""
-            table.add_row(who, label, shown, overall_text(whole, quantity), near)
+            table.add_row(who, label, shown, overall_text(whole, quantity), *near)
         if (blocks["gate"] != "").any():
             stopped = [f"{span_text(row)} {gate_text(row)}" for _, row in blocks.iterrows() if row["gate"]]
-            table.add_row("", "undetermined", ", ".join(stopped), "", "", end_section=True)
+            table.add_row("", "undetermined", ", ".join(stopped), "", end_section=True)
     return table
 
 

@@ -66,16 +66,14 @@ NOT_ALONE = ("gain_tracking",)
 
 
 def index_table(run: Run) -> Table:
-    """Every shown index of every model, and the facts of its stream."""
+    """Every shown index that some model has, with those of the other models, and the facts of its stream."""
     indices = shown_seeds(run.tables["indices.csv"])
     names = list(dict.fromkeys(indices["model"]))
-    table = Table(
-        Column("index", no_wrap=True),
-        *names,
-        title="indices: value [95 % interval over documents; several seeds: over seeds] (range over refits)",
-    )
+    over = f"over {units(run)}" + "; several seeds: over seeds" * bool((indices["seed"] == "all").any())
+    refits = " (range over refits)" if indices["fit_low"].notna().any() else ""
+    table = Table(Column("index", no_wrap=True), *names, title=f"indices: value [95 % interval {over}]{refits}")
     measured = (name for name in similarity_indices() if (indices["index"] == name).any())
-    absent = left_out(indices)
+    absent = left_out(indices) | undefined_everywhere(indices)
     for index in (*shown_indices(), *measured, *fact_indices()):
         if index in NOT_ALONE or index in absent:
             continue
@@ -91,6 +89,25 @@ def left_out(indices: pd.DataFrame) -> set[str]:
     """The indices that no model has because the suite did not ask for what they are made of."""
     absent = is_left_out(indices)
     return set(indices["index"]) - set(indices.loc[~absent, "index"])
+
+
+def undefined_everywhere(indices: pd.DataFrame) -> set[str]:
+    """The indices that have no value in any model."""
+    return set(indices["index"]) - set(indices.loc[indices["value"].notna(), "index"])
+
+
+def undefined_line(run: Run) -> list[str]:
+    """Which shown indices are undefined in every model, in a line; none where each has a value somewhere."""
+    indices = shown_seeds(run.tables["indices.csv"])
+    nowhere = undefined_everywhere(indices) - left_out(indices) - set(NOT_ALONE)
+    names = [name for name in shown_indices() if name in nowhere]
+    every = "every model" if indices["model"].nunique() > 1 else str(indices["model"].iloc[0])
+    return [f"undefined in {every} (why: the column reason of indices.csv): {', '.join(names)}"] if names else []
+
+
+def units(run: Run) -> str:
+    """What an interval of one seed resamples."""
+    return "images" if unit(run.tables["models.csv"]) == "image" else "documents"
 
 
 def tolerance_table(run: Run) -> Table | None:
@@ -299,12 +316,16 @@ def print_run(run: Run, console: Console) -> None:
         line(text)
     page = run.folder / PAGE
     line(f"Report: {page}" if page.is_file() else f"Report: lensbench report {run.folder}")
-    for text in too_few_scored(run):
+    for text in (*too_few_scored(run), *worse_than_counting(run)):
         line(text)
     profile = profile_table(run, bars=console.is_terminal and console.encoding.startswith("utf"))
     if profile is not None:
         show(profile, console, keys=2)
-    shown = (baseline_table, index_table, tolerance_table, learning_table, places_table)
+    show(baseline_table(run), console)
+    show(index_table(run), console)
+    for text in undefined_line(run):
+        line(text)
+    shown = (tolerance_table, learning_table, places_table)
     for table in (*(make(run) for make in shown), *probe_tables(run)):
         if table is not None:
             show(table, console)
@@ -312,5 +333,5 @@ def print_run(run: Run, console: Console) -> None:
         line(f"{said.model} ({said.scope}): {said.answer}")
         for part in filter(None, [*clauses(said.said), said.landmarks]):
             line(f"  - {part}")
-    for text in (*map(str, statements(run)), *doubts(run), *undefined_indices(run)):
+    for text in (*map(str, statements(run)), *refits_outside(run), *undefined_indices(run)):
         line(text)

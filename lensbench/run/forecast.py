@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
-from lensbench.models.pretrained import load_config
+from lensbench.models.pretrained import check_context, load_config
 from lensbench.results.folder import holds_work, owner_of
 from lensbench.run import costs
 from lensbench.run.baselines import baselines
@@ -21,7 +21,7 @@ from lensbench.run.curves import has_curve, learning_curve
 from lensbench.run.fitting import fitting
 from lensbench.run.further_scores import PRECISION, asked_for, further_stages
 from lensbench.run.inputs import data_of
-from lensbench.run.origin import origin_of
+from lensbench.run.origin import REMEDY, origin_of
 from lensbench.run.probing import probing
 from lensbench.run.replacing import refuse_replacing
 from lensbench.run.scoring import scoring
@@ -141,6 +141,7 @@ def shape_of(suite: Suite, model: ModelRecipe) -> Shape:
     """The sizes of a model: from its config, or, of one that is trained here, from the model as it is built."""
     owner = suite.trained(model)
     if owner.source is not None:
+        check_context(f"model {owner.name}", load_config(owner.source), suite.length, REMEDY)
         return shape_of_source(owner.source, owner.dtype)
     network = network_of(suite, owner)
     stream = ResidualStream(network.eval(), model.view)

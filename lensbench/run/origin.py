@@ -30,7 +30,7 @@ from lensbench.streams.rotary import depends_on_length
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.recipes import ModelRecipe
 
-REMEDY = "set evaluate.length to {} or less, in a copy of the suite's file"
+REMEDY = "add --set evaluate.length={}, or less"
 
 
 @dataclass(frozen=True)

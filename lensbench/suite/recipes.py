@@ -384,8 +384,16 @@ class Suite(_Strict):
         if self.curve is not None:
             self._curve_lies_within(self.curve)
         longest = self.length - 1 - self.evaluate.first_position
-        if max(self.evaluate.positions, self.fit.positions, self.fit.dev_positions) > longest:
-            raise ValueError(f"sequences of {self.length} tokens have no more than {longest} positions to score")
+        counts = {
+            "evaluate.positions": self.evaluate.positions,
+            "fit.positions": self.fit.positions,
+            "fit.dev_positions": self.fit.dev_positions,
+        }
+        if too_many := [f"{key} is {count}" for key, count in counts.items() if count > longest]:
+            raise ValueError(
+                f"{', '.join(too_many)}: sequences of {self.length} tokens (evaluate.length) have no more than {longest} "
+                "positions to score"
+            )
 
     def _curve_lies_within(self, curve: CurveRecipe) -> None:
         if curve.budgets and curve.budgets[-1] >= self.training.tokens:

@@ -200,6 +200,11 @@ def test_a_run_without_the_decomposition_has_no_profile(tmp_path: Path) -> None:
     assert profiles([run], [{"gpt": "gpt"}]) == ""
 
 
+def test_a_run_without_landmarks_has_no_column_for_them(tmp_path: Path) -> None:
+    run = edit(decomposed_run(tmp_path, {"gpt": 6}), "landmarks.csv", lambda table: table.iloc[:0])
+    assert "its own landmarks" not in printed(run, bars=False)
+
+
 MANY = dict.fromkeys(["gpt", "gpt-partitioned", "gpt-conv+rotated", "gpt-untrained", "pc", "pc+state", "cnn", "vit"], 6)
 
 

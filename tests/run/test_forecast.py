@@ -62,6 +62,12 @@ def test_a_model_needs_nothing_but_its_config(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_refuses_a_context_that_is_too_short_as_the_run_does(tmp_path):
+    short = config_alone(tmp_path / "m", max_position_embeddings=64)
+    result = run("run", "pretrained", "--model", short, "--dry-run", "--out", tmp_path / "run")
+    refused(result, "256 tokens are beyond its context of 64; add --set evaluate.length=64, or less")
+
+
 def test_the_shape_of_a_config_is_that_of_its_model(tmp_path):
     """Embedding and head of 1000 x 64 each; a block has 4 products of 64 x 64, 3 of 64 x 128 and two norms."""
     body = 4 * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 64
