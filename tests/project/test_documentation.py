@@ -182,6 +182,13 @@ def test_the_guides_model_lens_and_measure_work(monkeypatch):
     torch.testing.assert_close(maps.offset[0], held[-1].mean(0) - held[0].mean(0), rtol=0, atol=1e-6)
 
 
+def test_a_file_of_the_package_imports_as_the_guide_says_from_modules_and_not_from_the_package_that_lists_it():
+    block = blocks("benchmarks/extending.md", "## Making it part of lensbench")[0]
+    exec(block, {})
+    for module in re.findall(r"^from (\S+) import", block, re.M):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
 def test_the_schema_that_is_told_is_that_of_the_code():
     text = results.tables_text()
     assert text in (ROOT / "results" / "columns.md").read_text()
