@@ -310,7 +310,7 @@ def _against_tuned(kind: str, lens: str) -> Iterator[Quantity]:
         f"early_revised_tuned_minus_{kind}",
         f"early top-1 revised, {PROBED['tuned']} - {lens}",
         f"mean of `revised_tuned` minus `revised_{kind}` over early layers, same tokens",
-        f"Below 0, the {lens} reads less of the final top-1 at early layers.",
+        f"Below 0, less of the final top-1 is read through the {lens} at early layers.",
         None,
     )
 

@@ -61,7 +61,7 @@ OF_UPDATES: tuple[Index, ...] = (
     ),
     *_both(
         "readable_gain", "readable gain", "V = sum (CE_base - CE_old) / sum (CE_base - CE_new)", "The share of the "
-        "cross-entropy gain that the earlier lens can read where it looked; far too low for mixtures. Well above 0: what is "
+        "cross-entropy gain that the earlier lens itself can read; far too low for mixtures. Well above 0: what is "
         "added in place is what predicts. It lumps together what is carried along, re-represented, news, and interference "
         "that depends on the answer.", shown=(11, 5),
     ),

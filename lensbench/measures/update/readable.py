@@ -1,4 +1,4 @@
-"""Readable gain: a lower bound on the share of a cross-entropy gain that an earlier lens can read where it looked."""
+"""Readable gain: a lower bound on the share of a cross-entropy gain that an earlier lens itself can read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -249,8 +249,8 @@ def _readable(facts: UpdateFacts) -> str:
     if one.value is None:
         return "how much of the fall an earlier lens can read is undetermined"
     if one.low is not None and one.low <= 0:
-        return f"no part of that fall can surely be read by the earlier lens where it looked ({percent(one)})"
-    return f"{percent(one)} of that fall can be read by the earlier lens where it looked"
+        return f"no part of that fall can surely be read by the earlier lens itself ({percent(one)})"
+    return f"{percent(one)} of that fall can be read by the earlier lens itself"
 
 
 def _clear(facts: UpdateFacts) -> str:

@@ -284,7 +284,7 @@ def news_of(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
 
 
 def _readable(found: Decomposition, pairs: NDArray[np.bool_]) -> DrawnIndex:
-    """The share of the cross-entropy gain of some pairs that the earlier lens can read where it looked: a lower bound."""
+    """The share of the cross-entropy gain of some pairs that the earlier lens itself can read: a lower bound."""
     if found.gains is None:
         return _without("not measured: the suite leaves it out")
     inside = {(int(i), int(j)) for i, j in np.stack(found.pairs, 1)[pairs]}

@@ -59,7 +59,7 @@ def test_additions_are_said_with_their_null_and_what_is_not_known_of_them():
     assert said(facts(), null=NULL, errors=errors_in_words("unchanged", Estimate(1.01, 0.99, 1.02))) == (
         "From layer 1 on 98 % [95, 101] of what later layers add shows in the reading of earlier lenses, as in any stack "
         "of additions (its own updates shuffled: 99 %), and cross-entropy falls at every step; 60 % [57, 63] of "
-        "that fall can be read by the earlier lens where it looked; clarity 0.954 [0.952, 0.956]; 33 % [30, 36] of the "
+        "that fall can be read by the earlier lens itself; clarity 0.954 [0.952, 0.956]; 33 % [30, 36] of the "
         "gain is news to the earlier lens; injected errors are not corrected (1.01 [0.99, 1.02] of each is left); "
         "layer 0 is drowned."
     )
@@ -71,7 +71,7 @@ def test_carrying_along_is_said_with_where_the_rest_is():
         "From layer 1 on only 2 % [-1, 5] of what later layers add shows in the reading of earlier lenses (in a stack of "
         "additions, its own updates shuffled: 99 %), the rest in directions of its own while the earlier reading is "
         "carried along; cross-entropy falls at every step; no part of that fall can surely be read by the earlier lens "
-        "where it looked (0 % [-3, 3]); clarity 0.954 [0.952, 0.956]; 10 % [7, 13] of the gain is news to the earlier "
+        "itself (0 % [-3, 3]); clarity 0.954 [0.952, 0.956]; 10 % [7, 13] of the gain is news to the earlier "
         "lens; layer 0 is drowned."
     )
 
@@ -132,7 +132,7 @@ def test_an_interval_across_a_threshold_is_said_with_both_answers_and_what_would
 def test_a_gain_elsewhere_is_not_hidden_by_what_is_in_place():
     found = said(facts(readable_gain=about(0.0), news=about(0.0)))
     assert "earlier lenses, but what lowers the cross-entropy may be something else; " in found
-    assert "no part of that fall can surely be read by the earlier lens where it looked (0 % [-3, 3])" in found
+    assert "no part of that fall can surely be read by the earlier lens itself (0 % [-3, 3])" in found
 
 
 def test_readable_gain_that_was_not_measured_is_said():
