@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 _MAPPED: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
-"""Of every shared mapping that is alive"""
+"""Of every mapping that is alive"""
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
     """A new raw array in ``path``, as a tensor that is written through to it; its values are anything."""
-    return shared(np.memmap(path, dtype=dtype, mode="w+", shape=shape))
+    return kept_in_file(np.memmap(path, dtype=dtype, mode="w+", shape=shape))
 
 
-def shared(array: "np.memmap[tuple[int, ...], np.dtype[np.generic]]") -> Tensor:
-    """An array that is mapped with its changes written to the file, as a tensor whose pages can be given back."""
+def kept_in_file(array: "np.memmap[tuple[int, ...], np.dtype[np.generic]]") -> Tensor:
+    """A mapped array, as a tensor whose pages can be given back.
+
+    Of an array that is mapped as a copy (mode "c") a change would be lost with its page: it may not be changed.
+    """
     own = array.base
     while own is not None and not isinstance(own, mmap.mmap):
         own = getattr(own, "base", None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lensbench.runtime.files import sha256
-from lensbench.runtime.mapped import shared
+from lensbench.runtime.mapped import kept_in_file
 from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
 from lensbench.streams.capture import Capture
 
@@ -31,7 +31,7 @@ ARRAYS = ("window", "document", "target_bytes")
 
 def mapped_file(path: Path, shape: tuple[int, ...]) -> Tensor:
     """A new float32 array on disk, as a tensor that is written through to it; its folder must be there."""
-    return shared(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
+    return kept_in_file(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
 
 
 def keep(captured: Capture, folder: Path) -> None:
@@ -51,7 +51,8 @@ def keep(captured: Capture, folder: Path) -> None:
 def kept(folder: Path, device: torch.device) -> Capture | None:
     """The capture that :func:`keep` left in ``folder``, of one process; None where there is none that is whole.
 
-    On the CPU its states are mapped: a change of them never reaches the file. What is damaged or unfinished is removed.
+    On the CPU its states are mapped. Nothing may change them: a change never reaches the file, and is lost with its page.
+    What is damaged or unfinished is removed.
     """
     if not folder.is_dir():
         return None
@@ -65,4 +66,4 @@ def kept(folder: Path, device: torch.device) -> Capture | None:
         return None
     fields: dict[str, Any] = {name: content[name].to(device) for name in TENSORS}
     fields |= {name: content[name].numpy() for name in ARRAYS}
-    return Capture(states=torch.from_numpy(states).to(device), **fields)
+    return Capture(states=kept_in_file(states).to(device), **fields)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lensbench.lenses.room import FILE, MatrixFile
-from lensbench.runtime.mapped import give_back_pages, mapped
+from lensbench.runtime.mapped import give_back_pages, kept_in_file, mapped
 from lensbench.streams.kept import mapped_file
 
 
@@ -37,6 +37,17 @@ def test_moments_and_states_in_files_survive_their_pages(tmp_path: Path) -> None
     give_back_pages()
     assert [float(one.sum()) for one in (states, first, second)] == [60.0, 32.0, 48.0]
     assert np.load(tmp_path / "states.npy").sum() == 60.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process holds")
+def test_states_that_an_earlier_stage_kept_are_read_from_their_file_again(tmp_path):
+    np.save(tmp_path / "states.npy", np.arange(8.0, dtype=np.float32).repeat(1024 * 1024).reshape(8, 1024, 1024))
+    states = kept_in_file(np.load(tmp_path / "states.npy", mmap_mode="c"))
+    assert states.mean((1, 2)).tolist() == list(range(8))
+    before = of_files()
+    give_back_pages()
+    assert before - of_files() > 24 * 1024
+    assert states.mean((1, 2)).tolist() == list(range(8))
 
 
 def test_an_array_that_is_forgotten_is_no_longer_asked_for_its_pages(tmp_path: Path) -> None:
