@@ -18,7 +18,7 @@ from lensbench.lenses.ridge import RidgePath
 from lensbench.models import FAMILIES, build
 from lensbench.streams.stream import ResidualStream
 
-# The reference puts a state in front of a block; in gpt-looped an adapter stands between the two.
+# The reference puts a state in front of a block; in gpt-looped an adapter stands between the two: it has a test of its own.
 TEXT = [name for name, family in FAMILIES.items() if not family.images and name != "gpt-looped"]
 EXACT = JacobianRecipe(method="exact", prompts=2, positions=1000, skip_first=2, skip_last=1, rows=5)
 
@@ -58,6 +58,40 @@ def test_the_jacobian_of_every_family_is_that_of_autograd(family, targets):
     model = build(family, parameters=5_000, vocab_size=60, d_model=4, layers=2, heads=1, context=16).double()
     stream = ResidualStream(model)
     check_against_autograd(stream, texts(2, 8), targets, [0, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["later", "current"])
+def test_the_jacobian_of_a_looped_model_is_that_of_autograd(targets):
+    """An adapter joins the input to the state of every loop: the state is the first half of what it reads.
+
+    h_0 is the input itself: J of layer 0 is the whole derivative, through the adapter of every loop too.
+    """
+    shape = {"vocab_size": 60, "d_model": 4, "layers": 3, "heads": 1, "context": 16}
+    model = build("gpt-looped", parameters=5_000, **shape).double().eval()
+    stream, ids, inside = ResidualStream(model), texts(2, 8), range(2, 7)
+    found = JacobianSource(stream, windows_of_ids(ids), EXACT).estimate(targets).mean
+
+    def looped(first, h, e):
+        for _ in range(first, 3):
+            h = model.layers[0](h[None], e[None], None)[0]
+        return h
+
+    for layer in range(3):
+        expected = torch.zeros(4, 4, dtype=torch.float64)
+        for one in ids:
+            with torch.no_grad():
+                states = stream.graph(one[None])[0]
+            e = states[0][0]
+            assert torch.allclose(looped(layer, states[layer][0], e), states[-1][0])
+            run = (lambda h: looped(0, h, h)) if layer == 0 else (lambda h, k=layer, e=e: looped(k, h, e))
+            with torch.enable_grad():
+                j = torch.autograd.functional.jacobian(run, states[layer][0])
+            for t in inside:
+                for target in inside if targets == "later" else [t]:
+                    if target >= t:
+                        expected += j[target, :, t] / len(inside) / len(ids)
+        assert (found[layer] - expected).abs().max() <= 1e-9 * expected.abs().max(), layer
 
 
 @pytest.mark.slow
