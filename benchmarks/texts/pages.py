@@ -1,5 +1,6 @@
 """Pages from templates: all of them written, or compared with what is committed."""
 
+import re
 from collections.abc import Iterator
 from functools import cache, partial
 from itertools import zip_longest
@@ -8,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from benchmarks.texts.catalogues import CATALOGUES, gallery
+from benchmarks.texts.lenses import LensResults, in_words, named
 from benchmarks.texts.numbers import TextError, claim, markdown
 from benchmarks.texts.studies import Studies
 from benchmarks.texts.tables import Results
@@ -18,10 +20,27 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = Path(__file__).parent / "templates"
 SUFFIX = ".j2"
 
+NEEDS = re.compile(r"\{# needs (.+?) #\}")
+"""The first line of a template of runs that are not there from the beginning"""
 
-def page_names(templates: Path = TEMPLATES) -> list[str]:
-    """The paths of all pages that have a template, relative to the root of the repository."""
-    return sorted(path.relative_to(templates).as_posix().removesuffix(SUFFIX) for path in templates.rglob(f"*{SUFFIX}"))
+
+def page_names(results: Path, templates: Path = TEMPLATES) -> list[str]:
+    """The paths of all pages that have a template, relative to the root of the repository.
+
+    A template whose first line is ``{# needs NAME NAME #}`` is of run folders of ``results``: as long as one of them is not
+    there, neither is the page.
+    """
+    found = [path for path in templates.rglob(f"*{SUFFIX}") if not missing_runs(path, results)]
+    return sorted(path.relative_to(templates).as_posix().removesuffix(SUFFIX) for path in found)
+
+
+def missing_runs(template: Path, results: Path) -> list[str]:
+    """The run folders that a template needs and that ``results`` has not."""
+    with template.open() as lines:
+        said = NEEDS.fullmatch(lines.readline().strip())
+    return (
+        [] if said is None else [name for name in said[1].split() if not (results / name / "manifest.json").is_file()]
+    )
 
 
 def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
@@ -37,6 +56,10 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
     made.globals |= {
         "results": of,
         "exists": lambda name: (results / name / "manifest.json").is_file(),
+        "lenses": cache(lambda *names: LensResults(results, names)),
+        "figure": partial(figure, results),
+        "in_words": in_words,
+        "named": named,
         "studies": Studies(results),
         "claim": claim,
         "gallery": lambda: gallery(results),
@@ -44,6 +67,11 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
         **CATALOGUES,
     }
     return made
+
+
+def figure(results: Path, path: str, says: str) -> str:
+    """A figure of ``results`` as a page of findings shows it; nothing where the run was committed without it."""
+    return f"![{says}](../{path})" if (results / path).is_file() else ""
 
 
 def rendered(made: Environment, name: str) -> str:
@@ -96,7 +124,7 @@ def differing_pages(root: Path = ROOT, results: Path = ROOT / "results", templat
 def texts(results: Path, templates: Path, names: list[str] | None = None) -> Iterator[tuple[str, str | TextError]]:
     """Every page with its text, or with why it has none."""
     made = environment(results, templates)
-    for name in names or page_names(templates):
+    for name in names or page_names(results, templates):
         try:
             yield name, rendered(made, name)
         except TextError as error:

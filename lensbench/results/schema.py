@@ -129,6 +129,8 @@ SCHEMA: dict[str, dict[str, str]] = {
         **_bounds("top10"),
         "fit_kl": "KL on the fitting tokens.",
         "dev_kl": "KL on the dev tokens.",
+        "relative_error": "Of a Jacobian lens the relative standard error of its matrix (Frobenius norm), over prompts and "
+        "random vectors; a column where a suite fits such lenses to more than one prompt.",
     },
     "transfer.csv": {
         **_WHO,
@@ -418,7 +420,7 @@ MEASURED_TIME = ("timings.csv",)
 
 
 ASKED_COLUMNS = {
-    "lenses.csv": ("top1", "top1_ci_low", "top1_ci_high", "top10", "top10_ci_low", "top10_ci_high"),
+    "lenses.csv": ("top1", "top1_ci_low", "top1_ci_high", "top10", "top10_ci_low", "top10_ci_high", "relative_error"),
     "transfer.csv": ("lens",),
 }
 """Columns that a table has where a suite asks for them; read as empty from other tables."""

@@ -290,6 +290,8 @@ def lens_rows(part: Part, weights: NDArray[np.float64], *, with_null: bool = Tru
         chosen = part.fit.records.get(LensId(lens, cast(Prior, prior), cast(LensStage, stage), view=view))
         for column in ("ridge", "pad", "fit_kl", "dev_kl"):
             row[column] = None if chosen is None else chosen.at(layer, column)
+        if chosen is not None and chosen.jacobian is not None and chosen.jacobian.error:
+            row["relative_error"] = chosen.jacobian.error[layer]
         yield row
 
 

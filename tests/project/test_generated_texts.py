@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
 sys.path.insert(0, str(ROOT))
+from benchmarks.texts.lenses import LensResults, in_words, named  # noqa: E402
 from benchmarks.texts.numbers import Number, TextError, claim  # noqa: E402
-from benchmarks.texts.pages import differing_pages, environment, rendered, write_pages  # noqa: E402
+from benchmarks.texts.pages import differing_pages, environment, page_names, rendered, write_pages  # noqa: E402
 from benchmarks.texts.tables import Results  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -112,6 +113,66 @@ def test_a_page_is_written_where_it_differs_and_told_where_it_does(tmp_path):
     assert list(write_pages(**places)) == list(differing_pages(**places)) == []
     (tmp_path / name).write_text((tmp_path / name).read_text()[:-2] + "3\n")
     assert list(differing_pages(**places)) == [told.replace("line 1", "line 3")]
+
+
+def test_a_page_of_runs_that_are_not_there_is_no_page_until_they_are(tmp_path):
+    templates, results = tmp_path / "templates", tmp_path / "results"
+    templates.mkdir()
+    (templates / "a.md.j2").write_text("{# needs one two #}\n{{ 1 / 0 }}\n")
+    (templates / "b.md.j2").write_text("b\n")
+    for name in ("one", "two"):
+        assert page_names(results, templates) == ["b.md"]
+        (results / name).mkdir(parents=True)
+        (results / name / "manifest.json").write_text("{}")
+    assert page_names(results, templates) == ["a.md", "b.md"]
+
+
+class MadeUpLenses(LensResults):
+    """A model of three layers of which each lens's KL is given, with intervals of +-0.1."""
+
+    def __init__(self, kl):
+        self.kl, self.names = kl, ("made up",)
+
+    def table(self, name):
+        if name == "models.csv":
+            return pd.DataFrame({"model": ["it"], "seed": ["0"], "layers": [3]})
+        rows = [
+            {"model": model, "seed": "0", "lens": lens, "stage": stage, "layer": k, "kl": kl}
+            for (model, lens, stage), kls in self.kl.items()
+            for k, kl in enumerate(kls)
+        ]
+        table = pd.DataFrame(rows)
+        return table.assign(kl_ci_low=table["kl"] - 0.1, kl_ci_high=table["kl"] + 0.1)
+
+
+def test_a_lens_is_behind_or_ahead_where_intervals_are_apart():
+    jacobian, logit, shared = ("jacobian", "backward"), ("logit", "none"), ("shared_jacobian", "backward")
+    lenses = MadeUpLenses(
+        {
+            ("it", *jacobian): [2.0, 1.0, 0.25],
+            ("it", *logit): [1.0, 0.9, 0.8],
+            ("it", *shared): [0.5, 0.5, 0.5],
+            ("it+rotated", *shared): [0.6, 0.9, 0.9],
+            ("it", "tuned", "closed"): [0.1, 0.1, 0.1],
+        }
+    )
+    assert lenses.behind("it", jacobian, logit) == [0]
+    assert lenses.ahead("it", jacobian, logit) == [2]
+    assert lenses.ahead("it", shared, shared, null=True) == [1, 2]
+    assert lenses.everywhere(ahead=False, lens=jacobian, against=("tuned", "closed")) == []
+    assert lenses.compared().splitlines()[2] == "| `it` | 0 | 2 | 0, 1 | 1, 2 | 2 |"
+    assert lenses.by_layer("it").splitlines()[2].endswith("| 0.50 [0.40, 0.60] | 0.60 [0.50, 0.70] |")
+
+
+def test_layers_and_models_in_words():
+    assert [in_words(k, 5) for k in ([], range(5), [3, 1, 2], [0, 2], [0, 1])] == [
+        "none",
+        "all",
+        "1 to 3",
+        "0, 2",
+        "0, 1",
+    ]
+    assert [named(k) for k in ([], ["a"], ["a", "b", "c"])] == ["no model", "`a`", "`a`, `b` and `c`"]
 
 
 def test_no_page_says_twice_where_it_comes_from():
