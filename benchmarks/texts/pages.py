@@ -9,11 +9,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from benchmarks.texts.catalogues import CATALOGUES, gallery
+from benchmarks.texts.families import Families
 from benchmarks.texts.lenses import LensResults, in_words, named
 from benchmarks.texts.numbers import TextError, claim, markdown
 from benchmarks.texts.studies import Studies
 from benchmarks.texts.tables import Results
 from lensbench.errors import LensbenchError
+from lensbench.results.folder import read_run
 from lensbench.runtime.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +57,9 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
     of = cache(lambda *names: Results(results, names))
     made.globals |= {
         "results": of,
+        "families": cache(lambda *names: Families(results, names)),
+        "folders": lambda within: folders(results, within),
+        "file": lambda name: (results / name).is_file(),
         "exists": lambda name: (results / name / "manifest.json").is_file(),
         "lenses": cache(lambda *names: LensResults(results, names)),
         "figure": partial(figure, results),
@@ -72,6 +77,13 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
 def figure(results: Path, path: str, says: str) -> str:
     """A figure of ``results`` as a page of findings shows it; nothing where the run was committed without it."""
     return f"![{says}](../{path})" if (results / path).is_file() else ""
+
+
+def folders(results: Path, within: str) -> list[str]:
+    """The run folders directly within a folder, the one with the smallest models first."""
+    found = [path.parent for path in (results / within).glob("*/manifest.json")]
+    sizes = {path: read_run(path).tables["models.csv"]["parameters"].min() for path in found}
+    return [path.relative_to(results).as_posix() for path in sorted(found, key=lambda path: (sizes[path], path.name))]
 
 
 def rendered(made: Environment, name: str) -> str:

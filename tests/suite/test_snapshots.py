@@ -172,3 +172,18 @@ def test_the_sweep_of_scale_tries_half_the_rule_the_rule_and_twice_of_it():
             rates = [t["training"]["learning_rate"] / model["training"]["learning_rate"] for t in tried]
             assert rates == pytest.approx([0.5, 1, 2])
             assert all(t.get("settings") == model.get("settings") for t in tried)
+
+
+def test_the_smaller_preset_of_training_has_twenty_tokens_a_parameter_and_rates_inverse_to_the_width():
+    content = read_toml("training")[1]
+    small = content["presets"]["64k"]
+    assert len(small["training"]["checkpoints"]) >= 10
+    for table, parameters in ((content, 250_000), (small, 64_000)):
+        assert table["training"]["tokens"] == 20 * parameters
+        for model in table["models"]:
+            assert "view_of" in model or model["parameters"] == parameters
+    for large, less in zip(content["models"], small["models"], strict=True):
+        assert large["name"] == less["name"]
+        if "view_of" not in large:
+            rates = [m["training"]["learning_rate"] * m["d_model"] for m in (large, less)]
+            assert rates[0] == pytest.approx(rates[1])

@@ -1,0 +1,199 @@
+"""What changes as models grow, and as they train: trends per doubling, and which layers come first, for templates."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.texts.numbers import Number, TextError, markdown
+from lensbench.report.claims import LEVEL, p_text
+from lensbench.report.joining import together
+from lensbench.report.series import OVER, Series, series_of, values_of
+from lensbench.report.trends import trends_of
+from lensbench.results.folder import Run, read_run
+from lensbench.statistics import mean_over_seeds
+
+DECLARED = {
+    "ce": "cross-entropy",
+    "in_place_without_layer0": "added in place",
+    "clarity_without_layer0": "clarity",
+    "news_without_layer0": "news",
+    "shared_consistency_without_layer0": "consistency",
+    "injection_survival: mean_survival_error_without_layer0": "left of an injected error",
+}
+"""The indices whose trends were declared before any run -> words"""
+
+UNTOLD = "-"
+"""What tables show where a value is undefined"""
+
+
+class Families:
+    """Some run folders of one suite: models that differ in their parameters, or in their training tokens."""
+
+    def __init__(self, root: Path, names: Sequence[str]):
+        self.root, self.names = root, names
+
+    @cached_property
+    def run(self) -> Run:
+        """All models in one."""
+        return together([read_run(self.root / name) for name in self.names])
+
+    @cached_property
+    def values(self) -> pd.DataFrame:
+        """Every index of every model and seed."""
+        return values_of(self.run)
+
+    @cached_property
+    def indices(self) -> list[str]:
+        """The declared indices that the runs have."""
+        there = set(self.values.loc[self.values["value"].notna(), "index"])
+        return [name for name in DECLARED if name in there]
+
+    @cached_property
+    def series(self) -> dict[str, Series]:
+        """The series of models, by name."""
+        return {one.name: one for one in series_of(self.run.tables["models.csv"])}
+
+    @cached_property
+    def trends(self) -> pd.DataFrame:
+        """The trends of the declared indices, as ``lensbench trends`` has them."""
+        return trends_of([self.root / name for name in self.names], indices=self.indices).table
+
+    def slope(self, series: str, index: str) -> tuple[Number, float | None] | None:
+        """The change of an index per doubling, and p corrected over the declared ones; None where it has no slope."""
+        rows = self.trends[(self.trends["series"] == series) & (self.trends["index"] == index)]
+        if rows.empty:
+            return None
+        row = rows.iloc[0]
+        ends = [None if pd.isna(row[end]) else float(row[end]) for end in ("ci_low", "ci_high")]
+        p = None if pd.isna(row["p_holm"]) else float(row["p_holm"])
+        return Number(float(row["slope"]), *ends, f"trend of {index} of {series}"), p
+
+    def trend_table(self) -> str:
+        """A row for each series: the change of each declared index per doubling, and its corrected p."""
+        body = []
+        for name in self.series:
+            cells = []
+            for index in self.indices:
+                found = self.slope(name, index)
+                cells.append(UNTOLD if found is None else f"{found[0]}, p {p_text(found[1])}")
+            body.append([f"`{name}`", *cells])
+        return markdown(["per doubling", *(DECLARED[name] for name in self.indices)], body)
+
+    def sentences(self) -> list[str]:
+        """For each series what rises, what falls, and what does not surely change, after Holm's correction."""
+        found = []
+        for name, one in self.series.items():
+            kinds: dict[str, list[str]] = {"rise": [], "fall": [], "same": []}
+            for index in self.indices:
+                if (slope := self.slope(name, index)) is None:
+                    continue
+                surely = slope[1] is not None and slope[1] < LEVEL
+                kinds[("rise" if slope[0].value > 0 else "fall") if surely else "same"].append(DECLARED[index])
+            parts = [f"{listed(kinds[kind])} {verb(kinds[kind], kind)}" for kind in ("rise", "fall") if kinds[kind]]
+            if kinds["same"]:
+                parts.append(f"no change of {listed(kinds['same'], 'or')} can be told")
+            found.append(f"**`{name}`** over {OVER[one.over]}: {'; '.join(parts)}.")
+        return found
+
+    def value_table(self, series: str) -> str:
+        """A row for each model of a series: tokens or parameters, and the mean of each declared index over seeds."""
+        body = []
+        for model, x in self._one(series).models.items():
+            cells = [str(self._mean(model, index) or UNTOLD) for index in self.indices]
+            body.append([f"`{model}`", f"{x:,.0f}", *cells])
+        heads = ["model", OVER[self._one(series).over], *(DECLARED[name] for name in self.indices)]
+        return markdown(heads, body)
+
+    def first_layers(self) -> str:
+        """For each series over tokens and each two neighbouring layers: when the later one surely adds, and how in the end.
+
+        *Surely*: the step passes the decomposition's gates at every seed, there and at all later checkpoints.
+        """
+        steps = self._steps()
+        pairs = sorted({(row["from_layer"], row["to_layer"]) for row in steps.to_dict("records")})
+        body = []
+        for name, one in self.series.items():
+            cells = []
+            for low, high in pairs:
+                of = steps[(steps["from_layer"] == low) & (steps["to_layer"] == high)]
+                passed = {m: bool(len(g := of[of["model"] == m]) and g["gate"].isna().all()) for m in one.models}
+                since: str | None = None
+                for model in reversed(list(one.models)):
+                    if not passed[model]:
+                        break
+                    since = model
+                last = of[of["model"] == list(one.models)[-1]]
+                if last.empty:
+                    cells.append("")
+                elif since is None:
+                    cells.append("never surely")
+                else:
+                    place = number_of(1 - last["carried"], "added in place")
+                    cells.append(f"{one.models[since]:,.0f}; {place.alone}")
+            body.append([f"`{name}`", *cells])
+        return markdown(["layers", *(f"{low:.0f} to {high:.0f}" for low, high in pairs)], body)
+
+    def survival_table(self) -> str:
+        """For each series over tokens: lenses of each checkpoint on the states of the last, nats/token beyond its own."""
+        path = self.root / self.names[0] / "between.csv"
+        table = pd.read_csv(path)
+        last = {name: list(one.models)[-1] for name, one in self.series.items()}
+        rows = table[(table["kind"] == "training") & (table["lens_layer"] == "later") & (table["head"] == "states")]
+        rows = rows[rows["states_model"].isin(last.values()) & (rows["lens_tokens"] < rows["states_tokens"])]
+        if rows.empty:
+            raise TextError(f"{path} has no lens of a checkpoint on the last states")
+        tokens = sorted(rows["lens_tokens"].unique())
+        body = []
+        for name, model in last.items():
+            of = rows[rows["states_model"] == model]
+            cells = []
+            for count in tokens:
+                here = of[(of["lens_tokens"] == count) & (of["map"] == "none")]
+                here = here[here["lens_seed"].astype(str) != "all"]
+                cells.append(str(number_of(here["penalty"], "penalty")) if len(here) else "")
+            if len(of):
+                body.append([f"`{name}`", *cells])
+        return markdown(["lens from, tokens", *(f"{count:,.0f}" for count in tokens)], body)
+
+    def _one(self, series: str) -> Series:
+        if series not in self.series:
+            raise TextError(f"{' and '.join(self.names)} have no series {series}")
+        return self.series[series]
+
+    def _steps(self) -> pd.DataFrame:
+        """Of each model and seed the decomposition of neighbouring layers."""
+        table: pd.DataFrame = self.run.tables["update.csv"]
+        return table[table["to_layer"] == table["from_layer"] + 1]
+
+    def _mean(self, model: str, index: str) -> Number | None:
+        of = self.values[(self.values["model"] == model) & (self.values["index"] == index)]
+        of = of[of["value"].notna()]
+        if of.empty:
+            return None
+        if len(of) == 1:
+            row: Any = of.iloc[0]
+            ends = [None if pd.isna(row[end]) else float(row[end]) for end in ("ci_low", "ci_high")]
+            return Number(float(row["value"]), *ends, f"{index} of {model}")
+        return number_of(of["value"], f"{index} of {model}")
+
+
+def number_of(values: pd.Series, what: str) -> Number:
+    """The mean over seeds with its interval; without one where there is one seed."""
+    there = [float(x) for x in values if np.isfinite(x)]
+    if not there:
+        raise TextError(f"{what} is undefined at every seed")
+    return Number(*mean_over_seeds(there), what) if len(there) > 1 else Number(there[0], None, None, what)
+
+
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """Words in a sentence."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def verb(words: Sequence[str], kind: str) -> str:
+    """``rises``, or ``rise`` of several."""
+    return kind if len(words) > 1 else f"{kind}s"
