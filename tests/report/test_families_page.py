@@ -1,0 +1,100 @@
+"""The page on families, of made-up runs: what rises and falls, what cannot be told, and which layers come first."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lensbench.report import trends
+from lensbench.results.folder import Run
+from lensbench.results.schema import SCHEMA, no_rows
+
+# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.texts.families import Families
+from benchmarks.texts.numbers import TextError
+
+TOKENS = {"gpt@1000": 1000, "gpt@4000": 4000, "gpt": 16_000}
+
+PENALTIES = {1000: 0.8, 4000: 0.25}
+
+
+def made_up() -> Run:
+    """Three seeds of checkpoints: cross-entropy falls, consistency rises, clarity is noise; layer 2 adds from 4000 on."""
+    rng = np.random.default_rng(0)
+    models, indices, steps = [], [], []
+    for model, tokens in TOKENS.items():
+        for seed in range(3):
+            x, wobble = math.log2(tokens), 0.01 * float(rng.normal())
+            models.append(
+                {"model": model, "seed": seed, "train_tokens": tokens, "parameters": 900, "ce": 9 - 0.2 * x + wobble}
+            )
+            noise = {
+                "clarity_without_layer0": float(rng.normal()),
+                "shared_consistency_without_layer0": 0.05 * x + wobble,
+            }
+            indices += [{"model": model, "seed": seed, "index": name, "value": value} for name, value in noise.items()]
+            for low in range(2):
+                gate = "cross-entropy" if low == 1 and tokens < 4000 else None
+                steps.append(
+                    {
+                        "model": model,
+                        "seed": seed,
+                        "from_layer": low,
+                        "to_layer": low + 1,
+                        "gate": gate,
+                        "carried": 0.25,
+                    }
+                )
+            steps.append({"model": model, "seed": seed, "from_layer": 0, "to_layer": 2, "gate": "room", "carried": 0.9})
+    tables = {name: no_rows(name) for name in SCHEMA}
+    for name, rows in (("models.csv", models), ("indices.csv", indices), ("update.csv", steps)):
+        tables[name] = pd.DataFrame(rows).reindex(columns=list(SCHEMA[name]))
+    return Run(None, None, tables)
+
+
+@pytest.fixture
+def families(tmp_path, monkeypatch):
+    found = Families(tmp_path, ["training"])
+    found.run = made_up()
+    monkeypatch.setattr(trends, "read_distinct", lambda _: [found.run])
+    monkeypatch.setattr(trends, "compared_models", lambda *_: [])
+    return found
+
+
+def test_a_sentence_says_what_surely_rises_and_falls_and_of_what_nothing_can_be_told(families):
+    assert families.sentences() == [
+        "**`gpt`** over training tokens: consistency rises; cross-entropy falls; no change of clarity can be told."
+    ]
+
+
+def test_the_first_tokens_are_those_from_which_every_seed_passes_the_gates_to_the_end(families):
+    heads, _, row = families.first_layers().splitlines()[:3]
+    assert heads == "| layers | 0 to 1 | 1 to 2 |"
+    assert row == "| `gpt` | 1,000; 0.750 | 4,000; 0.750 |"
+
+
+def test_values_stand_in_the_order_of_tokens(families):
+    rows = families.value_table("gpt").splitlines()
+    assert [row.split("|")[2].strip() for row in rows[2:]] == ["1,000", "4,000", "16,000"]
+    with pytest.raises(TextError, match="training have no series pc"):
+        families.value_table("pc")
+
+
+def test_lenses_of_checkpoints_are_read_on_the_last_states_alone(families, tmp_path):
+    (tmp_path / "training").mkdir()
+    rows = [
+        {
+            "kind": "training", "lens_model": f"gpt@{t}", "lens_seed": seed, "lens_tokens": t, "states_model": states,
+            "states_tokens": TOKENS[states], "map": "none", "head": head, "lens_layer": "later",
+            "penalty": PENALTIES[t] + (head == "lens") + 5 * (states != "gpt"),
+        }
+        for t in PENALTIES for seed in (0, 1, "all") for head in ("lens", "states") for states in ("gpt@4000", "gpt")
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "training" / "between.csv", index=False)
+    heads, _, row = families.survival_table().splitlines()[:3]
+    assert heads == "| lens from, tokens | 1,000 | 4,000 |"
+    assert row == "| `gpt` | 0.800 [0.800, 0.800] | 0.250 [0.250, 0.250] |"
