@@ -11,10 +11,12 @@ from helpers.planted import words
 
 from lensbench.lenses.jacobian import JacobianSource
 from lensbench.lenses.recipe import JacobianRecipe
+from lensbench.measures.update.metric import Metric
 from lensbench.probes.decodable_used import decodable_used
 from lensbench.probes.jacobian_halves import jacobian_halves, kl_between
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.halves import Halves
+from lensbench.streams.capture import capture
 from lensbench.streams.stream import ResidualStream
 
 WORDS, WIDTH, LENGTH = 3000, 4, 20
@@ -108,6 +110,21 @@ def test_jacobians_of_sources_with_words_of_their_own_differ_by_source_and_not_b
         assert found[f"jacobian_halves_{name}", 0]["value"] == pytest.approx(expected, abs=1e-9), name
     assert abs(found["jacobian_halves_sources", 1]["value"]) < 1e-12
     assert found["jacobian_halves_kl", 1]["value"] < 1e-9
+
+
+def test_a_vector_that_all_words_share_is_in_no_metric():
+    """The mean over the vocabulary is removed before any geometry: it changes no distribution."""
+    found = []
+    for shift in (0.0, 3.0):
+        model = known_model(blocks(), drawn(3, 60, WIDTH))
+        with torch.no_grad():
+            model.get_output_embeddings().weight.add_(shift * drawn(8, 1, WIDTH))
+        stream = ResidualStream(model.double())
+        captured = capture(stream, windows(torch.arange(200).reshape(10, LENGTH) % 60))
+        factors = [Metric.of(kind, stream.readout, captured).factor for kind in ("fisher", "logit")]
+        found.append([factor.T @ factor for factor in factors])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max()))
 
 
 def test_the_kl_between_two_lenses_is_that_of_their_distributions_both_ways_round():
