@@ -1,12 +1,15 @@
 """What a reader sees first, in a real browser: an answer for each model, and where its prediction grows; nothing hidden."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from helpers.pages import browser, opened  # noqa: F401 (a fixture)
+from PIL import Image
 
 from lensbench.report.answers import colours_of
 from lensbench.report.figures.registry import looks_of
@@ -17,6 +20,10 @@ from lensbench.report.page_tables import page_columns
 from lensbench.results.folder import Run, read_run
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
+sys.path.insert(0, str(RESULTS.parent))
+
+from benchmarks.texts.screenshots import SHOTS  # noqa: E402
+
 PARTS = ("standard/gpt", "standard/pc", "standard/controls")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
 
@@ -179,3 +186,27 @@ def test_a_model_has_one_colour_in_every_figure_of_its_run_whichever_models_the_
     assert colours_of([{"a": "a (x)", "b": "b"}, {"c": "c"}]) == dict(
         zip(["a (x)", "b", "c"], (look["color"] for look in whole.values()), strict=True)
     )
+
+
+def test_the_gallery_shows_every_screenshot_and_each_is_small():
+    shown = (RESULTS / "gallery.md").read_text()
+    for name, shot in SHOTS.items():
+        file = RESULTS / "gallery" / f"{name}.png"
+        assert f"](gallery/{name}.png)" in shown
+        assert file.stat().st_size <= 80_000
+        with Image.open(file) as picture:
+            assert picture.size == (shot.width, shot.height)
+        assert all((RESULTS / run / "manifest.json").is_file() for run in shot.runs)
+
+
+@pytest.mark.slow
+def test_a_screenshot_is_written_of_the_page_it_names(browser, pages, tmp_path):  # noqa: F811
+    # In a process of its own: Playwright opens no second browser in one that has one.
+    code = (
+        "from pathlib import Path; from benchmarks.texts.screenshots import write_screenshots; "
+        f"write_screenshots({{'page-on-a-phone': Path({str(pages['three'])!r})}}, Path({str(tmp_path)!r}))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=RESULTS.parent, check=True)
+    with Image.open(tmp_path / "page-on-a-phone.png") as picture:
+        assert picture.size == (390, 844)
+        assert len(picture.getcolors()) > 8

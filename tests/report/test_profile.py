@@ -19,7 +19,7 @@ from scipy import stats
 from lensbench import LensbenchError, plot_profile
 from lensbench.report.figures.blocks import profile_frame
 from lensbench.report.figures.plane import VIEWS as VIEWS_OF_PLANE
-from lensbench.report.figures.plane import plane, plane_frame
+from lensbench.report.figures.plane import finding, plane, plane_frame
 from lensbench.report.figures.profile import ADDS, KEEPS, NEWS, STRIPS, profile_over_depth
 from lensbench.report.figures.style import SHEETS, on_sheet, style
 from lensbench.report.profile_svg import profiles
@@ -198,6 +198,27 @@ def test_a_run_without_the_decomposition_has_no_profile(tmp_path: Path) -> None:
         plot_profile(run)
     assert profile_table(run, bars=True) is None
     assert profiles([run], [{"gpt": "gpt"}]) == ""
+
+
+def test_the_planes_title_says_in_which_region_each_model_wholly_lies() -> None:
+    rule = {"added": 0.8, "carried": 0.3, "clear": 0.5, "changed": 0.2}
+    ends = {
+        "a": ((0.9, 1.0), (0.8, 0.9)),
+        "b": ((0.7, 1.0), (0.8, 0.9)),
+        "c": ((-0.1, 0.1), (0.9, 1.0)),
+        "d": ((np.nan, np.nan), (0.0, 0.1)),
+    }
+    names = VIEWS_OF_PLANE[-1].x, VIEWS_OF_PLANE[-1].y
+    rows = [
+        {"part": "model", "model": model, "index": name, "ci_low": low, "ci_high": high}
+        for model, of in ends.items()
+        for name, (low, high) in zip(names, of, strict=True)
+    ]
+    rows += [{"part": "rule", "model": "", "index": f"update_{name}", "value": at} for name, at in rule.items()]
+    frame = pd.DataFrame(rows)
+    assert finding(frame) == "By region, added up: a; carried along: c; re-represented: d; in none: b"
+    more = pd.concat([frame, frame[frame["model"] == "a"].assign(model="e")])
+    assert finding(more) == "Regions of 5 models: added up 2, carried along 1, re-represented 1, in none 1"
 
 
 def test_a_run_without_landmarks_has_no_column_for_them(tmp_path: Path) -> None:

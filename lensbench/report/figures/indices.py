@@ -96,8 +96,19 @@ def tolerances(frame: pd.DataFrame) -> Figure:
         # In a panel: above the panels of a single model it would lie on the title.
         panels[0].legend(loc="best", fontsize=pt(7), handlelength=1.6)
     caption = "Share of K_0 - best, on dev; s.e.: of the paired difference. Bands: 95 % intervals, lenses held fixed."
-    title_and_caption(drawing, "What a fixed lens sees depends on its ridge", caption)
+    title_and_caption(drawing, change_in_words(frame), caption)
     return drawing
+
+
+def change_in_words(frame: pd.DataFrame) -> str:
+    """How much gain visibility from layer 1 on changes over the losses that a ridge may cost, the title of the figure."""
+    rows = frame[(frame["index"] == "gain_visibility_without_layer0") & frame["value"].notna()]
+    changes = rows.groupby("model")["value"].agg(lambda values: values.max() - values.min())
+    if changes.empty:
+        return "What a fixed lens sees depends on its ridge"
+    least, most = f"{changes.min():.2g}", f"{changes.max():.2g}"
+    by = least if least == most else f"{least} to {most}"
+    return f"From layer 1 on, gain visibility changes by {by} with the loss that a ridge may cost"
 
 
 def visibility_axis(panel: Axes) -> None:

@@ -188,10 +188,42 @@ def plane(frame: pd.DataFrame) -> Figure:
     decomposed = set(own.loc[own["index"] == VIEWS[-1].x, "model"])
     if decomposed and (others := [model for model in own["model"].unique() if model not in decomposed]):
         caption += f" Not decomposed: {', '.join(others)}."
-    title_and_caption(drawing, "Is one prediction refined in one representation?", caption)
+    title_and_caption(drawing, finding(frame), caption)
     for panel, one in zip(panels, drawn, strict=True):
         label_points(drawing, panel, one.points, one.taken)
     return drawing
+
+
+MOST_NAMED = 4
+"""Models that the title names; of more it counts them"""
+
+
+def finding(frame: pd.DataFrame) -> str:
+    """The region that each decomposed model wholly lies in, the title of the figure; the question where there is none."""
+    view, own = VIEWS[-1], frame[frame["part"] == "model"]
+    rule = frame[frame["part"] == "rule"].set_index("index")["value"]
+    ends = [own[own["index"] == name].set_index("model")[["ci_low", "ci_high"]] for name in (view.x, view.y)]
+    models = [model for model in ends[0].index if model in ends[1].index]
+    if not models:
+        return "Is one prediction refined in one representation?"
+    everywhere = -np.inf, np.inf
+    regions = regions_of(view, {str(name): float(at) for name, at in rule.items()}, (-np.inf, *everywhere), everywhere)
+    inside: dict[str, list[str]] = {region.name: [] for region in regions} | {"in none": []}
+    for model in models:
+        (left, right), (low, high) = (end.loc[model].to_numpy(float) for end in ends)
+        within = (
+            region.name
+            for region in regions
+            if (region.x == everywhere or region.x[0] <= left <= right <= region.x[1])
+            and region.y[0] <= low <= high <= region.y[1]
+        )
+        inside[next(within, "in none")].append(model)
+    if len(models) > MOST_NAMED:
+        return f"Regions of {len(models)} models: " + ", ".join(
+            f"{name} {len(there)}" for name, there in inside.items() if there
+        )
+    title = "; ".join(f"{name}: {', '.join(there)}" for name, there in inside.items() if there)
+    return f"By region, {title}"
 
 
 @dataclass(frozen=True)
