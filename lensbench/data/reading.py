@@ -170,6 +170,18 @@ def _expanded(rest: str) -> Path:
         raise LensbenchError(f"file:{printable(rest)}: {error}") from error
 
 
+def refuse_absent(rest: str) -> None:
+    """Raise :class:`LensbenchError` where ``file:REST`` names no file, no folder and no pattern that matches one."""
+    paths = [_expanded(part) for part in {rest, rest.rpartition("#")[0] or rest}]  # what follows a '#' may be a field
+    if not any(_exists(path) or _matching(path) for path in paths):
+        raise _absent(_expanded(rest), printable(rest))
+
+
+def _absent(path: Path, whole: str) -> LensbenchError:
+    what = "nothing matches this pattern" if has_magic(str(path)) else "there is no such file or folder"
+    return LensbenchError(f"file:{whole}: {what}")
+
+
 def _read_path(rest: str, max_bytes: int | None, odd: Oddities) -> Iterator[Document]:
     path, field = _expanded(rest), None
     if not _exists(path) and (found := _matching(path)):
@@ -181,8 +193,7 @@ def _read_path(rest: str, max_bytes: int | None, odd: Oddities) -> Iterator[Docu
     name, whole = printable(path.name), printable(rest)
     matching = {} if _exists(path) else _matching(path)
     if not _exists(path) and not matching:
-        what = "nothing matches this pattern" if has_magic(str(path)) else "there is no such file or folder"
-        raise LensbenchError(f"file:{whole}: {what}")
+        raise _absent(path, whole)
     if field == "":
         raise LensbenchError(f"file:{whole}: the field after '#' is empty; give its name or leave the '#' out")
     if matching:

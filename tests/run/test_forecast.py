@@ -68,6 +68,11 @@ def test_a_dry_run_refuses_a_context_that_is_too_short_as_the_run_does(tmp_path)
     refused(result, "256 tokens are beyond its context of 64; add --set evaluate.length=64, or less")
 
 
+def test_a_dry_run_refuses_a_text_that_is_missing_as_the_run_does(tmp_path):
+    result = run("run", "quick", "--corpus", f"file:{tmp_path / 'none'}", "--dry-run", "--out", tmp_path / "run")
+    refused(result, "none: there is no such file or folder")
+
+
 def test_the_shape_of_a_config_is_that_of_its_model(tmp_path):
     """Embedding and head of 1000 x 64 each; a block has 4 products of 64 x 64, 3 of 64 x 128 and two norms."""
     body = 4 * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 64
