@@ -25,6 +25,11 @@ def transfer_between(
             metavar="A,B", help="Two models of the run to transfer between, too; repeat it.", show_default=False
         ),
     ] = None,
+    preset: Annotated[str | None, typer.Option(help="The run's --preset, if it had one.", show_default=False)] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A --set that the run had; repeat it.", show_default=False),
+    ] = None,
     out: Out = None,
     device: Device = "auto",
     debug: Debug = False,
@@ -37,9 +42,9 @@ def transfer_between(
     from lensbench.report.between_tables import between_rows_table
     from lensbench.run.between import transfer_between
     from lensbench.runtime.environment import choose_device
-    from lensbench.suite.files import load_suite
+    from lensbench.suite.changes import Changes
 
-    chosen = load_suite(suite)
+    chosen = Changes(preset=preset, settings=tuple(setting or ())).of(suite)
     named = [tuple(names.split(",")) for names in pair or []]
     if wrong := [names for names in named if len(set(names)) != 2 or not all(names)]:
         raise LensbenchError(f"--pair {','.join(wrong[0])}: name two models, A,B")
