@@ -66,14 +66,28 @@ class Capture:
     def __len__(self) -> int:
         return self.states.shape[1]
 
-    def take(self, tokens: Tensor) -> "Capture":
-        """The capture of the given tokens (indices or mask [N]); ``mean_p`` stays that of all tokens."""
+    def take(self, tokens: Tensor, memory_gib: float = float("inf")) -> "Capture":
+        """The capture of the given tokens (indices or mask [N]); ``mean_p`` stays that of all tokens.
+
+        States above ``memory_gib`` GiB lie in a file, see :func:`room_for`.
+        """
         at = tokens.cpu().numpy()
+        states = self._states_of(tokens, len(self.window[at]), memory_gib)
         return Capture(
-            self.states[:, tokens], self.expected[tokens], self.entropy_term[tokens], self.targets[tokens],
+            states, self.expected[tokens], self.entropy_term[tokens], self.targets[tokens],
             self.top[tokens], self.model_ce[tokens], self.mean_p, self.constant_kl[tokens], self.window[at],
             self.document[at], self.target_bytes[at], self.ranks,
         )  # fmt: skip
+
+    def _states_of(self, tokens: Tensor, count: int, memory_gib: float) -> Tensor:
+        layers, _, d = self.states.shape
+        if 4 * layers * count * d <= memory_gib * 2**30:
+            return self.states[:, tokens]
+        states = room_for((layers, count, d), self.states.device, memory_gib)
+        for row, own in zip(states, self.states, strict=True):
+            row.copy_(own[tokens])
+            give_back_pages()
+        return states
 
     @property
     def tokens(self) -> int:

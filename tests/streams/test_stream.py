@@ -672,6 +672,16 @@ def test_states_beyond_the_memory_setting_lie_in_a_file_and_are_the_same(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_some_tokens_of_a_capture_lie_in_a_file_beyond_the_memory_setting_and_are_the_same():
+    stream = ResidualStream(randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))))
+    documents = [TokenizedDocument("a", np.arange(200, dtype=np.int32) % V, np.ones(200, np.int32))]
+    whole = capture(stream, sample_windows(documents, n_sequences=4, length=40, positions=8, seed=0))
+    some = torch.arange(len(whole)) % 3 > 0
+    in_memory, in_file = whole.take(some), whole.take(some, memory_gib=1e-9)
+    torch.testing.assert_close(in_file.states, in_memory.states, rtol=0, atol=0)
+    assert in_file.states.shape[1] == int(some.sum())
+
+
 def test_states_that_fit_nowhere_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(LensbenchError, match="memory_gib"):

@@ -82,7 +82,9 @@ def capped(
     if settings.largest_norm is None:
         return found, []
     massive = MassiveTokens.of(captures[0], found.layers, settings.largest_norm)
-    (fit, dev, held_out), shares = zip(*(massive.left_out(captured) for captured in captures), strict=True)
+    (fit, dev, held_out), shares = zip(
+        *(massive.left_out(captured, recipe.memory_gib) for captured in captures), strict=True
+    )
     rows = massive.rows(dict(zip(("fit", "dev", "eval"), shares, strict=True)))
     if not any(shares):
         return found, rows

@@ -58,10 +58,10 @@ class MassiveTokens:
         rows = (*layers, fit.layers)
         return cls(cap, rows, torch.stack([fit.states[row].norm(dim=-1).median() for row in rows]))
 
-    def left_out(self, captured: Capture) -> tuple[Capture, float]:
-        """The capture without them, and their share of its tokens."""
+    def left_out(self, captured: Capture, memory_gib: float = float("inf")) -> tuple[Capture, float]:
+        """The capture without them, and their share of its tokens; states above ``memory_gib`` GiB lie in a file."""
         massive = self.among(captured)
-        return captured.take(~massive), float(massive.double().mean())
+        return captured.take(~massive, memory_gib), float(massive.double().mean())
 
     def rows(self, shares: dict[str, float]) -> list[dict[str, Any]]:
         """Rows as of :func:`variant_rows` that say which share of the tokens of each split is left out."""
