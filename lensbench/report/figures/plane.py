@@ -208,7 +208,7 @@ def finding(frame: pd.DataFrame) -> str:
         return "Is one prediction refined in one representation?"
     everywhere = -np.inf, np.inf
     regions = regions_of(view, {str(name): float(at) for name, at in rule.items()}, (-np.inf, *everywhere), everywhere)
-    inside: dict[str, list[str]] = {region.name: [] for region in regions} | {"in none": []}
+    inside: dict[str, list[str]] = {name: [] for name in (*(region.name for region in regions), "in none")}
     for model in models:
         (left, right), (low, high) = (end.loc[model].to_numpy(float) for end in ends)
         within = (
