@@ -193,7 +193,7 @@ def test_file_then_preset_then_limit_then_settings(with_presets):
         ("[presets.a]\nfti = 3", "tiny.toml, preset a: unknown key 'fti'; did you mean 'fit'?"),
         ("[presets.a.fit]\nrefit = 3", "tiny.toml, preset a: unknown key 'fit.refit'; did you mean 'refits'?"),
         ("[presets.a.models.gtp]\ndtype = 3", "tiny.toml, preset a: models.gtp.dtype: did you mean 'gpt'?"),
-        ("[presets.a.evaluate]\npositions = 70", "tiny.toml, preset a: sequences of 64 tokens have no more than 62"),
+        ("[presets.a.evaluate]\npositions = 70", "preset a: evaluate.positions is 70: sequences of 64 tokens"),
         ("[presets.default]\nseeds = [1]", "the preset 'default' is the file as it is"),
         ('[presets.a]\nname = "b"', "preset 'a' cannot set 'name'"),
         ("[presets]\na = 3", "tiny.toml: presets.a: Input should be a valid dictionary"),
