@@ -33,7 +33,7 @@ def test_a_run_folder_holds_every_table_with_its_schema(tiny_run):
     for name in results.WRITTEN:
         asked = results.ASKED_COLUMNS.get(name, ())
         columns = [column for column in results.SCHEMA[name] if column not in asked]
-        assert list(finished.tables[name].columns) == columns
+        assert list(pd.read_csv(tiny_run / name, nrows=0).columns) == columns
     transfer = finished.tables["transfer.csv"]
     assert (transfer.groupby("model").size() == 16).all()
     lenses = finished.tables["lenses.csv"]
