@@ -62,7 +62,7 @@ def test_a_rule_of_an_earlier_version_is_read_without_what_is_no_longer_asked():
 
 
 def test_a_statement_is_the_sentence_of_the_table_and_its_landmarks():
-    run = read_run(RESULTS / "smollm2")  # of a version before the decomposition
+    run = read_run(RESULTS / "probes" / "smollm2")  # without the decomposition
     assert update_statements(run) == []
     row = {
         "model": "gpt",
@@ -93,7 +93,7 @@ def test_tables_show_an_undetermined_verdict_with_its_gate(verdict, gate, cell):
 
 
 def test_advice_and_landmarks_are_given_once_from_layer_1_on():
-    run = read_run(RESULTS / "smollm2")
+    run = read_run(RESULTS / "probes" / "smollm2")
     whole = {"model": "gpt", "seed": "0", "verdict": "undetermined", "gate": "between two answers"}
     rows = [
         whole | {"scope": "all layers", "sentence": f"Over all layers 80 %; clarity 0.9; {MORE_FIT_TEXT}."},
