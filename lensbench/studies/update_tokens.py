@@ -74,8 +74,9 @@ class Coarser(BaseModel):
     @model_serializer(mode="wrap")
     def _what_is_set(self, whole: SerializerFunctionWrapHandler) -> Row:
         """Without what is left as it is, so that streams measured before keep their names."""
-        less = ("ridges", "pads", "refits")
-        return {name: value for name, value in whole(self).items() if name not in less or value is not None}
+        return {
+            name: value for name, value in whole(self).items() if name not in Coarser.model_fields or value is not None
+        }
 
 
 class Width(Coarser):
