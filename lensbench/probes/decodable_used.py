@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
-from lensbench.measures.update.metric import SMALLEST_EIGENVALUE, Metric
+from lensbench.measures.update.folds import pseudo_inverse
+from lensbench.measures.update.metric import Metric
 from lensbench.probes.catalogue import ANYWHERE, Panel, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject
@@ -69,10 +70,7 @@ def regressions(fit: Capture, rows: Tensor) -> Tensor:
     for states in fit.states[:-1]:
         x = states[rows].double().cpu()
         x = x - x.mean(0)
-        values, vectors = torch.linalg.eigh(x.T @ x)
-        seen = values > SMALLEST_EIGENVALUE * values[-1]
-        inverse = (vectors[:, seen] / values[seen]) @ vectors[:, seen].T
-        found.append(last.T @ x @ inverse)
+        found.append(last.T @ x @ pseudo_inverse(x.T @ x))
     return torch.stack(found)
 
 
