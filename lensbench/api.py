@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lensbench.data.corpus import FRACTIONS, clusters_of, load_corpus
 from lensbench.data.inputs import Texts
 from lensbench.data.tokens import BeginSetting
-from lensbench.data.windows import Windows
+from lensbench.data.windows import DOCUMENT_SHARE, Windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import Fit
 from lensbench.lenses.fit import fit as fit_lenses
@@ -101,7 +101,7 @@ class Lenses:
 
     def held_out(self, sequences: int, positions: int) -> tuple[Windows, Capture]:
         """Windows of the eval split, and what the model's stream holds at their scored positions."""
-        samples = self.texts.samples("eval", sequences, positions, share=0.02)
+        samples = self.texts.samples("eval", sequences, positions, share=DOCUMENT_SHARE)
         return samples, capture(self.stream, samples, constant=self.fitted.constant)
 
 
@@ -138,8 +138,8 @@ def fit(
         raise LensbenchError(f"{model.source} has one layer: there is nothing to transfer a lens to")
     recipe = recipe or QUICK
     with shown(progress) as to:
-        found = capture(stream, texts.samples("fit", recipe.sequences, recipe.positions), memory_gib=recipe.memory_gib)
-        dev = capture(stream, texts.samples("dev", recipe.dev_sequences, recipe.dev_positions), constant=found.mean_p)
+        found = capture(stream, texts.samples(**recipe.of_fit), memory_gib=recipe.memory_gib)
+        dev = capture(stream, texts.samples(**recipe.of_dev), constant=found.mean_p)
         fitted = fit_lenses(FitContext.of(stream.readout, found, dev, recipe, seed=seed, progress=to))
     return Lenses(name or _name_of(model), stream, fitted, texts, recipe, seed)
 
@@ -200,7 +200,7 @@ def decompose(
     stream, texts = _read(model, text, length, view, max_bytes, begin, fractions)
     who = name or _name_of(model)
     with shown(progress) as to:
-        windows = texts.samples("eval", sequences, positions, share=0.02)
+        windows = texts.samples("eval", sequences, positions, share=DOCUMENT_SHARE)
         found = _updates(stream, texts, windows, recipe or QUICK, update, name=who, seed=seed, progress=to)
     return Updates(who, seed, stream.layers, found, rule)
 
@@ -217,11 +217,11 @@ def _updates(
     progress: Progress,
 ) -> UpdateResult:
     """The decomposition as it is measured on ``windows`` of the eval split."""
-    on_fit = texts.samples("fit", recipe.sequences, recipe.positions)
+    on_fit = texts.samples(**recipe.of_fit)
     fitted_to = capture(stream, on_fit, memory_gib=recipe.memory_gib)
     dev, held_out = (
         in_clusters(capture(stream, samples, constant=fitted_to.mean_p), samples)
-        for samples in (texts.samples("dev", recipe.dev_sequences, recipe.dev_positions), windows)
+        for samples in (texts.samples(**recipe.of_dev), windows)
     )
     return measure_updates(
         stream.readout, in_clusters(fitted_to, on_fit), dev, held_out, recipe, settings,

@@ -21,6 +21,9 @@ MIN_WINDOW = 32
 Turns = Literal["document", "cluster"]
 """What windows are taken from in turn"""
 
+DOCUMENT_SHARE = 0.02
+"""Share of the windows that one document gives at most, unless asked otherwise, where windows are taken in turn"""
+
 
 @dataclass(frozen=True)
 class Windows:

@@ -1,7 +1,7 @@
 """The settings that lenses are fitted and chosen by."""
 
 import itertools
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pydantic import (
     BaseModel,
@@ -12,6 +12,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from lensbench.data.windows import DOCUMENT_SHARE, Turns
 
 Prior = Literal["zero", "identity", "none"]
 """The map B0 that a ridge shrinks towards; ``none`` for a lens that no regression made."""
@@ -25,7 +27,17 @@ Tolerance = float | Literal["1se"]
 """The dev loss that a ridge may cost: a share of ``K_0 - best``, or one standard error."""
 
 
-ADDED_SETTINGS = ("pairs", "search_tokens", "record_tokens", "rotated_own")
+ADDED_SETTINGS = ("pairs", "search_tokens", "record_tokens", "rotated_own", "turns")
+
+
+class Sampled(TypedDict):
+    """What ``samples`` of a model's data is asked for: the arguments of :func:`lensbench.data.windows.sample_windows`."""
+
+    split: str
+    count: int
+    positions: int
+    share: float | None
+    turns: Turns
 
 
 Further = Literal["jacobian", "jacobian_local", "shared_jacobian"]
@@ -63,6 +75,11 @@ class FitRecipe(BaseModel):
     positions: int = Field(32, ge=1, description="random positions of each of them")
     dev_sequences: int = Field(256, ge=1, description="sequences of the dev split")
     dev_positions: int = Field(16, ge=1, description="random positions of each of them")
+    turns: Literal["window", "document", "cluster"] = Field(
+        "window",
+        description="window: every window of the fit and dev splits is drawn alike, so that long packages weigh most; "
+        "document, cluster: windows are taken from these in turn, as in evaluate.turns",
+    )
     ridges: tuple[float, ...] = Field(
         (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3),
         min_length=1,
@@ -118,6 +135,26 @@ class FitRecipe(BaseModel):
         (), description="further kinds of lens: jacobian, jacobian_local, shared_jacobian (needs jacobian)"
     )
     jacobian: JacobianRecipe = JacobianRecipe()
+
+    @property
+    def of_fit(self) -> Sampled:
+        """The windows that lenses are fitted on, as the data's ``samples`` take it."""
+        return self._sampled("fit", self.sequences, self.positions)
+
+    @property
+    def of_dev(self) -> Sampled:
+        """The windows that lenses are chosen on."""
+        return self._sampled("dev", self.dev_sequences, self.dev_positions)
+
+    def _sampled(self, split: str, count: int, positions: int) -> Sampled:
+        in_turn = self.turns != "window"
+        return Sampled(
+            split=split,
+            count=count,
+            positions=positions,
+            share=DOCUMENT_SHARE if in_turn else None,
+            turns="cluster" if self.turns == "cluster" else "document",
+        )
 
     @model_serializer(mode="wrap")
     def _as_asked(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -186,8 +186,8 @@ def peer_of(context: Context, member: Member) -> Peer:
     stream = stream_of(context, origin_of(context, member.model, member.seed), member.model.view)
     fitted, data = Fit.load(member.folder), data_of(context, member.model)
     fit, dev = (
-        data.samples("fit", recipe.sequences, recipe.positions),
-        data.samples("dev", recipe.dev_sequences, recipe.dev_positions),
+        data.samples(**recipe.of_fit),
+        data.samples(**recipe.of_dev),
     )
     held_out = eval_samples(context, data, suite.evaluate.sequences)
     of = partial(capture, stream, constant=fitted.constant, memory_gib=recipe.memory_gib)

@@ -40,11 +40,11 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
         if stream.layers < 2:
             raise LensbenchError(f"model {model.name} has one layer: there is nothing to transfer a lens to")
         loaded = None if model.lens is None else loaded_lens(model.lens, stream)
-        samples = windows = data.samples("fit", recipe.sequences, recipe.positions)
+        samples = windows = data.samples(**recipe.of_fit)
         captured, _ = captured_states(
             context, stream, samples, name=f"capture-fit-{who}", origin=origin, ranks=context.ranks
         )
-        samples, constant = data.samples("dev", recipe.dev_sequences, recipe.dev_positions), captured.mean_p
+        samples, constant = data.samples(**recipe.of_dev), captured.mean_p
         dev, readout = captured_states(
             context, stream, samples, name=f"capture-dev-{who}", origin=origin, constant=constant, ranks=context.ranks
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lensbench.data.corpus import FRACTIONS, load_corpus
 from lensbench.data.inputs import Texts
+from lensbench.data.windows import DOCUMENT_SHARE
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import fit_some
 from lensbench.lenses.jacobian import JacobianSource
@@ -179,9 +180,9 @@ class Comparing:
         if not recipe.fit_sequences:
             return
         how = recipe.fit
-        windows = self.texts.samples("fit", how.sequences, how.positions)
+        windows = self.texts.samples(**how.of_fit)
         found = capture(stream, windows, memory_gib=how.memory_gib)
-        dev = capture(stream, self.texts.samples("dev", how.dev_sequences, how.dev_positions), constant=found.mean_p)
+        dev = capture(stream, self.texts.samples(**how.of_dev), constant=found.mean_p)
         source = JacobianSource(stream, windows, how.jacobian, recipe.seed) if how.lenses else None
         context = FitContext.of(
             stream.readout, found, dev, how, seed=recipe.seed, jacobians=source, progress=self.progress
@@ -201,7 +202,7 @@ class Comparing:
     def rows(self, lenses: Sequence[ReadLens]) -> Iterator[dict[str, Any]]:
         """A row for each lens and layer: means over held-out tokens with intervals over clusters of documents."""
         recipe, stream = self.recipe, self.stream
-        samples = self.texts.samples("eval", recipe.sequences, recipe.positions, share=0.02)
+        samples = self.texts.samples("eval", recipe.sequences, recipe.positions, share=DOCUMENT_SHARE)
         captured = capture(stream, samples)
         _, cluster = np.unique(samples.clusters, return_inverse=True)
 

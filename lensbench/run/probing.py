@@ -93,8 +93,8 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
     fit = Fit.load(fitted.folder)
     scored = eval_samples(context, data, probe_sequences(context))
     samples: dict[str, Callable[[], Samples]] = {
-        "fit": lambda: data.samples("fit", recipe.sequences, recipe.positions),
-        "dev": lambda: data.samples("dev", recipe.dev_sequences, recipe.dev_positions),
+        "fit": lambda: data.samples(**recipe.of_fit),
+        "dev": lambda: data.samples(**recipe.of_dev),
         "eval": lambda: scored,
     }
 
@@ -123,9 +123,7 @@ def subject_of(context: Context, model: ModelRecipe, seed: int) -> Subject:
         lambda split: read(split)[0],
         fit[OWN].maps,
         fit[SHARED_LENS].maps,
-        ReadText(data.samples("fit", recipe.sequences, recipe.positions), data.bigram, data.tokenizer)
-        if isinstance(data, Texts)
-        else None,
+        ReadText(data.samples(**recipe.of_fit), data.bigram, data.tokenizer) if isinstance(data, Texts) else None,
         who,
         context.progress,
         tuple(ridge or 0.0 for ridge in fit[OWN].record.ridge),

@@ -41,7 +41,7 @@ def exact_share_of(context: Context, model: ModelRecipe, seed: int) -> dict[str,
             write_json(folder / "share.json", {"share": 1.0, "why": exact_because(vocabulary)})
             return
         # The dev samples that lenses were chosen on: their states are at hand.
-        samples = data_of(context, model).samples("dev", recipe.dev_sequences, recipe.dev_positions)
+        samples = data_of(context, model).samples(**recipe.of_dev)
         captured, readout = captured_states(
             context, stream, samples, name=f"capture-share-{who}", origin=origin, constant=fit.constant,
             rotation=rotation_of(fitted), ranks=context.ranks,

@@ -59,7 +59,7 @@ def judged_trials(context: Context, sweep: Sweep) -> pd.DataFrame:
     """A row per trial: its settings, and its cross-entropy on the dev split with an interval, nats/token."""
     suite, data = context.suite, data_of(context)
     models = {m.name: m for m in suite.models}
-    samples = data.samples("dev", suite.fit.dev_sequences, suite.fit.dev_positions)
+    samples = data.samples(**suite.fit.of_dev)
     rows = []
     for number, trial in enumerate(sweep.trials):
         # The trial's own settings alone: what the suite has chosen already must not leak into the choice.

@@ -21,7 +21,7 @@ UPDATE_FORMAT = 10
 
 OF_LENSES = (
     "sequences", "positions", "dev_sequences", "dev_positions", "ridges", "pads", "tolerance", "pooled_dev_tokens",
-    "search_tokens", "variance",
+    "search_tokens", "variance", "turns",
 )  # fmt: skip
 """The settings of the fit that the decomposition shares"""
 
@@ -75,12 +75,12 @@ def decomposed(
     stream, recipe, who = stream_of(context, origin, model.view), context.suite.fit, f"{model.name}-seed{seed}"
     if model.lens is not None:
         loaded_lens(model.lens, stream)  # one of another model is refused before anything is measured
-    samples = data.samples("fit", recipe.sequences, recipe.positions)
+    samples = data.samples(**recipe.of_fit)
     fit, _ = captured_states(context, stream, samples, name=f"capture-update-fit-{who}", origin=origin)
     fit = in_clusters(fit, samples)
     rotation = random_bases(context, fit, seed) if model.rotated else None
     others = {
-        "dev": data.samples("dev", recipe.dev_sequences, recipe.dev_positions),
+        "dev": data.samples(**recipe.of_dev),
         "eval": eval_samples(context, data),
     }
     (dev, _), (held_out, readout) = (

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from lensbench.data.tokens import BeginSetting
-from lensbench.data.windows import Turns
+from lensbench.data.windows import DOCUMENT_SHARE, Turns
 from lensbench.statistics import FEWEST_CLUSTERS
 
 LARGEST_GROUPS = 128
@@ -58,7 +58,7 @@ class EvaluateRecipe(BaseModel):
         "promise no interval more than 1.1 times wider (of losses that a few tokens decide, they may promise too much)",
     )
     probe_sequences: int = Field(128, ge=1, description="held-out sequences that probes look at")
-    max_share: float = Field(0.02, gt=0, le=1, description="largest share of the sequences from one document")
+    max_share: float = Field(DOCUMENT_SHARE, gt=0, le=1, description="largest share of the sequences from one document")
     turns: Turns = Field(
         "document",
         description="what sequences are taken from in turn: documents, or clusters of them, such as packages, which "
