@@ -142,7 +142,8 @@ Out = Annotated[
 Strict = Annotated[
     bool,
     typer.Option(
-        "--strict", help="Refuse texts among which files are no text; without it they are left out and named."
+        "--strict",
+        help="Refuse a folder or pattern that holds files other than text. Without it they are skipped and listed.",
     ),
 ]
 

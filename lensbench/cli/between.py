@@ -11,7 +11,7 @@ from lensbench.report.in_width import show, show_line
 from lensbench.runtime.bars import Bars
 
 
-@app.command("transfer-between")
+@app.command("transfer-between", short_help="Lenses of one model on states of another.")
 @answerable
 def transfer_between(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="Name of a suite or a TOML file.")],

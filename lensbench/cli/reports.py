@@ -204,7 +204,7 @@ def settings(
         show(shown, console, keys=2)
 
 
-@app.command()
+@app.command(short_help="How indices change as tokens or parameters double.")
 @answerable
 def trends(
     folders: Annotated[list[Path], typer.Argument(help="Run folders of models that differ in size, or in training.")],

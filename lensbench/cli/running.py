@@ -123,7 +123,10 @@ Probes = Annotated[
 
 
 MaxHours = Annotated[
-    float, typer.Option(min=0, help="Refuse a run to a stated precision that is predicted to score for longer.")
+    float,
+    typer.Option(
+        min=0, help="For suites that state a precision: refuse to start where scoring is predicted to take longer."
+    ),
 ]
 
 

@@ -67,14 +67,24 @@ class Oddities:
 
     def line(self, spec: str) -> str:
         """What was left out and changed; empty where nothing was."""
-        counts = (
-            (self.nulls, "text(s) that are null, left out"),
-            (self.halves, "text(s) with half of a surrogate pair, replaced by U+FFFD"),
-            (len(self.others), f"file(s) of other kinds, left out: {listed(self.others)}"),
-            (len(self.unread), f"file(s) that are no UTF-8 text, left out: {listed(self.unread)}"),
-        )
-        found = [f"{count} {what}" for count, what in counts if count]
+        found = [
+            *counted((self.nulls, "text(s) that are null, left out")),
+            *counted((self.halves, "text(s) with half of a surrogate pair, replaced by U+FFFD")),
+            *self.not_text(", left out"),
+        ]
         return f"{printable(spec)}: {'; '.join(found)}" if found else ""
+
+    def not_text(self, done: str = "") -> list[str]:
+        """The files that are not text, by what is wrong with them; ``done`` says what became of them."""
+        return counted(
+            (len(self.others), f"file(s) of other kinds{done}: {listed(self.others)}"),
+            (len(self.unread), f"file(s) that are not UTF-8 text{done}: {listed(self.unread)}"),
+        )
+
+
+def counted(*counts: tuple[int, str]) -> list[str]:
+    """Each thing with its number; none that are 0."""
+    return [f"{count} {what}" for count, what in counts if count]
 
 
 MOST_LISTED = 8
@@ -116,7 +126,8 @@ def read_documents(spec: str, max_bytes: int | None = None, *, say: Say = warn, 
         raise LensbenchError(f"{printable(spec)} cannot be read: {reason(error)}") from error
     if strict and (odd.others or odd.unread):
         raise LensbenchError(
-            f"{odd.line(spec)}; take them away, name texts by a pattern (file:FOLDER/*.txt), or leave --strict out"
+            f"{printable(spec)} is refused (--strict): {'; '.join(odd.not_text())}; remove them, name the texts by a "
+            "pattern (file:FOLDER/*.txt), or leave out --strict, which then skips them"
         )
     if line := odd.line(spec):
         say(line)

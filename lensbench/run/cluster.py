@@ -189,11 +189,19 @@ class Cluster:
 
 
 def _ray() -> Any:
-    """The module ``ray``; raises :class:`LensbenchError` where it is not installed."""
+    """The module ``ray``; raises :class:`LensbenchError` where it is not installed, or broken."""
+    install = "python -m pip install 'lensbench[ray]'"
     try:
         import ray
-    except ImportError as error:
-        raise LensbenchError("--ray needs Ray: python -m pip install 'lensbench[ray]'") from error
+    except Exception as error:  # a broken installation raises whatever its parts raise
+        if isinstance(error, ModuleNotFoundError) and error.name == "ray":
+            raise LensbenchError(f"--ray needs Ray: {install}") from error
+        raise LensbenchError(
+            f"--ray: the installed Ray cannot be imported ({type(error).__name__}: {error}); install it again: {install}"
+        ) from error
+    if not hasattr(ray, "init"):
+        place = getattr(ray, "__file__", None) or next(iter(getattr(ray, "__path__", ())), "an unknown place")
+        raise LensbenchError(f"--ray: the module ray in {place} is not Ray, or only a part of it; {install}")
     return ray
 
 

@@ -67,7 +67,9 @@ def validated(kind: type[Recipe], name: str, content: dict[str, Any]) -> Recipe:
         place = place_in(first["loc"], content)
         if first["type"] == "extra_forbidden":
             key, known = str(first["loc"][-1]), known_keys(kind, first["loc"][:-1])
-            raise LensbenchError(f"{name}: unknown key {place!r}; {nearest(key, known)}") from error
+            section = place.removesuffix(key) if name == COMMAND else ""  # a file has it above the key
+            hint = nearest(key, known).replace("did you mean '", f"did you mean '{section}")
+            raise LensbenchError(f"{name}: unknown key {place!r}; {hint}") from error
         message = first["msg"].removeprefix("Value error, ")
         raise LensbenchError(f"{name}: {place}: {message}" if place else f"{name}: {message}") from error
 

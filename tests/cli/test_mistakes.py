@@ -1,13 +1,17 @@
 """Mistakes on the command line are told in one line, with what would be right, before any work."""
 
 import json
+import re
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from lensbench.cli import app
+from lensbench.data.reading import read_documents
 from lensbench.errors import LensbenchError
 from lensbench.report.trace import LENSES_OF_A_RUN, traced_model
 from lensbench.results.folder import OWNER, read_run
@@ -71,6 +75,62 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch, tmp_path):
 def test_a_cluster_that_does_not_answer_is_refused_before_any_work():
     with pytest.raises(LensbenchError, match=r"no Ray cluster at 127\.0\.0\.1:1|--ray needs Ray"):
         Cluster("127.0.0.1:1").check()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            "raise RuntimeError('half installed')",
+            r"cannot be imported \(RuntimeError: half installed\); install it again",
+        ),
+        ("import a_part_that_is_missing", "cannot be imported .*a_part_that_is_missing"),
+        ("", "is not Ray, or only a part of it"),
+        (None, "--ray needs Ray"),
+    ],
+)
+def test_a_missing_or_broken_ray_is_told_in_one_line_before_any_work(tmp_path, monkeypatch, content, told):
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    if content is None:
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "ray").exists()])
+    else:
+        (tmp_path / "modules").mkdir()
+        (tmp_path / "modules" / "ray.py").write_text(content)
+        monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    result = CliRunner().invoke(app, ["run", "quick", "--ray", "--out", str(tmp_path / "run")])
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert re.search(told, result.stderr)
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [
+        ("fit.sequencs", "fit.sequences"),
+        ("evaluate.sequencs", "evaluate.sequences"),
+        ("models.gpt.famly", "models.gpt.family"),
+    ],
+)
+def test_a_misspelt_setting_is_told_with_the_section_of_what_was_meant(setting, meant):
+    with pytest.raises(LensbenchError, match=rf"unknown key '{setting}'; did you mean '{meant}'\?"):
+        Changes(settings=(f"{setting}=3",)).of("quick")
+
+
+def test_strict_says_that_it_refuses_and_names_no_file_as_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG")
+    with pytest.raises(LensbenchError, match=r"is refused \(--strict\): .*c\.png.*b\.txt") as found:
+        read_documents(f"file:{tmp_path}", strict=True)
+    assert "left out" not in str(found.value)
+
+
+def test_the_list_of_commands_cuts_no_line():
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"})
+    assert [line for line in result.output.splitlines() if line.endswith("...") and not line.startswith("Usage")] == []
 
 
 @pytest.mark.parametrize("facts", [{"command": "lensbench run quick --out 'my run'"}, {}])

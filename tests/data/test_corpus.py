@@ -735,7 +735,7 @@ def test_what_is_no_text_in_a_folder_is_left_out_and_named(mixed):
     assert [d.text for d in read_documents(f"file:{mixed}", say=said.append)] == ["first", "second"]
     (line,) = said
     assert "1 file(s) of other kinds, left out: c.png" in line
-    assert "1 file(s) that are no UTF-8 text, left out: d.txt" in line
+    assert "1 file(s) that are not UTF-8 text, left out: d.txt" in line
 
 
 def test_strict_refuses_a_folder_with_files_that_are_no_text(mixed):

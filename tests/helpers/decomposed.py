@@ -57,7 +57,7 @@ def index_rows(who: dict, layers: int, rank: int) -> list[dict]:
     """Rows of ``indices.csv`` from layer 1 on, of one model and seed."""
     kind = KINDS[rank % len(KINDS)]
     c, clarity = SHARES[kind]
-    why = f"undetermined: 0 of 10 pairs of layers pass the gates and 3 are needed; of 10 {REASONS['no fall']}"
+    why = f"undetermined: 0 of 10 pairs of layers pass the gates and 3 are needed; at 10 of them {REASONS['no fall']}"
     numbers = {"clarity": clarity, "kept_low": clarity, "kept_high": 1.0, "news": 0.2, "drowned": 1 - clarity}
     numbers["in_place"] = 1 - c if kind != "gated" else None
     rows = []

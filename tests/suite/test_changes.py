@@ -57,10 +57,10 @@ def test_a_setting_leaves_all_others_of_a_suite_as_they_are(name):
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("fit.sequnces=3", "command line: unknown key 'fit.sequnces'; did you mean 'sequences'?"),
+        ("fit.sequnces=3", "command line: unknown key 'fit.sequnces'; did you mean 'fit.sequences'?"),
         ("fti.sequences=3", "command line: unknown key 'fti'; did you mean 'fit'?"),
-        ("verdict.update.aded=0.5", "unknown key 'verdict.update.aded'; did you mean 'added'?"),
-        ("models.gpt.layrs=3", "unknown key 'models.gpt.layrs'; did you mean 'layers'?"),
+        ("verdict.update.aded=0.5", "unknown key 'verdict.update.aded'; did you mean 'verdict.update.added'?"),
+        ("models.gpt.layrs=3", "unknown key 'models.gpt.layrs'; did you mean 'models.gpt.layers'?"),
         ("models.gtp.layers=3", "models.gtp.layers: models are set by name, models.gpt.KEY; did you mean 'gpt'?"),
         ("models.gpt.layers=1", "command line: models.gpt.layers: Input should be greater than or equal to 2"),
         ("fit.sequences=0", "fit.sequences: Input should be greater than or equal to 1"),

@@ -147,7 +147,7 @@ def undetermined(found: Decomposition, pairs: NDArray[np.bool_]) -> str:
         return ""
     stopped = [gate for gate, inside in zip(found.gate, pairs, strict=True) if inside and gate]
     most = max(REASONS, key=stopped.count) if stopped else ""
-    why = f"; of {stopped.count(most)} {REASONS[most]}" if most else ""
+    why = f"; at {stopped.count(most)} of them {REASONS[most]}" if most else ""
     return f"undetermined: {passed} of {asked} pairs of layers pass the gates and {needed} are needed{why}"
 
 
