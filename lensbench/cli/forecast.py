@@ -1,5 +1,6 @@
 """What `lensbench run --dry-run` prints: the stages of a run, finished and to be computed, with what they take."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from rich.table import Column, Table
 from lensbench.report.in_width import show_line
 
 if TYPE_CHECKING:
-    from lensbench.run.forecast import Forecast
+    from lensbench.run.forecast import Forecast, PlannedStage
     from lensbench.suite.recipes import Suite
 
 
@@ -33,41 +34,71 @@ def show_forecast(
 
 CAUTION = (
     "Predicted from FLOPs and the rates above; trainings and passes of models that are trained here from steps of each. "
-    "Searches end where dev says, and a text may hold fewer sequences: expect between half and twice as long. Nothing was "
-    "computed or written."
+    "Reading texts, tokenizers and baselines are not predicted. Searches end where dev says, and a text may hold fewer "
+    "sequences: expect between half and twice as long. Nothing was computed or written."
 )
 
 BUSY = 0.8
 """Share of the time that this process must get for the machine to count as free"""
 
 
+MANY = 30
+"""Stages above which those of one kind and model share a row"""
+
+OF_MODEL = re.compile(r"@(?P<checkpoint>[^-]+)|-seed(?P<seed>\d+)(?P<tokens>-\d+)?")
+"""What tells stages of one kind and model apart in their names"""
+
+
 def forecast_table(suite: "Suite", folder: Path, found: "Forecast", device: str) -> Table:
-    """A row for each stage, and the totals of those that would be computed."""
+    """A row for each stage, or for each kind of stage and model where there are many; and the totals to be computed."""
     gib = 2.0**30
     table = Table(
-        Column("stage", no_wrap=True), "", *(Column(name, justify="right") for name in ("seconds", "GiB", "GiB on disk")),
-        title=f"{suite.name} in {folder} on {device}: what would run",
+        Column("stage", overflow="fold"), *(Column(name, justify="right") for name in ("time", "GiB", "disk")),
+        title=f"{suite.name} on {device}: what would run", show_edge=False,
+        caption=f"{folder}: GiB in memory, and GiB on disk that a stage leaves; reused stages took so long",
     )  # fmt: skip
-    for stage in found.stages:
-        what = "reused, took" if stage.finished else "predicted"
-        sizes = ("", "") if stage.finished else (f"{stage.cost.memory / gib:.1f}", f"{stage.cost.disk / gib:.2f}")
-        table.add_row(stage.name, what, duration(stage.seconds), *sizes)
+    for name, stages in rows_of(found.stages).items():
+        took = duration(sum(stage.seconds for stage in stages))
+        if stages[0].finished:
+            table.add_row(name, took, "", "reused")
+        else:
+            memory, disk = max(stage.cost.memory for stage in stages), sum(stage.cost.disk for stage in stages)
+            table.add_row(name, took, f"{memory / gib:.1f}", f"{disk / gib:.2f}")
     table.add_section()
     missing = found.missing
-    memory = max((stage.cost.memory for stage in missing), default=0.0)
     table.add_row(
-        f"{len(missing)} of {len(found.stages)} stages", "predicted", duration(sum(stage.seconds for stage in missing)),
-        f"{memory / gib:.1f} at most", f"{sum(stage.cost.disk for stage in missing) / gib:.2f}",
-    )  # fmt: skip
+        f"{len(missing)} of {len(found.stages)} stages",
+        duration(sum(stage.seconds for stage in missing)),
+        f"{max((stage.cost.memory for stage in missing), default=0.0) / gib:.1f}",
+        f"{sum(stage.cost.disk for stage in missing) / gib:.2f}",
+    )
     return table
 
 
+def rows_of(stages: "list[PlannedStage]") -> "dict[str, list[PlannedStage]]":
+    """The stages of each row, by what it is called; finished ones have rows of their own."""
+    if len(stages) <= MANY:
+        return {stage.name: [stage] for stage in stages}
+    groups: dict[tuple[str, bool], list[PlannedStage]] = {}
+    for stage in stages:
+        groups.setdefault((OF_MODEL.sub("", stage.name), stage.finished), []).append(stage)
+    found: dict[str, list[PlannedStage]] = {}
+    for (name, _), group in groups.items():
+        counts = [
+            f"{len(values)} {what}s"
+            for what, key in (("checkpoint", "checkpoint"), ("seed", "seed"), ("budget", "tokens"))
+            if len(values := {m[key] for stage in group for m in OF_MODEL.finditer(stage.name) if m[key]}) > 1
+        ]
+        label = f"{name}: {', '.join(counts)}" if counts else name
+        found[label if label not in found else f"{label} (rest)"] = group
+    return found
+
+
 def duration(seconds: float) -> str:
-    """Seconds, with minutes or hours next to many."""
-    shown = f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"
+    """Seconds, or minutes or hours where there are many."""
     if seconds < 120:
-        return shown
-    return f"{shown} ({seconds / 60:.0f} min)" if seconds < 7200 else f"{shown} ({seconds / 3600:.1f} h)"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def busy_lines(found: "Forecast") -> list[str]:

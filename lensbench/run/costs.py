@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 
 from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.estimated import worth_estimating
+from lensbench.lenses.jacobian import PILOT_PROBES, PILOT_PROMPTS
 from lensbench.lenses.per_layer import curve_tolerances
 from lensbench.lenses.planning import matrices, paired_views
 from lensbench.lenses.room import SHARE
@@ -73,6 +74,8 @@ class Shape:
     """Parameters of embedding and head"""
     bytes_each: int = FLOAT
     """Of a weight"""
+    heads: int = 1
+    """Of attention, in each layer"""
     errors: bool = False
     """Whether each layer sees its prediction error, which costs products with the embedding"""
 
@@ -260,16 +263,29 @@ def fit_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
 
 
 def jacobians(suite: Suite, shape: Shape) -> Work:
-    """Jacobian lenses of all prompts that are allowed: exactly, but of the current position, unless asked for otherwise.
+    """Jacobian lenses of all prompts that are allowed: exactly, but of the current position, unless asked for otherwise."""
+    kinds = [kind for kind in ("jacobian", "jacobian_local") if kind in suite.fit.lenses]
+    prompts = suite.fit.jacobian.prompts
+    return sum((jacobian_products(suite, shape, kind, prompts) for kind in kinds), Work())
 
-    A product with a vector goes back through activations alone and costs about what a forward pass does.
+
+def jacobian_products(suite: Suite, shape: Shape, kind: str, prompts: int) -> Work:
+    """Mean Jacobians of one kind over so many prompts, two at least.
+
+    A product with a vector goes back through activations alone and costs about what a forward pass does. Random vectors are
+    also multiplied with a control variate and with what comes back, and are tried on some prompts first.
     """
-    fit, d = suite.fit, shape.width
-    how = fit.jacobian
-    products = {"jacobian": how.probes if how.method == "random" else d}
-    products["jacobian_local"] = how.positions * d if how.method == "exact" else how.probes
-    passes = how.prompts * sum(1 + count for kind, count in products.items() if kind in fit.lenses)
-    return Work(model=passes * suite.length * (2 * shape.body + 4 * shape.layers * suite.length * d))
+    how, d, prompts = suite.fit.jacobian, shape.width, max(2, prompts)
+    local = kind == "jacobian_local"
+    exact = how.method == "exact" or (how.method == "auto" and not local)
+    count, further = how.positions * d if local else d, Work()
+    passes: float = prompts * (1 + count)
+    if not exact:
+        tried = min(PILOT_PROMPTS, how.rows, prompts)
+        passes = prompts * (1 + how.probes) + tried * (1 + PILOT_PROBES)
+        vectors = prompts * how.probes + tried * PILOT_PROBES
+        further = Work(double=vectors * shape.layers * suite.length * 4 * d**2)
+    return passes * forward(shape, 1, suite.length, 0) + further
 
 
 def refinement(suite: Suite, shape: Shape, of: Counts) -> Work:
@@ -409,21 +425,6 @@ def train_cost(suite: Suite, shape: Shape, steps: int) -> Cost:
     logits = 2 * FLOAT * suite.training.batch * suite.training.length * shape.vocabulary
     memory = PROCESS_GIB * GIB + 5 * FLOAT * shape.parameters + logits
     return Cost(Work(steps=steps), memory, FLOAT * shape.parameters)
-
-
-PROBE_PASSES: dict[str, float] = {"injection_survival": 24.0, "block_order": 18.0}
-"""Passes of a model of six layers over the sequences of a probe; of others two for each layer"""
-
-
-def probe_cost(suite: Suite, shape: Shape, of: Counts, probe: str) -> Cost:
-    """A probe, roughly: passes of the model over its sequences, and one over fitting and dev tokens."""
-    windows = min(suite.evaluate.probe_sequences, of.windows["eval"][0])
-    one = forward(shape, windows, suite.length, suite.evaluate.positions)
-    work = PROBE_PASSES.get(probe, 12.0) * shape.layers / 6 * one
-    if probe == "injection_survival":
-        work += of.captured(shape, "fit", "dev") + read_out(shape, windows * 6 * of.chosen**2)
-    memory, disk = held(shape, suite, windows * suite.evaluate.positions)
-    return Cost(work, memory, disk)
 
 
 def begin_cost(suite: Suite, shape: Shape, windows: int) -> Cost:

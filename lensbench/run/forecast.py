@@ -24,6 +24,7 @@ from lensbench.run.fitting import fitting
 from lensbench.run.further_scores import PRECISION, asked_for, further_stages
 from lensbench.run.inputs import data_of
 from lensbench.run.origin import REMEDY, origin_of
+from lensbench.run.probe_costs import LOOPING, OF_VIEWS, READS_SCORED, Asked, probe_cost
 from lensbench.run.probing import probing
 from lensbench.run.replacing import refuse_replacing
 from lensbench.run.scoring import scoring
@@ -152,9 +153,8 @@ def shape_of(suite: Suite, model: ModelRecipe) -> Shape:
     stream = ResidualStream(network.eval(), model.view)
     outer = embedded(network)
     body = count_parameters(network) - outer
-    return Shape(
-        stream.layers, stream.d_model, stream.vocab_size, body, outer, errors=owner.family == "predictive-coding"
-    )
+    heads, errors = getattr(network.config, "num_attention_heads", 1), owner.family == "predictive-coding"
+    return Shape(stream.layers, stream.d_model, stream.vocab_size, body, outer, heads=heads, errors=errors)
 
 
 def shape_of_source(source: str, dtype: str) -> Shape:
@@ -169,8 +169,9 @@ def shape_of_source(source: str, dtype: str) -> Shape:
     text, outer = config.get_text_config(), embedded(network)
     each = torch.empty(0, dtype=dtype_named(dtype)).element_size()
     return Shape(
-        text.num_hidden_layers, text.hidden_size, text.vocab_size, count_parameters(network) - outer, outer, each
-    )
+        text.num_hidden_layers, text.hidden_size, text.vocab_size, count_parameters(network) - outer, outer, each,
+        heads=getattr(text, "num_attention_heads", 1),
+    )  # fmt: skip
 
 
 def embedded(network: PreTrainedModel) -> int:
@@ -212,8 +213,12 @@ def stage_costs(suite: Suite, model: ModelRecipe, shape: Shape, probes: tuple[st
         for what in asked_for(suite):
             cost = costs.precision_cost if what == PRECISION else costs.jacobian_matrix_cost
             found[f"{what}-{who}"] = cost(suite, shape, of)
+        asked = Asked(suite, shape, of, loops=owner.family in LOOPING)
+        captured = asked.windows == of.windows["eval"][0]
         for probe in probes or suite.probes:
-            found[f"probe-{probe}-{who}"] = costs.probe_cost(suite, shape, of, probe)
+            applies = not model.rotated or probe in OF_VIEWS
+            found[f"probe-{probe}-{who}"] = probe_cost(asked, probe, captured=captured) if applies else none
+            captured |= probe in READS_SCORED
     if found:
         found["baselines" if owner.source is None else f"baselines-{owner.name}"] = none
     return found

@@ -1,16 +1,19 @@
 """What a run would take is said before it runs, from configs and formulas alone."""
 
+import io
 import itertools
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.commands import refused, run
+from rich.console import Console
 from transformers import LlamaConfig
 
-from lensbench.cli.forecast import busy_lines
+from lensbench.cli.forecast import busy_lines, forecast_table, rows_of
 from lensbench.data.recipe import TrainingRecipe
 from lensbench.errors import LensbenchError
 from lensbench.models import build
@@ -26,7 +29,9 @@ CPU = torch.device("cpu")
 
 RATES = Rates(model=1e11, single=1e11, double=5e10, eigen=4e9, words=1e9, copied=1e10)
 
-EIGHT_B = Shape(layers=32, width=4096, vocabulary=128_256, body=6_979_588_096, outer=2 * 128_256 * 4096, bytes_each=2)
+EIGHT_B = Shape(
+    layers=32, width=4096, vocabulary=128_256, body=6_979_588_096, outer=2 * 128_256 * 4096, bytes_each=2, heads=32
+)
 """Llama 3.1 8B in bfloat16: 8,030,261,248 parameters, of which 1,050,673,152 are its embedding and its head"""
 
 
@@ -77,9 +82,9 @@ def test_the_shape_of_a_config_is_that_of_its_model(tmp_path):
     """Embedding and head of 1000 x 64 each; a block has 4 products of 64 x 64, 3 of 64 x 128 and two norms."""
     body = 4 * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 64
     untied = forecast.shape_of_source(config_alone(tmp_path / "a"), "bfloat16")
-    assert untied == Shape(4, 64, 1000, body, 2 * 64_000, bytes_each=2)
+    assert untied == Shape(4, 64, 1000, body, 2 * 64_000, bytes_each=2, heads=4)
     tied = forecast.shape_of_source(config_alone(tmp_path / "b", tie_word_embeddings=True), "float32")
-    assert tied == Shape(4, 64, 1000, body, 64_000, bytes_each=4)
+    assert tied == Shape(4, 64, 1000, body, 64_000, bytes_each=4, heads=4)
 
 
 def test_no_weight_of_a_large_model_is_made(tmp_path):
@@ -182,15 +187,52 @@ def test_a_dry_run_prints_every_stage_with_totals_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def planned(name, finished=False):
+    return forecast.PlannedStage(name, 1090.0, costs.Cost(Work(), 2.0**31, 2.0**30), finished)
+
+
+def shown(stages):
+    console = Console(width=80, file=io.StringIO())
+    found = forecast.Forecast(stages, {"float32": RATES})
+    console.print(forecast_table(load_suite("standard"), Path("runs/standard"), found, "cpu"))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("name", ["pretrained-updates", "standard", "pythia-training"])
+def test_the_table_fits_80_columns_and_cuts_and_wraps_nothing(name, finished):
+    suite = load_suite(name)
+    stages = [planned(stage, finished) for stage in sorted(stage_names(suite, list(suite.models)))]
+    text = shown(stages)
+    assert "…" not in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    rows = [line for line in text.splitlines() if "│" in line]
+    assert all(row.split("│")[0].strip() and row.split("│")[1].strip() for row in rows), "a row of one line each"
+    assert len(rows) == len(rows_of(stages)) + 1
+
+
+def test_many_stages_share_rows_by_kind_and_model_and_none_is_lost():
+    suite = load_suite("pythia-training")
+    stages = [planned(name) for name in sorted(stage_names(suite, list(suite.models)))]
+    rows = rows_of(stages)
+    assert len(rows) < 30 < len(stages)
+    assert sorted(s.name for group in rows.values() for s in group) == [s.name for s in stages]
+    of_70m = {m.name for m in suite.models if m.name.startswith("pythia-70m@")}
+    assert len(rows[f"update-pythia-70m: {len(of_70m)} checkpoints"]) == len(of_70m)
+    some = [replace(stage, finished=k < 40) for k, stage in enumerate(stages)]
+    assert all(len({s.finished for s in group}) == 1 for group in rows_of(some).values())
+    assert sum(map(len, rows_of(some).values())) == len(stages)
+
+
 @pytest.mark.run
 def test_finished_stages_are_reused_in_the_forecast_and_nothing_is_touched(tiny_suite, tiny_run):
     files = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
     result = run("run", tiny_suite, "--dry-run", "--out", tiny_run, "--set", "fit.refits=1", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    lines = {line.split("│")[1].strip(): line for line in result.output.splitlines() if line.count("│") > 4}
+    lines = {line.split("│")[0].strip(): line for line in result.output.splitlines() if line.count("│") == 3}
     names = stage_names(load_suite(str(tiny_suite)), list(load_suite(str(tiny_suite)).models))
     for name in names:
-        assert ("reused, took" in lines[name]) == (not name.startswith(("fit-", "score-"))), lines[name]
+        assert ("reused" in lines[name]) == (not name.startswith(("fit-", "score-"))), lines[name]
     took = json.loads((tiny_run / "manifest.json").read_text())["seconds"]
     assert f"{took['train-gpt-seed0']:.1f}" in lines["train-gpt-seed0"] or took["train-gpt-seed0"] >= 10
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == files
