@@ -10,7 +10,7 @@ import numpy as np
 from lensbench.data.samples import Samples
 from lensbench.lenses.recipe import spread_layers
 from lensbench.probes.block_paths import cross_entropy, skipping
-from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity
+from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity, of_model
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject, no_blocks
 from lensbench.probes.tools.block_places import exchanged, reordered, why_not_reordered
@@ -142,10 +142,6 @@ def _add(sums: Sums, quantity: str, rise: Rise, layer: int | None = None, other:
         sums.add(quantity, rise, layer=layer, other=other)
 
 
-def _of_model(name: str, label: str, formula: str, reading: str) -> Quantity:
-    return Quantity(name, label, formula, "model", reading, SAME_TOKENIZER, table="models")
-
-
 BLOCK_ORDER = Probe(
     "block_order",
     block_order,
@@ -160,43 +156,43 @@ BLOCK_ORDER = Probe(
             SAME_TOKENIZER,
             panel=Panel("middle blocks exchanged: first of two", "rise of CE (nats/token)", symlog=True),
         ),
-        _of_model(
+        of_model(
             "order_rise_deleted",
             "rise of CE, one middle block deleted",
             "mean over at most 6 middle blocks of CE without the block, minus the model's CE (nats/token)",
             "What a block adds, whatever its place.",
         ),
-        _of_model(
+        of_model(
             "order_rise_swapped",
             "rise of CE, neighbours exchanged",
             "mean of `order_rise_exchanged` over at most 6 pairs of neighbours (nats/token)",
             "At 0, neighbouring blocks only add.",
         ),
-        _of_model(
+        of_model(
             "order_swapped_minus_deleted",
             "neighbours exchanged - one deleted",
             "`order_rise_swapped` minus `order_rise_deleted`, same tokens (nats/token)",
             "Below 0, a block is needed more than its place.",
         ),
-        _of_model(
+        of_model(
             "order_rise_reversed",
             "rise of CE, middle reversed",
             "CE with all middle blocks in reverse order, minus the model's CE (nats/token)",
             "At 0, the middle blocks only add: no block needs an earlier one.",
         ),
-        _of_model(
+        of_model(
             "order_reversed_minus_deleted",
             "middle reversed - one deleted",
             "`order_rise_reversed` minus `order_rise_deleted`, same tokens (nats/token)",
             "Below 0, all the order together is worth less than one block.",
         ),
-        _of_model(
+        of_model(
             "order_rise_shuffled",
             "rise of CE, middle shuffled",
             "mean over at most 4 random orders of the middle blocks of CE, minus the model's CE (nats/token)",
             "At 0, the middle blocks only add; intervals hold the orders fixed.",
         ),
-        _of_model(
+        of_model(
             "order_shuffled_minus_deleted",
             "middle shuffled - one deleted",
             "`order_rise_shuffled` minus `order_rise_deleted`, same tokens (nats/token)",

@@ -61,6 +61,11 @@ class Quantity:
     panel: Panel | None = None
 
 
+def of_model(name: str, label: str, formula: str, reading: str, table: Table | None = "models") -> Quantity:
+    """A quantity of a whole model, in words or nats of its tokenizer."""
+    return Quantity(name, label, formula, "model", reading, SAME_TOKENIZER, table)
+
+
 @dataclass(frozen=True)
 class Probe:
     """One probe: a function of a :class:`Subject`, and the catalogue of what it measures.

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lensbench.errors import LensbenchError
 from lensbench.measures.update.folds import pseudo_inverse
-from lensbench.measures.update.metric import Metric
 from lensbench.probes.catalogue import ANYWHERE, Panel, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject
-from lensbench.probes.tools.halves import NO_JACOBIANS, ONE_SOURCE, Halves, jacobians_of, squared
+from lensbench.probes.tools.halves import Parts, jacobians_of, squared
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import sum_by_window
@@ -40,25 +38,18 @@ def decodable_used(subject: Subject) -> Measured:
     ``<(A_1 - J_1) x, (A_2 - J_2) x>``, x the states of held-out tokens less their fitting mean. So estimation noise, which
     would add to a square, has mean zero. Intervals are over held-out documents, the maps held fixed.
     """
-    if subject.jacobians is None:
-        return Measured(NAME, reason=NO_JACOBIANS)
-    halves = Halves.of(subject.words.fit_windows)
-    if halves is None:
-        return Measured(NAME, reason=ONE_SOURCE)
+    parts = Parts.of(subject)
+    if isinstance(parts, str):
+        return Measured(NAME, reason=parts)
     scored, fit = subject.eval, subject.fit
-    try:
-        factor = Metric.of("fisher", subject.stream.readout, fit).factor
-    except LensbenchError as error:  # a norm that is no gain over a scale
-        return Measured(NAME, reason=str(error))
-    prompts = subject.jacobians(subject.words.fit_windows).recipe.prompts
-    maps = []
+    source, maps = parts.halves.source, []
     for half in (0, 1):
-        rows = (halves.source == half).nonzero()[0]
-        jacobian = jacobians_of(subject, rows, "current", prompts // 2, f"{NAME}-half{half}")
-        maps.append(HalfMaps(regressions(fit, torch.from_numpy(halves.source[fit.window] == half)), jacobian))
+        rows = (source == half).nonzero()[0]
+        jacobian = jacobians_of(subject, rows, "current", parts.prompts // 2, f"{NAME}-half{half}")
+        maps.append(HalfMaps(regressions(fit, torch.from_numpy(source[fit.window] == half)), jacobian))
     sums = Sums(NAME, subject.samples, sum_by_window(torch.ones(len(scored)), scored))
     for layer in range(subject.stream.layers):
-        add_layer(sums, subject, layer, maps, factor)
+        add_layer(sums, subject, layer, maps, parts.factor)
     return sums.measured()
 
 

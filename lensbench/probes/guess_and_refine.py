@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lensbench.data.windows import Windows
 from lensbench.lenses.maps import Reads
-from lensbench.probes.catalogue import SAME_TOKENIZER, Probe, Quantity, Table
+from lensbench.probes.catalogue import SAME_TOKENIZER, Probe, Quantity, Table, of_model
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.layer_lenses import NULL_OF, PROBED, layer_lenses, top_words
@@ -216,10 +216,6 @@ def _of_layer(name: str, label: str, formula: str, reading: str, table: Table | 
     return Quantity(name, label, formula, "layer", reading, SAME_TOKENIZER, table)
 
 
-def _of_model(name: str, label: str, formula: str, reading: str, table: Table | None = "models") -> Quantity:
-    return Quantity(name, label, formula, "model", reading, SAME_TOKENIZER, table)
-
-
 def quantities_of(kind: str) -> Iterator[Quantity]:
     """The quantities of one kind of lens."""
     lens, null = PROBED[kind], NULL_OF.get(kind, "")
@@ -263,19 +259,19 @@ def quantities_of(kind: str) -> Iterator[Quantity]:
         "share of tokens of other documents whose final top-1 is not that frequent word",
         "A rate of revision equal to it says that the guess knew nothing of its token.",
     )
-    yield _of_model(
+    yield of_model(
         f"guess_{kind}",
         f"excess of frequent guesses, {lens}",
         f"mean of `frequent_{kind}` over early layers, minus `frequent_model`",
         "Above 0, early layers guess frequent words; so does a lens that knows nothing: see its null.",
     )
-    yield _of_model(
+    yield of_model(
         f"early_revised_{kind}",
         f"early frequent guesses revised, {lens}",
         f"`frequent_revised_{kind}` over all early layers together",
         "The share of early frequent guesses that do not stay.",
     )
-    yield _of_model(
+    yield of_model(
         f"early_revised_beyond_chance_{kind}",
         f"the same beyond chance, {lens}",
         f"`early_revised_{kind}` minus its chance, same tokens",
@@ -294,19 +290,19 @@ def _against_tuned(kind: str, lens: str) -> Iterator[Quantity]:
             f"`{what}_tuned` minus `{what}_{kind}`, same tokens",
             "At 0, it does not depend on a lens for each layer.",
         )
-    yield _of_model(
+    yield of_model(
         f"guess_tuned_minus_{kind}",
         f"excess of frequent guesses, {PROBED['tuned']} - {lens}",
         f"`guess_tuned` minus `guess_{kind}`, same tokens",
         f"Above 0, part of the guessing is in the per-layer lenses and not in the {lens}.",
     )
-    yield _of_model(
+    yield of_model(
         f"guess_kept_{kind}",
         f"share of the excess that is left, {lens}",
         f"`guess_{kind}` by `guess_tuned`",
         "At 1, guessing does not depend on a lens for each layer; at 0 or below, it is theirs alone.",
     )
-    yield _of_model(
+    yield of_model(
         f"early_revised_tuned_minus_{kind}",
         f"early top-1 revised, {PROBED['tuned']} - {lens}",
         f"mean of `revised_tuned` minus `revised_{kind}` over early layers, same tokens",
@@ -320,19 +316,19 @@ GUESS_AND_REFINE = Probe(
     guess_and_refine,
     "per layer and lens, frequent words among the top-1, their revision, and where the final top-1 is settled",
     (
-        _of_model(
+        of_model(
             "frequent_model",
             "frequent top-1 of the model",
             "share of tokens whose final top-1 is one of the ten most frequent words of the fitting text",
             "What the guesses of early layers are compared with.",
         ),
-        _of_model(
+        of_model(
             "frequent_text",
             "frequent words in the text",
             "share of next tokens that are one of the ten",
             "What drawing from the unigram would give.",
         ),
-        _of_model(
+        of_model(
             "frequent_bigram",
             "frequent top-1 of a bigram",
             "share of tokens after which a bigram holds one of the ten most probable",

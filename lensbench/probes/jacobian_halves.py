@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from lensbench.errors import LensbenchError
-from lensbench.measures.update.metric import Metric
 from lensbench.probes.catalogue import ANYWHERE, SAME_TOKENIZER, Probe, Quantity
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject
-from lensbench.probes.tools.halves import NO_JACOBIANS, ONE_SOURCE, Halves, jacobians_of, squared
+from lensbench.probes.tools.halves import Parts, jacobians_of, squared
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.kl import sum_by_window
 from lensbench.streams.partition import rows_at_once
@@ -30,26 +28,18 @@ def jacobian_halves(subject: Subject) -> Measured:
     Squared distances are in the read-out's Fisher metric, of held-out states less their fitting mean, by the squared length
     of what the mean of all quarters makes of them; the KL is that of two lenses' distributions, both ways round.
     """
-    if subject.jacobians is None:
-        return Measured(NAME, reason=NO_JACOBIANS)
-    halves = Halves.of(subject.words.fit_windows)
-    if halves is None:
-        return Measured(NAME, reason=ONE_SOURCE)
-    scored, readout = subject.eval, subject.stream.readout
-    try:
-        factor = Metric.of("fisher", readout, subject.fit).factor
-    except LensbenchError as error:  # a norm that is no gain over a scale
-        return Measured(NAME, reason=str(error))
-    prompts = subject.jacobians(subject.words.fit_windows).recipe.prompts
-    quarters = {}
+    parts = Parts.of(subject)
+    if isinstance(parts, str):
+        return Measured(NAME, reason=parts)
+    halves, scored, quarters = parts.halves, subject.eval, {}
     for source, window in ((0, 0), (0, 1), (1, 0), (1, 1)):
         rows = ((halves.source == source) & (halves.window == window)).nonzero()[0]
         name = f"{NAME}-quarter{2 * source + window}"
-        quarters[source, window] = jacobians_of(subject, rows, "later", prompts // 4, name)
+        quarters[source, window] = jacobians_of(subject, rows, "later", parts.prompts // 4, name)
     sums = Sums(NAME, subject.samples, sum_by_window(torch.ones(len(scored)), scored))
     for layer in range(subject.stream.layers):
         own = {key: matrix[layer] for key, matrix in quarters.items()}
-        add_layer(sums, subject, layer, own, factor)
+        add_layer(sums, subject, layer, own, parts.factor)
     return sums.measured()
 
 

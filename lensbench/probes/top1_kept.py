@@ -8,7 +8,7 @@ from lensbench.data.samples import Samples
 from lensbench.data.windows import Windows
 from lensbench.lenses.recipe import spread_layers
 from lensbench.probes.block_paths import skipping
-from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity
+from lensbench.probes.catalogue import SAME_TOKENIZER, Panel, Probe, Quantity, of_model
 from lensbench.probes.gradient_alignment import IMAGES_AT_ONCE
 from lensbench.probes.guess_and_refine import Chance
 from lensbench.probes.measured import Measured, Sums
@@ -124,10 +124,6 @@ def top_words(stream: ResidualStream, samples: Samples) -> tuple[NDArray[np.int6
     return np.concatenate(words), np.concatenate(windows)
 
 
-def _of_model(name: str, label: str, formula: str, reading: str) -> Quantity:
-    return Quantity(name, label, formula, "model", reading, SAME_TOKENIZER, table="models")
-
-
 TOP1_KEPT = Probe(
     "top1_kept",
     top1_kept,
@@ -151,31 +147,31 @@ TOP1_KEPT = Probe(
             SAME_TOKENIZER,
             panel=Panel("blocks exchanged: first of two", "top-1 kept"),
         ),
-        _of_model(
+        of_model(
             "top1_kept_chance",
             "top-1 kept by chance",
             "share of positions of other documents that have the same top-1",
             "What a prediction that knows nothing of its text would keep.",
         ),
-        _of_model(
+        of_model(
             "top1_kept_deleted_mean",
             "top-1 kept, one block deleted",
             "mean of `top1_kept_deleted` over at most 8 blocks",
             "Published: 0.72 to 0.95, of models with more blocks more.",
         ),
-        _of_model(
+        of_model(
             "top1_kept_deleted_middle",
             "the same without the first and the last block",
             "mean of `top1_kept_deleted` over those of the 8 that are neither first nor last",
             "Above the mean over all, both ends are needed most.",
         ),
-        _of_model(
+        of_model(
             "top1_kept_swapped_mean",
             "top-1 kept, neighbours exchanged",
             "mean of `top1_kept_swapped` over at most 8 pairs",
             "Near 1, neighbouring blocks only add.",
         ),
-        _of_model(
+        of_model(
             "top1_kept_swapped_minus_deleted",
             "neighbours exchanged - one deleted",
             "`top1_kept_swapped_mean` minus `top1_kept_deleted_mean`, same positions",

@@ -48,8 +48,12 @@ def spreads_of_persistence(i: int, maps: Readings, space: Tensor, goals: Tensor,
     over r. ``signal`` ``[n]``: ``<r_i, f_i>``. ``goals``: of :func:`goals_in`.
     """
     by_signal = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i]).float()
-    of_s = by_signal @ by_signal.T
-    return np.sqrt(np.array([_inner(one, of_s) for one in goals[i + 1 :]]) / space.shape[1] / 2)
+    return _persistence(by_signal @ by_signal.T, goals[i + 1 :], space)
+
+
+def _persistence(of_s: Tensor, goals: Tensor, space: Tensor) -> Array:
+    """Spreads of S of one layer and later ones from ``S S^T`` ``[d, d]`` and the goals of those, float32."""
+    return np.sqrt(np.array([_inner(goal, of_s) for goal in goals]) / (2 * space.shape[1]))
 
 
 def spreads_of(
@@ -74,15 +78,14 @@ def spreads_of(
     """
     s = aimed(maps.signal[:, i], maps.read[:, i], space, signal[i])
     r = aimed(maps.read[:, i], maps.read[:, i], space, signal[i])
-    of_s, turned = (s @ s.T).float(), torch.cat([r, -float(loading[i]) * s]).float()
-    narrow, own, goal, persistence, carried = space.float(), moments.own[i], moments.goal[i], [], []
+    persistence = _persistence((s @ s.T).float(), goals[i + 1 :], space)
+    turned = torch.cat([r, -float(loading[i]) * s]).float()
+    narrow, own, goal, carried = space.float(), moments.own[i], moments.goal[i], []
     for k, j in enumerate(range(i + 1, len(signal))):
         # Differences before float32: what is common to two layers may be far larger.
         changed = torch.cat([(later[k] - own).float(), (moments.goal[j] - goal).float()], 1)
-        persistence.append(_inner(goals[j], of_s))
         carried.append(float((narrow.T @ changed @ turned).square().sum(dtype=torch.float64)))
-    scale = 2 * space.shape[1]
-    return np.sqrt(np.array(persistence) / scale), np.sqrt(np.array(carried) / scale)
+    return persistence, np.sqrt(np.array(carried) / (2 * space.shape[1]))
 
 
 def _inner(left: Tensor, right: Tensor) -> float:

@@ -7,7 +7,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.data.windows import Windows
+from lensbench.errors import LensbenchError
 from lensbench.lenses.jacobian import JacobianSource, Targets
+from lensbench.measures.update.metric import Metric
 from lensbench.probes.subject import Subject
 
 NO_JACOBIANS = "undefined: the suite estimates no Jacobians (fit.lenses)"
@@ -41,6 +43,32 @@ class Halves:
             own = rng.permutation(np.flatnonzero(source == half))
             window[own[1::2]] = 1
         return cls(source, window)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What Jacobians of parts of the fitting text are estimated from, and the metric that they are compared in."""
+
+    halves: Halves
+    factor: Tensor
+    """F ``[., d]`` of the read-out's Fisher metric ``F^T F``"""
+    prompts: int
+    """Prompts of the suite's own Jacobians, which the parts share out"""
+
+    @classmethod
+    def of(cls, subject: Subject) -> "Parts | str":
+        """Of a subject's fitting text; or why there are none."""
+        if subject.jacobians is None:
+            return NO_JACOBIANS
+        windows = subject.words.fit_windows
+        halves = Halves.of(windows)
+        if halves is None:
+            return ONE_SOURCE
+        try:
+            factor = Metric.of("fisher", subject.stream.readout, subject.fit).factor
+        except LensbenchError as error:  # a norm that is no gain over a scale
+            return str(error)
+        return cls(halves, factor, subject.jacobians(windows).recipe.prompts)
 
 
 def jacobians_of(subject: Subject, rows: NDArray[np.int64], targets: Targets, prompts: int, name: str) -> Tensor:
