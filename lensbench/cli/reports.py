@@ -59,12 +59,15 @@ def export(
         int | None,
         typer.Option(help="Join more clusters than this at random. Default: as the run.", show_default=False),
     ] = None,
+    no_sums: Annotated[
+        bool, typer.Option("--no-sums", help="Leave out what only `lensbench compare` reads: most of the bytes.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write the light form of a run: tables, sums by cluster, manifest. Other commands read it as they read a run."""
     from lensbench.report.export import export_run
 
-    for path in export_run(folder, to, figures=figure or [], groups=groups):
+    for path in export_run(folder, to, figures=figure or [], groups=groups, sums=not no_sums):
         show_line(f"removed: {path}", console)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     show_line(f"{to}: {size / 1e6:.2f} MB", console)

@@ -42,15 +42,21 @@ LONG_TABLES = (
 LONG = 64_000
 """Bytes above which any table is packed"""
 
+NO_SUMS = "left out, with the draws of the decomposition: lensbench compare needs the run itself"
+"""What a manifest says of sums that an export leaves out"""
+
 FIGURES = "figures"
 """The folder of figures in a run folder"""
 
 
-def export_run(source: Path, folder: Path, *, figures: Sequence[str] = (), groups: int | None = None) -> list[Path]:
+def export_run(
+    source: Path, folder: Path, *, figures: Sequence[str] = (), groups: int | None = None, sums: bool = True
+) -> list[Path]:
     """Write the light form of the finished run in ``source`` into ``folder``; return the files that it replaces no more.
 
     ``figures``: names of those to draw, without suffix. ``groups``: more clusters than this are joined at random; None: as
-    many as the run has. An earlier export of the same suite is replaced as a whole; files that no run names stay.
+    many as the run has. Without ``sums`` the sums by cluster and the draws of the decomposition, which are most of the bytes,
+    are left out: tables keep their intervals, but `lensbench compare` cannot read the folder. An earlier export of the same suite is replaced as a whole; files that no run names stay.
 
     Raises :class:`LensbenchError` for a folder that holds no finished run or a sweep, for a ``folder`` that holds something
     else, or stages of a run, and for a figure that the run does not have. Then ``folder`` stays as it was.
@@ -66,7 +72,7 @@ def export_run(source: Path, folder: Path, *, figures: Sequence[str] = (), group
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
         light = Path(made) / "light"
-        write_light(run, light, figures, groups)
+        write_light(run, light, figures, groups, sums)
         written = [path.relative_to(light) for path in sorted(light.rglob("*")) if path.is_file()]
         removed = [path for path in files_of_a_run(folder) if path not in written]
         for path in removed:
@@ -105,7 +111,7 @@ def files_of_a_run(folder: Path) -> list[Path]:
     return [path for path in found if (folder / path).is_file()]
 
 
-def write_light(run: Run, light: Path, figures: Sequence[str], groups: int | None) -> None:
+def write_light(run: Run, light: Path, figures: Sequence[str], groups: int | None, sums: bool) -> None:
     """Write the light form of ``run`` into the new folder ``light``."""
     light.mkdir()
     tables = {name: run.tables[name] for name in SCHEMA if name in run.manifest.checksums}
@@ -115,8 +121,8 @@ def write_light(run: Run, light: Path, figures: Sequence[str], groups: int | Non
     for name in tables:
         if name in LONG_TABLES or (light / name).stat().st_size > LONG:
             pack(light / name)
-    made_of = write_light_sums(run, light, groups)
-    if (run.folder / UPDATE_DRAWS).is_file():
+    made_of = write_light_sums(run, light, groups) if sums else NO_SUMS
+    if sums and (run.folder / UPDATE_DRAWS).is_file():
         write_update_draws(light / UPDATE_DRAWS, kept_draws(run.update_draws()))
     files = {path.name: sha256(path) for path in sorted(light.iterdir())}
     exported = ExportFacts(tables=checksums, sums=made_of)

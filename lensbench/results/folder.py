@@ -303,6 +303,8 @@ class Run:
         """The sums that comparisons read: of ``cluster_sums.parquet``, or by sequence in runs of earlier versions."""
         path = next((p for p in (self.folder / SUMS, self.folder / SEQUENCES) if p.is_file()), None)
         if path is None:
+            if self.manifest.exported is not None:
+                raise LensbenchError(f"{self.folder} has no {SUMS}: it was exported with --no-sums; compare the run itself")
             raise LensbenchError(
                 f"{self.folder} has no {SUMS}: `lensbench run` with the same suite writes it from the finished stages"
             )
