@@ -14,6 +14,7 @@ from lensbench.errors import LensbenchError
 from lensbench.report.figures.draw import draw_figures
 from lensbench.results.draws import kept_draws
 from lensbench.results.folder import (
+    NO_SUMS,
     PACKED,
     PAGE,
     SEQUENCES,
@@ -42,9 +43,6 @@ LONG_TABLES = (
 LONG = 64_000
 """Bytes above which any table is packed"""
 
-NO_SUMS = "left out, with the draws of the decomposition: lensbench compare needs the run itself"
-"""What a manifest says of sums that an export leaves out"""
-
 FIGURES = "figures"
 """The folder of figures in a run folder"""
 
@@ -55,8 +53,9 @@ def export_run(
     """Write the light form of the finished run in ``source`` into ``folder``; return the files that it replaces no more.
 
     ``figures``: names of those to draw, without suffix. ``groups``: more clusters than this are joined at random; None: as
-    many as the run has. Without ``sums`` the sums by cluster and the draws of the decomposition, which are most of the bytes,
-    are left out: tables keep their intervals, but `lensbench compare` cannot read the folder. An earlier export of the same suite is replaced as a whole; files that no run names stay.
+    many as the run has. Without ``sums`` the sums by cluster and the draws of the decomposition, most of the bytes, are left
+    out: tables keep their intervals, but `lensbench compare` cannot read the folder. An earlier export of the same suite is
+    replaced as a whole; files that no run names stay.
 
     Raises :class:`LensbenchError` for a folder that holds no finished run or a sweep, for a ``folder`` that holds something
     else, or stages of a run, and for a figure that the run does not have. Then ``folder`` stays as it was.

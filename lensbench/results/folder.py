@@ -173,6 +173,10 @@ def refuse_unfinished(folder: Path) -> None:
     )
 
 
+NO_SUMS = "left out, with the draws of the decomposition: lensbench compare needs the run itself"
+"""What a manifest says of sums that an export leaves out"""
+
+
 SUMS = "cluster_sums.parquet"
 """The sums by cluster that comparisons read"""
 
@@ -303,8 +307,10 @@ class Run:
         """The sums that comparisons read: of ``cluster_sums.parquet``, or by sequence in runs of earlier versions."""
         path = next((p for p in (self.folder / SUMS, self.folder / SEQUENCES) if p.is_file()), None)
         if path is None:
-            if self.manifest.exported is not None:
-                raise LensbenchError(f"{self.folder} has no {SUMS}: it was exported with --no-sums; compare the run itself")
+            if self.manifest.exported is not None and self.manifest.exported.sums == NO_SUMS:
+                raise LensbenchError(
+                    f"{self.folder} has no {SUMS}: it was exported with --no-sums; compare the run itself"
+                )
             raise LensbenchError(
                 f"{self.folder} has no {SUMS}: `lensbench run` with the same suite writes it from the finished stages"
             )

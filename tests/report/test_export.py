@@ -8,7 +8,7 @@ import pytest
 from helpers.commands import refused, run
 
 from lensbench.report.export import LONG_TABLES
-from lensbench.results.folder import SEQUENCES, SUMS, read_run
+from lensbench.results.folder import SEQUENCES, SUMS, UPDATE_DRAWS, read_run
 from lensbench.results.manifest import MANIFEST, write_manifest
 from lensbench.runtime.files import sha256
 
@@ -138,3 +138,14 @@ def test_what_cannot_be_exported_is_refused_and_the_folder_stays_as_it_was(tiny_
     assert contents(light) == before
     assert sorted(path.name for path in light.parent.iterdir()) == [light.name]
     assert not (tmp_path / "out").exists()
+
+
+def test_without_sums_tables_stay_and_compare_says_what_it_would_need(tiny_run, light, tmp_path):
+    result = run("export", tiny_run, tmp_path / "tiny", "--no-sums", "--figure", "plane")
+    assert result.exit_code == 0, result.output
+    left_out = {path.name for path in light.iterdir()} - {path.name for path in (tmp_path / "tiny").iterdir()}
+    assert SUMS in left_out <= {SUMS, UPDATE_DRAWS}
+    for name, table in read_run(tiny_run).tables.items():
+        pd.testing.assert_frame_equal(read_run(tmp_path / "tiny").tables[name], table)
+    assert (tmp_path / "tiny" / "figures" / "plane.png").read_bytes() == (light / "figures" / "plane.png").read_bytes()
+    refused(run("compare", tiny_run, tmp_path / "tiny"), "exported with --no-sums")
