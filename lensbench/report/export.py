@@ -4,7 +4,7 @@
 run itself is: nothing but what can be made again is left out.
 """
 
-import gzip
+import lzma
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from lensbench.errors import LensbenchError
 from lensbench.report.figures.draw import draw_figures
 from lensbench.results.draws import kept_draws
 from lensbench.results.folder import (
+    GZIPPED,
     NO_SUMS,
     PACKED,
     PAGE,
@@ -97,7 +98,7 @@ def refuse_other(folder: Path, suite: str) -> None:
 def files_of_a_run(folder: Path) -> list[Path]:
     """What a run or an export may have written into ``folder``, relative to it."""
     names = [
-        *(f"{name}{end}" for name in SCHEMA for end in ("", PACKED)),
+        *(f"{name}{end}" for name in SCHEMA for end in ("", PACKED, GZIPPED)),
         SUMS,
         SEQUENCES,
         UPDATE_DRAWS,
@@ -134,7 +135,7 @@ def write_light(run: Run, light: Path, figures: Sequence[str], groups: int | Non
 
 def pack(path: Path) -> None:
     """Put a table's packed file in its place; the same table gives the same bytes."""
-    content = gzip.compress(path.read_bytes(), 9, mtime=0)
+    content = lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
     write_atomically(path.with_name(path.name + PACKED), lambda partial: partial.write_bytes(content))
     path.unlink()
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from lensbench.report.formatting import shown_seeds
 from lensbench.report.number_cells import aligned
 from lensbench.report.render import render
-from lensbench.results.folder import PACKED, Run, table_bytes, table_file
+from lensbench.results.folder import Run, plain_name, table_bytes, table_file
 
 LARGEST_CSV = 400_000
 """Bytes of a table that the page holds as a file; of a larger one it gives the name"""
@@ -137,7 +137,7 @@ def csv_link(path: Path) -> Markup:
     """A link to a table that the page holds; of a large one its name and size. ``path``: its file, packed or not."""
     raw = table_bytes(path)
     data = None if len(raw) > LARGEST_CSV else base64.b64encode(raw).decode()
-    return render("csv_link.html", name=path.name.removesuffix(PACKED), data=data, megabytes=len(raw) / 1e6)
+    return render("csv_link.html", name=plain_name(path.name), data=data, megabytes=len(raw) / 1e6)
 
 
 def table_html(run: Run, name: str, place: int) -> Markup:

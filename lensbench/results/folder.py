@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import lzma
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -209,7 +210,7 @@ def write_csv(path: Path, table: pd.DataFrame, digits: str | None = "%.6g") -> N
     ``digits``: of floats, six by default; None: all.
     """
     # Without a time of writing, which would change the bytes.
-    compression: Any = {"method": "gzip", "mtime": 0} if path.suffix == PACKED else None
+    compression: Any = {"method": "gzip", "mtime": 0} if path.suffix == GZIPPED else None
     write = partial(table.to_csv, index=False, lineterminator="\n", float_format=digits, compression=compression)
     write_atomically(path, write)
 
@@ -249,19 +250,26 @@ def write_update_draws(path: Path, draws: pd.DataFrame) -> None:
     write_floats(path, draws, ["value"])
 
 
-PACKED = ".gz"
-"""What the name of a packed table ends with"""
+PACKED, GZIPPED = ".xz", ".gz"
+"""What the name of a packed table ends with: of an export, and of studies and of exports of earlier versions"""
+
+
+def plain_name(name: str) -> str:
+    """The name of a table without the ending of a packed one."""
+    return name.removesuffix(PACKED).removesuffix(GZIPPED)
 
 
 def table_file(folder: Path, name: str) -> Path | None:
-    """The file of a table: ``NAME.csv``, or packed as ``NAME.csv.gz``; None where there is neither."""
-    return next((path for path in (folder / name, folder / f"{name}{PACKED}") if path.is_file()), None)
+    """The file of a table: ``NAME.csv``, or packed as ``NAME.csv.xz`` or ``NAME.csv.gz``; None where there is none."""
+    files = (folder / f"{name}{end}" for end in ("", PACKED, GZIPPED))
+    return next((path for path in files if path.is_file()), None)
 
 
 def table_bytes(path: Path) -> bytes:
     """The CSV of a table's file, packed or not."""
     content = path.read_bytes()
-    return gzip.decompress(content) if path.suffix == PACKED else content
+    unpacked = {PACKED: lzma.decompress, GZIPPED: gzip.decompress}.get(path.suffix)
+    return content if unpacked is None else unpacked(content)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -274,7 +282,7 @@ def read_table(path: Path) -> pd.DataFrame:
         table = pd.read_csv(
             found, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype=dict.fromkeys(text, str)
         )
-    except (ValueError, OSError, EOFError, zlib.error, pd.errors.ParserError) as error:
+    except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, pd.errors.ParserError) as error:
         raise LensbenchError(f"{found} is damaged: {str(error).splitlines()[0]}") from error
     if path.name == "verdicts.csv":
         table = as_now(table)
@@ -346,7 +354,7 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
                 raise LensbenchError(f"{folder} is not complete: {name} is missing")
             if sha256(folder / name) != checksum:
                 raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
-    known = set(SCHEMA) if manifest is None else {name.removesuffix(PACKED) for name in manifest.files}
+    known = set(SCHEMA) if manifest is None else {plain_name(name) for name in manifest.files}
     tables = {
         name: no_rows(name)
         if name in ADDED and not (name in known and table_file(folder, name))

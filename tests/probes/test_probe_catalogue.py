@@ -88,7 +88,7 @@ def test_the_documentations_tables_are_those_of_the_catalogue():
         assert sum(rows in page for page in pages) == 1, probe.name
 
 
-@pytest.mark.parametrize("table", sorted((ROOT / "results").rglob("probes.csv.gz")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("table", sorted((ROOT / "results").rglob("probes.csv.xz")), ids=lambda path: path.parent.name)
 def test_quantities_of_committed_runs_are_in_the_catalogue(table):
     rows = pd.read_csv(table)[["probe", "quantity"]].drop_duplicates()
     unknown = [key for key in rows.itertuples(index=False) if key[0] != key[1] and quantity_of(*key) is None]

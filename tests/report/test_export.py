@@ -30,7 +30,7 @@ def test_it_holds_every_table_the_sums_and_the_figures_that_are_named(tiny_run, 
     for name, table in whole.tables.items():
         pd.testing.assert_frame_equal(small.tables[name], table)
     names = {path.name for path in light.iterdir()}
-    assert {f"{name}.gz" for name in LONG_TABLES} <= names
+    assert {f"{name}.xz" for name in LONG_TABLES} <= names
     assert not {*LONG_TABLES, "report.html", "stages", SEQUENCES} & names
     assert (light / SUMS).read_bytes() == (tiny_run / SUMS).read_bytes()
     assert [path.name for path in (light / "figures").iterdir()] == ["plane.png"] == small.manifest.figures

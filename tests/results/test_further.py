@@ -9,7 +9,7 @@ import pytest
 from lensbench.report.compare import COLUMNS
 from lensbench.report.settings import DOUBT_COLUMNS, SETTINGS_COLUMNS
 from lensbench.results.between import BETWEEN_COLUMNS
-from lensbench.results.folder import PACKED
+from lensbench.results.folder import GZIPPED, PACKED, plain_name
 from lensbench.results.further import FURTHER, describes, further_text
 from lensbench.results.further import OF_STUDIES as OF_THE_PAGE
 from lensbench.results.schema import SCHEMA
@@ -18,14 +18,14 @@ from lensbench.results.verdicts import EARLIER_NAMES
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 OF_STUDIES = {"streams.csv.gz": "streams.csv.gz of calibration"}
 OF_STUDIES |= {n: f"{n} of update-calibration" for n in ("streams.csv.gz", "blocks.csv.gz", "verdicts.csv")}
-COMMITTED = [p for p in sorted([*RESULTS.rglob("*.csv"), *RESULTS.rglob(f"*.csv{PACKED}")]) if "speed" not in p.parts]
+COMMITTED = [p for end in ("", PACKED, GZIPPED) for p in sorted(RESULTS.rglob(f"*.csv{end}")) if "speed" not in p.parts]
 
 
 def schema_of(path):
     """The name under which a committed table stands in one of the two schemas, or None."""
     if path.parent.name in ("calibration", "update-calibration"):
         return OF_STUDIES.get(path.name, path.name)
-    name = path.name.removesuffix(PACKED)
+    name = plain_name(path.name)
     if name == "comparison.csv":
         return "compare --out"
     return name if name in (*SCHEMA, *FURTHER) else None

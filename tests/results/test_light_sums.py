@@ -115,13 +115,13 @@ def test_a_packed_table_is_read_as_the_plain_one_and_a_damaged_one_is_told_in_a_
     plain, content = read_table(tmp_path / "probes.csv"), (tmp_path / "probes.csv").read_bytes()
     pack(tmp_path / "probes.csv")
     packed = table_file(tmp_path, "probes.csv")
-    assert packed == tmp_path / "probes.csv.gz"
+    assert packed == tmp_path / "probes.csv.xz"
     assert not (tmp_path / "probes.csv").exists()
     assert table_bytes(packed) == content
     pd.testing.assert_frame_equal(read_table(tmp_path / "probes.csv"), plain)
-    pd.testing.assert_frame_equal(pd.read_csv(packed), pd.read_csv(packed.parent / "probes.csv.gz"))
+    pd.testing.assert_frame_equal(pd.read_csv(packed), pd.read_csv(packed.parent / "probes.csv.xz"))
     whole = packed.read_bytes()
     for damaged in (whole[:-12], whole[:20] + b"x" + whole[21:], b"no archive"):
         packed.write_bytes(damaged)
-        with pytest.raises(LensbenchError, match=r"probes\.csv\.gz is damaged"):
+        with pytest.raises(LensbenchError, match=r"probes\.csv\.xz is damaged"):
             read_table(tmp_path / "probes.csv")
