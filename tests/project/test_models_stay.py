@@ -247,6 +247,7 @@ NOT_TRIED = {
     "lensbench.run.lens_comparison.file_lens": "it reads the sizes of a stream, and hands its read-out on to what is tried",
     "lensbench.probes.decodable_used.add_layer": "it reads the states that the subject holds",
     "lensbench.probes.jacobian_halves.add_layer": "it reads the states that the subject holds",
+    "lensbench.probes.tools.halves.Parts.of": "it reads the states and the read-out that the subject holds",
     "lensbench.probes.tools.halves.jacobians_of": "it hands the model on to a JacobianSource, which is tried",
     "lensbench.run.speeds.measured_speed": "it trains a model that was made for this alone",
     "lensbench.run.speeds.seconds_of_step": "it trains a model that was made for this alone",
