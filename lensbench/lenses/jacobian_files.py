@@ -146,6 +146,12 @@ def _parsed(source: str, content: Any) -> JacobianFile:
             raise LensbenchError(f"{source}: it is the checkpoint of a fit that has seen no prompt")
     if not given:
         raise LensbenchError(f"{source}: it has no matrix")
+    blocks = sorted(int(layer) for layer in given)
+    if blocks[0] < 0:
+        raise LensbenchError(f"{source}: layer {blocks[0]}: layers are outputs of blocks, numbered from 0")
+    named = content.get("source_layers")
+    if named is not None and sorted(int(layer) for layer in named) != blocks:
+        raise LensbenchError(f"{source}: source_layers says {sorted(named)}, its matrices are of layers {blocks}")
     stored = {int(layer) + 1: matrix for layer, matrix in given.items()}
     if OURS in content:
         stored[0] = content[OURS]

@@ -166,3 +166,17 @@ def test_facts_say_how_it_was_estimated():
         error=[],
     )
     assert JacobianFacts.model_validate_json(facts.model_dump_json()) == facts
+
+
+@pytest.mark.parametrize(
+    ("layers", "named", "said"),
+    [
+        ((-1, 0, 1), [-1, 0, 1], "layer -1: layers are outputs of blocks, numbered from 0"),
+        ((0, 1), [1, 2], r"source_layers says \[1, 2\], its matrices are of layers \[0, 1\]"),
+        ((0, 1), [0], r"source_layers says \[0\], its matrices are of layers \[0, 1\]"),
+    ],
+)
+def test_layers_that_cannot_be_or_contradict_each_other_are_refused(tmp_path, layers, named, said):
+    published(tmp_path / "lens.pt", layers, source_layers=named)
+    with pytest.raises(LensbenchError, match=said):
+        read_jacobian(str(tmp_path / "lens.pt"))
