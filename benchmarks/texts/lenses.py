@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.texts.numbers import Number, TextError, UndefinedNumber, markdown
@@ -167,13 +168,15 @@ class LensResults(Results):
 
     def error(self, model: str, layer: int, kind: str = "jacobian") -> str:
         """The relative standard error of a Jacobian lens."""
-        row = self.rows("lenses.csv", model=model, lens=kind, layer=layer).iloc[0]
-        return "one prompt: unknown" if pd.isna(row["relative_error"]) else f"{row['relative_error']:.2g}"
+        error = self.rows("lenses.csv", model=model, lens=kind, layer=layer)["jacobian_error"].iloc[0]
+        if pd.isna(error):
+            return "one prompt: unknown"
+        return f"{error:.2g}" if np.isfinite(error) else "all noise"
 
     def undecided(self, model: str, most: float) -> list[int]:
         """The layers at which the relative standard error of J is larger than ``most``, or unknown."""
         rows = self.rows("lenses.csv", model=model, lens="jacobian")
-        return sorted(int(k) for k in rows.loc[~(rows["relative_error"] <= most), "layer"])
+        return sorted(int(k) for k in rows.loc[~(rows["jacobian_error"] <= most), "layer"])
 
     def explained(self, model: str, which: str = "explained_by_distance") -> str:
         """What the distance of layers explains of a matrix; a dash where the suite does not ask, or it is undefined."""

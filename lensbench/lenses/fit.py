@@ -127,11 +127,13 @@ class Fit:
             raise LensbenchError(f"lens file {path} is damaged ({error}); delete its folder to fit anew") from error
         return cls(lenses, views, summary)
 
-    def export(self, folder: Path, readout: ReadOut, *, model_name: str, source: str | None = None) -> None:
+    def export(
+        self, folder: Path, readout: ReadOut, *, model_name: str, source: str | None = None, commit: str = ""
+    ) -> None:
         """Write the lenses that others may use: ``tuned``, ``tuned_headline``, ``shared`` and ``shared_bias``.
 
-        Jacobian lenses that were fitted are files, ``jacobian_lens.pt`` and ``jacobian_local_lens.pt``; ``source`` of a
-        pretrained model is recorded in them.
+        Jacobian lenses that were fitted are files, ``jacobian_lens.pt`` and ``jacobian_local_lens.pt``; ``source`` and
+        ``commit`` of a pretrained model are recorded in them.
         """
         for name, lens in (("tuned", OWN_REFINED), ("tuned_headline", self.summary.headline)):
             save_tuned_lens(tuned_lens(readout, self[lens].maps, model_name=model_name), folder / name)
@@ -141,7 +143,7 @@ class Fit:
             facts = self[lens].record.jacobian if lens in self.lenses else None
             if facts is not None:
                 path = folder / f"{lens.kind}_lens.pt"
-                write_jacobian(path, self[lens].maps.matrix, facts, model=source or model_name)
+                write_jacobian(path, self[lens].maps.matrix, facts, model=source or model_name, commit=commit)
 
 
 def _view_name(number: int) -> str:

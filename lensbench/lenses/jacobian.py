@@ -59,7 +59,22 @@ class JacobianFacts(BaseModel):
     control: list[float] = []
     """Factor b of the control variate at each layer; empty without one"""
     error: list[float]
-    """Relative standard error of each layer's J: Frobenius norm, over prompts and random vectors; empty of one prompt"""
+    """Standard error of each layer's J over prompts and random vectors, by the norm of the *estimate* (Frobenius); empty of
+    one prompt. The estimate is longer than J by its own noise: quote :attr:`relative_error`."""
+
+    @property
+    def relative_error(self) -> list[float]:
+        """The relative standard error of each layer's J, by the norm of J itself; see :func:`by_the_norm_of_j`."""
+        return [by_the_norm_of_j(error) for error in self.error]
+
+
+def by_the_norm_of_j(error: float) -> float:
+    """``r / sqrt(1 - r^2)``: the relative error of an unbiased estimate, from its error r by the estimate's own norm.
+
+    ``E |J_hat|^2 = |J|^2 + E |J_hat - J|^2``: noise adds to the norm of what is divided by, and r never says more than 1,
+    however large the error is. Infinite where the estimate is no longer than its noise.
+    """
+    return error / math.sqrt(1 - error**2) if error < 1 else math.inf
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ that others leave alone.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,10 @@ OURS = "J_input"
 
 ESTIMATOR = "jacobian_lens"
 """What a file's metadata says of the estimator, where it says anything"""
+
+
+COMMIT = re.compile("[0-9a-f]{7,40}")
+"""A revision that is a commit, whole or shortened, and no name"""
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,12 @@ class JacobianFile:
         """The width d of the stream that it was fitted to."""
         return len(next(iter(self.matrices.values())))
 
-    def check(self, layers: int, d: int, model: str) -> None:
-        """Raise :class:`LensbenchError` where it was not fitted to a model of L ``layers`` and width ``d`` named ``model``.
+    def check(self, layers: int, d: int, model: str, commit: str = "") -> str:
+        """What nobody can tell of the model's revision, in a clause; empty where the file and the model agree on it.
 
-        Names are compared where both are of the hub: those of folders, packages and GGUF files say nothing.
+        Raises :class:`LensbenchError` where the lens was not fitted to a model of L ``layers`` and width ``d`` named
+        ``model``, a source, of which the hub has ``commit`` (empty: unknown). Names and revisions are compared where both
+        are of the hub: those of folders, packages and GGUF files say nothing.
         """
         other = f"{self.source}: the lens was fitted to another model"
         if self.width != d:
@@ -76,6 +83,29 @@ class JacobianFile:
             # Short names of others leave the owner out.
             if str(name).lower().rpartition("/")[2] != here.lower().rpartition("/")[2]:
                 raise LensbenchError(f"{other}: it names {name}, this one is {here}")
+        return self._check_revision(model, commit)
+
+    def _check_revision(self, model: str, commit: str) -> str:
+        """See :meth:`check`. Commits are compared with commits, names with names: a name may stand for any commit."""
+        recorded = str(self.metadata.get("model_revision") or "")
+        if not recorded:
+            return "it does not say which revision of the model it was fitted to"
+        kind, _, rest = model.partition(":")
+        here = [rest.partition("@")[2] or "main", commit] if kind == "hub" else []
+        alike = [r for r in here if r and bool(COMMIT.fullmatch(r)) == bool(COMMIT.fullmatch(recorded))]
+        if any(r == recorded or _shortened(recorded, r) for r in alike):
+            return ""
+        if alike:
+            raise LensbenchError(
+                f"{self.source}: the lens was fitted to another revision of the model: {recorded}, this one is {alike[-1]}"
+            )
+        return f"it was fitted to revision {recorded} of the model; which one is read here is unknown"
+
+
+def _shortened(one: str, other: str) -> bool:
+    """Whether one of two commits is the beginning of the other."""
+    short, whole = sorted((one, other), key=len)
+    return bool(COMMIT.fullmatch(short)) and whole.startswith(short)
 
 
 def jacobian_path(source: str) -> Path | None:
@@ -134,7 +164,7 @@ def _parsed(source: str, content: Any) -> JacobianFile:
     if not isinstance(content, dict) or not ({"J", "jacobian_sum"} & set(content)):
         raise LensbenchError(f"{source}: {what}; this file has neither")
     metadata = dict(content.get("metadata") or {})
-    for key in ("model_name", "target_layer"):  # checkpoints say them outside of it
+    for key in ("model_name", "model_revision", "target_layer"):  # checkpoints say them outside of it
         if key in content:
             metadata.setdefault(key, content[key])
     if "J" in content:
@@ -170,18 +200,24 @@ def write_jacobian(
     facts: JacobianFacts,
     *,
     model: str,
+    commit: str = "",
     dtype: torch.dtype = torch.float16,
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write J of h_0..h_{L-1} ``[L, d, d]``, moved into place whole.
 
-    ``model``: its source. A name of the hub is recorded as others check it, any other under a key that they leave alone.
+    ``model``: its source. A name of the hub is recorded as others check it, any other under a key that they leave alone;
+    so is the ``commit`` that the hub has of it, or the revision that the source names.
     """
     layers, d = len(matrices), matrices.shape[-1]
     kind, _, rest = model.partition(":")
-    metadata: dict[str, Any] = {"model_name": rest.partition("@")[0]} if kind == "hub" else {"fitted_to": model}
+    name, _, asked = rest.partition("@")
+    metadata: dict[str, Any] = {"model_name": name} if kind == "hub" else {"fitted_to": model}
+    if kind == "hub" and (commit or asked):
+        metadata["model_revision"] = commit or asked
     metadata |= {"estimator": ESTIMATOR, "target_layer": layers - 1, "written_by": "lensbench", **(more or {})}
-    metadata |= {"skip_first_positions": facts.skip_first, **facts.model_dump(exclude={"prompts", "skip_first"})}
+    metadata |= {"skip_first_positions": facts.skip_first, "relative_error": facts.relative_error}
+    metadata |= facts.model_dump(exclude={"prompts", "skip_first", "error"})
     content = {
         "J": {layer - 1: matrices[layer].to(dtype).clone() for layer in range(1, layers)},
         "n_prompts": facts.prompts,

@@ -48,6 +48,10 @@ from lensbench.runtime.files import sha256
 SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
 
 
+UNKNOWN = "unknown"
+"""In place of a commit that the hub's client does not say"""
+
+
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?")
 """What a model on the hub may be called"""
 
@@ -176,7 +180,7 @@ def identity(source: str) -> dict[str, str]:
         # Earlier releases of transformers 5 put the commit into the config, later ones resolve it first.
         resolve = getattr(transformers_hub, "resolve_revision", None)
         commit = config._commit_hash if resolve is None else getattr(resolve(where.name, revision), "resolved", None)
-        return {"hub": where.name, "revision": revision or "main", "commit": commit or "unknown"}
+        return {"hub": where.name, "revision": revision or "main", "commit": commit or UNKNOWN}
     folder, gguf = Path(where.name), where.options.get("gguf_file")
     kinds = (".safetensors", ".bin", ".json", ".txt", ".model")
     files = (
@@ -185,6 +189,12 @@ def identity(source: str) -> dict[str, str]:
     if where.own_tokenizer is not None:
         files.append(where.own_tokenizer)
     return {file.name: sha256(file) for file in files}
+
+
+def commit_of(identified: dict[str, str]) -> str:
+    """The commit of the hub in what :func:`identity` returns; empty where there is none, or none is known."""
+    commit = identified.get("commit", UNKNOWN)
+    return "" if commit == UNKNOWN else commit
 
 
 def digest(identified: dict[str, str]) -> str:

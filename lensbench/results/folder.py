@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses.jacobian import by_the_norm_of_j
 from lensbench.results.manifest import MANIFEST, Manifest, read_manifest
 from lensbench.results.schema import (
     ADDED,
@@ -278,14 +279,15 @@ def read_table(path: Path) -> pd.DataFrame:
     if found is None:
         raise LensbenchError(f"{path.parent} has no {path.name}: not a finished run of lensbench")
     text = TEXT_COLUMNS | TEXT_COLUMNS_OF.get(path.name, set())
+    empty = {column: [""] for column in (*SCHEMA[path.name], OF_THE_ESTIMATE)}
     try:
-        table = pd.read_csv(
-            found, keep_default_na=False, na_values={c: [""] for c in SCHEMA[path.name]}, dtype=dict.fromkeys(text, str)
-        )
+        table = pd.read_csv(found, keep_default_na=False, na_values=empty, dtype=dict.fromkeys(text, str))
     except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, pd.errors.ParserError) as error:
         raise LensbenchError(f"{found} is damaged: {str(error).splitlines()[0]}") from error
     if path.name == "verdicts.csv":
         table = as_now(table)
+    if path.name == "lenses.csv" and OF_THE_ESTIMATE in table:
+        table["jacobian_error"] = table.pop(OF_THE_ESTIMATE).map(by_the_norm_of_j, na_action="ignore")
     for column in ADDED_COLUMNS.get(path.name, ()):
         if column not in table:
             table[column] = None if column in text else float("nan")
@@ -298,6 +300,9 @@ def read_table(path: Path) -> pd.DataFrame:
         raise LensbenchError(f"{path} is damaged: column {numeric[0]!r} holds something that is not a number")
     return table
 
+
+OF_THE_ESTIMATE = "relative_error"
+"""Of earlier versions, in place of ``jacobian_error``: the error of a Jacobian lens by the norm of the estimate"""
 
 MAY_BE_EMPTY = ("tolerances.csv", "pairs.csv")
 """Tables without rows where the suite leaves out the matrix, or pairs of layers, and for models of a single layer"""

@@ -129,8 +129,10 @@ SCHEMA: dict[str, dict[str, str]] = {
         **_bounds("top10"),
         "fit_kl": "KL on the fitting tokens.",
         "dev_kl": "KL on the dev tokens.",
-        "relative_error": "Of a Jacobian lens the relative standard error of its matrix (Frobenius norm), over prompts and "
-        "random vectors; a column where a suite fits such lenses to more than one prompt.",
+        "jacobian_error": "Of a Jacobian lens the standard error of its matrix, over prompts and random vectors, by the "
+        "norm of J itself (Frobenius); inf where the estimate is no longer than its noise. A column where a suite fits such "
+        "lenses to more than one prompt. Earlier tables have `relative_error`, r by the norm of the estimate: this is "
+        "r / sqrt(1 - r^2).",
     },
     "transfer.csv": {
         **_WHO,
@@ -420,7 +422,7 @@ MEASURED_TIME = ("timings.csv",)
 
 
 ASKED_COLUMNS = {
-    "lenses.csv": ("top1", "top1_ci_low", "top1_ci_high", "top10", "top10_ci_low", "top10_ci_high", "relative_error"),
+    "lenses.csv": ("top1", "top1_ci_low", "top1_ci_high", "top10", "top10_ci_low", "top10_ci_high", "jacobian_error"),
     "transfer.csv": ("lens",),
 }
 """Columns that a table has where a suite asks for them; read as empty from other tables."""

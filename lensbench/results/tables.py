@@ -291,7 +291,7 @@ def lens_rows(part: Part, weights: NDArray[np.float64], *, with_null: bool = Tru
         for column in ("ridge", "pad", "fit_kl", "dev_kl"):
             row[column] = None if chosen is None else chosen.at(layer, column)
         if chosen is not None and chosen.jacobian is not None and chosen.jacobian.error:
-            row["relative_error"] = chosen.jacobian.error[layer]
+            row["jacobian_error"] = chosen.jacobian.relative_error[layer]
         yield row
 
 

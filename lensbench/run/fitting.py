@@ -11,9 +11,10 @@ from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.planning import FitContext
 from lensbench.lenses.tuned import load_tuned_lens, maps_of
+from lensbench.models.pretrained import commit_of
 from lensbench.run.capturing import captured_states
 from lensbench.run.context import Context
-from lensbench.run.inputs import data_of
+from lensbench.run.inputs import data_of, identity_of
 from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.run.sources import lens_identity
 from lensbench.runtime.stages import Pieces, Stage
@@ -66,7 +67,10 @@ def fitting(context: Context, model: ModelRecipe, seed: int) -> Stage:
         )  # fmt: skip
         fitted = fit(work, task=f"fit-{who}")
         fitted.save(folder)
-        fitted.export(folder, readout, model_name=label_of(context, model, origin), source=origin.facts["source"])
+        source, label = origin.facts["source"], label_of(context, model, origin)
+        of_hub = source is not None and source.startswith("hub:")
+        commit = commit_of(identity_of(context, source)) if of_hub else ""
+        fitted.export(folder, readout, model_name=label, source=source, commit=commit)
         pieces.clear()
 
     key: dict[str, Any] = {

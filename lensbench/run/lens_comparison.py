@@ -34,7 +34,7 @@ from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
 from lensbench.lenses.shared import SHARED_LENS
 from lensbench.lenses.tuned import load_tuned_lens, maps_of
 from lensbench.measures.top_words import TOP, top_word_ranks
-from lensbench.models.pretrained import Pretrained, check_context
+from lensbench.models.pretrained import Pretrained, check_context, commit_of, identity
 from lensbench.results.folder import claimed, write_csv
 from lensbench.results.manifest import write_manifest
 from lensbench.run.studies import code_facts
@@ -46,6 +46,9 @@ from lensbench.streams.kl import sums_of_all
 from lensbench.streams.stream import ResidualStream
 
 TABLE = "lens_comparison.csv"
+
+DIGITS = {"float16": "three", "bfloat16": "two"}
+"""Short types of files -> decimal digits of their entries"""
 
 QUANTITIES = ("kl", "ce", *TOP)
 
@@ -103,7 +106,7 @@ class Comparison:
     notes: list[str]
 
 
-def file_lens(source: str, stream: ResidualStream, model: str) -> ReadLens:
+def file_lens(source: str, stream: ResidualStream, model: str, commit: str = "") -> ReadLens:
     """A lens of others, checked against the model; raises :class:`LensbenchError` for one of another model."""
     path = jacobian_path(source)
     if path is None:
@@ -117,13 +120,14 @@ def file_lens(source: str, stream: ResidualStream, model: str) -> ReadLens:
         name = Path(source.partition(":")[2] or source).name
         return ReadLens(name, source, "tuned", "loaded", {k: tuned[[k]] for k in range(len(tuned))})
     found = read_jacobian(source)
-    found.check(stream.layers, stream.d_model, model)
+    unsure = found.check(stream.layers, stream.d_model, model, commit)
     missing = [layer for layer in range(stream.layers) if layer not in found.matrices]
     note = f"{source}: mean over {found.prompts} prompts, stored in {found.dtype}"
+    if found.dtype in DIGITS:
+        note += f", {DIGITS[found.dtype]} digits"
     if missing:
         note += f"; without layer{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-    if found.dtype in ("float16", "bfloat16"):
-        note += "; entries have three digits"
+    note += f"; {unsure}" if unsure else ""
     maps = {layer: linear(matrix[None]) for layer, matrix in found.matrices.items()}
     return ReadLens(path.stem, source, "jacobian", "loaded", maps, note)
 
@@ -139,8 +143,8 @@ def fitted_lens(lens: FittedLens, context: FitContext) -> ReadLens:
     facts, note = lens.record.jacobian, ""
     if facts is not None:
         note = f"our {name} lens: {facts.method}, {facts.prompts} prompts"
-        if facts.error:
-            note += f", relative standard error {min(facts.error):.2g} to {max(facts.error):.2g} over layers"
+        if errors := facts.relative_error:
+            note += f", relative standard error {min(errors):.2g} to {max(errors):.2g} over layers"
     if lens.id.view >= 0:
         name += ", random bases"
     return ReadLens(name, "", lens.id.kind, lens.id.stage, maps, note)
@@ -158,6 +162,12 @@ class Comparing:
     def stream(self) -> ResidualStream:
         """The model's stream."""
         return ResidualStream(self.model.model)
+
+    @cached_property
+    def commit(self) -> str:
+        """The commit of a model of the hub; empty for others."""
+        source = self.model.source
+        return commit_of(identity(source)) if source.startswith("hub:") else ""
 
     @cached_property
     def texts(self) -> Texts:
@@ -194,7 +204,8 @@ class Comparing:
         lenses = fit_some(context, wanted)
         if (ours := lenses.get(JACOBIAN_LENS)) is not None and ours.record.jacobian is not None:
             path = folder / "jacobian_lens.pt"
-            write_jacobian(path, ours.maps.matrix, ours.record.jacobian, model=self.model.source)
+            facts, source = ours.record.jacobian, self.model.source
+            write_jacobian(path, ours.maps.matrix, facts, model=source, commit=self.commit)
         for lens in lenses.values():
             yield fitted_lens(lens, context)
 
@@ -256,7 +267,7 @@ def compare_lenses(
     belongs to another model, and for a folder that holds something else.
     """
     comparing = Comparing(model, recipe, progress)
-    given = [file_lens(source, comparing.stream, model.source) for source in recipe.files]
+    given = [file_lens(source, comparing.stream, model.source, comparing.commit) for source in recipe.files]
     with claimed(folder, "compare-lenses"):
         lenses = distinct([*comparing.own(folder), *given])
         table = pd.DataFrame(list(comparing.rows(lenses)))

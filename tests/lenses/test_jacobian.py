@@ -1,6 +1,7 @@
 """Mean Jacobians against definitions written out: torch's whole Jacobians, products of blocks, Stein's lemma."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from helpers.known_blocks import V, drawn, known_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lensbench.errors import LensbenchError
-from lensbench.lenses.jacobian import JacobianSource, cheaper
+from lensbench.lenses.jacobian import JacobianSource, by_the_norm_of_j, cheaper
 from lensbench.lenses.moments import MomentSums
 from lensbench.lenses.recipe import JacobianRecipe
 from lensbench.lenses.ridge import RidgePath
@@ -199,6 +200,38 @@ def test_the_random_estimate_lies_within_its_error_bars_as_often_as_it_should(ta
     assert bool(((ratio > 0.8) & (ratio < 1.25)).all()), ratio
     bias = 60 * (total / 60 - truth).square().sum((1, 2)) / torch.stack(claimed).mean(0)
     assert bool((bias < 2).all()), bias
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("prompts", "probes"), [(8, 1), (4, 4), pytest.param(60, 4, marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_the_stated_relative_error_is_that_by_the_norm_of_the_true_jacobian(spread, prompts, probes):
+    """Large errors and small ones, with J known: many draws of prompts, each with a Jacobian of its own, and of vectors."""
+    d, draws = 8, 30
+    truth = drawn(1, d, d).double()
+    stream = ResidualStream(linear_model(layers=1, d=d)[0])
+    recipe = JacobianRecipe(method="random", prompts=prompts, probes=probes, skip_first=0, skip_last=0, rows=100)
+    windows, off, stated = windows_of_ids(torch.arange(prompts)[:, None]), [], []
+    for draw in range(draws):
+        own = truth + spread * drawn(100 + draw, prompts, d, d).double()
+
+        @contextmanager
+        def known(_, ids, own=own):
+            yield lambda vectors: [torch.einsum("mta,mab->mtb", vectors, own[ids[:, 0]])]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lensbench.lenses.jacobian.linearised", known)
+            found = JacobianSource(stream, windows, recipe, seed=draw).estimate("later")
+        off.append(float((found.mean[0] - truth).norm() / truth.norm()))
+        stated.append(found.facts.relative_error[0])
+    assert np.median(off) == pytest.approx(np.median(stated), rel=0.2)
+    assert 0.3 < np.mean(np.array(off) <= stated) < 0.85  # somewhat more than half are below their root mean square
+
+
+def test_an_estimate_no_longer_than_its_noise_has_an_infinite_error():
+    assert [by_the_norm_of_j(r) for r in (0.0, 1.0, 1.2)] == [0.0, math.inf, math.inf]
+    assert by_the_norm_of_j(0.6) == pytest.approx(0.75)
 
 
 def test_auto_takes_the_cheaper_method():

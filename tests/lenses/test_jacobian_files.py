@@ -68,9 +68,11 @@ def test_a_file_of_ours_keeps_the_read_out_to_float16_and_has_the_published_keys
     assert (content["n_prompts"], content["d_model"]) == (2, D)
     assert {j.dtype for j in content["J"].values()} == {torch.float16}
     assert content["metadata"]["model_name"] == "owner/name"
+    assert content["metadata"]["model_revision"] == "abc"
     assert content["metadata"]["target_layer"] == L - 1
+    assert content["metadata"]["relative_error"] == found.facts.relative_error
     again = read_jacobian(str(tmp_path / "lens.pt"))
-    again.check(L, D, "hub:owner/name")
+    assert again.check(L, D, "hub:owner/name@abc") == ""
     assert again.layers == [0, 1, 2]
     states, _ = stream.forward(ids)
     for layer, matrix in again.matrices.items():
@@ -100,6 +102,50 @@ def test_names_are_compared_without_their_owner_and_only_of_the_hub(tmp_path):
     found = read_jacobian(str(tmp_path / "lens.pt"))
     for model in ("hub:openai-community/gpt2@main", "hub:GPT2", "path:/somewhere", "package:other"):
         found.check(L, D, model)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("place", [{}, "metadata"])
+@pytest.mark.parametrize(
+    ("revision", "model", "commit", "said"),
+    [
+        (None, "hub:a/b", COMMIT, "does not say which revision"),
+        (COMMIT, "hub:a/b", COMMIT, ""),
+        (COMMIT[:8], "hub:a/b@main", COMMIT, ""),
+        (COMMIT, f"hub:a/b@{COMMIT[:7]}", "", ""),
+        ("step100", "hub:a/b@step100", COMMIT, ""),
+        ("main", "hub:a/b", "", ""),
+        (COMMIT, "hub:a/b", "", f"revision {COMMIT} of the model; which one is read here is unknown"),
+        ("main", f"hub:a/b@{COMMIT}", COMMIT, "which one is read here is unknown"),
+        ("main", "package:b", "", "which one is read here is unknown"),
+    ],
+)
+def test_a_revision_of_the_model_is_checked_where_both_sides_know_one(tmp_path, place, revision, model, commit, said):
+    recorded = {} if revision is None else {"model_revision": revision}
+    published(tmp_path / "lens.pt", **({place: recorded} if place else recorded))
+    found = read_jacobian(str(tmp_path / "lens.pt")).check(L, D, model, commit)
+    assert said in found
+    assert bool(found) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("revision", "model", "commit", "here"),
+    [
+        ("f" * 40, "hub:a/b", COMMIT, COMMIT),
+        ("fffffff", f"hub:a/b@{COMMIT}", "", COMMIT),
+        ("step100", "hub:a/b@step200", COMMIT, "step200"),
+        ("step100", "hub:a/b", COMMIT, "main"),
+    ],
+)
+def test_a_lens_of_another_revision_is_refused_in_one_line(tmp_path, revision, model, commit, here):
+    published(tmp_path / "lens.pt", metadata={"model_revision": revision})
+    with pytest.raises(
+        LensbenchError, match=f"another revision of the model: {revision}, this one is {here}"
+    ) as refused:
+        read_jacobian(str(tmp_path / "lens.pt")).check(L, D, model, commit)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,18 @@ def test_tables_have_the_columns_of_the_schema_and_survive_writing(tmp_path):
         assert len(read_table(tmp_path / name)) == len(table)
 
 
+def test_errors_of_jacobian_lenses_of_earlier_tables_are_read_by_the_norm_of_j(tmp_path):
+    table = two_seeds()["lenses.csv"].drop(columns="jacobian_error", errors="ignore")
+    stated = [0.6, 0.0, 1.0, np.nan]
+    rows = table.head(4).assign(relative_error=stated)
+    rows.to_csv(tmp_path / "lenses.csv", index=False)
+    read = read_table(tmp_path / "lenses.csv")
+    assert "relative_error" not in read
+    assert np.allclose(read["jacobian_error"], [0.75, 0.0, np.inf, np.nan], equal_nan=True)
+    write_table(tmp_path, "lenses.csv", read)
+    assert np.allclose(read_table(tmp_path / "lenses.csv")["jacobian_error"], read["jacobian_error"], equal_nan=True)
+
+
 def test_every_lens_has_a_row_at_every_layer_it_is_meant_for():
     lenses = two_seeds()["lenses.csv"]
     one = lenses[lenses["seed"] == 0]
