@@ -128,7 +128,8 @@ def fate_of_errors(rows: pd.DataFrame, suffix: str = "_without_layer0") -> Fate:
     ``corrected``: an error survives less than a signal, less than noise, and less than 1, each with its interval, while
     signals stay. ``shrunk``: it would be, but signals too surely lie below the lower of :data:`UNCHANGED`, as where
     skips are scaled down: everything shrinks.
-    ``unchanged``: the interval of its survival lies within :data:`UNCHANGED`. ``undetermined``: an interval is missing.
+    ``unchanged``: the interval of its survival lies within :data:`UNCHANGED`. ``neither``: it surely changes, as its
+    interval leaves out 1, but is not surely corrected. ``undetermined``: an interval is missing or too wide for these.
     """
     of = rows.drop_duplicates("quantity").set_index("quantity")
     names = [f"mean_{what}{suffix}" for what in ("survival_error", *DIFFERENCES, "survival_signal")]
@@ -137,7 +138,9 @@ def fate_of_errors(rows: pd.DataFrame, suffix: str = "_without_layer0") -> Fate:
     low, high = (of.loc[names, column].astype(float).to_numpy() for column in ("ci_low", "ci_high"))
     if high[0] < 1 and high[1] < 0 and high[2] < 0:
         return "shrunk" if high[3] < UNCHANGED[0] else "corrected"
-    return "unchanged" if UNCHANGED[0] <= low[0] and high[0] <= UNCHANGED[1] else "neither"
+    if UNCHANGED[0] <= low[0] and high[0] <= UNCHANGED[1]:
+        return "unchanged"
+    return "undetermined" if low[0] <= 1 <= high[0] else "neither"
 
 
 WHAT = {

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from lensbench.errors import LensbenchError
 from lensbench.report.figures.draw import draw_figures
+from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.draws import kept_draws
 from lensbench.results.folder import (
     GZIPPED,
@@ -41,7 +42,7 @@ LONG_TABLES = (
 )  # fmt: skip
 """Tables that are packed; what a reader looks at first (indices, blocks, verdicts, models) stays plain while it is short."""
 
-LONG = 64_000
+LONG = 30_000
 """Bytes above which any table is packed"""
 
 FIGURES = "figures"
@@ -55,7 +56,8 @@ def export_run(
 
     ``figures``: names of those to draw, without suffix. ``groups``: more clusters than this are joined at random; None: as
     many as the run has. Without ``sums`` the sums by cluster and the draws of the decomposition, most of the bytes, are left
-    out: tables keep their intervals, but `lensbench compare` cannot read the folder. An earlier export of the same suite is
+    out: tables keep their intervals, but `lensbench compare` cannot read the folder. Verdicts are made again from the other
+    tables by the run's own rule, so that an older run says them in today's words. An earlier export of the same suite is
     replaced as a whole; files that no run names stay.
 
     Raises :class:`LensbenchError` for a folder that holds no finished run or a sweep, for a ``folder`` that holds something
@@ -68,6 +70,8 @@ def export_run(
     run = read_run(source)
     if run.manifest.sweep is not None:
         raise LensbenchError(f"{source} holds a sweep, which is as small as it gets: copy its folder")
+    if "verdicts.csv" in run.manifest.checksums:
+        run = judged(run, rule_of(run))
     refuse_other(folder, run.manifest.suite_name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:

@@ -115,6 +115,21 @@ def test_a_run_of_an_earlier_version_is_compared_and_exported_from_its_sums_by_s
     assert said.startswith(f"{SEQUENCES} (SHA-256 {manifest['files'][SEQUENCES]}) summed by cluster and rounded")
 
 
+def test_an_older_verdict_is_told_in_todays_words(tiny_run, light, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(light, old)
+    path = old / "verdicts.csv"
+    pd.read_csv(path).assign(verdict="uncertain", sentence="In the words of an earlier version.").to_csv(
+        path, index=False
+    )
+    manifest = json.loads((old / MANIFEST).read_text())
+    del manifest["checksum"]
+    manifest["files"][path.name] = manifest["exported"]["tables"][path.name] = sha256(path)
+    write_manifest(old, manifest)
+    assert run("export", old, tmp_path / "new").exit_code == 0
+    assert (tmp_path / "new" / path.name).read_bytes() == (tiny_run / path.name).read_bytes()
+
+
 def test_a_folder_without_sums_is_refused_with_the_command_that_helps(light, tmp_path):
     shutil.copytree(light, tmp_path / "bare")
     manifest = json.loads((tmp_path / "bare" / MANIFEST).read_text())
