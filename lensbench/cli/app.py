@@ -12,27 +12,23 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
 from typer.models import ArgumentInfo, CommandFunctionType
 
 from lensbench import __version__
+from lensbench.cli.mistakes import OneLineGroup, PlainCommand, check_place, say
 from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show_line
-from lensbench.runtime.bars import messages
 
 VALUES: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 """The type of a value -> what stands for it on a help page, in place of Python's name of the type"""
 
-
-class PlainCommand(TyperCommand):
-    """A command whose help page names arguments without Python's types."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """The command; recent versions of Typer write the type of an argument next to its name."""
-        super().__init__(*args, **kwargs)
-        for value in self.params:
-            if value.param_type_name == "argument":
-                setattr(value, "display_type_rich", lambda ctx: "")  # noqa: B010 (no version of Typer declares it so)
+NAMED = {
+    "model": "MODEL", "only": "MODEL", "corpus": "TEXT", "device": "DEVICE", "dtype": "TYPE", "preset": "PRESET",
+    "probes": "PROBE", "rule": "SUITE", "index": "INDEX", "figure": "FIGURE", "format": "FORMAT", "lens": "LENS",
+    "suite": "SUITE", "figures": "FOLDER", "run": "FOLDER", "html": "FILE", "series": "MODEL,MODEL,...",
+    "workers": "N",
+}  # fmt: skip
+"""The name of an option -> what stands for its value, where that says more than its type"""
 
 
 class App(typer.Typer):
@@ -59,11 +55,12 @@ def value_name(name: str, kind: Any, is_argument: bool) -> str | None:
     if is_argument:
         several = get_origin(kind) is list
         return f"{name.upper().removesuffix('S') if several else name.upper()}{'...' * several}"
-    return VALUES.get(of)
+    return NAMED.get(name, VALUES.get(of)) if of in VALUES else None
 
 
 app = App(
     name="lensbench",
+    cls=OneLineGroup,
     help="Does a language model refine one prediction, kept in one representation, layer by layer?\n\n"
     "lensbench trains small models or reads pretrained ones. It fits a lens at each layer, asks whether what later layers "
     "add to the prediction shows in the lenses of earlier layers, and reports the answer with intervals and nulls.",
@@ -76,11 +73,6 @@ app = App(
 
 console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80))
 """Where results go: tables are as wide as the terminal, in a file or a pipe 80 columns (or ``COLUMNS``)"""
-
-
-def say(line: str) -> None:
-    """Print one line for the user to standard error."""
-    messages.print(f"lensbench: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def answerable(command: Callable[..., None]) -> Callable[..., None]:
@@ -186,13 +178,13 @@ Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, b
 def run_folder(out: Path | None, default: str) -> Path:
     """The folder to write into: ``--out``, else ``runs/DEFAULT``.
 
-    Raises :class:`LensbenchError` where the default lies in ``results/`` of a checkout: that is written only by name.
+    Raises :class:`LensbenchError` for a folder that cannot be written, and where the default lies in ``results/`` of a
+    checkout: that is written only by name.
     """
     from lensbench.results.folder import in_checkout_results
 
     folder = out or Path("runs") / default
-    if folder.exists() and not folder.is_dir():
-        raise LensbenchError(f"{folder} is a file; give --out a folder")
     if out is None and in_checkout_results(folder):
         raise LensbenchError(f"{folder} lies in results/ of a checkout of lensbench; name the folder with --out")
+    check_place(folder, "--out", folder=True)
     return folder

@@ -40,6 +40,7 @@ def transfer_between(
     the map of a random pairing of tokens. Nothing is trained again, and the run's folder stays as it is.
     """
     from lensbench.report.between_tables import between_rows_table
+    from lensbench.results.folder import owner_of, refuse_no_folder
     from lensbench.run.between import transfer_between
     from lensbench.runtime.environment import choose_device
     from lensbench.suite.changes import Changes
@@ -49,8 +50,16 @@ def transfer_between(
     if wrong := [names for names in named if len(set(names)) != 2 or not all(names)]:
         raise LensbenchError(f"--pair {','.join(wrong[0])}: name two models, A,B")
     finished = run or Path("runs") / chosen.name
+    if not finished.exists():
+        raise LensbenchError(f"there is no folder {finished}: name the folder of a run of {suite} with --run")
+    refuse_no_folder(finished)
     if not (finished / "stages").is_dir():
-        raise LensbenchError(f"{finished} holds no stages of a run: name the folder of a run of {suite} with --run")
+        light = " (`lensbench export` leaves them out)" if (finished / "manifest.json").is_file() else ""
+        raise LensbenchError(
+            f"{finished} holds no stages of a run{light}: name the folder of a run of {suite} with --run"
+        )
+    if (owner := owner_of(finished)) not in (None, chosen.name):
+        raise LensbenchError(f"{finished} holds a run of {owner}, not of {chosen.name}: name its own with --run")
     folder = run_folder(out, f"{chosen.name}-between")
     with Bars() as bars:
         table = transfer_between(

@@ -18,7 +18,7 @@ def compare_lenses(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE...]",
+            metavar="[LENS...]",
             help="A Jacobian lens: FILE.pt or hub:OWNER/NAME/FILE.pt[@REVISION]; a tuned lens: a folder that TunedLens.save "
             "wrote or hub:RESOURCE[@REVISION].",
             show_default=False,
@@ -42,19 +42,26 @@ def compare_lenses(
     debug: Debug = False,
 ) -> None:
     """KL, cross-entropy, top-1 and top-10 precision of anybody's lenses, on the same held-out tokens as our own."""
+    from lensbench.data.sources import refuse_missing, sources_of
     from lensbench.models.pretrained import check_source, load_pretrained, without_progress_bars
     from lensbench.report.lens_comparison_tables import lens_comparison_tables
     from lensbench.run.lens_comparison import TABLE, LensComparison
     from lensbench.run.lens_comparison import compare_lenses as compared
     from lensbench.runtime.environment import choose_device, dtype_named
-    from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
+    from lensbench.runtime.hub import HERE, LENSES_HERE, TEXTS_HERE, lens_is_cached, refuse_unreachable
 
     if jacobian == 1 or (jacobian and not fit):
         raise LensbenchError("--jacobian needs at least 2 prompts, and --fit above 0 where they are taken from")
+    if refine and not fit:
+        raise LensbenchError("--refine refines our own lenses, and --fit 0 fits none: give --fit 1 or more")
     of_device, of_dtype = choose_device(device), dtype_named(dtype)
     check_source(model)
     refuse_unreachable(model, HERE)
-    refuse_unreachable(corpus, TEXTS_HERE)
+    refuse_missing(corpus)
+    for source in sources_of(corpus):
+        refuse_unreachable(source, TEXTS_HERE)
+    for lens in files or ():
+        refuse_unreachable(lens, LENSES_HERE, held=lens_is_cached(lens))
     folder = run_folder(out, "compare-lenses")
     with without_progress_bars():
         loaded = load_pretrained(model, dtype=of_dtype, device=of_device, say=noted)

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from lensbench.cli.app import Debug, answerable, app, console
+from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show, show_line
 
 
@@ -25,6 +26,8 @@ def schema(
     from lensbench.results.further import further_text
     from lensbench.results.schema import schema_text
 
+    if further and studies:
+        raise LensbenchError("--further and --studies are two lists: give one of them")
     sys.stdout.write(further_text(studies=studies) if further or studies else schema_text())
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lensbench.cli.app import Debug, Device, Dtype, Source, Strict, answerable, app, console, noted, say
+from lensbench.cli.app import Debug, Device, Dtype, Source, Strict, answerable, app, console, noted
+from lensbench.cli.mistakes import check_places, say
 from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show_line
 from lensbench.runtime.bars import Bars
@@ -48,14 +49,16 @@ def bits(
         typer.Option(min=2, help="Tokens of a window; default 512, or the model's context.", show_default=False),
     ] = None,
     begin: Annotated[
-        Begin,
+        Begin | None,
         typer.Option(
-            help="Windows that begin with the beginning- (or end-) of-text token: every one, the first alone, or auto: "
-            "every one where the tokenizer adds such a token by itself, else the first."
+            help="Windows that begin with the beginning- (or end-) of-text token: every one, the first alone, or auto "
+            "(the default): every one where the tokenizer adds such a token by itself, else the first.",
+            show_default=False,
         ),
-    ] = Begin.auto,
+    ] = None,
     bos: Annotated[
-        bool, typer.Option(help="With --no-bos no window does, and the first token of the text is not scored.")
+        bool,
+        typer.Option(help="With --no-bos no window begins so, and the first token of the text is not scored."),
     ] = True,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Read no more than this.", show_default=False)] = None,
     dtype: Dtype = "float32",
@@ -64,7 +67,7 @@ def bits(
     debug: Debug = False,
 ) -> None:
     """How well a model predicts a text: nats per token and bits per byte, every token scored once."""
-    from lensbench.data.sources import read_sources, sources_of
+    from lensbench.data.sources import read_sources, refuse_missing, sources_of
     from lensbench.models.likelihood import texts_likelihood
     from lensbench.models.pretrained import (
         check_context,
@@ -76,29 +79,26 @@ def bits(
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
 
+    if not bos and begin is not None:
+        raise LensbenchError(f"--begin {begin.value} and --no-bos contradict each other: give one of them")
+    chosen = begin or Begin.auto
+    front: BeginSetting | None = chosen.value if bos else None
     of_device, of_dtype = choose_device(device), dtype_named(dtype)
     check_source(model)
     refuse_unreachable(model, HERE)
     spec = f"file:{text}" if os.path.exists(text) and text != "stdlib" else text
+    refuse_missing(spec)
     for source in sources_of(spec):
         refuse_unreachable(source, TEXTS_HERE)
-    documents = read_sources(spec, max_bytes, say=say, strict=strict).documents
+    texts = [document.text for document in read_sources(spec, max_bytes, say=say, strict=strict).documents]
     with without_progress_bars():
         loaded = load_pretrained(model, dtype=of_dtype, device=of_device, say=noted)
     length = length or min(512, context_length(loaded.model.config) or 512)
     check_context(model, loaded.model.config, length, "set --length to {} or less")
     with Bars() as bars:
-        found = texts_likelihood(
-            loaded.model,
-            loaded.tokenizer,
-            [document.text for document in documents],
-            length=length,
-            begin=begin.value if bos else None,
-            progress=bars,
-        )
-    show_likelihood(found, len(documents), length)
-    texts = [document.text for document in documents]
-    for line in read_as(loaded.tokenizer, texts, begin.value if bos else None):
+        found = texts_likelihood(loaded.model, loaded.tokenizer, texts, length=length, begin=front, progress=bars)
+    show_likelihood(found, len(texts), length)
+    for line in read_as(loaded.tokenizer, texts, front):
         show_line(line, console)
 
 
@@ -175,7 +175,9 @@ def trace(
         int | None, typer.Option(min=0, help="Of the run's seeds; default: the first.", show_default=False)
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Show the last so many tokens.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="Write a page here, as HTML.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page here, as HTML.", show_default=False)
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     debug: Debug = False,
@@ -186,15 +188,17 @@ def trace(
     from lensbench.report.trace_page import trace_page
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.runtime.files import write_atomically
-    from lensbench.runtime.hub import HERE, refuse_unreachable
+    from lensbench.runtime.hub import HERE, LENSES_HERE, lens_is_cached, refuse_unreachable
     from lensbench.suite.files import name_of
 
-    if out is not None and out.is_dir():
-        raise LensbenchError(f"--out {out} is a folder: name a file, {out / 'trace.html'} say")
+    check_places({"--out": out}, {})
+    of_device, of_dtype = choose_device(device), dtype_named(dtype)
     named = traced_model(model, lens, run, seed)
     refuse_unreachable(named.model, HERE)
+    if named.lens is not None:
+        refuse_unreachable(named.lens, LENSES_HERE, held=lens_is_cached(named.lens))
     with without_progress_bars():
-        loaded = load_pretrained(named.model, dtype=dtype_named(dtype), device=choose_device(device), say=noted)
+        loaded = load_pretrained(named.model, dtype=of_dtype, device=of_device, say=noted)
     shown = []
     for text in texts:
         if len(texts) > 1:

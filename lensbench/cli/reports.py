@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lensbench.cli.app import Debug, answerable, app, console
+from lensbench.cli.mistakes import check_places
 from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show, show_line
 
@@ -18,16 +19,19 @@ def figures(
     format: Annotated[
         list[str] | None, typer.Option(help="png (default), pdf or svg; repeat it for several.", show_default=False)
     ] = None,
-    dpi: Annotated[int, typer.Option(help="Dots per inch of PNG, 50 to 1200.")] = 150,
+    dpi: Annotated[int, typer.Option(min=50, max=1200, help="Dots per inch of PNG.")] = 150,
     columns: Annotated[
         int | None,
         typer.Option(
+            min=1,
+            max=2,
             help="As wide as 1 or 2 columns of a paper (3.35, 6.9 inches), letters of 6 to 8 points. Default: for a screen.",
             show_default=False,
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for them; default FOLDER/figures.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for them; default FOLDER/figures.", show_default=False),
     ] = None,
     figure: Annotated[
         list[str] | None,
@@ -36,12 +40,15 @@ def figures(
     debug: Debug = False,
 ) -> None:
     """Redraw a run's figures from its CSV tables alone; the same tables give the same bytes."""
-    from lensbench.report.figures.draw import draw_figures
-    from lensbench.results.folder import read_run
+    from lensbench.report.figures.draw import check_drawing, draw_figures
+    from lensbench.results.folder import read_run, refuse_no_folder
 
-    tables = read_run(folder, need_manifest=False, verify=not unverified)
     formats = list(dict.fromkeys(format or ["png"]))
+    check_drawing(figure, formats, dpi, columns)
+    refuse_no_folder(folder)
     to = out or folder / "figures"
+    check_places({}, {"--out": to})
+    tables = read_run(folder, need_manifest=False, verify=not unverified)
     for path in draw_figures(tables, to, formats=formats, dpi=dpi, columns=columns, names=figure):
         show_line(str(path), console)
 
@@ -67,6 +74,7 @@ def export(
     """Write the light form of a run: tables, sums by cluster, manifest. Other commands read it as they read a run."""
     from lensbench.report.export import export_run
 
+    check_places({}, {"FOLDER": to})
     for path in export_run(folder, to, figures=figure or [], groups=groups, sums=not no_sums):
         show_line(f"removed: {path}", console)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
@@ -77,7 +85,10 @@ def export(
 @answerable
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; the first is what the others are held against.")],
-    out: Annotated[Path | None, typer.Option(help="Write the tidy table here as CSV.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all values and differences here, as CSV.", show_default=False),
+    ] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Draw the figures of all models together into this folder.", show_default=False)
     ] = None,
@@ -106,10 +117,13 @@ def compare(
     """
     from lensbench.report.compare import compare_runs
     from lensbench.report.comparison import print_comparison
+    from lensbench.report.figures.draw import check_drawing, draw_figures
     from lensbench.report.joining import together
 
     if figure and figures is None:
         raise LensbenchError("--figure names figures to draw: say where with --figures FOLDER")
+    check_drawing(figure)
+    check_places({"--out": out, "--html": html}, {"--figures": figures})
     judge = None
     if rule is not None:
         from lensbench.suite.files import load_suite
@@ -119,8 +133,6 @@ def compare(
     if out is not None:
         comparison.write(out)
     if figures is not None:
-        from lensbench.report.figures.draw import draw_figures
-
         draw_figures(together(comparison.runs), figures, names=figure)
     if html is not None:
         from lensbench.report.page import write_comparison
@@ -137,15 +149,20 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; what is shown is read from them alone.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the page here; default report.html in the first folder.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Write the page here; default report.html in the first folder.", show_default=False
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """One self-contained HTML page: ruler, verdicts, heatmaps, curves, sortable tables, settings, how to run it again."""
     from lensbench.report.page import write_page
-    from lensbench.results.folder import PAGE
+    from lensbench.results.folder import PAGE, refuse_no_folder
 
+    for folder in folders:
+        refuse_no_folder(folder)
     path = out or folders[0] / PAGE
+    check_places({"--out": path}, {})
     write_page(folders, path)
     show_line(str(path), console)
 
@@ -154,7 +171,9 @@ def report(
 @answerable
 def ruler(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, of texts and of images.")],
-    out: Annotated[Path | None, typer.Option(help="Draw the plane here, as PNG.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the plane here, as PNG.", show_default=False)
+    ] = None,
     rule: Annotated[
         str | None,
         typer.Option(help="Judge by the rule of this suite; default: the first folder's own.", show_default=False),
@@ -168,6 +187,7 @@ def ruler(
     from lensbench.report.compare import side_by_side
     from lensbench.report.terminal import ruler_table
 
+    check_places({"--out": out}, {})
     judge = None
     if rule is not None:
         from lensbench.suite.files import load_suite
@@ -189,7 +209,8 @@ def settings(
     folders: Annotated[list[Path], typer.Argument(help="Run folders with an update decomposition.")],
     index: Annotated[str, typer.Option(help="Which index of it.")] = "in_place_without_layer0",
     out: Annotated[
-        Path | None, typer.Option(help="Write both tables into this folder as CSV.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write both tables into this folder as CSV.", show_default=False),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -198,9 +219,11 @@ def settings(
     from lensbench.report.settings import doubt_frame, settings_frame, settings_tables
     from lensbench.results.folder import write_csv
 
+    check_places({}, {"--out": out})
     runs = read_distinct(folders)
     frame, doubt = settings_frame(runs, index), doubt_frame(runs, index)
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         for name, table in (("settings.csv", frame), ("doubt.csv", doubt)):
             write_csv(out / name, table)
     for shown in settings_tables(frame, doubt):
@@ -221,8 +244,12 @@ def trends(
         list[str] | None,
         typer.Option(help="NAME,NAME,...: models that differ in parameters, whose names do not say so; repeat it."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write trends.csv and trend_points.csv here.")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Draw each index over tokens and over parameters here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write trends.csv and trend_points.csv here.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Draw each index over tokens and over parameters here.", show_default=False)
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every index.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -234,6 +261,7 @@ def trends(
     from lensbench.report.trends import draw_trends, shown_indices, trend_tables, trends_of
     from lensbench.results.folder import write_csv
 
+    check_places({}, {"--out": out, "--figures": figures})
     named = [[name.strip() for name in several.split(",")] for several in series or ()]
     found = trends_of(folders, indices=index or (), named=named)
     shown = shown_indices(found, index or (), everything)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lensbench.cli.app import Debug, Device, Out, PlainCommand, Strict, answerable, app, console, run_folder
+from lensbench.cli.app import Debug, Device, Out, Strict, answerable, app, console, run_folder
 from lensbench.cli.forecast import show_forecast
+from lensbench.cli.mistakes import USAGE, PlainCommand
 from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show_line
 from lensbench.runtime.bars import Bars
@@ -24,7 +25,7 @@ class MayNameACluster(PlainCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The arguments, with ``local`` after a ``--ray`` that stands alone."""
-        given = []
+        given, odd = [], ""
         for k, word in enumerate(args):
             given.append(word)
             following = args[k + 1] if k + 1 < len(args) else ""
@@ -32,7 +33,16 @@ class MayNameACluster(PlainCommand):
                 following in ("local", "auto") or re.fullmatch(r"(ray://)?[\w.-]+:\d+", following)
             ):
                 given.append("local")
-        return super().parse_args(ctx, given)
+                odd = following
+        try:
+            return super().parse_args(ctx, given)
+        except USAGE as error:
+            if odd and not odd.startswith("-") and f"({odd})" in str(error):
+                raise typer.BadParameter(
+                    f"{odd} is no address of a cluster: give HOST:PORT, auto, or no address for one on this machine",
+                    param_hint="--ray",
+                ) from error
+            raise
 
 
 RunFolder = Annotated[
@@ -151,6 +161,13 @@ DryRun = Annotated[
 ]
 
 
+def names_in(option: str, given: list[str] | None) -> list[str]:
+    """The names that a repeated option has, which may be separated by commas; refuses one that names nothing."""
+    if empty := [value for value in given or () if not value.replace(",", "").strip()]:
+        raise LensbenchError(f"{option} {empty[0]!r} names nothing: give a name, or leave {option} out")
+    return [name.strip() for value in given or () for name in value.split(",") if name.strip()]
+
+
 @app.command(cls=MayNameACluster, short_help="Run a suite: train or load models, fit lenses, measure, report.")
 @answerable
 def run(
@@ -181,7 +198,7 @@ def run(
     changes = Changes(preset, tuple(model or ()), corpus, limit, tuple(setting or ()), seed)
     chosen = changes.of(suite)
     default = changes.folder_name(chosen)
-    names, wanted = ([n for given in several or [] for n in given.split(",") if n] for several in (only, probes))
+    names, wanted = names_in("--only", only), names_in("--probes", probes)
     folder = run_folder(out, default)
     if dry_run:
         show_forecast(console, chosen, folder, device, names, wanted)

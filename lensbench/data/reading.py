@@ -119,7 +119,7 @@ def read_documents(spec: str, max_bytes: int | None = None, *, say: Say = warn, 
         found = _read_hub(rest, odd)
         max_bytes = HF_MAX_BYTES if max_bytes is None else max_bytes
     else:
-        raise LensbenchError(_unknown_spec(spec))
+        raise LensbenchError(unknown_spec(spec))
     try:
         documents = list(_take_bytes((d for d in found if d.text and not d.text.isspace()), max_bytes))
     except OSError as error:
@@ -136,16 +136,20 @@ def read_documents(spec: str, max_bytes: int | None = None, *, say: Say = warn, 
     return documents
 
 
-def _unknown_spec(spec: str) -> str:
+def unknown_spec(spec: str) -> str:
+    """What to say of a corpus that names no kind of text."""
     forms = {
         "stdlib": "stdlib", "file": "file:PATH[#FIELD]", "hf": "hf:NAME[/CONFIG][@SPLIT][#FIELD]", "package": "package:NAME",
     }  # fmt: skip
     nearest = difflib.get_close_matches(spec.partition(":")[0], forms, n=1, cutoff=0.4)
     if os.path.exists(spec):  # Path.exists raises for names that are too long
-        hint = f"; did you mean file:{spec}?"
+        hint = f": did you mean file:{spec}?"
     else:
-        hint = f"; did you mean {forms[nearest[0]]}?" if nearest else ""
-    return f"unknown corpus {spec!r}: a corpus is {', '.join(forms.values())}, or several, joined by ' + '{hint}"
+        hint = f": did you mean {forms[nearest[0]]}?" if nearest else ""
+        if not hint and ":" not in spec and Path(spec).name != Path(spec).stem:
+            hint = ": there is no file of this name here"
+    what = f"corpus is {', '.join(forms.values())}, or several, joined by ' + '"
+    return f"unknown corpus {spec!r}{hint}{' A' if hint.endswith('?') else '; a'} {what}"
 
 
 def _take_bytes(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
@@ -224,7 +228,7 @@ def _read_path(rest: str, max_bytes: int | None, odd: Oddities) -> Iterator[Docu
 def _read_text(path: Path, name: str, max_bytes: int | None) -> Document:
     text = decode(_beginning(path, name, max_bytes), name)
     if not text.strip():
-        raise LensbenchError(f"{name} is empty: a corpus needs at least {MIN_LONE_BYTES} bytes of text")
+        raise LensbenchError(f"{name} is empty: give a file that holds text")
     return _checked(text, name)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lensbench.data.duplicates import duplicate_groups
 from lensbench.data.installed import installed_version
-from lensbench.data.reading import Document, Say, read_documents, warn
+from lensbench.data.reading import Document, Say, read_documents, refuse_absent, unknown_spec, warn
 from lensbench.errors import LensbenchError
 
 JOIN = " + "
@@ -43,6 +43,17 @@ class Read:
 def sources_of(spec: str) -> list[str]:
     """The sources that a corpus names, joined by `` + ``; a path may hold that, too, where no source follows."""
     return [part.strip() for part in re.split(r"\s\+\s+(?=stdlib\b|file:|hf:|package:)", spec)]
+
+
+def refuse_missing(spec: str) -> None:
+    """Raise :class:`LensbenchError` where a corpus names a kind of source, a file or a package that there is not."""
+    for source in sources_of(spec):
+        kind, _, rest = source.partition(":")
+        if source != "stdlib" and (kind not in ("file", "hf", "package") or not rest):
+            raise LensbenchError(unknown_spec(source))
+        if kind == "file":
+            refuse_absent(rest)
+    refuse_missing_packages(spec)
 
 
 def refuse_missing_packages(spec: str) -> None:

@@ -148,6 +148,10 @@ def read_jacobian(source: str) -> JacobianFile:
     except LensbenchError:
         raise
     except Exception as error:  # pickle and torch each raise their own
+        if "weights only" in str(error).lower():
+            raise LensbenchError(
+                f"{source}: the lens cannot be loaded: it is no file of tensors that torch.save wrote, or a damaged one"
+            ) from error
         raise unreadable_lens(source, error) from error
     shapes = {tuple(m.shape) for m in found.matrices.values()}
     if len(shapes) != 1 or len(first := next(iter(shapes))) != 2 or first[0] != first[1]:

@@ -144,7 +144,8 @@ def compare_runs(folders: list[Path], rule: VerdictRule | None = None) -> Compar
 def read_distinct(folders: list[Path]) -> list[Run]:
     """The runs of different folders; raises :class:`LensbenchError` for a folder named twice, and for a damaged one."""
     if len(set(folders)) < len(folders):
-        raise LensbenchError("a run folder is named twice")
+        twice = next(folder for folder in folders if folders.count(folder) > 1)
+        raise LensbenchError(f"{twice} is named twice: name each run folder once")
     return [read_run(folder) for folder in folders]
 
 
@@ -154,11 +155,6 @@ def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
     Raises :class:`LensbenchError` for damaged folders, for a sweep, and where two runs have a model of one name.
     """
     runs = read_distinct(folders)
-    for run in runs:
-        if run.manifest.sweep is not None:
-            raise LensbenchError(
-                f"{run.folder} holds a sweep, which has no lenses: give folders that `lensbench run` wrote"
-            )
     rule = rule or rule_of(runs[0])
     return together([judged(run, rule) for run in runs])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lensbench.errors import LensbenchError
-from lensbench.report.figures.draw import draw_figures
+from lensbench.report.figures.draw import check_drawing, draw_figures
 from lensbench.report.verdicts import judged, rule_of
 from lensbench.results.draws import kept_draws
 from lensbench.results.folder import (
@@ -65,14 +65,16 @@ def export_run(
     """
     if groups is not None and groups < FEWEST_CLUSTERS:
         raise LensbenchError(
-            f"{groups} groups: with fewer than {FEWEST_CLUSTERS} clusters, intervals are not to be trusted"
+            f"--groups {groups}: with fewer than {FEWEST_CLUSTERS} clusters, intervals are not to be trusted; give "
+            f"--groups {FEWEST_CLUSTERS} or more"
         )
+    check_drawing(names=figures)
     run = read_run(source)
-    if run.manifest.sweep is not None:
-        raise LensbenchError(f"{source} holds a sweep, which is as small as it gets: copy its folder")
     if "verdicts.csv" in run.manifest.checksums:
         run = judged(run, rule_of(run))
     refuse_other(folder, run.manifest.suite_name)
+    if sums and run.manifest.exported is not None and run.manifest.exported.sums == NO_SUMS:
+        raise LensbenchError(f"{source} was exported with --no-sums and has no sums to export: give --no-sums again")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
         light = Path(made) / "light"

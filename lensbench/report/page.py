@@ -20,7 +20,7 @@ from lensbench.measures.update.sentences import update_rule_in_words
 from lensbench.measures.verdict import rule_in_words
 from lensbench.report.answers import answer_section, colours_of
 from lensbench.report.claims import CELLS, claim_cells, claim_rows
-from lensbench.report.compare import Comparison
+from lensbench.report.compare import Comparison, read_distinct
 from lensbench.report.comparison import opening, pair_name, shown_differences
 from lensbench.report.figures.frames import lens_frame, transfer_frame
 from lensbench.report.figures.transfer import COSTS, cost_scale
@@ -34,8 +34,8 @@ from lensbench.report.reproduction import differs_by_interval
 from lensbench.report.svg import heatmap, kl_curves
 from lensbench.report.terminal import doubts
 from lensbench.report.verdicts import Statement, UpdateStatement, rule_of, statements, update_statements
-from lensbench.results.folder import Run, read_run, table_file
-from lensbench.results.manifest import Manifest, read_manifest
+from lensbench.results.folder import Run, table_file
+from lensbench.results.manifest import Manifest
 from lensbench.results.schema import SCHEMA, of_the_matrix, unit
 from lensbench.runtime.files import write_atomically
 
@@ -44,10 +44,7 @@ SHOWN_TABLES = ("models.csv", "indices.csv", "verdicts.csv", "baselines.csv", "t
 
 def write_page(folders: Sequence[Path], path: Path) -> None:
     """Write the page of run folders; raises :class:`LensbenchError` for folders that are damaged or hold no run."""
-    for folder in folders:
-        if folder.is_dir() and read_manifest(folder).sweep is not None:
-            raise LensbenchError(f"{folder} holds a sweep, which has no lenses: give folders of `lensbench run`")
-    runs = [read_run(folder) for folder in folders]
+    runs = read_distinct(list(folders))
     path.parent.mkdir(parents=True, exist_ok=True)
     content = page(runs)
     write_atomically(path, lambda partial: partial.write_text(content, encoding="utf-8"))

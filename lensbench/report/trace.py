@@ -25,7 +25,7 @@ from lensbench.lenses.trajectory import prediction_trajectory, trajectory_in_pla
 from lensbench.lenses.tuned import SharedLens, load_tuned_lens, tuned_lens
 from lensbench.models.pretrained import Pretrained, check_context, check_source, identity, locate, named
 from lensbench.models.training import checkpoint_folder
-from lensbench.results.folder import OWNER
+from lensbench.results.folder import OWNER, refuse_no_folder, refuse_unfinished
 from lensbench.results.manifest import Manifest, read_manifest
 from lensbench.runtime.texts import read_json
 from lensbench.streams.readout import ReadOut
@@ -78,6 +78,8 @@ def traced_model(model: str, lens: str | None, run: Path | None, seed: int | Non
 
 def _of_a_run(model: str, lens: str, run: Path, seed: int | None) -> TracedModel:
     """A model of a run with one of its lenses, or with another."""
+    refuse_no_folder(run)
+    refuse_unfinished(run)
     manifest = read_manifest(run)
     if manifest.sweep is not None:
         raise LensbenchError(f"{run} holds a sweep, which has no lenses: give a folder of `lensbench run`")

@@ -79,17 +79,22 @@ def trends_of(folders: Sequence[Path], *, indices: Sequence[str] = (), named: Se
         if name not in known:
             raise LensbenchError(f"no run has a model {name!r}; {nearest(name, known)}")
     series, values = series_of(run.tables["models.csv"], named), values_of(run)
-    if not series:
-        raise LensbenchError(
-            "there is no series of models: their names would differ in a size (gpt-16k, gpt-64k) or behind @ (gpt@10000 and "
-            "gpt), with tokens in models.csv; --series NAME,NAME names one"
-        )
-    for several in named:
-        if ", ".join(several) not in {one.name for one in series}:
-            raise LensbenchError(f"--series {','.join(several)}: these models are of one size, within half a doubling")
+    if short := [several for several in named if len(set(several)) < 2]:
+        raise LensbenchError(f"--series {','.join(short[0])}: name at least two models, A,B")
     there = list(dict.fromkeys(values["index"]))
     if unknown := [name for name in indices if name not in there]:
         raise LensbenchError(f"no run has an index {unknown[0]!r}; {nearest(unknown[0], there)}")
+    for several in named:
+        if ", ".join(several) not in {one.name for one in series}:
+            raise LensbenchError(
+                f"--series {','.join(several)}: these models are of one size, within half a doubling of parameters; "
+                "name models of different sizes"
+            )
+    if not series:
+        raise LensbenchError(
+            "there is no series of models in these runs: models whose names differ in a size "
+            "(gpt-16k, gpt-64k) or after @ (gpt@10000, gpt); --series A,B names one"
+        )
     chosen = [name for name in there if not indices or name in indices]
     drawn = (
         {} if _all_have_seeds(series, values) else {(m.model, m.seed): m for r in runs for m in compared_models(r, 0)}

@@ -159,6 +159,18 @@ def owner_of(folder: Path) -> str | None:
     return None
 
 
+AGAIN = "copy the folder again, or repeat the command that wrote it"
+"""What to do about a damaged run folder"""
+
+
+def refuse_no_folder(folder: Path) -> None:
+    """Raise :class:`LensbenchError` where there is no folder of this name."""
+    if folder.is_file():
+        raise LensbenchError(f"{folder} is a file: give the folder of a run")
+    if not folder.is_dir():
+        raise LensbenchError(f"there is no folder {folder}: give the folder of a run")
+
+
 def refuse_unfinished(folder: Path) -> None:
     """Raise :class:`LensbenchError` for the folder of a run that is not finished, with the command that goes on."""
     if (folder / MANIFEST).is_file() or not (folder / OWNER).is_file():
@@ -277,13 +289,13 @@ def read_table(path: Path) -> pd.DataFrame:
     """A CSV of a run folder; raises :class:`LensbenchError` where it is missing, unreadable or not what its name says."""
     found = table_file(path.parent, path.name)
     if found is None:
-        raise LensbenchError(f"{path.parent} has no {path.name}: not a finished run of lensbench")
+        raise LensbenchError(f"{path.parent} has no {path.name}: it is not the folder of a finished run of lensbench")
     text = TEXT_COLUMNS | TEXT_COLUMNS_OF.get(path.name, set())
     empty = {column: [""] for column in (*SCHEMA[path.name], OF_THE_ESTIMATE)}
     try:
         table = pd.read_csv(found, keep_default_na=False, na_values=empty, dtype=dict.fromkeys(text, str))
     except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, pd.errors.ParserError) as error:
-        raise LensbenchError(f"{found} is damaged: {str(error).splitlines()[0]}") from error
+        raise LensbenchError(f"{found} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from error
     if path.name == "verdicts.csv":
         table = as_now(table)
     if path.name == "lenses.csv" and OF_THE_ESTIMATE in table:
@@ -322,7 +334,7 @@ class Run:
         if path is None:
             if self.manifest.exported is not None and self.manifest.exported.sums == NO_SUMS:
                 raise LensbenchError(
-                    f"{self.folder} has no {SUMS}: it was exported with --no-sums; compare the run itself"
+                    f"{self.folder} has no {SUMS}: it was exported with --no-sums; give the folder of the run itself"
                 )
             raise LensbenchError(
                 f"{self.folder} has no {SUMS}: `lensbench run` with the same suite writes it from the finished stages"
@@ -330,7 +342,7 @@ class Run:
         try:
             return pd.read_parquet(path).rename(columns={"cluster": "document"})
         except (OSError, ValueError) as error:
-            raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+            raise LensbenchError(f"{path} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from error
 
     def update_draws(self) -> pd.DataFrame:
         """``update_draws.parquet``; empty where the run has none. Raises :class:`LensbenchError` for a damaged file."""
@@ -340,7 +352,7 @@ class Run:
         try:
             return pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            raise LensbenchError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+            raise LensbenchError(f"{path} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from error
 
 
 def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -> Run:
@@ -348,17 +360,20 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
 
     Without ``need_manifest`` a folder that holds nothing but the CSV will do.
     """
-    if not folder.is_dir():
-        raise LensbenchError(f"there is no folder {folder}")
-    if need_manifest:
+    refuse_no_folder(folder)
+    if need_manifest or table_file(folder, "models.csv") is None:
         refuse_unfinished(folder)
     manifest = read_manifest(folder) if need_manifest or (folder / MANIFEST).exists() else None
+    if manifest is not None and manifest.sweep is not None and table_file(folder, "models.csv") is None:
+        raise LensbenchError(f"{folder} holds a sweep, which has no lenses: give a folder of `lensbench run`")
     if manifest is not None and verify:
         for name, checksum in manifest.files.items():
             if not (folder / name).is_file():
-                raise LensbenchError(f"{folder} is not complete: {name} is missing")
+                raise LensbenchError(f"{folder} is not complete: {name} is missing; {AGAIN}")
             if sha256(folder / name) != checksum:
-                raise LensbenchError(f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST})")
+                raise LensbenchError(
+                    f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST}); {AGAIN}"
+                )
     known = set(SCHEMA) if manifest is None else {plain_name(name) for name in manifest.files}
     tables = {
         name: no_rows(name)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lensbench.errors import LensbenchError
 from lensbench.runtime.files import write_json
 from lensbench.runtime.texts import read_json
+from lensbench.runtime.validation import in_words
 
 SCHEMA_VERSION = 3
 
@@ -176,7 +177,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise LensbenchError(f"{folder} is not a run folder: it has no {MANIFEST}")
+        raise LensbenchError(
+            f"{folder} is not a run folder: it has no {MANIFEST}; give one that `lensbench run` finished"
+        )
     content: Any = read_json(path)
     try:
         version = content["schema_version"]
@@ -188,7 +191,9 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise LensbenchError(f"{path} is damaged: {place}: {first['msg']}") from error
+        words = in_words(first)
+        between = " " if words.startswith(("must", "is ")) else ": "
+        raise LensbenchError(f"{path} is damaged: {place}{between}{words}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, KeyError) and "in_context" in content:
             raise LensbenchError(f"{folder} holds tasks (`lensbench in-context`), not a run of a suite") from error

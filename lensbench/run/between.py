@@ -103,6 +103,10 @@ def transfer_between(
         raise LensbenchError("transfer-between is for suites of text")
     context = Context(suite, Stages(run / "stages", looking=True), device, compute=False)
     members = list(members_of(context, progress))
+    if not members:
+        raise LensbenchError(
+            f"{run} has no lenses with these settings of {suite.name}: give the --preset and each --set that the run had"
+        )
     pairs = list(pairs_of(suite, members, named))
     if not pairs:
         raise LensbenchError(

@@ -21,11 +21,16 @@ TEXTS_HERE = "stdlib, or file:PATH of a text on this machine"
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
-def refuse_unreachable(source: str, instead: str) -> None:
+LENSES_HERE = "a lens on this machine"
+"""What a lens can be without the hub"""
+
+
+def refuse_unreachable(source: str, instead: str, *, held: bool | None = None) -> None:
     """Raise :class:`LensbenchError` where ``source`` (``hub:`` or ``hf:``) lies on a hub that cannot be reached.
 
     Nothing is asked about other sources, about models whose config is in the cache, with ``HF_HUB_OFFLINE`` (the clients
-    then answer at once), and behind a proxy. ``instead``: what to give in its place.
+    then answer at once), and behind a proxy. ``instead``: what to give in its place. ``held``: of what is no model,
+    whether the cache has it.
     """
     kind, _, rest = source.partition(":")
     name, _, revision = rest.partition("#")[0].partition("@")
@@ -33,7 +38,7 @@ def refuse_unreachable(source: str, instead: str) -> None:
         return
     if constants.HF_HUB_OFFLINE or any(os.environ.get(proxy) for proxy in PROXIES):
         return
-    if kind == "hub" and cached(name, revision):
+    if held or (held is None and kind == "hub" and cached(name, revision)):
         return
     reason = unreachable(constants.ENDPOINT)
     if reason:
@@ -45,6 +50,21 @@ def cached(name: str, revision: str) -> bool:
     """Whether the cache has the config of a model of the hub; a name that the hub could not have is not in it."""
     try:
         return isinstance(try_to_load_from_cache(name, "config.json", revision=revision or None), str)
+    except ValueError:  # the client then says what is wrong with the name
+        return True
+
+
+def lens_is_cached(source: str) -> bool:
+    """Whether the cache has a tuned lens of the hub (``hub:RESOURCE``), or the file of a Jacobian lens."""
+    name, _, revision = source.removeprefix("hub:").partition("@")
+    parts = name.split("/", 2)
+    place = ("AlignmentResearch/tuned-lens", f"lens/{name}/config.json", "space")
+    if name.endswith(".pt") and len(parts) == 3:
+        place = (f"{parts[0]}/{parts[1]}", parts[2], "model")
+    repository, file, kind = place
+    try:
+        found = try_to_load_from_cache(repository, file, revision=revision or None, repo_type=kind)
+        return isinstance(found, str)
     except ValueError:  # the client then says what is wrong with the name
         return True
 

@@ -165,7 +165,10 @@ def parsed(key: str, value: str) -> Any:
     except ValueError as error:
         if BARE_WORD.fullmatch(value):
             return value
-        raise LensbenchError(f"--set {key}={value}: the value is not valid TOML: {error}") from error
+        raise LensbenchError(
+            f"--set {key}={value}: the value is not valid TOML: give a number, true, false, a word, a list such as [1, 2], "
+            "or a text in double quotes within single ones"
+        ) from error
 
 
 def path_of(key: str, content: Mapping[str, Any]) -> tuple[str, ...]:

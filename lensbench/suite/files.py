@@ -16,6 +16,7 @@ from lensbench.errors import LensbenchError, nearest
 from lensbench.models import fitting_width
 from lensbench.models.pretrained import check_source
 from lensbench.runtime.texts import decode, read_bytes
+from lensbench.runtime.validation import in_words
 from lensbench.studies.calibration import Calibration
 from lensbench.studies.in_context import InContext
 from lensbench.studies.regression import RegressionRecipe
@@ -39,17 +40,24 @@ def named_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(suites_folder().glob("*.toml"))}
 
 
-def read_toml(name: str) -> tuple[str, dict[str, Any]]:
-    """The content of a suite file given by name (``quick``) or path, and what to call it in messages."""
+def read_toml(name: str, command: str = "run") -> tuple[str, dict[str, Any]]:
+    """The content of a file for a command, given by name (``quick``) or path, and what to call it in messages."""
     known = named_files()
     path = known.get(name) or Path(name)
+    what = {runs: kind for kind, runs in [*FILE_KINDS.values(), ("a suite", "run")]}[command].removeprefix("a ")
+    if path.is_dir():
+        raise LensbenchError(f"{name} is a folder: give the name of a {what}, or its TOML file")
     if not path.is_file():
         if name.endswith(".toml"):
             stem = Path(name).stem
             close = [stem] if stem in known else difflib.get_close_matches(stem, known, n=1, cutoff=0.6)
             hint = f"; did you mean {close[0]}, which comes with lensbench?" if close else ""
-            raise LensbenchError(f"there is no suite file {name}{hint}")
-        raise LensbenchError(f"unknown suite {name!r}; {nearest(name, list(known))}")
+            raise LensbenchError(f"there is no {what} file {name}{hint}")
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        fit = close or [
+            other for other in known if kind_of(tomllib.loads(known[other].read_text("utf-8")))[1] == command
+        ]
+        raise LensbenchError(f"unknown {what} {name!r}; {nearest(name, fit)}")
     try:
         return path.name, tomllib.loads(decode(read_bytes(path, path.name), path.name))
     except RecursionError as error:
@@ -66,12 +74,36 @@ def validated(kind: type[Recipe], name: str, content: dict[str, Any]) -> Recipe:
         first = error.errors()[0]
         place = place_in(first["loc"], content)
         if first["type"] == "extra_forbidden":
-            key, known = str(first["loc"][-1]), known_keys(kind, first["loc"][:-1])
-            section = place.removesuffix(key) if name == COMMAND else ""  # a file has it above the key
-            hint = nearest(key, known).replace("did you mean '", f"did you mean '{section}")
-            raise LensbenchError(f"{name}: unknown key {place!r}; {hint}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise LensbenchError(f"{name}: {place}: {message}" if place else f"{name}: {message}") from error
+            raise LensbenchError(f"{name}: unknown key {place!r}; {meant(kind, name, place, first['loc'])}") from error
+        words = in_words(first)
+        if "table of settings" in words and name == COMMAND:
+            words = f"{words}; set one of them, {place}.{known_keys(kind, first['loc'])[0]}=VALUE say"
+        if first["loc"] == ("models",) and name == COMMAND:
+            words = "are set one by one, models.NAME.KEY=VALUE"
+        between = " " if words.startswith(("must", "is ", "are ")) else ": "
+        raise LensbenchError(f"{name}: {place}{between}{words}" if place else f"{name}: {words}") from error
+
+
+def meant(kind: type[BaseModel], name: str, place: str, location: tuple[int | str, ...]) -> str:
+    """The hint after an unknown key: the sections that have it, else the nearest key of its own section."""
+    key = str(location[-1])
+    if len(location) == 1 and (sections := sections_with(kind, key)):
+        return f"did you mean {either([f'{section}.{key}' for section in sections])}?"
+    section = place.removesuffix(key) if name == COMMAND else ""  # a file has it above the key
+    return nearest(key, known_keys(kind, location[:-1])).replace("did you mean '", f"did you mean '{section}")
+
+
+def either(names: list[str]) -> str:
+    """Names in quotes, of which one is meant."""
+    quoted = [repr(name) for name in names]
+    return " or ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
+
+
+def sections_with(kind: type[BaseModel], key: str) -> list[str]:
+    """The tables of settings of a file that have a key; that of a model stands under its name."""
+    found = {name: known_keys(kind, (name,)) for name in kind.model_fields if name != "claims"}
+    having = [name for name, keys in found.items() if key in keys and keys != list(kind.model_fields)]
+    return ["models.NAME" if name == "models" else name for name in having]
 
 
 def place_in(location: tuple[int | str, ...], content: dict[str, Any]) -> str:
@@ -234,7 +266,7 @@ def expect(file: str, name: str, content: dict[str, Any], command: str) -> None:
 
 def load_in_context(name: str) -> InContext:
     """Tasks of known Bayes predictor by name or path."""
-    file, content = read_toml(name)
+    file, content = read_toml(name, "in-context")
     expect(file, name, content, "in-context")
     found = validated(InContext, file, content)
     for who, task in itertools.product(found.contestants, found.tasks):
@@ -250,7 +282,7 @@ def load_in_context(name: str) -> InContext:
 
 def load_regression(name: str) -> RegressionRecipe:
     """A regression in context by name or path."""
-    file, content = read_toml(name)
+    file, content = read_toml(name, "regression")
     expect(file, name, content, "regression")
     return validated(RegressionRecipe, file, content)
 
@@ -260,7 +292,7 @@ def load_calibration(name: str) -> Calibration | UpdateCalibration | UpdateToken
 
     Of the update decomposition where it says how often readable gain is measured, of its tokens where it has widths.
     """
-    file, content = read_toml(name)
+    file, content = read_toml(name, "calibrate")
     expect(file, name, content, "calibrate")
     if "widths" in content:
         return validated(UpdateTokens, file, content)
@@ -271,6 +303,6 @@ def load_calibration(name: str) -> Calibration | UpdateCalibration | UpdateToken
 
 def load_sweep(name: str) -> Sweep:
     """A sweep by name or path."""
-    file, content = read_toml(name)
+    file, content = read_toml(name, "sweep")
     expect(file, name, content, "sweep")
     return validated(Sweep, file, content)

@@ -387,7 +387,7 @@ def test_slips_of_the_command_line_are_told(tiny_run, tmp_path):
     model = f"path:{tiny_run / 'stages' / 'train-pc-seed0'}"
     refused(run("trace", "pc", TEXT, "--seed", 0), "--run")
     refused(run("trace", "pc", TEXT), "unknown model 'pc'", "--run FOLDER")
-    refused(run("trace", "pc", TEXT, "--run", tiny_run, "--out", tmp_path), "is a folder", "trace.html")
+    refused(run("trace", "pc", TEXT, "--run", tiny_run, "--out", tmp_path), "is a folder", "name a file")
     refused(run("trace", "pc", "a\udcffb", "--run", tiny_run), "no valid UTF-8")
     lens = f"path:{tiny_run / 'stages' / 'fit-pc-seed0' / 'shared'}"
     refused(run("trace", model, TEXT, "--lens", lens), "it has width 16, the model 48", "with --run")

@@ -4,6 +4,7 @@ A figure is a function in a file of this package: a tidy frame in, a :class:`mat
 :mod:`lensbench.report.figures.registry`. The same tables give the same bytes, and no setting of matplotlib is changed.
 """
 
+import difflib
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
@@ -40,14 +41,7 @@ def draw_figures(
     Raises :class:`LensbenchError` for an unknown format, size or name, and for a table that cannot be drawn: then the
     folder stays as it was.
     """
-    if missing := [name for name in names or () if name not in FIGURES]:
-        raise LensbenchError(f"there is no figure {missing[0]!r}; figures are {', '.join(sorted(FIGURES))}")
-    if unknown := [kind for kind in formats if kind not in FORMATS]:
-        raise LensbenchError(f"unknown format {unknown[0]!r}; figures are {', '.join(FORMATS)}")
-    if not LOWEST_DPI <= dpi <= HIGHEST_DPI:
-        raise LensbenchError(f"{dpi} dots per inch: {LOWEST_DPI} to {HIGHEST_DPI} can be drawn")
-    if columns not in SHEETS:
-        raise LensbenchError(f"{columns} columns: figures are as wide as 1 or 2")
+    check_drawing(names, formats, dpi, columns)
     with on_sheet(SHEETS[columns]), style():
         asked = {name: each for name, each in sorted(FIGURES.items()) if names is None or name in names}
         drawn = {name: drawing for name, each in asked.items() if (drawing := each.of_run(run)) is not None}
@@ -60,6 +54,25 @@ def draw_figures(
                 paths.append(folder / f"{name}.{kind}")
                 write_atomically(paths[-1], partial(write_figure, drawing, kind=kind, dpi=dpi))
     return paths
+
+
+def check_drawing(
+    names: Sequence[str] | None = None,
+    formats: Sequence[str] = ("png",),
+    dpi: int = DPI,
+    columns: int | None = None,
+) -> None:
+    """Raise :class:`LensbenchError` for an unknown name, format or size of figures, before anything is read or drawn."""
+    if missing := [name for name in names or () if name not in FIGURES]:
+        close = difflib.get_close_matches(missing[0], FIGURES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"figures are {', '.join(sorted(FIGURES))}"
+        raise LensbenchError(f"there is no figure {missing[0]!r}; {hint}")
+    if unknown := [kind for kind in formats if kind not in FORMATS]:
+        raise LensbenchError(f"unknown format {unknown[0]!r}; figures are {', '.join(FORMATS)}")
+    if not LOWEST_DPI <= dpi <= HIGHEST_DPI:
+        raise LensbenchError(f"{dpi} dots per inch: give {LOWEST_DPI} to {HIGHEST_DPI}")
+    if columns not in SHEETS:
+        raise LensbenchError(f"{columns} columns: figures are as wide as 1 or 2; give 1 or 2")
 
 
 def draw_plane(run: Run, path: Path) -> None:
