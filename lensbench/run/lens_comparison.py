@@ -204,8 +204,8 @@ class Comparing:
         lenses = fit_some(context, wanted)
         if (ours := lenses.get(JACOBIAN_LENS)) is not None and ours.record.jacobian is not None:
             path = folder / "jacobian_lens.pt"
-            facts, source = ours.record.jacobian, self.model.source
-            write_jacobian(path, ours.maps.matrix, facts, model=source, commit=self.commit)
+            facts, name = ours.record.jacobian, self.model.source
+            write_jacobian(path, ours.maps.matrix, facts, model=name, commit=self.commit)
         for lens in lenses.values():
             yield fitted_lens(lens, context)
 

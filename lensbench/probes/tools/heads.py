@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lensbench.models.controls import ControlGPTBlock, rotate
+from lensbench.models.looped import Loop
 from lensbench.models.predictive_coding import PredictiveCodingForCausalLM, PredictiveCodingLayer, expected_embedding
 from lensbench.streams.stream import ResidualStream
 
@@ -51,6 +52,10 @@ def reading_heads(stream: ResidualStream) -> Iterator[list[Heads]]:
     """
     found: list[Heads] = []
     model = stream.model
+    if any(isinstance(m, Loop) for m in model.modules()):
+        raise NoHeads(
+            "its heads write inside a loop, after an adapter and before a norm: not to the stream that lenses read"
+        )
     with ExitStack() as stack:
         if isinstance(model, PredictiveCodingForCausalLM):
             _watch_predictive_coding(stream, model, found, stack)
@@ -211,6 +216,9 @@ def check_heads(stream: ResidualStream) -> str:
     try:
         with reading_heads(stream) as heads:
             stream.forward(ids.to(stream.input_device))
+            last = max((h.layer for h in heads), default=-1)
+            if last >= stream.layers:
+                return f"its {last + 1} attentions have no layer of the stream each: it has {stream.layers}"
             return "" if heads else "it has no attention weights (no module returns any)"
     except NoHeads as error:
         return str(error)
