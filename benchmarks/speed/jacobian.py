@@ -57,7 +57,7 @@ PER_STEP = 2
 
 @dataclass
 class Measured:
-    """What one method took of all prompts."""
+    """What one method took of all prompts; of no prompts, what it would take of one."""
 
     passes: float
     """Forward-pass equivalents of one prompt"""
@@ -155,7 +155,7 @@ class Bench:
         """Exact Jacobian lenses of some prompts; of none, what a product took before says what one prompt would take."""
         d = self.task.stream.d_model
         if not self.exact_prompts:
-            return Measured(1 + d, (1 + d) * self.per_product, 1, estimated=True)
+            return Measured(1 + d, (1 + d) * self.per_product, 0, estimated=True)
         found, seconds = self._estimate(self.exact_prompts, "exact", None)
         return Measured(1 + found.products / found.prompts, seconds, found.prompts, tuple(found.relative_error))
 
@@ -182,14 +182,14 @@ def rows(bench: Bench, precision: float) -> pd.DataFrame:
         found = measure()
         worst = max(found.errors, default=float("nan"))
         needed = max(2, int(np.ceil(found.prompts * (worst / precision) ** 2))) if np.isfinite(worst) else None
-        each = found.seconds / found.prompts
+        each = found.seconds / max(1, found.prompts)
         table.append({
             "method": name, "prompts": found.prompts, "passes_per_prompt": found.passes, "seconds": found.seconds,
             "seconds_per_prompt": each, "estimated": found.estimated, "error_median": np.median(found.errors or [np.nan]),
             "error_worst": worst, "prompts_to_precision": needed,
             "passes_to_precision": None if needed is None else needed * found.passes,
             "seconds_to_precision": None if needed is None else needed * each,
-            "peak_gib": held("VmHWM") - before if can else float("nan"),
+            "peak_gib": held("VmHWM") - before if can and found.prompts else float("nan"),
         })  # fmt: skip
         say(
             f"{name}: {found.seconds:.1f} s of {found.prompts} prompts, {found.passes:.1f} passes each, error {worst:.2g}"

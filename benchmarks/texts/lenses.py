@@ -30,6 +30,10 @@ READERS = {"tuned": "a lens per layer", "shared": "one shared lens", "jacobian":
            "shared_jacobian": "one shared Jacobian lens"}  # fmt: skip
 """Kind through which ``guess_and_refine`` reads -> its name in tables"""
 
+SHORTCUTS = {"tuned": "a lens per layer", "shared": "one shared lens", "single": "best lens of one layer",
+             "jacobian": "Jacobian lenses", "shared_jacobian": "one shared Jacobian lens"}  # fmt: skip
+"""Maps that ``lens_rank`` cuts -> their name in tables"""
+
 ROWS = 7
 """Layers of a table at most"""
 
@@ -119,10 +123,10 @@ class LensResults(Results):
         side = self.ahead if ahead else self.behind
         return [m for m in self.models if len(side(m, lens, against, null=null)) == self.depth(m)]
 
-    def probed(self, model: str, quantity: str, layer: int | None = None) -> str:
+    def probed(self, model: str, quantity: str, layer: int | None = None, other: int | None = None) -> str:
         """What a probe measured, a dash where nobody asked, or that it is undefined."""
         try:
-            return str(self.probe(model, quantity, layer))
+            return str(self.probe(model, quantity, layer, other))
         except UndefinedNumber:
             return "undefined"
         except TextError:
@@ -146,6 +150,34 @@ class LensResults(Results):
             "the same beyond chance",
         ]
         return markdown([*heads, "excess kept", "settled at half depth"], rows)
+
+    def ranks(self, model: str) -> list[int]:
+        """The ranks 0, 1, 4, 16, ... of a model's sweep of lenses, and the whole width."""
+        rows = self.rows("probes.csv", model=model, quantity="rank_kl_tuned")
+        swept = sorted(int(rank) for rank in rows["other"])
+        return [swept[0], *swept[1:-1:2], swept[-1]]
+
+    def shortcuts(self, model: str, score: str) -> str:
+        """A table of ``kl`` or ``top10`` of every kind of map at some ranks, and what one map for all layers loses."""
+        heads = ["rank", *SHORTCUTS.values()]
+        rows = [
+            [str(rank), *(self.probed(model, f"rank_{score}_{kind}", other=rank) for kind in SHORTCUTS)]
+            for rank in self.ranks(model)
+        ]
+        return markdown(heads, rows)
+
+    def rank_needed(self, model: str, kind: str, share: float) -> int:
+        """The least rank at which a kind of map has this share of the top-10 precision that it has uncut."""
+        rows = self.rows("probes.csv", model=model, quantity=f"rank_top10_{kind}").sort_values("other")
+        enough = rows[rows["value"] >= share * rows["value"].iloc[-1]]
+        return int(enough["other"].iloc[0])
+
+    def first_exit(self, model: str, lens: Lens, share: float) -> int | None:
+        """The first layer from which a lens's top-1 is the model's this often, at it and all later ones; None: at none."""
+        top1 = [self.lens_number(model, lens, layer, "top1").value for layer in range(self.depth(model))]
+        below = [layer for layer, value in enumerate(top1) if value < share]
+        first = max(below, default=-1) + 1
+        return first if first < len(top1) else None
 
     def used(self, model: str) -> str:
         """What a layer holds against what it does, and how sure the Jacobians are, at some layers."""

@@ -44,6 +44,27 @@ class Studies:
         low, high = (None if end is None or pd.isna(end) else float(end) for end in ends)
         return Number(float(row[column]), low, high, what)
 
+    def jacobian_cost(self, path: str, model: str) -> str:
+        """A heading and a table of what Jacobian lenses of a model cost next to tuned ones."""
+        rows = []
+        for row in self.table(path).to_dict("records"):
+            about = "about " if row["estimated"] else ""
+            known = not pd.isna(row["prompts_to_precision"])
+            rows.append([
+                row["method"],
+                f"{row['prompts']}" if row["prompts"] else "-",
+                f"{row['passes_per_prompt']:.3g}",
+                f"{about}{row['seconds_per_prompt']:.2g}",
+                f"{about}{row['seconds_by_closed']:.2g}",
+                "-" if pd.isna(row["peak_gib"]) else f"{row['peak_gib']:.2f}",
+                "-" if pd.isna(row["error_worst"]) else f"{row['error_worst']:.2g}",
+                f"{row['prompts_to_precision']:,.0f}" if known else "-",
+                f"{row['seconds_to_precision_by_closed']:.2g}" if known else "-",
+            ])  # fmt: skip
+        heads = ["method", "prompts", "passes of a prompt", "seconds of a prompt", "by closed form", "peak GiB more"]
+        heads += ["error of J", "prompts to 0.1", "seconds of these, by closed form"]
+        return f"{model}:\n\n{markdown(heads, rows)}"
+
     def right(self, group: str, family: str, column: str) -> Number:
         """A share of ``update-calibration/right.csv``: ``committed`` or ``right_when_committed``."""
         return self.number("update-calibration/right.csv", column, set=group, family=family)

@@ -164,6 +164,57 @@ def test_a_lens_is_behind_or_ahead_where_intervals_are_apart():
     assert lenses.by_layer("it").splitlines()[2].endswith("| 0.50 [0.40, 0.60] | 0.60 [0.50, 0.70] |")
 
 
+class MadeUpRanks(LensResults):
+    """A sweep of ranks 0, 1, 2, 4, 8, 12 of which the top-10 precision is given, and top-1 of three layers of a lens."""
+
+    def __init__(self, top10, top1=(), errors=()):
+        self.top10, self.top1, self.errors, self.names = top10, top1, errors, ("made up",)
+
+    def table(self, name):
+        who, ends = {"model": "it", "seed": "0"}, {"top1_ci_low": None, "top1_ci_high": None}
+        if name == "models.csv":
+            return pd.DataFrame([who | {"layers": 3}])
+        if name == "lenses.csv":
+            return pd.DataFrame([
+                who | ends | {"lens": "jacobian", "stage": "backward", "layer": k, "top1": top1, "jacobian_error": error}
+                for k, (top1, error) in enumerate(zip(self.top1, self.errors, strict=True))
+            ])  # fmt: skip
+        ranks = (0, 1, 2, 4, 8, 12)
+        return pd.DataFrame([
+            who
+            | {"quantity": f"rank_{score}_tuned", "layer": None, "other": rank}
+            | {"value": value, "ci_low": None, "ci_high": None}
+            for score in ("kl", "top10")
+            for rank, value in zip(ranks, self.top10, strict=True)
+        ])  # fmt: skip
+
+
+def test_the_rank_that_a_lens_needs_is_the_least_of_the_sweep_with_its_share_of_what_the_whole_lens_has():
+    lenses = MadeUpRanks((0.1, 0.3, 0.56, 0.79, 0.8, 0.8))
+    assert lenses.ranks("it") == [0, 1, 4, 12]
+    assert [lenses.rank_needed("it", "tuned", share) for share in (0.95, 0.7, 1.0)] == [4, 2, 8]
+    table = lenses.shortcuts("it", "top10").splitlines()
+    assert [line.split(" | ")[:2] for line in table[2:]] == [
+        ["| 0", "0.100"],
+        ["| 1", "0.300"],
+        ["| 4", "0.790"],
+        ["| 12", "0.800"],
+    ]
+    assert table[2].endswith("| - | - | - | - |")
+
+
+def test_an_exit_is_the_first_layer_from_which_a_lens_is_right_often_enough_at_all_later_ones():
+    lens = ("jacobian", "backward")
+    tops = ((0.96, 0.5, 0.97), (0.96, 0.97, 0.98), (0.5, 0.6, 0.7))
+    assert [MadeUpRanks((), top1, (0.1,) * 3).first_exit("it", lens, 0.95) for top1 in tops] == [2, 0, None]
+
+
+def test_errors_of_jacobians_are_shown_where_they_are_known_and_finite():
+    lenses = MadeUpRanks((), (1.0,) * 4, (0.05, float("inf"), float("nan"), 0.2))
+    assert [lenses.error("it", k) for k in range(4)] == ["0.05", "all noise", "one prompt: unknown", "0.2"]
+    assert lenses.undecided("it", 0.1) == [1, 2, 3]
+
+
 def test_layers_and_models_in_words():
     assert [in_words(k, 5) for k in ([], range(5), [3, 1, 2], [0, 2], [0, 1])] == [
         "none",

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.speed import fitting, published, transfer
+from benchmarks.speed import fitting, jacobian, published, transfer
 from benchmarks.speed import ours as our_side
 from benchmarks.speed.recipe import STEPS, RecipeLens, Setting, visits
 from benchmarks.speed.summary import ratios
@@ -33,6 +33,7 @@ from benchmarks.speed.task import (
     steps_of,
 )
 from lensbench.errors import LensbenchError
+from lensbench.lenses.jacobian import PILOT_PROBES, PILOT_PROMPTS
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.recipe import FitRecipe
 
@@ -655,6 +656,31 @@ def test_the_converged_recipe_stands_beside_ours_on_the_same_tokens(tmp_path, mo
     assert table["pool_tokens"].nunique() == 1
 
 
+@pytest.mark.slow
+def test_jacobian_lenses_are_counted_in_forward_passes_and_timed_next_to_tuned_ones(tmp_path):
+    tiny_model(tmp_path / "model")
+    tiny_texts(tmp_path / "texts")
+    jacobian.main(
+        f"path:{tmp_path / 'model'}", text=f"file:{tmp_path / 'texts'}", out=tmp_path / "out", prompts=8, length=34,
+        probes=3, exact=2, trained=1, precision=0.1, device="cpu", threads=1,
+    )  # fmt: skip
+    table = pd.read_csv(tmp_path / "out" / "jacobian.csv").set_index("method")
+    passes = table["passes_per_prompt"]
+    assert passes["Jacobian lenses, exact"] == 1 + 16
+    assert passes["Jacobian lenses, random"] == 1 + 3
+    assert passes["Jacobian lenses, random with control"] == 1 + 3 + PILOT_PROMPTS * PILOT_PROBES / 8
+    assert passes["tuned lenses, closed form"] > 1
+    assert (table["passes_by_closed"] * passes.iloc[0]).to_numpy() == pytest.approx(passes, rel=1e-2)
+    of_jacobians = table.loc[[name for name in table.index if "Jacobian" in name]]
+    assert (of_jacobians["error_worst"] >= of_jacobians["error_median"]).all()
+    assert (
+        of_jacobians["prompts_to_precision"] >= of_jacobians["prompts"] * (of_jacobians["error_worst"] / 0.1) ** 2 - 1
+    ).all()
+    assert (table["seconds"] > 0).all()
+    assert table["estimated"].to_dict()["tuned lenses, training"]
+    assert (tmp_path / "out" / "jacobian.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("module", "options", "line"),
     [
@@ -667,6 +693,8 @@ def test_the_converged_recipe_stands_beside_ours_on_the_same_tokens(tmp_path, mo
         (transfer, {"layers": "0,x"}, "--layers is '0,x'"),
         (transfer, {"threads": -1}, "--threads is -1"),
         (transfer, {}, "unknown model 'nowhere'"),
+        (jacobian, {"exact": 1}, "--exact is 1: an error needs two prompts"),
+        (jacobian, {}, "unknown model 'nowhere'"),
     ],
 )
 def test_bad_options_are_answered_in_one_line(tmp_path, module, options, line, capsys):
