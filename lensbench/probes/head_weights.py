@@ -53,6 +53,9 @@ def head_weights(subject: Subject) -> Jackknifed:
         subject.say(EAGER)
     if not stream.blocks:
         return Jackknifed(name, reason=f"{no_blocks(stream)}, and could not be handed a token's embedding")
+    width = stream.model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=stream.input_device)).shape[-1]
+    if width != stream.d_model and not isinstance(stream.model, PredictiveCodingForCausalLM):
+        return Jackknifed(name, reason=f"a token's embedding has {width} entries, and a state {stream.d_model}")
     tokens, association = _frequent_tokens(subject)
     group = np.random.default_rng(0).permutation(len(tokens)) % FOLDS
     size = by_group(np.ones(len(tokens)), group)
