@@ -102,18 +102,18 @@ JACOBIAN = LensKind(
 
 
 JACOBIAN_LOCAL = LensKind(
-    name="jacobian_local", label="Jacobian lens, own position", colour="#fbafe4", reads="layer",
+    name="jacobian_local", label="Jacobian lens, own position", colour="#7b4fd0", reads="layer",
     note="of the current position alone", on_page=False, plan=partial(plan_of, JACOBIAN_LOCAL_LENS, "current"),
 )  # fmt: skip
 
 
 SHARED_JACOBIAN = LensKind(
-    name="shared_jacobian", label="shared Jacobian lens", colour="#949494", reads="layers",
+    name="shared_jacobian", label="shared Jacobian lens", colour="#7a1f1f", reads="layers",
     note="its mean over layers", plan=plan_shared,
 )  # fmt: skip
 
 
 SHARED_JACOBIAN_LOO = LensKind(
-    name="shared_jacobian_loo", label="shared Jacobian lens, layer left out", colour="#ca9161", reads="layers",
+    name="shared_jacobian_loo", label="shared Jacobian lens, layer left out", colour="#a3a300", reads="layers",
     note="its mean over the other layers", on_page=False, plan=plan_shared_loo,
 )  # fmt: skip

@@ -89,7 +89,7 @@ SHARED = LensKind(
 
 
 SHARED_BIAS = LensKind(
-    name="shared_bias", label="shared lens, one bias per layer", colour="#de8f05", reads="layers",
+    name="shared_bias", label="shared lens, one bias per layer", colour="#f0a830", reads="layers",
     note="a bias per layer", on_page=False, plan=plan_shared_bias,
 )  # fmt: skip
 

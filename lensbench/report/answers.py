@@ -13,7 +13,7 @@ from markupsafe import Markup
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
 from lensbench.measures.update.verdict import NOT_MEASURED, WITHOUT_FIRST
 from lensbench.report.figures.blocks import profile_frame
-from lensbench.report.figures.style import line_looks
+from lensbench.report.figures.palette import model_looks
 from lensbench.report.formatting import shown_seeds
 from lensbench.report.number_cells import NumberCell, aligned
 from lensbench.report.profile_svg import SMALL, TINY, WHOLE, key_of_fills, profile
@@ -50,9 +50,9 @@ class Answer:
 
 
 def colours_of(names: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Name on the page -> colour: the same as in the figures of a run, in the order of its models."""
+    """Name on the page -> colour: the same as in figures."""
     shown = [name for called in names for name in called.values()]
-    return dict(zip(shown, (str(look["color"]) for look in line_looks(len(shown))), strict=True))
+    return {name: str(look["color"]) for name, look in model_looks(shown).items()}
 
 
 def answers(runs: Sequence[Run], names: Sequence[dict[str, str]]) -> list[Answer]:

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from helpers.decomposed import block_rows, index_rows, landmark_rows
 from matplotlib import pyplot
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -531,6 +532,25 @@ def test_letters_in_a_paper_are_legible_whole_and_apart(tmp_path: Path, monkeypa
             wide = min(one.x1, other.x1) - max(one.x0, other.x0)
             high = min(one.y1, other.y1) - max(one.y0, other.y0)
             assert wide <= 1 or high <= 2, (name, a, b)
+
+
+def test_no_title_is_cut_off_and_no_number_is_wider_than_its_cell(tmp_path: Path) -> None:
+    models = {"a-model-of-a-rather-long-name": 2}
+    for part, run in (("one", models), ("many", {"small": 3, "another-of-a-long-name": 6})):
+        read_in = read(write_run(tmp_path / part, run, scale=0.002))
+        for name, each in registry.FIGURES.items():
+            with style.style():
+                drawing = each.of_run(read_in)
+            if drawing is None:
+                continue
+            drawing.draw_without_rendering()
+            title = drawing._suptitle.get_window_extent()
+            assert drawing.bbox.x0 <= title.x0 <= title.x1 <= drawing.bbox.x1, name
+            assert title.y1 <= drawing.bbox.y1 + 1, name
+            for panel in drawing.axes:
+                if any(isinstance(c, QuadMesh) for c in panel.collections) and panel.texts:
+                    cell = panel.bbox.width / abs(np.subtract(*panel.get_xlim()))
+                    assert all(text.get_window_extent().width <= cell for text in panel.texts), name
 
 
 def test_a_label_is_broken_between_words_and_never_in_a_formula() -> None:

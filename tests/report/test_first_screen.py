@@ -6,13 +6,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from helpers.pages import browser, opened  # noqa: F401 (a fixture)
 from PIL import Image
 
-from lensbench.report.answers import colours_of
-from lensbench.report.figures.registry import looks_of
 from lensbench.report.landmarks import SUITE, landmark_table, landmarks_for, suite_landmarks
 from lensbench.report.number_cells import aligned
 from lensbench.report.page import page
@@ -175,17 +172,6 @@ def test_the_landmarks_of_the_package_are_the_models_of_standard(quick):
     assert landmarks_for([quick]).equals(table)
     assert {run.manifest.suite_name for run in runs} == {SUITE}
     assert landmarks_for(runs).empty
-
-
-def test_a_model_has_one_colour_in_every_figure_of_its_run_whichever_models_the_figure_has():
-    table = pd.DataFrame({"model": ["a", "b", "c"], "model_number": [0, 1, 2]})
-    whole, part = looks_of(table), looks_of(table[table["model"] != "a"])
-    assert part == {model: whole[model] for model in ("b", "c")}
-    assert len({look["color"] for look in whole.values()}) == 3
-    assert looks_of(table[["model"]]) == whole, "a frame of its own has them in its order"
-    assert colours_of([{"a": "a (x)", "b": "b"}, {"c": "c"}]) == dict(
-        zip(["a (x)", "b", "c"], (look["color"] for look in whole.values()), strict=True)
-    )
 
 
 def test_the_gallery_shows_every_screenshot_and_each_is_small():

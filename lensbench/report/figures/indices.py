@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lensbench.lenses.recipe import ONE_STANDARD_ERROR
 from lensbench.measures.indices import tolerance_order
+from lensbench.report.figures.findings import seen_at_distances
 from lensbench.report.figures.frames import VISIBILITIES, distance_frame, index_frame, tolerance_frame
 from lensbench.report.figures.layout import (
     legend_outside,
@@ -95,7 +96,10 @@ def tolerances(frame: pd.DataFrame) -> Figure:
     else:
         # In a panel: above the panels of a single model it would lie on the title.
         panels[0].legend(loc="best", fontsize=pt(7), handlelength=1.6)
-    caption = "Share of K_0 - best, on dev; s.e.: of the paired difference. Bands: 95 % intervals, lenses held fixed."
+    caption = (
+        "Allowed loss: on dev, as a share of what the best ridge gains over a constant read-out; 1 s.e.: one standard error "
+        "of the difference from the best. Bands: 95 % intervals, lenses held fixed."
+    )
     title_and_caption(drawing, change_in_words(frame), caption)
     return drawing
 
@@ -137,5 +141,5 @@ def visibility_by_distance(frame: pd.DataFrame) -> Figure:
     else:
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     caption = "All pairs i < j of layers below L at this distance; bars: 95 % intervals."
-    title_and_caption(drawing, "How far ahead does a fixed lens see?", caption)
+    title_and_caption(drawing, seen_at_distances(frame), caption)
     return drawing

@@ -105,13 +105,41 @@ def colour_bar(figure: Figure, panels: list[Axes], label: str, **look: Any) -> N
 def title_and_caption(figure: Figure, title: str, caption: str) -> None:
     """Write the title (on a screen) and the caption. On a page nothing but names of points may be drawn after this."""
     if not sheet().on_paper:  # a paper says what its figure shows in the text below it
-        figure.suptitle(title, x=0.01, ha="left", size=10.5, weight="bold")
+        break_title(figure, figure.suptitle(title, x=0.01, ha="left", size=10.5, weight="bold"))
+        fit_numbers(figure)
     # A letter of 7 points is a seventeenth of an inch wide.
     text = textwrap.fill(caption, int(17 * figure.get_figwidth() * 7 / pt(7)))
     figure.supxlabel(text, x=0.01, ha="left", size=pt(7), color=GREY)
     if sheet().on_paper:
         make_higher(figure, pt(7) * (1.3 * (text.count("\n") + 1) + 0.5))
         declutter(figure)
+
+
+def break_title(figure: Figure, title: Text) -> None:
+    """Break a title into lines no longer than the figure is wide."""
+    text, room = title.get_text(), 0.98 * figure.get_figwidth() * figure.dpi
+    lines = 1
+    while title.get_window_extent().width > room and lines < 8:
+        lines += 1
+        title.set_text(textwrap.fill(text, math.ceil(1.1 * len(text) / lines), break_long_words=False))
+    make_higher(figure, 10.5 * 1.2 * title.get_text().count("\n"))
+
+
+SMALLEST_NUMBERS = 4.0
+"""Points, of numbers in a heatmap"""
+
+
+def fit_numbers(figure: Figure) -> None:
+    """Make the numbers of each heatmap so small that they lie within their cells."""
+    maps = [panel for panel in figure.axes if any(isinstance(c, QuadMesh) for c in panel.collections) and panel.texts]
+    if not maps:
+        return
+    figure.draw_without_rendering()
+    for panel in maps:
+        cell = 0.94 * panel.bbox.width / abs(np.subtract(*panel.get_xlim()))
+        widest = max(text.get_window_extent().width for text in panel.texts)
+        for text in panel.texts if widest > cell else ():
+            text.set_fontsize(max(text.get_fontsize() * cell / widest, SMALLEST_NUMBERS))
 
 
 # Room on a narrow page
@@ -211,38 +239,57 @@ def drop_crowded_numbers(panels: list[Axes]) -> None:
 def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[Any]) -> None:
     """Write the name of each point next to it, at the nearest place where it covers neither ``taken`` nor another name.
 
-    ``points``: a row per name; its first two columns are x and y.
+    Where there is no such place it covers a mark rather than a name. ``points``: a row per name; its first two columns are
+    x and y.
     """
     figure.draw_without_rendering()
     boxes = [artist.get_window_extent() for artist in taken]
     boxes += [Bbox([centre - 15, centre + 15]) for centre in panel.transData.transform(points.iloc[:, :2])]
+    names = [artist.get_window_extent() for artist in taken if isinstance(artist, Text)]
     for name, x, y, *_ in points.itertuples(name=None):
         text = panel.annotate(
             name, (x, y), (0, 0), textcoords="offset points", size=pt(8.5), weight="bold", va="center"
         )
         text.set_in_layout(False)  # a name must not move the panel that it was placed in
-        far = place_name(panel, text, boxes)
+        far = place_name(panel, text, boxes, names)
         if far > 1:
             line = {"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkB": 4}
             arrow = panel.annotate("", (x, y), text.get_position(), textcoords="offset points", arrowprops=line)
             arrow.set_in_layout(False)
-        boxes.append(text.get_window_extent())
+        names.append(text.get_window_extent().padded(3))
+        boxes.append(names[-1])
 
 
-def place_name(panel: Axes, text: Text, boxes: list[Bbox]) -> float:
-    """Move a name to the nearest place in the panel that covers none of ``boxes``, or the fewest; return how far it is."""
+NEAR, FAR = (1, 2, 3.5, 5, 7, 9), (11, 13, 15, 18, 21)
+"""How far from its point a name may lie, in steps; far away only where nothing near is free of other names"""
+
+STEP = np.array([9.0, 12.0])
+"""A step along x and y, in points"""
+
+
+def place_name(panel: Axes, text: Text, boxes: list[Bbox], names: list[Bbox]) -> float:
+    """Move a name to the nearest place in the panel that covers none of ``boxes``, or the fewest; return how far it is.
+
+    To cover one of the ``names`` is worse than to cover all other boxes.
+    """
     sides = [*((right, up) for up, right in itertools.product((1, -1), (1, -1))), (1, 0), (-1, 0)]
+    between = [(right, up) for up, right in itertools.product((0.5, -0.5, 1, -1), (1, -1, 0.4, -0.4))]
     best: tuple[float, float, Any] | None = None
-    for far, (right, up) in itertools.product((1, 2, 3.5, 5, 7, 9), sides):
-        where: dict[str, Any] = {"position": (9 * far * right, 12 * far * up), "ha": "left" if right > 0 else "right"}
-        text.set(**where)
-        box = text.get_window_extent()
-        if not all(panel.bbox.contains(*corner) for corner in box.corners()):
-            continue
-        covered = box.count_overlaps(boxes)
-        if best is None or covered < best[0]:
-            best = covered, far, where
-        if not covered:
+    for reach, directions in ((NEAR, sides), (NEAR[1:], between), (FAR, [*sides, *between])):
+        if best is not None and best[0] <= len(boxes):
+            break  # it covers no name
+        for far, (right, up) in itertools.product(reach, directions):
+            at = STEP * (right, up) * far
+            text.set(position=tuple(at), ha="left" if right > 0 else "right")
+            box = text.get_window_extent()
+            if not all(panel.bbox.contains(*corner) for corner in box.corners()):
+                continue
+            covered = box.count_overlaps(boxes) + (len(boxes) + 1) * box.count_overlaps(names)
+            if best is None or covered < best[0]:
+                best = covered, far, {"position": tuple(at), "ha": text.get_horizontalalignment()}
+            if not covered:
+                break
+        if best is not None and not best[0]:
             break
     if best is not None:
         text.set(**best[2])

@@ -9,15 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lensbench.lenses.kinds import layer_kinds
+from lensbench.report.figures.findings import halfway_accuracy, lens_cost
 from lensbench.report.figures.frames import NULL, accuracy_frame, lens_frame, lens_labels
 from lensbench.report.figures.layout import legend_outside, panel_for_each, title_and_caption
 from lensbench.report.figures.registry import figure, nats_per
-from lensbench.report.figures.style import GREY, PURPLE
+from lensbench.report.figures.style import GREY
+
+NULL_COLOUR = "#949494"
+"""Grey, as of all that is drawn for comparison; no kind of lens has it"""
 
 
 def lens_colours() -> dict[str, str]:
     """Name -> colour of every kind of lens that figures draw, and of the null."""
-    return {kind.name: kind.colour for kind in layer_kinds()} | {NULL: PURPLE}
+    return {kind.name: kind.colour for kind in layer_kinds()} | {NULL: NULL_COLOUR}
 
 
 DASHES = {"none": "", "refined": "", "backward": "", "closed": (4, 1.5), "rotated": (1, 1)}
@@ -43,7 +47,7 @@ def kl_by_layer(frame: pd.DataFrame) -> Figure:
         whole_layers(panel)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     legend_outside(drawing, lines, labels, handlelength=3)
-    title_and_caption(drawing, "How far each layer's read-out is from the model's output", "Bands: 95 % intervals.")
+    title_and_caption(drawing, lens_cost(frame, nats_per(frame)), "Bands: 95 % intervals.")
     return drawing
 
 
@@ -67,7 +71,7 @@ def accuracy_by_layer(frame: pd.DataFrame) -> Figure:
         whole_layers(panel)
     legend_outside(drawing, *panels[0].get_legend_handles_labels())
     caption = "Bands: 95 % intervals. Lenses: closed form, prior zero."
-    title_and_caption(drawing, "How often each layer's read-out is right", caption)
+    title_and_caption(drawing, halfway_accuracy(frame), caption)
     return drawing
 
 

@@ -24,7 +24,7 @@ from lensbench.report.figures.layout import (
     subplots,
     title_and_caption,
 )
-from lensbench.report.figures.registry import figure
+from lensbench.report.figures.registry import figure, looks_of
 from lensbench.report.figures.style import (
     BLUE,
     GREEN,
@@ -32,7 +32,6 @@ from lensbench.report.figures.style import (
     MINUS,
     ORANGE,
     VERMILION,
-    line_looks,
     pt,
     sheet,
     use_symlog,
@@ -316,7 +315,7 @@ def draw_models(
 
     ``facts``: ``known`` and ``images`` by model. ``table``: indices by model, under ``value``, ``ci_low`` and ``ci_high``.
     """
-    colours = dict(zip(facts.index, (look["color"] for look in line_looks(len(facts))), strict=True))
+    colours = {model: look["color"] for model, look in looks_of(facts.reset_index()).items()}
     of_images = facts["images"] & (not facts["images"].all())
     bars: list[Artist] = []
     points: dict[str, tuple[float, float]] = {}

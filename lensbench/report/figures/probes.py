@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lensbench.probes.catalogue import Panel
 from lensbench.probes.registry import PROBES, quantities
+from lensbench.report.figures.findings import heads_found
 from lensbench.report.figures.frames import head_frame, probe_frame
 from lensbench.report.figures.layout import legend_of_panels, new_figure, panels_per_row, subplots, title_and_caption
 from lensbench.report.figures.registry import figure, looks_of, nats_per
@@ -36,7 +37,7 @@ def probes(frame: pd.DataFrame) -> Figure:
     caption = f"Bars: 95 % intervals. Thin lines, the null: another {one}'s gradient, another direction's response."
     names = {quantity for quantity, _ in shown}
     topics = [probe.topic for probe in PROBES.values() if probe.topic and names & {q.name for q in probe.quantities}]
-    title_and_caption(drawing, "Beside the lenses" + (": " + ", ".join(topics) if topics else ""), caption)
+    title_and_caption(drawing, "What probes measured" + (": " + ", ".join(topics) if topics else ""), caption)
     return drawing
 
 
@@ -94,7 +95,7 @@ def error_transport(frame: pd.DataFrame) -> Figure:
     )
     if len(models) > 1:
         caption += " First seeds; each panel has its own scale."
-    title_and_caption(drawing, "Which heads carry prediction errors?", caption)
+    title_and_caption(drawing, heads_found(frame), caption)
     return drawing
 
 
@@ -107,6 +108,7 @@ def draw_heads(panel: Axes, model: str, heads: pd.DataFrame) -> None:
     bar = panel.collections[0].colorbar
     assert bar is not None
     bar.ax.tick_params(labelsize=pt(6.5))
+    bar.set_label("score", size=pt(7))
     found = heads[heads["found"] > 0]
     places = {layer: k for k, layer in enumerate(grid.index)}, {head: k for k, head in enumerate(grid.columns)}
     for _, row in found.iterrows():

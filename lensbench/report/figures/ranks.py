@@ -5,16 +5,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lensbench.probes.lens_rank import SETS
+from lensbench.probes.lens_rank import SETS, SINGLE
 from lensbench.report.figures.frames import shown_rows
 from lensbench.report.figures.layout import legend_of_panels, new_figure, subplots, title_and_caption
 from lensbench.report.figures.lenses import lens_colours
 from lensbench.report.figures.registry import figure, nats_per
-from lensbench.report.figures.style import PURPLE
 from lensbench.results.folder import Run
 
 DRAWN = ("kl", "top1")
 """Measures of the probe that are drawn, a row of panels for each"""
+
+SINGLE_COLOUR = "#56b4e9"
+"""The colour of the best lens of one layer, which is no kind of lens"""
 
 NUMBERS = ["value", "ci_low", "ci_high"]
 
@@ -54,7 +56,7 @@ def lens_rank(frame: pd.DataFrame) -> Figure:
 
 def draw_ranks(panel: Axes, rows: pd.DataFrame) -> None:
     """Draw one measure of one model."""
-    colours = {"single": PURPLE} | lens_colours()
+    colours = {SINGLE: SINGLE_COLOUR} | lens_colours()
     for kind, label in SETS.items():
         line = rows[rows["kind"] == kind].sort_values("rank")
         if line.empty:

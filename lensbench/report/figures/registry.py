@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lensbench.report.figures.style import line_looks
+from lensbench.report.figures.palette import palette_numbers
+from lensbench.report.figures.style import line_look
 from lensbench.results.folder import Run
 from lensbench.results.schema import unit
 
@@ -43,9 +44,8 @@ class RunFigure:
         if frame.empty:
             return None
         models = run.tables["models.csv"]
-        numbers = {model: number for number, model in enumerate(models["model"].unique())}
         if "model" in frame:
-            frame = frame.assign(model_number=frame["model"].map(numbers))
+            frame = frame.assign(palette_number=frame["model"].map(palette_numbers(models["model"])))
         return self.draw(frame.assign(unit=unit(models)))
 
 
@@ -57,7 +57,7 @@ def figure(name: str, *, needs: tuple[str, ...], frame: Frame) -> Callable[[Draw
     """Register the decorated function as the figure ``name`` of a run.
 
     It takes the tidy frame that ``frame`` makes of a run, with two more columns: ``unit``, what losses are given per
-    (``token`` or ``image``), and ``model_number``, the number of the model in its run (see :func:`looks_of`). It is called
+    (``token`` or ``image``), and ``palette_number``, which :func:`looks_of` makes colours of. It is called
     for runs whose tables ``needs`` have rows, and whose frame has some.
     """
 
@@ -69,13 +69,12 @@ def figure(name: str, *, needs: tuple[str, ...], frame: Frame) -> Callable[[Draw
 
 
 def looks_of(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Model -> the colour, marker and dash that it has in every figure of its run; the first ones where there is no run."""
+    """Model -> the colour, marker and dash that it has in every figure; those of its name where there is no run."""
     models = list(dict.fromkeys(frame["model"]))
-    numbers = frame.drop_duplicates("model")["model_number"].tolist() if "model_number" in frame else []
+    numbers = frame.drop_duplicates("model")["palette_number"].tolist() if "palette_number" in frame else []
     if not numbers or pd.isna(numbers).any():
-        numbers = list(range(len(models)))
-    looks = line_looks(int(max(numbers, default=-1)) + 1)
-    return {model: looks[int(number)] for model, number in zip(models, numbers, strict=True)}
+        numbers = list(palette_numbers(models).values())
+    return {model: line_look(int(number)) for model, number in zip(models, numbers, strict=True)}
 
 
 def nats_per(frame: pd.DataFrame) -> str:

@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
+from lensbench.report.figures.findings import lowest_loss
 from lensbench.report.figures.frames import curve_frame
 from lensbench.report.figures.layout import legend_outside, new_figure, panel_for_each, title_and_caption
+from lensbench.report.figures.palette import model_looks
 from lensbench.report.figures.registry import figure, looks_of
 from lensbench.report.figures.style import GREY, line_looks, sheet, style
 from lensbench.studies.curves import ALL, BOUND, shown_curves
@@ -48,7 +50,7 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
         "Bars: 95 %, over seeds (all on the same documents) where there are several, else over documents. Each budget has a "
         "schedule of its own. Seconds: median step times steps, with another process beside it; no benchmark."
     )
-    title_and_caption(drawing, "Who learns faster, by tokens and by seconds, and where in the context", caption)
+    title_and_caption(drawing, lowest_loss(last[last["positions"] == ALL], "nats/token"), caption)
     return drawing
 
 
@@ -78,7 +80,7 @@ def in_context(table: pd.DataFrame, parts: list[str]) -> Figure:
         table = shown_curves(table, "task").drop_duplicates(["task", "model", "positions"])
         models = [name for name in dict.fromkeys(table["model"]) if name != BOUND]
         for panel, task in zip(panels, tasks, strict=True):
-            for k, (model, look) in enumerate(zip(models, line_looks(len(models)), strict=True)):
+            for k, (model, look) in enumerate(model_looks(models).items()):
                 rows = table[(table["task"] == task) & (table["model"] == model)]
                 rows = rows.set_index("positions").reindex(parts)
                 spread = [rows["excess"] - rows["excess_ci_low"], rows["excess_ci_high"] - rows["excess"]]

@@ -137,15 +137,22 @@ def cell_text(value: float, largest: float) -> str:
     return "0" if abs(value) < 0.005 else text.replace("0.", ".").replace("-", MINUS)
 
 
-def line_looks(count: int) -> list[dict[str, Any]]:
-    """Colour, marker and dash of ``count`` lines; no two are alike up to a hundred."""
-    colours = sns.color_palette("colorblind").as_hex()
+COLOURS = 10
+"""Colours of lines, before they come again with other markers and dashes"""
+
+
+def line_look(number: int) -> dict[str, Any]:
+    """Colour, marker and dash of a line; no two are alike up to two hundred."""
+    colours = sns.color_palette("colorblind", COLOURS).as_hex()
     marks, dashes = "osX^vDP*<>", ("-", "--", ":", "-.")
-    return [
-        {
-            "color": colours[k % len(colours)],
-            "marker": marks[k % len(marks)],
-            "ls": dashes[k // len(colours) % len(dashes)],
-        }
-        for k in range(count)
-    ]
+    row = number // COLOURS
+    return {
+        "color": colours[number % COLOURS],
+        "marker": marks[(number + 3 * row) % len(marks)],
+        "ls": dashes[row % len(dashes)],
+    }
+
+
+def line_looks(count: int) -> list[dict[str, Any]]:
+    """The looks of lines that are no models: the first ``count`` of :func:`line_look`."""
+    return [line_look(number) for number in range(count)]

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lensbench.report.figures.findings import by_model, change_with_distance, pair_cost
 from lensbench.report.figures.frames import layer_pair_frame, pair_frame, transfer_frame
 from lensbench.report.figures.layout import colour_bar, legend_outside, new_figure, panel_for_each, title_and_caption
 from lensbench.report.figures.registry import figure, looks_of, nats_per
@@ -72,10 +73,6 @@ def transfer_penalty(cells: pd.DataFrame) -> Figure:
     return drawing
 
 
-MOST_NAMED = 4
-"""Models that a figure's title names; of more it gives the range"""
-
-
 def cost_in_words(cells: pd.DataFrame) -> str:
     """What reading a layer through another layer's lens costs, the title of the figure."""
     last = cells.groupby("model", sort=False)["lens_layer"].transform("max")
@@ -83,10 +80,7 @@ def cost_in_words(cells: pd.DataFrame) -> str:
     medians = off.groupby("model", sort=False)["penalty_ce"].median() if len(off) else pd.Series(dtype=float)
     if medians.empty:
         return "Transfer penalty: layer $j$ through the lens of layer $i$"
-    said = ", ".join(f"{value:.2g} ({model})" for model, value in medians.items())
-    if len(medians) > MOST_NAMED:
-        said = f"{medians.min():.2g} to {medians.max():.2g}"
-    return f"Another layer's lens costs a median of {said} {nats_per(cells)}"
+    return f"Another layer's lens costs a median of {by_model(medians)} {nats_per(cells)}"
 
 
 def cost_heatmap(panel: Axes, grid: pd.DataFrame, top: float, **look: Any) -> None:
@@ -127,9 +121,8 @@ def penalty_by_distance(pairs: pd.DataFrame) -> Figure:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
     unit = f"({nats_per(pairs)}, linear below 0.1)"
     panel.set(xlabel="distance $|i - j|$ (layers)", ylabel=f"$C_{{ij}} - C_{{jj}}$ {unit}")
-    title_and_caption(
-        drawing, "Transfer penalty by distance of layers", "Points: pairs of layers below L; lines: means."
-    )
+    caption = "Points: pairs of layers below L; lines: means."
+    title_and_caption(drawing, change_with_distance(pairs, nats_per(pairs)), caption)
     return drawing
 
 
@@ -153,5 +146,5 @@ def pair_penalty(frame: pd.DataFrame) -> Figure:
         panel.set(title=model, xlabel="layer", ylabel="layer")
     colour_bar(drawing, panels, f"$M_{{ij}}$ ({nats_per(frame)})")
     caption = "Above the diagonal: the model. Below: the null, each layer in a random basis of its own."
-    title_and_caption(drawing, "One lens for two layers: what it costs over two lenses", caption)
+    title_and_caption(drawing, pair_cost(frame, nats_per(frame)), caption)
     return drawing

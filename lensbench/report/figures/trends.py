@@ -6,17 +6,22 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lensbench.measures.indices import INDICES
+from lensbench.report.figures.findings import sure_changes
 from lensbench.report.figures.layout import legend_outside, panel_for_each, title_and_caption
+from lensbench.report.figures.palette import model_looks
 from lensbench.report.figures.registry import figure, nats_per
-from lensbench.report.figures.style import line_looks, pt
+from lensbench.report.figures.style import pt
 from lensbench.report.series import HEADLINES, OVER, PARAMETERS, TOKENS, points_of, series_of, values_of
 from lensbench.results.folder import Run
 
 MOST_TICKS = 4
 """Models are marked along x where they are so few"""
+
+FEW_POWERS = 50
+"""Where the largest model is less than so many times the smallest, powers of ten would mark one place or two"""
 
 FIGURE_OVER = {TOKENS: "over_training", PARAMETERS: "over_parameters"}
 """What models differ in -> name of the figure"""
@@ -57,20 +62,33 @@ def trend_panels(frame: pd.DataFrame, over: str, indices: Sequence[str]) -> Figu
     drawing, panels = panel_for_each(there, 2.9, 1.2, sharey=False)
     names = list(dict.fromkeys(frame["series"]))
     for panel, index in zip(panels, there, strict=True):
-        for name, look in zip(names, line_looks(len(names)), strict=True):
+        for name, look in model_looks(names).items():
             rows = frame[(frame["index"] == index) & (frame["series"] == name)]
             draw_series(panel, rows, name, look)
-        panel.set_xscale("log")
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        if frame["x"].nunique() <= MOST_TICKS:
-            panel.set_xticks(sorted(frame["x"].unique()))
+        doublings_axis(panel, frame["x"])
         panel.set(xlabel=OVER[over], ylabel=label_of(index, frame))
         panel.yaxis.label.set_fontsize(pt(8))
     legend_outside(drawing, *panels[0].get_legend_handles_labels())
-    caption = "Faint: each seed. Bars: 95 % intervals, Student's t over seeds; of one seed, over documents."
-    title_and_caption(drawing, f"What changes with {OVER[over]}?", caption)
+    called = {index: plain_name(index, frame) for index in there}
+    caption = (
+        "Faint: each seed. Bars: 95 % intervals, Student's t over seeds; of one seed, over documents. The title counts "
+        "series whose first and last intervals do not overlap."
+    )
+    title_and_caption(drawing, sure_changes(frame, called, OVER[over]), caption)
     return drawing
+
+
+def doublings_axis(panel: Axes, x: pd.Series) -> None:
+    """Make x logarithmic, over all models of the figure in every panel; mark enough round numbers to read a size."""
+    low, high = float(x.min()), float(x.max())
+    panel.set_xscale("log")
+    panel.set_xlim(low * (low / high) ** 0.05, high * (high / low) ** 0.05)
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    if x.nunique() <= MOST_TICKS:
+        panel.set_xticks(sorted(x.unique()))
+    elif high < FEW_POWERS * low:
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
 
 
 def draw_series(panel: Axes, rows: pd.DataFrame, name: str, look: dict[str, Any]) -> None:
@@ -82,6 +100,12 @@ def draw_series(panel: Axes, rows: pd.DataFrame, name: str, look: dict[str, Any]
         panel.plot(ordered["x"], ordered["value"], color=look["color"], lw=0.7, alpha=0.35)
     panel.plot(shown["x"], shown["value"], lw=1.4, ms=4, label=name, **look)
     panel.vlines(shown["x"], shown["ci_low"], shown["ci_high"], color=look["color"], lw=1.4)
+
+
+def plain_name(index: str, frame: pd.DataFrame) -> str:
+    """The name of a quantity in a sentence: without its unit, its probe and its layers."""
+    text = label_of(index, frame).replace("\n", " ").partition(" (")[0]
+    return text.rpartition(": ")[2].replace(", without layer 0", "").replace(" without layer 0", "")
 
 
 def label_of(index: str, frame: pd.DataFrame) -> str:

@@ -1,0 +1,132 @@
+"""What figures find, in the words of their titles."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from lensbench.report.figures.style import MINUS
+
+MOST_NAMED = 4
+"""Models that a figure's title names; of more it gives the range, or counts them"""
+
+
+def by_model(values: "pd.Series[float]", form: str = "{:.2g}") -> str:
+    """A number of each model: ``0.08 (gpt), 0.02 (pc)``; of one model its number alone, of many the range."""
+    texts = {str(model): form.format(value).replace("-", MINUS) for model, value in values.items()}
+    if len(texts) > MOST_NAMED:
+        low, high = (form.format(end).replace("-", MINUS) for end in (values.min(), values.max()))
+        return low if low == high else f"{low} to {high}"
+    return (
+        ", ".join(f"{text} ({model})" for model, text in texts.items())
+        if len(texts) > 1
+        else next(iter(texts.values()))
+    )
+
+
+def models_or_count(models: Sequence[str], among: int) -> str:
+    """The models by name, or how many they are among many."""
+    return ", ".join(models) if among <= MOST_NAMED else f"{len(models)} of {among} models"
+
+
+def lens_cost(frame: pd.DataFrame, unit: str) -> str:
+    """What one lens for all layers costs over a lens per layer: the title of the figure of KL by layer."""
+    wide = frame[frame["lens"].isin(["tuned", "shared"])].pivot_table(
+        index=["model", "layer"], columns="lens", values="kl", sort=False
+    )
+    if not {"tuned", "shared"} <= set(wide) or wide.dropna().empty:
+        return "How far each layer's read-out is from the model's output"
+    costs = (wide["shared"] - wide["tuned"]).dropna().groupby("model", sort=False).median()
+    return f"One lens for all layers costs a median of {by_model(costs)} {unit} over a lens per layer"
+
+
+def halfway_accuracy(frame: pd.DataFrame) -> str:
+    """How often the per-layer lens is right at half of the depth."""
+    lines = frame[frame["lens"] == "tuned"].astype({"layer": int})
+    if lines.empty:
+        return "How often each layer's read-out is right"
+    half = lines[lines["layer"] == lines.groupby("model")["layer"].transform("max") // 2]
+    shares = half.groupby("model", sort=False)["value"].first() * 100
+    return f"Halfway through the layers, the tuned lens is right in {by_model(shares, '{:.0f} %')} of targets"
+
+
+def change_with_distance(pairs: pd.DataFrame, unit: str) -> str:
+    """The mean penalty of the nearest and of the farthest layers."""
+    apart = (pairs["lens_layer"] - pairs["stream_layer"]).abs()
+    ends = {}
+    for model, rows in pairs.assign(apart=apart).groupby("model", sort=False):
+        means = rows.groupby("apart")["penalty_ce"].mean()
+        ends[str(model)] = float(means.iloc[0]), float(means.iloc[-1])
+    if len(ends) > MOST_NAMED:
+        rising = sum(far > near for near, far in ends.values())
+        return f"The farthest layers cost more than neighbours in {rising} of {len(ends)} models"
+    spans = {m: f"{near:.2g} to {far:.2g}".replace("-", MINUS) for m, (near, far) in ends.items()}
+    said = ", ".join(span + (f" ({model})" if len(ends) > 1 else "") for model, span in spans.items())
+    return f"From neighbours to the farthest layers, the mean penalty goes from {said} {unit}"
+
+
+def seen_at_distances(frame: pd.DataFrame) -> str:
+    """At which distances a fixed lens surely sees gain, by model."""
+    defined = frame[frame["value"].notna()]
+    seen = (defined["ci_low"] > 0).groupby(defined["model"], sort=False).agg(["all", "any"])
+    if seen.empty:
+        return "How far ahead does a fixed lens see?"
+    groups = {
+        "at all distances in": seen.index[seen["all"]],
+        "at some in": seen.index[seen["any"] & ~seen["all"]],
+        "at none in": seen.index[~seen["any"]],
+    }
+    said = [f"{where} {models_or_count(list(names), len(seen))}" for where, names in groups.items() if len(names)]
+    return f"A fixed lens surely sees gain {'; '.join(said)}"
+
+
+def pair_cost(frame: pd.DataFrame, unit: str) -> str:
+    """What one lens for two layers costs, and in random bases."""
+    medians = frame.groupby("model", sort=False)[["penalty", "rotated_penalty"]].median()
+    own = by_model(medians["penalty"])
+    null = (
+        f"; in random bases {by_model(medians['rotated_penalty'])}" if medians["rotated_penalty"].notna().all() else ""
+    )
+    return f"One lens for two layers costs a median of {own} {unit}{null}"
+
+
+def heads_found(frame: pd.DataFrame) -> str:
+    """How many heads carry prediction errors."""
+    counts = frame.groupby("model", sort=False)["found"].agg(lambda found: (found > 0).sum())
+    heads = frame.groupby("model", sort=False).size()
+    if len(counts) > MOST_NAMED:
+        return f"Prediction errors are carried by {counts.sum()} of {heads.sum()} heads in {len(counts)} models"
+    said = [f"{counts[m]} of {heads[m]} heads" + (f" ({m})" if len(counts) > 1 else "") for m in counts.index]
+    return f"Prediction errors are carried by {', '.join(said)}"
+
+
+def lowest_loss(last: pd.DataFrame, unit: str) -> str:
+    """Which models have the lowest loss after the largest budget; ``last``: a row each, with ``ce`` and its interval.
+
+    Those whose interval overlaps that of the lowest are as low.
+    """
+    ordered = last.sort_values("ce")
+    best, worst = ordered.iloc[0], ordered.iloc[-1]
+    low = ordered[(ordered["ce"] == best["ce"]) | (ordered["ce_ci_low"] <= best["ce_ci_high"])]
+    said = f"Lowest loss after all tokens: {' and '.join(low['model'])}, {best['ce']:.2f}"
+    return said + (f"; highest: {worst['model']}, {worst['ce']:.2f} {unit}" if len(low) < len(ordered) else f" {unit}")
+
+
+def sure_changes(frame: pd.DataFrame, names: dict[str, str], over: str) -> str:
+    """Which quantities surely rise or fall from the first to the last model of a series; ``names``: index -> its name.
+
+    Surely: the two intervals do not overlap.
+    """
+    said, count = [], frame["series"].nunique()
+    for index, name in names.items():
+        rises = falls = 0
+        for _, rows in frame[frame["index"] == index].groupby("series"):
+            whole = rows[rows["seed"].astype(str) == "all"]
+            ends = (whole if len(whole) else rows).sort_values("x").iloc[[0, -1]]
+            low, high = ends["ci_low"].to_numpy(float), ends["ci_high"].to_numpy(float)
+            rises += bool(low[1] > high[0])
+            falls += bool(high[1] < low[0])
+        ways = [f"{way} in {k}" for way, k in (("rises", rises), ("falls", falls)) if k]
+        said += [f"{name} {' and '.join(ways)}"] if ways else []
+    if not said:
+        return f"Nothing surely changes from the least to the most {over}"
+    return f"From the least to the most {over}, of {count} series: {'; '.join(said)}"
