@@ -22,7 +22,7 @@ DECLARED = {
     "clarity_without_layer0": "clarity",
     "news_without_layer0": "news",
     "shared_consistency_without_layer0": "consistency",
-    "injection_survival: mean_survival_error_without_layer0": "left of an injected error",
+    "injection_survival: mean_survival_error_without_layer0": "remaining injected error",
 }
 """The indices whose trends were declared before any run -> words"""
 

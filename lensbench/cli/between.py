@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lensbench.cli.app import Debug, Device, Out, answerable, app, console, run_folder
+from lensbench.cli.app import Debug, Device, answerable, app, console, run_folder
 from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show, show_line
 from lensbench.runtime.bars import Bars
@@ -30,7 +30,12 @@ def transfer_between(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A --set that the run had; repeat it.", show_default=False),
     ] = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of table and figure; default runs/SUITE-between.", show_default=False
+        ),
+    ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:

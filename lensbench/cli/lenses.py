@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lensbench.cli.app import Debug, Device, Dtype, Out, Source, answerable, app, console, noted, run_folder
+from lensbench.cli.app import Debug, Device, Dtype, Source, answerable, app, console, noted, run_folder
 from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show, show_line
 from lensbench.runtime.bars import Bars
@@ -27,16 +27,19 @@ def compare_lenses(
     corpus: Annotated[str, typer.Option(help="stdlib, file:PATH or hf:NAME[/CONFIG][@SPLIT].")] = "stdlib",
     length: Annotated[int, typer.Option(min=32, help="Tokens of a window.")] = 128,
     sequences: Annotated[int, typer.Option(min=1, help="Held-out windows that all lenses are measured on.")] = 64,
-    positions: Annotated[int, typer.Option(min=1, help="Scored positions of each.")] = 16,
+    positions: Annotated[int, typer.Option(min=1, help="Scored positions of each window.")] = 16,
     fit: Annotated[
         int, typer.Option(min=0, help="Windows that our own tuned and shared lenses are fitted to; 0: none are.")
     ] = 96,
     jacobian: Annotated[
-        int, typer.Option(min=0, help="Prompts of our own Jacobian lens; 0: it is not estimated. At least 2.")
+        int, typer.Option(min=0, help="Prompts of our own Jacobian lens, 2 or more; 0: it is not estimated.")
     ] = 0,
     refine: Annotated[int, typer.Option(min=0, help="Passes of refining our own lenses on KL.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
-    out: Out = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn at random.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of the table; default runs/compare-lenses.", show_default=False),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     debug: Debug = False,

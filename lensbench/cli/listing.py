@@ -15,11 +15,9 @@ from lensbench.report.in_width import show, show_line
 @answerable
 def schema(
     further: Annotated[
-        bool, typer.Option("--further", help="Of the tables of other commands than run, and of Parquet files.")
+        bool, typer.Option("--further", help="Tables of commands other than run, and Parquet files.")
     ] = False,
-    studies: Annotated[
-        bool, typer.Option("--studies", help="Of the tables of calibrations, tasks and regressions.")
-    ] = False,
+    studies: Annotated[bool, typer.Option("--studies", help="Tables of calibrations, tasks and regressions.")] = False,
     debug: Debug = False,
 ) -> None:
     """What every column of every table means, as Markdown."""

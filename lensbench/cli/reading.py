@@ -58,9 +58,13 @@ def bits(
     ] = None,
     bos: Annotated[
         bool,
-        typer.Option(help="With --no-bos no window begins so, and the first token of the text is not scored."),
+        typer.Option(
+            help="With --no-bos no window begins with such a token, and the first token of the text is not scored."
+        ),
     ] = True,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="Read no more than this.", show_default=False)] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Read at most so many bytes of the text.", show_default=False)
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     strict: Strict = False,
@@ -172,9 +176,9 @@ def trace(
         typer.Option(help="A run folder: its models by name, and the lenses it fitted.", show_default=False),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the run's seeds; default: the first.", show_default=False)
+        int | None, typer.Option(min=0, help="A seed of the run; default: its first.", show_default=False)
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Show the last so many tokens.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Show the last N tokens.")] = 8,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page here, as HTML.", show_default=False)
     ] = None,

@@ -64,7 +64,9 @@ def export(
     ] = None,
     groups: Annotated[
         int | None,
-        typer.Option(help="Join more clusters than this at random. Default: as the run.", show_default=False),
+        typer.Option(
+            help="Join clusters at random until N are left, 64 or more. Default: as the run.", show_default=False
+        ),
     ] = None,
     no_sums: Annotated[
         bool, typer.Option("--no-sums", help="Leave out what only `lensbench compare` reads: most of the bytes.")
@@ -111,9 +113,9 @@ def compare(
 ) -> None:
     """Compare models across run folders: is it the same run again, and what differs?
 
-    The first line answers. Then come one ruler of all models, what differs, and the claims of the suite, all corrected
-    together (Holm). Differences are paired where the same text was scored, over seeds by seed; the note of a row says why
-    where they are not. Folders with different models of one suite are read as one run. One rule judges all models.
+    The first line answers. Then come one table of all models (the ruler), what differs, and the claims of the suite, all
+    corrected together (Holm). Differences are paired where the same text was scored, over seeds by seed; where they are not,
+    the note of a row says why. Folders with different models of one suite are read as one run. One rule judges all models.
     """
     from lensbench.report.compare import compare_runs
     from lensbench.report.comparison import print_comparison
@@ -167,7 +169,7 @@ def report(
     show_line(str(path), console)
 
 
-@app.command(short_help="All models of several runs on one page, side by side.")
+@app.command(short_help="All models of several runs in one table, side by side.")
 @answerable
 def ruler(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, of texts and of images.")],
@@ -180,7 +182,7 @@ def ruler(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """All models of several runs on one ruler, whatever they read: side by side, not compared.
+    """Verdicts and indices of all models of several runs in one table (the ruler): side by side, not compared.
 
     Models of other data and sizes differ in more than one thing; `compare` is for those that share both.
     """
@@ -207,7 +209,7 @@ def ruler(
 @answerable
 def settings(
     folders: Annotated[list[Path], typer.Argument(help="Run folders with an update decomposition.")],
-    index: Annotated[str, typer.Option(help="Which index of it.")] = "in_place_without_layer0",
+    index: Annotated[str, typer.Option(help="An index of the decomposition.")] = "in_place_without_layer0",
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write both tables into this folder as CSV.", show_default=False),
@@ -236,13 +238,11 @@ def trends(
     folders: Annotated[list[Path], typer.Argument(help="Run folders of models that differ in size, or in training.")],
     index: Annotated[
         list[str] | None,
-        typer.Option(
-            help="An index, or 'PROBE: QUANTITY'; repeat it. Default: every one is tested, the headlines shown."
-        ),
+        typer.Option(help="An index, or 'PROBE: QUANTITY'; repeat it. Default: all are tested, the main ones shown."),
     ] = None,
     series: Annotated[
         list[str] | None,
-        typer.Option(help="NAME,NAME,...: models that differ in parameters, whose names do not say so; repeat it."),
+        typer.Option(help="Models of different sizes whose names do not say so; repeat it for several series."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write trends.csv and trend_points.csv here.")

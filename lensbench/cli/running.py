@@ -99,8 +99,8 @@ Limit = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Sequences at most of each of the fit, dev and eval splits: fit.sequences, fit.dev_sequences and "
-        "evaluate.sequences in one. Models are trained as before.",
+        help="At most so many sequences in each of the fit, dev and eval splits (fit.sequences, fit.dev_sequences, "
+        "evaluate.sequences), 64 or more. Models are trained as before.",
         show_default=False,
     ),
 ]
@@ -110,7 +110,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="How much of a suite of pretrained models runs: glance (the first answer), default (its file as it is) or "
-        "full; the tables [presets.NAME] of its file.",
+        "full, as the tables [presets.NAME] of its file say.",
         show_default=False,
     ),
 ]
@@ -118,7 +118,7 @@ Preset = Annotated[
 
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="Run these models alone; repeat it, or separate names by commas.", show_default=False),
+    typer.Option(help="Run only these models; repeat it, or separate names by commas.", show_default=False),
 ]
 
 
@@ -135,7 +135,7 @@ Probes = Annotated[
 MaxHours = Annotated[
     float,
     typer.Option(
-        min=0, help="For suites that state a precision: refuse to start where scoring is predicted to take longer."
+        min=0, help="Refuse to start where scoring is predicted to take longer; for suites that set evaluate.precision."
     ),
 ]
 
@@ -188,7 +188,7 @@ def run(
     strict: Strict = False,
     debug: Debug = False,
 ) -> None:
-    """Run a suite: train, fit, transfer, report. A second run reuses what is finished and still fits the settings."""
+    """Train or load a suite's models, fit lenses, measure, report. Finished work that fits the settings is reused."""
     from lensbench.run.cluster import Cluster
     from lensbench.run.suite import run_suite
     from lensbench.runtime.environment import choose_device

@@ -25,13 +25,16 @@ def calibrate(
     name: Annotated[str, typer.Argument(help="Name of a calibration or a TOML file.")] = "calibration",
     out: Out = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Streams at once; default: one per core.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Streams that are measured at once; default: one per core.", show_default=False),
     ] = None,
     only: Annotated[
-        Only | None, typer.Option(help="One set of families of update-calibration; default: all.", show_default=False)
+        Only | None,
+        typer.Option(help="Measure one set of streams; for update-calibration. Default: all.", show_default=False),
     ] = None,
     up_to: Annotated[
-        int | None, typer.Option(min=1, help="Widest streams of update-tokens; default: all.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Leave out wider streams; for update-tokens. Default: none.", show_default=False),
     ] = None,
     debug: Debug = False,
 ) -> None:
