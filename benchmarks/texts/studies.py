@@ -54,12 +54,12 @@ class Studies:
                 row["method"],
                 f"{row['prompts']}" if row["prompts"] else "-",
                 f"{row['passes_per_prompt']:.3g}",
-                f"{about}{row['seconds_per_prompt']:.2g}",
-                f"{about}{row['seconds_by_closed']:.2g}",
+                f"{about}{_short(row['seconds_per_prompt'])}",
+                f"{about}{_short(row['seconds_by_closed'])}",
                 "-" if pd.isna(row["peak_gib"]) else f"{row['peak_gib']:.2f}",
                 "-" if pd.isna(row["error_worst"]) else f"{row['error_worst']:.2g}",
                 f"{row['prompts_to_precision']:,.0f}" if known else "-",
-                f"{row['seconds_to_precision_by_closed']:.2g}" if known else "-",
+                _short(row["seconds_to_precision_by_closed"]) if known else "-",
             ])  # fmt: skip
         heads = ["method", "prompts", "passes of a prompt", "seconds of a prompt", "by closed form", "peak GiB more"]
         heads += ["error of J", "prompts to 0.1", "seconds of these, by closed form"]
@@ -131,3 +131,8 @@ class Studies:
                 tokens, per_width = f"{float(format(row['tokens'], '.2g')):,.0f}{how}", f"{row['per_d']:.2g}"
             body.append([f"`{row['family']}`", str(row["d"]), tokens, per_width])
         return markdown(["family", "width d", "fitting tokens", "per width"], body)
+
+
+def _short(value: float) -> str:
+    """Two digits, or all whole ones."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"

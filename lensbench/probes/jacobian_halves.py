@@ -25,8 +25,9 @@ def jacobian_halves(subject: Subject) -> Measured:
     two at random. Quarters joined one way give halves that share no source; joined the other way, halves of the same
     sources. If the texts of a source repeat a template, the first are farther apart than the second.
 
-    Squared distances are in the read-out's Fisher metric, of held-out states less their fitting mean, by the squared length
-    of what the mean of all quarters makes of them; the KL is that of two lenses' distributions, both ways round.
+    Squared distances are in the read-out's Fisher metric, of held-out states less their fitting mean, by the product of what
+    two different quarters make of them, which noise does not lengthen; the KL is that of two lenses' distributions, both
+    ways round.
     """
     parts = Parts.of(subject)
     if isinstance(parts, str):
@@ -48,8 +49,10 @@ def add_layer(sums: Sums, subject: Subject, layer: int, own: dict[tuple[int, int
     scored = subject.eval
     mean = subject.fit.states[layer].mean(0, dtype=torch.float64).cpu()
     x = scored.states[layer].double().cpu() - mean
-    whole = sum(own.values()) / 4
-    length = sum_by_window(squared(x @ (factor @ whole).T), scored)
+    each = [x @ (factor @ quarter).T for quarter in own.values()]
+    # Products of different quarters alone: a square would have each quarter's noise in it.
+    pairs = len(each) * (len(each) - 1)
+    length = sum_by_window((squared(torch.stack(each).sum(0)) - sum(squared(one) for one in each)) / pairs, scored)
 
     def apart(one: Tensor, other: Tensor) -> Tensor:
         return squared(x @ (factor @ (one - other)).T)
@@ -81,7 +84,7 @@ def kl_between(readout: ReadOut, h: Tensor, one: Tensor, other: Tensor) -> Tenso
 
 
 def _distance(name: str, label: str, which: str, reading: str) -> Quantity:
-    formula = f"E |(J_1 - J_2) x|^2 / E |J x|^2 in the read-out's Fisher metric; 1 and 2: {which}"
+    formula = f"E |(J_1 - J_2) x|^2 / E <J_a x, J_b x> in the read-out's Fisher metric; 1, 2: {which}; a, b: quarters"
     return Quantity(f"jacobian_halves_{name}", label, formula, "layer", reading, ANYWHERE)
 
 
@@ -112,4 +115,5 @@ JACOBIAN_HALVES = Probe(
         ),
     ),
     control="halves of the windows of the same sources",
+    version=2,
 )  # fmt: skip

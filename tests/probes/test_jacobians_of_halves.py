@@ -14,6 +14,7 @@ from lensbench.lenses.recipe import JacobianRecipe
 from lensbench.measures.update.metric import Metric
 from lensbench.probes.decodable_used import decodable_used
 from lensbench.probes.jacobian_halves import jacobian_halves, kl_between
+from lensbench.probes.measured import Sums
 from lensbench.probes.subject import Subject
 from lensbench.probes.tools.halves import Halves
 from lensbench.streams.capture import capture
@@ -98,9 +99,9 @@ def test_jacobians_of_sources_with_words_of_their_own_differ_by_source_and_not_b
     fitted, halves = made.words.fit_windows, Halves.of(made.words.fit_windows)
     slope = 1.0 + (fitted.ids[:, 0] >= 60)
     quarter = {(s, w): slope[(halves.source == s) & (halves.window == w)].mean() for s in (0, 1) for w in (0, 1)}
-    mean = sum(quarter.values()) / 4
-    by_source = ((quarter[0, 0] + quarter[0, 1] - quarter[1, 0] - quarter[1, 1]) / 2 / mean) ** 2
-    by_window = ((quarter[0, 0] + quarter[1, 0] - quarter[0, 1] - quarter[1, 1]) / 2 / mean) ** 2
+    length = (sum(quarter.values()) ** 2 - sum(q**2 for q in quarter.values())) / 12
+    by_source = ((quarter[0, 0] + quarter[0, 1] - quarter[1, 0] - quarter[1, 1]) / 2) ** 2 / length
+    by_window = ((quarter[0, 0] + quarter[1, 0] - quarter[0, 1] - quarter[1, 1]) / 2) ** 2 / length
     assert by_source > 1e-3
     for name, expected in (
         ("sources", by_source),
@@ -110,6 +111,32 @@ def test_jacobians_of_sources_with_words_of_their_own_differ_by_source_and_not_b
         assert found[f"jacobian_halves_{name}", 0]["value"] == pytest.approx(expected, abs=1e-9), name
     assert abs(found["jacobian_halves_sources", 1]["value"]) < 1e-12
     assert found["jacobian_halves_kl", 1]["value"] < 1e-9
+
+
+def test_noise_of_the_quarters_does_not_lengthen_what_distances_are_divided_by(monkeypatch):
+    """Quarters that are J and noise as long as J: halves of two are then apart by the square of J, not by less."""
+    made, draws = subject(blocks(), drawn(3, 200, WIDTH)), []
+    truth, count = drawn(5, 2, WIDTH, WIDTH).double(), 40
+
+    def noisy(*_):
+        generator = torch.Generator().manual_seed(len(draws))
+        noise = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
+        draws.append(noise * truth.square().mean().sqrt())
+        return truth + draws[-1]
+
+    monkeypatch.setattr("lensbench.probes.jacobian_halves.jacobians_of", noisy)
+    held = []
+    monkeypatch.setattr(Sums, "add", lambda self, name, values, by=None, **at: held.append((name, at, values, by)))
+    monkeypatch.setattr(Sums, "measured", lambda self: None)
+    for _ in range(count):
+        jacobian_halves(made)
+    lengths = [by.sum() for name, at, _, by in held if name.endswith("_sources") and at["layer"] == 0]
+    mean, states = made.fit.states[0].mean(0, dtype=torch.float64), made.eval.states[0].double()
+    factor = Metric.of("fisher", made.stream.readout, made.fit).factor
+    expected = float(((states - mean) @ (factor @ truth[0]).T).square().sum())
+    spread = np.std(lengths) / count**0.5
+    assert abs(np.mean(lengths) - expected) < 3 * spread
+    assert 3 * spread < 0.25 * expected  # what the noise would add to a square
 
 
 def test_a_vector_that_all_words_share_is_in_no_metric():
