@@ -9,7 +9,7 @@ import pytest
 from lensbench.report.compare import COLUMNS
 from lensbench.report.settings import DOUBT_COLUMNS, SETTINGS_COLUMNS
 from lensbench.results.between import BETWEEN_COLUMNS
-from lensbench.results.folder import GZIPPED, PACKED, plain_name
+from lensbench.results.folder import GZIPPED, OF_THE_ESTIMATE, PACKED, plain_name
 from lensbench.results.further import FURTHER, describes, further_text
 from lensbench.results.further import OF_STUDIES as OF_THE_PAGE
 from lensbench.results.schema import SCHEMA
@@ -35,6 +35,8 @@ def columns_of(path):
     found = list(pd.read_csv(path, nrows=0))
     if path.name == "verdicts.csv" and "reason" in found:  # of a run before the update decomposition
         return [EARLIER_NAMES.get(column, column) for column in found]
+    if plain_name(path.name) == "lenses.csv":
+        return ["jacobian_error" if column == OF_THE_ESTIMATE else column for column in found]
     return found
 
 
