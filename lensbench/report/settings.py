@@ -45,7 +45,7 @@ def settings_frame(runs: Sequence[Run], index: str) -> pd.DataFrame:
     if not rows:
         names = sorted({str(name) for run in runs for name in run.tables["variants.csv"]["index"]})
         told = f"; there are {', '.join(names)}" if names else ": these runs have no variants.csv with rows"
-        raise LensbenchError(f"no run tells {index} at other settings{told}")
+        raise LensbenchError(f"no run has {index} at other settings{told}")
     return pd.DataFrame(rows, columns=list(SETTINGS_COLUMNS))
 
 

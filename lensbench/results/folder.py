@@ -182,7 +182,7 @@ def refuse_unfinished(folder: Path) -> None:
         return  # not of lensbench: what is missing is said
     stages = sum(1 for path in (folder / STAGES).glob("*/stage.json"))
     raise LensbenchError(
-        f"{folder} holds an unfinished run of {suite} ({stages} finished stages); to go on: "
+        f"{folder} holds an unfinished run of {suite} ({stages} finished stage{'s' * (stages != 1)}); to go on: "
         f"{command or f'lensbench run {suite} --out {folder} (with the options of before)'}"
     )
 

@@ -136,7 +136,7 @@ def key_of(suite: Suite) -> dict[str, Any]:
 
 def members_of(context: Context, progress: Progress) -> Iterator[Member]:
     """The models of a run whose lenses are finished; others are named. Rotated views share their model's lenses."""
-    missing = []
+    missing, there = [], False
     for model in context.suite.models:
         if model.rotated:
             continue
@@ -146,8 +146,9 @@ def members_of(context: Context, progress: Progress) -> Iterator[Member]:
             except NotFinished:
                 missing.append(f"{model.name}-seed{seed}")
                 continue
+            there = True
             yield Member(model, seed, fitted.digest, fitted.folder)
-    if missing:
+    if missing and there:  # without any the caller says so
         progress.say(
             f"left out: {context.folder} has no lenses of {', '.join(missing)} with the settings of {context.suite.name}"
         )

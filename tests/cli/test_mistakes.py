@@ -140,7 +140,7 @@ def test_an_unfinished_folder_is_called_so_with_the_command_that_goes_on(tmp_pat
         (tmp_path / "stages" / name).mkdir(parents=True)
     (tmp_path / "stages" / "tokenizer" / "stage.json").write_text("{}")
     with pytest.raises(
-        LensbenchError, match=r"unfinished run of quick \(1 finished stages\); to go on: lensbench run"
+        LensbenchError, match=r"unfinished run of quick \(1 finished stage\); to go on: lensbench run"
     ) as it:
         read_run(tmp_path)
     assert facts.get("command", f"lensbench run quick --out {tmp_path}") in str(it.value)

@@ -71,5 +71,5 @@ def test_the_largest_difference_of_a_kind_is_marked():
 
 
 def test_an_index_that_no_run_tells_is_named_with_those_there_are():
-    with pytest.raises(LensbenchError, match=f"no run tells gain at other settings; there are {INDEX}"):
+    with pytest.raises(LensbenchError, match=f"no run has gain at other settings; there are {INDEX}"):
         settings_frame([run()], "gain")

@@ -97,5 +97,5 @@ def test_what_cannot_be_transferred_is_refused_in_one_line(fitted, tmp_path):
     other = tmp_path / "other.toml"
     other.write_text(path.read_text().replace("tokens = 8_192", "tokens = 4_096"))
     refused(
-        run("transfer-between", other, "--run", folder, "--out", tmp_path / "o"), "no two checkpoints, seeds or sizes"
+        run("transfer-between", other, "--run", folder, "--out", tmp_path / "o"), "has no lenses with these settings"
     )
