@@ -77,6 +77,17 @@ def test_a_phone_hides_nothing_beyond_its_edge(browser, pages, name):  # noqa: F
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "three", "many"])
+def test_paper_cuts_nothing_off_its_edge(browser, pages, name):  # noqa: F811
+    tab, told, _ = opened(browser, pages[name], viewport={"width": 794, "height": 1123})  # A4
+    tab.emulate_media(media="print")
+    tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert tab.evaluate(HIDDEN) == []
+    assert told == []
+    tab.close()
+
+
+@pytest.mark.slow
 def test_many_models_are_one_table_that_sorts_by_pointer_and_keyboard(browser, pages):  # noqa: F811
     tab, told, asked = opened(browser, pages["many"], viewport=DESK)
     table = tab.locator("#table-answers")
