@@ -46,9 +46,9 @@ def compare_lenses(
 ) -> None:
     """KL, cross-entropy, top-1 and top-10 precision of anybody's lenses, on the same held-out tokens as our own."""
     from lensbench.data.sources import refuse_missing, sources_of
-    from lensbench.models.pretrained import check_source, load_pretrained, without_progress_bars
+    from lensbench.models.pretrained import check_source, load_pretrained, locate, without_progress_bars
     from lensbench.report.lens_comparison_tables import lens_comparison_tables
-    from lensbench.run.lens_comparison import TABLE, LensComparison
+    from lensbench.run.lens_comparison import TABLE, LensComparison, text_of
     from lensbench.run.lens_comparison import compare_lenses as compared
     from lensbench.runtime.environment import choose_device, dtype_named
     from lensbench.runtime.hub import HERE, LENSES_HERE, TEXTS_HERE, lens_is_cached, refuse_unreachable
@@ -66,13 +66,14 @@ def compare_lenses(
     for lens in files or ():
         refuse_unreachable(lens, LENSES_HERE, held=lens_is_cached(lens))
     folder = run_folder(out, "compare-lenses")
-    with without_progress_bars():
-        loaded = load_pretrained(model, dtype=of_dtype, device=of_device, say=noted)
     recipe = LensComparison(
         tuple(files or ()), corpus, length, sequences, positions, fit, jacobian, refine_passes=refine, seed=seed
     )
+    with without_progress_bars(), locate(model).reading():
+        texts = text_of(model, recipe)  # first: a text that is too short is found before minutes of loading
+        loaded = load_pretrained(model, dtype=of_dtype, device=of_device, say=noted)
     with Bars() as bars:
-        found = compared(loaded, recipe, Path(folder), progress=bars)
+        found = compared(loaded, recipe, texts, Path(folder), progress=bars)
     for table in lens_comparison_tables(found.table):
         show(table, console)
     noted("* behind the logit lens, beyond the 95 % interval of the difference over documents")

@@ -330,7 +330,10 @@ def _read_jsonl(path: Path, name: str, field: str, max_bytes: int | None, odd: O
         if not line.strip():
             continue
         empty, place = False, f"{name} line {number}"
-        row = parse_json(line, place, once)
+        try:
+            row = parse_json(line, place, once)
+        except LensbenchError as error:
+            raise LensbenchError(f"{error}; mend or remove it: each line must be one JSON object") from error
         if not isinstance(row, dict):
             raise LensbenchError(f"{place} is a JSON {type(row).__name__}: expected an object on each line")
         text = _text_of(row, field, place, odd)

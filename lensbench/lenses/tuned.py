@@ -90,7 +90,8 @@ class SharedLens(Lens):
             lens.load_state_dict(tensors, strict=False)  # all that is left out is the unembedding, which is the model's
             refuse_not_finite(f"the lens in {folder}", tensors)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise LensbenchError(f"{folder} does not hold a shared lens: {error}") from error
+            what = f"its config.json has no {error}" if isinstance(error, KeyError) else error
+            raise LensbenchError(f"{folder} does not hold a shared lens: {what}; copy or save it again") from error
         return lens
 
 

@@ -44,6 +44,7 @@ from lensbench.models.unused import (
 )
 from lensbench.runtime.environment import needs
 from lensbench.runtime.files import sha256
+from lensbench.runtime.texts import read_json
 
 SOURCES = "hub:ORG/NAME[@REVISION], path:FOLDER, gguf:FILE, package:NAME"
 
@@ -102,6 +103,12 @@ class Located:
 
     def unreadable(self, part: str, error: Exception) -> LensbenchError:
         """The error to raise for a ``part`` that cannot be loaded, with its reason in one line."""
+        config = Path(self.name) / "config.json"
+        try:
+            if config.is_file():
+                read_json(config, ours=False)
+        except LensbenchError as damaged:  # transformers says this in many ways, most of them riddles
+            return LensbenchError(f"{self.source}: {damaged}")
         if isinstance(error, ImportError) and "gguf" in str(error).lower():
             reason = "reading a GGUF file needs the package gguf: pip install gguf"
         elif "Unrecognized configuration class" in str(error):

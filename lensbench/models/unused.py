@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lensbench.errors import LensbenchError
-from lensbench.runtime.texts import read_json
+from lensbench.runtime.texts import DOWNLOAD_AGAIN, read_json
 
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|position_ids|causal_mask|masked_bias|(attn|attention|self_attn|crossattention)\.bias)$"
@@ -212,11 +212,13 @@ def check_index(folder: Path) -> None:
         content = read_json(path, ours=False)
         places = content.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-            raise LensbenchError(f"{path} is damaged: its weight_map must say in which file each weight is")
+            raise LensbenchError(
+                f"{path} is damaged: its weight_map must name the file of each weight; {DOWNLOAD_AGAIN}"
+            )
         if lost := sorted({place for place in places.values() if not (folder / place).is_file()}):
             raise LensbenchError(f"{path} names {lost[0]}{more(lost)}, which is not there")
         if not isinstance(content.get("metadata"), dict):
-            raise LensbenchError(f"{path} is damaged: it has no metadata")
+            raise LensbenchError(f"{path} is damaged: it has no metadata; {DOWNLOAD_AGAIN}")
         files = set(places.values())
         safe = all(file.endswith(".safetensors") for file in files)
         if safe and (nowhere := sorted(places.keys() - _stored(folder, files))):
@@ -237,7 +239,7 @@ def _stored(folder: Path, files: set[str]) -> set[str]:
             with safe_open(folder / name, framework="pt") as file:
                 found.update(file.keys())
         except SafetensorError as error:
-            raise LensbenchError(f"{folder / name} is damaged: {error}") from error
+            raise LensbenchError(f"{folder / name} is damaged: {error}; {DOWNLOAD_AGAIN}") from error
     return found
 
 

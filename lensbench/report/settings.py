@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Column, Table
 
-from lensbench.errors import LensbenchError
+from lensbench.errors import LensbenchError, nearest
 from lensbench.measures.update.variants import DOCUMENTS_ALONE
 from lensbench.report.formatting import number, with_interval
 from lensbench.results.folder import Run
@@ -44,8 +44,12 @@ def settings_frame(runs: Sequence[Run], index: str) -> pd.DataFrame:
                 rows.append(_named(model, index, setting, at, of_setting, ("value", "difference")))
     if not rows:
         names = sorted({str(name) for run in runs for name in run.tables["variants.csv"]["index"]})
-        told = f"; there are {', '.join(names)}" if names else ": these runs have no variants.csv with rows"
-        raise LensbenchError(f"no run has {index} at other settings{told}")
+        if not names:
+            raise LensbenchError(f"no run has {index} at other settings: these runs have no variants.csv with rows")
+        known = any((run.tables["indices.csv"]["index"] == index).any() for run in runs)
+        # An index that is measured at one setting alone is not misspelt: no other name is meant.
+        hint = f"there are {', '.join(names)}" if known else nearest(index, names)
+        raise LensbenchError(f"no run has {index} at other settings; {hint}")
     return pd.DataFrame(rows, columns=list(SETTINGS_COLUMNS))
 
 

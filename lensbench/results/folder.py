@@ -32,7 +32,7 @@ from lensbench.results.verdicts import as_now
 from lensbench.runtime.files import sha256, write_atomically, write_json
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import BEGUN
-from lensbench.runtime.texts import read_json
+from lensbench.runtime.texts import COPY_AGAIN, read_json
 
 OWNER = "run.json"
 """Whose folder it is"""
@@ -157,10 +157,6 @@ def owner_of(folder: Path) -> str | None:
         except (LensbenchError, KeyError, TypeError):
             continue  # missing, or not of lensbench: the next one may say
     return None
-
-
-AGAIN = "copy the folder again, or repeat the command that wrote it"
-"""What to do about a damaged run folder"""
 
 
 def refuse_no_folder(folder: Path) -> None:
@@ -295,7 +291,7 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(found, keep_default_na=False, na_values=empty, dtype=dict.fromkeys(text, str))
     except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, pd.errors.ParserError) as error:
-        raise LensbenchError(f"{found} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from error
+        raise LensbenchError(f"{found} is damaged ({str(error).splitlines()[0]}); {COPY_AGAIN}") from error
     if path.name == "verdicts.csv":
         table = as_now(table)
     if path.name == "lenses.csv" and OF_THE_ESTIMATE in table:
@@ -342,7 +338,7 @@ class Run:
         try:
             return pd.read_parquet(path).rename(columns={"cluster": "document"})
         except (OSError, ValueError) as error:
-            raise LensbenchError(f"{path} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from error
+            raise LensbenchError(f"{path} is damaged ({str(error).splitlines()[0]}); {COPY_AGAIN}") from error
 
     def update_draws(self) -> pd.DataFrame:
         """``update_draws.parquet``; empty where the run has none. Raises :class:`LensbenchError` for a damaged file."""
@@ -352,7 +348,7 @@ class Run:
         try:
             return pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            raise LensbenchError(f"{path} is damaged ({str(error).splitlines()[0]}); {AGAIN}") from error
+            raise LensbenchError(f"{path} is damaged ({str(error).splitlines()[0]}); {COPY_AGAIN}") from error
 
 
 def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -> Run:
@@ -369,10 +365,10 @@ def read_run(folder: Path, *, need_manifest: bool = True, verify: bool = True) -
     if manifest is not None and verify:
         for name, checksum in manifest.files.items():
             if not (folder / name).is_file():
-                raise LensbenchError(f"{folder} is not complete: {name} is missing; {AGAIN}")
+                raise LensbenchError(f"{folder} is not complete: {name} is missing; {COPY_AGAIN}")
             if sha256(folder / name) != checksum:
                 raise LensbenchError(
-                    f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST}); {AGAIN}"
+                    f"{folder / name} is not what the run wrote (checksum differs from {MANIFEST}); {COPY_AGAIN}"
                 )
     known = set(SCHEMA) if manifest is None else {plain_name(name) for name in manifest.files}
     tables = {

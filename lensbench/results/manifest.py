@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lensbench.errors import LensbenchError
 from lensbench.runtime.files import write_json
-from lensbench.runtime.texts import read_json
+from lensbench.runtime.texts import COPY_AGAIN, read_json
 from lensbench.runtime.validation import in_words
 
 SCHEMA_VERSION = 3
@@ -193,13 +193,13 @@ def read_manifest(folder: Path) -> Manifest:
         place = ".".join(str(part) for part in first["loc"])
         words = in_words(first)
         between = " " if words.startswith(("must", "is ")) else ": "
-        raise LensbenchError(f"{path} is damaged: {place}{between}{words}") from error
+        raise LensbenchError(f"{path} is damaged: {place}{between}{words}; {COPY_AGAIN}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, KeyError) and "in_context" in content:
             raise LensbenchError(f"{folder} holds tasks (`lensbench in-context`), not a run of a suite") from error
         if isinstance(error, KeyError) and "schema_version" not in content:
             raise LensbenchError(f"{folder} holds no run of a suite: its {MANIFEST} is another command's") from error
-        raise LensbenchError(f"{path} is damaged: {error}") from error
+        raise LensbenchError(f"{path} is damaged: {error}; {COPY_AGAIN}") from error
     if manifest is None:
         raise LensbenchError(
             f"{folder} was written with schema {version}, this lensbench reads schema {SCHEMA_VERSION}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lensbench.data.corpus import FRACTIONS, load_corpus
 from lensbench.data.inputs import Texts
-from lensbench.data.windows import DOCUMENT_SHARE
+from lensbench.data.windows import DOCUMENT_SHARE, Windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import fit_some
 from lensbench.lenses.jacobian import JacobianSource
@@ -32,9 +32,17 @@ from lensbench.lenses.read import score
 from lensbench.lenses.recipe import FitRecipe, JacobianRecipe
 from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
 from lensbench.lenses.shared import SHARED_LENS
-from lensbench.lenses.tuned import load_tuned_lens, maps_of
+from lensbench.lenses.tuned import lens_files, load_tuned_lens, maps_of
 from lensbench.measures.top_words import TOP, top_word_ranks
-from lensbench.models.pretrained import Pretrained, check_context, commit_of, identity
+from lensbench.models.pretrained import (
+    Pretrained,
+    check_context,
+    commit_of,
+    identity,
+    load_config,
+    load_tokenizer,
+    locate,
+)
 from lensbench.results.folder import claimed, write_csv
 from lensbench.results.manifest import write_manifest
 from lensbench.run.studies import code_facts
@@ -110,8 +118,7 @@ def file_lens(source: str, stream: ResidualStream, model: str, commit: str = "")
     """A lens of others, checked against the model; raises :class:`LensbenchError` for one of another model."""
     path = jacobian_path(source)
     if path is None:
-        given = source if source.partition(":")[0] in ("path", "hub") else f"path:{source}"
-        tuned = maps_of(load_tuned_lens(stream.readout, given))
+        tuned = maps_of(load_tuned_lens(stream.readout, tuned_source(source)))
         if tuned.offset.shape != (stream.layers, stream.d_model):
             raise LensbenchError(
                 f"{source}: the lens has {len(tuned)} layers of width {tuned.offset.shape[1]}, the model {stream.layers} of "
@@ -150,12 +157,48 @@ def fitted_lens(lens: FittedLens, context: FitContext) -> ReadLens:
     return ReadLens(name, "", lens.id.kind, lens.id.stage, maps, note)
 
 
+def text_of(source: str, recipe: LensComparison) -> Texts:
+    """The text in the tokens of the model of ``source``, which is not loaded; of its files, the tokenizer is.
+
+    A model that was trained elsewhere is fitted on the train split, too. Raises :class:`LensbenchError` for a lens that is
+    missing, and for a text that is empty, or too short for a window of each split that is read.
+    """
+    for lens in recipe.files:
+        if jacobian_path(lens) is None:
+            lens_files(tuned_source(lens))
+    check_context(source, load_config(source), recipe.length, "set --length to {} or less")
+    fractions = {**FRACTIONS, "train": 0.0, "fit": FRACTIONS["train"] + FRACTIONS["fit"]}
+    trained_here = locate(source).own_tokenizer is not None
+    corpus = load_corpus(recipe.corpus, fractions=FRACTIONS if trained_here else fractions, max_bytes=recipe.max_bytes)
+    texts = Texts(corpus, source, "", lambda: load_tokenizer(source), recipe.length, 1, "auto")
+    try:
+        held_out(texts, recipe)
+        if recipe.fit_sequences:
+            texts.samples(**recipe.fit.of_fit)
+            texts.samples(**recipe.fit.of_dev)
+    except LensbenchError as error:
+        raise LensbenchError(f"{recipe.corpus} is too short: {error}; give a longer text with --corpus") from error
+    return texts
+
+
+def held_out(texts: Texts, recipe: LensComparison) -> Windows:
+    """The windows that all lenses are measured on."""
+    return texts.samples("eval", recipe.sequences, recipe.positions, share=DOCUMENT_SHARE)
+
+
+def tuned_source(source: str) -> str:
+    """A tuned lens as ``path:FOLDER`` or ``hub:RESOURCE``; ``path:`` may be left out on the command line."""
+    return source if source.partition(":")[0] in ("path", "hub") else f"path:{source}"
+
+
 @dataclass(frozen=True)
 class Comparing:
     """A comparison at work: the model, its text, and the settings."""
 
     model: Pretrained
     recipe: LensComparison
+    texts: Texts
+    """The text in the model's tokens"""
     progress: Progress = QUIET
 
     @cached_property
@@ -168,19 +211,6 @@ class Comparing:
         """The commit of a model of the hub; empty for others."""
         source = self.model.source
         return commit_of(identity(source)) if source.startswith("hub:") else ""
-
-    @cached_property
-    def texts(self) -> Texts:
-        """The text in the model's tokens; a model that was trained elsewhere is fitted on the train split, too."""
-        model, recipe = self.model, self.recipe
-        check_context(model.source, model.model.config, recipe.length, "set --length to {} or less")
-        fractions = {**FRACTIONS, "train": 0.0, "fit": FRACTIONS["train"] + FRACTIONS["fit"]}
-        corpus = load_corpus(
-            recipe.corpus, fractions=FRACTIONS if model.trained_here else fractions, max_bytes=recipe.max_bytes
-        )
-        texts = Texts(corpus, model.source, "", lambda: model.tokenizer, recipe.length, 1, "auto")
-        texts.within(model.model)
-        return texts
 
     def own(self, folder: Path) -> Iterator[ReadLens]:
         """The logit lens, and our own lenses where they are fitted; our Jacobian lens is left in ``folder``."""
@@ -213,7 +243,7 @@ class Comparing:
     def rows(self, lenses: Sequence[ReadLens]) -> Iterator[dict[str, Any]]:
         """A row for each lens and layer: means over held-out tokens with intervals over clusters of documents."""
         recipe, stream = self.recipe, self.stream
-        samples = self.texts.samples("eval", recipe.sequences, recipe.positions, share=DOCUMENT_SHARE)
+        samples = held_out(self.texts, recipe)
         captured = capture(stream, samples)
         _, cluster = np.unique(samples.clusters, return_inverse=True)
 
@@ -259,14 +289,16 @@ def distinct(lenses: Sequence[ReadLens]) -> list[ReadLens]:
 
 
 def compare_lenses(
-    model: Pretrained, recipe: LensComparison, folder: Path, *, progress: Progress = QUIET
+    model: Pretrained, recipe: LensComparison, texts: Texts, folder: Path, *, progress: Progress = QUIET
 ) -> Comparison:
     """Lens files and our own lenses at every layer of a model, written to ``lens_comparison.csv`` with its manifest.
 
-    Files are read and checked before anything is computed. Raises :class:`LensbenchError` for a file that is not a lens or
-    belongs to another model, and for a folder that holds something else.
+    ``texts`` are those of :func:`text_of`. Files are read and checked before anything is computed. Raises
+    :class:`LensbenchError` for a file that is not a lens or belongs to another model, and for a folder that holds
+    something else.
     """
-    comparing = Comparing(model, recipe, progress)
+    texts.within(model.model)
+    comparing = Comparing(model, recipe, texts, progress)
     given = [file_lens(source, comparing.stream, model.source, comparing.commit) for source in recipe.files]
     with claimed(folder, "compare-lenses"):
         lenses = distinct([*comparing.own(folder), *given])

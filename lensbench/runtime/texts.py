@@ -154,18 +154,26 @@ def kind_of(value: Any) -> str:
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-def read_json(path: Path, remedy: str = "", *, ours: bool = True) -> dict[str, Any]:
+COPY_AGAIN = "copy the folder again, or repeat the command that wrote it"
+"""What to do about a damaged file that lensbench wrote"""
+
+DOWNLOAD_AGAIN = "copy or download it again"
+"""What to do about a damaged file of another program"""
+
+
+def read_json(path: Path, remedy: str | None = None, *, ours: bool = True) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises :class:`LensbenchError` that names the file, and ends with the ``remedy``, for anything else; a file that is
-    ``ours`` has no field twice.
+    Raises :class:`LensbenchError` for anything else: it names the file and says what to do, the ``remedy`` where one is
+    given. A file that is ``ours`` has no field twice.
     """
+    remedy = remedy or (COPY_AGAIN if ours else DOWNLOAD_AGAIN)
     try:
         content = parse_json(decode(read_bytes(path, "it"), "it"), "it", None if ours else frozenset())
         if not isinstance(content, dict):
             raise LensbenchError(f"it holds {kind_of(content)} where an object is expected")
     except LensbenchError as error:
-        raise LensbenchError(f"{path} is damaged: {error}{remedy and '; '}{remedy}") from error
+        raise LensbenchError(f"{path} is damaged: {error}; {remedy}") from error
     return content
 
 
@@ -184,7 +192,7 @@ def parse_json(text: str, name: str, once: frozenset[str] | None = frozenset()) 
             seen = Counter(keys)
             twice = next((key for key in keys if (once is None or key in once) and seen[key] > 1), None)
             if twice is not None:
-                raise LensbenchError(f"{name} has the field {twice!r} twice: take one of them out")
+                raise LensbenchError(f"{name} has the field {twice!r} twice")
         return found
 
     try:
@@ -195,5 +203,11 @@ def parse_json(text: str, name: str, once: frozenset[str] | None = frozenset()) 
         )
     except RecursionError as error:
         raise LensbenchError(f"{name} is nested too deeply to be read") from error
+    except json.JSONDecodeError as error:
+        if not text.strip():
+            raise LensbenchError(f"{name} is empty") from error
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        what = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
+        raise LensbenchError(f"{name} is not valid JSON ({what} at {line}column {error.colno})") from error
     except ValueError as error:
-        raise LensbenchError(f"{name} is not valid JSON: {error}") from error
+        raise LensbenchError(f"{name} is not valid JSON ({error})") from error

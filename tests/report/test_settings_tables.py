@@ -73,3 +73,12 @@ def test_the_largest_difference_of_a_kind_is_marked():
 def test_an_index_that_no_run_tells_is_named_with_those_there_are():
     with pytest.raises(LensbenchError, match=f"no run has gain at other settings; there are {INDEX}"):
         settings_frame([run()], "gain")
+
+
+def test_the_nearest_index_is_proposed_for_a_misspelt_one_only():
+    with pytest.raises(LensbenchError, match=f"no run has in_plac at other settings; did you mean '{INDEX}'"):
+        settings_frame([run()], "in_plac")
+    one = run()
+    one.tables["indices.csv"].loc[0, "index"] = "in_place_of_one_setting"
+    with pytest.raises(LensbenchError, match=f"no run has in_place_of_one_setting at .*; there are {INDEX}"):
+        settings_frame([one], "in_place_of_one_setting")

@@ -1,5 +1,6 @@
 """Whatever stands in a JSON file, each reader of one says in one line which file it is, or reads it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,9 @@ def with_sums(name, reader):
     return read
 
 
+ENDS = re.compile(r"(; |: )(copy|delete|download|give|train|fit|repeat)[^;]*$")
+"""How each message ends: with what to do"""
+
 READERS = {
     "manifest": ("manifest.json", read_manifest),
     "stage": ("stage.json", stage),
@@ -98,6 +102,24 @@ def test_a_damaged_json_file_is_one_line_that_names_it(tmp_path, reader, damage)
         read(tmp_path)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
+    if damage not in (*OBJECTS, "twice"):  # these are JSON objects, which say something wrong
+        assert ENDS.search(str(error.value)), error.value
+
+
+def refusal(path):
+    with pytest.raises(LensbenchError) as error:
+        read_json(path)
+    return str(error.value)
+
+
+def test_the_place_of_damage_is_said_once_and_in_words(tmp_path):
+    lines = {"config.json": b'{\n "a": 1,\n "b" 2\n}', "row.json": b'{"a": "b', "labels.json": b" \n"}
+    for name, content in lines.items():
+        (tmp_path / name).write_bytes(content)
+    told = [refusal(tmp_path / name) for name in lines]
+    assert "it is not valid JSON (expecting ':' delimiter at line 3, column 6); copy the folder" in told[0]
+    assert "it is not valid JSON (unterminated string starting at column 7); copy the folder" in told[1]
+    assert "labels.json is damaged: it is empty; copy the folder" in told[2]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

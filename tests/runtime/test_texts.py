@@ -39,7 +39,11 @@ DEEP = b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
         ("x.jsonl", DEEP, "line 1 is nested too deeply"),
         ("x.jsonl", b'{"text": "a", "text": "b"}', "has the field 'text' twice"),
         ("x.jsonl", b'{"text": NaN}', "is a number"),
-        ("x.jsonl", b'{\n "text": "a"\n}', "line 1 is not valid JSON"),
+        (
+            "x.jsonl",
+            b'{\n "text": "a"\n}',
+            "line 1 is not valid JSON (expecting property name enclosed in double quotes",
+        ),
         ("x.jsonl", b'[{"text": "a"}]', "a JSON list: expected an object on each line"),
         ("x.json", b'[{"text": "a"}]', "give a .jsonl file"),
         ("x.txt", b'{"text": "a"}\n{"text": "b"}\n', "name it .jsonl"),
@@ -155,7 +159,7 @@ def test_max_bytes_bounds_memory(tmp_path, monkeypatch):
         (b"a = " + b"[" * 100_000, "nested too deeply"),
         (b"a = " + b"9" * 5000, "not valid TOML"),
         ("name = 'x'".encode("utf-16"), "save it as UTF-8"),
-        ("\ufeffname = 'x'".encode(), "Field required|unknown key|models"),
+        ("\ufeffname = 'x'".encode(), "question is missing"),
     ],
 )
 def test_suites_are_read_as_texts_are(tmp_path, content, says):
