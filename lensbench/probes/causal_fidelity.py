@@ -251,7 +251,7 @@ CAUSAL_FIDELITY = Probe(
             "fidelity, null",
             "mean size of the cosine of stimulus and response to another direction of the lens",
             "layer",
-            "Only its size tells, since the sign of a direction means nothing.",
+            "It is a mean of absolute values, since the sign of a direction means nothing.",
             WITH_ITS_NULL,
             "layers",
         ),
@@ -292,7 +292,7 @@ CAUSAL_FIDELITY = Probe(
             "read change, by random",
             "mean square of the stimulus along the lens's directions by that along random ones",
             "layer",
-            "It says how much more the lens reads of its directions than of others that are equally usual.",
+            "Above 1, the lens reads more of its directions than of random ones of the same Mahalanobis length.",
             table="layers",
         ),
         Quantity(

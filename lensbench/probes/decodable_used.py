@@ -110,7 +110,7 @@ DECODABLE_USED = Probe(
         _of_layer(
             "decodable_used_slope",
             "share of the decodable that is used",
-            "E <A_1 x, J_2 x> / E <A_1 x, A_2 x>, both ways round",
+            "E <A_1 x, J_2 x> / E <A_1 x, A_2 x>, mean of both orders of the halves",
             "1: a step along what is decoded moves the end by as much; below, more can be read than is used from here on.",
         ),
         _of_layer(

@@ -310,7 +310,7 @@ ERROR_TRANSPORT = Probe(
         Quantity(
             "error_score",
             "error score",
-            "share of what the head mixes that expectations explain as tokens do, sign turned, beyond random signs",
+            "share of what the head mixes that expectations explain by minus the map of tokens, beyond random signs",
             "head",
             "Above 0, expectations enter as tokens do with the sign turned; below 0, with the tokens' own sign.",
             SAME_TOKENIZER,
@@ -378,7 +378,7 @@ ERROR_TRANSPORT = Probe(
         Quantity(
             "error_transport_found",
             "found",
-            "1 where p < 0.05, beta / alpha has an interval above 0, the gain exceeds its null, and the model predicts",
+            "1 where p < 0.05, `error_gain_beyond_null` > 0, the interval of beta / alpha is above 0, and predictions vary",
             "head",
             "1 says that the head carries errors, 0 that this is not shown.",
         ),

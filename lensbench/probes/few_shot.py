@@ -241,7 +241,7 @@ def _of_kind(kind: str, where: str, same: bool) -> tuple[Quantity, ...]:
         Quantity(
             f"few_shot_error_beyond_averaging_{kind}",
             f"few-shot, {kind} query: beta beyond averaging (logits)",
-            f"beta at {where}, with the means of the labels shown before as further regressors, p from exchanged prompts",
+            f"beta at {where}, given the means of the labels shown before; p from prompts with exchanged queries",
             "model",
             "It is alpha for an update by the error, 0 for an average of the labels shown.",
             SAME_TOKENIZER,
@@ -250,7 +250,7 @@ def _of_kind(kind: str, where: str, same: bool) -> tuple[Quantity, ...]:
         Quantity(
             f"few_shot_gain_beyond_averaging_{kind}",
             f"few-shot, {kind} query: gain beyond averaging",
-            f"held-out R^2 that p from exchanged prompts adds to the means of the labels shown before at {where}",
+            f"held-out R^2 that this p adds to the means of the labels shown before at {where}",
             "model",
             "Above 0, predictions say more of the change than the labels shown before do.",
             SAME_TOKENIZER,
@@ -266,7 +266,7 @@ FEW_SHOT = Probe(
         Quantity(
             "few_shot_learned",
             "few-shot: p of the mapped label",
-            "probability, among the four labels, of the mapped one at the last example",
+            "probability, among the four labels, of the one that the prompt's map gives for the last query",
             "model",
             "It is a quarter if nothing is learned from the prompt.",
             SAME_TOKENIZER,

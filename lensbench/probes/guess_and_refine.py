@@ -69,7 +69,7 @@ def guess_and_refine(subject: Subject) -> Measured:
 
 
 def early_layers(layers: int) -> list[int]:
-    """The layers after the first quarter of the blocks, one at least; layer 0, the embeddings, is none of them."""
+    """The layers 1 to L/4, one at least; layer 0, the embeddings, is none of them."""
     return list(range(1, min(layers, max(2, layers // 4 + 1))))
 
 
@@ -250,8 +250,8 @@ def quantities_of(kind: str) -> Iterator[Quantity]:
     yield _of_layer(
         f"frequent_revised_{kind}",
         f"revised frequent guesses, {lens}",
-        "share of the frequent top-1 there that is not the model's top-1",
-        "The published rate of revision is above 0.7 at early layers; see the next.",
+        "of the tokens with a frequent top-1 there, the share whose final top-1 differs",
+        "Published: above 0.7 at early layers. Compare its chance, the next row.",
     )
     yield _of_layer(
         f"frequent_revised_{kind}_chance",

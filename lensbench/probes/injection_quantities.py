@@ -150,12 +150,12 @@ WHAT = {
 }
 SURVIVES = "`<ds_ij, dr_i> / <dr_i, dr_i>` of h_i changed by {what} as lens i reads it"
 READING = {
-    "error": "At 1, later blocks leave it as it is; they correct it only below 1, below the signal and below the noise.",
+    "error": "At 1, later blocks leave it as it is. They correct it if it is below 1, below the signal and below the noise.",
     "signal": "At 1, later blocks leave a change of the prediction as it is.",
     "noise": "At 1, later blocks leave it as it is.",
 }
 LABELS = {"error_minus_signal": "error - signal", "error_minus_noise": "error - noise"}
-LESS = "Below 0 with its interval, the error is taken off more than the {other}."
+LESS = "With its whole interval below 0, the error is taken off more than the {other}."
 
 
 def _pair_quantities() -> list[Quantity]:
@@ -205,7 +205,7 @@ def _cost_quantities() -> list[Quantity]:
                 f"cost, {kind}",
                 f"rise of the model's CE at the token with {WHAT[kind]} injected (nats), {unit}",
                 "layer",
-                "Near 0 although it survives, later blocks and the read-out pass over it; compare `read_cost`.",
+                "Near 0 although the injection survives: later blocks and the read-out ignore it. Compare `read_cost`.",
                 SAME_TOKENIZER,
             ),
             Quantity(

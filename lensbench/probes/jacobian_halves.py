@@ -101,9 +101,13 @@ JACOBIAN_HALVES = Probe(
             "windows", "J of two halves of the windows", "halves of the windows of the same sources",
             "What other windows of the same sources would change.",
         ),
-        _distance(
-            "sources_minus_windows", "the first less the second", "the first less the second, same tokens",
+        Quantity(
+            "jacobian_halves_sources_minus_windows",
+            "by source minus by window",
+            "`jacobian_halves_sources` minus `jacobian_halves_windows`, same tokens",
+            "layer",
             "Above 0, J holds something of its sources: templates that their texts repeat.",
+            ANYWHERE,
         ),
         Quantity(
             "jacobian_halves_kl",

@@ -296,8 +296,8 @@ MEASURES = {
 DIFFERENCES = {
     ("shared", "tuned"): "What is lost by one map for all layers.",
     ("single", "shared"): "What a lens fitted to all layers gains.",
-    ("jacobian", "tuned"): "What a layer holds of the output, and what moving it would do, differ by so much.",
-    ("shared_jacobian", "shared"): "The same of one map for all layers.",
+    ("jacobian", "tuned"): "How far what can be decoded from a layer differs from the effect of moving it.",
+    ("shared_jacobian", "shared"): "The same difference with one map for all layers.",
 }
 """Which kinds are compared -> how to read it"""
 
@@ -314,7 +314,7 @@ def quantities() -> Iterator[Quantity]:
             f"top-1 by layer and rank, {lens}",
             f"share of tokens of a layer whose top-1 through the {lens} is the model's; `other` is the rank",
             "layer and rank",
-            "Equal over layers, one map serves all exits alike.",
+            "If it is equal over layers, one map serves all exits alike.",
             SAME_TOKENIZER,
         )
     for (one, other), reading in DIFFERENCES.items():

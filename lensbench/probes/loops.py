@@ -81,7 +81,7 @@ LOOPS = Probe(
             "relative change of the state",
             "mean of `|h_k - h_{k-1}| / |h_k|`",
             "layer",
-            "Falling towards 0, the loop settles; level, it goes round or on.",
+            "If it falls to 0, the state converges; if it stays level, the state cycles or drifts.",
             table="layers",
             panel=Panel("loop (layer)", "relative change of the state"),
         ),

@@ -157,7 +157,7 @@ TOP1_KEPT = Probe(
             "top1_kept_deleted_mean",
             "top-1 kept, one block deleted",
             "mean of `top1_kept_deleted` over at most 8 blocks",
-            "Published: 0.72 to 0.95, of models with more blocks more.",
+            "Published: 0.72 to 0.95, higher in models with more blocks.",
         ),
         of_model(
             "top1_kept_deleted_middle",

@@ -22,7 +22,7 @@ from lensbench.report.figures.style import GREY, pt, sheet, use_symlog
 
 @figure("probes", needs=("probes.csv",), frame=probe_frame)
 def probes(frame: pd.DataFrame) -> Figure:
-    """What probes measured, one panel per quantity and one line per model; means over equal distances."""
+    """What probes measured, one panel per quantity and one line per model; pairs of layers are averaged by distance."""
     measured = set(frame["quantity"])
     shown = [(q.name, q.panel) for q in quantities() if q.panel is not None and q.name in measured]
     columns = panels_per_row(max(1, len(shown)))
