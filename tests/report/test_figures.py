@@ -576,9 +576,9 @@ def test_dots_per_inch_are_chosen(tmp_path: Path, monkeypatch) -> None:
     ("options", "told"),
     [
         (["--format", "jpg"], "png, pdf, svg"),
-        (["--dpi", "49"], "50 to 1200"),
-        (["--dpi", "1201"], "50 to 1200"),
-        (["--columns", "3"], "1 or 2"),
+        (["--dpi", "49"], "at least 50, not 49"),
+        (["--dpi", "1201"], "at most 1200, not 1201"),
+        (["--columns", "3"], "at most 2, not 3"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path: Path, options: list[str], told: str) -> None:
