@@ -534,6 +534,7 @@ def test_letters_in_a_paper_are_legible_whole_and_apart(tmp_path: Path, monkeypa
             assert wide <= 1 or high <= 2, (name, a, b)
 
 
+@pytest.mark.slow
 def test_no_title_is_cut_off_and_no_number_is_wider_than_its_cell(tmp_path: Path) -> None:
     models = {"a-model-of-a-rather-long-name": 2}
     for part, run in (("one", models), ("many", {"small": 3, "another-of-a-long-name": 6})):
