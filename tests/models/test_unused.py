@@ -209,8 +209,8 @@ def test_weights_of_whole_numbers_without_a_scale_are_refused(tmp_path):
     [
         ("[" * 100_000, "nested too deeply"),
         ("[1]", "holds a list"),
-        ("{}", "its weight_map must say"),
-        ('{"weight_map": {"a": 1}}', "its weight_map must say"),
+        ("{}", "its weight_map must name"),
+        ('{"weight_map": {"a": 1}}', "its weight_map must name"),
         ('{"weight_map": {"a": "x.safetensors"}}', "names x.safetensors, which is not there"),
         ('{"weight_map": {}}', "it has no metadata"),
     ],
