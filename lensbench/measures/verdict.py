@@ -37,7 +37,7 @@ class VerdictRule(BaseModel):
     consistent: float = Field(0.56, description="... and consistency above this")
     still: float = Field(0.1, gt=0, description="carry-along: movement lies below this, gain visibility within +- this")
     inconsistent: float = Field(0.17, description="re-representation: consistency lies below this ...")
-    unseen: float = Field(0.0, description="... and gain visibility below this")
+    unseen: float = Field(0.0, description="... and gain visibility below this, where movement lies above `still`")
     update: UpdateRule = Field(UpdateRule(), description="the rule for the update decomposition")
 
     @model_validator(mode="after")
@@ -120,6 +120,7 @@ def conditions(rule: VerdictRule) -> dict[Answer, tuple[Condition, ...]]:
         "re-representation": (
             Condition("consistency", below=rule.inconsistent),
             Condition("visibility", below=rule.unseen),
+            Condition("movement", above=rule.still),  # else a wider interval of what does not move could be called this
         ),
     }
 

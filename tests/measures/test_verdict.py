@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.testing import CliRunner
@@ -47,6 +47,7 @@ def test_the_rule_on_what_is_known_of_streams(found, answer):
 
 
 @given(*(st.floats(-4, 4) for _ in range(3)), st.floats(0, 1))
+@example(-0.078125, 0.0, 0.0, 0.0625)
 def test_a_wider_interval_never_tells_something_else(visibility, movement, consistency, extra):
     """It tells the same or nothing."""
     narrow = decide(RULE, spans(visibility, movement, consistency, 0.01)).answer
