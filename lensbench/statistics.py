@@ -19,10 +19,17 @@ Array = NDArray[np.float64]
 FEWEST_CLUSTERS = 64
 """With fewer clusters than this, intervals are not to be trusted."""
 
+NOT_TRUSTED = "interval not to be trusted"
+
 
 def few_clusters(clusters: float) -> str:
     """The warning next to an interval over so many (effective) clusters; empty where there are enough."""
-    return f"only {clusters:.3g} clusters: interval not to be trusted" if clusters < FEWEST_CLUSTERS else ""
+    return f"only {clusters:.3g} clusters: {NOT_TRUSTED}" if clusters < FEWEST_CLUSTERS else ""
+
+
+def warned_of_few_clusters(reason: str) -> str:
+    """The warning of :func:`few_clusters` among the reasons that stand next to an interval; empty where there is none."""
+    return next((part for part in reason.split("; ") if part.endswith(NOT_TRUSTED)), "")
 
 
 def effective_clusters(clusters: NDArray[np.int64], sizes: Array | None = None) -> float:

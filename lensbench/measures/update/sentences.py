@@ -33,6 +33,7 @@ from lensbench.measures.update.verdict import (
     measured,
     sides,
 )
+from lensbench.statistics import warned_of_few_clusters
 
 NO_TEXT_HELPS = (SEEDS_DIFFER, UNEVEN, NOT_REACHED)
 """Gates that narrower intervals do not open"""
@@ -81,6 +82,7 @@ def sentence(
         _reached(facts, found),
         errors,
         _first_layer(rule, facts),
+        warned_of_few_clusters(facts["in_place"].reason),
         what_would_help(facts, found),
     ]
     return f"{'; '.join(clause for clause in clauses if clause)}."
@@ -155,9 +157,19 @@ def _shares(facts: UpdateFacts, found: UpdateVerdict, null: Estimate | None) -> 
     beside = ""
     if null is not None and null.value is not None:
         shuffled = f"its own updates shuffled: {percent(Estimate(null.value, None, None))}"
-        like = found.verdict == ADDED
+        like = found.verdict == ADDED and _overlap(one, null)
         beside = f", as in any stack of additions ({shuffled})" if like else f" (in a stack of additions, {shuffled})"
     return f"{percent(one)} of what later layers add shows in the reading of earlier lenses{beside}"
+
+
+def _overlap(one: Estimate, other: Estimate) -> bool:
+    """Whether the intervals of two shares overlap; a share without one is a point."""
+    (low, high), (least, most) = (
+        (e.value if e.low is None else e.low, e.value if e.high is None else e.high) for e in (one, other)
+    )
+    if low is None or high is None or least is None or most is None:
+        return False
+    return low <= most and least <= high
 
 
 def _changes(found: UpdateVerdict) -> str:

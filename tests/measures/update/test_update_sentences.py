@@ -65,6 +65,22 @@ def test_additions_are_said_with_their_null_and_what_is_not_known_of_them():
     )
 
 
+@pytest.mark.parametrize(
+    ("share_of_null", "alike"),
+    [(Estimate(0.99, 0.98, 1.0), True), (Estimate(1.04, 1.02, 1.06), False), (Estimate(1.04, 1.0, 1.08), True)],
+)
+def test_as_in_a_stack_of_additions_is_said_where_intervals_overlap(share_of_null, alike):
+    found = said(facts(), null=share_of_null)
+    assert ("as in any stack of additions" in found) == alike
+    assert "its own updates shuffled" in found
+
+
+def test_too_few_clusters_are_said_in_the_sentence():
+    warned = Estimate(0.98, 0.95, 1.01, "a gate; only 16.4 clusters: interval not to be trusted")
+    assert "; only 16.4 clusters: interval not to be trusted" in said(facts(in_place=warned))
+    assert "not to be trusted" not in said(facts())
+
+
 def test_carrying_along_is_said_with_where_the_rest_is():
     of = facts(in_place=about(0.02), readable_gain=about(0.0), news=about(0.1))
     assert said(of, null=NULL) == (
