@@ -108,7 +108,8 @@ def busy_lines(found: "Forecast") -> list[str]:
         return []
     return [
         f"These are seconds of a free machine. This one is busy: the measurement had the processor for {share:.0%} of its "
-        f"time. Next to that work a run takes about {1 / share:.1f} times as long."
+        f"time. Next to that work a run takes about {1 / share:.1f} times as long, and less with OMP_NUM_THREADS=1: threads "
+        "wait for one another."
     ]
 
 

@@ -142,6 +142,15 @@ def test_a_run_is_reproduced_where_verdicts_are_the_same_and_values_lie_within_i
     assert answer(one, run_of(checksums=files, tables=indices(value, verdict))).startswith(said)
 
 
+@pytest.mark.parametrize(("end", "said"), [(0.59, "reproduced within"), (0.61, "not the same: distance_trend")])
+def test_a_rank_correlation_may_jump_as_far_as_intervals_overlap(end, said):
+    one, other = indices(0.5), indices(0.7)
+    for tables, ends in ((one, (0.4, 0.6)), (other, (end, 0.8))):
+        tables["indices.csv"] = tables["indices.csv"].assign(index="distance_trend", ci_low=ends[0], ci_high=ends[1])
+    files = {"indices.csv": "2", "verdicts.csv": "2"}
+    assert answer(run_of(tables=one), run_of(checksums=files, tables=other)).startswith(said)
+
+
 def test_of_many_settings_that_differ_four_are_named_and_the_rest_counted():
     one, other = run_of(fit=dict.fromkeys("abcdef", 1)), run_of(fit=dict.fromkeys("abcdef", 2))
     said = settings_that_differ(one.manifest, other.manifest)
