@@ -115,7 +115,7 @@ def test_a_read_only_folder_is_told_in_one_line(tiny_suite, tiny_run, tmp_path):
         shutil.copytree(tiny_run, tmp_path / "disk" / "run")
         change("ro")
         refused(run("run", tiny_suite, "--out", tmp_path / "disk" / "run"), "disk")
-        refused(run("run", tiny_suite, "--out", tmp_path / "disk" / "new"), "Read-only")
+        refused(run("run", tiny_suite, "--out", tmp_path / "disk" / "new"), "read-only")
         assert same_tables(tmp_path / "disk" / "run", tiny_run)
 
 
