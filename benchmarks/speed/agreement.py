@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +20,10 @@ import torch
 import typer
 from rich.table import Table
 
-from benchmarks.speed.task import console, numbers_of, say, write_description
+from benchmarks.speed.task import console, numbers_of, refusals, say, write_description, write_table
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import Fit
 from lensbench.results.folder import read_run
-from lensbench.runtime import files
 from lensbench.runtime.environment import git_revision, hardware, versions
 
 SUITE = Path("benchmarks/speed/small.toml")
@@ -130,7 +128,7 @@ def main(
 ) -> None:
     """Measure, print and write agreement.csv and agreement.json into OUT."""
     revision = git_revision()
-    try:
+    with refusals():
         say("training the models")
         asked = trained_models(out)
         reference = measured(asked, out, "one process")
@@ -145,16 +143,12 @@ def main(
                 "ray", reference, measured(asked, out, "ray", "--device", "cpu", "--ray"), TOLERANCES["ray"]
             )
         table = pd.DataFrame(rows)
-        write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.3g")
-        files.write_atomically(out / "agreement.csv", write)
+        write_table(out / "agreement.csv", table, "%.3g")
         write_description(
             out,
             "agreement",
             {"hardware": hardware(torch.device("cpu")), "versions": versions(), "git_revision": revision},
         )
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     shown = Table(*(c.replace("_", " ") for c in table), title="largest difference from one process on the CPU")
     for row in table.itertuples(index=False):
         shown.add_row(*("" if pd.isna(v) else f"{v:.2g}" if isinstance(v, float) else str(v) for v in row))

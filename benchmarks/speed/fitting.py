@@ -20,10 +20,10 @@ from benchmarks.speed.task import (
     Task,
     Where,
     checksums,
-    console,
     matmul_rate,
     numbers_of,
     peak_memory,
+    refusals,
     say,
     use_threads,
     write_description,
@@ -49,7 +49,7 @@ def main(
     """Measure, and write tables, figures and a description into OUT."""
     wanted = [p for p in parts.split(",") if p]
     unknown = [p for p in wanted if p not in (*PARTS, *MORE_PARTS)]
-    try:
+    with refusals():
         if unknown:
             raise LensbenchError(f"there is no part {unknown[0]!r}; there are {', '.join((*PARTS, *MORE_PARTS))}")
         if "package" in wanted and tuned_lens is None:
@@ -61,9 +61,6 @@ def main(
         task = Task.load(model, text, device=device, length=length)
         task.check_layers(numbers)
         measure(task, [*numbers, "shared"], wanted, out, tuned_lens)
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
 
 
 def measure(task: Task, wheres: list[Where], parts: list[str], out: Path, tuned_lens: Path | None) -> None:

@@ -33,7 +33,7 @@ import typer
 from torch import Tensor, nn
 
 from benchmarks.speed.agreement import differences, launched, measured, trained_models
-from benchmarks.speed.task import Ledger, Task, console, matmul_rate, now, say, write_description
+from benchmarks.speed.task import Ledger, Task, console, matmul_rate, now, refusals, say, write_description
 from lensbench.errors import LensbenchError
 from lensbench.lenses.moments import Moments
 from lensbench.results.manifest import MANIFEST
@@ -327,7 +327,7 @@ def main(
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure, print and write gpu-parts.csv, a table for each part, and gpu.json into OUT."""
-    try:
+    with refusals():
         chosen = [part.strip() for part in parts.split(",")]
         if unknown := [part for part in chosen if part not in PARTS]:
             raise LensbenchError(f"--parts: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
@@ -353,9 +353,6 @@ def main(
             "git_revision": revision,
         }  # fmt: skip
         write_description(out, "gpu", described)
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     console.print(table.drop(columns="key").to_string(index=False), highlight=False, soft_wrap=True)
     beyond = table["remark"].astype(str).str.startswith("beyond")
     if (table["status"] == "failed").any() or beyond.any():

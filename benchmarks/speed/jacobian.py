@@ -39,17 +39,18 @@ from benchmarks.speed.task import (
     console,
     matmul_rate,
     now,
+    refusals,
     say,
     steps_of,
     use_threads,
     write_description,
+    write_table,
 )
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.jacobian import JacobianSource
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.recipe import JacobianRecipe
-from lensbench.runtime.files import write_atomically
 
 PER_STEP = 2
 """Windows of a step of the training recipe"""
@@ -217,7 +218,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads.")] = 1,
 ) -> None:
     """Measure, print and write jacobian.csv and jacobian.json into OUT."""
-    try:
+    with refusals():
         use_threads(threads)
         if exact == 1:
             raise LensbenchError("--exact is 1: an error needs two prompts; 0 leaves the exact method out")
@@ -230,17 +231,13 @@ def main(
         rate = matmul_rate(device=task.device)
         table = rows(Bench(task, windows, exact, probes, min(trained, task.stream.layers)), precision)
         out.mkdir(parents=True, exist_ok=True)
-        write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.4g")
-        write_atomically(out / "jacobian.csv", write)
+        write_table(out / "jacobian.csv", table, "%.4g")
         described = task.describe() | {
             "prompts": prompts, "length": length, "probes": probes, "precision": precision, "layers_trained": trained,
             "matmul_gflops_before": round(rate / 1e9, 1),
             "matmul_gflops_after": round(matmul_rate(device=task.device) / 1e9, 1),
         }  # fmt: skip
         write_description(out, "jacobian", described)
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     console.print(table.to_string(index=False, float_format="%.3g"))
 
 

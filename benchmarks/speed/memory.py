@@ -21,7 +21,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,14 +29,13 @@ import torch
 import typer
 
 from benchmarks.speed.scaling import random_windows
-from benchmarks.speed.task import console, peak_memory, say, write_description
+from benchmarks.speed.task import console, peak_memory, refusals, say, write_description, write_table
 from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import fit
 from lensbench.lenses.planning import FitContext, matrices
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.transfer import transfer_sums
 from lensbench.models import build, count_parameters
-from lensbench.runtime import files
 from lensbench.runtime.environment import git_revision, hardware, versions
 from lensbench.streams.capture import capture
 from lensbench.streams.kl import ROW_BLOCK
@@ -111,7 +109,7 @@ def main(
     revision = git_revision()
     rows = []
     tried = [BASE] + [{**BASE, name: value * 2**k} for name, value in BASE.items() for k in range(1, sizes + 1)]
-    try:
+    with refusals():
         for shape in tried:
             command = [sys.executable, "-m", "benchmarks.speed.memory", "--worker", json.dumps(shape)]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -125,13 +123,9 @@ def main(
             say(f"{shape}: {found['peak']:.3f} GiB, formula {predicted:.3f}")
         table = pd.DataFrame(rows)
         out.mkdir(parents=True, exist_ok=True)
-        write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.4g")
-        files.write_atomically(out / "memory.csv", write)
+        write_table(out / "memory.csv", table, "%.4g")
         described = {"hardware": hardware(torch.device("cpu")), "versions": versions(), "git_revision": revision}
         write_description(out, "memory", described)
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     console.print(table.iloc[:, :8].to_string(index=False, float_format="%.3g"))
 
 

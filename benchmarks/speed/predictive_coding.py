@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from benchmarks.speed.task import console, matmul_rate, now, numbers_of, say, use_threads, write_description
+from benchmarks.speed.task import matmul_rate, now, numbers_of, refusals, say, use_threads, write_description
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
 from lensbench.models.predictive_coding import PredictiveCodingConfig, PredictiveCodingLayer
@@ -62,7 +62,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
 ) -> None:
     """Measure, and write step-training.csv, step-kernel.csv and step.json into OUT."""
-    try:
+    with refusals():
         use_threads(threads)
         revision = git_revision()  # before tables are written: they make the checkout differ
         chosen = numbers_of(widths)
@@ -83,9 +83,6 @@ def main(
             "threads": threads, "bfloat16": half, "versions": versions(), "git_revision": revision,
         }  # fmt: skip
         write_description(out, "step", described)
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
 
 
 def training_rows(

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ import pandas as pd
 import torch
 import typer
 
-from benchmarks.speed.task import console, matmul_rate, now, numbers_of, say, write_description
+from benchmarks.speed.task import console, matmul_rate, now, numbers_of, refusals, say, write_description, write_table
 from lensbench.data.windows import Windows
 from lensbench.errors import LensbenchError
 from lensbench.lenses.closed import fit_each, fit_shared
@@ -113,7 +112,7 @@ def main(
             files.write_json(worker, seconds)
         return
     revision = git_revision()
-    try:
+    with refusals():
         counts = numbers_of(processes)
         if counts[0] != 1:
             raise LensbenchError("--processes begins with 1, which the others are held against")
@@ -143,16 +142,12 @@ def main(
             for part, seconds in best[count].items()
         ]  # fmt: skip
         table = pd.DataFrame(rows)
-        write = partial(table.to_csv, index=False, lineterminator="\n", float_format="%.3g")
-        files.write_atomically(out / "scaling.csv", write)
+        write_table(out / "scaling.csv", table, "%.3g")
         described = {
             "shape": shape, "matmul_gflops_of_one_thread": matmul_rate() / 1e9, "cores": os.cpu_count(),
             "hardware": hardware(torch.device("cpu")), "versions": versions(), "git_revision": revision,
         }  # fmt: skip
         write_description(out, "scaling", described)
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     console.print(table.to_string(index=False, float_format="%.3g"))
 
 

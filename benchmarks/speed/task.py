@@ -6,7 +6,9 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import typer
 from rich.console import Console
 from torch import Tensor
 
@@ -333,6 +336,21 @@ def checksums(folder: Path, name: str) -> dict[str, str]:
     """sha256 of each table of a part."""
     found = [p for p in sorted(folder.glob(f"{name}*")) if p.suffix in (".csv", ".parquet")]
     return {p.name: sha256(p) for p in found}
+
+
+def write_table(path: Path, table: pd.DataFrame, digits: str) -> None:
+    """Write a table as CSV whole; ``digits``: the format of its numbers."""
+    write_atomically(path, partial(table.to_csv, index=False, lineterminator="\n", float_format=digits))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """A program's work, of which a :class:`LensbenchError` is told in one line and ends it with exit code 2."""
+    try:
+        yield
+    except LensbenchError as error:
+        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
 
 
 def write_description(folder: Path, name: str, content: dict[str, Any]) -> None:

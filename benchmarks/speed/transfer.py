@@ -23,16 +23,15 @@ from tuned_lens.nn.lenses import TunedLens
 
 from benchmarks.speed.task import (
     Task,
-    console,
     matmul_rate,
     now,
     numbers_of,
     peak_memory,
+    refusals,
     say,
     use_threads,
     write_description,
 )
-from lensbench.errors import LensbenchError
 from lensbench.lenses.estimated import WORDS, Estimator
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
@@ -98,7 +97,7 @@ def main(
     random: Annotated[bool, typer.Option(help="Only CPU seconds, exact and estimated, on random states.")] = False,
 ) -> None:
     """Measure, and write transfer.csv, transfer-estimate.csv and transfer.json (transfer-cost.csv) into OUT."""
-    try:
+    with refusals():
         numbers = numbers_of(layers)
         use_threads(threads)
         if random:
@@ -107,9 +106,6 @@ def main(
         task = Task.load(model, text, device=device, length=length)
         task.check_layers(numbers)
         measure(task, numbers, tokens, out)
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
 
 
 def measure(task: Task, layers: list[int], tokens: int, out: Path) -> None:

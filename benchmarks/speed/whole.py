@@ -15,8 +15,7 @@ import torch
 import typer
 
 from benchmarks.speed.agreement import launched
-from benchmarks.speed.task import Ledger, console, say, write_description
-from lensbench.errors import LensbenchError
+from benchmarks.speed.task import Ledger, console, refusals, say, write_description
 from lensbench.results.manifest import MANIFEST
 from lensbench.run.forecast import Forecast, forecast
 from lensbench.runtime.environment import choose_device, git_revision, hardware, versions
@@ -72,7 +71,7 @@ def main(
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the suite that runs.")] = None,
 ) -> None:
     """Measure, print and write whole.csv and whole.json into OUT; presets that are there are not run again."""
-    try:
+    with refusals():
         place = str(choose_device(device))
         ledger = Ledger(out / "whole.csv", ("preset", "stage"))
         for preset in presets.split(","):
@@ -92,9 +91,6 @@ def main(
             "hardware": hardware(torch.device(place)), "versions": versions(), "git_revision": git_revision(),
         }  # fmt: skip
         write_description(out, "whole", described)
-    except LensbenchError as error:
-        console.print(f"lensbench: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     console.print(ledger.rows().to_string(index=False), highlight=False, soft_wrap=True)
 
 

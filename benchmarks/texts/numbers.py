@@ -91,13 +91,14 @@ class Number:
 
     def apart_from(self, other: "Number") -> Condition:
         """Whether the two intervals do not overlap."""
-        apart = self._low > other._high or self._high < other._low
-        return self._condition(apart, f"and {other.what} ({other}) have intervals that overlap")
+        return self._condition(self._apart(other), f"and {other.what} ({other}) have intervals that overlap")
 
     def meets(self, other: "Number") -> Condition:
         """Whether the two intervals overlap, so that no difference is sure."""
-        apart = self._low > other._high or self._high < other._low
-        return self._condition(not apart, f"and {other.what} ({other}) have intervals that do not overlap")
+        return self._condition(not self._apart(other), f"and {other.what} ({other}) have intervals that do not overlap")
+
+    def _apart(self, other: "Number") -> bool:
+        return self._low > other._high or self._high < other._low
 
     def _condition(self, holds: bool, failure: str) -> Condition:
         return Condition(bool(holds), "" if holds else f"{self.what} ({self}) {failure}")
