@@ -232,10 +232,22 @@ def run(
     from lensbench.report.terminal import print_run
 
     print_run(finished, console)
-    for name, reason in finished.manifest.left_out.items():
-        show_line(f"note: model {name} is left out: {reason}", console)
+    everything = changes.command(suite, folder, [option for option in again if option[0] != "--only"])
+    for line in left_out_lines(finished.manifest.left_out, everything):
+        show_line(line, console)
     took = f"{time.perf_counter() - start:.0f} s. Tables and figures: {folder}"
     show_line(took, console)
+
+
+def left_out_lines(left_out: dict[str, str], command: str) -> list[str]:
+    """What a run says of models that it leaves out, with the reason; ``command`` runs all of them."""
+    from lensbench.run.suite import NOT_ASKED
+
+    on_purpose = [name for name, reason in left_out.items() if reason == NOT_ASKED]
+    lines = [f"note: model {name} is left out: {reason}" for name, reason in left_out.items() if name not in on_purpose]
+    if on_purpose:
+        lines.append(f"note: not run, as --only asks: {', '.join(on_purpose)}. All models: {command}")
+    return lines
 
 
 @app.command(short_help="Try equally many settings of each model of a suite.")

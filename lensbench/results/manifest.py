@@ -114,7 +114,7 @@ class Manifest(_Facts):
     lenses: dict[str, dict[str, str]] = {}
     """Of models with lenses that others fitted: the lens, and checksums"""
     left_out: dict[str, str] = {}
-    """Models of earlier commands that could not be read: name -> reason"""
+    """Models of the suite that are not in the tables: name -> reason, ``not asked for`` or why it could not be read"""
     files: dict[str, str]
     """Files of the run folder and their SHA-256 (hex)"""
     exported: ExportFacts | None = None

@@ -42,6 +42,7 @@ from lensbench.run.cluster import Cluster, cluster_tasks
 from lensbench.run.context import Cache, Context
 from lensbench.run.curves import learning_curve
 from lensbench.run.description import describe
+from lensbench.run.expected import expected_seconds
 from lensbench.run.fitting import fitting
 from lensbench.run.further_scores import with_further_sums
 from lensbench.run.inputs import data_of, read_corpus
@@ -119,7 +120,7 @@ def run_suite(
         asked = [m for m in suite.models if not only or m.name in only]
         refuse_replacing(context)
         names = stage_names(suite, asked, context.probes)
-        progress.stages(len(names), names)
+        progress.stages(len(names), expected_seconds(suite, asked, context.probes, device))
         if there := names & context.stages.finished():
             progress.say(
                 f"goes on in {folder}: {len(there)} of {len(names)} stages are there; those that fit are reused"
@@ -214,8 +215,8 @@ def measured_models(
     late, left_out = read_again(context, [m for m in others if m.name not in found], missing=True)
     found |= late
     refuse_losing(context, left_out, kept)
-    for name, reason in left_out.items():
-        context.progress.say(f"model {name} is left out: {reason}")
+    there = [m for m in suite.models if m.name in found]
+    left_out = {m.name: why_left_out(context, m, there, left_out[m.name]) for m in others if m.name in left_out}
     measured = [found[m.name] for m in suite.models if m.name in found and found[m.name].parts]
     if not measured:
         raise LensbenchError(f"no model of suite {suite.name} runs with these seeds")
@@ -236,6 +237,19 @@ def read_again(
         except LensbenchError as error:
             unread[model.name] = str(error)
     return found, unread
+
+
+NOT_ASKED = "not asked for"
+"""Why a model is left out that the command did not name and no run into the folder has begun"""
+
+
+def why_left_out(context: Context, model: ModelRecipe, there: list[ModelRecipe], reason: str) -> str:
+    """``reason`` for a model that an earlier run has begun, and :data:`NOT_ASKED` for one left out on purpose.
+
+    Models that are ``there`` may share stages with it.
+    """
+    own = stage_names(context.suite, [model]) - stage_names(context.suite, there)
+    return reason if own & context.stages.finished() else NOT_ASKED
 
 
 def refuse_losing(context: Context, unread: dict[str, str], kept: Sequence[str]) -> None:

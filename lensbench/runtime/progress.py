@@ -4,7 +4,7 @@ Code that takes long gets a :class:`Progress` and opens a :class:`Task` for each
 draws bars; everything else uses :data:`QUIET`.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -34,10 +34,11 @@ class Progress(Protocol):
     def task(self, name: str, total: int, unit: str) -> Task:
         """A task of ``total`` units begins."""
 
-    def stages(self, total: int, names: Collection[str] = ()) -> None:
+    def stages(self, total: int, predicted: Mapping[str, float] | None = None) -> None:
         """The whole run has ``total`` stages; :meth:`finished` counts them.
 
-        With their ``names`` (``KIND-MODEL-seedN``) the time left is told by what others of their kind took.
+        ``predicted``: their names (``KIND-MODEL-seedN``) in the order that they run in, with the seconds that each is
+        predicted to take on some machine, 0 where nothing is known. With these the time left is told.
         """
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:
@@ -69,7 +70,7 @@ class Quiet:
     ) -> None:
         """Nothing is held."""
 
-    def stages(self, total: int, names: Collection[str] = ()) -> None:
+    def stages(self, total: int, predicted: Mapping[str, float] | None = None) -> None:
         """Nothing is counted."""
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:

@@ -25,7 +25,7 @@ class Recorded(Quiet):
     def __init__(self):
         self.lines, self.names, self.total = [], [], 0
 
-    def stages(self, total, names=()):
+    def stages(self, total, predicted=None):
         self.total = total
 
     def finished(self, name, seconds, reused):
@@ -118,6 +118,32 @@ def test_a_damaged_model_whose_rows_no_table_holds_is_left_out_by_name(tiny_suit
     finished = read_run(out)
     assert finished.manifest.models == ["gpt", "pc+state"]
     assert set(finished.manifest.left_out) == {"pc"}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_models_that_only_leaves_out_are_not_called_unfinished(tiny_suite, tiny_run, tmp_path):
+    """Nobody began them: what is said is that they were not asked for, and the command that runs all."""
+    out = copied(tiny_run, tmp_path / "run")
+    (out / "manifest.json").unlink()
+    for stage in (out / "stages").glob("*pc*"):
+        shutil.rmtree(stage)
+    result = run("run", tiny_suite, "--out", out, "--only", "gpt")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0
+    assert f"not run, as --only asks: pc, pc+state. All models: lensbench run {tiny_suite} --out {out}" in said
+    assert "finished with these settings" not in said
+    assert "is left out" not in said
+    assert read_run(out).manifest.left_out == {"pc": "not asked for", "pc+state": "not asked for"}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_model_that_was_begun_and_is_not_asked_for_is_named_with_what_it_lacks(tiny_suite, tiny_run, tmp_path):
+    out = copied(tiny_run, tmp_path / "run")
+    (out / "manifest.json").unlink()
+    shutil.rmtree(out / "stages" / "score-pc-seed0")
+    said = " ".join(run("run", tiny_suite, "--out", out, "--only", "gpt").output.split())
+    assert "note: model pc is left out: stage score-pc-seed0 is not finished with these settings" in said
+    assert "as --only asks" not in said
 
 
 def test_weights_of_models_trained_here_are_told_apart(tiny_run):

@@ -40,19 +40,36 @@ def test_elsewhere_there_is_a_line_for_each_finished_stage_and_no_more(monkeypat
 
 def test_a_finished_stage_says_its_place_and_about_how_long_the_rest_takes(monkeypatch):
     out = shown(monkeypatch, False)
-    names = ["train-a-seed0", "fit-a-seed0", "train-b-seed0", "fit-b-seed0"]
+    predicted = {"train-a-seed0": 60.0, "fit-a-seed0": 10.0, "train-b-seed0": 60.0, "fit-b-seed0": 10.0}
     with Bars() as progress:
-        progress.stages(len(names), names)
+        progress.stages(len(predicted), predicted)
         progress.finished("train-a-seed0", 600.0, False)
         progress.finished("fit-a-seed0", 60.0, False)
         progress.finished("train-b-seed0", 1.0, True)
         progress.finished("fit-b-seed0", 30.0, False)
     first, second, third, last = out.getvalue().splitlines()
-    # Nothing but a training is known: the three others are taken to last as long.
-    assert first == "train-a-seed0: done in 600.0 s (stage 1 of 4, about 30 min left)"
+    # The machine is about ten times slower than the supposed one: 800 s, then 700 s and 100 s.
+    assert first == "train-a-seed0: done in 600.0 s (stage 1 of 4, about 13 min left)"
     assert second == "fit-a-seed0: done in 60.0 s (stage 2 of 4, about 11 min left)"
     assert third == "train-b-seed0: reused, took 1.0 s (stage 3 of 4, about 1 min left)"
     assert last == "fit-b-seed0: done in 30.0 s (stage 4 of 4)"
+
+
+def test_a_terminal_says_what_is_left_while_a_stage_lasts(monkeypatch):
+    shown(monkeypatch, True)
+    clock = [0.0]
+    monkeypatch.setattr(bars.time, "monotonic", lambda: clock[0])
+    with Bars() as progress:
+        progress.stages(3, {"a-x": 600.0, "b-x": 600.0, "c-x": 600.0})
+        clock[0] = 600.0
+        progress.finished("a-x", 600.0, False)
+        with progress.task("b-x", 10, "lenses") as task:
+            said = []
+            for clock[0] in (601.0, 1080.0, 6000.0):
+                task.update(1)
+                said.append(progress.bars.tasks[0].fields["remark"])
+    assert said[:2] == ["about 20 min left", "about 12 min left"]
+    assert int(said[2].split()[1]) > 50
 
 
 def test_what_an_earlier_attempt_finished_counts_for_no_rate(monkeypatch):

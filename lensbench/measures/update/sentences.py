@@ -252,6 +252,12 @@ def _fallen(facts: UpdateFacts) -> int:
     return sum(step.gate != NO_FALL for step in facts.steps)
 
 
+def _gains(facts: UpdateFacts) -> bool:
+    """Whether later lenses surely have a gain in cross-entropy: at some step, and in all where that was measured."""
+    readable = facts["readable_gain"]
+    return _fallen(facts) > 0 and (readable.value is not None or not measured(readable))
+
+
 def _readable(facts: UpdateFacts) -> str:
     one = facts["readable_gain"]
     if not _fallen(facts):
@@ -271,8 +277,9 @@ def _clear(facts: UpdateFacts) -> str:
 
 
 def _new(facts: UpdateFacts) -> str:
+    """News, which are news of a gain: nothing where the cross-entropy does not surely fall."""
     one = facts["news"]
-    if one.value is None:
+    if one.value is None or not _gains(facts):
         return ""
     if one.value <= 0 or (one.low is not None and one.low <= 0):
         return f"no part of the gain is surely news to the earlier lens ({percent(one)})"

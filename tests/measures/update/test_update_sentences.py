@@ -156,6 +156,23 @@ def test_readable_gain_that_was_not_measured_is_said():
     assert "how much of that fall an earlier lens can read was not measured" in found
 
 
+NO_GAIN = Estimate(None, None, None, "undetermined: no cross-entropy gain of the later lens over the earlier one")
+
+
+@pytest.mark.parametrize("news", [about(0.33), about(0.0), about(-0.1)])
+@pytest.mark.parametrize("without", [{"gate": "no fall"}, {"readable_gain": NO_GAIN}])
+def test_news_are_not_quoted_where_no_gain_is_sure(news, without):
+    """A share of nothing says nothing; an explained power may grow while the cross-entropy does not fall."""
+    found = said(facts(news=news, **without))
+    assert "news" not in found
+    assert "the gain is" not in found
+    assert "of the gain" not in found
+
+
+def test_news_are_quoted_where_readable_gain_was_not_measured():
+    assert "33 % [30, 36] of the gain is news" in said(facts(readable_gain=Estimate(None, None, None, "not measured")))
+
+
 def test_blocks_that_may_change_the_basis_are_counted():
     wide = tuple(replace(block(i, 0.5, 0.3), kept_high=about(0.5, 0.2)) for i in range(1, 5))
     assert (
