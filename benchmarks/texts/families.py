@@ -111,7 +111,8 @@ class Families:
     def first_layers(self) -> str:
         """For each series over tokens and each two neighbouring layers: when the later one surely adds, and how in the end.
 
-        *Surely*: the step passes the decomposition's gates at every seed, there and at all later checkpoints.
+        *Surely*: the step passes the decomposition's gates, there and at all later checkpoints. Tokens are those of the
+        first and the last seed, the share has its interval over seeds.
         """
         steps = self._steps()
         pairs = sorted({(row["from_layer"], row["to_layer"]) for row in steps.to_dict("records")})
@@ -120,44 +121,19 @@ class Families:
             cells = []
             for low, high in pairs:
                 of = steps[(steps["from_layer"] == low) & (steps["to_layer"] == high)]
-                passed = {m: bool(len(g := of[of["model"] == m]) and g["gate"].isna().all()) for m in one.models}
-                since: str | None = None
-                for model in reversed(list(one.models)):
-                    if not passed[model]:
-                        break
-                    since = model
                 last = of[of["model"] == list(one.models)[-1]]
-                if last.empty:
+                since = [tokens_since(of[of["seed"] == seed], one) for seed in sorted(set(last["seed"]))]
+                if not since:
                     cells.append("")
-                elif since is None:
-                    cells.append("never surely")
-                else:
-                    place = number_of(1 - last["carried"], "added in place")
-                    cells.append(f"{one.models[since]:,.0f}; {place.alone}")
+                    continue
+                surely = [tokens for tokens in since if tokens is not None]
+                if len(surely) < len(since):
+                    cells.append(f"at {len(surely)} of {len(since)} seeds" if surely else "never surely")
+                    continue
+                when = " to ".join(f"{tokens:,.0f}" for tokens in dict.fromkeys((min(surely), max(surely))))
+                cells.append(f"{when}; {number_of(1 - last['carried'], 'added in place')}")
             body.append([f"`{name}`", *cells])
         return markdown(["layers", *(f"{low:.0f} to {high:.0f}" for low, high in pairs)], body)
-
-    def survival_table(self) -> str:
-        """For each series over tokens: lenses of each checkpoint on the states of the last, nats/token beyond its own."""
-        path = self.root / self.names[0] / "between.csv"
-        table = pd.read_csv(path)
-        last = {name: list(one.models)[-1] for name, one in self.series.items()}
-        rows = table[(table["kind"] == "training") & (table["lens_layer"] == "later") & (table["head"] == "states")]
-        rows = rows[rows["states_model"].isin(last.values()) & (rows["lens_tokens"] < rows["states_tokens"])]
-        if rows.empty:
-            raise TextError(f"{path} has no lens of a checkpoint on the last states")
-        tokens = sorted(rows["lens_tokens"].unique())
-        body = []
-        for name, model in last.items():
-            of = rows[rows["states_model"] == model]
-            cells = []
-            for count in tokens:
-                here = of[(of["lens_tokens"] == count) & (of["map"] == "none")]
-                here = here[here["lens_seed"].astype(str) != "all"]
-                cells.append(str(number_of(here["penalty"], "penalty")) if len(here) else "")
-            if len(of):
-                body.append([f"`{name}`", *cells])
-        return markdown(["lens from, tokens", *(f"{count:,.0f}" for count in tokens)], body)
 
     def _one(self, series: str) -> Series:
         if series not in self.series:
@@ -179,6 +155,17 @@ class Families:
             ends = [None if pd.isna(row[end]) else float(row[end]) for end in ("ci_low", "ci_high")]
             return Number(float(row["value"]), *ends, f"{index} of {model}")
         return number_of(of["value"], f"{index} of {model}")
+
+
+def tokens_since(steps: pd.DataFrame, series: Series) -> float | None:
+    """The tokens from which on the steps of one seed pass the gates at every checkpoint; None where the last does not."""
+    since: float | None = None
+    for model, tokens in reversed(list(series.models.items())):
+        gates = steps.loc[steps["model"] == model, "gate"]
+        if gates.empty or gates.notna().any():
+            break
+        since = tokens
+    return since
 
 
 def number_of(values: pd.Series, what: str) -> Number:

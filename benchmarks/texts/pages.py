@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
+from benchmarks.texts.between import Transfers
 from benchmarks.texts.catalogues import CATALOGUES, gallery
 from benchmarks.texts.families import Families
 from benchmarks.texts.lenses import LensResults, in_words, named
@@ -58,6 +59,7 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
     made.globals |= {
         "results": of,
         "families": cache(lambda *names: Families(results, names)),
+        "transfers": cache(lambda name: Transfers(results / name)),
         "folders": lambda within: folders(results, within),
         "file": lambda name: (results / name).is_file(),
         "exists": lambda name: (results / name / "manifest.json").is_file(),

@@ -120,29 +120,45 @@ def composed(lens: AffineMaps, through: AffineMaps) -> AffineMaps:
 
 
 # Losses
-@torch.no_grad()
-def losses(readout: ReadOut, h: Tensor, lens: AffineMaps, of: Peer, captured: Capture) -> tuple[Tensor, Tensor]:
-    """KL from model ``of``'s own prediction, and cross-entropy to the next token, of what a lens reads: nats, ``[N]`` each.
+@dataclass(frozen=True)
+class Read:
+    """A lens, the states that it reads, and the norm and head that read what it gives."""
 
-    ``h`` ``[N, d]``: states of the tokens of ``captured``, which is a capture of ``of``.
+    readout: ReadOut
+    states: Tensor
+    """``[N, d]``"""
+    lens: AffineMaps
+    """One map"""
+
+
+@torch.no_grad()
+def losses(reads: Sequence[Read], of: Peer, captured: Capture) -> tuple[Tensor, Tensor]:
+    """KL from model ``of``'s own prediction, and cross-entropy to the next token, of each read: nats, ``[K, N]`` each.
+
+    The states of every read are of the tokens of ``captured``, which is a capture of ``of``. Its prediction is computed once
+    for all reads.
     """
-    lens = lens.to(h)
+    lenses = [read.lens.to(read.states) for read in reads]
 
     def one(rows: slice) -> tuple[Tensor, Tensor]:
-        log_q = readout(lens.read(0, h[rows])).log_softmax(-1)
         log_p = of.readout(captured.states[-1][rows]).log_softmax(-1)
-        ce = -log_q.gather(1, captured.targets[rows][:, None])[:, 0]
-        return (log_p.exp() * (log_p - log_q)).sum(-1), ce
+        p, targets = log_p.exp(), captured.targets[rows][:, None]
+        kl, ce = [], []
+        for read, lens in zip(reads, lenses, strict=True):
+            log_q = read.readout(lens.read(0, read.states[rows])).log_softmax(-1)
+            ce.append(-log_q.gather(1, targets)[:, 0])
+            kl.append((p * (log_p - log_q)).sum(-1))
+        return torch.stack(kl), torch.stack(ce)
 
-    pieces = in_pieces(slice(0, len(h)), TOKEN_BLOCK, one, what="a token of another model's lens")
-    kl, ce = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    pieces = in_pieces(slice(0, len(captured)), TOKEN_BLOCK, one, what="a token of another model's lens")
+    kl, ce = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
     return kl, ce
 
 
 def best_of(maps: AffineMaps, readout: ReadOut, h: Tensor, of: Peer) -> int:
     """Which of several lenses has the lowest mean KL on the dev split's states ``h``."""
-    kls = [float(losses(readout, h, maps[[k]], of, of.dev)[0].mean()) for k in range(len(maps))]
-    return int(np.argmin(kls))
+    kl, _ = losses([Read(readout, h, maps[[k]]) for k in range(len(maps))], of, of.dev)
+    return int(kl.mean(1).argmin())
 
 
 def check_same_tokens(lens: Peer, states: Peer) -> None:
@@ -174,56 +190,64 @@ def read_between(
     d = lens.fit.states.shape[-1], states.fit.states.shape[-1]
     if d[0] != d[1] and (set(maps) != {AFFINE} or set(heads) != {OWN_HEAD}):
         raise LensbenchError(f"states of width {d[1]} go to width {d[0]} through an affine map and the lens's own head")
-    readings, ridge, rows = [], [], []
+    readings, ridge, sums = [], [], []
     for done, (i, j) in enumerate(equal_depth(lens.layers, states.layers)):
-        own = losses(states.readout, states.held_out.states[j], states.lenses[[j]], states, states.held_out)
+        reads = [Read(states.readout, states.held_out.states[j], states.lenses[[j]])]
+        turned = _turned(lens.lenses[[i]], states.fit.states[j], lens.fit.states[i]) if ORTHOGONAL in maps else []
         for head in heads:
             readout = lens.readout if head == OWN_HEAD else states.readout
-            same = losses(readout, lens.held_out.states[i], lens.lenses[[i]], states, states.held_out)
+            reads.append(Read(readout, lens.held_out.states[i], lens.lenses[[i]]))
             for kind in maps:
-                chosen, through, null = _through(lens, states, i, j, kind, readout, ridges)
+                chosen, through = float("nan"), [lens.lenses[[i]]] if kind == NONE else turned
+                if kind == AFFINE:
+                    chosen, through = _regressed(lens, states, (i, j), readout, ridges)
                 readings.append(Reading(kind, head, i, j))
                 ridge.append(chosen)
-                rows.append((own, through, null, same))
+                reads += [Read(readout, states.held_out.states[j], one) for one in through]
+        found = losses(reads, states, states.held_out)
+        sums.append([_by_reading(values, len(heads), maps, states.held_out) for values in found])
         if report is not None:
             report(done + 1)
-    sums = {
-        f"{loss}_{name}": np.stack([sum_by_window(row[k][number], states.held_out) for row in rows])
+    named = {
+        f"{loss}_{name}": np.concatenate([layer[number][k] for layer in sums])
         for number, loss in enumerate(LOSSES)
         for k, name in enumerate(READINGS)
     }
-    return Between(readings, ridge, sums)
+    return Between(readings, ridge, named)
 
 
-TokenLosses = tuple[Tensor, Tensor]
-"""KL and cross-entropy of N tokens"""
+def _by_reading(values: Tensor, heads: int, maps: Sequence[str], held_out: Capture) -> list[np.ndarray]:
+    """The losses ``[K, N]`` of a layer's reads as sums by window: for each of :data:`READINGS` ``[heads * maps, S]``."""
+    summed = iter(sum_by_window(values, held_out))
+    own, rows = next(summed), []
+    for _ in range(heads):
+        same = next(summed)
+        for kind in maps:
+            through = next(summed)
+            nulls = [next(summed) for _ in range(PAIRINGS)] if kind != NONE else [np.full_like(through, np.nan)]
+            rows.append((own, through, np.mean(nulls, axis=0), same))
+    return [np.stack(column) for column in zip(*rows, strict=True)]
 
 
-def _through(
-    lens: Peer, states: Peer, i: int, j: int, kind: str, readout: ReadOut, ridges: Sequence[float]
-) -> tuple[float, TokenLosses, TokenLosses]:
-    """The ridge, the losses through a map, and the mean losses through maps of randomly paired tokens (NaN: no null)."""
-    held_out, own = states.held_out.states[j], lens.lenses[[i]]
+def _turned(lens: AffineMaps, x: Tensor, y: Tensor) -> list[AffineMaps]:
+    """The lens through the orthogonal map of x to y, followed by those through maps of randomly paired tokens."""
+    targets = [y, *(y[order] for order in pairings(len(y)))]
+    return [composed(lens, orthogonal_map(x, target)) for target in targets]
 
-    def of(ours: AffineMaps) -> TokenLosses:
-        return losses(readout, held_out, ours, states, states.held_out)
 
-    if kind == NONE:
-        through = of(own)
-        return float("nan"), through, (torch.full_like(through[0], torch.nan), torch.full_like(through[1], torch.nan))
-
-    def fitted(target: Tensor) -> tuple[float, AffineMaps]:
-        if kind == ORTHOGONAL:
-            return float("nan"), composed(own, orthogonal_map(states.fit.states[j], target))
-        each = composed(own, affine_maps(states.fit.states[j], target, ridges))
+def _regressed(
+    lens: Peer, states: Peer, layers: tuple[int, int], readout: ReadOut, ridges: Sequence[float]
+) -> tuple[float, list[AffineMaps]]:
+    """The chosen ridge, and the lens through its regression, followed by those through ones of randomly paired tokens."""
+    i, j = layers
+    own, x, y = lens.lenses[[i]], states.fit.states[j], lens.fit.states[i]
+    chosen, through = [], []
+    for target in (y, *(y[order] for order in pairings(len(y)))):
+        each = composed(own, affine_maps(x, target, ridges))
         k = best_of(each, readout, states.dev.states[j], states)
-        return ridges[k], each[[k]]
-
-    target = lens.fit.states[i]
-    ridge, ours = fitted(target)
-    nulls = [of(fitted(target[order])[1]) for order in pairings(len(target))]
-    kl, ce = (torch.stack(parts).mean(0) for parts in zip(*nulls, strict=True))
-    return ridge, of(ours), (kl, ce)
+        chosen.append(ridges[k])
+        through.append(each[[k]])
+    return chosen[0], through
 
 
 def pairings(tokens: int) -> Iterator[Tensor]:

@@ -97,6 +97,8 @@ FURTHER: dict[str, dict[str, str]] = {
         "settings": "What the trial set, as KEY=VALUE.",
         "dev_ce": "Cross-entropy on the dev split, nats/token.",
         **_ends("dev_ce"),
+        "behind": "Its cross-entropy minus that of the model's best trial on the same tokens, nats/token.",
+        **_ends("behind"),
         "chosen": "Whether it is the model's best.",
     },
     "task.csv": {

@@ -42,10 +42,14 @@ from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.stages import NotFinished, Pieces, Stages
 from lensbench.streams.capture import capture
 from lensbench.suite.recipes import ModelRecipe, Suite
+from lensbench.suite.snapshots import AT
 
 FIGURE = "between.png"
 FORMAT = 1
 """Raised when pieces hold something else"""
+
+KINDS = ("training", "seeds", "sizes", "named")
+"""What may relate two models, in the order of the table"""
 
 MAPS, HEADS = (NONE, ORTHOGONAL, AFFINE), (OWN_HEAD, STATES_HEAD)
 
@@ -80,6 +84,12 @@ class Pair:
         """A name of its own among the pairs of a run."""
         return f"{self.kind}-{self.lens.name}-on-{self.states.name}"
 
+    @property
+    def group(self) -> tuple[int, str, int]:
+        """What sorts pairs so that those which share models stand together."""
+        root = self.lens.model.name.partition(AT)[0] if self.kind in ("training", "seeds") else ""
+        return KINDS.index(self.kind), root, self.lens.seed if self.kind == "training" else 0
+
 
 def transfer_between(
     suite: Suite,
@@ -107,7 +117,8 @@ def transfer_between(
         raise LensbenchError(
             f"{run} has no lenses with these settings of {suite.name}: give the --preset and each --set that the run had"
         )
-    pairs = list(pairs_of(suite, members, named))
+    # Those of one training one after the other: no more models than its checkpoints are held at a time.
+    pairs = sorted(pairs_of(suite, members, named), key=lambda pair: pair.group)
     if not pairs:
         raise LensbenchError(
             f"the models of {run} have no two checkpoints, seeds or sizes to transfer between; name two with --pair A,B"
@@ -120,6 +131,7 @@ def transfer_between(
                 key = {"fits": [pair.lens.digest, pair.states.digest], "suite": key_of(suite), "format": FORMAT}
                 found = pieces.get(f"{pair.name}-{digest_of(key)[:12]}", partial(measure, context, pair, peers))
                 measured.append(measured_pair(context, pair, found))
+                peers.keep(pairs[number + 1 :])
                 task.update(number + 1, pair.name)
         table = between_table(measured, suite.evaluate.draws)
         write_csv(folder / TABLE, table)
@@ -211,6 +223,11 @@ class Peers:
         if member.name not in self.read:
             self.read[member.name] = peer_of(self.context, member)
         return self.read[member.name]
+
+    def keep(self, pairs: Sequence[Pair]) -> None:
+        """Forget the peers that none of these pairs needs."""
+        needed = {member.name for pair in pairs for member in (pair.lens, pair.states)}
+        self.read = {name: peer for name, peer in self.read.items() if name in needed}
 
 
 def measure(context: Context, pair: Pair, peers: Peers) -> dict[str, Tensor]:

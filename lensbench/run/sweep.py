@@ -21,7 +21,7 @@ from lensbench.runtime.stages import Stages
 from lensbench.statistics import mean_with_interval
 from lensbench.streams.capture import capture
 from lensbench.streams.stream import ResidualStream
-from lensbench.suite.files import load_suite
+from lensbench.suite.changes import Changes
 from lensbench.suite.sweep import Sweep
 
 
@@ -30,7 +30,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
 
     Writes ``sweep.csv`` and ``manifest.json``; finished trials are reused.
     """
-    suite = load_suite(sweep.suite)
+    suite = Changes(preset=sweep.preset).of(sweep.suite)
     shorter = suite.training.model_copy(update={"tokens": sweep.tokens, "checkpoints": ()})
     suite = suite.model_copy(update={"training": shorter})
     models = {m.name: m for m in suite.models if m.checkpoint is None}
@@ -50,28 +50,39 @@ def run_sweep(sweep: Sweep, folder: Path, *, device: torch.device, progress: Pro
         data = data_of(context)
         tried = [models[n] for n in dict.fromkeys(table["model"])]
         manifest = describe(context, {data.name: baselines(context, data)}, tried, ["sweep.csv"], [])
-        manifest = manifest.model_copy(update={"sweep": sweep.model_dump(mode="json"), "suite_name": sweep.name})
+        manifest = manifest.model_copy(
+            update={"sweep": sweep.model_dump(mode="json", exclude_none=True), "suite_name": sweep.name}
+        )
         write_manifest(folder, manifest)
     return table
 
 
 def judged_trials(context: Context, sweep: Sweep) -> pd.DataFrame:
-    """A row per trial: its settings, and its cross-entropy on the dev split with an interval, nats/token."""
+    """A row per trial: its settings, its cross-entropy on the dev split, and how far it is behind its model's best one.
+
+    In nats/token, with intervals over documents; the difference is paired, since all trials read the same tokens.
+    """
     suite, data = context.suite, data_of(context)
     models = {m.name: m for m in suite.models}
     samples = data.samples(**suite.fit.of_dev)
-    rows = []
+    rows, losses = [], []
     for number, trial in enumerate(sweep.trials):
         # The trial's own settings alone: what the suite has chosen already must not leak into the choice.
         update = {"training": trial.training, "settings": trial.settings, "view": "state"}
         tried = models[trial.model].model_copy(update=update)
         stage = training(context, data, tried, suite.seeds[0], f"trial-{number:02d}-{trial.model}")
         scored = capture(ResidualStream(trained_network(context, stage)), samples)
+        losses.append(scored.model_ce)
         low, mean, high = mean_with_interval(scored.model_ce, scored.document, suite.evaluate.draws)
         settings = {**{f"training.{k}": v for k, v in trial.training.items()}, **trial.settings}
         described = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
         rows.append((trial.model, number, described, mean, low, high))
     columns = ["model", "trial", "settings", "dev_ce", "dev_ce_ci_low", "dev_ce_ci_high"]
     table = pd.DataFrame(rows, columns=columns)
-    table["chosen"] = table["dev_ce"] == table.groupby("model")["dev_ce"].transform("min")
-    return table
+    best = table.groupby("model")["dev_ce"].transform("idxmin")
+    behind = [
+        mean_with_interval(losses[k] - losses[of], scored.document, suite.evaluate.draws) for k, of in best.items()
+    ]
+    table["behind_ci_low"], table["behind"], table["behind_ci_high"] = zip(*behind, strict=True)
+    table["chosen"] = table.index == best
+    return table[[*columns, "behind", "behind_ci_low", "behind_ci_high", "chosen"]]

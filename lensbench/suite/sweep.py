@@ -23,6 +23,9 @@ class Sweep(_Strict):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = Field(min_length=1)
     suite: str = Field(description="the suite whose corpus and model sizes the trials use")
+    preset: str | None = Field(
+        None, description="the preset of the suite that has these sizes; default: its file as it is"
+    )
     tokens: int = Field(gt=0, description="training tokens of each trial")
     trials: tuple[Trial, ...] = Field(min_length=1)
 

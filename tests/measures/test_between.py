@@ -18,8 +18,10 @@ from lensbench.measures.between import (
     OWN_HEAD,
     STATES_HEAD,
     Peer,
+    Read,
     affine_maps,
     equal_depth,
+    losses,
     orthogonal_map,
     pairings,
     read_between,
@@ -108,6 +110,15 @@ def test_losses_are_those_written_out_in_float64(peer, rotation):
         ce = -q.gather(1, held_out.targets[:, None])[:, 0]
         assert found.sums["kl_through"][k].sum() == pytest.approx(float(kl.sum()), rel=1e-4)
         assert found.sums["ce_through"][k].sum() == pytest.approx(float(ce.sum()), rel=1e-4)
+
+
+def test_losses_of_several_reads_are_those_of_each_alone(peer, rotation):
+    other = turned(peer, rotation)
+    both = [Read(p.readout, p.held_out.states[k], p.lenses[[k]]) for k, p in enumerate((peer, other))]
+    together = losses(both, peer, peer.held_out)
+    for k, read in enumerate(both):
+        for found, alone in zip(together, losses([read], peer, peer.held_out), strict=True):
+            assert torch.equal(found[k], alone[0])
 
 
 def test_the_orthogonal_map_is_scipys():

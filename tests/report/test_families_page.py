@@ -19,8 +19,6 @@ from benchmarks.texts.numbers import TextError
 
 TOKENS = {"gpt@1000": 1000, "gpt@4000": 4000, "gpt": 16_000}
 
-PENALTIES = {1000: 0.8, 4000: 0.25}
-
 
 def made_up() -> Run:
     """Three seeds of checkpoints: cross-entropy falls, consistency rises, clarity is noise; layer 2 adds from 4000 on."""
@@ -74,7 +72,16 @@ def test_a_sentence_says_what_surely_rises_and_falls_and_of_what_nothing_can_be_
 def test_the_first_tokens_are_those_from_which_every_seed_passes_the_gates_to_the_end(families):
     heads, _, row = families.first_layers().splitlines()[:3]
     assert heads == "| layers | 0 to 1 | 1 to 2 |"
-    assert row == "| `gpt` | 1,000; 0.750 | 4,000; 0.750 |"
+    assert row == "| `gpt` | 1,000; 0.750 [0.750, 0.750] | 4,000; 0.750 [0.750, 0.750] |"
+
+
+def test_seeds_that_differ_in_when_a_layer_adds_are_told_apart(families):
+    steps = families.run.tables["update.csv"]
+    early = (steps["model"] == "gpt@1000") & (steps["from_layer"] == 1) & (steps["seed"] == 2)
+    steps.loc[early, "gate"] = None
+    assert families.first_layers().splitlines()[2].endswith("| 1,000 to 4,000; 0.750 [0.750, 0.750] |")
+    steps.loc[(steps["model"] == "gpt") & (steps["from_layer"] == 1) & (steps["seed"] == 2), "gate"] = "room"
+    assert families.first_layers().splitlines()[2].endswith("| at 2 of 3 seeds |")
 
 
 def test_values_stand_in_the_order_of_tokens(families):
@@ -82,19 +89,3 @@ def test_values_stand_in_the_order_of_tokens(families):
     assert [row.split("|")[2].strip() for row in rows[2:]] == ["1,000", "4,000", "16,000"]
     with pytest.raises(TextError, match="training have no series pc"):
         families.value_table("pc")
-
-
-def test_lenses_of_checkpoints_are_read_on_the_last_states_alone(families, tmp_path):
-    (tmp_path / "training").mkdir()
-    rows = [
-        {
-            "kind": "training", "lens_model": f"gpt@{t}", "lens_seed": seed, "lens_tokens": t, "states_model": states,
-            "states_tokens": TOKENS[states], "map": "none", "head": head, "lens_layer": "later",
-            "penalty": PENALTIES[t] + (head == "lens") + 5 * (states != "gpt"),
-        }
-        for t in PENALTIES for seed in (0, 1, "all") for head in ("lens", "states") for states in ("gpt@4000", "gpt")
-    ]  # fmt: skip
-    pd.DataFrame(rows).to_csv(tmp_path / "training" / "between.csv", index=False)
-    heads, _, row = families.survival_table().splitlines()[:3]
-    assert heads == "| lens from, tokens | 1,000 | 4,000 |"
-    assert row == "| `gpt` | 0.800 [0.800, 0.800] | 0.250 [0.250, 0.250] |"

@@ -163,15 +163,22 @@ def test_every_size_of_scale_has_twenty_tokens_a_parameter_and_the_rate_of_its_w
             assert model["training"]["learning_rate"] * model["d_model"] == pytest.approx(rule)
 
 
-def test_the_sweep_of_scale_tries_half_the_rule_the_rule_and_twice_of_it():
-    trained = {m["name"]: m for m in read_toml("scale")[1]["models"]}
-    trials = read_toml("scale-sweep")[1]["trials"]
-    for name, model in trained.items():
-        if "family" in model:
-            tried = [t for t in trials if t["model"] == name]
-            rates = [t["training"]["learning_rate"] / model["training"]["learning_rate"] for t in tried]
-            assert rates == pytest.approx([0.5, 1, 2])
-            assert all(t.get("settings") == model.get("settings") for t in tried)
+@pytest.mark.parametrize(
+    ("sweep", "preset"), [("scale-sweep", None), *((f"scale-sweep-{n}", n) for n in ("64k", "250k"))]
+)
+def test_a_sweep_of_scale_tries_half_the_rule_the_rule_and_twice_of_it_after_a_quarter_of_the_tokens(sweep, preset):
+    content, tried = read_toml("scale")[1], read_toml(sweep)[1]
+    content = content if preset is None else content["presets"][preset]
+    trained = {m["name"]: m for m in content["models"] if "family" in m}
+    assert tried.get("preset") == preset
+    assert tried["tokens"] == content["training"]["tokens"] / 4
+    names = {t["model"] for t in tried["trials"]}
+    assert {f"{name}-{preset or '16k'}" for name in ("gpt-conv", "pc")} <= names <= set(trained)
+    for name in names:
+        model, trials = trained[name], [t for t in tried["trials"] if t["model"] == name]
+        rates = [t["training"]["learning_rate"] / model["training"]["learning_rate"] for t in trials]
+        assert rates == pytest.approx([0.5, 1, 2])
+        assert all(t.get("settings") == model.get("settings") for t in trials)
 
 
 def test_the_smaller_preset_of_training_has_twenty_tokens_a_parameter_and_rates_inverse_to_the_width():

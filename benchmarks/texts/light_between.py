@@ -1,0 +1,63 @@
+"""``python -m benchmarks.texts.light_between FOLDER LIGHT``: what of a folder of ``lensbench transfer-between`` texts show.
+
+Checkpoints, seeds and layers give tens of thousands of rows. The light form has means over layers from 1 on, to four digits.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lensbench.errors import LensbenchError
+from lensbench.report.export import pack
+from lensbench.report.figures.between import between_figure
+from lensbench.report.figures.style import write_figure
+from lensbench.results.between import LATER, TABLE, WHO
+from lensbench.results.folder import write_csv
+from lensbench.results.manifest import MANIFEST, write_manifest
+from lensbench.runtime.files import sha256, write_atomically
+
+FIGURE = "between.png"
+SHOWN = ("penalty", "null_penalty", "shared", "same_tokens")
+VALUES = tuple(f"{name}{end}" for name in SHOWN for end in ("", "_ci_low", "_ci_high"))
+DPI = 80
+
+
+def light(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``between.csv`` that a text shows: means over the later layers, where over time the states' own head reads.
+
+    Of single seeds those at the end of a training, on which claims are tested, and the pairs of seeds.
+    """
+    table = table[table["states_layer"].astype(str) == LATER]
+    table = table[(table["kind"] != "training") | (table["head"] == "states")]
+    ends = (table["lens_tokens"] == table["lens_tokens"].max()) | (
+        table["states_tokens"] == table["states_tokens"].max()
+    )
+    rows = table[ends | (table["lens_seed"].astype(str) == "all")].reindex(
+        columns=[*WHO, *VALUES, "tokens", "clusters"]
+    )
+    rounded = {name: [float(f"{x:.4g}") if np.isfinite(x) else x for x in rows[name].astype(float)] for name in VALUES}
+    return rows.assign(**rounded)
+
+
+def write_light(source: Path, folder: Path) -> None:
+    """Write table, figure and manifest of the light form; raises :class:`LensbenchError` for a table that was changed."""
+    manifest = json.loads((source / MANIFEST).read_text())
+    if (whole := sha256(source / TABLE)) != manifest["files"][TABLE]:
+        raise LensbenchError(f"{source / TABLE} is not the table that its manifest names")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = light(pd.read_csv(source / TABLE))
+    write_csv(folder / TABLE, rows)
+    pack(folder / TABLE)
+    write_atomically(folder / FIGURE, partial(write_figure, between_figure(rows), dpi=DPI))
+    names = (f"{TABLE}.xz", FIGURE)
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    content |= {"files": {name: sha256(folder / name) for name in names}, "exported": {"tables": {TABLE: whole}}}
+    write_manifest(folder, content)
+
+
+if __name__ == "__main__":
+    write_light(Path(sys.argv[1]), Path(sys.argv[2]))
