@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.texts.numbers import Number, TextError, UndefinedNumber, markdown
+from lensbench.results.folder import table_file
 
 
 class Studies:
@@ -16,11 +17,13 @@ class Studies:
         self.root, self.read = root, {}
 
     def table(self, path: str) -> pd.DataFrame:
-        """A CSV file, read once."""
+        """A CSV file, packed or not, read once."""
         if path not in self.read:
-            if not (self.root / path).is_file():
+            place = self.root / path
+            found = table_file(place.parent, place.name)
+            if found is None:
                 raise TextError(f"results/{path} is missing")
-            self.read[path] = pd.read_csv(self.root / path, keep_default_na=False, na_values=[""])
+            self.read[path] = pd.read_csv(found, keep_default_na=False, na_values=[""])
         return self.read[path]
 
     def row(self, path: str, **keys: Any) -> Any:

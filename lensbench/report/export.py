@@ -4,7 +4,6 @@
 run itself is: nothing but what can be made again is left out.
 """
 
-import lzma
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +31,9 @@ from lensbench.results.folder import (
 )
 from lensbench.results.manifest import MANIFEST, ExportFacts, Manifest, write_manifest
 from lensbench.results.schema import SCHEMA
+from lensbench.results.study_folder import LONG, export_study, pack, study_manifest
 from lensbench.results.sums import compared_sums, summed_by_cluster
-from lensbench.runtime.files import sha256, write_atomically
+from lensbench.runtime.files import sha256
 from lensbench.statistics import FEWEST_CLUSTERS
 
 LONG_TABLES = (
@@ -41,9 +41,6 @@ LONG_TABLES = (
     "landmarks.csv", "probes.csv",
 )  # fmt: skip
 """Tables that are packed; what a reader looks at first (indices, blocks, verdicts, models) stays plain while it is short."""
-
-LONG = 30_000
-"""Bytes above which any table is packed"""
 
 FIGURES = "figures"
 """The folder of figures in a run folder"""
@@ -58,7 +55,7 @@ def export_run(
     many as the run has. Without ``sums`` the sums by cluster and the draws of the decomposition, most of the bytes, are left
     out: tables keep their intervals, but `lensbench compare` cannot read the folder. Verdicts are made again from the other
     tables by the run's own rule, so that an older run says them in today's words. An earlier export of the same suite is
-    replaced as a whole; files that no run names stay.
+    replaced as a whole; files that no run names stay. Of a study, tables alone are written (:func:`export_study`).
 
     Raises :class:`LensbenchError` for a folder that holds no finished run or a sweep, for a ``folder`` that holds something
     else, or stages of a run, and for a figure that the run does not have. Then ``folder`` stays as it was.
@@ -69,6 +66,13 @@ def export_run(
             f"--groups {FEWEST_CLUSTERS} or more"
         )
     check_drawing(names=figures)
+    if (study := study_manifest(source)) is not None:
+        if figures or groups is not None:
+            raise LensbenchError(
+                f"{source} holds a study, which has neither figures nor clusters to choose: export it as it is"
+            )
+        refuse_other(folder, owner_of(source) or "")
+        return export_study(source, study, folder)
     run = read_run(source)
     if "verdicts.csv" in run.manifest.checksums:
         run = judged(run, rule_of(run))
@@ -137,13 +141,6 @@ def write_light(run: Run, light: Path, figures: Sequence[str], groups: int | Non
     # Drawn from what is written, as a reader will.
     drawn = draw_figures(read_run(light), light / FIGURES, names=figures) if figures else []
     write_manifest(light, manifest.model_copy(update={"figures": [path.name for path in drawn]}))
-
-
-def pack(path: Path) -> None:
-    """Put a table's packed file in its place; the same table gives the same bytes."""
-    content = lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
-    write_atomically(path.with_name(path.name + PACKED), lambda partial: partial.write_bytes(content))
-    path.unlink()
 
 
 def write_light_sums(run: Run, light: Path, groups: int | None) -> str:

@@ -214,13 +214,8 @@ def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame, digits: str | None = "%.6g") -> None:
-    """A table of a study as CSV, packed where its name says so; the same table gives the same bytes.
-
-    ``digits``: of floats, six by default; None: all.
-    """
-    # Without a time of writing, which would change the bytes.
-    compression: Any = {"method": "gzip", "mtime": 0} if path.suffix == GZIPPED else None
-    write = partial(table.to_csv, index=False, lineterminator="\n", float_format=digits, compression=compression)
+    """A table of a study as CSV; ``digits``: of floats, six by default; None: all."""
+    write = partial(table.to_csv, index=False, lineterminator="\n", float_format=digits)
     write_atomically(path, write)
 
 
@@ -260,7 +255,7 @@ def write_update_draws(path: Path, draws: pd.DataFrame) -> None:
 
 
 PACKED, GZIPPED = ".xz", ".gz"
-"""What the name of a packed table ends with: of an export, and of studies and of exports of earlier versions"""
+"""What the name of a packed table ends with: today, and in earlier versions"""
 
 
 def plain_name(name: str) -> str:

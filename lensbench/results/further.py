@@ -152,7 +152,7 @@ FURTHER: dict[str, dict[str, str]] = {
         "covered_INDEX": "The share of streams whose interval holds the true index (INDEX_own_views: in the bases drawn).",
         **_ends("covered_INDEX", _SHARE),
     },
-    "streams.csv.gz of calibration": {
+    "streams.csv of calibration": {
         **_STREAM,
         "truth": "What is true of it by construction.",
         "seed": "The seed of the stream.",
@@ -176,7 +176,7 @@ FURTHER: dict[str, dict[str, str]] = {
         "other": "The value of the others next to it.",
         "midpoint": "The middle of both: what the tune streams suggest.",
     },
-    "streams.csv.gz of update-calibration": {
+    "streams.csv of update-calibration": {
         **_STREAM,
         "layers": "Layers.",
         "d": "Width.",
@@ -193,7 +193,7 @@ FURTHER: dict[str, dict[str, str]] = {
         "QUANTITY_reason": "Why it is undefined, or a warning.",
         "in_place_all_layers": "What is added in place over all layers.",
     },
-    "blocks.csv.gz of update-calibration": {
+    "blocks.csv of update-calibration": {
         **_STREAM,
         "from_layer": "The layer before the block.",
         "to_layer": "The layer after it.",
@@ -378,8 +378,8 @@ def describes(name: str, column: str) -> bool:
 
 
 OF_STUDIES = (
-    "task.csv", "differences.csv", "regression.csv", "calibration.csv", "streams.csv.gz of calibration", "thresholds.csv",
-    "streams.csv.gz of update-calibration", "blocks.csv.gz of update-calibration", "verdicts.csv of update-calibration",
+    "task.csv", "differences.csv", "regression.csv", "calibration.csv", "streams.csv of calibration", "thresholds.csv",
+    "streams.csv of update-calibration", "blocks.csv of update-calibration", "verdicts.csv of update-calibration",
     "coverage.csv", "right.csv", "points.csv", "tokens.csv", "needed.csv",
 )  # fmt: skip
 """Tables of calibrations, tasks and regressions: on a page of their own"""

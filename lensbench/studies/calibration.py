@@ -34,10 +34,10 @@ from lensbench.measures.indices import INDICES, estimates
 from lensbench.measures.means import Means, Value, with_last
 from lensbench.measures.transfer import transfer_sums
 from lensbench.measures.verdict import CANNOT_TELL, SCOPES, Span, VerdictRule, decide_on
-from lensbench.results.folder import claimed, write_csv
+from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
+from lensbench.results.study_folder import study_files, write_study_table
 from lensbench.results.sums import ClusterSums
-from lensbench.runtime.files import sha256
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.statistics import bootstrap_weights
 from lensbench.streams.capture import Capture
@@ -132,7 +132,7 @@ class Job(BaseModel):
 
 
 def measure(job: Job, recipe: Calibration) -> dict[str, Any]:
-    """One row of ``streams.csv.gz``: indices, verdict and truth of a stream."""
+    """One row of ``streams.csv``: indices, verdict and truth of a stream."""
     torch.set_num_threads(1)  # products are small: processes measure streams in parallel instead
     seed = job.seed
     stream = SyntheticStream(job.family, Shape(**job.shape), seed=seed)
@@ -257,7 +257,7 @@ def run_calibration(
     code: dict[str, Any] | None = None,
     progress: Progress = QUIET,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure every stream and write ``streams.csv.gz``, ``calibration.csv`` and ``thresholds.csv``; returns the first two.
+    """Measure every stream and write ``streams.csv``, ``calibration.csv`` and ``thresholds.csv``; returns the first two.
 
     Finished streams are reused. ``code``: what the manifest says of the versions that ran.
     Raises :class:`LensbenchError` where a finished stream cannot be read.
@@ -265,13 +265,13 @@ def run_calibration(
     with claimed(folder, recipe.name):
         streams = measured_streams(recipe, folder / "streams", workers, progress)
         summary = summarise(streams)
-        tables = {"streams.csv.gz": streams, "calibration.csv": summary, "thresholds.csv": midpoints(streams)}
+        tables = {"streams.csv": streams, "calibration.csv": summary, "thresholds.csv": midpoints(streams)}
         for name, table in tables.items():
-            write_csv(folder / name, table, digits=None)
+            write_study_table(folder, name, table, digits=None)
         manifest = {
             "calibration": recipe.model_dump(mode="json"),
             "suite_name": recipe.name,
-            "files": {name: sha256(folder / name) for name in tables},
+            "files": study_files(folder, tables),
             "code": code,
         }
         write_manifest(folder, manifest)

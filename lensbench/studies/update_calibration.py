@@ -19,9 +19,9 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import UpdateResult
 from lensbench.measures.update.decomposition import Fitted, measured
 from lensbench.measures.update.verdict import UpdateRule
-from lensbench.results.folder import claimed, write_csv
+from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
-from lensbench.runtime.files import sha256
+from lensbench.results.study_folder import study_files, write_study_table
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.studies.held_out import HELD_OUT_FAMILIES, HeldOutStream
 from lensbench.studies.held_out_uneven import UNEVEN_FAMILIES, UnevenStream
@@ -179,18 +179,16 @@ def run_update_calibration(
     with claimed(folder, recipe.name):
         rows = measured_rows(recipe, folder / "streams", groups, workers, progress)
         tables = stream_tables(rows)
-        for name, table in tables.items():
-            write_csv(folder / name, table)
         # From what was written: the committed tables give the same verdicts, to the last digit.
-        written = {name: pd.read_csv(folder / name) for name in tables}
-        tables |= summaries(written[STREAMS], written[BLOCKS], recipe.rule)
-        for name, table in tables.items():
-            if name not in written:
-                write_csv(folder / name, table)
+        written = {name: write_study_table(folder, name, table) for name, table in tables.items()}
+        decided = summaries(written[STREAMS], written[BLOCKS], recipe.rule)
+        for name, table in decided.items():
+            write_study_table(folder, name, table)
+        tables |= decided
         manifest = {
             "update_calibration": recipe.model_dump(mode="json"),
             "suite_name": recipe.name,
-            "files": {name: sha256(folder / name) for name in tables},
+            "files": study_files(folder, tables),
             "code": code,
         }
         write_manifest(folder, manifest)

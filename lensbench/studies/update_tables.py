@@ -27,7 +27,7 @@ from lensbench.statistics import wilson
 Row = dict[str, Any]
 
 STREAMS, BLOCKS, VERDICTS, COVERAGE, RIGHT = (
-    "streams.csv.gz", "blocks.csv.gz", "verdicts.csv", "coverage.csv", "right.csv",
+    "streams.csv", "blocks.csv", "verdicts.csv", "coverage.csv", "right.csv",
 )  # fmt: skip
 
 SUFFIX = SUFFIXES[WITHOUT_FIRST]

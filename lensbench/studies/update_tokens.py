@@ -28,9 +28,9 @@ from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update.decomposition import Decomposition, Fitted, measured
 from lensbench.measures.update.summary import drawn_indices
-from lensbench.results.folder import claimed, write_csv
+from lensbench.results.folder import claimed
 from lensbench.results.manifest import write_manifest
-from lensbench.runtime.files import sha256
+from lensbench.results.study_folder import study_files, write_study_table
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.stages import peak_gib
 from lensbench.streams.capture import Capture, room_for
@@ -274,18 +274,17 @@ def run_update_tokens(
     common = {"version": VERSION} | settings
     with claimed(folder, recipe.name):
         rows = kept_rows(jobs, measure, recipe, kept, common=common, workers=workers, progress=progress)
-        write_csv(folder / POINTS, points_table(rows))
         # From what was written: the committed table gives the same sums, to the last digit.
-        tables = {POINTS: pd.read_csv(folder / POINTS)}
-        tables |= summaries(tables[POINTS], recipe.half_width)
-        for name, table in tables.items():
-            if name != POINTS:
-                write_csv(folder / name, table)
+        tables = {POINTS: write_study_table(folder, POINTS, points_table(rows))}
+        sums = summaries(tables[POINTS], recipe.half_width)
+        for name, table in sums.items():
+            write_study_table(folder, name, table)
+        tables |= sums
         manifest = {
             "update_tokens": recipe.model_dump(mode="json"),
             "suite_name": recipe.name,
             "widths": sorted({job.d for job in jobs}),
-            "files": {name: sha256(folder / name) for name in tables},
+            "files": study_files(folder, tables),
             "code": code,
         }
         write_manifest(folder, manifest)

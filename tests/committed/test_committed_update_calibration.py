@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lensbench.runtime.files import sha256
+from lensbench.results.study_folder import read_study_table, study_files
 from lensbench.studies.update_tables import BLOCKS, COVERAGE, RIGHT, STREAMS, VERDICTS, summaries
 from lensbench.suite.files import load_calibration, load_suite
 
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.results
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, pd.DataFrame]:
-    return {name: pd.read_csv(FOLDER / name) for name in (STREAMS, BLOCKS, VERDICTS, RIGHT, COVERAGE)}
+    return {name: read_study_table(FOLDER, name) for name in (STREAMS, BLOCKS, VERDICTS, RIGHT, COVERAGE)}
 
 
 def test_every_stream_of_the_recipe_is_in_the_table(tables):
     recipe = load_calibration("update-calibration")
     manifest = json.loads((FOLDER / "manifest.json").read_text())
     assert manifest["update_calibration"] == recipe.model_dump(mode="json")
-    assert manifest["files"] == {name: sha256(FOLDER / name) for name in tables}
+    assert manifest["files"] == study_files(FOLDER, tables)
     asked = [(job.group, job.family, job.number) for job in recipe.jobs()]
     streams = tables[STREAMS]
     assert list(zip(streams["set"], streams["family"], streams["number"], strict=True)) == asked
@@ -41,4 +41,4 @@ def test_verdicts_and_coverage_follow_from_the_streams_by_the_rule_of_the_suites
 
 
 def test_the_folder_is_light():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 1.5e6
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 0.6e6

@@ -163,7 +163,7 @@ def test_a_calibration_runs_is_taken_up_and_says_the_same_again(tmp_path):
     first = run()
     assert first.exit_code == 0, first.output
     tables = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.csv")}
-    streams = pd.read_csv(tmp_path / "run" / "streams.csv.gz")
+    streams = pd.read_csv(tmp_path / "run" / "streams.csv")
     assert len(streams) == 6
     assert np.isfinite(streams["gain_visibility_true"]).all()
     assert set(streams.loc[streams["family"] == "disjoint", "verdict"]) == {"carry-along"}

@@ -16,16 +16,18 @@ from lensbench.results.schema import SCHEMA
 from lensbench.results.verdicts import EARLIER_NAMES
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-OF_STUDIES = {"streams.csv.gz": "streams.csv.gz of calibration"}
-OF_STUDIES |= {n: f"{n} of update-calibration" for n in ("streams.csv.gz", "blocks.csv.gz", "verdicts.csv")}
+OF_STUDIES = {
+    "calibration": {"streams.csv": "streams.csv of calibration"},
+    "update-calibration": {n: f"{n} of update-calibration" for n in ("streams.csv", "blocks.csv", "verdicts.csv")},
+}
 COMMITTED = [p for end in ("", PACKED, GZIPPED) for p in sorted(RESULTS.rglob(f"*.csv{end}")) if "speed" not in p.parts]
 
 
 def schema_of(path):
     """The name under which a committed table stands in one of the two schemas, or None."""
-    if path.parent.name in ("calibration", "update-calibration"):
-        return OF_STUDIES.get(path.name, path.name)
     name = plain_name(path.name)
+    if path.parent.name in OF_STUDIES:
+        return OF_STUDIES[path.parent.name].get(name, name)
     if name == "comparison.csv":
         return "compare --out"
     return name if name in (*SCHEMA, *FURTHER) else None
