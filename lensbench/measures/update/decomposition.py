@@ -40,7 +40,7 @@ from lensbench.measures.update.products import (
     pairs_of,
     products_of_moments,
 )
-from lensbench.measures.update.quantities import Chance, Quantities, quantities
+from lensbench.measures.update.quantities import Chance, Quantities, loading_at, quantities
 from lensbench.measures.update.reach import Reach
 from lensbench.measures.update.readable import FURTHER_PAIRS, Gains, readable_gains
 from lensbench.measures.update.undefined import Undefined
@@ -464,12 +464,13 @@ def chance_and_products(
             assert space is not None
             assert goals is not None
             of_s, of_c = spreads_of(moments, i, later, maps, space, goals, layer["rf"], loading)
-            here = products_of_moments(moments, i, later, maps, of_later)
+            here = products_of_moments(moments, i, later, maps, of_later, layer)
             with np.errstate(divide="ignore", invalid="ignore"):
-                scale = np.abs(loading[i] - here["jr"] / here["jf"]) * np.abs(here["sf"] / layer["rf"][i])
+                new = loading_at("v", here, layer["rr"][i], layer["rf"][i])
+                scale = np.abs(loading[i] - new) * np.abs(1 + here["uf"] / layer["rf"][i])
                 into.append((of_s, of_c / scale))
-        for rows_of, one, of_later in zip(rows, again, known[len(sets) :], strict=True):
-            rows_of.append(products_of_moments(moments, i, later, one, of_later))
+        for rows_of, one, of_later, (layer, _) in zip(rows, again, known[len(sets) :], others, strict=True):
+            rows_of.append(products_of_moments(moments, i, later, one, of_later, layer))
     chances = [Chance(*(np.concatenate(parts) for parts in zip(*of_set, strict=True))) for of_set in spreads]
     products = [
         Products(

@@ -109,12 +109,12 @@ def news_sums(
     missed = room_for((count, states.shape[1], k), states.device, memory_gib).to(like.dtype)
     goal = factor.to(like)
     for number, (centred,) in enumerate(blocks(states, [len(states) - 1], means[[count]])):
-        final[_block(number)] = centred @ goal.T
+        final[_block(number)] = centred.to(like) @ goal.T
     for i, row in enumerate(layers):
         read = (factor @ lenses.matrix[i].double().cpu()).to(like)
         for number, (centred,) in enumerate(blocks(states, [row], means[[i]])):
             at = _block(number)
-            torch.sub(final[at], centred @ read.T, out=missed[i, at])
+            torch.sub(final[at], centred.to(like) @ read.T, out=missed[i, at])
     half, numbers = cluster % 2, cluster.numpy()
     sides = [torch.from_numpy(np.flatnonzero(half.numpy() == side)) for side in (0, 1)]
     sums = NewsSums(*(np.zeros((clusters, count * (count - 1) // 2)) for _ in range(3)))

@@ -18,8 +18,10 @@ from lensbench.measures.update.folds import Readings
 from lensbench.runtime.mapped import give_back_pages
 from lensbench.statistics import Array
 
-PAIR_PRODUCTS = ("sr", "sf", "ss", "sj", "jr", "jf")
-"""Of two layers i < j: s_ij with r_i, f_i, itself and r_j; r_j with r_i and with f_i"""
+PAIR_PRODUCTS = ("ur", "uf", "uu", "uv", "vr", "vf", "vv")
+"""Of two layers i < j: what a reading gains from i to j, in the old lens ``u = s_ij - r_i`` and in the new one
+``v = r_j - r_i``, with r_i, f_i, and with one another. Where a block changes the stream little, a difference of products
+with s_ij and r_j would lose what it changes."""
 
 LAYER_PRODUCTS = ("rr", "rf", "ff", "rT", "fT")
 """Of one layer: r_i and its signal f_i, with themselves, with one another, and with T"""
@@ -85,7 +87,7 @@ def cluster_products(
     and of the last one.
     """
     rows, count = [*layers, len(states) - 1], len(layers)
-    maps = maps.to(states)
+    wide, maps = maps.read.to(states.device, torch.float64), maps.to(states)
     i_of, _ = pairs_of(count)
     pair = {name: np.zeros((clusters, len(i_of))) for name in PAIR_PRODUCTS}
     layer = {name: np.zeros((clusters, count)) for name in LAYER_PRODUCTS}
@@ -93,11 +95,15 @@ def cluster_products(
     first_of = np.searchsorted(i_of, np.arange(count))  # where the pairs (i, i + 1), (i, i + 2), ... begin
     for number, centred in enumerate(blocks(states, rows, means)):
         at = cluster[number * TOKEN_BLOCK : (number + 1) * TOKEN_BLOCK].numpy()
-        for name, values in _of_layers(centred, maps).items():
+        own = torch.stack(
+            [torch.bmm(centred[:count], of_fold.transpose(-1, -2)) for of_fold in wide]
+        )  # r [2, n, tokens, k]
+        last = centred[-1].to(states.dtype)
+        for name, values in _of_layers(own.to(states.dtype), last, maps).items():
             _add(layer[name], at, values)
-        goal = centred[-1] @ maps.target.T
+        goal = last @ maps.target.T
         _add(target[:, None], at, (goal * goal).sum(-1)[None])
-        for i, values_of in enumerate(_of_pairs(centred, maps)):
+        for i, values_of in enumerate(_of_pairs(centred[:count], last, own, maps)):
             columns = slice(first_of[i], first_of[i] + count - 1 - i)
             together = torch.stack(list(values_of.values())).double().cpu()  # one copy from a GPU
             for name, values in zip(values_of, together, strict=True):
@@ -113,42 +119,44 @@ def _add(sums: Array, at: NDArray[np.int64], values: Tensor) -> None:
     np.add.at(sums, at[starts], np.add.reduceat(wide, starts, axis=1).T)
 
 
-def _of_layers(centred: Tensor, maps: Readings) -> dict[str, Tensor]:
-    """:data:`LAYER_PRODUCTS` of centred states ``[n + 1, tokens, d]``: each ``[n, tokens]``."""
+def _of_layers(own: Tensor, last: Tensor, maps: Readings) -> dict[str, Tensor]:
+    """:data:`LAYER_PRODUCTS`, each ``[n, tokens]``, of readings r ``[2, n, tokens, k]`` and final states ``[tokens, d]``."""
     found: dict[str, list[Tensor]] = {name: [] for name in LAYER_PRODUCTS}
-    goal = centred[-1] @ maps.target.T
-    for i in range(len(centred) - 1):
-        r = [centred[i] @ maps.read[fold, i].T for fold in (0, 1)]
-        f = [centred[-1] @ maps.signal[fold, i].T for fold in (0, 1)]
+    goal = last @ maps.target.T
+    for i in range(own.shape[1]):
+        r = own[:, i]
+        f = [last @ maps.signal[fold, i].T for fold in (0, 1)]
         found["rr"].append(_dot(r[0], r[1]))
         found["rf"].append((_dot(r[0], f[1]) + _dot(r[1], f[0])) / 2)
-        found["ff"].append(_dot(*(centred[-1] @ maps.apart[fold, i].T for fold in (0, 1))))
+        found["ff"].append(_dot(*(last @ maps.apart[fold, i].T for fold in (0, 1))))
         found["rT"].append((_dot(r[0], goal) + _dot(r[1], goal)) / 2)
         found["fT"].append((_dot(f[0], goal) + _dot(f[1], goal)) / 2)
     return {name: torch.stack(values) for name, values in found.items()}
 
 
-def _of_pairs(centred: Tensor, maps: Readings) -> Iterator[dict[str, Tensor]]:
-    """:data:`PAIR_PRODUCTS` of each layer i with all later ones: each ``[n - 1 - i, tokens]``."""
-    count = len(centred) - 1
-    own = [torch.bmm(centred[:count], maps.read[fold].transpose(-1, -2)) for fold in (0, 1)]  # r_l [n, tokens, k]
-    for i in range(count - 1):
-        later = centred[i + 1 : count]
-        r = [own[fold][i] for fold in (0, 1)]
-        f = [centred[-1] @ maps.signal[fold, i].T for fold in (0, 1)]
-        s = [later @ maps.read[fold, i].T for fold in (0, 1)]
-        j = [own[fold][i + 1 :] for fold in (0, 1)]
+def _of_pairs(centred: Tensor, last: Tensor, own: Tensor, maps: Readings) -> Iterator[dict[str, Tensor]]:
+    """:data:`PAIR_PRODUCTS` of each layer i with all later ones: each ``[n - 1 - i, tokens]``.
 
-        def crossed(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    Of centred states ``[n, tokens, d]`` and their readings ``[2, n, tokens, k]`` in float64, of which differences are taken,
+    and of final states ``[tokens, d]``; products are in the type of these.
+    """
+    for i in range(len(centred) - 1):
+        added, r = (centred[i + 1 :] - centred[i]).to(last), own[:, i].to(last)
+        f = [last @ maps.signal[fold, i].T for fold in (0, 1)]
+        u = [added @ maps.read[fold, i].T for fold in (0, 1)]
+        v = (own[:, i + 1 :] - own[:, i, None]).to(last)
+
+        def crossed(left: Sequence[Tensor] | Tensor, right: Sequence[Tensor] | Tensor) -> Tensor:
             return (_dot(left[0], right[1]) + _dot(left[1], right[0])) / 2
 
         yield {
-            "sr": crossed(s, r),
-            "sf": crossed(s, f),
-            "ss": _dot(s[0], s[1]),
-            "sj": crossed(s, j),
-            "jr": crossed(j, r),
-            "jf": crossed(j, f),
+            "ur": crossed(u, r),
+            "uf": crossed(u, f),
+            "uu": _dot(u[0], u[1]),
+            "uv": crossed(u, v),
+            "vr": crossed(v, r),
+            "vf": crossed(v, f),
+            "vv": _dot(v[0], v[1]),
         }
 
 
@@ -196,8 +204,8 @@ class SecondMoments:
             # Summed where the states are: a GPU hands over each sum once, not each block's.
             here, to_last = (states.new_zeros(d, d, dtype=torch.float64) for _ in range(2))
             for one, final in blocks(states, [row, len(states) - 1], means[[j, count]]):
-                here += (one.T @ one).double()
-                to_last += (one.T @ final).double()
+                here.addmm_(one.T, one)
+                to_last.addmm_(one.T, final)
             if j == count:
                 last = (here / tokens).cpu()
             else:
@@ -217,7 +225,7 @@ class SecondMoments:
         means = torch.cat([self.means[i:count]])
         for centred in blocks(self.states, self.layers[i:], means):
             for at in range(count - 1 - i):
-                found[at] += (centred[at + 1].T @ centred[0]).double()
+                found[at].addmm_(centred[at + 1].T, centred[0])
         give_back_pages()
         found = (found / self.states.shape[1]).cpu()
         if 8 * count * (count - 1) // 2 * d * d <= LATER_GIB * 2**30:
@@ -226,19 +234,17 @@ class SecondMoments:
 
 
 def blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tensor]:
-    """Centred states ``[n, tokens, d]`` of some rows, block by block."""
+    """Centred states ``[n, tokens, d]`` of some rows, block by block, in float64: what two layers share may be far larger
+    than what they differ in."""
     for start in range(0, states.shape[1], TOKEN_BLOCK):
         tokens = slice(start, start + TOKEN_BLOCK)
         yield torch.stack(
-            [
-                (states[row][tokens].double() - mean.to(states.device)).to(states.dtype)
-                for row, mean in zip(rows, means, strict=True)
-            ]
+            [states[row][tokens].double() - mean.to(states.device) for row, mean in zip(rows, means, strict=True)]
         )
 
 
 def later_readings_of_moments(moments: Covariances, maps: Readings) -> dict[str, Array]:
-    """``sj`` and ``jf`` of :data:`PAIR_PRODUCTS`, means over tokens, each ``[n, n]`` at [i, j], i < j.
+    """``<s_ij, r_j>`` (sj) and ``<r_j, f_i>`` (jf), means over tokens, each ``[n, n]`` at [i, j], i < j.
 
     ``<A_i X, A_j X> = <A_i, A_j Cov X>``: the right side is made once for a layer j, whatever the number of earlier ones.
     """
@@ -253,26 +259,32 @@ def later_readings_of_moments(moments: Covariances, maps: Readings) -> dict[str,
 
 
 def products_of_moments(
-    moments: Covariances, i: int, later: Tensor, maps: Readings, known: dict[str, Array]
+    moments: Covariances, i: int, later: Tensor, maps: Readings, known: dict[str, Array], layer: dict[str, Array]
 ) -> dict[str, Array]:
     """:data:`PAIR_PRODUCTS` of layer i with all later ones, means over tokens, each ``[n - 1 - i]``.
 
     ``later``: what :meth:`SecondMoments.later` gives for i; ``maps`` in float64. ``known``: what
-    :func:`later_readings_of_moments` gives.
+    :func:`later_readings_of_moments` gives; ``layer``: :data:`LAYER_PRODUCTS` of :func:`layer_products_of_moments`.
+    Moments are of float64, so that differences of whole products lose nothing that matters.
     """
     read, signal = maps.read, maps.signal
     # <A X, B> = <X, A^T B>: products with the maps of layer i alone are made once, whatever the number of later layers.
     both, turned = read[:, i].flatten(0, 1), read[:, i].flip(0).flatten(0, 1)  # of both folds, and in the other order
     f = signal[:, i].flip(0).flatten(0, 1)
     of_s, of_f = both.T @ turned / 2, both.T @ f / 2
-    found: dict[str, list[float]] = {name: [] for name in PAIR_PRODUCTS if name not in known}
+    found: dict[str, list[float]] = {name: [] for name in ("sr", "sf", "ss", "jr")}
     for k, j in enumerate(range(i + 1, read.shape[1])):
         pairs = {"sr": (later[k], of_s), "sf": (moments.goal[j], of_f), "ss": (moments.own[j], of_s)}
         for name, (left, right) in pairs.items():
             found[name].append(float(torch.dot(left.reshape(-1), right.reshape(-1))))
         found["jr"].append(_crossed(read[:, i], read[:, j] @ later[k]))
-    whole = {name: np.array(values) for name, values in found.items()}
-    return whole | {name: values[i, i + 1 :] for name, values in known.items()}
+    sr, sf, ss, jr = (np.array(found[name]) for name in ("sr", "sf", "ss", "jr"))
+    sj, jf = (known[name][i, i + 1 :] for name in ("sj", "jf"))
+    rr, rf, jj = layer["rr"][i], layer["rf"][i], layer["rr"][i + 1 :]
+    return {
+        "ur": sr - rr, "uf": sf - rf, "uu": ss - 2 * sr + rr, "uv": sj - sr - jr + rr, "vr": jr - rr, "vf": jf - rf,
+        "vv": jj - 2 * jr + rr,
+    }  # fmt: skip
 
 
 def _crossed(left: Tensor, right: Tensor) -> float:

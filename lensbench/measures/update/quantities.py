@@ -1,5 +1,6 @@
 """The quantities of the update decomposition as formulas of inner products, for point estimates and draws alike."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,17 +49,19 @@ class Quantities:
 
 def quantities(products: Products, pairs: Pairs, chance: Chance) -> Quantities:
     """All quantities of (sums or means of) products; ``pairs`` gives the positions (i, j) of each pair, ``[P]`` each."""
-    i, j = pairs
+    i, _ = pairs
     pair, layer = products.pair, products.layer
     rr, rf = layer["rr"], layer["rf"]
+    of_r, of_f = rr[..., i], rf[..., i]
     with np.errstate(divide="ignore", invalid="ignore"):
-        own = (rr / rf)[..., i]  # a(r_i)
-        new, old = pair["jr"] / pair["jf"], pair["sr"] / pair["sf"]  # a(r_j), a(s_ij)
-        persistence = pair["sf"] / rf[..., i]
-        baseline = 2 * chance.persistence**2 * rf[..., i] / pair["ss"]
-        explained = _explained(pair["sr"], pair["sj"], rr[..., i], pair["jr"], rr[..., j]) / pair["ss"]
+        own, new, old = of_r / of_f, loading_at("v", pair, of_r, of_f), loading_at("u", pair, of_r, of_f)
+        persistence = 1 + pair["uf"] / of_f
+        square = of_r + 2 * pair["ur"] + pair["uu"]  # s with s
+        baseline = 2 * chance.persistence**2 * of_f / square
+        # Of r_i and r_j together, as of r_i and v = r_j - r_i.
+        explained = _explained(of_r + pair["ur"], pair["vr"] + pair["uv"], of_r, pair["vr"], pair["vv"]) / square
         # A reading that is no longer than chance makes it says nothing.
-        told = (pair["ss"] > 0) & (baseline < 1)
+        told = (square > 0) & (baseline < 1)
         beyond = (np.clip(explained, 0, 1) - baseline) / np.where(told, 1 - baseline, 1)
         clarity = np.where(told, np.sqrt(np.maximum(0, beyond)), 0.0)
         kept = persistence > 2 * chance.persistence
@@ -77,6 +80,12 @@ def quantities(products: Products, pairs: Pairs, chance: Chance) -> Quantities:
             commission=error / missed,
             remainder=(missed - error - unread) / missed,
         )
+
+
+def loading_at(gain: str, pair: Mapping[str, Array], rr: Array, rf: Array) -> Array:
+    """The error loading a of ``s_ij = r_i + u`` (gain ``u``) or of ``r_j = r_i + v`` (``v``), from the products of pairs."""
+    loading: Array = (rr + pair[f"{gain}r"]) / (rf + pair[f"{gain}f"])
+    return loading
 
 
 def _explained(first: Array, second: Array, a: Array, ab: Array, b: Array) -> Array:

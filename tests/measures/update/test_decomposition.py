@@ -145,8 +145,9 @@ def test_products_of_tokens_are_those_of_second_moments():
     clusters = int(held_out.document.max()) + 1
     of_tokens = cluster_products(held_out.states, layers, means, cluster, clusters, maps).total()
     moments = SecondMoments.of(held_out.states, layers, means)
-    of_pair = products_of_moments(moments, 0, moments.later(0), maps, later_readings_of_moments(moments, maps))
     of_layer, target = layer_products_of_moments(moments, maps)
+    known = later_readings_of_moments(moments, maps)
+    of_pair = products_of_moments(moments, 0, moments.later(0), maps, known, of_layer)
     tokens = len(held_out)
     for name, values in of_pair.items():
         np.testing.assert_allclose(of_tokens.pair[name] / tokens, values, rtol=1e-4, err_msg=name)
@@ -310,9 +311,9 @@ def test_pairs_come_in_the_order_of_their_first_layer():
 def test_a_reading_that_chance_could_make_has_no_clarity():
     """Were chance alone to explain more than there is, or were the square of the reading noise below 0, R is 0."""
     layer = {name: np.array([1.0, 1.0]) for name in ("rr", "rf", "ff", "rT", "fT")}
-    pair = {"sr": 0.9, "sf": 0.5, "ss": 1.0, "sj": 0.9, "jr": 0.9, "jf": 0.8}
+    pair = {"ur": -0.1, "uf": -0.5, "uv": 0.1, "vr": -0.1, "vf": -0.2, "vv": 0.2}
     pairs = pairs_of(2)
     for square, chance in ((1.0, 3.0), (-0.1, 0.1)):
-        products = Products({k: np.array([v]) for k, v in (pair | {"ss": square}).items()}, layer, np.array(2.0))
+        products = Products({k: np.array([v]) for k, v in (pair | {"uu": square - 0.8}).items()}, layer, np.array(2.0))
         found = quantities(products, pairs, Chance(np.array([chance]), np.array([0.1])))
         assert found.clarity[0] == 0
