@@ -8,10 +8,10 @@ from lensbench.probes.measured import Measurement
 from lensbench.probes.subject import Subject
 from lensbench.streams.parts import evaluating
 
-Owner = Literal["model", "layer", "pair", "head", "blocks", "rank", "layer and rank"]
+Owner = Literal["model", "layer", "pair", "head", "blocks", "rank", "layer and rank", "target"]
 """What a value belongs to. The columns ``layer`` and ``other`` of ``probes.csv`` say which one: a layer or block
 (``layer``), two layers (both), a head of a layer (both), a number of blocks or a rank (``other``), a rank of a layer's
-lens (both), or the whole model (neither)."""
+lens (both), a target in percent (``other``), or the whole model (neither)."""
 
 
 Table = Literal["places", "layers", "models", "heads"]

@@ -6,6 +6,7 @@ from lensbench.probes.block_paths import BLOCK_PATHS
 from lensbench.probes.catalogue import Probe, Quantity
 from lensbench.probes.causal_fidelity import CAUSAL_FIDELITY
 from lensbench.probes.decodable_used import DECODABLE_USED
+from lensbench.probes.early_exit import EARLY_EXIT
 from lensbench.probes.error_transport import ERROR_TRANSPORT
 from lensbench.probes.few_shot import FEW_SHOT
 from lensbench.probes.gradient_alignment import GRADIENT_ALIGNMENT
@@ -16,6 +17,7 @@ from lensbench.probes.injection_survival import INJECTION_SURVIVAL
 from lensbench.probes.jacobian_halves import JACOBIAN_HALVES
 from lensbench.probes.known_places import KNOWN_PLACES
 from lensbench.probes.lens_rank import LENS_RANK
+from lensbench.probes.linearity import LINEARITY
 from lensbench.probes.loops import LOOPS
 from lensbench.probes.matched_transfer import MATCHED_TRANSFER
 from lensbench.probes.prediction_visibility import PREDICTION_VISIBILITY
@@ -46,6 +48,8 @@ PROBES: dict[str, Probe] = {
         DECODABLE_USED,
         JACOBIAN_HALVES,
         TOP1_KEPT,
+        LINEARITY,
+        EARLY_EXIT,
         LOOPS,
     )
 }

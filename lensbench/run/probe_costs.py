@@ -41,12 +41,13 @@ from lensbench.suite.recipes import Suite
 
 READS_SCORED = (
     "representation", "matched_transfer", "loops", "guess_and_refine", "lens_rank", "decodable_used", "jacobian_halves",
-    "injection_survival",
+    "injection_survival", "linearity", "early_exit",
 )  # fmt: skip
 """Probes that read the states at the scored tokens. The first one makes the pass where the scores are of more windows."""
 
 OF_VIEWS = (
     "representation", "matched_transfer", "guess_and_refine", "lens_rank", "decodable_used", "jacobian_halves",
+    "linearity", "early_exit",
 )  # fmt: skip
 """Probes that a view with a random basis for every layer has, too"""
 
@@ -263,6 +264,19 @@ def jacobian_halves_work(asked: Asked) -> Work:
     return work + read_out(shape, 2 * layers * asked.scored) + metric(asked)
 
 
+def linearity_work(asked: Asked) -> Work:
+    """Least squares of every layer on the one before it, with all tokens and with the quiet ones, and its residuals."""
+    shape, layers = asked.shape, asked.shape.layers
+    work = moments(shape, 2 * asked.of.tokens("fit"), layers) + eigendecompositions(shape, 2 * layers)
+    return work + products(shape, 4 * layers) + Work(double=2 * layers * asked.scored * 2 * shape.width**2)
+
+
+def early_exit_work(asked: Asked) -> Work:
+    """One read-out for every lens, layer and token of dev and of what is scored."""
+    readers = len(FITTED_ALWAYS) + asked.further
+    return read_out(asked.shape, (asked.scored + asked.of.tokens("dev")) * readers * asked.shape.layers)
+
+
 def refitted(inputs: float, outputs: float, chosen: float = CHOSEN_RIDGES) -> Work:
     """Cross-fitted ridge regressions: each of the folds with each ridge, then every two folds left out."""
     solved = FOLDS * len(CROSSFIT_RIDGES) + chosen * FOLDS * (FOLDS + 1) / 2
@@ -379,6 +393,8 @@ WORK: dict[str, Callable[[Asked], Work]] = {
     "decodable_used": decodable_used_work,
     "jacobian_halves": jacobian_halves_work,
     "top1_kept": top1_kept_work,
+    "linearity": linearity_work,
+    "early_exit": early_exit_work,
     "loops": loops_work,
 }
 """Probe -> what it takes of a model that it applies to, the states of all splits being there"""

@@ -23,6 +23,7 @@ COLUMNS = {
     "blocks": (False, True),
     "rank": (False, True),
     "layer and rank": (True, True),
+    "target": (False, True),
 }
 """Whether ``layer`` and ``other`` have a value, by what a quantity belongs to."""
 
@@ -49,7 +50,7 @@ def test_a_probe_writes_the_quantities_of_its_catalogue_and_no_others(name, subj
         for probe_name, (family, layers) in families.items()
         if probe_name == name
     ]
-    if name in ("guess_and_refine", "lens_rank"):  # lenses that not every suite asks for
+    if name in ("guess_and_refine", "lens_rank", "early_exit"):  # lenses that not every suite asks for
         further = {"jacobian": subjects[0].own, "shared_jacobian": subjects[0].shared}
         others = [replace(subjects[0], further=further)]
     if name in ("decodable_used", "jacobian_halves"):
