@@ -9,11 +9,13 @@ Two-phase sampling with a control variate (Cochran 1977, section 12.9):
 
 The mean over tokens is then ``mean cheap + B``. For given tokens and words, its expectation over samples is the exact
 mean. Sums over clusters contain the spread of y, so a bootstrap over clusters includes the variance of the estimate. All
-lenses and layers share one sample, so differences stay paired. An estimated KL may be negative.
+lenses of a layer share one sample, so differences between them stay paired. Layers may ask for samples of different sizes:
+each is then the beginning of one random order of the tokens, so that the smaller lies in the larger. An estimated KL may be
+negative.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,19 +46,46 @@ def worth_estimating(vocabulary: int) -> bool:
     return vocabulary > 2 * WORDS
 
 
+Shares = float | Sequence[float]
+"""Shares of exact log-partitions: one for all layers 0..L, or one of each"""
+
+FEWEST_DRAWN = 64
+"""Tokens at least that get exact values: a bootstrap tells nothing of fewer"""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample of the tokens, for the lenses of one layer."""
+
+    at: Tensor
+    """Positions of the sampled tokens among those of this process, ``[n]``, ascending"""
+    of_largest: Tensor | None
+    """Where they stand in the largest sample, ``[n]``; None: it is that sample"""
+    share: float
+    """The share of tokens that is sampled, over all processes"""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What ``x`` ``[M, n', ...]`` of the largest sample holds of this one."""
+        return x if self.of_largest is None else x[:, self.of_largest]
+
+
 @dataclass(frozen=True)
 class Estimator:
-    """The words for cheap values of all tokens, and the sample of tokens that gets exact values."""
+    """The words for cheap values of all tokens, and for every layer the sample of tokens that gets exact values."""
 
     words: Words
     captured: Capture
     """All tokens of this process"""
     drawn: Tensor
-    """Positions of the sampled tokens, ``[n]``, ascending"""
+    """Positions of the tokens of the largest sample, ``[n]``, ascending"""
+    place: Tensor
+    """Where each of them stands in the random order of the tokens of all processes, ``[n]``"""
     few: Capture
-    """The capture of the sampled tokens"""
-    share: float
-    """The share of tokens that is sampled, over all processes"""
+    """The capture of the largest sample"""
+    counts: tuple[int, ...]
+    """Tokens of all processes that are sampled for layers 0..L"""
+    shares: tuple[float, ...]
+    """What was asked for, by layer"""
     seed: tuple[int, ...]
 
     @classmethod
@@ -67,14 +96,14 @@ class Estimator:
         captured: Capture,
         per_layer: AffineMaps,
         *,
-        share: float,
+        share: Shares,
         seed: Sequence[int],
         words: int | None = None,
     ) -> "Estimator":
         """A simple random sample of ``share`` of the tokens, and words chosen from what the lenses ``per_layer`` read out.
 
         ``words``: how many stand for the vocabulary, :data:`WORDS` if left out. Raises :class:`LensbenchError` for a share
-        that is not above 0 and at most 1.
+        that is not above 0 and at most 1, or not one of every layer.
         """
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         # The words do not depend on the sampled tokens: this keeps the estimate unbiased.
@@ -83,29 +112,43 @@ class Estimator:
 
     @classmethod
     def where_it_saves(
-        cls, readout: ReadOut, captured: Capture, per_layer: AffineMaps, *, share: float, seed: Sequence[int]
+        cls, readout: ReadOut, captured: Capture, per_layer: AffineMaps, *, share: Shares, seed: Sequence[int]
     ) -> "Estimator | None":
-        """As :meth:`of`; None for a share of 1, and for a vocabulary so small that nothing would be saved."""
-        if share == 1 or not worth_estimating(len(readout.weight)):
+        """As :meth:`of`; None where every share is 1, and for a vocabulary so small that nothing would be saved."""
+        if min(by_layer(share, captured.layers)) == 1 or not worth_estimating(len(readout.weight)):
             return None
         return cls.of(readout, captured, per_layer, share=share, seed=seed)
 
     @classmethod
-    def drawn_with(cls, words: Words, captured: Capture, *, share: float, seed: Sequence[int]) -> "Estimator":
-        """A sample for given words, which must not depend on it."""
-        if not 0 < share <= 1:
-            raise LensbenchError(f"exact_share is {share}: it must be above 0 and at most 1")
+    def drawn_with(
+        cls, words: Words, captured: Capture, *, share: Shares, seed: Sequence[int], fewest: int = 2
+    ) -> "Estimator":
+        """Samples for given words, which must not depend on them, of ``fewest`` tokens at least."""
+        shares = by_layer(share, captured.layers)
         total = captured.tokens
-        count = min(total, max(2, round(share * total)))
-        order = torch.from_numpy(np.random.default_rng(tuple(seed)).permutation(total))[:count].sort().values
+        counts = tuple(min(total, max(fewest, round(s * total))) for s in shares)
+        order = torch.from_numpy(np.random.default_rng(tuple(seed)).permutation(total))[: max(counts)]
+        drawn, place = order.sort()
         before, _ = captured.ranks.span(len(captured))
-        here = order[(order >= before) & (order < before + len(captured))] - before
-        drawn = here.to(captured.states.device)
-        return cls(words, captured, drawn, captured.take(drawn), count / total, tuple(seed))
+        here = (drawn >= before) & (drawn < before + len(captured))
+        device = captured.states.device
+        at = (drawn[here] - before).to(device)
+        return cls(words, captured, at, place[here].to(device), captured.take(at), counts, shares, tuple(seed))
 
     def again(self, captured: Capture, number: int) -> "Estimator":
-        """The same words and share for other tokens, with a new sample; ``number`` seeds it."""
-        return Estimator.drawn_with(self.words, captured, share=self.share, seed=(*self.seed, number))
+        """The same words and shares for other tokens, with a new sample; ``number`` seeds it."""
+        return Estimator.drawn_with(
+            self.words, captured, share=self.shares, seed=(*self.seed, number), fewest=FEWEST_DRAWN
+        )
+
+    def sample(self, layer: int) -> Drawn:
+        """The sample of a layer."""
+        count = self.counts[layer]
+        share = count / self.captured.tokens
+        if count == max(self.counts):
+            return Drawn(self.drawn, None, share)
+        which = (self.place < count).nonzero()[:, 0]
+        return Drawn(self.drawn[which], which, share)
 
     def references(
         self, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")
@@ -136,23 +179,33 @@ class Estimator:
     def score(self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None) -> Scores:
         """Estimates of what :func:`score` computes, for M lenses on the states of one layer: float64 ``[M, N]``."""
         cheap, exact = self.both(layer, maps, references)
+        drawn = self.sample(layer)
         moved = None
         if cheap.movement is not None and exact.movement is not None:
-            moved = self._mended(cheap.movement, exact.movement)
-        kl, ce, top1 = (self._mended(getattr(cheap, name), getattr(exact, name)) for name in ("kl", "ce", "top1"))
+            moved = self._mended(cheap.movement, exact.movement, drawn)
+        kl, ce, top1 = (
+            self._mended(getattr(cheap, name), getattr(exact, name), drawn) for name in ("kl", "ce", "top1")
+        )
         return Scores(kl, ce, moved, top1)
 
     @torch.no_grad()
     def both(
         self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None
     ) -> tuple[Scores, Scores]:
-        """Cheap values of all tokens ``[M, N]``, and exact values of the sampled ones ``[M, n]``.
+        """Cheap values of all tokens ``[M, N]``, and exact values of the tokens sampled for this layer ``[M, n]``.
 
         The logit lens of the last layer is the model itself, whose losses are known: there the cheap values are exact.
         """
         cheap_reference, exact_reference = (None, None) if references is None else references
         cheap = self._by_words(layer, maps, cheap_reference)
-        exact = score(self.words.readout, self.few.states[layer], maps, self.few, exact_reference)
+        drawn = self.sample(layer)
+        few = replace(self.few, states=self.few.states[[layer, -1]])
+        if drawn.of_largest is not None:
+            few = few.take(drawn.of_largest)
+            if exact_reference is not None:
+                moment, negative_entropy = exact_reference.moment, exact_reference.negative_entropy
+                exact_reference = Reference(drawn.rows(moment), drawn.rows(negative_entropy))
+        exact = score(self.words.readout, few.states[0], maps, few, exact_reference)
         if layer == self.captured.layers:
             eye = torch.eye(maps.matrix.shape[-1]).to(maps.matrix)
             for k in range(len(maps)):
@@ -160,13 +213,13 @@ class Estimator:
                     cheap.kl[k], cheap.ce[k], cheap.top1[k] = 0.0, self.captured.model_ce, 1.0
         return cheap, exact
 
-    def _mended(self, cheap: Tensor, exact: Tensor) -> Tensor:
+    def _mended(self, cheap: Tensor, exact: Tensor, drawn: Drawn) -> Tensor:
         """Estimates ``[M, N]`` from cheap values ``[M, N]`` and exact values of the sampled tokens ``[M, n]``."""
         ranks, total = self.captured.ranks, cheap.double()
-        difference = exact.double() - total[:, self.drawn]
-        mean = ranks.sum(difference.sum(1)) / ranks.span(len(self.drawn))[1]
+        difference = exact.double() - total[:, drawn.at]
+        mean = ranks.sum(difference.sum(1)) / ranks.span(len(drawn.at))[1]
         found = total + mean[:, None]
-        found[:, self.drawn] += (difference - mean[:, None]) / self.share
+        found[:, drawn.at] += (difference - mean[:, None]) / drawn.share
         return found
 
     def _by_words(self, layer: int, maps: AffineMaps, reference: Reference | None) -> Scores:
@@ -207,6 +260,17 @@ class Estimator:
             for parts in zip(*in_pieces(slice(0, len(h)), TOKEN_BLOCK, one, what="a token of an estimate"), strict=True)
         )
         return Scores(kl, ce, movement[0] if movement else None, top1)
+
+
+def by_layer(share: Shares, layers: int) -> tuple[float, ...]:
+    """The shares of layers 0..L; raises :class:`LensbenchError` for one that is not above 0 and at most 1."""
+    shares = (float(share),) * (layers + 1) if isinstance(share, int | float) else tuple(map(float, share))
+    if len(shares) != layers + 1:
+        raise LensbenchError(f"{len(shares)} shares of exact log-partitions for {layers + 1} layers")
+    for one in shares:
+        if not 0 < one <= 1:
+            raise LensbenchError(f"exact_share is {one}: it must be above 0 and at most 1")
+    return shares
 
 
 def mean_read_out(readout: ReadOut, captured: Capture, per_layer: AffineMaps) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.data.samples import Samples
-from lensbench.lenses.estimated import Estimator
+from lensbench.lenses.estimated import Estimator, Shares
 from lensbench.lenses.fit import Fit, FitSummary
 from lensbench.lenses.kinds import KINDS
 from lensbench.lenses.lens import FittedLens, LensId, curve_column
@@ -249,7 +249,7 @@ def evaluate(
     *,
     refit_positions: int | None = None,
     matrix: bool = True,
-    exact_share: float = 1.0,
+    exact_share: Shares = 1.0,
     seed: Sequence[int] = (0,),
     memory_gib: float = float("inf"),
     pieces: Pieces = NOTHING_KEPT,
@@ -260,10 +260,10 @@ def evaluate(
 
     Without the ``matrix`` lenses are read at their own layers alone; a fit with refits or a curve over tolerances needs it.
 
-    Below an ``exact_share`` of 1 all losses are unbiased estimates from that share of the exact log-partitions, of tokens
-    drawn with ``seed`` (:mod:`lensbench.lenses.estimated`); a vocabulary too small to save anything is read exactly.
-    What movement is measured from is as large as the states; beyond ``memory_gib`` it is kept on disk as they are. Finished
-    ``pieces`` are taken up. ``task``: what the progress is called.
+    Below an ``exact_share`` of 1 (one for all layers, or one of each) all losses are unbiased estimates from that share of
+    the exact log-partitions, of tokens drawn with ``seed`` (:mod:`lensbench.lenses.estimated`); a vocabulary too small to
+    save anything is read exactly. What movement is measured from is as large as the states; beyond ``memory_gib`` it is
+    kept on disk as they are. Finished ``pieces`` are taken up. ``task``: what the progress is called.
     """
     estimator = Estimator.where_it_saves(readout, captured, fit.headline.maps, share=exact_share, seed=seed)
     context = EvalContext(readout, captured, fit, memory_gib, pieces, matrix, estimator)

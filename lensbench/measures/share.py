@@ -1,13 +1,14 @@
-"""The share of exact log-partitions that leaves intervals nearly as they are, found on the dev split."""
+"""The shares of exact log-partitions, by layer, that leave intervals nearly as they are, found on the dev split."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from lensbench.lenses.estimated import Estimator
+from lensbench.lenses.estimated import FEWEST_DRAWN, Estimator
 from lensbench.lenses.fit import Fit
 from lensbench.lenses.lens import LensId
 from lensbench.lenses.maps import AffineMaps
@@ -27,14 +28,14 @@ WIDER = 1.1
 LARGEST_SHARE = 0.5
 """Above this share too little is saved, and everything is exact"""
 
-FEWEST_DRAWN = 64
-"""Tokens at least that get exact values: a bootstrap tells nothing of fewer"""
-
 PILOT_TOKENS = 512
 """Dev tokens that the share is found on: equally many of every dev sequence, and one at least"""
 
 NEGLIGIBLE = 1e-9
 """An interval whose variance is below this share of the square of K_0 is that of a constant"""
+
+GROWTH = 1.02
+"""Times that a layer's share grows at once"""
 
 STEP = 1e-4
 """Of the numerical derivative of an index by the values of a token"""
@@ -42,12 +43,14 @@ STEP = 1e-4
 
 @dataclass(frozen=True)
 class Share:
-    """A share of exact log-partitions, and what it rests on."""
+    """Shares of exact log-partitions, and what they rest on."""
 
     share: float
-    """1 where too little would be saved"""
+    """The mean over layers; 1 where too little would be saved"""
+    of_layers: tuple[float, ...]
+    """The share of every layer 0..L"""
     widest: str
-    """The interval that asks for it"""
+    """The interval that asks for the largest"""
     ratio: float
     """Variance that estimating with one exact value in two adds to that interval's, over its own"""
     tokens: int
@@ -56,51 +59,111 @@ class Share:
 
     def described(self) -> dict[str, Any]:
         """By name, for the manifest."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def share_for(ratio: float, tokens: int) -> float:
-    """The smallest share s of so many tokens that widens no interval more than :data:`WIDER` times.
-
-    Of n out of N tokens drawn without replacement, a share s, the variance that the estimate adds is ``(1 - s) / s`` times
-    that at one half. ``ratio`` is the largest over intervals of that variance over the interval's own.
-    """
-    share = ratio / (ratio + WIDER**2 - 1)
-    share = max(np.ceil(1000 * share) / 1000, FEWEST_DRAWN / tokens)
-    return 1.0 if share > LARGEST_SHARE else float(share)
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return found | {"of_layers": list(self.of_layers)}
 
 
 def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
-    """The share for ``scored`` tokens, from an estimator that draws all tokens of the dev split.
+    """The shares for ``scored`` tokens, from an estimator that draws all tokens of the dev split.
 
     It looks at the intervals of losses, penalties, pair penalties and indices, for the layers that the fit chose for what
     takes long; not at top-1 agreement, where one token in hundreds may be all that an interval is made of. Each is
     linearised: the variance of the exact value over documents is that of its influence, summed by document; the variance
     that the estimate adds is that of the influence of the difference between exact and cheap values, over tokens.
+
+    A layer between two chosen ones gets the larger of their shares.
     """
     captured = estimator.captured
     exact, difference = token_values(estimator, fit)
-    ranks = captured.ranks
-    documents = ranks.joined(captured.document)
-    known, index = np.unique(documents, return_inverse=True)
-    whole, extra = influences(exact, exact), influences(exact, difference)
-    count, constant = len(documents), float(exact.constant.mean())
-    ratios: dict[str, float] = {}
+    documents = captured.ranks.joined(captured.document)
+    known = len(np.unique(documents))
+    ratios = added_ratios(exact, difference, documents) if known > 1 else {}
+    every = captured.layers + 1
+    if not any(ratio.size for ratio in ratios.values()):  # nothing is known of any interval
+        return Share(1.0, (1.0,) * every, "", 0.0, len(documents), known, 0)
+    largest = {name: float(ratio.sum((0, 1)).max()) for name, ratio in ratios.items() if ratio.size}
+    widest = max(largest, key=largest.__getitem__)
+    at_chosen = shares_of_layers(list(ratios.values()), scored)
+    of_layers = spread(at_chosen, [*fit.summary.layers, captured.layers])
+    if np.mean(of_layers) > LARGEST_SHARE:
+        of_layers = (1.0,) * every
+    mean = round(float(np.mean(of_layers)), 4)
+    intervals = sum(ratio.shape[-1] for ratio in ratios.values())
+    return Share(mean, of_layers, widest, round(largest[widest], 6), len(documents), known, intervals)
+
+
+def added_ratios(exact: Means, difference: Means, documents: Array) -> dict[str, Array]:
+    """What estimating adds to the variance of every interval, over its own, by name, ``[layers, layers, intervals]``.
+
+    At [j, k] it is the covariance of what the values at layers j and k add when one token in two is exact. Intervals that
+    are those of constants are left out.
+    """
+    index = np.unique(documents, return_inverse=True)[1]
+    known, count = int(index.max()) + 1, len(documents)
+    whole = influences(exact, exact)
+    of_layer = [influences(exact, at_layer(difference, k)) for k in range(exact.transfer.shape[-1])]
+    constant, found = float(exact.constant.mean()), {}
     for name, of_tokens in whole.items():
-        by_document = np.zeros((len(known), *of_tokens.shape[1:]))
+        by_document = np.zeros((known, *of_tokens.shape[1:]))
         np.add.at(by_document, index, of_tokens)
-        own = np.square(by_document).sum(0) * len(known) / max(1, len(known) - 1) / count**2
-        added = extra[name].var(0) / count
+        own = np.square(by_document).sum(0) * known / (known - 1) / count**2
+        extra = np.stack([x[name] - x[name].mean(0) for x in of_layer])
         with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = np.where(own > NEGLIGIBLE * constant**2, added / own, np.nan)
-        if np.isfinite(ratio).any():
-            ratios[name] = float(np.nanmax(ratio))
-    if not ratios or len(known) < 2:  # nothing is known of any interval
-        return Share(1.0, "", 0.0, count, len(known), 0)
-    widest = max(ratios, key=ratios.__getitem__)
-    intervals = sum(int(np.prod(x.shape[1:])) for x in whole.values())
-    share = share_for(ratios[widest], scored)
-    return Share(share, widest, round(ratios[widest], 6), count, len(known), intervals)
+            ratio = np.einsum("jnc,knc->jkc", extra, extra) / count**2 / own
+        finite = np.isfinite(ratio).all((0, 1)) & (own > NEGLIGIBLE * constant**2)
+        found[name] = ratio[:, :, finite]
+    return found
+
+
+def at_layer(values: Means, layer: int) -> Means:
+    """Values of tokens that are read at one layer, their last axis; zero elsewhere, and for what reads no layer."""
+
+    def only(x: Array) -> Array:
+        return x * (np.arange(x.shape[-1]) == layer) if x.ndim > 1 else 0 * x
+
+    return Means(**{name: only(x) for name, x in values.items()})
+
+
+def shares_of_layers(ratios: Sequence[Array], tokens: int) -> Array:
+    """The shares of so many tokens that widen no interval more than :data:`WIDER` times, ``[layers]``.
+
+    ``ratios``: of :func:`added_ratios`. Of n out of N tokens drawn without replacement, a share s, the variance that an
+    estimate adds is ``(1 - s) / s`` times that at one half. Samples of the layers lie in each other, so what two of them add
+    together is that of the larger one. Shares grow from the smallest, that one first which mends most of what is too wide.
+    """
+    every = np.concatenate(ratios, -1)
+    size = len(every)
+
+    def excess(shares: Array) -> float:
+        added = np.einsum("jkc,jk->c", every, 1 / np.maximum.outer(shares, shares) - 1)
+        return float(np.maximum(0, added - (WIDER**2 - 1)).sum())
+
+    shares = np.full(size, min(1.0, FEWEST_DRAWN / tokens))
+    while (now := excess(shares)) > 0 and shares.mean() <= LARGEST_SHARE:
+        larger = np.minimum(1.0, GROWTH * shares)
+        gain = [
+            (now - excess(np.where(np.arange(size) == k, larger, shares))) / (larger[k] - shares[k])
+            if larger[k] > shares[k]
+            else -np.inf
+            for k in range(size)
+        ]
+        # Where no single one mends anything, samples that differ are what widens it: the smallest grows.
+        k = int(np.argmax(gain)) if max(gain) > 0 else int(np.argmin(shares))
+        shares[k] = larger[k]
+    if shares.mean() > LARGEST_SHARE:
+        return np.ones(size)
+    found: Array = np.minimum(1.0, np.ceil(1000 * shares) / 1000)
+    return found
+
+
+def spread(shares: Array, layers: Sequence[int]) -> tuple[float, ...]:
+    """Shares of all layers from those of some, rising to the last: the larger of the two nearest."""
+    found = []
+    for layer in range(layers[-1] + 1):
+        after = int(np.searchsorted(layers, layer))
+        before = after if layers[after] == layer else max(0, after - 1)
+        found.append(float(max(shares[before], shares[after])))
+    return tuple(found)
 
 
 def intervals_of(m: Means) -> dict[str, Array]:

@@ -302,10 +302,10 @@ catalogue of indices. How to read a run: [results](README.md).
 - `update_draws.parquet`: `model`, `seed`, `index`, `value`; 500 bootstrap draws of each index of the update
   decomposition, over the same documents for every model, in steps of at most a 64th of their spread.
 - `estimated` in the manifest is there where a suite computes a share of the log-partitions (`evaluate.exact_share` below
-  1, or auto). For each model and seed it has `share`; 1: all are exact after all. Where the share was found on dev it
-  has `widest`, the kind of interval that asks for it; `ratio`, the variance that a share of one half would add to that
-  interval's own; and the `tokens`, `documents` and `intervals` looked at. Losses are then unbiased estimates: a KL near 0
-  may be negative, and intervals hold the added variance.
+  1, or auto). For each model and seed it has `share`; 1: all are exact after all. Where it was found on dev, it is the
+  mean of `of_layers`, the shares of layers 0..L; `widest` is the kind of interval that asks for most, `ratio` the
+  variance that a share of one half would add to that interval's own; then come the `tokens`, `documents` and `intervals`
+  looked at. Losses are then unbiased estimates: a KL near 0 may be negative, and intervals hold the added variance.
 """
 
 

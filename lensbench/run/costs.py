@@ -54,8 +54,8 @@ VALUES_ALONE = 0.4
 READABLE_STEPS = 15
 """Evaluations of a fit of readable gain"""
 
-AUTO_SHARE = 0.15
-"""The share of exact log-partitions that ``evaluate.exact_share = "auto"`` is taken to find"""
+AUTO_SHARE = 0.1
+"""The mean share of exact log-partitions that ``evaluate.exact_share = "auto"`` is taken to find"""
 
 LANDMARKS = 5
 """Views of the model's own states that are decomposed"""

@@ -1,9 +1,9 @@
-"""The stage that finds which share of the log-partitions a model's scores need."""
+"""The stage that finds which share of the log-partitions a model's scores need at each layer."""
 
 from pathlib import Path
 from typing import Any
 
-from lensbench.lenses.estimated import WORDS, Estimator, worth_estimating
+from lensbench.lenses.estimated import WORDS, Estimator, Shares, worth_estimating
 from lensbench.lenses.fit import Fit
 from lensbench.measures.evaluate import thinned_windows
 from lensbench.measures.share import PILOT_TOKENS, find_share
@@ -17,7 +17,7 @@ from lensbench.runtime.stages import ANEW
 from lensbench.runtime.texts import read_json
 from lensbench.suite.recipes import ModelRecipe
 
-ESTIMATE_FORMAT = 2
+ESTIMATE_FORMAT = 3
 """Version of estimates and of how a share is found: in the keys of stages that estimate, and of no others"""
 
 DEV_DRAW = 1
@@ -59,6 +59,12 @@ def exact_share_of(context: Context, model: ModelRecipe, seed: int) -> dict[str,
     return known
 
 
+def shares_in(found: dict[str, Any]) -> Shares:
+    """The shares of all layers, or the one for all of them, of what :func:`exact_share_of` gives."""
+    shares: Shares = found.get("of_layers", found["share"])
+    return shares
+
+
 def estimate_key() -> dict[str, int]:
     """What the stages that estimate have in their keys."""
     return {"version": ESTIMATE_FORMAT, "words": WORDS}
@@ -75,7 +81,9 @@ def said_of(share: dict[str, Any], vocabulary: int) -> str:
         return "" if widest is None else f"all log-partitions are exact: {widest} asks for more than half of them"
     if not worth_estimating(vocabulary):
         return exact_because(vocabulary)
-    asks = f", as {share['widest']} asks" if "widest" in share else ""
+    asks = ""
+    if "widest" in share:
+        asks = f" ({min(share['of_layers']):.1%} to {max(share['of_layers']):.1%} by layer, as {share['widest']} asks)"
     return (
         f"{share['share']:.1%} of the log-partitions are exact{asks}; the others are estimated, and intervals hold that"
     )

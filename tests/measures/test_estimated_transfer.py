@@ -10,7 +10,7 @@ from helpers.synthetic import SyntheticStream, capture_of, random_maps, read_out
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses import estimated
-from lensbench.lenses.estimated import Estimator, mean_read_out
+from lensbench.lenses.estimated import FEWEST_DRAWN, Estimator, mean_read_out
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.ridge import RidgePath
@@ -81,6 +81,34 @@ def test_mean_over_seeds_is_the_exact_matrix():
         error = each.std(0, ddof=1) / np.sqrt(len(each))
         assert (np.abs(each.mean(0) - exact[name]) < 4.5 * error + 2e-5).all(), name
         assert error.max() > 1e-5
+
+
+def test_layers_of_unequal_shares_draw_nested_samples_and_are_what_each_share_alone_gives():
+    readout, captured, maps = stream_and_lenses()
+    shares = (0.05, 0.4, 0.1, 1.0)
+    it = estimator_of(readout, captured, maps, share=shares)
+    samples = [set(it.sample(layer).at.tolist()) for layer in range(4)]
+    assert [len(sample) for sample in samples] == [round(s * len(captured)) for s in shares]
+    assert samples[0] < samples[2] < samples[1] < samples[3]
+    found = transfer_sums(readout, captured, maps, estimator=it)
+    for layer, share in enumerate(shares):
+        alone = estimate_of(readout, captured, maps, share=share)
+        for name in NAMES:
+            one, other = getattr(found, name)[..., layer], getattr(alone, name)[..., layer]
+            np.testing.assert_allclose(one, other, atol=1e-4, err_msg=f"{name} of layer {layer}")
+
+
+def test_a_sample_drawn_again_has_tokens_enough_for_a_bootstrap():
+    readout, captured, maps = stream_and_lenses()
+    again = estimator_of(readout, captured, maps, share=0.01).again(captured, 1)
+    assert set(again.counts) == {min(len(captured), FEWEST_DRAWN)}
+
+
+@pytest.mark.parametrize("shares", [(0.1, 0.2), (0.1, 0.0, 0.1, 0.1)])
+def test_shares_that_are_no_shares_or_not_one_of_every_layer_are_refused(shares):
+    readout, captured, maps = stream_and_lenses()
+    with pytest.raises(LensbenchError, match=r"2 shares of .* for 4 layers|above 0 and at most 1"):
+        estimator_of(readout, captured, maps, share=shares)
 
 
 @pytest.mark.parametrize("head", ["plain", "capped"])

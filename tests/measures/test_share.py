@@ -5,13 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.synthetic import small, true_token_kl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lensbench.lenses.estimated import Estimator
 from lensbench.lenses.pairs import PAIR_LENS
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.shared import SHARED_LENS
 from lensbench.measures import share
-from lensbench.measures.share import find_share, influences, share_for, token_values
+from lensbench.measures.share import (
+    added_ratios,
+    find_share,
+    influences,
+    shares_of_layers,
+    spread,
+    token_values,
+)
 from lensbench.statistics import bootstrap_weights
 
 
@@ -22,20 +31,34 @@ def pilot():
     return it, estimator, *token_values(estimator, it.fit)
 
 
-@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.1, 0.2])
+def one_layer(ratio, tokens):
+    (found,) = shares_of_layers([np.full((1, 1, 1), ratio)], tokens)
+    return found
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.1, 0.18])
 def test_no_interval_is_more_than_a_tenth_wider_and_a_smaller_share_would_make_it_so(ratio):
     def times_wider(s):
         return (1 + (1 - s) / s * ratio) ** 0.5
 
-    found = share_for(ratio, 10**6)
+    found = one_layer(ratio, 10**6)
     assert times_wider(found) <= 1.1
-    assert times_wider(found - 0.002) > 1.1
+    assert times_wider(found / share.GROWTH - 0.002) > 1.1
 
 
 def test_what_saves_too_little_is_exact_and_few_tokens_are_never_left_alone():
-    assert share_for(1.0, 10**6) == 1
-    assert share_for(0.0, 6400) == share.FEWEST_DRAWN / 6400
-    assert share_for(0.0, 100) == 1
+    assert one_layer(1.0, 10**6) == 1
+    assert one_layer(0.0, 6400) == share.FEWEST_DRAWN / 6400
+    assert one_layer(0.0, 100) == 1
+
+
+def test_only_the_layers_of_a_wide_interval_get_a_large_share():
+    ratios = np.zeros((4, 4, 2))
+    ratios[1, 1, 0], ratios[2, 2, 0] = 0.1, 0.05
+    ratios[0, 0, 1] = 0.001
+    shares = shares_of_layers([ratios], 4096)
+    assert shares[3] <= shares[0] < 0.02
+    assert min(shares[1:3]) > 0.1
 
 
 def test_values_are_those_of_the_lenses(pilot):
@@ -85,6 +108,54 @@ def test_added_variance_is_that_of_repeated_draws(pilot):
     )
 
 
+def test_what_layers_of_unequal_shares_add_is_that_of_repeated_nested_draws(pilot):
+    """Of R again, each layer's shared lens exact at the beginning of one random order of the tokens."""
+    it, _, exact, difference = pilot
+    count, draws = len(it.dev), 1500
+    shares = np.linspace(0.1, 0.4, exact.shared.shape[1])
+    random = np.random.default_rng(1)
+    drawn = [random.permutation(count) for _ in range(draws)]
+    cheap = exact.shared - difference.shared
+    shared = np.stack(
+        [
+            cheap[:, k].mean() + np.array([difference.shared[d[: round(s * count)], k].mean() for d in drawn])
+            for k, s in enumerate(shares)
+        ],
+        -1,
+    )
+    own, constant = exact.own.mean(0), exact.constant.mean()
+    spread_of_draws = (1 - (shared - own).sum(-1) / (constant - own).sum()).var()
+    ratio = added_ratios(exact, difference, it.dev.document)["shared_retention"][..., 0]
+    index = np.unique(it.dev.document, return_inverse=True)[1]
+    of_documents = np.bincount(index, influences(exact, exact)["shared_retention"][:, 0])
+    variance = np.square(of_documents).sum() * len(of_documents) / (len(of_documents) - 1) / count**2
+    weights = 1 / np.maximum.outer(shares, shares) - 1
+    predicted = (ratio[: len(shares), : len(shares)] * weights).sum() * variance
+    assert predicted == pytest.approx(spread_of_draws, rel=0.2)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_shares_by_layer_widen_no_interval_more_than_a_tenth(seed):
+    random = np.random.default_rng(seed)
+    layers, tokens = int(random.integers(1, 6)), 4096
+    one = np.zeros((layers, layers, 5))
+    at = random.integers(0, layers, 5)
+    one[at, at, np.arange(5)] = random.exponential(0.02, 5)
+    root = random.normal(size=(layers, layers, 3)) * 0.05
+    ratios = [one, np.einsum("jic,kic->jkc", root, root)]
+    shares = shares_of_layers(ratios, tokens)
+    added = 1 / np.maximum.outer(shares, shares) - 1
+    for ratio in ratios:
+        assert (np.einsum("jkc,jk->c", ratio, added) <= 0.2101).all()
+    assert (shares >= share.FEWEST_DRAWN / tokens).all()
+    assert (shares <= 1).all()
+
+
+def test_a_layer_between_two_gets_the_larger_share():
+    assert spread(np.array([0.1, 0.3, 0.2]), [0, 2, 5]) == (0.1, 0.3, 0.3, 0.3, 0.3, 0.2)
+
+
 def test_a_fit_without_pairs_has_a_share_by_its_other_intervals(pilot):
     it, estimator, exact, _ = pilot
     lenses = {lens: fitted for lens, fitted in it.fit.lenses.items() if lens.kind != PAIR_LENS.kind}
@@ -111,7 +182,9 @@ def test_the_widest_interval_decides(pilot, monkeypatch):
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.nanmax(extra[found.widest].var(0) / found.tokens / variance)
     assert found.ratio == pytest.approx(ratio, rel=1e-4)
-    assert found.share == share_for(ratio, 10**6)
+    assert len(found.of_layers) == it.dev.layers + 1
+    assert found.share == pytest.approx(np.mean(found.of_layers), abs=1e-4)
+    assert max(found.of_layers) <= share.GROWTH * ratio / (ratio + share.WIDER**2 - 1) + 0.001
     assert "distance_trend" not in whole  # rank correlations have no derivative
     assert {"penalty_kl", "penalty_ce", "kl", "pair_penalty_of_pairs", "shared_consistency", "gain_visibility"} <= set(
         whole
