@@ -58,6 +58,8 @@ MAPS, HEADS = (NONE, ORTHOGONAL, AFFINE), (OWN_HEAD, STATES_HEAD)
 class Member:
     """A model of a run at one seed, whose lenses are there."""
 
+    context: Context
+    """Of its run"""
     model: ModelRecipe
     seed: int
     digest: str
@@ -98,39 +100,44 @@ def transfer_between(
     *,
     device: torch.device,
     named: Sequence[tuple[str, str]] = (),
+    others: Sequence[tuple[Suite, Path]] = (),
     progress: Progress = QUIET,
 ) -> pd.DataFrame:
     """``between.csv`` of the models of ``suite`` that ``run`` has finished lenses of, written into ``folder``.
 
     Pairs: the checkpoints of each training, the seeds of each model, the sizes of each family, and models ``named``
-    together. Nothing is trained or fitted again, and ``run`` stays as it is; finished pairs are reused. ``folder`` also gets
-    a manifest and a figure.
+    together. ``others``: further presets of the suite with their runs, where each size has a run of its own. Nothing is
+    trained or fitted again, and runs stay as they are; finished pairs are reused. ``folder`` also gets a manifest
+    and a figure.
 
     Raises :class:`LensbenchError` for a suite of images, a run without lenses of these settings, and models between which
     there is nothing to transfer.
     """
     if suite.images is not None:
         raise LensbenchError("transfer-between is for suites of text")
-    context = Context(suite, Stages(run / "stages", looking=True), device, compute=False)
-    members = list(members_of(context, progress))
+    context, *further = (
+        Context(one, Stages(folder / "stages", looking=True), device, compute=False)
+        for one, folder in ((suite, run), *others)
+    )
+    members = [member for one in (context, *further) for member in members_of(one, progress)]
     if not members:
         raise LensbenchError(
             f"{run} has no lenses with these settings of {suite.name}: give the --preset and each --set that the run had"
         )
     # Those of one training one after the other: no more models than its checkpoints are held at a time.
-    pairs = sorted(pairs_of(suite, members, named), key=lambda pair: pair.group)
+    pairs = sorted(pairs_of(members, named), key=lambda pair: pair.group)
     if not pairs:
         raise LensbenchError(
             f"the models of {run} have no two checkpoints, seeds or sizes to transfer between; name two with --pair A,B"
         )
     with claimed(folder, f"{suite.name}-between", suite.threads):
-        pieces, peers = Pieces(folder / "pieces"), Peers(context)
+        pieces, peers = Pieces(folder / "pieces"), Peers()
         measured = []
         with progress.task("transfer-between", len(pairs), "pairs") as task:
             for number, pair in enumerate(pairs):
                 key = {"fits": [pair.lens.digest, pair.states.digest], "suite": key_of(suite), "format": FORMAT}
-                found = pieces.get(f"{pair.name}-{digest_of(key)[:12]}", partial(measure, context, pair, peers))
-                measured.append(measured_pair(context, pair, found))
+                found = pieces.get(f"{pair.name}-{digest_of(key)[:12]}", partial(measure, pair, peers))
+                measured.append(measured_pair(pair, found))
                 peers.keep(pairs[number + 1 :])
                 task.update(number + 1, pair.name)
         table = between_table(measured, suite.evaluate.draws)
@@ -159,17 +166,17 @@ def members_of(context: Context, progress: Progress) -> Iterator[Member]:
                 missing.append(f"{model.name}-seed{seed}")
                 continue
             there = True
-            yield Member(model, seed, fitted.digest, fitted.folder)
+            yield Member(context, model, seed, fitted.digest, fitted.folder)
     if missing and there:  # without any the caller says so
         progress.say(
             f"left out: {context.folder} has no lenses of {', '.join(missing)} with the settings of {context.suite.name}"
         )
 
 
-def pairs_of(suite: Suite, members: Sequence[Member], named: Sequence[tuple[str, str]]) -> Iterator[Pair]:
+def pairs_of(members: Sequence[Member], named: Sequence[tuple[str, str]]) -> Iterator[Pair]:
     """Every ordered pair of checkpoints of a training, of seeds of a model, of sizes of a family, and the named ones."""
     for a, b in itertools.permutations(members, 2):
-        if (kind := kind_of(suite, a, b)) is not None:
+        if (kind := kind_of(a, b)) is not None:
             yield Pair(kind, a, b)
     there = {member.model.name for member in members}
     for names in named:
@@ -177,13 +184,13 @@ def pairs_of(suite: Suite, members: Sequence[Member], named: Sequence[tuple[str,
             if name not in there:
                 raise LensbenchError(f"--pair names {name!r}; {nearest(name, sorted(there))}")
         for a, b in itertools.permutations(members, 2):
-            if {a.model.name, b.model.name} == {*names} and a.seed == b.seed and kind_of(suite, a, b) is None:
+            if {a.model.name, b.model.name} == {*names} and a.seed == b.seed and kind_of(a, b) is None:
                 yield Pair("named", a, b)
 
 
-def kind_of(suite: Suite, a: Member, b: Member) -> str | None:
+def kind_of(a: Member, b: Member) -> str | None:
     """What relates two members: ``training``, ``seeds``, ``sizes``; None: nothing that is looked at unasked."""
-    first, second = suite.trained(a.model), suite.trained(b.model)
+    first, second = (member.context.suite.trained(member.model) for member in (a, b))
     if a.model.view != b.model.view:
         return None
     roots = [owner.checkpoint_of or owner.name for owner in (first, second)]
@@ -197,9 +204,9 @@ def kind_of(suite: Suite, a: Member, b: Member) -> str | None:
     return "sizes" if sizes and a.seed == b.seed else None
 
 
-def peer_of(context: Context, member: Member) -> Peer:
+def peer_of(member: Member) -> Peer:
     """The lenses of a member, and what its stream holds at the tokens that its run fitted, chose and scored on."""
-    suite, recipe = context.suite, context.suite.fit
+    context, suite, recipe = member.context, member.context.suite, member.context.suite.fit
     stream = stream_of(context, origin_of(context, member.model, member.seed), member.model.view)
     fitted, data = Fit.load(member.folder), data_of(context, member.model)
     fit, dev = (
@@ -215,13 +222,12 @@ def peer_of(context: Context, member: Member) -> Peer:
 class Peers:
     """Members as they are read, each captured once; states beyond ``fit.memory_gib`` lie in files."""
 
-    context: Context
     read: dict[str, Peer] = field(default_factory=dict)
 
     def of(self, member: Member) -> Peer:
         """The peer of a member."""
         if member.name not in self.read:
-            self.read[member.name] = peer_of(self.context, member)
+            self.read[member.name] = peer_of(member)
         return self.read[member.name]
 
     def keep(self, pairs: Sequence[Pair]) -> None:
@@ -230,7 +236,7 @@ class Peers:
         self.read = {name: peer for name, peer in self.read.items() if name in needed}
 
 
-def measure(context: Context, pair: Pair, peers: Peers) -> dict[str, Tensor]:
+def measure(pair: Pair, peers: Peers) -> dict[str, Tensor]:
     """The sums of a pair as tensors: readings as numbers of map, head and layers."""
     lens, states = peers.of(pair.lens), peers.of(pair.states)
     same_width = lens.fit.states.shape[-1] == states.fit.states.shape[-1]
@@ -241,7 +247,7 @@ def measure(context: Context, pair: Pair, peers: Peers) -> dict[str, Tensor]:
         maps = (AFFINE,)
     heads = HEADS if pair.kind == "training" else (OWN_HEAD,)
     try:
-        found = read_between(lens, states, maps=list(maps), heads=heads, ridges=context.suite.fit.ridges)
+        found = read_between(lens, states, maps=list(maps), heads=heads, ridges=pair.lens.context.suite.fit.ridges)
     except LensbenchError as error:
         raise LensbenchError(f"{pair.lens.name} on {pair.states.name}: {error}") from error
     readings = [[MAPS.index(r.map), HEADS.index(r.head), r.lens_layer, r.states_layer] for r in found.readings]
@@ -249,10 +255,11 @@ def measure(context: Context, pair: Pair, peers: Peers) -> dict[str, Tensor]:
     return {**sums, "readings": torch.tensor(readings), "ridge": torch.tensor(found.ridge, dtype=torch.float64)}
 
 
-def measured_pair(context: Context, pair: Pair, found: dict[str, Tensor]) -> MeasuredPair:
+def measured_pair(pair: Pair, found: dict[str, Tensor]) -> MeasuredPair:
     """A pair's sums with the tokens and clusters of the windows that they are of."""
     readings = [Reading(MAPS[m], HEADS[h], i, j) for m, h, i, j in found["readings"].tolist()]
     sums = {name: values.numpy() for name, values in found.items() if name not in ("readings", "ridge")}
+    context = pair.states.context
     data = data_of(context, pair.states.model)
     samples = eval_samples(context, data, context.suite.evaluate.sequences)
     tokens = samples.valid.sum(1)
@@ -261,7 +268,7 @@ def measured_pair(context: Context, pair: Pair, found: dict[str, Tensor]) -> Mea
     of = clusters_of(names)
     facts: dict[str, Any] = {"kind": pair.kind}
     for role, member in (("lens", pair.lens), ("states", pair.states)):
-        trained = origin_of(context, member.model, member.seed).facts["train_tokens"]
+        trained = origin_of(member.context, member.model, member.seed).facts["train_tokens"]
         facts |= {f"{role}_model": member.model.name, f"{role}_seed": member.seed, f"{role}_tokens": trained}
     clusters = np.array([of[name] for name in names])
     return MeasuredPair(

@@ -1,6 +1,7 @@
 """Transfer between the models of a finished run: pairs, tables, figure, manifest, and what is refused."""
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ from helpers.commands import refused, run
 from helpers.suites import write_suite
 
 from lensbench.results.between import BETWEEN_COLUMNS, LATER
+from lensbench.run.between import transfer_between
 from lensbench.run.context import Context
 from lensbench.run.fitting import fitting
 from lensbench.runtime.files import sha256
@@ -87,6 +89,19 @@ def test_checkpoints_seeds_and_sizes_are_read_by_each_others_lenses(fitted, tmp_
     again = run(*command, "--out", tmp_path / "again")
     assert again.exit_code == 0
     assert sha256(tmp_path / "again" / "between.csv") == sha256(tmp_path / "between" / "between.csv")
+
+
+def test_sizes_that_lie_in_runs_of_their_own_are_read_as_those_of_one_run(fitted, tmp_path):
+    path, folder = fitted
+    suite = load_suite(str(path))
+    both, large, small = (
+        suite.model_copy(update={"models": tuple(m for m in suite.models if m.name in names)})
+        for names in (("gpt", "gpt-small"), ("gpt",), ("gpt-small",))
+    )
+    of = partial(transfer_between, device=torch.device("cpu"))
+    apart = of(large, folder, tmp_path / "apart", others=[(small, folder)])
+    assert {"sizes", "seeds"} == set(apart["kind"])
+    pd.testing.assert_frame_equal(apart, of(both, folder, tmp_path / "together"))
 
 
 def test_what_cannot_be_transferred_is_refused_in_one_line(fitted, tmp_path):

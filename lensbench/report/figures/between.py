@@ -56,7 +56,7 @@ def panels_of(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     found = []
     training = table[(table["kind"] == "training") & (table["map"] == NONE) & (table["head"] == STATES_HEAD)]
     training = training[training["states_layer"].astype(str) == LATER]
-    for root, rows in training.groupby(training["lens_model"].str.partition("@")[0], sort=False):
+    for root, rows in training.groupby(training["lens_model"].str.split("@").str[0], sort=False):
         found.append((f"{TIME}: {root}", one_of_seeds(rows)))
     others = table[(table["kind"] != "training") & (table["states_layer"].astype(str) != LATER)]
     for (kind, lens, states, through), rows in others.groupby(
