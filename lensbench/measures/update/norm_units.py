@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.streams.capture import Capture, room_for
 from lensbench.streams.readout import ReadOut
 
@@ -50,4 +51,5 @@ def norm_units(captured: Capture, readout: ReadOut, layers: Sequence[int], memor
             weighted += some @ rows.double()
         mean = captured.ranks.sum(weighted.cpu()) / total
         torch.mul(captured.states[row] - mean.to(states), inverse[:, None], out=states[k])
+        give_back_pages()
     return replace(captured, states=states)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.ranks import Ranks
 from lensbench.streams.capture import Capture, predictions, room_for
@@ -108,6 +109,7 @@ class ShuffledView:
             order = donors(document, np.random.default_rng([self.seed, SPLITS[split], block]))
             for rows, update in _updates(states, block, torch.from_numpy(order), sizes, ranks):
                 h[rows] += update
+            give_back_pages()
             yield h
 
     @torch.no_grad()
