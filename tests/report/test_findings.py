@@ -68,3 +68,65 @@ def test_heads_are_counted_and_halfway_is_half_of_the_layers():
     frame = pd.DataFrame({"model": "vit", "lens": "tuned", "layer": range(5), "value": [0.1, 0.2, 0.5, 0.8, 0.9]})
     assert "right in 50 % of targets" in findings.halfway_accuracy(frame)
     assert findings.models_or_count(["a"], 9) == "1 of 9 models"
+
+
+def guesses(model, low, own):
+    """Rows of a model whose first layer's top-1 is frequent from ``low`` on, and whose own is so in ``own``."""
+    rows = [("model", "", "", None, own, own, own), ("frequent", "tuned", "", 0.0, low + 0.1, low, low + 0.2)]
+    rows += [("frequent", "tuned", "", 1.0, 0.0, 0.0, 0.0), ("frequent", "tuned", "null", 0.0, 0.9, 0.9, 0.9)]
+    columns = ["what", "lens", "beside", "layer", "value", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=columns).assign(model=model)
+
+
+def test_guesses_of_frequent_words_are_those_of_the_first_layer_against_the_model_itself():
+    frame = pd.concat([guesses("a", 0.4, 0.3), guesses("b", 0.2, 0.3), guesses("c", 0.0, 0.3)])
+    opening = "At layer 0, the top-1 of lenses is surely a frequent word "
+    assert findings.guessed_words(frame, "tuned", "lenses") == (
+        opening + "more often than the model's own in a, less often in c"
+    )
+    unsure = guesses("b", 0.2, 0.3)
+    assert findings.guessed_words(unsure, "tuned", "lenses").endswith(
+        "neither more nor less often than the model's own"
+    )
+    assert "?" not in findings.guessed_words(frame.iloc[:0], "tuned", "lenses")
+
+
+def test_the_rank_that_a_lens_needs_is_the_smallest_whose_interval_overlaps_that_of_the_full_one():
+    lines = [(rank, 1 / rank, 1 / rank - 0.05, 1 / rank + 0.05) for rank in (1, 2, 4, 8, 16)]
+    frame = pd.DataFrame(lines, columns=["rank", "value", "ci_low", "ci_high"]).assign(
+        model="a", what="kl", kind="tuned"
+    )
+    assert findings.ranks_needed(frame, {"tuned": "lenses", "shared": "one"}) == (
+        "As near the output as at full rank from rank: lenses 8"  # 0.125 - 0.05 < 0.0625 + 0.05 < 0.25 - 0.05
+    )
+    assert "?" not in findings.ranks_needed(frame.iloc[:0], {"tuned": "lenses"})
+
+
+def test_models_as_near_to_bayes_as_the_nearest_are_named_for_each_task():
+    rows = [
+        ("t", "a", 0.10, 0.05),
+        ("t", "b", 0.14, 0.05),
+        ("t", "c", 0.5, 0.05),
+        ("u", "c", 0.1, 0.01),
+        ("u", "a", 0.2, 0.01),
+    ]
+    frame = pd.DataFrame(rows, columns=["task", "model", "excess", "half"])
+    frame = frame.assign(excess_ci_low=frame["excess"] - frame["half"], excess_ci_high=frame["excess"] + frame["half"])
+    assert (
+        findings.nearest_to_bayes(frame, "64-126")
+        == "Nearest to the Bayes predictor at positions 64-126: t: a and b; u: c"
+    )
+
+
+def test_the_rival_most_like_trained_attention_is_named_with_its_models():
+    rows = [
+        (1, "linear", "gd", 0.99),
+        (1, "linear", "bayes", 0.5),
+        (2, "linear", "gd", 0.7),
+        (2, "linear", "gd++", 0.72),
+    ]
+    frame = pd.DataFrame(rows, columns=["layers", "attention", "against", "value"])
+    frame = frame.assign(ci_low=frame["value"] - 0.02, ci_high=frame["value"] + 0.02)
+    kinds, names = {"gd": "steps", "gd++": "gd++", "bayes": "Bayes"}, {(1, "linear"): "one", (2, "linear"): "two"}
+    said = findings.nearest_rival(frame, kinds, names)
+    assert said == "Trained attention's sensitivities are most like those of steps (one); steps or gd++ (two)"

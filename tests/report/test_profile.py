@@ -1,6 +1,7 @@
 """The profile over depth shows every row of blocks.csv: in the figure, in the terminal and on the page."""
 
 import io
+import re
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -24,7 +25,9 @@ from lensbench.report.figures.profile import ADDS, KEEPS, NEWS, STRIPS, profile_
 from lensbench.report.figures.style import SHEETS, on_sheet, style
 from lensbench.report.profile_svg import profiles
 from lensbench.report.profile_table import BARS, profile_table
-from lensbench.results.folder import Run
+from lensbench.results.folder import Run, read_run
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 FOUR = {"gpt": 6, "gpt-partitioned": 6, "gpt+rotated": 6, "gpt-untrained": 6}
 """One of each kind: added up, carried along, re-represented, gated"""
@@ -219,6 +222,19 @@ def test_the_planes_title_says_in_which_region_each_model_wholly_lies() -> None:
     assert finding(frame) == "By region, added up: a; carried along: c; re-represented: d; in none: b"
     more = pd.concat([frame, frame[frame["model"] == "a"].assign(model="e")])
     assert finding(more) == "Regions of 5 models: added up 2, carried along 1, re-represented 1, in none 1"
+
+
+def test_a_plane_without_a_decomposition_says_the_regions_of_lenses_held_fixed():
+    run = read_run(RESULTS / "probes" / "small")
+    frame = plane_frame(run)
+    own = frame[frame["part"] == "model"]
+    assert not own["index"].str.startswith("in_place").any()
+    said = finding(frame)
+    assert "?" not in said
+    assert said.startswith("Lenses held fixed, regions of 6 models: ")
+    assert sum(int(number) for number in re.findall(r" (\d+)(?:,|$)", said.partition(": ")[2])) == 6
+    few = frame[(frame["part"] != "model") | frame["model"].isin(list(own["model"].unique()[:2]))]
+    assert finding(few).startswith("Lenses held fixed, ")
 
 
 def test_a_run_without_landmarks_has_no_column_for_them(tmp_path: Path) -> None:

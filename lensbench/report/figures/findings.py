@@ -64,6 +64,73 @@ def change_with_distance(pairs: pd.DataFrame, unit: str) -> str:
     return f"From neighbours to the farthest layers, the mean penalty goes from {said} {unit}"
 
 
+def guessed_words(frame: pd.DataFrame, lens: str, name: str) -> str:
+    """Where the first layer's top-1, through ``lens``, is surely a frequent word more often than the model's own."""
+    model = frame[frame["what"] == "model"].groupby("model", sort=False)["value"].first()
+    rows = frame[(frame["what"] == "frequent") & (frame["lens"] == lens) & (frame["beside"] == "")]
+    rows = rows[rows["model"].isin(model.index)].sort_values("layer", kind="stable")
+    first = rows.groupby("model", sort=False).first().reindex([m for m in model.index if m in set(rows["model"])])
+    if first.empty:
+        return "How often each layer's top-1 is a frequent word"
+    own = model[first.index]
+    groups = {
+        "more often than the model's own in": first.index[first["ci_low"] > own],
+        "less often in": first.index[first["ci_high"] < own],
+    }
+    said = [f"{where} {models_or_count(list(names), len(first))}" for where, names in groups.items() if len(names)]
+    how = ", ".join(said) or "neither more nor less often than the model's own"
+    return f"At layer {first['layer'].min():g}, the top-1 of {name} is surely a frequent word {how}"
+
+
+def ranks_needed(frame: pd.DataFrame, kinds: dict[str, str]) -> str:
+    """The smallest rank at which a lens's KL is that of its full rank, their intervals overlapping; ``kinds``: its name."""
+    said = []
+    for kind, name in kinds.items():
+        lines = frame[(frame["what"] == "kl") & (frame["kind"] == kind)].dropna(subset=["ci_low", "ci_high"])
+        needed = {}
+        for model, line in lines.sort_values("rank").groupby("model", sort=False):
+            whole = line.iloc[-1]
+            needed[str(model)] = float(line.loc[line["ci_low"] <= whole["ci_high"], "rank"].iloc[0])
+        if needed:
+            said.append(f"{name} {by_model(pd.Series(needed), '{:.0f}')}")
+    return f"As near the output as at full rank from rank: {'; '.join(said)}" if said else "KL and top-1 over the rank"
+
+
+def nearest_to_bayes(rows: pd.DataFrame, part: str) -> str:
+    """Which models are nearest to the Bayes predictor; ``rows``: the last positions, a row for each task and model.
+
+    Those whose interval overlaps that of the nearest are as near.
+    """
+    said = []
+    for task, of_task in rows.dropna(subset=["excess"]).groupby("task", sort=False):
+        best = of_task.sort_values("excess").iloc[0]
+        near = of_task[(of_task["model"] == best["model"]) | (of_task["excess_ci_low"] <= best["excess_ci_high"])]
+        names = " and ".join(near["model"]) if len(near) <= MOST_NAMED else f"{len(near)} of {len(of_task)} models"
+        said.append(f"{task}: {names}")
+    if not said:
+        return "How much of its document a model fails to use"
+    return f"Nearest to the Bayes predictor at positions {part}: {'; '.join(said)}"
+
+
+def nearest_rival(rows: pd.DataFrame, kinds: dict[str, str], names: dict[tuple[int, str], str]) -> str:
+    """What has the largest cosine of sensitivities with trained attention.
+
+    ``kinds``: rival -> its name; ``names``: layers and attention of a model -> its name.
+    Rivals whose interval overlaps that of the nearest are as near.
+    """
+    nearest: dict[str, list[str]] = {}
+    for key, of_model in rows[rows["against"].isin(kinds)].groupby(["layers", "attention"], sort=False):
+        best = of_model.loc[of_model["value"].idxmax()]
+        near = of_model[(of_model["against"] == best["against"]) | (of_model["ci_high"] >= best["ci_low"])]
+        said = " or ".join(kinds[kind] for kind in kinds if kind in set(near["against"]))
+        nearest.setdefault(said, []).append(names[key])
+    count = sum(map(len, nearest.values()))
+    groups = [f"{said} ({models_or_count(models, count)})" for said, models in nearest.items()]
+    if not groups:
+        return "Trained attention and its rivals"
+    return f"Trained attention's sensitivities are most like those of {'; '.join(groups)}"
+
+
 def seen_at_distances(frame: pd.DataFrame) -> str:
     """At which distances a fixed lens surely sees gain, by model."""
     defined = frame[frame["value"].notna()]

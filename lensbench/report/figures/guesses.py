@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lensbench.probes.tools.layer_lenses import PROBED
+from lensbench.report.figures.findings import guessed_words
 from lensbench.report.figures.frames import shown_rows
 from lensbench.report.figures.layout import legend_of_panels, new_figure, subplots, title_and_caption
 from lensbench.report.figures.lenses import lens_colours
@@ -22,6 +23,9 @@ DRAWN = {
 
 BESIDE = {"frequent": "null", "frequent_revised": "chance", "settled": "null"}
 """What thin lines are in the panels of each"""
+
+TITLED = "tuned"
+"""The lens that the title speaks of"""
 
 NUMBERS = ["value", "ci_low", "ci_high"]
 
@@ -57,7 +61,7 @@ def guess_and_refine(frame: pd.DataFrame) -> Figure:
         "Bands: 95 % intervals. Dotted, in the colour of its lens: the null (lenses of shuffled targets, the shared lens "
         "of a random basis), in the middle row what tokens of other documents give by chance."
     )
-    title_and_caption(drawing, "Do early layers guess frequent words, and later ones revise them?", caption)
+    title_and_caption(drawing, guessed_words(frame, TITLED, PROBED[TITLED]), caption)
     return drawing
 
 

@@ -14,9 +14,10 @@ from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FixedLocator, Locator, MaxNLocator
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from lensbench.report.figures.style import DPI, GREY, pt, sheet
 
@@ -246,18 +247,61 @@ def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[
     boxes = [artist.get_window_extent() for artist in taken]
     boxes += [Bbox([centre - 15, centre + 15]) for centre in panel.transData.transform(points.iloc[:, :2])]
     names = [artist.get_window_extent() for artist in taken if isinstance(artist, Text)]
+    far: list[Annotation] = []
     for name, x, y, *_ in points.itertuples(name=None):
         text = panel.annotate(
             name, (x, y), (0, 0), textcoords="offset points", size=pt(8.5), weight="bold", va="center"
         )
         text.set_in_layout(False)  # a name must not move the panel that it was placed in
-        far = place_name(panel, text, boxes, names)
-        if far > 1:
-            line = {"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkB": 4}
-            arrow = panel.annotate("", (x, y), text.get_position(), textcoords="offset points", arrowprops=line)
-            arrow.set_in_layout(False)
+        if place_name(panel, text, boxes, names, [leader_of(panel, other) for other in far]) > 1:
+            far.append(text)
         names.append(text.get_window_extent().padded(3))
         boxes.append(names[-1])
+    uncross(panel, far)
+    for text in far:
+        line = {"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkB": 4}
+        arrow = panel.annotate("", text.xy, text.get_position(), textcoords="offset points", arrowprops=line)
+        arrow.set_in_layout(False)
+
+
+def uncross(panel: Axes, names: list[Annotation]) -> None:
+    """Let two names change their places where their lines cross, until none do: each time, lines get shorter together."""
+    points = panel.figure.dpi / 72
+    for _ in range(len(names) ** 2):
+        leaders = [leader_of(panel, name) for name in names]
+        pairs = itertools.combinations(range(len(names)), 2)
+        pair = next(((a, b) for a, b in pairs if cross(leaders[a], leaders[b])), None)
+        if pair is None:
+            return
+        sides = [names[k].get_horizontalalignment() for k in pair]
+        for k, other, side in zip(pair, reversed(pair), reversed(sides), strict=True):
+            names[k].set(position=tuple((leaders[other][1] - leaders[k][0]) / points), ha=side)
+
+
+Leader = NDArray[np.floating]
+"""The line from a point to its name: its two ends, ``[2, 2]``, pixels"""
+
+
+def leader_of(panel: Axes, name: Annotation) -> Leader:
+    """The line from the point of an annotation to its text."""
+    point = panel.transData.transform(name.xy)
+    return np.array([point, point + np.array(name.get_position()) * panel.figure.dpi / 72])
+
+
+def cross(one: Leader, other: Leader) -> bool:
+    """Whether two lines cross between their ends; lines from one point do not."""
+
+    def side(line: Leader, point: NDArray[np.floating]) -> float:
+        (x, y), (a, b) = line[1] - line[0], point - line[0]
+        return float(x * b - y * a)
+
+    return side(one, other[0]) * side(one, other[1]) < -1e-9 and side(other, one[0]) * side(other, one[1]) < -1e-9
+
+
+def diagonals(box: Bbox) -> list[Leader]:
+    """The diagonals of a box: a line that runs through it crosses one of them."""
+    (left, low), (right, high) = box.get_points()
+    return [np.array([[left, low], [right, high]]), np.array([[left, high], [right, low]])]
 
 
 NEAR, FAR = (1, 2, 3.5, 5, 7, 9), (11, 13, 15, 18, 21)
@@ -267,10 +311,11 @@ STEP = np.array([9.0, 12.0])
 """A step along x and y, in points"""
 
 
-def place_name(panel: Axes, text: Text, boxes: list[Bbox], names: list[Bbox]) -> float:
+def place_name(panel: Axes, text: Annotation, boxes: list[Bbox], names: list[Bbox], leaders: list[Leader]) -> float:
     """Move a name to the nearest place in the panel that covers none of ``boxes``, or the fewest; return how far it is.
 
-    To cover one of the ``names`` is worse than to cover all other boxes.
+    A line to it that crosses one of the ``leaders``, or runs through one of the ``names``, is worse than to cover all other
+    boxes; to cover a name is twice as bad.
     """
     sides = [*((right, up) for up, right in itertools.product((1, -1), (1, -1))), (1, 0), (-1, 0)]
     between = [(right, up) for up, right in itertools.product((0.5, -0.5, 1, -1), (1, -1, 0.4, -0.4))]
@@ -284,7 +329,8 @@ def place_name(panel: Axes, text: Text, boxes: list[Bbox], names: list[Bbox]) ->
             box = text.get_window_extent()
             if not all(panel.bbox.contains(*corner) for corner in box.corners()):
                 continue
-            covered = box.count_overlaps(boxes) + (len(boxes) + 1) * box.count_overlaps(names)
+            worst = 2 * box.count_overlaps(names) + (far > 1 and met(leader_of(panel, text), names, leaders))
+            covered = box.count_overlaps(boxes) + (len(boxes) + 1) * worst
             if best is None or covered < best[0]:
                 best = covered, far, {"position": tuple(at), "ha": text.get_horizontalalignment()}
             if not covered:
@@ -294,3 +340,9 @@ def place_name(panel: Axes, text: Text, boxes: list[Bbox], names: list[Bbox]) ->
     if best is not None:
         text.set(**best[2])
     return 1 if best is None else best[1]
+
+
+def met(leader: Leader, names: list[Bbox], leaders: list[Leader]) -> int:
+    """How many lines a line crosses, and how many names it runs through."""
+    through = sum(any(cross(leader, line) for line in diagonals(box)) for box in names)
+    return through + sum(cross(leader, other) for other in leaders)

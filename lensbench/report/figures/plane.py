@@ -198,8 +198,13 @@ MOST_NAMED = 4
 
 
 def finding(frame: pd.DataFrame) -> str:
-    """The region that each decomposed model wholly lies in, the title of the figure; the question where there is none."""
-    view, own = VIEWS[-1], frame[frame["part"] == "model"]
+    """The region that each model wholly lies in, the title of the figure: of the decomposition, else of lenses held fixed.
+
+    The question stands where no index has an interval.
+    """
+    own = frame[frame["part"] == "model"]
+    told = own[own["ci_low"].notna() & own["ci_high"].notna()]
+    view = next((view for view in (VIEWS[2], VIEWS[1], VIEWS[0]) if {view.x, view.y} <= set(told["index"])), VIEWS[2])
     rule = frame[frame["part"] == "rule"].set_index("index")["value"]
     ends = [own[own["index"] == name].set_index("model")[["ci_low", "ci_high"]] for name in (view.x, view.y)]
     models = [model for model in ends[0].index if model in ends[1].index]
@@ -217,12 +222,12 @@ def finding(frame: pd.DataFrame) -> str:
             and region.y[0] <= low <= high <= region.y[1]
         )
         inside[next(within, "in none")].append(model)
+    fixed = "Lenses held fixed, " if view.size else ""
     if len(models) > MOST_NAMED:
-        return f"Regions of {len(models)} models: " + ", ".join(
-            f"{name} {len(there)}" for name, there in inside.items() if there
-        )
+        counts = ", ".join(f"{name} {len(there)}" for name, there in inside.items() if there)
+        return f"{fixed}{'regions' if fixed else 'Regions'} of {len(models)} models: {counts}"
     title = "; ".join(f"{name}: {', '.join(there)}" for name, there in inside.items() if there)
-    return f"By region, {title}"
+    return f"{fixed or 'By region, '}{title}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lensbench.probes.lens_rank import SETS, SINGLE
+from lensbench.report.figures.findings import ranks_needed
 from lensbench.report.figures.frames import shown_rows
 from lensbench.report.figures.layout import legend_of_panels, new_figure, subplots, title_and_caption
 from lensbench.report.figures.lenses import lens_colours
@@ -50,7 +51,7 @@ def lens_rank(frame: pd.DataFrame) -> Figure:
         "Means over layers; bands: 95 % intervals. Rank 0: the constant that a lens reads on average. The best lens of one "
         "layer is chosen on dev at each rank."
     )
-    title_and_caption(drawing, "How many directions do lenses need, and does one map do?", caption)
+    title_and_caption(drawing, ranks_needed(frame, {kind: SETS[kind] for kind in ("tuned", "shared")}), caption)
     return drawing
 
 

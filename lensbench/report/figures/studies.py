@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
-from lensbench.report.figures.findings import lowest_loss
+from lensbench.report.figures.findings import lowest_loss, nearest_rival, nearest_to_bayes
 from lensbench.report.figures.frames import curve_frame
 from lensbench.report.figures.layout import legend_outside, new_figure, panel_for_each, title_and_caption
 from lensbench.report.figures.palette import model_looks
@@ -91,7 +91,8 @@ def in_context(table: pd.DataFrame, parts: list[str]) -> Figure:
             panel.set(xticks=range(len(parts)), xticklabels=parts)
         legend_outside(drawing, *panels[0].get_legend_handles_labels())
         caption = "0: nothing more can be learned from the document. Bars: 95 %, over seeds where there are several."
-        title_and_caption(drawing, "How much of its document a model fails to use", caption)
+        last = table[(table["positions"] == parts[-1]) & table["model"].isin(models)]
+        title_and_caption(drawing, nearest_to_bayes(last, parts[-1]), caption)
     return drawing
 
 
@@ -120,5 +121,7 @@ def regression(table: pd.DataFrame) -> Figure:
         right.set(xlabel="cosine of sensitivities with the trained model")
         legend_outside(drawing, *left.get_legend_handles_labels())
         caption = "Bars: 95 %, over seeds where there are several. Sensitivity: the answer's gradient by the question."
-        title_and_caption(drawing, "Is trained in-context regression a gradient step?", caption)
+        cosines = rows[rows["quantity"] == "sensitivity_cosine"]
+        short = {(layers, kind): f"{layers}-layer {kind}" for layers, kind in of_model}
+        title_and_caption(drawing, nearest_rival(cosines, {k: v for k, v in kinds.items() if k}, short), caption)
     return drawing
