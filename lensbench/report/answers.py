@@ -11,7 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
-from lensbench.measures.update.verdict import NOT_MEASURED, WITHOUT_FIRST
+from lensbench.measures.update.verdict import ADDED, NOT_MEASURED, WITHOUT_FIRST
 from lensbench.report.figures.blocks import profile_frame
 from lensbench.report.figures.palette import model_looks
 from lensbench.report.formatting import shown_seeds
@@ -47,6 +47,16 @@ class Answer:
     sentence: str
     drawing: Markup
     numbers: list[NumberCell]
+
+    @property
+    def short(self) -> str:
+        """The verdict on one line of a table."""
+        return self.verdict.replace(ADDED, "added up")
+
+    @property
+    def tip(self) -> str:
+        """What the row of a table shows on demand: the verdict whole, and the sentence."""
+        return f"{self.verdict}. {self.sentence}".strip()
 
 
 def colours_of(names: Sequence[dict[str, str]]) -> dict[str, str]:

@@ -66,6 +66,21 @@ def test_a_sentence_and_the_blocks_of_each_model_are_on_the_first_screen(browser
 
 
 @pytest.mark.slow
+def test_the_answers_on_fifteen_models_are_on_the_first_screen_with_what_their_colours_mean(browser, pages):  # noqa: F811
+    tab, _, _ = opened(browser, pages["many"], viewport=DESK)
+    rows = tab.locator("#table-answers tbody tr").all()
+    assert len(rows) == 15
+    for part in [*rows, tab.locator("#answers .key")]:
+        box = part.bounding_box()
+        assert box["y"] + box["height"] <= DESK["height"]
+    verdict = tab.locator("#table-answers td.wrap span[data-tip]").first
+    assert verdict.text_content() == "added up"
+    verdict.hover()
+    assert tab.locator("#tip").text_content().startswith("added up in one representation. From layer 1 on ")
+    tab.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "three", "many"])
 def test_a_phone_hides_nothing_beyond_its_edge(browser, pages, name):  # noqa: F811
     tab, told, _ = opened(browser, pages[name], viewport=PHONE)
