@@ -31,7 +31,7 @@ from lensbench.probes.catalogue import Probe
 from lensbench.probes.injection_quantities import KINDS, SURVIVAL_QUANTITIES, add_quantities
 from lensbench.probes.measured import Measured, Sums
 from lensbench.probes.subject import Subject, no_blocks
-from lensbench.probes.tools.interventions import after_moves
+from lensbench.probes.tools.interventions import after_moves, blocks_of
 from lensbench.statistics import Array
 
 LAYERS = 8
@@ -84,7 +84,7 @@ def _does_not_apply(subject: Subject, layers: list[int]) -> str:
     """Why nothing can be injected into a model; empty where it can."""
     if subject.rotated:
         return "a rotated view has no states of its own to move"
-    if not subject.stream.blocks:
+    if not blocks_of(subject.stream):
         return f"{no_blocks(subject.stream)}: there are no inputs to move"
     if not layers:
         return "it has one layer: no later one could be read"

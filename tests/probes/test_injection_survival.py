@@ -18,6 +18,8 @@ from lensbench.probes.injection_quantities import DIFFERENCES, KINDS, add_quanti
 from lensbench.probes.injection_survival import Injected, Lenses, answers_of
 from lensbench.probes.measured import Sums
 from lensbench.probes.registry import PROBES
+from lensbench.probes.tools.interventions import after_moves
+from lensbench.streams import ResidualStream
 
 LAYERS = 4
 
@@ -277,6 +279,7 @@ def test_an_error_that_the_read_out_passes_over_survives_and_costs_nothing():
 
 def test_what_it_does_not_apply_to_says_why():
     tied = build("gpt-tied", seed=1, vocab_size=V, d_model=32, layers=3, heads=4, context=64, parameters=60_000).eval()
+    tied.config.tied_layers = False  # a model that does not say that it loops
     cases = {
         "blocks of their own": subject_of(tied, count=8),
         "rotated": subject_of(planted("none"), rotated=True),
@@ -286,6 +289,50 @@ def test_what_it_does_not_apply_to_says_why():
     }
     for words, subject in cases.items():
         assert words in PROBES["injection_survival"].measure(subject).frame()["reason"][0]
+
+
+OF_LOOPS = {"vocab_size": V, "d_model": 16, "layers": 3, "heads": 2, "context": 64, "parameters": 12_000}
+
+
+@pytest.mark.parametrize(
+    ("loop", "stack", "settings"),
+    [("gpt-tied", "gpt-conv", {}), ("predictive-coding", "predictive-coding", {"error_gradient": False})],
+)
+def test_one_block_in_a_loop_has_the_answers_of_a_stack_of_its_copies(loop, stack, settings, monkeypatch):
+    monkeypatch.setattr(injection_survival, "WINDOWS", 4)
+    tied = {"tied_layers": True} if stack == loop else {}
+    one = build(loop, seed=2, **OF_LOOPS, **settings, **tied).eval()
+    width = one.config.intermediate_size
+    many = type(one)(type(one.config)(**one.config.to_dict() | {"tied_layers": False})).eval()
+    assert many.config.intermediate_size == width
+    for layer in many.layers:
+        layer.load_state_dict(one.layers[0].state_dict())
+    rest = {name: value for name, value in one.state_dict().items() if not name.startswith("layers.")}
+    many.load_state_dict(rest, strict=False)
+    of_loop, of_stack = (measured(model, count=32) for model in (one, many))
+    assert of_loop["reason"].isna().all() or (of_loop["reason"] == of_stack["reason"]).all()
+    pd.testing.assert_frame_equal(of_loop, of_stack, rtol=1e-4, atol=1e-5)
+    assert by_pair(of_loop, "survival_error")
+
+
+def test_a_loop_with_its_input_is_moved_at_the_loop_that_is_named():
+    model = build("gpt-looped", seed=2, **OF_LOOPS).eval()
+    stream, ids = ResidualStream(model), torch.arange(1, 9)[None]
+    moves, into = torch.randn(3, 16), torch.tensor([0, 2, 1])
+    _, logits = stream.at(ids, torch.zeros(1, dtype=torch.long), torch.tensor([7]))
+    ((states, log_p),) = after_moves(stream, ids, into, moves, logits.float().log_softmax(-1)[0])
+    with torch.no_grad():
+        e = torch.nn.functional.rms_norm(model.embed_tokens(ids), (16,), eps=1e-12)
+        for number in range(3):
+            h, expected = e, []
+            for loop in range(3):
+                if loop == into[number]:
+                    h = torch.cat([h[:, :-1], h[:, -1:] + moves[number]], 1)
+                expected.append(h[0, -1])
+                h = model.layers[0](h, e, None)
+            torch.testing.assert_close(states[:, number], torch.stack(expected), rtol=1e-4, atol=1e-5)
+            own = stream.readout(h[:, -1]).log_softmax(-1)[0]
+            torch.testing.assert_close(log_p[number], own, rtol=1e-4, atol=1e-4)
 
 
 def test_of_many_layers_a_few_are_looked_at_evenly_spread(monkeypatch):

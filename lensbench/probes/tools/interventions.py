@@ -1,14 +1,16 @@
 """Changing what a block receives while a model runs, and what the model makes of it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lensbench.models.looped import can_loop
 from lensbench.streams.parts import block_input
 from lensbench.streams.stream import ResidualStream
 
@@ -33,12 +35,38 @@ def entering(stream: ResidualStream, change: Callable[[int, Tensor], Tensor | No
 
         return replace
 
-    hooks = [b.register_forward_pre_hook(enter(k), with_kwargs=True) for k, b in enumerate(stream.blocks)]
+    with before_blocks(stream, [enter(k) for k in range(stream.layers)]):
+        yield
+
+
+def blocks_of(stream: ResidualStream) -> tuple[nn.Module, ...]:
+    """The L blocks in the order in which they run, one block L times for a model in a loop; empty where there are none."""
+    if stream.blocks or stream.layers == 1 or not can_loop(stream.model):
+        return stream.blocks
+    block = stream.model.get_submodule("layers.0")
+    return (block,) * stream.layers
+
+
+@contextmanager
+def before_blocks(stream: ResidualStream, hooks: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """A context in which hook l, of PyTorch's form with keywords, is called before block l."""
+    in_turn: dict[nn.Module, list[Callable[..., Any]]] = {}
+    for block, hook in zip(blocks_of(stream), hooks, strict=True):
+        in_turn.setdefault(block, []).append(hook)
+    handles = [
+        block.register_forward_pre_hook(partial(_next, cycle(of_block)), with_kwargs=True)
+        for block, of_block in in_turn.items()
+    ]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _next(hooks: Iterator[Callable[..., Any]], *call: Any) -> Any:
+    """What the hook whose turn it is says: a block in a loop is called once for each of its hooks in a pass."""
+    return next(hooks)(*call)
 
 
 @torch.no_grad()
@@ -79,12 +107,8 @@ def last_states(stream: ResidualStream) -> Iterator[list[Tensor]]:
         assert h is not None
         found.append(stream.seen(h[:, -1]).clone())
 
-    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in stream.blocks]
-    try:
+    with before_blocks(stream, [keep] * stream.layers):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def cache_of(stream: ResidualStream, ids: Tensor) -> tuple[str, Any] | None:
