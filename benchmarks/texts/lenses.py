@@ -1,6 +1,6 @@
 """What lenses read, in words and tables: which lens is behind which, and what probes say through each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,9 @@ SHORTCUTS = {"tuned": "a lens per layer", "shared": "one shared lens", "single":
              "jacobian": "Jacobian lenses", "shared_jacobian": "one shared Jacobian lens"}  # fmt: skip
 """Maps that ``lens_rank`` cuts -> their name in tables"""
 
+EXITS = {kind: READERS.get(kind, "logit lens") for kind in ("logit", *READERS)}
+"""Kind through which ``early_exit`` reads -> its name in tables"""
+
 ROWS = 7
 """Layers of a table at most"""
 
@@ -59,6 +62,11 @@ class LensResults(Results):
     def knows(self, column: str) -> bool:
         """Whether ``lenses.csv`` has a column that a suite must ask for."""
         return bool(self.table("lenses.csv")[column].notna().any())
+
+    def knows_probe(self, name: str) -> bool:
+        """Whether some model has a value of a probe."""
+        rows = self.table("probes.csv")
+        return bool(((rows["probe"] == name) & rows["value"].notna()).any())
 
     def _has(self, model: str, lens: Lens) -> bool:
         rows = self.table("lenses.csv")
@@ -179,6 +187,31 @@ class LensResults(Results):
         first = max(below, default=-1) + 1
         return first if first < len(top1) else None
 
+    def exits(self, models: Sequence[str], target: int) -> str:
+        """``early_exit`` of models through every lens, one row each, at a target in percent."""
+        rows = []
+        for model in models:
+            for kind, name in EXITS.items():
+                of = [f"exit_{what}" for what in (f"saved_{kind}", f"kept_{kind}", f"saved_{kind}_blind")]
+                cells = [self.probed(model, quantity, other=target) for quantity in of]
+                cells.append(self.probed(model, f"exit_saved_{kind}_minus_logit", other=target))
+                if set(cells) != {ABSENT}:
+                    rows.append([f"`{model}`", name, *cells])
+        heads = [
+            "model",
+            "through",
+            "blocks saved",
+            "top-1 kept",
+            "blocks saved, blind",
+            "blocks saved beyond the logit lens",
+        ]
+        return markdown(heads, rows)
+
+    def of_models(self, models: Sequence[str], quantities: Mapping[str, str]) -> str:
+        """A table of some quantities of whole models, by the name of the quantity; models that have none are left out."""
+        rows = [[f"`{model}`", *(self.probed(model, quantity) for quantity in quantities)] for model in models]
+        return markdown(["model", *quantities.values()], [row for row in rows if set(row[1:]) != {ABSENT}])
+
     def used(self, model: str) -> str:
         """What a layer holds against what it does, and how sure the Jacobians are, at some layers."""
         heads = [
@@ -205,9 +238,9 @@ class LensResults(Results):
             return "one prompt: unknown"
         return f"{error:.2g}" if np.isfinite(error) else "all noise"
 
-    def undecided(self, model: str, most: float) -> list[int]:
-        """The layers at which the relative standard error of J is larger than ``most``, or unknown."""
-        rows = self.rows("lenses.csv", model=model, lens="jacobian")
+    def undecided(self, model: str, most: float, kind: str = "jacobian") -> list[int]:
+        """The layers at which the relative standard error of a Jacobian lens is larger than ``most``, or unknown."""
+        rows = self.rows("lenses.csv", model=model, lens=kind)
         return sorted(int(k) for k in rows.loc[~(rows["jacobian_error"] <= most), "layer"])
 
     def explained(self, model: str, which: str = "explained_by_distance") -> str:

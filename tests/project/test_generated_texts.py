@@ -229,3 +229,18 @@ def test_layers_and_models_in_words():
 def test_no_page_says_twice_where_it_comes_from():
     for page in ROOT.rglob("*.md"):
         assert len(re.findall(r"<!-- Written by `python -m benchmarks\.texts`", page.read_text())) <= 1, page
+
+
+def test_tables_of_whole_models_leave_out_those_that_nothing_is_known_of():
+    class Known(LensResults):
+        def __init__(self):
+            pass
+
+        def probed(self, model, quantity, layer=None, other=None):
+            known = {("a", "exit_saved_tuned"): "0.2", ("a", "exit_kept_tuned"): "0.96", ("b", "share"): "0.5"}
+            return known.get((model, quantity), "-")
+
+    table = Known().of_models(["a", "b"], {"share": "its share"}).splitlines()
+    assert table == ["| model | its share |", "| --- | --- |", "| `b` | 0.5 |"]
+    exits = Known().exits(["a", "b"], 95).splitlines()
+    assert exits[2:] == ["| `a` | a lens per layer | 0.2 | 0.96 | - | - |"]
