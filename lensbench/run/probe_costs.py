@@ -402,7 +402,7 @@ WORK: dict[str, Callable[[Asked], Work]] = {
 
 def probe_cost(asked: Asked, probe: str, *, captured: bool) -> Cost:
     """A probe's cost; ``captured``: whether the states at the scored tokens are there already."""
-    work = WORK[probe](asked)
+    work = WORK[probe](asked) if probe in WORK else Work()  # unknown of a probe that a script registers
     if probe in READS_SCORED and not captured:
         work += forward(asked.shape, asked.windows, asked.suite.length, asked.suite.evaluate.positions)
     tokens = asked.scored + (asked.of.tokens("fit") if probe in READS_SCORED else 0)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +231,27 @@ def test_the_tour_runs_from_its_first_cell_to_its_last_on_a_small_model(tiny_run
     assert any("image/png" in output for output in told), "the figure is shown"
     assert "report.html" in told[-1]
     assert (tmp_path / "trace.html").is_file()
+
+
+@pytest.mark.run
+@pytest.mark.usefixtures("no_figures")
+def test_a_probe_of_a_script_is_measured_on_a_finished_run_as_the_guide_says(tiny_suite, tiny_run, tmp_path):
+    """Nothing but the probe is computed."""
+    text = (ROOT / "benchmarks" / "extending.md").read_text().partition("A **probe** is")[2]
+    probe, command_line = re.findall(r"```python\n(.*?)```", text, re.S)[:2]
+    (shown,) = re.findall(r"^python my_probe\.py (run quick --set .*) --out runs/quick$", text, re.M)
+    assert "state_length" in shown
+    (tmp_path / "my_probe.py").write_text(f"{probe}\n{command_line}")
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    before = {path.name for path in (tmp_path / "run" / "stages").iterdir()}
+    words = [str(tiny_suite) if word == "quick" else word for word in shlex.split(shown)]
+    done = subprocess.run(
+        [sys.executable, "my_probe.py", *words, "--only", "gpt", "--out", "run"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    new = {path.name for path in (tmp_path / "run" / "stages").iterdir()} - before
+    assert {name for name in new if "probe" not in name} == set()
+    assert "probe-state_length-gpt-seed0" in new
+    table = lensbench.read_run(tmp_path / "run").tables["probes.csv"]
+    assert (table["quantity"] == "state_length").sum() == 4

@@ -30,6 +30,14 @@ def test_the_two_commands_are_there():
     assert "python -m pip install -e '.[test]' && pytest" in README
 
 
+def test_the_clone_is_not_called_like_the_package():
+    """Of an editable install, a script in the folder above would import the clone as a namespace package."""
+    repository, folder = re.search(r"^git clone (\S+) (\S+) && cd \2$", README, re.M).groups()
+    assert repository.endswith("/lensbench")
+    assert folder != "lensbench"
+    assert not folder.isidentifier(), "no name that anything is imported by"
+
+
 def test_the_readme_is_read_to_its_end():
     assert len(README.encode()) <= 9_000
     assert len(README.split()) <= 900
