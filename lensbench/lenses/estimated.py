@@ -25,6 +25,7 @@ from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.read import Reference, Scores, score
 from lensbench.runtime.memory import in_pieces
+from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, room_for
 from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK
 from lensbench.streams.readout import ReadOut
@@ -214,13 +215,7 @@ class Estimator:
         return cheap, exact
 
     def _mended(self, cheap: Tensor, exact: Tensor, drawn: Drawn) -> Tensor:
-        """Estimates ``[M, N]`` from cheap values ``[M, N]`` and exact values of the sampled tokens ``[M, n]``."""
-        ranks, total = self.captured.ranks, cheap.double()
-        difference = exact.double() - total[:, drawn.at]
-        mean = ranks.sum(difference.sum(1)) / ranks.span(len(drawn.at))[1]
-        found = total + mean[:, None]
-        found[:, drawn.at] += (difference - mean[:, None]) / drawn.share
-        return found
+        return mended(cheap, exact, drawn.at, drawn.share, self.captured.ranks)
 
     def _by_words(self, layer: int, maps: AffineMaps, reference: Reference | None) -> Scores:
         """Cheap values of all tokens, in the form of :func:`score`."""
@@ -260,6 +255,16 @@ class Estimator:
             for parts in zip(*in_pieces(slice(0, len(h)), TOKEN_BLOCK, one, what="a token of an estimate"), strict=True)
         )
         return Scores(kl, ce, movement[0] if movement else None, top1)
+
+
+def mended(cheap: Tensor, exact: Tensor, drawn: Tensor, share: float, ranks: Ranks = ALONE) -> Tensor:
+    """Estimates ``[M, N]`` from cheap values ``[M, N]`` and exact values ``[M, n]`` of the ``share`` of tokens ``drawn``."""
+    total = cheap.double()
+    difference = exact.double() - total[:, drawn]
+    mean = ranks.sum(difference.sum(1)) / ranks.span(len(drawn))[1]
+    found = total + mean[:, None]
+    found[:, drawn] += (difference - mean[:, None]) / share
+    return found
 
 
 def by_layer(share: Shares, layers: int) -> tuple[float, ...]:

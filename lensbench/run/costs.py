@@ -29,7 +29,7 @@ from lensbench.lenses.planning import matrices, paired_views
 from lensbench.lenses.room import SHARE
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
-from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
+from lensbench.measures.update.readable import DEV_TOKENS, EXACT_SHARE, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
 from lensbench.suite.recipes import Suite
 
 GIB = 2.0**30
@@ -53,6 +53,9 @@ VALUES_ALONE = 0.4
 
 READABLE_STEPS = 15
 """Evaluations of a fit of readable gain"""
+
+READABLE_PARTS = 10
+"""Readings whose products with the unembedding the three fits of a pair make"""
 
 AUTO_SHARE = 0.1
 """The mean share of exact log-partitions that ``evaluate.exact_share = "auto"`` is taken to find"""
@@ -347,7 +350,11 @@ def jacobian_matrix_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
 def estimated_part(suite: Suite, shape: Shape) -> float:
     """What scoring a state takes where only a share of the log-partitions is exact, over what an exact one takes."""
     asked = suite.evaluate.exact_share
-    share = AUTO_SHARE if asked == "auto" else asked
+    return of_share(shape, AUTO_SHARE if asked == "auto" else asked)
+
+
+def of_share(shape: Shape, share: float) -> float:
+    """What a read-out takes with such a share of exact log-partitions, over what an exact one takes."""
     if share == 1 or not worth_estimating(shape.vocabulary):
         return 1.0
     return share + WORDS_FOR_ALL / shape.vocabulary
@@ -382,10 +389,11 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
         pairs = min(pairs, layers - 1 + FURTHER_PAIRS)
         words, tokens = min(WORDS, shape.vocabulary), min(DEV_TOKENS, dev)
         work += Work(
-            single=pairs * 3 * READABLE_STEPS * tokens * 4 * shape.width * words,
+            single=pairs * READABLE_PARTS * tokens * 2 * shape.width * words,
             words=pairs * 3 * READABLE_STEPS * tokens * 2 * words,
         )
-        work += read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_)) + eigendecompositions(shape, 5 * pairs)
+        work += of_share(shape, EXACT_SHARE) * read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_))
+        work += eigendecompositions(shape, 5 * pairs)
     if settings.landmarks:
         some = min(of.chosen, layers)
         of_views = decomposed(shape, some, n, eval_) + searches(shape, some * of.searched, RIDGES_FROM_NEAR)

@@ -1,5 +1,7 @@
 """Readable gain: streams of known answer, and its losses by definition."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -57,12 +59,54 @@ def test_losses_are_cross_entropies_of_the_read_out_of_the_sum_of_parts():
     reader = module._Reader.of(captured, [0, 1, 2], lenses(3, 12), 64)
     parts = [torch.randn(64, 2, 12), torch.randn(64, 2, 12)]
     theta, centre, pad = np.array([0.5, -0.2, 0.3, 0.1, 0.7]), torch.randn(12), torch.randn(12)
-    found = module._losses(readout, reader, parts, centre, pad, theta)
+    found = module._Losses.of(readout, reader).at(module._state(parts, centre, pad, torch.from_numpy(theta)))
     x = centre + 0.7 * pad
     for weight, part in zip(theta, (parts[0][:, 0], parts[0][:, 1], parts[1][:, 0], parts[1][:, 1]), strict=False):
         x = x + weight * part
     expected = torch.nn.functional.cross_entropy(readout(x.float()), captured.targets, reduction="none")
     torch.testing.assert_close(found, expected.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 2.0), (0.7, 1.5)])
+def test_the_loss_that_coefficients_are_fitted_to_is_the_cross_entropy_with_its_slope(norm, scale, softcap):
+    torch.manual_seed(0)
+    readout = read_out(12, 40, seed=1, bias=norm == "layer", norm=norm)
+    readout.scale, readout.softcap = scale, softcap
+    captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40)).capture(64, seed=1)
+    words = module._Words.of(readout, captured, torch.arange(64))
+    parts = [torch.randn(64, 2, 12), torch.randn(64, 2, 12)]
+    centre, pad = torch.randn(12), torch.randn(12)
+    theta = torch.tensor([0.5, -0.2, 0.3, 0.1, 0.7], dtype=torch.float64, requires_grad=True)
+    state = module._state(parts, centre, pad, theta)
+    expected = torch.nn.functional.cross_entropy(readout(state), captured.targets)
+    found = module._Logits.of(words, parts, centre, pad).loss(theta, state)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+    (slope,), (by_autograd,) = (torch.autograd.grad(x, theta, retain_graph=True) for x in (found, expected))
+    torch.testing.assert_close(slope, by_autograd, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_losses_with_a_large_vocabulary_are_unbiased_estimates_that_stay_paired(softcap, monkeypatch):
+    """Their mean over many samples of tokens is the exact mean; equal readings have equal losses."""
+    torch.manual_seed(0)
+    readout = read_out(12, 300, seed=1)
+    readout.softcap = softcap
+    captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=300)).capture(400, seed=1)
+    reader = module._Reader.of(captured, [0, 1, 2], lenses(3, 12), 400)
+    x = torch.randn(400, 12)
+    exact = module._Losses.of(readout, reader).at(x)
+    monkeypatch.setattr(module, "WORDS", 40)
+    monkeypatch.setattr(module, "worth_estimating", lambda _: True)
+    one = module._Losses.of(readout, reader)
+    assert one.words is not None
+    assert len(one.drawn) == module.FEWEST_DRAWN
+    torch.testing.assert_close(one.at(x), one.at(x.clone()))
+    random = torch.Generator().manual_seed(1)
+    drawn = [torch.randperm(400, generator=random)[:64].sort().values for _ in range(300)]
+    each = torch.stack([replace(one, drawn=at).at(x).mean() for at in drawn])
+    assert abs(each.mean() - exact.mean()) < 4.5 * each.std() / len(each) ** 0.5
+    assert each.std() > 1e-4
 
 
 def lenses(count, d):
@@ -83,7 +127,8 @@ def test_coefficients_that_are_added_are_never_negative_and_never_make_dev_worse
     assert (both[2:4] >= 0).all()
 
     def loss(parts, theta):
-        return float(words._loss(module._state(parts, centre, pad, torch.from_numpy(theta))))
+        state = module._state(parts, centre, pad, torch.from_numpy(theta))
+        return float(torch.nn.functional.cross_entropy(stream.readout(state), captured.targets))
 
     assert loss([own, other], both) <= loss([own], base) + 1e-6
 
