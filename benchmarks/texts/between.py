@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks.texts.numbers import Number, TextError, markdown
-from lensbench.measures.between import AFFINE, NONE, ORTHOGONAL
+from lensbench.measures.between import AFFINE, NONE, ORTHOGONAL, OWN_HEAD, STATES_HEAD
 from lensbench.report.claims import LEVEL, holm, p_text, t_test
 from lensbench.results.between import LATER
 from lensbench.statistics import mean_over_seeds
@@ -56,31 +56,44 @@ class Transfers:
         """The tokens of a whole training."""
         return int(self.table["lens_tokens"].max())
 
-    def seeds_of(self, model: str, tokens: int, through: str, column: str, *, of_end: bool) -> list[float]:
-        """A column at each seed: the lens of a checkpoint on the final states (``of_end``), or the final lens on its own.
-
-        The states' own head reads.
-        """
+    def seeds_of(
+        self, model: str, tokens: int, through: str, column: str, *, of_end: bool = True, head: str = STATES_HEAD
+    ) -> list[float]:
+        """A column at each seed: the lens of a checkpoint on the final states (``of_end``), or the final lens on its own."""
         lens, states = (tokens, self.end) if of_end else (self.end, tokens)
-        rows = self.table[(self.table["kind"] == "training") & (self.table["head"] == "states")]
+        rows = self.table[(self.table["kind"] == "training") & (self.table["head"] == head)]
         rows = rows[(rows["lens_tokens"] == lens) & (rows["states_tokens"] == states) & (rows["map"] == through)]
-        rows = rows[rows["lens_model"].str.partition("@")[0].eq(model) & (rows["lens_seed"] != "all")]
+        rows = rows[rows["lens_model"].str.split("@").str[0].eq(model) & (rows["lens_seed"] != "all")]
         if rows.empty:
             raise TextError(f"{self.path}: no lens of {model} after {lens} tokens on states after {states}")
         return [float(value) for value in rows.sort_values("lens_seed")[column]]
 
-    def shares(self, model: str, tokens: int, *, of_end: bool = True) -> list[float]:
-        """At each seed the penalty without a map, as a share of that of a random pairing."""
+    def shares(self, model: str, tokens: int, *, of_end: bool = True, head: str = STATES_HEAD) -> list[float]:
+        """At each seed the penalty without a map through the states' head, as a share of that of a random pairing.
+
+        ``head``: whose head reads the random pairing.
+        """
         cost = self.seeds_of(model, tokens, NONE, "penalty", of_end=of_end)
-        null = self.seeds_of(model, tokens, ORTHOGONAL, "null_penalty", of_end=of_end)
+        null = self.seeds_of(model, tokens, ORTHOGONAL, "null_penalty", of_end=of_end, head=head)
         return [one / other for one, other in zip(cost, null, strict=True)]
 
-    def saved(self, model: str, tokens: int) -> list[float]:
+    def saved(self, model: str, tokens: int, head: str = OWN_HEAD) -> list[float]:
         """At each seed what a rotation saves of the penalty of a checkpoint's lens on the final states, nats/token."""
-        plain, turned = (
-            self.seeds_of(model, tokens, through, "penalty", of_end=True) for through in (NONE, ORTHOGONAL)
-        )
+        plain, turned = (self.seeds_of(model, tokens, through, "penalty", head=head) for through in (NONE, ORTHOGONAL))
         return [one - other for one, other in zip(plain, turned, strict=True)]
+
+    def cost(self, model: str, tokens: int, head: str = STATES_HEAD) -> Number:
+        """The penalty of a checkpoint's lens on the final states without a map, over seeds."""
+        values = self.seeds_of(model, tokens, NONE, "penalty", head=head)
+        return Number(*mean_over_seeds(values), f"penalty of the lens of {model} after {tokens:,} tokens")
+
+    def own(self, model: str) -> Number:
+        """KL of the final lenses on the final states, over seeds."""
+        return Number(*mean_over_seeds(self.seeds_of(model, HALF, NONE, "own_kl")), f"KL of the lenses of {model}")
+
+    def turned(self, model: str, tokens: int) -> Number:
+        """What a rotation saves of the penalty of a checkpoint's lens on the final states, over seeds."""
+        return Number(*mean_over_seeds(self.saved(model, tokens)), f"what a rotation saves of {model} after {tokens:,}")
 
     # Tables
     def over_time(self, values: Callable[[str, int], list[float]]) -> str:
@@ -93,39 +106,43 @@ class Transfers:
 
     def survival_table(self) -> str:
         """Penalty of each checkpoint's lens on the final states without a map, nats/token."""
-        return self.over_time(lambda model, tokens: self.seeds_of(model, tokens, NONE, "penalty", of_end=True))
+        return self.over_time(lambda model, tokens: self.seeds_of(model, tokens, NONE, "penalty"))
 
     def rotation_table(self) -> str:
-        """What a rotation saves of each penalty of :meth:`survival_table`, nats/token."""
+        """What a rotation saves of the penalty of each checkpoint's lens on the final states, through its own head."""
         return self.over_time(self.saved)
 
-    def first_share(self, model: str, *, of_end: bool) -> str:
+    def first_share(self, model: str, *, of_end: bool, head: str = STATES_HEAD) -> str:
         """From which share of the training on a lens surely costs less than a tenth of the null."""
         since: int | None = None
         for tokens in reversed(self.tokens):
-            if not mean_over_seeds(self.shares(model, tokens, of_end=of_end))[2] < TENTH:
+            if not mean_over_seeds(self.shares(model, tokens, of_end=of_end, head=head))[2] < TENTH:
                 break
             since = tokens
         return "only at its end" if since is None else f"{100 * since / self.end:.1f} %"
 
     def survives_table(self) -> str:
-        """For each model from when on the final states read its lenses, and its final lens reads the states."""
+        """For each model from when on the final states read its lenses, and its final lens the states, by two nulls."""
+        cases = [(of_end, head) for of_end in (True, False) for head in (STATES_HEAD, OWN_HEAD)]
         body = [
-            [f"`{model}`", self.first_share(model, of_end=True), self.first_share(model, of_end=False)]
+            [f"`{model}`", *(self.first_share(model, of_end=of_end, head=head) for of_end, head in cases)]
             for model in self.models
         ]
-        return markdown(["model", "its lenses on the final states", "the final lens on its states"], body)
+        heads = ["its lenses on the final states", "the same, null by the lens's head"]
+        heads += ["the final lens on its states", "the same, null by the lens's head"]
+        return markdown(["model", *heads], body)
 
     def seeds_table(self) -> str:
         """A row for each model and map: what the lens of one seed reads in another, next to a random pairing."""
         body = []
         for model in self.models:
             for through in (ORTHOGONAL, AFFINE):
-                cells = [str(self._of_seeds(model, through, name)) for name in ("penalty", "null_penalty", "shared")]
-                body.append([f"`{model}`", through, *cells, str(self._of_seeds(model, through, "same_tokens"))])
+                cells = [str(self.of_seeds(model, through, name)) for name in ("penalty", "null_penalty", "shared")]
+                body.append([f"`{model}`", through, *cells, str(self.of_seeds(model, through, "same_tokens"))])
         return markdown(["model", "map", "penalty", "of a random pairing", "shared", "same tokens"], body)
 
-    def _of_seeds(self, model: str, through: str, column: str) -> Number:
+    def of_seeds(self, model: str, through: str, column: str) -> Number:
+        """A column of the lens of one seed on another seed's states through a map, over all pairs of seeds."""
         rows = self.table[(self.table["kind"] == "seeds") & (self.table["lens_model"] == model)]
         rows = rows[(rows["map"] == through) & (rows["lens_seed"] == "all")]
         if len(rows) != 1:
@@ -142,13 +159,13 @@ class Transfers:
             for words, values, bound, above in (
                 (f"lens of half the training costs less than {TENTH:g} of the null", self.shares(model, HALF), TENTH, False),
                 (f"lens of 1.6 % of it costs more than {TENTH:g} of the null", self.shares(model, EARLY), TENTH, True),
-                ("a rotation lowers the penalty of the latter", self.saved(model, EARLY), 0.0, True),
+                ("a rotation lowers the penalty of the latter", self.saved(model, EARLY, STATES_HEAD), 0.0, True),
             ):  # fmt: skip
                 number = Number(*mean_over_seeds(values), words)
                 rows.append((f"{model}: {words}", number, t_test(values, bound, above)))
             for through, above in ((ORTHOGONAL, False), (AFFINE, True)):
                 words = f"two seeds share {'more' if above else 'less'} than {SHARED:g} of the null, {through}"
-                shared = self._of_seeds(model, through, "shared")
+                shared = self.of_seeds(model, through, "shared")
                 rows.append((f"{model}: {words}", shared, self._p_of_seeds(shared, above)))
         body = []
         for (words, number, _), p in zip(rows, holm([p for _, _, p in rows]), strict=True):

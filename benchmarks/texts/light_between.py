@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lensbench.errors import LensbenchError
+from lensbench.measures.between import STATES_HEAD
 from lensbench.report.export import pack
 from lensbench.report.figures.between import between_figure
 from lensbench.report.figures.style import write_figure
@@ -21,24 +22,22 @@ from lensbench.results.manifest import MANIFEST, write_manifest
 from lensbench.runtime.files import sha256, write_atomically
 
 FIGURE = "between.png"
-SHOWN = ("penalty", "null_penalty", "shared", "same_tokens")
+SHOWN = ("own_kl", "penalty", "null_penalty", "shared", "same_tokens")
 VALUES = tuple(f"{name}{end}" for name in SHOWN for end in ("", "_ci_low", "_ci_high"))
 DPI = 80
 
 
 def light(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``between.csv`` that a text shows: means over the later layers, where over time the states' own head reads.
+    """Rows of ``between.csv`` that a text shows: means over the later layers.
 
-    Of single seeds those at the end of a training, on which claims are tested, and the pairs of seeds.
+    Between checkpoints in the middle of a training those that the states' own head reads, over seeds alone; with the end of
+    a training, on which claims are tested, through both heads and of each seed; of pairs of seeds and of sizes all.
     """
     table = table[table["states_layer"].astype(str) == LATER]
-    table = table[(table["kind"] != "training") | (table["head"] == "states")]
-    ends = (table["lens_tokens"] == table["lens_tokens"].max()) | (
-        table["states_tokens"] == table["states_tokens"].max()
-    )
-    rows = table[ends | (table["lens_seed"].astype(str) == "all")].reindex(
-        columns=[*WHO, *VALUES, "tokens", "clusters"]
-    )
+    end = table["lens_tokens"].max()
+    ends = (table["kind"] != "training") | (table["lens_tokens"] == end) | (table["states_tokens"] == end)
+    ends |= (table["head"] == STATES_HEAD) & (table["lens_seed"].astype(str) == "all")
+    rows = table[ends].reindex(columns=[*WHO, *VALUES, "tokens", "clusters"])
     rounded = {name: [float(f"{x:.4g}") if np.isfinite(x) else x for x in rows[name].astype(float)] for name in VALUES}
     return rows.assign(**rounded)
 
@@ -55,6 +54,8 @@ def write_light(source: Path, folder: Path) -> None:
     write_atomically(folder / FIGURE, partial(write_figure, between_figure(rows), dpi=DPI))
     names = (f"{TABLE}.xz", FIGURE)
     content = {name: value for name, value in manifest.items() if name != "checksum"}
+    # The models of the suite are written out in the manifest of its run.
+    content["suite"] = {part: manifest["suite"][part] for part in ("fit", "evaluate")}
     content |= {"files": {name: sha256(folder / name) for name in names}, "exported": {"tables": {TABLE: whole}}}
     write_manifest(folder, content)
 

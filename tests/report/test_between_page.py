@@ -61,7 +61,14 @@ def folders(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     made_up().to_csv(whole / "between.csv", index=False)
-    write_manifest(whole, {"suite_name": "training", "files": {"between.csv": sha256(whole / "between.csv")}})
+    write_manifest(
+        whole,
+        {
+            "suite_name": "training",
+            "suite": {"fit": {}, "evaluate": {}, "models": []},
+            "files": {"between.csv": sha256(whole / "between.csv")},
+        },
+    )
     return whole, tmp_path / "light"
 
 
@@ -74,9 +81,10 @@ def transfers(folders):
 def test_the_light_form_has_what_the_page_needs_and_no_rows_of_layers(folders, transfers):
     rows = transfers.table
     assert set(rows["states_layer"]) == {"later"}
-    assert set(rows.loc[rows["kind"] == "training", "head"]) == {"states"}
     between_checkpoints = ~(rows["lens_tokens"].eq(END) | rows["states_tokens"].eq(END))
     assert set(rows.loc[between_checkpoints, "lens_seed"]) == {"all"}
+    assert set(rows.loc[between_checkpoints, "head"]) == {"states"}
+    assert set(rows.loc[~between_checkpoints & rows["kind"].eq("training"), "lens_seed"]) == {"0", "1", "2", "all"}
     manifest = json.loads((folders[1] / "manifest.json").read_text())
     assert manifest["files"] == {name: sha256(folders[1] / name) for name in ("between.csv.xz", "between.png")}
     assert manifest["exported"]["tables"]["between.csv"] == sha256(folders[0] / "between.csv")
@@ -90,11 +98,18 @@ def test_a_table_that_was_changed_has_no_light_form(folders):
     assert not folders[1].exists()
 
 
+def test_a_null_that_costs_less_is_passed_later(transfers):
+    rows = (transfers.table["head"] == "lens") & (transfers.table["kind"] == "training")
+    transfers.table.loc[rows, "null_penalty"] = 0.06
+    assert transfers.first_share("pc", of_end=True, head="lens") == "only at its end"
+    assert transfers.first_share("pc", of_end=True) == "51.2 %"
+
+
 def test_tables_over_time_have_a_row_for_each_checkpoint_of_the_final_states_alone(transfers):
     rows = transfers.survival_table().splitlines()[2:]
     assert [row.split(" | ")[:3] for row in rows] == [
         ["| 79,872", "1.6 %", "0.900 [0.895, 0.905]"],
-        ["2,560,000".join(("| ", "")), "51.2 %", "0.050 [0.045, 0.055]"],
+        ["| 2,560,000", "51.2 %", "0.050 [0.045, 0.055]"],
     ]
     rows = transfers.rotation_table().splitlines()[2:]
     assert [row.split(" | ")[2] for row in rows] == ["0.400 [0.400, 0.400]", "0.005 [0.005, 0.005]"]
