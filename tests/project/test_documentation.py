@@ -246,12 +246,26 @@ def test_a_probe_of_a_script_is_measured_on_a_finished_run_as_the_guide_says(tin
     before = {path.name for path in (tmp_path / "run" / "stages").iterdir()}
     words = [str(tiny_suite) if word == "quick" else word for word in shlex.split(shown)]
     done = subprocess.run(
-        [sys.executable, "my_probe.py", *words, "--only", "gpt", "--out", "run"],
+        [sys.executable, "my_probe.py", *words, "--out", "run"],
         cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     new = {path.name for path in (tmp_path / "run" / "stages").iterdir()} - before
     assert {name for name in new if "probe" not in name} == set()
-    assert "probe-state_length-gpt-seed0" in new
     table = lensbench.read_run(tmp_path / "run").tables["probes.csv"]
-    assert (table["quantity"] == "state_length").sum() == 4
+    measured = table[table["quantity"] == "state_length"]
+    assert {f"probe-state_length-{model}-seed0" for model in measured["model"]} == new
+    assert set(measured["model"]) == {"gpt", "pc", "pc+state"}
+
+
+def test_the_tour_is_written_without_what_differs_from_run_to_run(monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.syspath_prepend(str(ROOT))  # where benchmarks/ lies
+    from benchmarks.texts.tour import KEPT, TOUR, without_times
+
+    notebook = nbformat.read(TOUR, as_version=4)
+    before = nbformat.writes(notebook)
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.99"}
+    notebook.cells[1].metadata = {"execution": {"iopub.execute_input": "2026-01-01T00:00:00Z"}}
+    assert nbformat.writes(without_times(notebook)) == before
+    assert notebook.metadata["kernelspec"] == KEPT["kernelspec"]
