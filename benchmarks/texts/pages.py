@@ -13,6 +13,7 @@ from benchmarks.texts.catalogues import CATALOGUES, gallery
 from benchmarks.texts.families import Families
 from benchmarks.texts.lenses import LensResults, in_words, named
 from benchmarks.texts.numbers import TextError, claim, markdown
+from benchmarks.texts.rates import Rates
 from benchmarks.texts.studies import Studies
 from benchmarks.texts.tables import Results
 from lensbench.errors import LensbenchError
@@ -60,6 +61,7 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
         "results": of,
         "families": cache(lambda *names: Families(results, names)),
         "transfers": cache(lambda name: Transfers(results / name)),
+        "rates": cache(lambda *names: Rates(results, names)),
         "folders": lambda within: folders(results, within),
         "file": lambda name: (results / name).is_file(),
         "exists": lambda name: (results / name / "manifest.json").is_file(),

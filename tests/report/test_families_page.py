@@ -16,6 +16,7 @@ from lensbench.results.schema import SCHEMA, no_rows
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.texts.families import Families
 from benchmarks.texts.numbers import TextError
+from benchmarks.texts.rates import Rates
 
 TOKENS = {"gpt@1000": 1000, "gpt@4000": 4000, "gpt": 16_000}
 
@@ -89,3 +90,18 @@ def test_values_stand_in_the_order_of_tokens(families):
     assert [row.split("|")[2].strip() for row in rows[2:]] == ["1,000", "4,000", "16,000"]
     with pytest.raises(TextError, match="training have no series pc"):
         families.value_table("pc")
+
+
+def test_the_rate_of_a_rule_is_held_against_the_best_of_three(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    rows = [
+        {"model": model, "trial": k, "behind": x, "behind_ci_low": x - 0.01, "behind_ci_high": x + 0.01}
+        for model, trials in (("a", (0.1, 0.0, 0.3)), ("b", (0.0, 0.5, 0.9))) for k, x in enumerate(trials)
+    ]  # fmt: skip
+    pd.DataFrame(rows[::-1]).to_csv(tmp_path / "sweep" / "sweep.csv", index=False)
+    rates = Rates(tmp_path, ["sweep"])
+    assert "| `a` | 0.100 [0.090, 0.110] | best | 0.300 [0.290, 0.310] |" in rates.table().splitlines()
+    assert rates.far() == ["b"]
+    pd.DataFrame(rows[:-1]).to_csv(tmp_path / "sweep" / "sweep.csv", index=False)
+    with pytest.raises(TextError, match="has 2 trials of b, not 3"):
+        Rates(tmp_path, ["sweep"]).table()
