@@ -246,6 +246,7 @@ def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[
     figure.draw_without_rendering()
     boxes = [artist.get_window_extent() for artist in taken]
     boxes += [Bbox([centre - 15, centre + 15]) for centre in panel.transData.transform(points.iloc[:, :2])]
+    fixed = list(boxes)
     names = [artist.get_window_extent() for artist in taken if isinstance(artist, Text)]
     far: list[Annotation] = []
     for name, x, y, *_ in points.itertuples(name=None):
@@ -257,25 +258,35 @@ def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[
             far.append(text)
         names.append(text.get_window_extent().padded(3))
         boxes.append(names[-1])
-    uncross(panel, far)
+    uncross(panel, far, fixed)
     for text in far:
         line = {"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkB": 4}
         arrow = panel.annotate("", text.xy, text.get_position(), textcoords="offset points", arrowprops=line)
         arrow.set_in_layout(False)
 
 
-def uncross(panel: Axes, names: list[Annotation]) -> None:
-    """Let two names change their places where their lines cross, until none do: each time, lines get shorter together."""
+def uncross(panel: Axes, names: list[Annotation], boxes: list[Bbox]) -> None:
+    """Let two names change their places where their lines cross, unless they cover more of ``boxes`` or names there."""
     points = panel.figure.dpi / 72
+    kept: set[tuple[int, int]] = set()
+
+    def covered(pair: tuple[int, int]) -> int:
+        others = [name.get_window_extent() for k, name in enumerate(names) if k not in pair]
+        return sum(names[k].get_window_extent().count_overlaps([*boxes, *others]) for k in pair)
+
     for _ in range(len(names) ** 2):
         leaders = [leader_of(panel, name) for name in names]
         pairs = itertools.combinations(range(len(names)), 2)
-        pair = next(((a, b) for a, b in pairs if cross(leaders[a], leaders[b])), None)
+        pair = next((p for p in pairs if p not in kept and cross(leaders[p[0]], leaders[p[1]])), None)
         if pair is None:
             return
-        sides = [names[k].get_horizontalalignment() for k in pair]
-        for k, other, side in zip(pair, reversed(pair), reversed(sides), strict=True):
+        before, places = covered(pair), [(names[k].get_position(), names[k].get_horizontalalignment()) for k in pair]
+        for k, other, (_, side) in zip(pair, reversed(pair), reversed(places), strict=True):
             names[k].set(position=tuple((leaders[other][1] - leaders[k][0]) / points), ha=side)
+        if covered(pair) > before:
+            kept.add(pair)
+            for k, (place, side) in zip(pair, places, strict=True):
+                names[k].set(position=place, ha=side)
 
 
 Leader = NDArray[np.floating]
@@ -307,6 +318,9 @@ def diagonals(box: Bbox) -> list[Leader]:
 NEAR, FAR = (1, 2, 3.5, 5, 7, 9), (11, 13, 15, 18, 21)
 """How far from its point a name may lie, in steps; far away only where nothing near is free of other names"""
 
+CROSSED = 2
+"""Boxes that a name may rather cover than have a line that crosses another"""
+
 STEP = np.array([9.0, 12.0])
 """A step along x and y, in points"""
 
@@ -314,8 +328,8 @@ STEP = np.array([9.0, 12.0])
 def place_name(panel: Axes, text: Annotation, boxes: list[Bbox], names: list[Bbox], leaders: list[Leader]) -> float:
     """Move a name to the nearest place in the panel that covers none of ``boxes``, or the fewest; return how far it is.
 
-    A line to it that crosses one of the ``leaders``, or runs through one of the ``names``, is worse than to cover all other
-    boxes; to cover a name is twice as bad.
+    To cover one of the ``names`` is worse than to cover all other boxes. A line to it that crosses one of the ``leaders``,
+    or runs through a name, is as bad as :data:`CROSSED` boxes.
     """
     sides = [*((right, up) for up, right in itertools.product((1, -1), (1, -1))), (1, 0), (-1, 0)]
     between = [(right, up) for up, right in itertools.product((0.5, -0.5, 1, -1), (1, -1, 0.4, -0.4))]
@@ -329,8 +343,8 @@ def place_name(panel: Axes, text: Annotation, boxes: list[Bbox], names: list[Bbo
             box = text.get_window_extent()
             if not all(panel.bbox.contains(*corner) for corner in box.corners()):
                 continue
-            worst = 2 * box.count_overlaps(names) + (far > 1 and met(leader_of(panel, text), names, leaders))
-            covered = box.count_overlaps(boxes) + (len(boxes) + 1) * worst
+            crossed = CROSSED * met(leader_of(panel, text), names, leaders) if far > 1 else 0
+            covered = box.count_overlaps(boxes) + (len(boxes) + 1) * box.count_overlaps(names) + crossed
             if best is None or covered < best[0]:
                 best = covered, far, {"position": tuple(at), "ha": text.get_horizontalalignment()}
             if not covered:
