@@ -8,6 +8,7 @@ import pandas as pd
 
 from benchmarks.texts.numbers import Number, TextError, UndefinedNumber, markdown
 from lensbench.results.folder import table_file
+from lensbench.studies.update_token_tables import NEAR
 
 
 class Studies:
@@ -124,16 +125,32 @@ class Studies:
         return markdown(["quantity", "truth", "streams", "covered", "rms", "bias", "covered least"], body)
 
     def tokens_table(self, folder: str) -> str:
-        """Fitting tokens that an interval of a given half-width takes, by family and width of the stream."""
+        """Fitting tokens that an interval of a given half-width takes, by family and width of the stream, and from what."""
         body = []
         for row in self.table(f"{folder}/needed.csv").to_dict("records"):
             if pd.isna(row["tokens"]):
                 tokens, per_width = str(row["reason"]), ""
             else:
-                how = "" if row["how"] == "measured" else f" ({row['how']})"
-                tokens, per_width = f"{float(format(row['tokens'], '.2g')):,.0f}{how}", f"{row['per_d']:.2g}"
-            body.append([f"`{row['family']}`", str(row["d"]), tokens, per_width])
-        return markdown(["family", "width d", "fitting tokens", "per width"], body)
+                how = "" if row["how"] == "measured" else f"{row['how']} "
+                ends = [row[f"tokens_ci_{end}"] for end in ("low", "high")]
+                within = "" if pd.isna(ends[0]) else f" [{', '.join(_rounded(end) for end in ends)}]"
+                tokens, per_width = f"{how}{_rounded(row['tokens'])}{within}", f"{row['per_d']:.2g}"
+            body.append([f"`{row['family']}`", str(row["d"]), tokens, per_width, self._half_widths(folder, row)])
+        return markdown(["family", "width d", "fitting tokens", "per width", "mean half-widths at tokens"], body)
+
+    def _half_widths(self, folder: str, row: dict[str, Any]) -> str:
+        """The mean half-widths that a number of tokens is interpolated from: those that enter its line."""
+        table = self.table(f"{folder}/tokens.csv")
+        of = table[(table["family"] == row["family"]) & (table["d"] == row["d"])]
+        known = of[
+            (of["intervals"] >= of["streams"] / 2) & of["half_width"].between(row["asked"] / NEAR, row["asked"] * NEAR)
+        ]
+        return ", ".join(f"{one['half_width']:.2g} at {one['fit_tokens']:,}" for one in known.to_dict("records"))
+
+
+def _rounded(tokens: float) -> str:
+    """Two digits of a number of tokens."""
+    return f"{float(format(tokens, '.2g')):,.0f}"
 
 
 def _short(value: float) -> str:
