@@ -268,7 +268,7 @@ def linearity_work(asked: Asked) -> Work:
     """Least squares of every layer on the one before it, with all tokens and with the quiet ones, and its residuals."""
     shape, layers = asked.shape, asked.shape.layers
     work = moments(shape, 2 * asked.of.tokens("fit"), layers) + eigendecompositions(shape, 2 * layers)
-    return work + products(shape, 4 * layers) + Work(double=2 * layers * asked.scored * 2 * shape.width**2)
+    return work + products(shape, 2 * layers) + Work(double=2 * layers * asked.scored * 2 * shape.width**2)
 
 
 def early_exit_work(asked: Asked) -> Work:

@@ -40,7 +40,13 @@ def vector(a: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a)
 
 
+def product_added(_: Any, a: Any, b: Any, **__: Any) -> int:
+    """A product that is added to a matrix in place, which torch leaves out."""
+    return 2 * math.prod(a) * b[-1]
+
+
 FURTHER = {
+    aten.addmm_: product_added,
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     aten.linalg_cholesky_ex: cholesky,
