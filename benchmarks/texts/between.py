@@ -152,6 +152,50 @@ class Transfers:
             *(float(row[name]) for name in (column, f"{column}_ci_low", f"{column}_ci_high")), f"{column} of {model}"
         )
 
+    def sizes_table(self) -> str:
+        """A row for each two sizes of a family: what the lens of one reads in the other through an affine map."""
+        body = []
+        for lens, states in self._sizes():
+            cells = [
+                self._of_sizes(lens, states, name) for name in ("penalty", "null_penalty", "shared", "same_tokens")
+            ]
+            body.append([f"`{lens}`", f"`{states}`", *(str(cell) for cell in cells)])
+        return markdown(["lens of", "states of", "penalty", "of a random pairing", "shared", "same tokens"], body)
+
+    def sizes_claims(self) -> tuple[int, int]:
+        """How many of the declared claims on neighbouring sizes hold, after Holm's correction, and how many there are."""
+        order = list(dict.fromkeys(name.rpartition("-")[2] for name, _ in self._sizes()))
+        near = [
+            (lens, states)
+            for lens, states in self._sizes()
+            if abs(order.index(lens.rpartition("-")[2]) - order.index(states.rpartition("-")[2])) == 1
+        ]
+        p = holm([t_test(self._sizes_by_seed(*pair, "shared"), SHARED, True) for pair in near])
+        return sum(one < LEVEL for one in p), len(near)
+
+    def seeds_of_sizes_table(self) -> str:
+        """A row for each model: what a rotation reads of another seed, by size."""
+        body = []
+        tokens = dict(zip(self.table["lens_model"], self.table["lens_tokens"], strict=True))
+        for model in sorted(self.models, key=lambda name: (name.rpartition("-")[0], tokens[name])):
+            cells = [
+                self.of_seeds(model, ORTHOGONAL, name) for name in ("penalty", "null_penalty", "shared", "same_tokens")
+            ]
+            body.append([f"`{model}`", *(str(cell) for cell in cells)])
+        return markdown(["model", "penalty", "of a random pairing", "shared", "same tokens"], body)
+
+    def _sizes(self) -> list[tuple[str, str]]:
+        rows = self.table[self.table["kind"] == "sizes"]
+        return list(dict.fromkeys(zip(rows["lens_model"], rows["states_model"], strict=True)))
+
+    def _sizes_by_seed(self, lens: str, states: str, column: str) -> list[float]:
+        rows = self.table[(self.table["kind"] == "sizes") & (self.table["lens_seed"] != "all")]
+        rows = rows[(rows["lens_model"] == lens) & (rows["states_model"] == states)]
+        return [float(value) for value in rows.sort_values("lens_seed")[column]]
+
+    def _of_sizes(self, lens: str, states: str, column: str) -> Number:
+        return Number(*mean_over_seeds(self._sizes_by_seed(lens, states, column)), f"{column} of {lens} on {states}")
+
     def claims_table(self) -> str:
         """What was declared before the run, each with its value, p corrected over all of it, and outcome."""
         rows: list[tuple[str, Number, float]] = []

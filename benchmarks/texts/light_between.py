@@ -43,7 +43,10 @@ def light(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_light(source: Path, folder: Path) -> None:
-    """Write table, figure and manifest of the light form; raises :class:`LensbenchError` for a table that was changed."""
+    """Write table, figure (over time) and manifest of the light form.
+
+    Raises :class:`LensbenchError` for a table that was changed.
+    """
     manifest = json.loads((source / MANIFEST).read_text())
     if (whole := sha256(source / TABLE)) != manifest["files"][TABLE]:
         raise LensbenchError(f"{source / TABLE} is not the table that its manifest names")
@@ -51,8 +54,10 @@ def write_light(source: Path, folder: Path) -> None:
     rows = light(pd.read_csv(source / TABLE))
     write_csv(folder / TABLE, rows)
     pack(folder / TABLE)
-    write_atomically(folder / FIGURE, partial(write_figure, between_figure(rows), dpi=DPI))
-    names = (f"{TABLE}.xz", FIGURE)
+    names = [f"{TABLE}.xz"]
+    if (rows["kind"] == "training").any():
+        write_atomically(folder / FIGURE, partial(write_figure, between_figure(rows), dpi=DPI))
+        names.append(FIGURE)
     content = {name: value for name, value in manifest.items() if name != "checksum"}
     # The models of the suite are written out in the manifest of its run.
     content["suite"] = {part: manifest["suite"][part] for part in ("fit", "evaluate")}

@@ -137,3 +137,28 @@ def test_every_declared_claim_is_tested_and_corrected_with_all_others(transfers,
 def test_a_table_without_a_checkpoint_is_no_text(transfers):
     with pytest.raises(TextError, match="no lens of gpt after 79872 tokens"):
         transfers.shares("gpt", EARLY)
+
+
+def test_sizes_are_read_both_ways_and_claims_are_of_neighbours_alone(tmp_path):
+    sizes = ("16k", "64k", "250k")
+    rows = [
+        {
+            "kind": "sizes", "lens_model": f"pc-{lens}", "lens_seed": seed, "states_model": f"pc-{states}",
+            "states_seed": seed, "lens_tokens": 1, "states_tokens": 2, "map": "affine", "head": "lens",
+            "lens_layer": "later", "states_layer": "later", "penalty": 0.4, "null_penalty": 2.0, "same_tokens": 0.3,
+            "shared": 0.2 if {lens, states} == {"16k", "64k"} else 0.8 + 0.01 * seed,
+        }
+        for lens in sizes for states in sizes if lens != states for seed in range(3)
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    pd.DataFrame(rows).reindex(columns=list(BETWEEN_COLUMNS)).to_csv(whole / "between.csv", index=False)
+    files = {"between.csv": sha256(whole / "between.csv")}
+    write_manifest(whole, {"suite": {"fit": {}, "evaluate": {}}, "files": files})
+    write_light(whole, tmp_path / "light")
+    assert not (tmp_path / "light" / "between.png").exists(), "it has no matrix over time"
+    found = Transfers(tmp_path / "light")
+    assert found.sizes_claims() == (2, 4)
+    table = found.sizes_table().splitlines()
+    assert len(table) == 2 + 6
+    assert table[3].startswith("| `pc-16k` | `pc-250k` | 0.400 [0.400, 0.400] |")
