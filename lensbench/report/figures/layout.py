@@ -249,7 +249,10 @@ def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[
     fixed = list(boxes)
     names = [artist.get_window_extent() for artist in taken if isinstance(artist, Text)]
     far: list[Annotation] = []
-    for name, x, y, *_ in points.itertuples(name=None):
+    # Those at the edge first: they have the fewest places.
+    centres = panel.transAxes.inverted().transform(panel.transData.transform(points.iloc[:, :2]))
+    room = np.minimum(centres, 1 - centres).min(1)
+    for name, x, y, *_ in points.iloc[np.argsort(room, kind="stable")].itertuples(name=None):
         text = panel.annotate(
             name, (x, y), (0, 0), textcoords="offset points", size=pt(8.5), weight="bold", va="center"
         )
@@ -266,13 +269,15 @@ def label_points(figure: Figure, panel: Axes, points: pd.DataFrame, taken: list[
 
 
 def uncross(panel: Axes, names: list[Annotation], boxes: list[Bbox]) -> None:
-    """Let two names change their places where their lines cross, unless they cover more of ``boxes`` or names there."""
+    """Let two names change their places where their lines cross, unless they would cover more, or leave the panel."""
     points = panel.figure.dpi / 72
     kept: set[tuple[int, int]] = set()
 
     def covered(pair: tuple[int, int]) -> int:
         others = [name.get_window_extent() for k, name in enumerate(names) if k not in pair]
-        return sum(names[k].get_window_extent().count_overlaps([*boxes, *others]) for k in pair)
+        there = [names[k].get_window_extent() for k in pair]
+        outside = sum(not all(panel.bbox.contains(*corner) for corner in box.corners()) for box in there)
+        return len(boxes) * outside + sum(box.count_overlaps([*boxes, *others]) for box in there)
 
     for _ in range(len(names) ** 2):
         leaders = [leader_of(panel, name) for name in names]
