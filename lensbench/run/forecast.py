@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lensbench.data.reading import refuse_absent
-from lensbench.data.sources import sources_of
+from lensbench.data.sources import refuse_missing
 from lensbench.errors import LensbenchError
 from lensbench.models import build, count_parameters
 from lensbench.models.pretrained import check_context, load_config
@@ -79,9 +78,7 @@ def forecast(
     """
     if suite.images is not None:
         raise LensbenchError(f"--dry-run is for suites of text: what images of {suite.name} cost is not predicted")
-    for text in sources_of(suite.corpus.spec):
-        if text.startswith("file:"):
-            refuse_absent(text.removeprefix("file:"))
+    refuse_missing(suite.corpus.spec)
     asked = [model for model in suite.models if not only or model.name in only]
     finished = finished_stages(suite, folder, device, asked, probes)
     shapes = {model.name: shape_of(suite, model) for model in asked if suite.seeds_of(model)}

@@ -78,6 +78,15 @@ def test_a_dry_run_refuses_a_text_that_is_missing_as_the_run_does(tmp_path):
     refused(result, "none: there is no such file or folder")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("docs", "unknown corpus 'docs'"), ("package:no-such-package", "no-such-package")]
+)
+def test_a_dry_run_refuses_what_names_no_text_as_the_run_does(text, said, tmp_path):
+    for more in (["--dry-run"], []):
+        result = run("run", "quick", "--corpus", text, *more, "--out", tmp_path / "run")
+        refused(result, said)
+
+
 def test_the_shape_of_a_config_is_that_of_its_model(tmp_path):
     """Embedding and head of 1000 x 64 each; a block has 4 products of 64 x 64, 3 of 64 x 128 and two norms."""
     body = 4 * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 64
