@@ -1,10 +1,14 @@
 """A sweep: declared trials of a suite's models, judged on the dev split."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import without_progress_bars
@@ -78,11 +82,14 @@ def judged_trials(context: Context, sweep: Sweep) -> pd.DataFrame:
         described = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
         rows.append((trial.model, number, described, mean, low, high))
     columns = ["model", "trial", "settings", "dev_ce", "dev_ce_ci_low", "dev_ce_ci_high"]
-    table = pd.DataFrame(rows, columns=columns)
+    return held_against_best(pd.DataFrame(rows, columns=columns), losses, scored.document, suite.evaluate.draws)
+
+
+def held_against_best(
+    table: pd.DataFrame, losses: Sequence[Tensor], document: NDArray[np.int64], draws: int
+) -> pd.DataFrame:
+    """The trials with how far each is behind its model's best one, from the losses of the same tokens ``[N]`` of each."""
     best = table.groupby("model")["dev_ce"].transform("idxmin")
-    behind = [
-        mean_with_interval(losses[k] - losses[of], scored.document, suite.evaluate.draws) for k, of in best.items()
-    ]
-    table["behind_ci_low"], table["behind"], table["behind_ci_high"] = zip(*behind, strict=True)
-    table["chosen"] = table.index == best
-    return table[[*columns, "behind", "behind_ci_low", "behind_ci_high", "chosen"]]
+    behind = [mean_with_interval(losses[k] - losses[of], document, draws) for k, of in best.items()]
+    low, mean, high = zip(*behind, strict=True)
+    return table.assign(behind=mean, behind_ci_low=low, behind_ci_high=high, chosen=table.index == best)
