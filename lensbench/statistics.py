@@ -27,8 +27,19 @@ def few_clusters(clusters: float) -> str:
     return f"only {clusters:.3g} clusters: {NOT_TRUSTED}" if clusters < FEWEST_CLUSTERS else ""
 
 
+FEWEST_PER_DIRECTION = 4.0
+"""With fewer held-out tokens than this for each direction of a stream, one loud token that was not read may change all"""
+
+
+def few_tokens(per_direction: float) -> str:
+    """The warning next to an interval over so many held-out tokens for each direction; empty where there are enough."""
+    if per_direction >= FEWEST_PER_DIRECTION:
+        return ""
+    return f"only {per_direction:.2g} held-out tokens for each direction (raise evaluate.sequences): {NOT_TRUSTED}"
+
+
 def warned_of_few_clusters(reason: str) -> str:
-    """The warning of :func:`few_clusters` among the reasons that stand next to an interval; empty where there is none."""
+    """The warning of :func:`few_clusters` or :func:`few_tokens` among the reasons next to an interval; else empty."""
     return next((part for part in reason.split("; ") if part.endswith(NOT_TRUSTED)), "")
 
 

@@ -134,6 +134,8 @@ class Decomposition:
     """``[draws, clusters]``: how often a draw takes each cluster of eval"""
     clusters: float
     """Effective number of clusters of eval"""
+    per_direction: float
+    """Tokens of eval for each direction of the stream"""
     spread: tuple[int, ...]
     """Seed of what refits add to the draws"""
     reach: Reach
@@ -380,11 +382,11 @@ def measured(
             held.cluster, held.clusters, further=further,
         )  # fmt: skip
     return Decomposition(
-        layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws,
-        refits=_stacked(refitted) if refitted else None, chance=chance, gate=gating.gate, blocks=gating.blocks,
-        news_sums=gains, news_refits=_both(news_again), gains=gained, choices=fitted.lenses.choices, weights=held.weights,
-        clusters=effective_clusters(held.cluster.numpy()), spread=tuple(spread), variants=variants,
-        reach=Reach.of(readout, held_out, fitted.lenses.within[[len(chosen) - 1]], chosen[-1], held),
+        layers=chosen, metric=fitted.metric.name, pairs=pairs, point=point, draws=draws, chance=chance, gate=gating.gate,
+        refits=_stacked(refitted) if refitted else None, blocks=gating.blocks, news_sums=gains, gains=gained,
+        news_refits=_both(news_again), choices=fitted.lenses.choices, weights=held.weights, spread=tuple(spread),
+        clusters=effective_clusters(held.cluster.numpy()), per_direction=len(held_out) / held.states.shape[-1],
+        variants=variants, reach=Reach.of(readout, held_out, fitted.lenses.within[[len(chosen) - 1]], chosen[-1], held),
     )  # fmt: skip
 
 

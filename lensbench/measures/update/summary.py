@@ -11,10 +11,13 @@ from lensbench.measures.means import Estimate
 from lensbench.measures.update.decomposition import NORMED, Decomposition, Variant, spread_by_refits
 from lensbench.measures.update.gates import LARGEST_BASELINE, REASONS, pairs_needed
 from lensbench.measures.update.quantities import Quantities
-from lensbench.statistics import Array, few_clusters, small_sample_interval, too_few_clusters
+from lensbench.statistics import Array, few_clusters, few_tokens, small_sample_interval, too_few_clusters
 
 EXTRA_SPREAD = 0.1
 """Added to the spread of the share of every pair before pairs are weighted, so that no pair decides alone"""
+
+REFITS_OF_A_VARIANCE, VARIANCE_OF_T = 4, 3
+"""Fewest refits with which Student's t, of one degree of freedom less, has a variance, and that variance"""
 
 WITHOUT_LAYER_0 = "_without_layer0"
 
@@ -133,10 +136,24 @@ def passing(found: Decomposition, pairs: NDArray[np.bool_]) -> NDArray[np.bool_]
 
 def pair_weights(found: Decomposition, passed: NDArray[np.bool_]) -> Array:
     """Weights of the carried shares of the pairs that pass, which sum to 1: a sure share counts more than a vague one."""
-    spread = np.nanvar(_drawn(found, "carried")[:, passed], axis=0)
-    weight = 1 / (found.chance.carried[passed] ** 2 + spread + EXTRA_SPREAD**2)
+    weight = 1 / (found.chance.carried[passed] ** 2 + _variance_of_carried(found, passed) + EXTRA_SPREAD**2)
     result: Array = weight / weight.sum()
     return result
+
+
+def _variance_of_carried(found: Decomposition, passed: NDArray[np.bool_]) -> Array:
+    """The variance of the carried share of each pair that passes, over documents and refits.
+
+    That of draws with Student's t in them, but for fewer than :data:`REFITS_OF_A_VARIANCE` refits: then t has no variance. A
+    few draws of thousands of deviations would decide it, and pairs whose refits happen to agree would get all the weight.
+    """
+    refits = None if found.refits is None else found.refits.carried
+    if refits is None or len(refits) < 2 or len(refits) >= REFITS_OF_A_VARIANCE:
+        drawn: Array = np.nanvar(_drawn(found, "carried")[:, passed], axis=0)
+        return drawn
+    of_documents: Array = np.nanvar(found.draws.carried[:, passed], axis=0)
+    variance: Array = of_documents + VARIANCE_OF_T * refits[:, passed].var(0, ddof=1)
+    return variance
 
 
 def undetermined(found: Decomposition, pairs: NDArray[np.bool_]) -> str:
@@ -342,7 +359,8 @@ def estimate(value: float, draws: Array, found: Decomposition, *, share: bool = 
     low, high = small_sample_interval(np.asarray([value]), draws[:, None], found.clusters)
     if share:
         low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
-    return Estimate(float(value), float(low[0]), float(high[0]), few_clusters(found.clusters))
+    warning = few_clusters(found.clusters) or few_tokens(found.per_direction)
+    return Estimate(float(value), float(low[0]), float(high[0]), warning)
 
 
 def _columns(name: str, one: Estimate) -> dict[str, float | None]:
