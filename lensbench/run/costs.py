@@ -54,9 +54,6 @@ VALUES_ALONE = 0.4
 READABLE_STEPS = 15
 """Evaluations of a fit of readable gain"""
 
-READABLE_PARTS = 10
-"""Readings whose products with the unembedding the three fits of a pair make"""
-
 AUTO_SHARE = 0.1
 """The mean share of exact log-partitions that ``evaluate.exact_share = "auto"`` is taken to find"""
 
@@ -389,7 +386,7 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
         pairs = min(pairs, layers - 1 + FURTHER_PAIRS)
         words, tokens = min(WORDS, shape.vocabulary), min(DEV_TOKENS, dev)
         work += Work(
-            single=pairs * READABLE_PARTS * tokens * 2 * shape.width * words,
+            single=pairs * 3 * READABLE_STEPS * tokens * 4 * shape.width * words,
             words=pairs * 3 * READABLE_STEPS * tokens * 2 * words,
         )
         work += of_share(shape, EXACT_SHARE) * read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_))

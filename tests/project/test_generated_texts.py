@@ -231,6 +231,18 @@ def test_no_page_says_twice_where_it_comes_from():
         assert len(re.findall(r"<!-- Written by `python -m benchmarks\.texts`", page.read_text())) <= 1, page
 
 
+def test_what_follows_a_table_is_not_taken_for_one_of_its_rows():
+    """A line right after a table is its next row: a blank line has to come between."""
+    for page in ROOT.rglob("*.md"):
+        code, before = False, ""
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            if line.startswith("```"):
+                code = not code
+            elif not code and before.startswith("|"):
+                assert not line.strip() or line.startswith("|"), f"{page}, line {number}"
+            before = line
+
+
 def test_tables_of_whole_models_leave_out_those_that_nothing_is_known_of():
     class Known(LensResults):
         def __init__(self):

@@ -26,7 +26,7 @@ with s_ij and r_j would lose what it changes."""
 LAYER_PRODUCTS = ("rr", "rf", "ff", "rT", "fT")
 """Of one layer: r_i and its signal f_i, with themselves, with one another, and with T"""
 
-TOKEN_BLOCK = 1024
+TOKEN_BLOCK = 512
 
 LATER_GIB = 0.5
 """Up to this size, covariances of pairs of layers are kept; above it, they are computed again for each set of lenses"""
@@ -88,6 +88,7 @@ def cluster_products(
     """
     rows, count = [*layers, len(states) - 1], len(layers)
     wide, maps = maps.read.to(states.device, torch.float64), maps.to(states)
+    give_back_pages()  # of maps that lie in files
     i_of, _ = pairs_of(count)
     pair = {name: np.zeros((clusters, len(i_of))) for name in PAIR_PRODUCTS}
     layer = {name: np.zeros((clusters, count)) for name in LAYER_PRODUCTS}

@@ -11,6 +11,7 @@ from torch import Tensor
 from lensbench.lenses.estimated import FEWEST_DRAWN, mended, worth_estimating
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
+from lensbench.lenses.refine import LogPartition
 from lensbench.measures.update.folds import pseudo_inverse
 from lensbench.measures.update.metric import Metric
 from lensbench.measures.update.products import means_of
@@ -200,99 +201,41 @@ def _target_logits(readout: ReadOut, n: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Words:
-    """What coefficients are fitted to: the words of a read-out, or some rows of the unembedding for all words."""
+    """The cross-entropy that coefficients are fitted to: exact, or with some rows of the unembedding for all words."""
 
     readout: ReadOut
     targets: Tensor
     weight: Tensor
     bias: Tensor | None
-    offset: Tensor | None = None
-    """What is added to logits that are capped, ``[words]``"""
 
     @classmethod
     def of(cls, readout: ReadOut, dev: Capture, tokens: Tensor) -> "_Words":
-        generator, targets = torch.Generator().manual_seed(0), dev.targets[tokens]
-        if readout.softcap is not None and worth_estimating(len(readout.weight)):
-            words = Words.draw(readout, dev.mean_p, WORDS, generator)
-            return cls(readout, targets, words.weight, words.bias, words.offset)
-        return cls(readout, targets, *Vocabulary(readout, dev.mean_p, WORDS, generator).draw())
+        sample = Vocabulary(readout, dev.mean_p, WORDS, torch.Generator().manual_seed(0))
+        weight, bias = sample.draw()
+        return cls(readout, dev.targets[tokens], weight, bias)
 
     def fitted(self, parts: Sequence[Tensor], centre: Tensor, pad: Tensor, start: Array) -> Array:
         """The coefficients of least loss; those of parts after the first are at least 0."""
         count = 2 * len(parts)
         bounds = [(None, None)] * 2 + [(0.0, None)] * (count - 2) + [(None, None)]
-        logits = _Logits.of(self, parts, centre, pad)
 
         def loss(theta: Array) -> tuple[float, Array]:
             with torch.enable_grad():
                 free = torch.tensor(theta, requires_grad=True)
-                value = logits.loss(free, _state(parts, centre, pad, free))
+                value = self._loss(_state(parts, centre, pad, free))
                 (slope,) = torch.autograd.grad(value, free)
-            return float(value.detach()), slope.double().cpu().numpy()
+            return float(value.detach()), slope.double().numpy()
 
         found: Array = minimize(
             loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-6}
         ).x
         return found
 
-
-@dataclass(frozen=True)
-class _Logits:
-    """Logits of the words, and of the targets, of any coefficients.
-
-    The final norm is a matrix over a scale, so the logits are sums of those of the parts, over that scale: the products
-    with the unembedding are made once, whatever the number of coefficients that are tried.
-    """
-
-    readout: ReadOut
-    gain: Tensor
-    """``[d_read, d]``"""
-    words: tuple[Tensor, Tensor, Tensor]
-    """Of the parts ``[K, n, words]``, of centre and pad ``[2, words]``, and what is added after the scale, ``[words]``"""
-    aims: tuple[Tensor, Tensor, Tensor]
-    """The same of every token's target: ``[K, n]``, ``[2, n]``, ``[n]``"""
-    offset: Tensor | None
-    """What is added to the words' logits when they are capped"""
-
-    @classmethod
-    def of(cls, words: _Words, parts: Sequence[Tensor], centre: Tensor, pad: Tensor) -> "_Logits":
-        readout = words.readout
-        x = torch.cat(list(parts), 1)
-        gain = readout.gain(x.shape[-1])
-        assert gain is not None  # the metric has asked for it
-        seen = (x @ gain.T).transpose(0, 1).contiguous()
-        fixed = torch.stack([centre.to(x), pad.to(x)]) @ gain.T
-        offset = readout.final_norm(torch.zeros_like(x[0, 0]))
-
-        def after(weight: Tensor, bias: Tensor | None) -> Tensor:
-            added: Tensor = weight @ offset
-            return added if bias is None else added + bias
-
-        target = readout.weight[words.targets]
-        bias = None if readout.bias is None else readout.bias[words.targets]
-        return cls(
-            readout,
-            gain,
-            (seen @ words.weight.T, fixed @ words.weight.T, after(words.weight, words.bias)),
-            ((seen * target).sum(-1), fixed @ target.T, after(target, bias)),
-            words.offset,
-        )
-
-    def loss(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Mean next-token cross-entropy at some coefficients; ``x`` ``[n, d]``: the states that they give."""
-        offset = self.readout.final_norm(torch.zeros_like(x[0]))
-        scale = self.readout.inverse_scale(x @ self.gain.T, self.readout.final_norm(x), offset)
-        theta = theta.to(x)
-        pads = torch.stack([torch.ones_like(theta[-1]), theta[-1]])
-
-        def of(parts: Tensor, fixed: Tensor, after: Tensor, scale: Tensor) -> Tensor:
-            unscaled = (theta[:-1] @ parts.flatten(1)).view(parts.shape[1:]) + pads @ fixed
-            logits = unscaled * scale + after
-            cap = self.readout.softcap
-            return logits if cap is None else cap * torch.tanh(logits / cap)
-
-        every, aim = of(*self.words, scale[:, None]), of(*self.aims, scale)
-        if self.offset is not None:
-            every = every + self.offset
-        mean: Tensor = (every.logsumexp(-1) - aim).double().mean()
+    def _loss(self, x: Tensor) -> Tensor:
+        n = self.readout.final_norm(x)
+        if (cap := self.readout.softcap) is None:
+            log_z: Tensor = LogPartition.apply(n, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        else:
+            log_z = (cap * torch.tanh(torch.nn.functional.linear(n, self.weight, self.bias) / cap)).logsumexp(-1)
+        mean: Tensor = (log_z - _target_logits(self.readout, n, self.targets)).double().mean()
         return mean

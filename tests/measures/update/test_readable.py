@@ -80,7 +80,7 @@ def test_the_loss_that_coefficients_are_fitted_to_is_the_cross_entropy_with_its_
     theta = torch.tensor([0.5, -0.2, 0.3, 0.1, 0.7], dtype=torch.float64, requires_grad=True)
     state = module._state(parts, centre, pad, theta)
     expected = torch.nn.functional.cross_entropy(readout(state), captured.targets)
-    found = module._Logits.of(words, parts, centre, pad).loss(theta, state)
+    found = words._loss(state)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     (slope,), (by_autograd,) = (torch.autograd.grad(x, theta, retain_graph=True) for x in (found, expected))
     torch.testing.assert_close(slope, by_autograd, atol=1e-5, rtol=1e-4)
