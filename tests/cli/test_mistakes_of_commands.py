@@ -92,14 +92,18 @@ def test_a_folder_that_cannot_be_read_is_told_alike_by_every_command(kind, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == (["it"] if kind != "missing" else [])
 
 
-@pytest.mark.parametrize("command", [c for c in READERS if c != "trace"])
+OF_STUDIES = {
+    "calibration": "another command's", "update-calibration": "another command's",
+    "predictive-coding/in-context": "holds tasks",
+}  # fmt: skip
+"""Which ``export`` takes, too"""
+
+
 @pytest.mark.parametrize(
-    ("folder", "told"),
+    ("command", "folder", "told"),
     [
-        ("standard-sweep", "holds a sweep"),
-        ("calibration", "another command's"),
-        ("update-calibration", "another command's"),
-        ("predictive-coding/in-context", "holds tasks"),
+        *((command, "standard-sweep", "holds a sweep") for command in READERS if command != "trace"),
+        *((c, folder, told) for c in READERS if c not in ("trace", "export") for folder, told in OF_STUDIES.items()),
     ],
 )
 def test_results_of_another_command_are_told_from_a_run(command, folder, told, tmp_path):

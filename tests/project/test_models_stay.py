@@ -227,9 +227,10 @@ PARTS_OF_PROBES = {
     "injection_survival": [
         "injection_survival.Lenses.of", "injection_survival.Injected.drawn",
         "injection_survival.answers_of", "tools.interventions.after_moves",
-        "tools.interventions.last_states",
+        "tools.interventions.last_states", "tools.interventions.before_blocks", "tools.interventions.blocks_of",
     ],
     "lens_rank": ["lens_rank.cuts_of"],
+    "linearity": ["linearity.scores_of"],
     "top1_kept": ["top1_kept.top_words"],
     "prediction_visibility": ["prediction_visibility.Baseline.of", "tools.predictions.Directions.of"],
     "prefix_read_out": ["prefix_read_out.prefix_against_full"],
