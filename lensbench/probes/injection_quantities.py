@@ -125,10 +125,10 @@ UNCHANGED = (0.9, 1.1)
 def fate_of_errors(rows: pd.DataFrame, suffix: str = "_without_layer0") -> Fate:
     """What becomes of injected errors, from the rows of ``probes.csv`` of one model and seed (or of all seeds).
 
-    ``corrected``: an error survives less than a signal, less than noise, and less than 1, each with its interval, while
-    signals stay. ``shrunk``: it would be, but signals too surely lie below the lower of :data:`UNCHANGED`, as where
-    skips are scaled down: everything shrinks.
-    ``unchanged``: the interval of its survival lies within :data:`UNCHANGED`. ``neither``: it surely changes, as its
+    ``unchanged``: the interval of its survival lies within :data:`UNCHANGED`. ``corrected``: else, an error survives less
+    than a signal, less than noise, and less than 1, each with its interval, while signals stay. ``shrunk``: it would be,
+    but signals too surely lie below the lower of :data:`UNCHANGED`, as where skips are scaled down: everything shrinks.
+    ``neither``: it surely changes, as its
     interval leaves out 1, but is not surely corrected. ``undetermined``: an interval is missing or too wide for these.
     """
     of = rows.drop_duplicates("quantity").set_index("quantity")
@@ -136,10 +136,10 @@ def fate_of_errors(rows: pd.DataFrame, suffix: str = "_without_layer0") -> Fate:
     if not set(names) <= set(of.index) or of.loc[names, ["ci_low", "ci_high"]].isna().any(axis=None):
         return "undetermined"
     low, high = (of.loc[names, column].astype(float).to_numpy() for column in ("ci_low", "ci_high"))
-    if high[0] < 1 and high[1] < 0 and high[2] < 0:
-        return "shrunk" if high[3] < UNCHANGED[0] else "corrected"
     if UNCHANGED[0] <= low[0] and high[0] <= UNCHANGED[1]:
         return "unchanged"
+    if high[0] < 1 and high[1] < 0 and high[2] < 0:
+        return "shrunk" if high[3] < UNCHANGED[0] else "corrected"
     return "undetermined" if low[0] <= 1 <= high[0] else "neither"
 
 

@@ -89,7 +89,7 @@ def held_against_best(
     table: pd.DataFrame, losses: Sequence[Tensor], document: NDArray[np.int64], draws: int
 ) -> pd.DataFrame:
     """The trials with how far each is behind its model's best one, from the losses of the same tokens ``[N]`` of each."""
-    best = table.groupby("model")["dev_ce"].transform("idxmin")
-    behind = [mean_with_interval(losses[k] - losses[of], document, draws) for k, of in best.items()]
+    best = table.groupby("model")["dev_ce"].transform("idxmin").to_numpy(dtype=int)
+    behind = [mean_with_interval(losses[k] - losses[of], document, draws) for k, of in enumerate(best)]
     low, mean, high = zip(*behind, strict=True)
     return table.assign(behind=mean, behind_ci_low=low, behind_ci_high=high, chosen=table.index == best)

@@ -119,11 +119,11 @@ def nearest_rival(rows: pd.DataFrame, kinds: dict[str, str], names: dict[tuple[i
     Rivals whose interval overlaps that of the nearest are as near.
     """
     nearest: dict[str, list[str]] = {}
-    for key, of_model in rows[rows["against"].isin(kinds)].groupby(["layers", "attention"], sort=False):
-        best = of_model.loc[of_model["value"].idxmax()]
+    for _, of_model in rows[rows["against"].isin(kinds)].groupby(["layers", "attention"], sort=False):
+        best = of_model.iloc[int(of_model["value"].argmax())]
         near = of_model[(of_model["against"] == best["against"]) | (of_model["ci_high"] >= best["ci_low"])]
         said = " or ".join(kinds[kind] for kind in kinds if kind in set(near["against"]))
-        nearest.setdefault(said, []).append(names[key])
+        nearest.setdefault(said, []).append(names[int(best["layers"]), str(best["attention"])])
     count = sum(map(len, nearest.values()))
     groups = [f"{said} ({models_or_count(models, count)})" for said, models in nearest.items()]
     if not groups:
