@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lensbench.measures.update.verdict import UpdateRule
+
 ROOT = Path(__file__).resolve().parents[2]
 # Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
 sys.path.insert(0, str(ROOT))
@@ -229,6 +231,12 @@ def test_layers_and_models_in_words():
 def test_no_page_says_twice_where_it_comes_from():
     for page in ROOT.rglob("*.md"):
         assert len(re.findall(r"<!-- Written by `python -m benchmarks\.texts`", page.read_text())) <= 1, page
+
+
+def test_the_page_on_verdicts_has_the_defaults_of_the_rule():
+    page = " ".join((ROOT / "benchmarks" / "update-decomposition.md").read_text().split())
+    for name in ("added", "carried", "clear", "changed", "kept", "readable", "reach"):
+        assert re.search(rf"`{name}` (is )?{getattr(UpdateRule(), name)}\b", page), name
 
 
 def test_what_follows_a_table_is_not_taken_for_one_of_its_rows():
