@@ -107,6 +107,8 @@ class ComparedModel:
     """What the run's tables say of it"""
     warnings: dict[str, str]
     """What the tables warn of, by the name of a quantity"""
+    text_tokens: tuple[tuple[str, int], ...] = ()
+    """Tokens of each split of the text: of one text, those of one tokenizer are as many"""
 
     @property
     def who(self) -> dict[str, Any]:
@@ -248,8 +250,14 @@ def compared_model(
     corpus = run.manifest.corpus.checksum
     return ComparedModel(
         str(run.folder), group, corpus, model, seed, sums.documents, sums.tokens, sums.bytes, point, values, reasons,
-        told, warned,
+        told, warned, tokens_of_text(run.manifest, model),
     )  # fmt: skip
+
+
+def tokens_of_text(manifest: Manifest, model: str) -> tuple[tuple[str, int], ...]:
+    """How many tokens a model's tokenizer makes of each split; empty where the run does not say so."""
+    known = manifest.tokenizers.get(model, manifest.tokenizers.get("trained here", {}))
+    return tuple(sorted(known.get("tokens", {}).items()))
 
 
 def value_of(model: ComparedModel, name: str) -> dict[str, Any]:
@@ -342,6 +350,7 @@ def differences_over_seeds(pairs: list[tuple[ComparedModel, ComparedModel]]) -> 
     who["paired"] = not unpaired
     for name in compared_quantities():
         reason = next((m.reasons[name] for pair in pairs for m in pair if name in m.reasons), "")
+        reason = reason or other_tokens(name, here, there)
         gaps = [a.point[name] - b.point[name] for a, b in pairs]
         row = who | {"index": name} | mean_row(gaps, reason)
         if unpaired and not reason:
@@ -412,6 +421,14 @@ def other_documents(model: ComparedModel, against: ComparedModel) -> str:
     return ""
 
 
+def other_tokens(name: str, model: ComparedModel, against: ComparedModel) -> str:
+    """Why a loss per token is not compared: one text makes other tokens of the two; empty where it is."""
+    known = model.text_tokens and against.text_tokens and model.corpus == against.corpus
+    if name == "ce" and known and model.text_tokens != against.text_tokens:
+        return "undefined: nats per token of another tokenizer; bits_per_byte compares"
+    return ""
+
+
 def why_unpaired(model: ComparedModel, against: ComparedModel) -> str:
     """Why two models' draws do not resample the same text; empty where they do.
 
@@ -435,7 +452,7 @@ def difference(model: ComparedModel, against: ComparedModel, name: str) -> dict[
     unpaired = why_unpaired(model, against)
     row = {"kind": "difference", **model.who, "index": name, "paired": not unpaired}
     row |= {f"against_{k}": v for k, v in against.who.items()}
-    undefined = model.reasons.get(name) or against.reasons.get(name)
+    undefined = model.reasons.get(name) or against.reasons.get(name) or other_tokens(name, model, against)
     if undefined:
         return row | {"note": undefined}
     draws = min(len(model.draws[name]), len(against.draws[name]))

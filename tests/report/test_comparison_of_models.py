@@ -1,5 +1,6 @@
 """Comparisons: which models are held against which, when differences are paired, and the line that answers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,25 @@ def compared(model, *, group=0, seed=0, corpus="text", tokens=(4, 6, 5), sizes=(
         f"run{group}", group, corpus, model, seed, ("a", "b", "c"), np.array(tokens, float), np.array(sizes, float),
         {"x": values.mean()}, {"x": draws}, {}, {}, warnings or {},
     )  # fmt: skip
+
+
+def test_losses_per_token_of_two_tokenizers_are_not_compared(monkeypatch):
+    monkeypatch.setattr(compare, "compared_quantities", lambda: ["ce"])
+
+    def told(tokens, corpus="text"):
+        one = compared("a", corpus=corpus)
+        values = {"ce": one.point["x"], "bits_per_byte": one.point["x"]}
+        draws = dict.fromkeys(values, one.draws["x"])
+        return replace(one, point=values, draws=draws, text_tokens=(("eval", tokens),) if tokens else ())
+
+    first = told(100)
+    assert "another tokenizer; bits_per_byte" in difference(first, told(120), "ce")["note"]
+    assert "value" not in difference(first, told(120), "ce")
+    assert difference(first, told(120), "bits_per_byte")["value"] == 0
+    for same in (told(100), told(0), told(120, corpus="another")):  # the last: what is known is of two texts
+        assert difference(first, same, "ce")["value"] == 0
+    (over_seeds,) = differences_over_seeds([(first, told(120))] * 2)
+    assert "another tokenizer" in over_seeds["note"]
 
 
 def test_two_models_of_two_runs_on_the_same_text_have_a_paired_difference():
