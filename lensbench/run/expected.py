@@ -4,6 +4,7 @@
 scales what it is told by what the stages of the run take, so that only their proportions count.
 """
 
+from collections.abc import Set
 from dataclasses import replace
 
 import torch
@@ -31,9 +32,18 @@ OF_TRAINING, OF_OTHERS = 100.0, 5.0
 
 
 def expected_seconds(
-    suite: Suite, models: list[ModelRecipe], probes: tuple[str, ...], device: torch.device
+    suite: Suite,
+    models: list[ModelRecipe],
+    probes: tuple[str, ...],
+    device: torch.device,
+    there: Set[str] = frozenset(),
 ) -> dict[str, float]:
-    """The stages of models in the order that they run in, with the seconds that each would take."""
+    """The stages of models in the order that they run in, with the seconds that each would take.
+
+    A model is not looked at where all of its stages are among those that are ``there``: they take no time.
+    """
+    reused = dict.fromkeys(sorted(stage_names(suite, models, probes) & there), 0.0)
+    models = [model for model in models if stage_names(suite, [model], probes) - there]
     names = stage_names(suite, models, probes)
     found: dict[str, float] = {}
     if suite.images is None:
@@ -45,9 +55,11 @@ def expected_seconds(
     last = [name for name in found if name.startswith("baselines")]  # of all models, after them
     order = [name for name in found if name in names and name not in last] + last
     unknown = [name for model in models for name in in_order(stage_names(suite, [model], probes)) if name not in found]
-    return {name: found[name] for name in order} | {
-        name: OF_TRAINING if kind_of(name) == "train" else OF_OTHERS for name in unknown
-    }
+    return (
+        reused
+        | {name: found[name] for name in order}
+        | {name: OF_TRAINING if kind_of(name) == "train" else OF_OTHERS for name in unknown}
+    )
 
 
 KINDS = ("tokenizer", "begin", "train", "curve", "update", "fit", "share", "plan", "score")

@@ -120,8 +120,9 @@ def run_suite(
         asked = [m for m in suite.models if not only or m.name in only]
         refuse_replacing(context)
         names = stage_names(suite, asked, context.probes)
-        progress.stages(len(names), expected_seconds(suite, asked, context.probes, device))
-        if there := names & context.stages.finished():
+        there = names & context.stages.finished()
+        progress.stages(len(names), expected_seconds(suite, asked, context.probes, device, there))
+        if there:
             progress.say(
                 f"goes on in {folder}: {len(there)} of {len(names)} stages are there; those that fit are reused"
             )
