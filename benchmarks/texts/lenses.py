@@ -1,6 +1,6 @@
 """What lenses read, in words and tables: which lens is behind which, and what probes say through each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,19 @@ EXITS = {kind: READERS.get(kind, "logit lens") for kind in ("logit", *READERS)}
 
 ROWS = 7
 """Layers of a table at most"""
+
+
+def by_reader(
+    models: Sequence[str], readers: Mapping[str, str], cells_of: Callable[[str, str], list[str]]
+) -> list[list[str]]:
+    """A row of each model and reader of ``readers`` (kind -> name), without those of which nothing is known."""
+    rows = []
+    for model in models:
+        for kind, name in readers.items():
+            cells = cells_of(model, kind)
+            if set(cells) != {ABSENT}:
+                rows.append([f"`{model}`", name, *cells])
+    return rows
 
 
 class LensResults(Results):
@@ -142,14 +155,12 @@ class LensResults(Results):
 
     def guesses(self, models: Sequence[str]) -> str:
         """``guess_and_refine`` of models through every reader, one row each."""
-        rows = []
-        for model in models:
-            for kind, name in READERS.items():
-                cells = [self.probed(model, f"{quantity}_{kind}") for quantity in GUESSES]
-                cells.append(self.probed(model, f"guess_kept_{kind}"))
-                cells.append(self.probed(model, f"settled_{kind}", self.depth(model) // 2))
-                if set(cells) != {ABSENT}:
-                    rows.append([f"`{model}`", name, *cells])
+
+        def cells(model: str, kind: str) -> list[str]:
+            found = [self.probed(model, f"{quantity}_{kind}") for quantity in GUESSES]
+            found.append(self.probed(model, f"guess_kept_{kind}"))
+            return [*found, self.probed(model, f"settled_{kind}", self.depth(model) // 2)]
+
         heads = [
             "model",
             "through",
@@ -157,7 +168,7 @@ class LensResults(Results):
             "early ones revised",
             "the same beyond chance",
         ]
-        return markdown([*heads, "excess kept", "settled at half depth"], rows)
+        return markdown([*heads, "excess kept", "settled at half depth"], by_reader(models, READERS, cells))
 
     def ranks(self, model: str) -> list[int]:
         """The ranks 0, 1, 4, 16, ... of a model's sweep of lenses, and the whole width."""
@@ -189,14 +200,11 @@ class LensResults(Results):
 
     def exits(self, models: Sequence[str], target: int) -> str:
         """``early_exit`` of models through every lens, one row each, at a target in percent."""
-        rows = []
-        for model in models:
-            for kind, name in EXITS.items():
-                of = [f"exit_{what}" for what in (f"saved_{kind}", f"kept_{kind}", f"saved_{kind}_blind")]
-                cells = [self.probed(model, quantity, other=target) for quantity in of]
-                cells.append(self.probed(model, f"exit_saved_{kind}_minus_logit", other=target))
-                if set(cells) != {ABSENT}:
-                    rows.append([f"`{model}`", name, *cells])
+
+        def cells(model: str, kind: str) -> list[str]:
+            of = (f"saved_{kind}", f"kept_{kind}", f"saved_{kind}_blind", f"saved_{kind}_minus_logit")
+            return [self.probed(model, f"exit_{what}", other=target) for what in of]
+
         heads = [
             "model",
             "through",
@@ -205,7 +213,7 @@ class LensResults(Results):
             "blocks saved, blind",
             "blocks saved beyond the logit lens",
         ]
-        return markdown(heads, rows)
+        return markdown(heads, by_reader(models, EXITS, cells))
 
     def of_models(self, models: Sequence[str], quantities: Mapping[str, str]) -> str:
         """A table of some quantities of whole models, by the name of the quantity; models that have none are left out."""

@@ -60,10 +60,10 @@ class Drawn:
 
     at: Tensor
     """Positions of the sampled tokens among those of this process, ``[n]``, ascending"""
-    of_largest: Tensor | None
-    """Where they stand in the largest sample, ``[n]``; None: it is that sample"""
     share: float
     """The share of tokens that is sampled, over all processes"""
+    of_largest: Tensor | None = None
+    """Where they stand in the largest sample, ``[n]``; None: it is that sample"""
 
     def rows(self, x: Tensor) -> Tensor:
         """What ``x`` ``[M, n', ...]`` of the largest sample holds of this one."""
@@ -147,9 +147,9 @@ class Estimator:
         count = self.counts[layer]
         share = count / self.captured.tokens
         if count == max(self.counts):
-            return Drawn(self.drawn, None, share)
+            return Drawn(self.drawn, share)
         which = (self.place < count).nonzero()[:, 0]
-        return Drawn(self.drawn[which], which, share)
+        return Drawn(self.drawn[which], share, which)
 
     def references(
         self, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")
@@ -183,9 +183,10 @@ class Estimator:
         drawn = self.sample(layer)
         moved = None
         if cheap.movement is not None and exact.movement is not None:
-            moved = self._mended(cheap.movement, exact.movement, drawn)
+            moved = mended(cheap.movement, exact.movement, drawn, self.captured.ranks)
         kl, ce, top1 = (
-            self._mended(getattr(cheap, name), getattr(exact, name), drawn) for name in ("kl", "ce", "top1")
+            mended(getattr(cheap, name), getattr(exact, name), drawn, self.captured.ranks)
+            for name in ("kl", "ce", "top1")
         )
         return Scores(kl, ce, moved, top1)
 
@@ -213,9 +214,6 @@ class Estimator:
                 if torch.equal(maps.matrix[k], eye) and not maps.offset[k].any():
                     cheap.kl[k], cheap.ce[k], cheap.top1[k] = 0.0, self.captured.model_ce, 1.0
         return cheap, exact
-
-    def _mended(self, cheap: Tensor, exact: Tensor, drawn: Drawn) -> Tensor:
-        return mended(cheap, exact, drawn.at, drawn.share, self.captured.ranks)
 
     def _by_words(self, layer: int, maps: AffineMaps, reference: Reference | None) -> Scores:
         """Cheap values of all tokens, in the form of :func:`score`."""
@@ -257,13 +255,13 @@ class Estimator:
         return Scores(kl, ce, movement[0] if movement else None, top1)
 
 
-def mended(cheap: Tensor, exact: Tensor, drawn: Tensor, share: float, ranks: Ranks = ALONE) -> Tensor:
-    """Estimates ``[M, N]`` from cheap values ``[M, N]`` and exact values ``[M, n]`` of the ``share`` of tokens ``drawn``."""
+def mended(cheap: Tensor, exact: Tensor, drawn: Drawn, ranks: Ranks = ALONE) -> Tensor:
+    """Estimates ``[M, N]`` from cheap values ``[M, N]`` and exact values ``[M, n]`` of the sampled tokens."""
     total = cheap.double()
-    difference = exact.double() - total[:, drawn]
-    mean = ranks.sum(difference.sum(1)) / ranks.span(len(drawn))[1]
+    difference = exact.double() - total[:, drawn.at]
+    mean = ranks.sum(difference.sum(1)) / ranks.span(len(drawn.at))[1]
     found = total + mean[:, None]
-    found[:, drawn] += (difference - mean[:, None]) / share
+    found[:, drawn.at] += (difference - mean[:, None]) / drawn.share
     return found
 
 

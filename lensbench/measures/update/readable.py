@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lensbench.lenses.estimated import FEWEST_DRAWN, mended, worth_estimating
+from lensbench.lenses.estimated import FEWEST_DRAWN, Drawn, mended, worth_estimating
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.refine import LogPartition
@@ -166,7 +166,7 @@ class _Losses:
     targets: Tensor
     words: Words | None
     """None: all values are exact"""
-    drawn: Tensor
+    drawn: Drawn
     """The tokens with exact values"""
 
     @classmethod
@@ -174,10 +174,11 @@ class _Losses:
         targets, count = reader.captured.targets[reader.tokens], len(reader.tokens)
         drawn = max(FEWEST_DRAWN, round(EXACT_SHARE * count))
         if drawn >= count or not worth_estimating(len(readout.weight)):
-            return cls(readout, targets, None, torch.arange(count))
+            return cls(readout, targets, None, Drawn(torch.arange(count), 1.0))
         generator = torch.Generator().manual_seed(0)
         words = Words.draw(readout, reader.captured.mean_p, WORDS, generator)
-        return cls(readout, targets, words, torch.randperm(count, generator=generator)[:drawn].sort().values)
+        at = torch.randperm(count, generator=generator)[:drawn].sort().values
+        return cls(readout, targets, words, Drawn(at, drawn / count))
 
     def at(self, x: Tensor) -> Tensor:
         """Of readings ``[n, d]`` in the place of the final state: float64 ``[n]``."""
@@ -185,10 +186,9 @@ class _Losses:
         aim = _target_logits(self.readout, n, self.targets)
         if self.words is None:
             return (log_partition(self.readout, n) - aim).double().cpu()
-        exact = log_partition(self.readout, n[self.drawn])
+        exact = log_partition(self.readout, n[self.drawn.at])
         cheap = self.words.partition_and_largest(n)[0]
-        share = len(self.drawn) / len(n)
-        return (mended(cheap[None], exact[None], self.drawn, share)[0] - aim.double()).cpu()
+        return (mended(cheap[None], exact[None], self.drawn)[0] - aim.double()).cpu()
 
 
 def _target_logits(readout: ReadOut, n: Tensor, targets: Tensor) -> Tensor:
