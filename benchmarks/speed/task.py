@@ -55,11 +55,11 @@ def sha256_of(text: str) -> str | None:
     return sha256(path)
 
 
-def numbers_of(layers: str) -> list[int]:
-    """Layers given as ``5,15,25``; raises :class:`LensbenchError` for anything else."""
-    if not all(part.strip().isdecimal() for part in layers.split(",")):
-        raise LensbenchError(f"--layers is {layers!r}: give numbers separated by commas, such as 5,15,25")
-    return [int(part) for part in layers.split(",")]
+def numbers_of(given: str, option: str = "--layers") -> list[int]:
+    """Numbers given as ``5,15,25``; raises :class:`LensbenchError` for anything else."""
+    if not all(part.strip().isdecimal() for part in given.split(",")):
+        raise LensbenchError(f"{option} is {given!r}: give numbers separated by commas, such as 5,15,25")
+    return [int(part) for part in given.split(",")]
 
 
 def use_threads(threads: int) -> None:
