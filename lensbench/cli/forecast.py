@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_forecast(
-    console: Console, suite: "Suite", folder: Path, device: str, only: list[str], probes: list[str]
+    console: Console, suite: "Suite", folder: Path, device: str, only: list[str], probes: list[str], strict: bool
 ) -> None:
     """Print what a run into ``folder`` would take on a device."""
     from lensbench.models.pretrained import without_progress_bars
@@ -26,9 +26,9 @@ def show_forecast(
     at = choose_device(device)
     check_request(suite, only, probes)
     with without_progress_bars():
-        found = forecast(suite, folder, device=at, only=tuple(only), probes=tuple(probes))
+        found = forecast(suite, folder, device=at, only=tuple(only), probes=tuple(probes), strict=strict)
     console.print(forecast_table(suite, folder, found, at.type))
-    for line in (*rate_lines(found, at.type), *busy_lines(found), CAUTION):
+    for line in (*found.unchecked, *rate_lines(found, at.type), *busy_lines(found), CAUTION):
         show_line(line, console)
 
 

@@ -156,7 +156,8 @@ DryRun = Annotated[
     typer.Option(
         "--dry-run",
         help="Show the stages that would run and those that are finished, with predicted seconds, memory and disk on this "
-        "machine; compute and write nothing. Of pretrained models their config is enough.",
+        "machine; compute and write nothing. Refuses a text that is too short. Of pretrained models config and tokenizer "
+        "are read, no weights.",
     ),
 ]
 
@@ -201,7 +202,7 @@ def run(
     names, wanted = names_in("--only", only), names_in("--probes", probes)
     folder = run_folder(out, default)
     if dry_run:
-        show_forecast(console, chosen, folder, device, names, wanted)
+        show_forecast(console, chosen, folder, device, names, wanted, strict)
         return
     again = [("--only", names), ("--probes", wanted), ("--device", [device] * (device != "auto"))]
     again += [("--ray", [ray] if ray else []), ("--max-hours", [f"{max_hours:g}"] * (max_hours != 1))]

@@ -298,6 +298,14 @@ def where_not_finite(model: PreTrainedModel, batch: TrainingBatch, recipe: Train
     )
 
 
+def refuse_short_stream(stream: NDArray[np.int32], length: int) -> None:
+    """Raise :class:`LensbenchError` where the tokens to train on are fewer than a sequence has."""
+    if len(stream) < length:
+        raise LensbenchError(
+            f"the train split has {len(stream)} tokens, fewer than one sequence of {length}; give a longer text"
+        )
+
+
 def train(
     model: PreTrainedModel,
     stream: NDArray[np.int32] | Callable[[int], TrainingBatch],
@@ -322,10 +330,8 @@ def train(
     Raises :class:`LensbenchError` where the stream is shorter than a sequence, where one sequence does not fit into
     memory, and where the loss is no longer finite (with the step, the layer and the likely cause).
     """
-    if not callable(stream) and len(stream) < recipe.length:
-        raise LensbenchError(
-            f"the train split has {len(stream)} tokens, fewer than one sequence of {recipe.length}; give a longer text"
-        )
+    if not callable(stream):
+        refuse_short_stream(stream, recipe.length)
     torch.nn.Module.to(model, device).train()
     readout = find_readout(model) if recipe.deep_supervision else None
     if recipe.read_out_alone:

@@ -8,7 +8,7 @@ import numpy as np
 from lensbench.data.corpus import SPLITS
 from lensbench.data.inputs import Texts
 from lensbench.data.tokens import tokenize
-from lensbench.data.windows import sample_windows
+from lensbench.data.windows import Windows, sample_windows
 from lensbench.models.likelihood import nats_with_and_without
 from lensbench.run.context import Context
 from lensbench.run.inputs import data_of
@@ -56,6 +56,13 @@ def beginning_facts(context: Context, model: ModelRecipe, seed: int) -> dict[str
     return facts
 
 
+def begin_windows(data: Texts, count: int) -> Windows:
+    """The dev windows that are read with and without the token, ``count`` at most; it stands in front of each."""
+    # Of documents, not of the read data: there the token may stand in front of the first window alone.
+    documents = tokenize(data.tokenizer, data.corpus.splits["dev"], "every")
+    return sample_windows(documents, n_sequences=count, length=data.length, positions=1, seed=SPLITS.index("dev"))
+
+
 _PLACES = {"every window": "every window", "first window": "the first window of each document"}
 
 
@@ -69,11 +76,7 @@ def _worth(context: Context, model: ModelRecipe, seed: int, data: Texts) -> Path
             write_json(folder / "beginning.json", {"windows": 0})
             return
         stream = stream_of(context, origin, model.view)
-        # Of documents, not of the read data: there the token may stand in front of the first window alone.
-        documents = tokenize(data.tokenizer, data.corpus.splits["dev"], "every")
-        windows = sample_windows(
-            documents, n_sequences=asked, length=data.length, positions=1, seed=SPLITS.index("dev")
-        )
+        windows = begin_windows(data, asked)
         front = len(data.beginning.ids)
         given, taken, tokens = nats_with_and_without(
             stream.model, windows, front, context.progress, f"begin-{owner.name}"

@@ -21,12 +21,13 @@ from lensbench.run.costs import Cost, Counts, Shape, Work
 from lensbench.run.curves import has_curve, learning_curve
 from lensbench.run.fitting import fitting
 from lensbench.run.further_scores import PRECISION, asked_for, further_stages
-from lensbench.run.inputs import data_of
+from lensbench.run.inputs import data_of, read_corpus
 from lensbench.run.origin import REMEDY, origin_of
 from lensbench.run.probe_costs import LOOPING, OF_VIEWS, READS_SCORED, Asked, probe_cost
 from lensbench.run.probing import probing
 from lensbench.run.replacing import refuse_replacing
 from lensbench.run.scoring import scoring
+from lensbench.run.short_text import refuse_short_text
 from lensbench.run.speeds import Speed, measured_speed
 from lensbench.run.stage_names import stage_names
 from lensbench.run.updating import updating
@@ -56,6 +57,8 @@ class Forecast:
     stages: list[PlannedStage]
     rates: dict[str, Rates]
     """By the type that models compute in"""
+    unchecked: tuple[str, ...] = ()
+    """What was not checked of the text, in a line each"""
 
     @property
     def missing(self) -> list[PlannedStage]:
@@ -70,18 +73,24 @@ def forecast(
     device: torch.device,
     only: tuple[str, ...] = (),
     probes: tuple[str, ...] = (),
+    strict: bool = False,
 ) -> Forecast:
     """What a run into ``folder`` would compute, and what it would take; nothing is computed of it and nothing written.
 
-    Of pretrained models the config alone is read. Raises :class:`LensbenchError` where the run itself would be refused, and
-    for suites of images.
+    The text is read, and of pretrained models the config and the tokenizer. Raises :class:`LensbenchError` where the run
+    itself would be refused, for example as the text is too short, and for suites of images.
     """
     if suite.images is not None:
         raise LensbenchError(f"--dry-run is for suites of text: what images of {suite.name} cost is not predicted")
     refuse_missing(suite.corpus.spec)
     asked = [model for model in suite.models if not only or model.name in only]
-    finished = finished_stages(suite, folder, device, asked, probes)
+    noted = Noted()
+    context = Context(suite, Stages(folder / "stages", looking=True), device, noted, compute=False)
+    if strict:
+        context.cache.corpus = read_corpus(suite, noted, strict=True)
+    finished = finished_stages(context, noted, asked, probes)
     shapes = {model.name: shape_of(suite, model) for model in asked if suite.seeds_of(model)}
+    unchecked = refuse_short_text(context, [model for model in asked if model.name in shapes])
     dtypes = {suite.trained(model).dtype for model in asked}
     width = max(shape.width for shape in shapes.values())
     before = torch.get_num_threads()
@@ -102,7 +111,7 @@ def forecast(
                 took = finished.get(name)
                 predicted = seconds(cost.work, own[model.name])
                 stages.append(PlannedStage(name, predicted if took is None else took, cost, took is not None))
-    return Forecast(stages, rates)
+    return Forecast(stages, rates, tuple(unchecked))
 
 
 def seconds(work: Work, rates: Rates) -> float:
@@ -233,15 +242,14 @@ class Noted(Quiet):
 
 
 def finished_stages(
-    suite: Suite, folder: Path, device: torch.device, models: list[ModelRecipe], probes: tuple[str, ...]
+    context: Context, noted: Noted, models: list[ModelRecipe], probes: tuple[str, ...]
 ) -> dict[str, float]:
     """The stages that an earlier run finished and this one would reuse, with the seconds that they took."""
+    suite, folder = context.suite, context.folder
     if not folder.is_dir() or not holds_work(folder):
         return {}
     if (owner := owner_of(folder)) not in (None, suite.name):
         raise LensbenchError(f"{folder} holds a run of suite {owner!r}, not {suite.name!r}; give --out another folder")
-    noted = Noted()
-    context = Context(suite, Stages(folder / "stages", looking=True), device, noted, compute=False)
     refuse_replacing(context)
     for model in models:
         for seed in suite.seeds_of(model):

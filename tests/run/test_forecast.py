@@ -39,6 +39,7 @@ EIGHT_B = Shape(
 def known_rates(monkeypatch):
     monkeypatch.setattr(forecast, "measured_rates", lambda *_: RATES)
     monkeypatch.setattr(forecast, "measured_speed", lambda *_: Speed(sequences=1000, steps=10))
+    monkeypatch.setattr(forecast, "refuse_short_text", lambda *_: [])  # reading a suite's text takes seconds
 
 
 def config_alone(folder, **changes):
