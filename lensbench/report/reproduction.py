@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lensbench.measures.indices import INDICES
+from lensbench.report.defined_once import defined_once, sentence
 from lensbench.report.joining import parts_of_one
 from lensbench.results.folder import Run
 from lensbench.results.manifest import Manifest
@@ -100,33 +101,52 @@ def other_weights(a: Manifest, b: Manifest, name: str) -> bool:
 def numbers_that_differ(reference: Run, run: Run, changed: list[str]) -> str:
     """How far apart the numbers of two runs' ``changed`` tables are, or that they do not hold the same rows or answers.
 
-    Reproduced means: the same rows, the same verdicts, and no reported value outside the interval of the other run.
+    Reproduced means: the same rows, the same verdicts, and no reported value outside the interval of the other run. A value
+    that one run alone defines is named. It is no obstacle where a gate stops it in the other run and all that both runs
+    define of the same states agrees within intervals: then noise decides the gate.
     """
-    largest, where = 0.0, f"the text of {', '.join(changed)}"
+    if other := other_rows_or_verdicts(reference, run, changed):
+        return f"not the same: {other}"
+    if outside := outside_interval(reference, run, changed):
+        return f"not the same: {outside}"
+    once = [value for name in changed for value in defined_once(reference, run, name)]
+    if decided := [value for value in once if not value.near_tie]:
+        return f"not the same: {sentence(decided)}"
+    largest, where = largest_difference(reference, run, changed)
+    if not where and not once:
+        return f"reproduced: every number is the same, but not the text of {', '.join(changed)}"
+    said = "reproduced within what another processor gives: the same verdicts, every index and loss within its interval"
+    if where:
+        said += f", the largest difference {largest:.3g} ({where})"
+    if once:
+        many = f"{len(once)} value{'s' * (len(once) > 1)}"
+        said += f". One run alone defines {many}, at a near tie of a gate: {sentence(once)}"
+    return said
+
+
+def other_rows_or_verdicts(reference: Run, run: Run, changed: list[str]) -> str:
+    """The first table whose verdicts are others, or that has other rows; empty where there is none."""
     for name in changed:
-        if name == "verdicts.csv" and any(
-            list(reference.tables[name][column]) != list(run.tables[name][column]) for column in VERDICTS
-        ):
-            return f"not the same: {name} has other verdicts"
+        one, other = reference.tables[name], run.tables[name]
+        if len(one) != len(other):
+            return f"{name} has {len(other)} rows instead of {len(one)}"
+        if name == "verdicts.csv" and any(list(one[column]) != list(other[column]) for column in VERDICTS):
+            return f"{name} has other verdicts"
+    return ""
+
+
+def largest_difference(reference: Run, run: Run, changed: list[str]) -> tuple[float, str]:
+    """The largest difference of a number that both runs define, and where it is; an empty place where there is none."""
+    largest, where = 0.0, ""
+    for name in changed:
         one, other = (r.tables[name].select_dtypes("number") for r in (reference, run))
-        if one.shape != other.shape:
-            return f"not the same: {name} has {len(other)} rows instead of {len(one)}"
         gap = (one - other).abs()
-        if (one.isna() != other.isna()).any(axis=None):
-            return f"not the same: other cells of {name} are empty"
         if gap.isna().all(axis=None):
             continue  # of words alone, its numbers are all missing
         column = gap.max().idxmax()
-        if gap[column].max() >= largest:
+        if gap[column].max() > largest:
             largest, where = float(gap[column].max()), f"{name}, column {column}"
-    if outside := outside_interval(reference, run, changed):
-        return f"not the same: {outside}"
-    if where.startswith("the text"):
-        return f"reproduced: every number is the same, but not {where}"
-    return (
-        f"reproduced within what another processor gives: the same verdicts, every index and loss within its interval, "
-        f"the largest difference {largest:.3g} ({where})"
-    )
+    return largest, where
 
 
 def outside_interval(reference: Run, run: Run, changed: list[str]) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from lensbench.report import compare
 from lensbench.report.compare import ComparedModel, difference, differences_over_seeds, why_unpaired, worth_comparing
+from lensbench.report.defined_once import defined_once, sentence
 from lensbench.report.reproduction import answer, outside_interval, settings_that_differ
 from lensbench.results.folder import Run
 from lensbench.results.manifest import Manifest
@@ -169,6 +170,48 @@ def test_a_rank_correlation_may_jump_as_far_as_intervals_overlap(end, said):
         tables["indices.csv"] = tables["indices.csv"].assign(index="distance_trend", ci_low=ends[0], ci_high=ends[1])
     files = {"indices.csv": "2", "verdicts.csv": "2"}
     assert answer(run_of(tables=one), run_of(checksums=files, tables=other)).startswith(said)
+
+
+def with_a_gate(drowned, persistence, reason="undefined: the signal of every pair shrinks (S < 1)"):
+    """A landmark of which one value may be missing next to another with an interval, which the gate reads."""
+    row = {"model": "gpt", "seed": 0, "landmark": "rotated"}
+    low, high = persistence
+    rows = [
+        row | {"index": "drowned", "value": drowned, "reason": "" if drowned else reason},
+        row | {"index": "persistence", "value": (low + high) / 2, "ci_low": low, "ci_high": high},
+        row | {"landmark": "carried", "index": "persistence", "value": low, "ci_low": low, "ci_high": low + 1},
+    ]
+    files = {"landmarks.csv": str(drowned)}
+    return run_of(tables=indices(0.5) | {"landmarks.csv": pd.DataFrame(rows)}, checksums=files)
+
+
+@pytest.mark.parametrize(
+    ("persistence", "reason", "said"),
+    [
+        ((-2, 1.5), None, "reproduced within what another processor gives"),
+        ((1.1, 1.5), None, "not the same: "),
+        ((-2, 1.5), "", "not the same: "),
+        ((-2, 1.5), "not measured: the suite leaves it out", "not the same: "),
+    ],
+)
+def test_a_value_that_one_run_alone_defines_is_named_and_is_no_obstacle_at_a_near_tie(persistence, reason, said):
+    """What the gate reads differs within its interval, or not: where it does not, the runs found different things."""
+    known = {} if reason is None else {"reason": reason}
+    one, other = with_a_gate(None, (-3, 1), **known), with_a_gate(1.0, persistence)
+    for reference, run in ((one, other), (other, one)):
+        line = answer(reference, run)
+        assert line.startswith(said)
+        assert "drowned of gpt, landmark rotated (landmarks.csv) is 1 in runs/a and missing in runs/a" in line
+        assert ("at a near tie of a gate" in line) == said.startswith("reproduced")
+        assert ("the signal of every pair shrinks" in line) == (reason is None)
+
+
+def test_two_values_that_one_run_alone_defines_are_named_and_more_are_counted():
+    rows = pd.DataFrame([{"model": "gpt", "seed": "all", "index": k, "value": 1.0, "reason": "r"} for k in "abcd"])
+    one, other = (run_of(tables={"landmarks.csv": rows.assign(value=v)}) for v in (1.0, float("nan")))
+    found = sentence(defined_once(one, other, "landmarks.csv"))
+    assert found.count("seed all") == 2
+    assert found.endswith("; and 2 more")
 
 
 def test_of_many_settings_that_differ_four_are_named_and_the_rest_counted():
