@@ -27,6 +27,7 @@ from lensbench.measures.indices import (
 from lensbench.measures.means import Means
 from lensbench.measures.verdict import SCOPES, VerdictRule
 from lensbench.report.claims import claim_rows, declared
+from lensbench.report.comparable import refuse_unlike
 from lensbench.report.formatting import shown_seeds
 from lensbench.report.joining import grouped, joined, together
 from lensbench.report.probe_versions import of_one_version
@@ -40,17 +41,6 @@ from lensbench.results.sums import ClusterSums, by_document, clustered
 from lensbench.runtime.files import write_atomically
 from lensbench.statistics import Array, bootstrap_weights, interval, mean_over_seeds
 from lensbench.studies.curves import differences
-
-SAME_MEASURE = (
-    ("fit", "tolerance"),
-    ("fit", "variance"),
-    ("fit", "layers"),
-    ("evaluate", "first_position"),
-    ("evaluate", "length"),
-    ("training", "length"),
-)
-"""Settings without which two numbers of the same name are not the same quantity."""
-
 
 COLUMNS = (
     "kind", "run", "model", "seed", "index", "value", "ci_low", "ci_high", "against_run", "against_model", "against_seed",
@@ -159,47 +149,6 @@ def side_by_side(folders: list[Path], rule: VerdictRule | None = None) -> Run:
     runs = read_distinct(folders)
     rule = rule or rule_of(runs[0])
     return together([judged(run, rule) for run in runs])
-
-
-def refuse_unlike(one: Run, other: Run) -> None:
-    """Raise :class:`LensbenchError` where two runs do not measure the same thing, saying what differs."""
-    a, b = one.manifest, other.manifest
-    if a.sweep is not None or b.sweep is not None:
-        raise LensbenchError("a sweep has no lenses to compare: give folders that `lensbench run` wrote")
-    unlike = difference_of_measure(a, b)
-    if unlike:
-        raise LensbenchError(
-            f"not the same: {unlike} ({one.folder} and {other.folder}): their numbers do not compare; "
-            f"`lensbench ruler {one.folder} {other.folder}` shows them side by side"
-        )
-
-
-def difference_of_measure(a: Manifest, b: Manifest) -> str:
-    """What makes two runs measure different things, by their manifests; empty where nothing does."""
-    if a.code_version != b.code_version:
-        return f"code versions {a.code_version} and {b.code_version}; run one of them again"
-    # A model on two texts can be compared with itself: its differences are those of the texts.
-    if not set(a.models) & set(b.models) and (texts := difference_of_texts(a, b)):
-        return f"text: {texts}"
-    for section, key in SAME_MEASURE:
-        first, second = (manifest.suite.content().get(section, {}).get(key) for manifest in (a, b))
-        if first != second:
-            return f"{section}.{key} is {first} and {second}"
-    for name in sorted({*a.tokenizers} & {*b.tokenizers}):
-        # Runs of earlier versions put the token into the first window alone, and do not say so.
-        places = [m.tokenizers[name].get("begin", {}).get("begin", "first window") for m in (a, b)]
-        if places[0] != places[1] and "every window" in places:
-            return f"the beginning-of-text token of {name} stands in {places[0]} and {places[1]}"
-    return ""
-
-
-def difference_of_texts(a: Manifest, b: Manifest) -> str:
-    """How the texts of two runs differ; empty where they do not, or where they are those of two versions of Python."""
-    if a.corpus.spec != b.corpus.spec:
-        return f"{a.corpus.spec} and {b.corpus.spec}"
-    if a.corpus.spec != "stdlib" and a.corpus.checksum != b.corpus.checksum:
-        return f"{a.corpus.spec} held other documents"
-    return ""
 
 
 def compared_models(run: Run, group: int) -> list[ComparedModel]:

@@ -58,13 +58,19 @@ def settings_that_differ(a: Manifest, b: Manifest, *, models: bool = True) -> st
     ``models``: which models they have, how these are built, and what is claimed of them are settings, too.
     """
     one, other = (dict(leaves({**m.suite.content(), "seeds": m.seeds})) for m in (a, b))
-    found = [key for key in {**one, **other} if one.get(key) != other.get(key) and key not in ("question", "name")]
-    if not models:
-        found = [key for key in found if not key.startswith("model") and key != "claims"]
-    found.sort(key=lambda key: key not in one or key not in other)  # what both say first
+    found = settings_of_two(a, b, models=models)
     named = [f"{key} is {shown(one.get(key))} and {shown(other.get(key))}" for key in found[:MOST_NAMED]]
     more = [f"and {len(found) - MOST_NAMED} more"] * (len(found) > MOST_NAMED)
     return ", ".join([*named, *more])
+
+
+def settings_of_two(a: Manifest, b: Manifest, *, models: bool = True) -> list[str]:
+    """The names of the settings of two suites that differ; ``models`` as in :func:`settings_that_differ`."""
+    one, other = (dict(leaves({**m.suite.content(), "seeds": m.seeds})) for m in (a, b))
+    found = [key for key in {**one, **other} if one.get(key) != other.get(key) and key not in ("question", "name")]
+    if not models:
+        found = [key for key in found if not key.startswith("model") and key != "claims"]
+    return sorted(found, key=lambda key: key not in one or key not in other)  # what both say first
 
 
 def leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:

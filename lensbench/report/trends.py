@@ -24,7 +24,8 @@ from scipy import stats
 
 from lensbench.errors import LensbenchError, nearest
 from lensbench.report.claims import holm, normal_test, p_text
-from lensbench.report.compare import ComparedModel, compared_models, read_distinct, refuse_unlike, why_unpaired
+from lensbench.report.comparable import refuse_unlike
+from lensbench.report.compare import ComparedModel, compared_models, read_distinct, why_unpaired
 from lensbench.report.figures.style import style, write_figure
 from lensbench.report.figures.trends import FIGURE_OVER, trend_panels
 from lensbench.report.formatting import number, with_interval
