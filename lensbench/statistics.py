@@ -64,6 +64,11 @@ def too_few_clusters(clusters: float) -> str:
     return f"no interval: its documents count for {clusters:.2g} clusters of one size, and {needed}"
 
 
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two intervals have a value in common; a number without an interval is one from itself to itself."""
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
 # Bootstrap over clusters
 def bootstrap_weights(clusters: int, draws: int, seed: int) -> Array:
     """How often each cluster is drawn: ``[draws, clusters]``, the same for every model measured on the same clusters."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lensbench.errors import LensbenchError
 from lensbench.report.formatting import MOST_DECIMALS, decimals_within, written
+from lensbench.statistics import overlap
 
 
 class TextError(LensbenchError):
@@ -98,7 +99,7 @@ class Number:
         return self._condition(not self._apart(other), f"and {other.what} ({other}) have intervals that do not overlap")
 
     def _apart(self, other: "Number") -> bool:
-        return self._low > other._high or self._high < other._low
+        return not overlap((self._low, self._high), (other._low, other._high))
 
     def _condition(self, holds: bool, failure: str) -> Condition:
         return Condition(bool(holds), "" if holds else f"{self.what} ({self}) {failure}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from lensbench.statistics import Array, few_clusters, interval
+from lensbench.statistics import Array, few_clusters, interval, overlap
 
 SMALLEST_DENOMINATOR = 0.02
 """An index is undefined where the interval of its denominator reaches below this share of K_0."""
@@ -91,6 +91,15 @@ class Estimate:
     low: float | None
     high: float | None
     reason: str = ""
+
+    def meets(self, other: "Estimate") -> bool:
+        """Whether both are defined and their intervals overlap; one without an interval is a point."""
+        if self.value is None or other.value is None:
+            return False
+        (low, high), (least, most) = (
+            (e.value if e.low is None else e.low, e.value if e.high is None else e.high) for e in (self, other)
+        )
+        return overlap((low, high), (least, most))  # type: ignore[arg-type]
 
 
 def estimate(here: Value, drawn: Value, constant: float, clusters: int, undefined: str = "") -> Estimate:

@@ -94,7 +94,8 @@ class Updates:
     def _on(self, scope: str) -> dict[str, Any]:
         facts = self.result.facts(scope)
         found = decide_update(self.rule, facts)
-        said = sentence(self.rule, facts, found, null=self.result.null(scope))
+        null, massive = self.result.null(scope), self.result.without_massive(scope)
+        said = sentence(self.rule, facts, found, null=null, massive=massive)
         gate = found.gate or None
         return {
             "scope": scope, "verdict": found.verdict, "sentence": said, "gate": gate, "of_refits": facts.of_refits,

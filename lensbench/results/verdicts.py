@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lensbench.measures.means import Estimate
+from lensbench.measures.update.massive import MASSIVE, WithoutMassive
 from lensbench.measures.update.sentences import NOT_RUN, errors_in_words, sentence
 from lensbench.measures.update.summary import LOSSES_ASIDE
 from lensbench.measures.update.verdict import (
@@ -63,7 +64,8 @@ def verdict_table(
                 found = decide_update(rule.update, facts)
                 seeds.setdefault((model, scope), []).append((facts, found))
             null, errors = null_of(tables, who, scope), errors_of(tables, who, scope)
-            said = sentence(rule.update, facts, found, null=null, errors=errors)
+            massive = without_massive_of(tables, who, scope)
+            said = sentence(rule.update, facts, found, null=null, errors=errors, massive=massive)
             row = {"model": model, "seed": seed, "scope": scope, "known": known.get(model)}
             row |= {
                 "verdict": found.verdict,
@@ -117,6 +119,14 @@ def null_of(tables: Tables, who: Who, scope: str) -> Estimate | None:
     rows = rows[(rows["index"] == LOSSES_ASIDE + SUFFIXES[scope]) & rows["value"].notna()]
     rows = rows if seed == "all" else rows[rows["seed"] == seed]
     return None if rows.empty else Estimate(float(rows["value"].astype(float).mean()), None, None)
+
+
+def without_massive_of(tables: Tables, who: Who, scope: str) -> WithoutMassive | None:
+    """What is added in place without massive activations; of all seeds, the mean; None where it is unknown."""
+    table, (model, seed) = tables["variants.csv"], who
+    rows = table[(table["model"] == model) & (table["setting"] == MASSIVE)]
+    rows = rows[rows["seed"] != "all"] if seed == "all" else rows[rows["seed"] == seed]
+    return WithoutMassive.of(rows.to_dict("records"), SUFFIXES[scope])
 
 
 def errors_of(tables: Tables, who: Who, scope: str) -> str:

@@ -103,5 +103,6 @@ def first_words(result: UpdateResult, rule: UpdateRule) -> str:
     """The verdict on a model from layer 1 on, in a sentence; what becomes of errors is not known yet."""
     facts = result.facts(WITHOUT_FIRST)
     found = decide_update(rule, facts)
-    said = sentence(rule, facts, found, null=result.null(WITHOUT_FIRST))
+    null, massive = result.null(WITHOUT_FIRST), result.without_massive(WITHOUT_FIRST)
+    said = sentence(rule, facts, found, null=null, massive=massive)
     return f"{found.verdict}. {said}"

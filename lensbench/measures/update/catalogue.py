@@ -57,7 +57,8 @@ OF_UPDATES: tuple[Index, ...] = (
     ),
     *_both(
         "news", "news", "share of the gain in explained power where lens i explains < 10 %", "The share of the gain that "
-        "lies in directions of the prediction which the earlier lens does not read.", shown=(10, 4),
+        "lies in directions of the prediction which the earlier lens does not read. Above 1: in those that it reads, the "
+        "later lens explains less.", shown=(10, 4),
     ),
     *_both(
         "readable_gain", "readable gain", "V = sum (CE_base - CE_old) / sum (CE_base - CE_new)", "The share of the "

@@ -13,6 +13,7 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.search import Choice
 from lensbench.measures.means import Estimate
 from lensbench.measures.update.decomposition import Decomposition, decompose
+from lensbench.measures.update.massive import WithoutMassive
 from lensbench.measures.update.metric import MetricKind
 from lensbench.measures.update.summary import (
     LOSSES_ASIDE,
@@ -120,6 +121,10 @@ class UpdateResult(BaseModel):
         shuffled = self.landmarks.get("shuffled")
         one = None if shuffled is None else shuffled.losses_aside.get(LOSSES_ASIDE + SUFFIXES[scope])
         return None if one is None or one[0] is None else Estimate(*one)
+
+    def without_massive(self, scope: str) -> WithoutMassive | None:
+        """What is added in place without massive activations; None where it is unknown."""
+        return WithoutMassive.of(self.variants, SUFFIXES[scope])
 
     def beside(self, landmarks: dict[str, LandmarkResult]) -> "UpdateResult":
         """The same with landmarks."""

@@ -6,6 +6,7 @@ Whether errors are corrected, the decomposition cannot say: :func:`errors_in_wor
 
 from lensbench.measures.means import Estimate
 from lensbench.measures.update.gates import NO_FALL, NO_ROOM, NOT_KEPT
+from lensbench.measures.update.massive import WithoutMassive
 from lensbench.measures.update.verdict import (
     ADDED,
     ALL_LAYERS,
@@ -62,12 +63,18 @@ NOT_RUN = "The update decomposition was not measured."
 
 
 def sentence(
-    rule: UpdateRule, facts: UpdateFacts, found: UpdateVerdict, *, null: Estimate | None = None, errors: str = ""
+    rule: UpdateRule,
+    facts: UpdateFacts,
+    found: UpdateVerdict,
+    *,
+    null: Estimate | None = None,
+    errors: str = "",
+    massive: WithoutMassive | None = None,
 ) -> str:
     """What the decomposition says on one scope of one model, in a sentence.
 
     ``null``: what is added in place when every block's update is one of another document. ``errors``: what becomes of
-    injected errors, from :func:`errors_in_words`.
+    injected errors, from :func:`errors_in_words`. ``massive``: what is added in place without massive activations.
     """
     if found.gate == NOT_MEASURED:
         return NOT_RUN
@@ -77,6 +84,7 @@ def sentence(
     clauses = [
         _opening(rule, facts, found, null) + (", and " if found.verdict == ADDED else "; ") + _falls(facts),
         _readable(facts),
+        _without_massive(rule, facts, massive),
         _clear(facts),
         _new(facts),
         _reached(facts, found),
@@ -157,19 +165,9 @@ def _shares(facts: UpdateFacts, found: UpdateVerdict, null: Estimate | None) -> 
     beside = ""
     if null is not None and null.value is not None:
         shuffled = f"its own updates shuffled: {percent(Estimate(null.value, None, None))}"
-        like = found.verdict == ADDED and _overlap(one, null)
+        like = found.verdict == ADDED and one.meets(null)
         beside = f", as in any stack of additions ({shuffled})" if like else f" (in a stack of additions, {shuffled})"
     return f"{percent(one)} of what later layers add shows in the reading of earlier lenses{beside}"
-
-
-def _overlap(one: Estimate, other: Estimate) -> bool:
-    """Whether the intervals of two shares overlap; a share without one is a point."""
-    (low, high), (least, most) = (
-        (e.value if e.low is None else e.low, e.value if e.high is None else e.high) for e in (one, other)
-    )
-    if low is None or high is None or least is None or most is None:
-        return False
-    return low <= most and least <= high
 
 
 def _changes(found: UpdateVerdict) -> str:
@@ -276,6 +274,26 @@ def _clear(facts: UpdateFacts) -> str:
     return "" if one.value is None else f"clarity {share(one)}"
 
 
+CHANGED_WITHOUT_MASSIVE = 0.05
+"""A share that is added in place and moves by more without massive activations is said both ways"""
+
+
+def _without_massive(rule: UpdateRule, facts: UpdateFacts, massive: WithoutMassive | None) -> str:
+    """What is added in place without massive activations, where that is another answer or far from the reported share."""
+    one = facts["in_place"]
+    if massive is None or one.value is None or massive.in_place.value is None:
+        return ""
+    other = massive.in_place
+    far = abs(massive.in_place.value - one.value) > CHANGED_WITHOUT_MASSIVE
+    outside = not one.meets(Estimate(other.value, None, None))
+    both_sure = one.low is not None and other.low is not None
+    turns = both_sure and sides(one, rule.carried, rule.added) != sides(other, rule.carried, rule.added)
+    if not (far or outside or turns):
+        return ""
+    tokens = f"{100 * massive.left_out:.2g} % of the tokens"
+    return f"without massive activations ({tokens}) {percent(other)} of what is added shows in that reading"
+
+
 def _new(facts: UpdateFacts) -> str:
     """News, which are news of a gain: nothing where the cross-entropy does not surely fall."""
     one = facts["news"]
@@ -283,7 +301,17 @@ def _new(facts: UpdateFacts) -> str:
         return ""
     if one.value <= 0 or (one.low is not None and one.low <= 0):
         return f"no part of the gain is surely news to the earlier lens ({percent(one)})"
+    if one.value > 1:
+        return f"{_beyond_the_whole(one)} is news to the earlier lens ({percent(one)})"
     return f"{percent(one)} of the gain is news to the earlier lens"
+
+
+def _beyond_the_whole(one: Estimate) -> str:
+    """How much of a gain a share above 1 is: the directions left over, which the earlier lens reads, have a loss."""
+    if one.low is not None and one.low > 1:
+        return "more than the whole gain"
+    least = 100 if one.low is None else round(100 * one.low)
+    return "the whole gain" if least >= 100 else f"at least {least} % of the gain, and maybe all,"
 
 
 def _reached(facts: UpdateFacts, found: UpdateVerdict) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lensbench.measures.means import Estimate
 from lensbench.measures.update.decomposition import Decomposition, Variant
+from lensbench.measures.update.massive import LEFT_OUT, MASSIVE
 from lensbench.measures.update.quantities import Quantities
 from lensbench.measures.update.summary import (
     WITHOUT_LAYER_0,
@@ -27,9 +28,6 @@ from lensbench.measures.update.summary import (
 )
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
-
-MASSIVE = "massive"
-"""The setting of the variant without massive activations; its value is the cap"""
 
 DOCUMENTS_ALONE = "interval"
 """The setting of the reported decomposition with the doubt of documents alone, without that of lens refits"""
@@ -66,8 +64,7 @@ class MassiveTokens:
     def rows(self, shares: dict[str, float]) -> list[dict[str, Any]]:
         """Rows as of :func:`variant_rows` that say which share of the tokens of each split is left out."""
         return [
-            {"setting": MASSIVE, "at": f"{self.cap:g}", "index": f"{split}_tokens_left_out", "value": share}
-            | NO_INTERVALS
+            {"setting": MASSIVE, "at": f"{self.cap:g}", "index": f"{split}_{LEFT_OUT}", "value": share} | NO_INTERVALS
             for split, share in shares.items()
         ]
 

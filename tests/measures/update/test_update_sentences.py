@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.texts.numbers import Number
 from lensbench.measures.means import Estimate
+from lensbench.measures.update.massive import WithoutMassive
 from lensbench.measures.update.sentences import errors_in_words, percent, sentence, share, update_rule_in_words
 from lensbench.measures.update.verdict import (
     ANSWERS,
@@ -73,6 +75,24 @@ def test_as_in_a_stack_of_additions_is_said_where_intervals_overlap(share_of_nul
     found = said(facts(), null=share_of_null)
     assert ("as in any stack of additions" in found) == alike
     assert "its own updates shuffled" in found
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "meet"),
+    [
+        ((0.5, 0.4, 0.6), (0.7, 0.6, 0.8), True),
+        ((0.5, 0.4, 0.59), (0.7, 0.6, 0.8), False),
+        ((0.5, None, None), (0.7, 0.4, 0.8), True),
+        ((0.5, None, None), (0.5, None, None), True),
+        ((0.5, None, None), (0.51, None, None), False),
+    ],
+)
+def test_intervals_that_meet_do_so_for_sentences_and_for_pages(one, other, meet):
+    for first, second in ((one, other), (other, one)):
+        assert Estimate(*first).meets(Estimate(*second)) == meet
+        assert bool(Number(*first, "a").meets(Number(*second, "b"))) == meet
+        assert bool(Number(*first, "a").apart_from(Number(*second, "b"))) != meet
+    assert not Estimate(None, None, None).meets(Estimate(*one))
 
 
 def test_too_few_clusters_are_said_in_the_sentence():
@@ -167,6 +187,80 @@ def test_news_are_not_quoted_where_no_gain_is_sure(news, without):
     assert "news" not in found
     assert "the gain is" not in found
     assert "of the gain" not in found
+
+
+@pytest.mark.parametrize(
+    ("news", "words"),
+    [
+        (Estimate(1.46, 1.19, 1.73), "more than the whole gain is news to the earlier lens (146 % [119, 173])"),
+        (Estimate(1.04, 0.998, 1.09), "the whole gain is news to the earlier lens (104 % [100, 109])"),
+        (Estimate(1.04, None, None), "the whole gain is news to the earlier lens (104 %)"),
+        (
+            Estimate(1.48, 0.28, 2.72),
+            "at least 28 % of the gain, and maybe all, is news to the earlier lens (148 % [28, 272])",
+        ),
+        (Estimate(2.09, -1.2, 6.1), "no part of the gain is surely news to the earlier lens (209 % [-120, 610])"),
+    ],
+)
+def test_no_share_above_the_whole_is_called_a_share_of_the_gain(news, words):
+    assert f"; {words}; " in said(facts(news=news))
+
+
+REPORTED = Estimate(0.80, 0.66, 0.88)
+
+
+@pytest.mark.parametrize(
+    ("without", "told"),
+    [
+        (Estimate(0.845, 0.83, 0.86), True),  # the interval decides what the reported one leaves open
+        (Estimate(0.70, 0.60, 0.85), True),  # far
+        (Estimate(0.89, 0.66, 0.95), True),  # outside
+        (Estimate(0.84, 0.70, 0.90), False),
+        (Estimate(0.84, None, None), False),
+        (Estimate(None, None, None, "undefined"), False),
+    ],
+)
+def test_a_share_that_is_another_without_massive_activations_is_said_both_ways(without, told):
+    found = said(facts(in_place=REPORTED), massive=WithoutMassive(without, 0.0088))
+    assert ("without massive activations" in found) == told
+    if told and without.high == 0.86:
+        assert (
+            "; without massive activations (0.88 % of the tokens) 84 % [83, 86] of what is added shows in that reading; "
+        ) in found
+
+
+def test_what_is_added_without_massive_activations_is_read_from_the_rows_of_its_scope():
+    def rows(value, **bounds):
+        row = {
+            "setting": "massive",
+            "index": "in_place_without_layer0",
+            "value": value,
+            "ci_low": None,
+            "ci_high": None,
+        }
+        others = [
+            row | {"index": "in_place", "value": 5.0},
+            row | {"setting": "metric", "value": 6.0},
+            row | {"index": "eval_tokens_left_out", "value": 0.02},
+            row | {"index": "fit_tokens_left_out", "value": 0.5},
+        ]
+        return [*others, row | bounds]
+
+    def of(rows):
+        return WithoutMassive.of(rows, "_without_layer0")
+
+    assert of(rows(0.7, ci_low=0.6, ci_high=0.8)) == WithoutMassive(Estimate(0.7, 0.6, 0.8), 0.02)
+    assert of(rows(0.7)) == WithoutMassive(Estimate(0.7, None, None), 0.02)
+    assert of(rows(None)) is None
+    assert of([]) is None
+    assert of([*rows(0.7), *rows(None)]) is None
+    mean = of([*rows(0.7), *rows(0.8)])
+    half = (
+        12.706204736 * 0.1 / 2
+    )  # Student's t of one degree of freedom; the standard error of two values is half of their gap
+    assert mean.in_place.value == pytest.approx(0.75)
+    assert mean.in_place.high == pytest.approx(0.75 + half)
+    assert mean.left_out == pytest.approx(0.02)
 
 
 def test_news_are_quoted_where_readable_gain_was_not_measured():
