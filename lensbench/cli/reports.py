@@ -73,7 +73,10 @@ def export(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Write the light form of a run: tables, sums by cluster, manifest. Other commands read it as they read a run."""
+    """Write the light form of a run: tables, sums by cluster, manifest. Other commands read it as they read a run.
+
+    Of a sweep and of a study the tables are written, of `lensbench transfer-between` means over layers (--figure between).
+    """
     from lensbench.report.export import export_run
 
     check_places({}, {"FOLDER": to})

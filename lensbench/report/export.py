@@ -5,13 +5,16 @@ run itself is: nothing but what can be made again is left out.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from lensbench.errors import LensbenchError
 from lensbench.report.figures.draw import check_drawing, draw_figures
+from lensbench.report.light_between import export_between
 from lensbench.report.verdicts import judged, rule_of
+from lensbench.results.between import TABLE
 from lensbench.results.draws import kept_draws
 from lensbench.results.folder import (
     GZIPPED,
@@ -24,6 +27,7 @@ from lensbench.results.folder import (
     UPDATE_DRAWS,
     Run,
     owner_of,
+    plain_name,
     read_run,
     write_sums,
     write_table,
@@ -55,24 +59,20 @@ def export_run(
     many as the run has. Without ``sums`` the sums by cluster and the draws of the decomposition, most of the bytes, are left
     out: tables keep their intervals, but `lensbench compare` cannot read the folder. Verdicts are made again from the other
     tables by the run's own rule, so that an older run says them in today's words. An earlier export of the same suite is
-    replaced as a whole; files that no run names stay. Of a study, tables alone are written (:func:`export_study`).
+    replaced as a whole; files that no run names stay. Of a study or a sweep, tables alone are written
+    (:func:`export_study`), of lenses between models what texts show (:func:`export_between`).
 
-    Raises :class:`LensbenchError` for a folder that holds no finished run or a sweep, for a ``folder`` that holds something
-    else, or stages of a run, and for a figure that the run does not have. Then ``folder`` stays as it was.
+    Raises :class:`LensbenchError` for a folder that holds nothing finished, for a ``folder`` that holds something else, or
+    stages of a run, and for a figure that the run does not have. Then ``folder`` stays as it was.
     """
     if groups is not None and groups < FEWEST_CLUSTERS:
         raise LensbenchError(
             f"--groups {groups}: with fewer than {FEWEST_CLUSTERS} clusters, intervals are not to be trusted; give "
             f"--groups {FEWEST_CLUSTERS} or more"
         )
-    check_drawing(names=figures)
     if (study := study_manifest(source)) is not None:
-        if figures or groups is not None:
-            raise LensbenchError(
-                f"{source} holds a study, which has neither figures nor clusters to choose: export it as it is"
-            )
-        refuse_other(folder, owner_of(source) or "")
-        return export_study(source, study, folder)
+        return export_study_folder(source, study, folder, figures=figures, grouped=groups is not None)
+    check_drawing(names=figures)
     run = read_run(source)
     if "verdicts.csv" in run.manifest.checksums:
         run = judged(run, rule_of(run))
@@ -93,6 +93,19 @@ def export_run(
     if (folder / FIGURES).is_dir() and not any((folder / FIGURES).iterdir()):
         (folder / FIGURES).rmdir()
     return [folder / path for path in removed]
+
+
+def export_study_folder(
+    source: Path, study: Mapping[str, Any], folder: Path, *, figures: Sequence[str], grouped: bool
+) -> list[Path]:
+    """Write the light form of a study, a sweep, or lenses between models; as :func:`export_run`."""
+    between = TABLE in map(plain_name, study["files"])
+    if grouped or (figures and not between):
+        what = "lenses between models" if between else "a sweep" if "schema_version" in study else "a study"
+        without = "no clusters to join" if between else "neither figures nor clusters to choose"
+        raise LensbenchError(f"{source} holds {what}, with {without}: export it as it is")
+    refuse_other(folder, owner_of(source) or "")
+    return export_between(source, study, folder, figures) if between else export_study(source, study, folder)
 
 
 def refuse_other(folder: Path, suite: str) -> None:

@@ -1,6 +1,7 @@
 """The folder of a study: its tables, long ones packed, and its light form.
 
-A study (a calibration, tasks or a regression in context) has no tables of a run, and its manifest is its own.
+A study (a calibration, tasks or a regression in context) has no tables of a run, and its manifest is its own. A sweep has
+one table, and is exported likewise.
 """
 
 import lzma
@@ -62,26 +63,37 @@ def _there(folder: Path, name: str) -> Path:
 
 
 def study_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the finished study in a folder; None where there is a run, or nothing."""
+    """The manifest of the finished study or sweep in a folder; None where there is a run, or nothing."""
     if not (folder / MANIFEST).is_file():
         return None
     content: Any = read_json(folder / MANIFEST)
-    if not isinstance(content, dict) or "schema_version" in content or not isinstance(content.get("files"), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         return None
+    if "schema_version" in content and content.get("sweep") is None:
+        return None
+    return content
+
+
+def verified_tables(source: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """Name and CSV of each table that a study's manifest names.
+
+    Raises :class:`LensbenchError` where one is missing or is not what the study wrote.
+    """
+    content = {}
+    for name, checksum in manifest["files"].items():
+        if Path(name).name != name or not (source / name).is_file() or sha256(source / name) != checksum:
+            raise LensbenchError(f"{source / name} is missing, or is not what the study wrote; {COPY_AGAIN}")
+        if plain_name(name).endswith(".csv"):
+            content[plain_name(name)] = table_bytes(source / name)
     return content
 
 
 def export_study(source: Path, manifest: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write the light form of the study in ``source`` into ``folder``: its tables, long ones packed, and its manifest.
 
-    Returns the files that it replaces no more. No number changes. Raises :class:`LensbenchError` where a table is missing
-    or is not what the study wrote.
+    Returns the files that it replaces no more. No number changes. Raises as :func:`verified_tables`.
     """
-    content = {}
-    for name, checksum in manifest["files"].items():
-        if Path(name).name != name or not (source / name).is_file() or sha256(source / name) != checksum:
-            raise LensbenchError(f"{source / name} is missing, or is not what the study wrote; {COPY_AGAIN}")
-        content[plain_name(name)] = table_bytes(source / name)
+    content = verified_tables(source, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
         light = Path(made)

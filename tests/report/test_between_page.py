@@ -16,9 +16,10 @@ from lensbench.runtime.files import sha256
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.texts import between
 from benchmarks.texts.between import DECLARED, EARLY, HALF, Transfers
-from benchmarks.texts.light_between import light, write_light
 from benchmarks.texts.numbers import TextError
 from lensbench.errors import LensbenchError
+from lensbench.report.export import export_run
+from lensbench.report.light_between import light
 
 END = 4_999_168
 PENALTIES = {EARLY: (0.9, 0.5), HALF: (0.05, 0.045)}
@@ -74,7 +75,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def transfers(folders):
-    write_light(*folders)
+    export_run(*folders, figures=["between"])
     return Transfers(folders[1])
 
 
@@ -93,8 +94,26 @@ def test_the_light_form_has_what_the_page_needs_and_no_rows_of_layers(folders, t
 
 def test_a_table_that_was_changed_has_no_light_form(folders):
     (folders[0] / "between.csv").open("a").write("\n")
-    with pytest.raises(LensbenchError, match="is not the table that its manifest names"):
-        write_light(*folders)
+    with pytest.raises(LensbenchError, match="is not what the study wrote"):
+        export_run(*folders)
+    assert not folders[1].exists()
+
+
+def test_an_export_of_a_light_form_is_the_same_to_the_byte_and_without_a_figure_it_is_removed(folders, tmp_path):
+    export_run(*folders, figures=["between"])
+    export_run(folders[1], tmp_path / "again", figures=["between"])
+    before = {path.name: path.read_bytes() for path in folders[1].iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == before
+    assert set(before) == {"between.csv.xz", "between.png", "manifest.json"}
+    assert export_run(folders[1], folders[1]) == [folders[1] / "between.png"]
+    assert {path.name for path in folders[1].iterdir()} == {"between.csv.xz", "manifest.json"}
+
+
+def test_a_light_form_of_lenses_between_models_has_one_figure_and_no_clusters(folders):
+    with pytest.raises(LensbenchError, match="has one figure, between, and no 'plane'"):
+        export_run(*folders, figures=["plane"])
+    with pytest.raises(LensbenchError, match="lenses between models, with no clusters to join"):
+        export_run(*folders, groups=64)
     assert not folders[1].exists()
 
 
@@ -155,7 +174,9 @@ def test_sizes_are_read_both_ways_and_claims_are_of_neighbours_alone(tmp_path):
     pd.DataFrame(rows).reindex(columns=list(BETWEEN_COLUMNS)).to_csv(whole / "between.csv", index=False)
     files = {"between.csv": sha256(whole / "between.csv")}
     write_manifest(whole, {"suite": {"fit": {}, "evaluate": {}}, "files": files})
-    write_light(whole, tmp_path / "light")
+    with pytest.raises(LensbenchError, match="no checkpoints of a training"):
+        export_run(whole, tmp_path / "light", figures=["between"])
+    export_run(whole, tmp_path / "light")
     assert not (tmp_path / "light" / "between.png").exists(), "it has no matrix over time"
     found = Transfers(tmp_path / "light")
     assert found.sizes_claims() == (2, 4)

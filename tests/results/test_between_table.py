@@ -1,5 +1,6 @@
 """The table of lenses between models, against means and jackknives written out."""
 
+import io
 import itertools
 
 import numpy as np
@@ -127,5 +128,37 @@ def test_the_figure_has_a_matrix_over_time_and_a_panel_for_each_two_models_and_m
     assert isinstance(drawing, Figure)
     numbers = {text.get_text() for panel in drawing.axes for text in panel.texts}
     assert len(numbers) >= 4, "the cells of the matrix have their numbers"
+    # Lens of 40 tokens on the states of 160: made at 40 / 160, mean over layers from 1 on.
+    cost = again.query("lens_tokens == 40 and states_tokens == 160 and head == 'states' and states_layer == 'later'")
+    title = "A lens fitted after 40 of 160 training tokens costs {:.2g} nats/token at the end"
+    assert drawing.get_suptitle().replace("\n", " ") == title.format(float(cost["penalty"].iloc[0]))
+    assert "Bars:" in drawing.get_supxlabel()
+    heatmaps = [panel.collections[0] for panel in drawing.axes if panel.get_title().startswith("over training")]
+    assert len(heatmaps) == 1
     shown = between_rows_table(again)
     assert shown.row_count == 6 * 2 + 1
+
+
+def figure_of(*pairs):
+    return between_figure(pd.read_csv(io.StringIO(between_table(list(pairs), 50).to_csv(index=False))))
+
+
+def test_matrices_share_their_colours_and_their_caption_names_no_bars():
+    both = [
+        pair("training", (f"{m}@{a}", 0, a), (f"{m}@{b}", 0, b), level=level, maps=(NONE,), heads=HEADS)
+        for m, level in (("gpt", 2.0), ("pc", 0.1))
+        for a, b in ((10, 40), (40, 10))
+    ]
+    drawing = figure_of(*both)
+    limits = {panel.collections[0].get_clim() for panel in drawing.axes if panel.get_title()}
+    assert len(limits) == 1, "one colour bar stands for all"
+    assert "Bars" not in drawing.get_supxlabel()
+    assert "(gpt)" in drawing.get_suptitle()
+    assert "(pc)" in drawing.get_suptitle()
+
+
+def test_without_a_training_the_title_counts_the_layers_at_which_the_map_helps():
+    drawing = figure_of(pair("sizes", ("small", 0, 9), ("large", 0, 9), maps=(AFFINE,)))
+    title = " ".join(drawing.get_suptitle().split())
+    assert "a lens surely reads another model better than by a random pairing at" in title
+    assert "Over training" not in drawing.get_supxlabel()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -77,3 +78,34 @@ def test_a_folder_of_something_else_is_not_replaced(earlier, tmp_path):
     manifest = json.loads((other / MANIFEST).read_text())
     write_manifest(other, {**{k: v for k, v in manifest.items() if k != "checksum"}, "suite_name": "another"})
     refused(run("export", earlier, other), "holds something else")
+
+
+def test_a_sweep_is_exported_as_it_is(tmp_path):
+    sweep = tmp_path / "runs" / "sweep"
+    (sweep / "stages" / "trial-00").mkdir(parents=True)
+    SHORT.to_csv(sweep / "sweep.csv", index=False)
+    files = {"sweep.csv": sha256(sweep / "sweep.csv")}
+    write_manifest(sweep, {"schema_version": 1, "suite_name": "a", "sweep": {"trials": []}, "files": files})
+    result = run("export", sweep, tmp_path / "light")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "light").iterdir()} == {"sweep.csv", MANIFEST}
+    for path in (tmp_path / "light").iterdir():
+        assert path.read_bytes() == (sweep / path.name).read_bytes()
+    refused(run("export", sweep, tmp_path / "light", "--figure", "plane"), "holds a sweep", "export it as it is")
+
+
+@pytest.mark.results
+def test_an_export_of_a_committed_sweep_has_the_same_table_and_says_the_same_of_it(tmp_path):
+    sweeps = sorted(Path("results").glob("*sweep*"))
+    assert len(sweeps) >= 6
+    for sweep in sweeps:
+        assert run("export", sweep, tmp_path / sweep.name).exit_code == 0
+        one, other = sweep, tmp_path / sweep.name
+        assert (
+            {path.name for path in other.iterdir()} == {"sweep.csv", MANIFEST} == {path.name for path in one.iterdir()}
+        )
+        assert (other / "sweep.csv").read_bytes() == (one / "sweep.csv").read_bytes()
+        facts = [json.loads((folder / MANIFEST).read_text()) for folder in (one, other)]
+        # Manifests of earlier versions have no checksum.
+        assert facts[0].pop("checksum", facts[1]["checksum"]) == facts[1].pop("checksum")
+        assert facts[0] == facts[1]

@@ -122,7 +122,8 @@ def break_title(figure: Figure, title: Text) -> None:
     lines = 1
     while title.get_window_extent().width > room and lines < 8:
         lines += 1
-        title.set_text(textwrap.fill(text, math.ceil(1.1 * len(text) / lines), break_long_words=False))
+        width = math.ceil(1.1 * len(text) / lines)
+        title.set_text(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False))
     make_higher(figure, 10.5 * 1.2 * title.get_text().count("\n"))
 
 
