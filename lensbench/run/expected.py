@@ -46,10 +46,11 @@ def expected_seconds(
     models = [model for model in models if stage_names(suite, [model], probes) - there]
     names = stage_names(suite, models, probes)
     found: dict[str, float] = {}
+    known: dict[str, Shape] = {}
     if suite.images is None:
         for model in models:
             try:
-                found |= {k: v for k, v in of_model(suite, model, probes, device).items() if k not in found}
+                found |= {k: v for k, v in of_model(suite, model, probes, device, known).items() if k not in found}
             except LensbenchError:
                 continue  # the run itself says what is wrong with a model, and where
     last = [name for name in found if name.startswith("baselines")]  # of all models, after them
@@ -71,12 +72,14 @@ def in_order(names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (KINDS.index(kind) if (kind := kind_of(name)) in KINDS else len(KINDS), name))
 
 
-def of_model(suite: Suite, model: ModelRecipe, probes: tuple[str, ...], device: torch.device) -> dict[str, float]:
-    """The stages of one model; none where the suite's seeds leave it out."""
+def of_model(
+    suite: Suite, model: ModelRecipe, probes: tuple[str, ...], device: torch.device, known: dict[str, Shape]
+) -> dict[str, float]:
+    """The stages of one model; none where the suite's seeds leave it out. ``known``: see :func:`shape_of`."""
     if not suite.seeds_of(model):
         return {}
     with torch.random.fork_rng(devices=[]):  # a model is built for its sizes; no draw of the run may depend on that
-        shape = shape_of(suite, model)
+        shape = shape_of(suite, model, known)
     rates = supposed_rates(suite, model, shape, device)
     return {
         name: max(seconds(cost.work, rates), OF_PROBE if name.startswith("probe-") else 0.0)

@@ -89,7 +89,8 @@ def forecast(
     if strict:
         context.cache.corpus = read_corpus(suite, noted, strict=True)
     finished = finished_stages(context, noted, asked, probes)
-    shapes = {model.name: shape_of(suite, model) for model in asked if suite.seeds_of(model)}
+    known: dict[str, Shape] = {}
+    shapes = {model.name: shape_of(suite, model, known) for model in asked if suite.seeds_of(model)}
     unchecked = refuse_short_text(context, [model for model in asked if model.name in shapes])
     dtypes = {suite.trained(model).dtype for model in asked}
     width = max(shape.width for shape in shapes.values())
@@ -149,14 +150,29 @@ def network_of(suite: Suite, owner: ModelRecipe) -> PreTrainedModel:
     return build(str(owner.family), **shape, **owner.shape, **owner.settings)
 
 
-def shape_of(suite: Suite, model: ModelRecipe) -> Shape:
-    """The sizes of a model: from its config, or, of one that is trained here, from the model as it is built."""
+def shape_of(suite: Suite, model: ModelRecipe, known: dict[str, Shape] | None = None) -> Shape:
+    """The sizes of a model: from its config, or, of one that is trained here, from the model as it is built.
+
+    ``known``: sizes found so far, to which these are added. Of checkpoints of a training, or revisions of a repository, one
+    is built.
+    """
     owner = suite.trained(model)
+    of = None if owner.source is None else owner.source.partition("@")[0]
+    alike = repr((of, owner.dtype, owner.family, owner.shape, owner.settings, model.view))
+    if known is None or alike not in known:
+        found = _built(suite, owner, model.view)
+        if known is None:
+            return found
+        known[alike] = found
+    return known[alike]
+
+
+def _built(suite: Suite, owner: ModelRecipe, view: str) -> Shape:
     if owner.source is not None:
         check_context(f"model {owner.name}", load_config(owner.source), suite.length, REMEDY)
         return shape_of_source(owner.source, owner.dtype)
     network = network_of(suite, owner)
-    stream = ResidualStream(network.eval(), model.view)
+    stream = ResidualStream(network.eval(), view)
     outer = embedded(network)
     body = count_parameters(network) - outer
     heads, errors = getattr(network.config, "num_attention_heads", 1), owner.family == "predictive-coding"

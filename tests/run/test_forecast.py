@@ -97,6 +97,23 @@ def test_the_shape_of_a_config_is_that_of_its_model(tmp_path):
     assert tied == Shape(4, 64, 1000, body, 64_000, bytes_each=4, heads=4)
 
 
+def test_of_models_that_are_built_alike_one_is_built(monkeypatch):
+    """What the time left is told from stands before the first word of a run: 44 models are checkpoints of 4 trainings."""
+    built = []
+    monkeypatch.setattr(forecast, "build", lambda family, **shape: built.append(family) or build(family, **shape))
+    suite, known = load_suite("training"), {}
+    shapes = {model.name: forecast.shape_of(suite, model, known) for model in suite.models}
+    assert len(shapes) == 44
+    assert sorted(built) == [
+        "gpt-conv",
+        "gpt-looped",
+        "predictive-coding",
+        "predictive-coding",
+    ]  # the last in two views
+    for model in (m for m in suite.models if m.name in ("gpt-conv@20000", "pc", "pc+state")):
+        assert shapes[model.name] == forecast.shape_of(suite, model)
+
+
 def test_no_weight_of_a_large_model_is_made(tmp_path):
     source = config_alone(
         tmp_path / "m", vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
