@@ -210,14 +210,16 @@ def find_text_parts(model: PreTrainedModel) -> FoundParts:
         raise LensbenchError(f"{name} never calls its output embedding; lensbench cannot read it")
     if not reported or len(reported) < 2:
         raise LensbenchError(f"{name} does not report its hidden states; lensbench cannot read it")
-    blocks = _blocks(calls, reported)
+    blocks = _blocks(model, calls, reported)
 
     # From the head back to the last block: usually one norm, in some models also a projection after it.
     chain: list[nn.Module] = []
     scale, wanted = _before_scaling(calls, head_inputs[-1])
     while True:
-        call = next((c for c in calls if _same(c.returned, wanted)), None)
-        if call is None or (blocks is not None and call.name.startswith(blocks + ".")):
+        made = [c for c in calls if _same(c.returned, wanted)]
+        call = made[0] if made else None
+        # A block may return its own input, which another module made: what a block returned is h_L all the same.
+        if call is None or (blocks is not None and any(c.name.startswith(blocks + ".") for c in made)):
             break
         if call.module in chain or isinstance(call.module, nn.Embedding) or call.received is None:
             break
@@ -311,7 +313,7 @@ def find_image_parts(model: PreTrainedModel) -> FoundParts:
     final = next((c for c in reversed(calls) if isinstance(c.module, nn.Linear) and _same(c.returned, logits)), None)
     if final is None or final.received is None:
         raise LensbenchError(f"no linear head of {name} gives its logits; lensbench cannot tell what they are made of")
-    blocks = _blocks(calls, reported)
+    blocks = _blocks(model, calls, reported)
     members = _members(model, calls, blocks, None)
     last = next(c.returned for c in calls if c.module is members[-1]) if members else reported[-1]
     with evaluating(model):
@@ -384,16 +386,46 @@ def _pooled_from(
     return None
 
 
-def _blocks(calls: list[_Call], reported: tuple[Tensor, ...]) -> str | None:
-    """Name of the list whose members return the reported states between the first and the last."""
-    parents = []
+def _blocks(model: PreTrainedModel, calls: list[_Call], reported: tuple[Tensor, ...]) -> str | None:
+    """Name of the list whose members return the reported states between the first and the last.
+
+    A block that returns its own input returns what another module made, too: of the modules that return a state, members of
+    a list count. transformers reports the states of blocks of its own class; where it leaves some out, the list is the one
+    whose members hand a state on to one another.
+    """
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)}
+    parents = set()
     for state in reported[1:-1]:
-        names = [c.name for c in calls if c.returned.shape == state.shape and _same(c.returned, state)]
-        if not names:
-            return None
+        same = [
+            c.name.rpartition(".")[0] for c in calls if c.returned.shape == state.shape and _same(c.returned, state)
+        ]
         # A block and its last sub-module return the same tensor: the block is the outer one.
-        parents.append(min(names, key=lambda n: n.count(".")).rpartition(".")[0])
-    return parents[0] if parents and len(set(parents)) == 1 else None
+        parents.add(min((name for name in same if name in lists), key=_depth, default=""))
+    if len(parents) == 1 and (found := parents.pop()) and len(model.get_submodule(found)) < len(reported):  # type: ignore[arg-type]
+        return found
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return min((name for name in outer if _hands_on(model, calls, name, reported)), key=_depth, default=None)
+
+
+def _depth(name: str) -> int:
+    return name.count(".")
+
+
+def _hands_on(model: PreTrainedModel, calls: list[_Call], name: str, reported: tuple[Tensor, ...]) -> bool:
+    """Whether the members of a list are called in turn, each with the state that the one before returned.
+
+    They must be as many as the model reports states after its first, which the first of them then gets, or more.
+    """
+    members = list(model.get_submodule(name).children())
+    called = [c for c in calls if any(c.module is m for m in members)]
+    if len(members) < len(reported) - 1 or [c.module for c in called] != members:
+        return False
+    received = [c.received for c in called if c.received is not None]
+    if len(received) < len(called) or any(h.shape != reported[-1].shape for h in received):
+        return False
+    if len(members) == len(reported) - 1 and not _same(received[0], reported[0]):
+        return False
+    return all(_same(one.returned, h) for one, h in zip(called[:-1], received[1:], strict=True))
 
 
 @torch.no_grad()

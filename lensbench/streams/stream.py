@@ -5,6 +5,7 @@ All later code sees a model only through :class:`ResidualStream` and what :func:
 
 import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +77,7 @@ class ResidualStream:
         if self.pooling is None:
             self._check_last_state(reported, last, allowed)
         self._check_read_out(last, logits, allowed)
+        self._check_kept(inputs, reported)
         if self.pooling is None:
             self._check_causal(inputs, logits, allowed)
         # Lenses compute in float32, whatever type the model computes in.
@@ -114,6 +116,24 @@ class ResidualStream:
             raise LensbenchError(
                 f"reading out h_L of {self._name} does not give its own logits (relative error {error:.1e}, "
                 f"allowed {allowed:.0e}): the model does something after its norm and head that lensbench does not see"
+            )
+
+    def _check_kept(self, inputs: Tensor, reported: tuple[Tensor, ...]) -> None:
+        """No block may change its input in place: a state that is kept would become a later one."""
+        if self._blocks:
+            copies: list[Tensor] = []
+
+            def keep(h: Tensor) -> Tensor:
+                copies.append(h.clone())
+                return h
+
+            kept = self._collected(inputs, keep, self._reported)[0]
+            changed = any(not torch.equal(h, copy) for h, copy in zip(kept, copies, strict=True))
+        else:
+            changed = any(a.data_ptr() == b.data_ptr() for a, b in itertools.pairwise(reported))
+        if changed:
+            raise LensbenchError(
+                f"a block of {self._name} changes its input in place, so that states are lost; let it return a new tensor"
             )
 
     def _check_causal(self, inputs: Tensor, logits: Tensor, allowed: float) -> None:
