@@ -49,11 +49,11 @@ def sentence(found: list[DefinedOnce]) -> str:
 
 
 def _described(reference: Run, run: Run, name: str, row: int, differ: pd.DataFrame) -> DefinedOnce:
-    one, other = reference.tables[name].reset_index(drop=True), run.tables[name].reset_index(drop=True)
-    columns = [column for column in differ.columns if differ.loc[row, column]]
+    one, other = reference.tables[name], run.tables[name]
+    columns = [column for column in differ.columns if differ[column].iloc[row]]
     first = next((c for c in columns if not c.endswith(("ci_low", "ci_high", "fit_low", "fit_high"))), columns[0])
-    there, missing = (reference, run) if pd.notna(one.loc[row, first]) else (run, reference)
-    values, facts = (r.tables[name].reset_index(drop=True).loc[row] for r in (there, missing))
+    there, missing = (run, reference) if np.isnan(one[first].iloc[row]) else (reference, run)
+    values, facts = (r.tables[name].iloc[row] for r in (there, missing))
     reason = next((str(facts[c]) for c in WHY_MISSING if c in facts and pd.notna(facts[c]) and facts[c]), "")
     words = (
         f"{_called(values, first)} ({name}) is {values[first]:.3g} in {there.folder} and missing in {missing.folder}"
@@ -75,9 +75,9 @@ def _called(row: pd.Series, column: str) -> str:
 def _neighbours(one: pd.DataFrame, other: pd.DataFrame, row: int) -> Iterator[tuple[pd.Series, pd.Series]]:
     """The rows of both runs that say something of the same states."""
     keys = [key for key in NEIGHBOURS if key in one.columns]
-    alike = (one[keys].fillna("") == one.loc[row, keys].fillna("")).all(axis=1)
+    alike = (one[keys].fillna("") == one[keys].fillna("").iloc[row]).all(axis=1)
     for at in np.flatnonzero(alike):
-        yield one.loc[at], other.loc[at]
+        yield one.iloc[at], other.iloc[at]
 
 
 def _apart(one: pd.Series, other: pd.Series) -> bool:

@@ -43,7 +43,8 @@ def light(table: pd.DataFrame) -> pd.DataFrame:
     ends |= (table["head"] == STATES_HEAD) & (table["lens_seed"].astype(str) == "all")
     rows = table[ends].reindex(columns=[*WHO, *VALUES, "tokens", "clusters"])
     rounded = {name: [float(f"{x:.4g}") if np.isfinite(x) else x for x in rows[name].astype(float)] for name in VALUES}
-    return rows.assign(**rounded)
+    shown: pd.DataFrame = rows.assign(**rounded)
+    return shown
 
 
 def export_between(source: Path, manifest: Mapping[str, Any], folder: Path, figures: Sequence[str]) -> list[Path]:

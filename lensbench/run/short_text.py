@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
 from lensbench.data.inputs import TRAINED_HERE, Texts
 from lensbench.data.sources import sources_of
 from lensbench.data.tokens import train_tokenizer
@@ -52,7 +55,9 @@ def refuse_short_text(context: Context, models: list[ModelRecipe]) -> list[str]:
 def texts_of(context: Context, owner: ModelRecipe) -> Texts:
     """The text as a model reads it, with its tokenizer loaded; one that the run has not trained yet is trained here."""
     suite, evaluate = context.suite, context.suite.evaluate
-    load: Callable[[], object] = partial(train_tokenizer, corpus_of(context), suite.corpus.vocab_size)
+    load: Callable[[], Tokenizer | PreTrainedTokenizerBase] = partial(
+        train_tokenizer, corpus_of(context), suite.corpus.vocab_size
+    )
     if owner.source is not None:
         # The texts of the run itself need the checksums of its weights, which take long.
         load = partial(load_tokenizer, owner.source)

@@ -34,10 +34,10 @@ class WithoutMassive:
         if not (found and shares) or not np.isfinite(values).all():
             return None
         if len(values) > 1:
-            mean, low, high = mean_over_seeds(values)
-            return cls(Estimate(mean, low, high), float(np.mean(shares)))
-        low, high = (None if np.isnan(ends[0]) else ends[0] for ends in (lows, highs))
-        return cls(Estimate(values[0], low, high), shares[0])
+            return cls(Estimate(*mean_over_seeds(values)), float(np.mean(shares)))
+        if np.isnan(lows[0]) or np.isnan(highs[0]):
+            return cls(Estimate(values[0], None, None), shares[0])
+        return cls(Estimate(values[0], lows[0], highs[0]), shares[0])
 
 
 def _number(value: Any) -> float:

@@ -69,7 +69,7 @@ def late_lens_at_the_end(matrices: dict[str, pd.DataFrame]) -> str:
         end = grid.columns[-1]
         earlier = [tokens for tokens in grid.index if tokens != end and pd.notna(grid.loc[tokens, end])]
         if earlier:
-            middle = min(earlier, key=lambda tokens: abs(tokens - end / 2))
+            middle = min(earlier, key=lambda tokens: abs(float(tokens) - float(end) / 2))
             model = name.removeprefix(f"{TIME}: ")
             costs[model], middles[model] = float(grid.loc[middle, end]), (float(middle), float(end))
     if not costs:
