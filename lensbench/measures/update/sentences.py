@@ -84,7 +84,7 @@ def sentence(
     clauses = [
         _opening(rule, facts, found, null) + (", and " if found.verdict == ADDED else "; ") + _falls(facts),
         _readable(facts),
-        _without_massive(rule, facts, massive),
+        _without_massive(facts, massive),
         _clear(facts),
         _new(facts),
         _reached(facts, found),
@@ -274,24 +274,20 @@ def _clear(facts: UpdateFacts) -> str:
     return "" if one.value is None else f"clarity {share(one)}"
 
 
-CHANGED_WITHOUT_MASSIVE = 0.05
+CHANGED_WITHOUT_MASSIVE = 0.04
 """A share that is added in place and moves by more without massive activations is said both ways"""
 
 
-def _without_massive(rule: UpdateRule, facts: UpdateFacts, massive: WithoutMassive | None) -> str:
-    """What is added in place without massive activations, where that is another answer or far from the reported share."""
+def _without_massive(facts: UpdateFacts, massive: WithoutMassive | None) -> str:
+    """What is added in place without massive activations, where that is outside the reported interval or far from it."""
     one = facts["in_place"]
-    if massive is None or one.value is None or massive.in_place.value is None:
+    if massive is None or one.value is None:
         return ""
-    other = massive.in_place
-    far = abs(massive.in_place.value - one.value) > CHANGED_WITHOUT_MASSIVE
-    outside = not one.meets(Estimate(other.value, None, None))
-    both_sure = one.low is not None and other.low is not None
-    turns = both_sure and sides(one, rule.carried, rule.added) != sides(other, rule.carried, rule.added)
-    if not (far or outside or turns):
+    other = Estimate(massive.in_place, None, None)
+    if abs(massive.in_place - one.value) <= CHANGED_WITHOUT_MASSIVE and one.meets(other):
         return ""
     tokens = f"{100 * massive.left_out:.2g} % of the tokens"
-    return f"without massive activations ({tokens}) {percent(other)} of what is added shows in that reading"
+    return f"without massive activations (at most {tokens}) {percent(other)} of what is added shows in that reading"
 
 
 def _new(facts: UpdateFacts) -> str:
