@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lensbench.lenses.estimated import FEWEST_DRAWN, WORDS, Drawn, mended, worth_estimating
 from lensbench.lenses.maps import AffineMaps, Reads
 from lensbench.lenses.moments import MOMENT_BLOCK
 from lensbench.lenses.recipe import FitRecipe
@@ -18,6 +19,10 @@ from lensbench.streams.capture import Capture
 from lensbench.streams.kl import TOKEN_BLOCK, Tokens, sums_of_all, token_kl
 from lensbench.streams.partition import CUDA_LOGITS, CUDA_ROWS, VOCABULARY_BLOCK
 from lensbench.streams.readout import ReadOut
+from lensbench.streams.words import Words
+
+EXACT_SHARE = 0.125
+"""Of the states that a search reads out, those with exact log-partitions, where the vocabulary is large enough"""
 
 
 def pad_direction(readout: ReadOut, final_states: Tensor, ranks: Ranks = ALONE) -> Tensor:
@@ -127,7 +132,11 @@ def thinned(captured: Capture, tokens: int) -> Capture:
 
 
 class DevSearch:
-    """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once."""
+    """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once.
+
+    Of a large vocabulary, mean KLs are unbiased estimates (:mod:`lensbench.lenses.estimated`): some words stand for all of
+    them, and a share :data:`EXACT_SHARE` of the states has exact log-partitions. All lenses are read out to the same words.
+    """
 
     def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
         if recipe.search_tokens is not None:
@@ -137,6 +146,9 @@ class DevSearch:
         self.before, self.tokens = self.ranks.span(len(dev))
         self.constant_kl = float(self.ranks.sum(dev.constant_kl.double().sum())) / self.tokens
         self.shuffled = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(0)).to(dev.states.device)
+        self.by_words: ReadOut | None = None
+        if readout.linear and worth_estimating(len(readout.weight)):
+            self.by_words = Words.draw(readout, dev.mean_p, WORDS, torch.Generator().manual_seed(0)).as_readout()
         self.rows_read_out = 0
         """Products of a state with the whole unembedding so far: what a search costs."""
 
@@ -182,13 +194,23 @@ class DevSearch:
         return tokens[(tokens >= self.before) & (tokens < self.before + len(self.dev))] - self.before
 
     def padded_kl(self, x: Tensor, tokens: Tokens, pads: Sequence[float]) -> Tensor:
-        """:func:`padded_kl`, in halves where it does not fit into memory."""
+        """:func:`padded_kl`, or estimates whose mean is unbiased; in halves where it does not fit into memory."""
         if not len(x):
             return torch.zeros(len(pads), 0, dtype=torch.float64)
 
-        def one(rows: slice) -> Tensor:
+        def kl(readout: ReadOut, rows: slice | Tensor) -> Tensor:
             own = Tokens(*(column[rows] for column in vars(tokens).values()))
-            return padded_kl(self.readout, x[rows], own, self.pad, pads)
+            return padded_kl(readout, x[rows], own, self.pad, pads)
+
+        def one(rows: slice) -> Tensor:
+            some = torch.arange(rows.start, rows.stop)
+            count = max(FEWEST_DRAWN, round(EXACT_SHARE * len(some)))
+            if self.by_words is None or count >= len(some):
+                return kl(self.readout, rows)
+            at = (torch.arange(count) * len(some)) // count
+            return mended(
+                kl(self.by_words, rows), kl(self.readout, some[at].to(x.device)), Drawn(at, count / len(some))
+            )
 
         return torch.cat(in_pieces(slice(0, len(x)), len(x), one, what="a token of the search on dev"), 1)
 

@@ -7,7 +7,7 @@ tokens mend it (:mod:`lensbench.lenses.estimated`).
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.kl import ROW_BLOCK
@@ -57,6 +57,14 @@ class Words:
         offset = (times / ((rows - certain) * pi[chosen])).log()
         at = torch.cat([order[:certain], rest[chosen]])
         return cls.of(readout, at, torch.cat([torch.zeros(certain, dtype=offset.dtype), offset]), certain)
+
+    def as_readout(self) -> ReadOut:
+        """A read-out to these words alone, of logits plus offsets; of models that do not cap their logits."""
+        assert self.readout.linear
+        head = nn.Linear(1, 1)
+        head.weight = nn.Parameter(self.weight, requires_grad=False)
+        head.bias = nn.Parameter(self.offset if self.bias is None else self.offset + self.bias, requires_grad=False)
+        return ReadOut(self.readout.final_norm, head)
 
     def logits(self, n: Tensor) -> Tensor:
         """Logits plus offsets ``[R, S]`` of normalised states ``[R, d_read]``."""

@@ -500,6 +500,29 @@ def test_kl_of_many_pads_is_that_of_each_padded_map_by_definition(kind, blocks, 
             assert search.kl(search.padded(lenses, a), layers) == pytest.approx(kl, rel=1e-5, abs=1e-5)
 
 
+def test_searches_of_a_large_vocabulary_are_unbiased_estimates_that_stay_paired():
+    """Against KL by definition: within its errors, and far closer for the difference of two lenses alike."""
+    readout = read_out(12, 10_000)
+    random = torch.Generator().manual_seed(3)
+    dev = capture_of(readout, 2 * torch.randn(2, 640, 12, generator=random) + 0.3)
+    direction, maps, pads = (
+        torch.randn(12, generator=random, dtype=torch.float64),
+        random_maps(1, 12, seed=1),
+        [0.0, 3.0],
+    )
+    off = []
+    for seed in range(6):
+        turned = torch.from_numpy(np.random.default_rng(seed).permutation(640))  # other states are read out exactly
+        search = DevSearch(readout, dev.take(turned), FitRecipe(), direction)
+        found = search.kl_of_pads(maps, [1], pads).numpy()
+        exact = [true_kl(readout, dev, AffineMaps(maps.matrix, maps.offset + a * direction), [1]) for a in pads]
+        off.append(found - exact)
+    assert 0 < np.abs(off).max() < 0.1 < np.ptp(exact)
+    error = np.std(off, axis=0, ddof=1) / len(off) ** 0.5
+    assert (np.abs(np.mean(off, axis=0)) < 4 * error).all()
+    assert np.diff(off, axis=1).std() < np.std(off)
+
+
 def dealt(search, layers, monkeypatch):
     """Which dev tokens of each layer a lens is chosen on, ``[layers, N]`` counts; and its KL."""
     from lensbench.lenses import search as search_module

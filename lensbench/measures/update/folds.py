@@ -116,7 +116,8 @@ def _moments_of(
     """The moments of some documents, ``chosen`` ``[documents]``, one layer after the other."""
     rows, d = [*layers, captured.layers], captured.states.shape[-1]
     drawn = None if counts is None else counts[captured.document]
-    at = torch.from_numpy(np.flatnonzero(chosen[captured.document]))
+    wanted = chosen[captured.document] if drawn is None else chosen[captured.document] & (drawn > 0)
+    at = torch.from_numpy(np.flatnonzero(wanted))
     covariance, cross, means = room((len(rows), d, d)), room((len(rows), d, d)), []
     for k, row in enumerate(rows):
         sums = MomentSums(captured.ranks)

@@ -78,7 +78,10 @@ def capped(
     settings: UpdateRecipe,
     seed: int,
 ) -> tuple[Decomposition, list[dict[str, Any]]]:
-    """The decomposition beside one without tokens of massive activations, and rows of their shares on fit, dev and eval."""
+    """The decomposition beside one without tokens of massive activations, and rows of their shares on fit, dev and eval.
+
+    Lenses are fitted anew without them, at the same ridges in median eigenvalues.
+    """
     if settings.largest_norm is None:
         return found, []
     massive = MassiveTokens.of(captures[0], found.layers, settings.largest_norm)
@@ -91,7 +94,7 @@ def capped(
     try:
         other = decompose(
             readout, fit, dev, held_out, recipe, layers=found.layers, metric=settings.metric, refits=0, readable=False,
-            gating=found.gating, normed=False, seed=seed,
+            gating=found.gating, known=found.choices, normed=False, seed=seed,
         )  # fmt: skip
     except Undefined as error:
         rows[-1]["reason"] = f"without these tokens: {error}"

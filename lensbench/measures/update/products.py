@@ -28,7 +28,10 @@ LAYER_PRODUCTS = ("rr", "rf", "ff", "rT", "fT")
 
 TOKEN_BLOCK = 512
 
-LATER_GIB = 0.5
+PAIR_BLOCK = 4096
+"""Tokens at once in a covariance of two layers: few large products take half the time of many small ones"""
+
+LATER_GIB = 4.0
 """Up to this size, covariances of pairs of layers are kept; above it, they are computed again for each set of lenses"""
 
 
@@ -193,6 +196,8 @@ class SecondMoments:
     """``[n, d, d]``: Cov(h_j, h_L)"""
     last: Tensor
     """``[d, d]``: Cov h_L"""
+    room: Room = IN_MEMORY
+    """Where those of two layers are kept"""
     _later: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -204,7 +209,7 @@ class SecondMoments:
         for j, row in enumerate([*layers, len(states) - 1]):
             # Summed where the states are: a GPU hands over each sum once, not each block's.
             here, to_last = (states.new_zeros(d, d, dtype=torch.float64) for _ in range(2))
-            for one, final in blocks(states, [row, len(states) - 1], means[[j, count]]):
+            for one, final in blocks(states, [row, len(states) - 1], means[[j, count]], PAIR_BLOCK):
                 here.addmm_(one.T, one)
                 to_last.addmm_(one.T, final)
             if j == count:
@@ -212,7 +217,7 @@ class SecondMoments:
             else:
                 own[j], goal[j] = here / tokens, to_last / tokens
             give_back_pages()
-        return cls(states, layers, means, own, goal, last)
+        return cls(states, layers, means, own, goal, last, room)
 
     def later(self, i: int) -> Tensor:
         """Cov(h_j, h_i) of the later layers j, ``[n - 1 - i, d, d]``: one pass over the states.
@@ -223,22 +228,25 @@ class SecondMoments:
             return self._later[i]
         count, d = len(self.layers), self.states.shape[-1]
         found = self.states.new_zeros(count - 1 - i, d, d, dtype=torch.float64)
-        means = torch.cat([self.means[i:count]])
-        for centred in blocks(self.states, self.layers[i:], means):
-            for at in range(count - 1 - i):
-                found[at].addmm_(centred[at + 1].T, centred[0])
+        first = torch.cat([one for (one,) in blocks(self.states, [self.layers[i]], self.means[[i]], PAIR_BLOCK)])
+        for at in range(count - 1 - i):
+            j = i + 1 + at
+            others = blocks(self.states, [self.layers[j]], self.means[[j]], PAIR_BLOCK)
+            for (other,), one in zip(others, first.split(PAIR_BLOCK), strict=True):
+                found[at].addmm_(other.T, one)
         give_back_pages()
-        found = (found / self.states.shape[1]).cpu()
-        if 8 * count * (count - 1) // 2 * d * d <= LATER_GIB * 2**30:
-            self._later[i] = found
-        return found
+        found = found.div_(self.states.shape[1]).cpu()
+        if 8 * count * (count - 1) // 2 * d * d > LATER_GIB * 2**30:
+            return found
+        self._later[i] = self.room(tuple(found.shape)).copy_(found)
+        return self._later[i]
 
 
-def blocks(states: Tensor, rows: Sequence[int], means: Tensor) -> Iterator[Tensor]:
+def blocks(states: Tensor, rows: Sequence[int], means: Tensor, block: int = TOKEN_BLOCK) -> Iterator[Tensor]:
     """Centred states ``[n, tokens, d]`` of some rows, block by block, in float64: what two layers share may be far larger
     than what they differ in."""
-    for start in range(0, states.shape[1], TOKEN_BLOCK):
-        tokens = slice(start, start + TOKEN_BLOCK)
+    for start in range(0, states.shape[1], block):
+        tokens = slice(start, start + block)
         yield torch.stack(
             [states[row][tokens].double() - mean.to(states.device) for row, mean in zip(rows, means, strict=True)]
         )

@@ -218,18 +218,30 @@ class _Words:
         """The coefficients of least loss; those of parts after the first are at least 0."""
         count = 2 * len(parts)
         bounds = [(None, None)] * 2 + [(0.0, None)] * (count - 2) + [(None, None)]
+        # Steps are taken where all coefficients move the state alike: their parts may differ in length by far.
+        length = self._lengths(parts, pad)
 
-        def loss(theta: Array) -> tuple[float, Array]:
+        def loss(scaled: Array) -> tuple[float, Array]:
             with torch.enable_grad():
-                free = torch.tensor(theta, requires_grad=True)
+                free = torch.tensor(scaled / length, requires_grad=True)
                 value = self._loss(_state(parts, centre, pad, free))
                 (slope,) = torch.autograd.grad(value, free)
-            return float(value.detach()), slope.double().numpy()
+            return float(value.detach()), slope.double().numpy() / length
 
         found: Array = minimize(
-            loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-6}
+            loss, start * length, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-6}
         ).x
-        return found
+        return found / length
+
+    def _lengths(self, parts: Sequence[Tensor], pad: Tensor) -> Array:
+        """How far a coefficient of 1 moves the state, by the read-out's gain: root mean squares in units of the first."""
+        gain = self.readout.gain(len(pad))
+        moved = [*torch.cat(list(parts), 1).unbind(1), pad[None].to(parts[0])]
+        if gain is not None:
+            moved = [x @ gain.T.to(x) for x in moved]
+        squares = np.array([float(x.double().square().sum(-1).mean()) for x in moved])
+        length: Array = np.sqrt(np.maximum(squares / (squares[0] or 1.0), 1e-24))
+        return length
 
     def _loss(self, x: Tensor) -> Tensor:
         n = self.readout.final_norm(x)

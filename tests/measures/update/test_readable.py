@@ -1,10 +1,12 @@
 """Readable gain: streams of known answer, and its losses by definition."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import decompose, index_estimates, pair_rows
@@ -84,6 +86,29 @@ def test_the_loss_that_coefficients_are_fitted_to_is_the_cross_entropy_with_its_
     assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     (slope,), (by_autograd,) = (torch.autograd.grad(x, theta, retain_graph=True) for x in (found, expected))
     torch.testing.assert_close(slope, by_autograd, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("times", [1.0, 1e3, 1e-3])
+def test_the_best_coefficients_are_found_whatever_the_lengths_of_the_parts(times):
+    """Against a search by simplex, which takes no slopes, of the cross-entropy by definition."""
+    torch.manual_seed(0)
+    readout = read_out(12, 40, seed=1)
+    captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40)).capture(256, seed=1)
+    words = module._Words.of(readout, captured, torch.arange(256))
+    centre, pad = torch.randn(12).double(), torch.randn(12).double()
+    signal = captured.states[-1] - centre.float()
+    parts = [torch.stack([signal + 2 * torch.randn(256, 12), times * torch.randn(256, 12)], 1)]
+    exact = copy.deepcopy(readout).double()
+    found = words.fitted(parts, centre, pad, np.array([1.0, 0.0, 0.0]))
+
+    def loss(theta):
+        state = module._state([parts[0].double()], centre, pad, torch.from_numpy(theta * np.array([1, 1 / times, 1])))
+        return float(torch.nn.functional.cross_entropy(exact(state), captured.targets))
+
+    found *= np.array([1, times, 1])
+    starts = np.array([1.0, 0.0, 0.0]), found
+    best = [minimize(loss, at, method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-9}).fun for at in starts]
+    assert loss(found) <= min(best) + 2e-5
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
