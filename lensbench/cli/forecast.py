@@ -15,12 +15,22 @@ if TYPE_CHECKING:
 
 
 def show_forecast(
-    console: Console, suite: "Suite", folder: Path, device: str, only: list[str], probes: list[str], strict: bool
+    console: Console,
+    suite: "Suite",
+    folder: Path,
+    device: str,
+    only: list[str],
+    probes: list[str],
+    strict: bool,
+    workers: int | None = None,
 ) -> None:
     """Print what a run into ``folder`` would take on a device."""
+    import torch
+
     from lensbench.models.pretrained import without_progress_bars
     from lensbench.run.forecast import forecast
     from lensbench.run.suite import check_request
+    from lensbench.run.workers import workers_at_once
     from lensbench.runtime.environment import choose_device
 
     at = choose_device(device)
@@ -28,7 +38,15 @@ def show_forecast(
     with without_progress_bars():
         found = forecast(suite, folder, device=at, only=tuple(only), probes=tuple(probes), strict=strict)
     console.print(forecast_table(suite, folder, found, at.type))
-    for line in (*found.unchecked, *rate_lines(found, at.type), *busy_lines(found), CAUTION):
+    tasks = sum(len(suite.seeds_of(model)) for model in suite.models if not only or model.name in only)
+    count = workers_at_once(suite, workers, torch.get_num_threads(), tasks) if at.type == "cpu" else 1
+    for line in (
+        *side_by_side(found, count),
+        *found.unchecked,
+        *rate_lines(found, at.type),
+        *busy_lines(found),
+        CAUTION,
+    ):
         show_line(line, console)
 
 
@@ -99,6 +117,14 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def side_by_side(found: "Forecast", count: int) -> list[str]:
+    """Says what the stages take where ``count`` processes compute models at once."""
+    if count == 1 or not found.missing:
+        return []
+    took = sum(stage.seconds for stage in found.missing) / count
+    return [f"{count} models are computed at once: about {duration(took)} at best, and the memory of {count} stages."]
 
 
 def busy_lines(found: "Forecast") -> list[str]:

@@ -151,6 +151,17 @@ Ray = Annotated[
 ]
 
 
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Compute so many models at once on the CPU, each in a process of its own; default: as the suite says.",
+        show_default=False,
+    ),
+]
+
+
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -182,6 +193,7 @@ def run(
     probes: Probes = None,
     max_hours: MaxHours = 1.0,
     ray: Ray = None,
+    workers: Workers = None,
     preset: Preset = None,
     limit: Limit = None,
     setting: Set = None,
@@ -202,9 +214,10 @@ def run(
     names, wanted = names_in("--only", only), names_in("--probes", probes)
     folder = run_folder(out, default)
     if dry_run:
-        show_forecast(console, chosen, folder, device, names, wanted, strict)
+        show_forecast(console, chosen, folder, device, names, wanted, strict, workers)
         return
     again = [("--only", names), ("--probes", wanted), ("--device", [device] * (device != "auto"))]
+    again += [("--workers", [] if workers is None else [str(workers)])]
     again += [("--ray", [ray] if ray else []), ("--max-hours", [f"{max_hours:g}"] * (max_hours != 1))]
     command = changes.command(suite, folder, again)
     start = time.perf_counter()
@@ -212,6 +225,8 @@ def run(
     on = choose_device(device)  # of several processes each has its own
     if ray is not None and ranks.size > 1:
         raise LensbenchError("give either --ray or torchrun's processes: a Ray cluster starts its own")
+    if workers is not None and (ray is not None or ranks.size > 1):
+        raise LensbenchError("--workers is for processes of this machine alone: leave out --ray and torchrun")
     with Bars() if ranks.first else contextlib.nullcontext(Quiet()) as progress:
         finished = run_suite(
             chosen,
@@ -223,6 +238,7 @@ def run(
             probes=wanted,
             ranks=ranks,
             cluster=None if ray is None else Cluster(ray),
+            workers=workers,
             options=changes.options(),
             command=command,
             strict=strict,

@@ -106,7 +106,10 @@ class FitRecipe(BaseModel):
         16384, ge=1, description="dev states at most that a lens of several layers is chosen on, equally many per layer"
     )
     search_tokens: int | None = Field(
-        None, ge=1, description="dev tokens at most that lenses are chosen and refined on; all of them if left out"
+        None,
+        ge=1,
+        description="dev tokens at most that lenses are chosen and refined on, all of them if left out; of a vocabulary "
+        "above 8,192 words an eighth of them with exact log-partitions",
     )
     record_tokens: int = Field(
         512, ge=1, description="fitting and dev tokens at most that fit_kl and dev_kl of lenses.csv are means over"

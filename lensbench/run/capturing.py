@@ -145,6 +145,13 @@ class KeptCaptures:
             self.context.progress.say(line)
 
 
+def forget_own_captures(context: Context) -> None:
+    """Remove the captures that this process has made or read: nothing more is computed of its models."""
+    for key in context.cache.captures:
+        shutil.rmtree(context.folder / KEPT / key, ignore_errors=True)
+    context.cache.captures.clear()
+
+
 def forget_captures(context: Context) -> None:
     """Remove all kept captures: the run is finished, or starts over."""
     shutil.rmtree(context.folder / KEPT, ignore_errors=True)

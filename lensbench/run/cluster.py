@@ -20,6 +20,7 @@ from filelock import FileLock
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import without_progress_bars
 from lensbench.results.folder import OWNER
+from lensbench.run.capturing import forget_own_captures
 from lensbench.run.context import Context
 from lensbench.run.curves import learning_curve
 from lensbench.run.further_scores import further_stages
@@ -93,6 +94,7 @@ class ClusterTask:
             scoring(context, model, self.seed)
             further_stages(context, model, self.seed)
             probing(context, model, self.seed)
+        forget_own_captures(context)
 
 
 def cluster_tasks(context: Context, models: list[ModelRecipe], *, planning: bool = False) -> list[ClusterTask]:

@@ -41,6 +41,8 @@ class Cache:
     """Tokenised texts, or images, by the name of the tokenizer"""
     captures: dict[str, str] = field(default_factory=dict)
     """Captures on disk that this process has made or read: key -> name of the model"""
+    reported: set[str] = field(default_factory=set)
+    """Stages of other processes that the user was told of"""
     warned: set[str] = field(default_factory=set)
     """Sources that the user was warned about"""
     corpus: Corpus | None = None
@@ -98,9 +100,17 @@ class Context:
         if self.compute and self.ranks.first and (spent := self.stages.begun(name, full)) is not None:
             self.progress.say(f"{name}: goes on where an earlier attempt of {spent:.0f} s stopped")
         stage = self.stages.run(name, full, compute if self.compute else None, together=together)
-        self.progress.finished(name, self.stages.seconds[name], stage.reused)
+        if name not in self.cache.reported:
+            self.progress.finished(name, self.stages.seconds[name], stage.reused)
         self.cache.stages[name] = stage
         return stage
+
+    def report_others(self, before: set[str]) -> None:
+        """Tell of the stages that other processes have finished meanwhile, which were not there ``before``."""
+        new = self.stages.finished() - before - self.cache.reported - self.cache.stages.keys()
+        for name, seconds in self.stages.took(new).items():
+            self.cache.reported.add(name)
+            self.progress.finished(name, seconds, reused=False)
 
     def digest(self, key: dict[str, Any]) -> str:
         """The digest of a stage of this key."""

@@ -1,7 +1,8 @@
 """The one loop that runs a suite: corpus -> models -> stream -> lenses -> transfer -> tables -> figures."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ from lensbench.run.sharing import exact_share_of
 from lensbench.run.stage_names import stage_names
 from lensbench.run.unfinished import Unfinished
 from lensbench.run.updating import updating
+from lensbench.run.workers import Ready, Workers, workers_at_once
 from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.ranks import ALONE, Ranks
@@ -89,6 +91,7 @@ def run_suite(
     probes: Sequence[str] = (),
     ranks: Ranks = ALONE,
     cluster: Cluster | None = None,
+    workers: int | None = 1,
     options: Sequence[str] = (),
     command: str = "",
     strict: bool = False,
@@ -99,8 +102,10 @@ def run_suite(
     models on the largest, so that they stay paired; raises where that is predicted to take over ``max_hours``.
 
     ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Of several ``ranks`` the
-    first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages. ``options``: what the
-    command line changed of the suite's file, which the manifest reports. ``command``: the command that goes on
+    first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages. Else ``workers`` processes
+    compute as many models at once (None: as many as the suite says and the processors have room for), which import the
+    script that calls this anew. ``options``: what
+    the command line changed of the suite's file, which the manifest reports. ``command``: the command that goes on
     with an unfinished run, which the page names that is written as results are finished. With ``strict`` a folder of
     texts may hold nothing else.
 
@@ -112,6 +117,7 @@ def run_suite(
     cache = Cache()
     if strict and suite.images is None:  # refused before a folder is made; what is read here is not read again
         cache.corpus = read_corpus(suite, progress, strict=True)
+    processors = torch.get_num_threads()
     with claimed(folder, suite.name, suite.threads, ranks, on_this_machine(suite, command)), without_progress_bars():
         context = Context(
             suite, Stages(folder / "stages", ranks), device, progress, ranks, probes=tuple(probes), max_hours=max_hours,
@@ -121,7 +127,8 @@ def run_suite(
         refuse_replacing(context)
         names = stage_names(suite, asked, context.probes)
         there = names & context.stages.finished()
-        progress.stages(len(names), expected_seconds(suite, asked, context.probes, device, there))
+        count = at_once(context, asked, workers, processors) if names - there and cluster is None else 1
+        progress.stages(len(names), expected_seconds(suite, asked, context.probes, device, there), count)
         if there:
             progress.say(
                 f"goes on in {folder}: {len(there)} of {len(names)} stages are there; those that fit are reused"
@@ -133,7 +140,8 @@ def run_suite(
             cluster.compute(context, cluster_tasks(context, asked))
         unfinished = Unfinished.of(context, asked, command or f"lensbench run {suite.name}")
         try:
-            measured, left_out = measured_models(context, asked, unfinished)
+            with computing(context, asked, count, processors) as ready:
+                measured, left_out = measured_models(context, asked, unfinished, ready)
         except BaseException:
             unfinished.interrupted()
             raise
@@ -144,6 +152,27 @@ def run_suite(
             unfinished.finished()
         ranks.wait()
         return read_run(folder)
+
+
+def at_once(context: Context, asked: list[ModelRecipe], workers: int | None, processors: int) -> int:
+    """How many processes compute models at once; one on a GPU, and where several ranks compute together."""
+    if context.ranks.size > 1 or context.device.type != "cpu":
+        return 1
+    tasks = sum(len(context.suite.seeds_of(model)) for model in asked)
+    return workers_at_once(context.suite, workers, processors, tasks)
+
+
+@contextlib.contextmanager
+def computing(context: Context, asked: list[ModelRecipe], count: int, processors: int) -> Iterator[Ready]:
+    """What waits for a model's stages while ``count`` processes compute models; of one process nothing waits."""
+    if count == 1:
+        yield lambda model: None
+        return
+    if any(context.suite.trained(model).source is None for model in asked):
+        data_of(context)  # the tokenizer, which all tasks share
+    context.progress.say(f"{count} models are computed at once, each in a process of its own")
+    with Workers.of(context, asked, count, processors).at_work() as ready:
+        yield ready
 
 
 def on_this_machine(suite: Suite, command: str) -> dict[str, Any]:
@@ -198,9 +227,9 @@ def planned(
 
 
 def measured_models(
-    context: Context, asked: list[ModelRecipe], unfinished: Unfinished
+    context: Context, asked: list[ModelRecipe], unfinished: Unfinished, ready: Ready
 ) -> tuple[list[MeasuredModel], dict[str, str]]:
-    """The models of the suite in its order, and those left out with the reason.
+    """The models of the suite in its order, and those left out with the reason; ``ready`` waits for one.
 
     Models that are asked for are measured; others stay in the tables as earlier runs left them. One that cannot be read
     is left out, and reported; raises :class:`LensbenchError` where the tables hold it, so that its rows would be lost.
@@ -212,7 +241,9 @@ def measured_models(
     # What is damaged is told before anything is computed; what is missing may be made by the models that are asked for.
     found, damaged = read_again(context, others, missing=False)
     refuse_losing(context, damaged, kept)
-    found |= {m.name: measured_model(context, m, unfinished) for m in asked}
+    for model in asked:
+        ready(model)
+        found[model.name] = measured_model(context, model, unfinished)
     late, left_out = read_again(context, [m for m in others if m.name not in found], missing=True)
     found |= late
     refuse_losing(context, left_out, kept)

@@ -93,9 +93,9 @@ class Bars:
         known = None if total == 1 else total
         return Bar(self, self.bars.add_task(name, total=known, unit=unit, remark=""), unit)
 
-    def stages(self, total: int, predicted: Mapping[str, float] | None = None) -> None:
+    def stages(self, total: int, predicted: Mapping[str, float] | None = None, at_once: int = 1) -> None:
         """A line for the whole run of ``total`` stages stands above the bars, with the time left."""
-        self.total, self.left, self.since = total, TimeLeft(predicted or {}), time.monotonic()
+        self.total, self.left, self.since = total, TimeLeft(predicted or {}, at_once), time.monotonic()
         self.whole = self.bars.add_task(self._position(), total=total, unit="stages", remark="")
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:

@@ -55,6 +55,8 @@ class TimeLeft:
 
     predicted: Mapping[str, float]
     """Stage -> seconds on some machine, in the order that stages run in; 0 where nothing is known"""
+    at_once: int = 1
+    """Stages that run side by side"""
     left: list[str] = field(init=False)
     kinds: dict[str, Ratios] = field(init=False, default_factory=dict)
     """Of the finished stages, by kind"""
@@ -79,7 +81,7 @@ class TimeLeft:
             # What lasts longer than expected here slows down what is expected of all others.
             expected = OUTLASTS * running
             kinds = self._with(now, expected)
-        return expected - running + sum(self._expected(name, kinds) for name in later)
+        return expected - running + sum(self._expected(name, kinds) for name in later) / self.at_once
 
     def _with(self, name: str, seconds: float) -> dict[str, Ratios]:
         kind, predicted = kind_of(name), self._of(name)

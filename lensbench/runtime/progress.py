@@ -34,11 +34,12 @@ class Progress(Protocol):
     def task(self, name: str, total: int, unit: str) -> Task:
         """A task of ``total`` units begins."""
 
-    def stages(self, total: int, predicted: Mapping[str, float] | None = None) -> None:
+    def stages(self, total: int, predicted: Mapping[str, float] | None = None, at_once: int = 1) -> None:
         """The whole run has ``total`` stages; :meth:`finished` counts them.
 
         ``predicted``: their names (``KIND-MODEL-seedN``) in the order that they run in, with the seconds that each is
-        predicted to take on some machine, 0 where nothing is known. With these the time left is told.
+        predicted to take on some machine, 0 where nothing is known. With these the time left is told, of ``at_once`` stages
+        that run side by side.
         """
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:
@@ -70,7 +71,7 @@ class Quiet:
     ) -> None:
         """Nothing is held."""
 
-    def stages(self, total: int, predicted: Mapping[str, float] | None = None) -> None:
+    def stages(self, total: int, predicted: Mapping[str, float] | None = None, at_once: int = 1) -> None:
         """Nothing is counted."""
 
     def finished(self, name: str, seconds: float, reused: bool) -> None:

@@ -115,6 +115,13 @@ class Stages:
         """The names of the stages that are there, whether they fit the settings of now or not."""
         return {path.parent.name for path in self.root.glob(f"*/{RECORD}")}
 
+    def took(self, names: set[str]) -> dict[str, float]:
+        """The seconds that some of the stages that are there took, in the order in which they were finished."""
+        records = [self.root / name / RECORD for name in names]
+        there = [path for path in records if path.is_file()]
+        there.sort(key=lambda path: (path.stat().st_mtime, path.parent.name))
+        return {path.parent.name: float(_said(path.parent, RECORD)["seconds"]) for path in there}
+
     def begun(self, name: str, key: dict[str, Any]) -> float | None:
         """How many seconds an earlier attempt at a stage took, whose pieces will be taken up; None without one."""
         digest = self.digest_of(key)

@@ -222,6 +222,9 @@ class Suite(_Strict):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of torch: very small models gain little from a second one"
     )
+    workers: int = Field(
+        1, ge=1, description="models at most at once on a CPU, as far as cores are there for `threads`"
+    )
     corpus: CorpusRecipe = CorpusRecipe()
     images: ImageRecipe | None = Field(None, description="labelled images in place of a text")
     training: TrainingRecipe = TrainingRecipe()

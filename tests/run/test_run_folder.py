@@ -25,7 +25,7 @@ class Recorded(Quiet):
     def __init__(self):
         self.lines, self.names, self.total = [], [], 0
 
-    def stages(self, total, predicted=None):
+    def stages(self, total, predicted=None, at_once=1):
         self.total = total
 
     def finished(self, name, seconds, reused):

@@ -1,0 +1,118 @@
+"""Several models at once: every table is that of a run of one process, also after a worker is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.commands import csv_bytes, refused, run
+
+from lensbench.results import folder
+from lensbench.run.context import Context
+from lensbench.run.workers import Workers, workers_at_once
+from lensbench.runtime.environment import choose_device
+from lensbench.runtime.stages import Stages
+from lensbench.suite.files import load_suite
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def children(of: int) -> list[int]:
+    """Processes that a process has started and that compute."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words, stat = (entry / "cmdline").read_bytes(), (entry / "stat").read_text()
+        except (OSError, ValueError):
+            continue
+        if b"spawn_main" in words and int(stat.rsplit(")", 1)[1].split()[1]) == of:
+            found.append(int(entry.name))
+    return found
+
+
+def command(tiny_suite, out):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "lensbench", "run", str(tiny_suite), "--out", str(out), "--workers", "2"]
+    return {"args": words, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+
+@pytest.mark.run
+def test_two_models_at_once_give_the_tables_of_one_process_and_each_stage_is_told_once(tiny_suite, tiny_run, tmp_path):
+    out = tmp_path / "run"
+    ended = subprocess.run(**command(tiny_suite, out), timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout
+    assert "2 models are computed at once" in ended.stdout
+    assert csv_bytes(out) == csv_bytes(tiny_run)
+    assert (out / folder.SUMS).read_bytes() == (tiny_run / folder.SUMS).read_bytes()
+    for stage in (out / "stages").iterdir():
+        if stage.is_dir() and (stage / "stage.json").is_file():
+            assert ended.stdout.count(f"{stage.name}: done in") == 1, ended.stdout
+    assert not (out / "states").exists()
+
+
+@pytest.mark.run
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds workers in /proc")
+def test_a_killed_worker_is_told_and_the_same_command_goes_on(tiny_suite, tiny_run, tmp_path):
+    out = tmp_path / "run"
+    with subprocess.Popen(**command(tiny_suite, out)) as process:
+        until, killed = time.monotonic() + 200, []
+        while not killed and time.monotonic() < until and process.poll() is None:
+            if list((out / "stages").glob("train-*.partial")) and (killed := children(process.pid)):
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.05)
+        output = "".join(filter(None, process.communicate(timeout=200)))
+    assert killed, output
+    assert process.returncode == 2, output
+    assert "its process was ended by signal 9" in output
+    assert "--workers 1" in output
+    assert not children(process.pid)
+    ended = subprocess.run(**command(tiny_suite, out), timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout
+    assert csv_bytes(out) == csv_bytes(tiny_run)
+
+
+@pytest.mark.run
+def test_what_a_user_can_mend_in_a_worker_is_one_line(tiny_suite, tmp_path):
+    diverging = tmp_path / "diverging.toml"
+    diverging.write_text(tiny_suite.read_text().replace("tokens = 8_192", "tokens = 8_192\nlearning_rate = 1e30"))
+    ended = subprocess.run(**command(diverging, tmp_path / "run"), timeout=300, check=False)
+    assert ended.returncode == 2
+    assert "training diverges" in ended.stdout or "learning_rate" in ended.stdout
+    assert "Traceback" not in ended.stdout
+
+
+def test_workers_and_a_cluster_are_not_asked_for_together(tiny_suite, tmp_path):
+    refused(run("run", tiny_suite, "--out", tmp_path / "run", "--ray", "--workers", "2"), "leave out --ray")
+
+
+@pytest.mark.parametrize(
+    ("suite_says", "asked", "threads", "processors", "tasks", "expected"),
+    [
+        (1, None, None, 8, 6, 1),  # a suite that says nothing
+        (4, None, 1, 2, 6, 2),  # as many as the processors have room for
+        (4, None, 1, 16, 6, 4),
+        (4, None, 1, 16, 3, 3),
+        (4, None, 2, 2, 6, 1),
+        (4, None, None, 1, 6, 1),
+        (1, 3, None, 2, 6, 3),  # who asks for more than there are processors gets them
+        (4, 1, 1, 16, 6, 1),
+    ],
+)
+def test_how_many_models_are_computed_at_once(tiny_suite, suite_says, asked, threads, processors, tasks, expected):
+    suite = load_suite(str(tiny_suite)).model_copy(update={"workers": suite_says, "threads": threads})
+    assert workers_at_once(suite, asked, processors, tasks) == expected
+
+
+def test_a_view_waits_for_its_training_and_no_seed_for_another(tiny_suite, tmp_path):
+    suite = load_suite(str(tiny_suite)).model_copy(update={"seeds": (0, 3)})
+    context = Context(suite, Stages(tmp_path / "stages"), choose_device("cpu"))
+    workers = Workers.of(context, list(suite.models), 2, 8)
+    assert {(t.models, t.seed) for t in workers.waiting} == {
+        ((m,), s) for m in ("gpt", "pc", "pc+state") for s in (0, 3)
+    }
+    assert {t.threads for t in workers.waiting} == {suite.threads or 4}
+    started = [t.models[0] for t in workers.waiting if workers._may_start(t)]
+    assert sorted(started) == ["gpt", "gpt", "pc", "pc"]
