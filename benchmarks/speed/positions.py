@@ -263,7 +263,13 @@ class Bench:
             self.stream.readout, lenses, fit.captured, self.dev, held_out.captured, self.refits, readable=False,
             normed=False, seed=setting.draw,
         )  # fmt: skip
-        return {**fit.columns(), **held_out.columns("eval_"), "kl": mean_kl(sums), **in_place_of(found)}, sums
+        return {
+            **fit.columns(),
+            **held_out.columns("eval_"),
+            "kl": mean_kl(sums),
+            **in_place_of(found),
+            "peak_gib": peak_memory(),
+        }, sums
 
     def kl_by_cluster(self, fitted: Fitted, held_out: Capture) -> pd.DataFrame:
         """Sums over the tokens of each cluster of the mean KL of lenses: columns document, kl, tokens.
@@ -403,7 +409,7 @@ def main(
     with refusals():
         numbers = numbers_of(positions, "--positions"), numbers_of(eval_positions, "--eval-positions")
         use_threads(threads)
-        revision, begin = git_revision(), time.perf_counter()
+        revision = git_revision()
         suite = Changes(None, (model,) if model else (), text, settings=tuple(setting or ())).of("pretrained")
         wanted = settings_of(tokens or suite.fit.sequences * suite.fit.positions, *numbers, draws)
         drawing, tables = Drawing.of(suite), Tables(out, numbers[0][0])
@@ -424,8 +430,7 @@ def main(
             "text": without_folder(suite.corpus.spec), "text_checksum": drawing.texts.corpus.checksum,
             "length": suite.length, "layers": list(bench.layers), "scored_layers": list(bench.scored),
             "refits": refits, "settings": list(setting or ()), "hardware": hardware(torch.device("cpu")),
-            "versions": versions(), "git_revision": revision, "peak_gib": round(peak_memory(), 2),
-            "seconds": round(time.perf_counter() - begin, 1),
+            "versions": versions(), "git_revision": revision,
         }  # fmt: skip
         write_description(out, "positions", described)
     columns = ["positions", "eval_positions", "windows", "cpu_seconds", "kl", "in_place", "half_width"]

@@ -69,6 +69,40 @@ class Studies:
         heads += ["error of J", "prompts to 0.1", "seconds of these, by closed form"]
         return f"{model}:\n\n{markdown(heads, rows)}"
 
+    def fitting_windows(self, path: str, eval_positions: int) -> str:
+        """A table of lenses from windows with few positions and with many, as many tokens from each."""
+        table = self.table(path)
+        rows = []
+        for row in table[table["eval_positions"] == eval_positions].to_dict("records"):
+            keys = {"positions": row["positions"], "eval_positions": eval_positions}
+            less = "-" if pd.isna(row["difference"]) else str(self.number(path, "difference", **keys))
+            rows.append([
+                str(row["positions"]),
+                f"{row['windows']:.0f}",
+                _short(row["cpu_seconds"]),
+                f"{row['effective_clusters']:.0f}",
+                less,
+                *(_thousandths(row.get(name)) for name in ("kl_sd", "in_place", "half_width", "of_eval", "of_refits")),
+            ])  # fmt: skip
+        heads = ["positions", "windows", "seconds", "clusters", "KL, less the first", "sd over draws", "added in place"]
+        return markdown([*heads, "half-width", "of held-out clusters", "of refits"], rows)
+
+    def held_out_windows(self, path: str, positions: int) -> str:
+        """A table of intervals from held-out windows with few positions and with many, as many tokens from each."""
+        table = self.table(path)
+        rows = [
+            [
+                str(row["eval_positions"]),
+                f"{row['eval_windows']:.0f}",
+                _short(row["eval_cpu_seconds"]),
+                f"{row['eval_effective_clusters']:.0f}",
+                *(_thousandths(row[name]) for name in ("kl", "kl_half_width", "in_place", "half_width", "of_eval")),
+            ]
+            for row in table[table["positions"] == positions].sort_values("eval_positions").to_dict("records")
+        ]
+        heads = ["positions", "windows", "seconds", "clusters", "KL", "half-width", "added in place", "half-width"]
+        return markdown([*heads, "of held-out clusters"], rows)
+
     def right(self, group: str, family: str, column: str) -> Number:
         """A share of ``update-calibration/right.csv``: ``committed`` or ``right_when_committed``."""
         return self.number("update-calibration/right.csv", column, set=group, family=family)
@@ -146,6 +180,11 @@ class Studies:
             (of["intervals"] >= of["streams"] / 2) & of["half_width"].between(row["asked"] / NEAR, row["asked"] * NEAR)
         ]
         return ", ".join(f"{one['half_width']:.2g} at {one['fit_tokens']:,}" for one in known.to_dict("records"))
+
+
+def _thousandths(value: float | None) -> str:
+    """Three decimals; a dash for what is missing."""
+    return "-" if value is None or pd.isna(value) else f"{value:.3f}"
 
 
 def _rounded(tokens: float) -> str:
