@@ -172,7 +172,13 @@ def computing(context: Context, asked: list[ModelRecipe], count: int, processors
         data_of(context)  # the tokenizer, which all tasks share
     context.progress.say(f"{count} models are computed at once, each in a process of its own")
     with Workers.of(context, asked, count, processors).at_work() as ready:
-        yield ready
+
+        def last_with_baselines(model: ModelRecipe) -> None:
+            if model is asked[-1]:  # some processor has nothing else to do
+                baselines(context, data_of(context, model))
+            ready(model)
+
+        yield last_with_baselines
 
 
 def on_this_machine(suite: Suite, command: str) -> dict[str, Any]:
