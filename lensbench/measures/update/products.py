@@ -34,6 +34,9 @@ PAIR_BLOCK = 4096
 LATER_GIB = 4.0
 """Up to this size, covariances of pairs of layers are kept; above it, they are computed again for each set of lenses"""
 
+PAGES_FOR = 4
+"""Layers whose covariances with later ones may fill the memory where they lie in a file; mapping it anew takes time, too"""
+
 
 Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
 """Positions i and j of pairs of layers, i < j, each ``[P]``"""
@@ -224,6 +227,8 @@ class SecondMoments:
 
         Those of all i are kept where they take no more than :data:`LATER_GIB`.
         """
+        if i % PAGES_FOR == 0:
+            give_back_pages()
         if i in self._later:
             return self._later[i]
         count, d = len(self.layers), self.states.shape[-1]
@@ -234,7 +239,6 @@ class SecondMoments:
             others = blocks(self.states, [self.layers[j]], self.means[[j]], PAIR_BLOCK)
             for (other,), one in zip(others, first.split(PAIR_BLOCK), strict=True):
                 found[at].addmm_(other.T, one)
-        give_back_pages()
         found = found.div_(self.states.shape[1]).cpu()
         if 8 * count * (count - 1) // 2 * d * d > LATER_GIB * 2**30:
             return found
