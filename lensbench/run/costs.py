@@ -27,6 +27,7 @@ from lensbench.lenses.jacobian import PILOT_PROBES, PILOT_PROMPTS
 from lensbench.lenses.per_layer import curve_tolerances
 from lensbench.lenses.planning import matrices, paired_views
 from lensbench.lenses.room import SHARE
+from lensbench.lenses.search import EXACT_SHARE as SEARCHED_SHARE
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
 from lensbench.measures.update.readable import DEV_TOKENS, EXACT_SHARE, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
@@ -51,7 +52,7 @@ PADS = 3
 VALUES_ALONE = 0.4
 """What eigenvalues take, of a decomposition with eigenvectors"""
 
-READABLE_STEPS = 15
+READABLE_STEPS = 11
 """Evaluations of a fit of readable gain"""
 
 AUTO_SHARE = 0.1
@@ -166,7 +167,7 @@ def products(shape: Shape, count: float) -> Work:
 
 def searches(shape: Shape, rows: float, ridges: float) -> Work:
     """Choices of ridge and pad for lenses that are chosen on ``rows`` states altogether."""
-    return read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
+    return of_share(shape, SEARCHED_SHARE) * read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
 
 
 def states_bytes(shape: Shape, tokens: int) -> float:
@@ -415,7 +416,7 @@ def decomposed(shape: Shape, layers: int, tokens: int, held_out: int) -> Work:
     """One decomposition: lenses of folds, products of every pair of layers on held-out tokens, and chance."""
     pairs, d = layers * (layers - 1) / 2, shape.width
     work = fitted_again(shape, layers, tokens) + products(shape, 16 * layers) + eigendecompositions(shape, 1)
-    chance = Work(single=7.5 * pairs * d**3)
+    chance = Work(single=7.5 * pairs * d**3, double=2 * held_out * d**2 * pairs)  # covariances of two layers
     return work + chance + Work(single=held_out * d**2 * (24 * layers + 6 * pairs))
 
 
