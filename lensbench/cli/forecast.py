@@ -25,28 +25,20 @@ def show_forecast(
     workers: int | None = None,
 ) -> None:
     """Print what a run into ``folder`` would take on a device."""
-    import torch
-
     from lensbench.models.pretrained import without_progress_bars
     from lensbench.run.forecast import forecast
     from lensbench.run.suite import check_request
-    from lensbench.run.workers import workers_at_once
     from lensbench.runtime.environment import choose_device
 
     at = choose_device(device)
     check_request(suite, only, probes)
     with without_progress_bars():
-        found = forecast(suite, folder, device=at, only=tuple(only), probes=tuple(probes), strict=strict)
+        found = forecast(
+            suite, folder, device=at, only=tuple(only), probes=tuple(probes), strict=strict, workers=workers
+        )
     console.print(forecast_table(suite, folder, found, at.type))
-    tasks = sum(len(suite.seeds_of(model)) for model in suite.models if not only or model.name in only)
-    count = workers_at_once(suite, workers, torch.get_num_threads(), tasks) if at.type == "cpu" else 1
-    for line in (
-        *side_by_side(found, count),
-        *found.unchecked,
-        *rate_lines(found, at.type),
-        *busy_lines(found),
-        CAUTION,
-    ):
+    said = side_by_side(found), found.unchecked, rate_lines(found, at.type), busy_lines(found), [CAUTION]
+    for line in (line for lines in said for line in lines):
         show_line(line, console)
 
 
@@ -119,12 +111,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def side_by_side(found: "Forecast", count: int) -> list[str]:
-    """Says what the stages take where ``count`` processes compute models at once."""
-    if count == 1 or not found.missing:
+def side_by_side(found: "Forecast") -> list[str]:
+    """Says what the stages take where several processes compute models at once."""
+    if found.at_once == 1 or not found.missing:
         return []
-    took = sum(stage.seconds for stage in found.missing) / count
-    return [f"{count} models are computed at once: about {duration(took)} at best, and the memory of {count} stages."]
+    took = duration(sum(stage.seconds for stage in found.missing) / found.at_once)
+    return [f"{found.at_once} models are computed at once: {took} at best, with the memory of as many stages."]
 
 
 def busy_lines(found: "Forecast") -> list[str]:

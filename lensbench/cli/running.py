@@ -223,10 +223,7 @@ def run(
     start = time.perf_counter()
     ranks = join_ranks()
     on = choose_device(device)  # of several processes each has its own
-    if ray is not None and ranks.size > 1:
-        raise LensbenchError("give either --ray or torchrun's processes: a Ray cluster starts its own")
-    if workers is not None and (ray is not None or ranks.size > 1):
-        raise LensbenchError("--workers is for processes of this machine alone: leave out --ray and torchrun")
+    refuse_other_processes(ray, workers, ranks.size)
     with Bars() if ranks.first else contextlib.nullcontext(Quiet()) as progress:
         finished = run_suite(
             chosen,
@@ -254,6 +251,14 @@ def run(
         show_line(line, console)
     took = f"{time.perf_counter() - start:.0f} s. Tables and figures: {folder}"
     show_line(took, console)
+
+
+def refuse_other_processes(ray: str | None, workers: int | None, ranks: int) -> None:
+    """Raise :class:`LensbenchError` where more than one way of computing with several processes is asked for."""
+    if ray is not None and ranks > 1:
+        raise LensbenchError("give either --ray or torchrun's processes: a Ray cluster starts its own")
+    if workers is not None and (ray is not None or ranks > 1):
+        raise LensbenchError("--workers is for processes of this machine alone: leave out --ray and torchrun")
 
 
 def left_out_lines(left_out: dict[str, str], command: str) -> list[str]:

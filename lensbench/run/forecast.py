@@ -31,6 +31,7 @@ from lensbench.run.short_text import refuse_short_text
 from lensbench.run.speeds import Speed, measured_speed
 from lensbench.run.stage_names import stage_names
 from lensbench.run.updating import updating
+from lensbench.run.workers import models_at_once
 from lensbench.runtime.environment import dtype_named
 from lensbench.runtime.progress import Quiet
 from lensbench.runtime.rates import Rates, measured_rates
@@ -59,6 +60,8 @@ class Forecast:
     """By the type that models compute in"""
     unchecked: tuple[str, ...] = ()
     """What was not checked of the text, in a line each"""
+    at_once: int = 1
+    """Processes that compute models side by side"""
 
     @property
     def missing(self) -> list[PlannedStage]:
@@ -74,6 +77,7 @@ def forecast(
     only: tuple[str, ...] = (),
     probes: tuple[str, ...] = (),
     strict: bool = False,
+    workers: int | None = 1,
 ) -> Forecast:
     """What a run into ``folder`` would compute, and what it would take; nothing is computed of it and nothing written.
 
@@ -112,7 +116,8 @@ def forecast(
                 took = finished.get(name)
                 predicted = seconds(cost.work, own[model.name])
                 stages.append(PlannedStage(name, predicted if took is None else took, cost, took is not None))
-    return Forecast(stages, rates, tuple(unchecked))
+    count = models_at_once(suite, asked, workers, device, before)
+    return Forecast(stages, rates, tuple(unchecked), count)
 
 
 def seconds(work: Work, rates: Rates) -> float:

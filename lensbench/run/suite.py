@@ -56,7 +56,7 @@ from lensbench.run.sharing import exact_share_of
 from lensbench.run.stage_names import stage_names
 from lensbench.run.unfinished import Unfinished
 from lensbench.run.updating import updating
-from lensbench.run.workers import Ready, Workers, workers_at_once
+from lensbench.run.workers import Ready, Workers, models_at_once
 from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.ranks import ALONE, Ranks
@@ -104,10 +104,9 @@ def run_suite(
     ``only`` names the models to run, all of them where it is empty, and ``probes`` the probes. Of several ``ranks`` the
     first one writes; all must see ``folder``. With a ``cluster`` its workers compute the stages. Else ``workers`` processes
     compute as many models at once (None: as many as the suite says and the processors have room for), which import the
-    script that calls this anew. ``options``: what
-    the command line changed of the suite's file, which the manifest reports. ``command``: the command that goes on
-    with an unfinished run, which the page names that is written as results are finished. With ``strict`` a folder of
-    texts may hold nothing else.
+    script that calls this anew. ``options``: what the command line changed of the suite's file, which the manifest
+    reports. ``command``: the command that goes on with an unfinished run, which the page names that is written as results
+    are finished. With ``strict`` a folder of texts may hold nothing else.
 
     Raises :class:`LensbenchError` for what a user can mend.
     """
@@ -125,14 +124,7 @@ def run_suite(
         )  # fmt: skip
         asked = [m for m in suite.models if not only or m.name in only]
         refuse_replacing(context)
-        names = stage_names(suite, asked, context.probes)
-        there = names & context.stages.finished()
-        count = at_once(context, asked, workers, processors) if names - there and cluster is None else 1
-        progress.stages(len(names), expected_seconds(suite, asked, context.probes, device, there), count)
-        if there:
-            progress.say(
-                f"goes on in {folder}: {len(there)} of {len(names)} stages are there; those that fit are reused"
-            )
+        count = announced(context, asked, cluster is not None, workers, processors)
         plans: dict[str, Any] = {}
         if suite.evaluate.precision is not None:
             context, plans = planned(context, asked, cluster)
@@ -154,12 +146,20 @@ def run_suite(
         return read_run(folder)
 
 
-def at_once(context: Context, asked: list[ModelRecipe], workers: int | None, processors: int) -> int:
-    """How many processes compute models at once; one on a GPU, and where several ranks compute together."""
-    if context.ranks.size > 1 or context.device.type != "cpu":
-        return 1
-    tasks = sum(len(context.suite.seeds_of(model)) for model in asked)
-    return workers_at_once(context.suite, workers, processors, tasks)
+def announced(context: Context, asked: list[ModelRecipe], alone: bool, workers: int | None, processors: int) -> int:
+    """How many processes will compute models at once, one ``alone`` if all is there; tells of the stages to come."""
+    names = stage_names(context.suite, asked, context.probes)
+    there = names & context.stages.finished()
+    alone |= context.ranks.size > 1 or not names - there
+    count = 1 if alone else models_at_once(context.suite, asked, workers, context.device, processors)
+    context.progress.stages(
+        len(names), expected_seconds(context.suite, asked, context.probes, context.device, there), count
+    )
+    if there:
+        context.progress.say(
+            f"goes on in {context.folder}: {len(there)} of {len(names)} stages are there; those that fit are reused"
+        )
+    return count
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+import torch
+
 from lensbench.errors import LensbenchError
 from lensbench.run.cluster import ClusterTask, cluster_tasks
 from lensbench.run.context import Context
@@ -30,13 +32,19 @@ Ready = Callable[[ModelRecipe], None]
 """Returns when all stages of a model are there that workers compute"""
 
 
-def workers_at_once(suite: Suite, asked: int | None, processors: int, tasks: int) -> int:
-    """How many workers compute at once: as many as are ``asked`` for (None: as the suite says), if there are so many tasks.
+def models_at_once(
+    suite: Suite, models: list[ModelRecipe], asked: int | None, device: torch.device, processors: int
+) -> int:
+    """How many processes compute models at once: as many as are ``asked`` for, if there are so many models and seeds.
 
-    Without being asked no more than the processors have room for, at the suite's threads each.
+    None asks for as many as the suite says, but no more than the processors have room for, at the suite's threads each.
+    On a GPU one computes.
     """
-    allowed = max(1, processors // (suite.threads or 1)) if asked is None else asked
-    return min(suite.workers if asked is None else asked, allowed, tasks)
+    if device.type != "cpu":
+        return 1
+    tasks = sum(len(suite.seeds_of(model)) for model in models)
+    wanted = min(suite.workers, max(1, processors // (suite.threads or 1))) if asked is None else asked
+    return max(1, min(wanted, tasks))
 
 
 @dataclass

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import csv_bytes, refused, run
 
 from lensbench.results import folder
 from lensbench.run.context import Context
-from lensbench.run.workers import Workers, workers_at_once
+from lensbench.run.workers import Workers, models_at_once
 from lensbench.runtime.environment import choose_device
 from lensbench.runtime.stages import Stages
 from lensbench.suite.files import load_suite
@@ -89,21 +90,23 @@ def test_workers_and_a_cluster_are_not_asked_for_together(tiny_suite, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("suite_says", "asked", "threads", "processors", "tasks", "expected"),
+    ("suite_says", "asked", "threads", "processors", "seeds", "expected"),
     [
-        (1, None, None, 8, 6, 1),  # a suite that says nothing
-        (4, None, 1, 2, 6, 2),  # as many as the processors have room for
-        (4, None, 1, 16, 6, 4),
-        (4, None, 1, 16, 3, 3),
-        (4, None, 2, 2, 6, 1),
-        (4, None, None, 1, 6, 1),
-        (1, 3, None, 2, 6, 3),  # who asks for more than there are processors gets them
-        (4, 1, 1, 16, 6, 1),
+        (1, None, None, 8, 2, 1),  # a suite that says nothing
+        (4, None, 1, 2, 2, 2),  # as many as the processors have room for
+        (4, None, 1, 16, 2, 4),
+        (4, None, 1, 16, 1, 3),  # as many as there are models
+        (4, None, 2, 2, 2, 1),
+        (4, None, None, 1, 2, 1),
+        (1, 3, None, 2, 2, 3),  # who asks for more than there are processors gets them
+        (4, 1, 1, 16, 2, 1),
     ],
 )
-def test_how_many_models_are_computed_at_once(tiny_suite, suite_says, asked, threads, processors, tasks, expected):
-    suite = load_suite(str(tiny_suite)).model_copy(update={"workers": suite_says, "threads": threads})
-    assert workers_at_once(suite, asked, processors, tasks) == expected
+def test_how_many_models_are_computed_at_once(tiny_suite, suite_says, asked, threads, processors, seeds, expected):
+    changes = {"workers": suite_says, "threads": threads, "seeds": tuple(range(seeds))}
+    suite = load_suite(str(tiny_suite)).model_copy(update=changes)
+    assert models_at_once(suite, list(suite.models), asked, torch.device("cpu"), processors) == expected
+    assert models_at_once(suite, list(suite.models), asked, torch.device("cuda"), processors) == 1
 
 
 def test_a_view_waits_for_its_training_and_no_seed_for_another(tiny_suite, tmp_path):
