@@ -69,6 +69,22 @@ class Studies:
         heads += ["error of J", "prompts to 0.1", "seconds of these, by closed form"]
         return f"{model}:\n\n{markdown(heads, rows)}"
 
+    def whole_commands(self, path: str) -> str:
+        """A table of what whole commands took, by preset."""
+        table = self.table(path)
+        rows = []
+        for preset, of_preset in table.groupby("preset", sort=False):
+            stages = of_preset.set_index("stage")
+            whole = stages.loc["the whole command"]
+            first = stages.loc[
+                [name for name in stages.index if name.startswith(("begin-", "update-"))], "seconds"
+            ].sum()
+            minutes = [f"{seconds / 60:.1f}" for seconds in (whole["seconds"], whole["predicted"], first)]
+            rows.append([f"`{preset}`", *minutes, f"{whole['peak_gib']:.1f}"])
+        return markdown(
+            ["preset", "minutes", "predicted", "until the decomposition is there", "peak memory, GiB"], rows
+        )
+
     def fitting_windows(self, path: str, eval_positions: int) -> str:
         """A table of lenses from windows with few positions and with many, as many tokens from each."""
         table = self.table(path)

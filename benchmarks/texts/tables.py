@@ -48,6 +48,13 @@ class Results:
         return [run_of(folder) for folder in self.folders]
 
     @property
+    def windows(self) -> str:
+        """The fitting windows of the first run and its held-out ones, each times the positions that are looked at."""
+        suite = self.runs[0].manifest.content()["suite"]
+        parts = [(suite[part]["sequences"], suite[part]["positions"]) for part in ("fit", "evaluate")]
+        return ", ".join(f"{windows} x {positions}" for windows, positions in parts)
+
+    @property
     def landmarks(self) -> str:
         """The models as landmarks, as CSV."""
         return landmark_table(self.runs).to_csv(index=False, lineterminator="\n")
