@@ -58,7 +58,7 @@ class Worker:
 
 @dataclass
 class Workers:
-    """The tasks of a run: those that wait, those under way, at most ``count`` at once, and what is finished."""
+    """The tasks of a run: those that wait, and those under way, at most ``count`` at once."""
 
     context: Context
     count: int
@@ -66,8 +66,6 @@ class Workers:
     before: set[str]
     """Stages that were there before"""
     running: list[Worker] = field(default_factory=list)
-    done: set[str] = field(default_factory=set)
-    """Names of finished tasks"""
 
     @classmethod
     def of(cls, context: Context, models: list[ModelRecipe], count: int, processors: int) -> "Workers":
@@ -87,13 +85,9 @@ class Workers:
         What is given waits for a model. It raises :class:`LensbenchError` for what a user can mend in a task that is
         finished by then, and where a worker died.
         """
-        names = {
-            name: [task.name for task in self.waiting if name in task.models]
-            for name in {name for task in self.waiting for name in task.models}
-        }
 
         def ready(model: ModelRecipe) -> None:
-            while not self.done.issuperset(names.get(model.name, ())):
+            while any(task.models[0] == model.name for task in (*self.waiting, *(w.task for w in self.running))):
                 self._look()
                 time.sleep(LOOK_EVERY)
 
@@ -114,7 +108,6 @@ class Workers:
             worker.process.join()
             if wrong is not None:
                 raise LensbenchError(wrong)
-            self.done.add(worker.task.name)
         self.context.report_others(self.before)
         while (
             len(self.running) < self.count and (task := next(filter(self._may_start, self.waiting), None)) is not None
