@@ -2,21 +2,18 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from benchmarks.texts.lenses import LensResults, in_words, named
+from benchmarks.texts.numbers import Number, TextError, claim
+from benchmarks.texts.pages import differing_pages, environment, page_names, rendered, write_pages
+from benchmarks.texts.tables import Results
 from lensbench.measures.update.verdict import UpdateRule
 
 ROOT = Path(__file__).resolve().parents[2]
-# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
-sys.path.insert(0, str(ROOT))
-from benchmarks.texts.lenses import LensResults, in_words, named  # noqa: E402
-from benchmarks.texts.numbers import Number, TextError, claim  # noqa: E402
-from benchmarks.texts.pages import differing_pages, environment, page_names, rendered, write_pages  # noqa: E402
-from benchmarks.texts.tables import Results  # noqa: E402
 
 RESULTS = ROOT / "results"
 

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -11,14 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks.speed.summary import print_ratios
 from lensbench.results.folder import read_run
 from lensbench.runtime import files
 from lensbench.suite.files import load_suite, load_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
-# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
-sys.path.insert(0, str(ROOT))
-from benchmarks.speed.summary import print_ratios  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 COMMITTED = ("quick", "smollm2")

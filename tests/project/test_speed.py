@@ -3,7 +3,6 @@
 import copy
 import shutil
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -17,8 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.speed import fitting, jacobian, published, transfer
 from benchmarks.speed import ours as our_side
 from benchmarks.speed.recipe import STEPS, RecipeLens, Setting, visits

@@ -1,8 +1,6 @@
 """The benchmark of a GPU, tried on the processor with small sizes: its tables, its time and what it does without a GPU."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,8 +9,6 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.speed import gpu
 from lensbench.runtime import files
 

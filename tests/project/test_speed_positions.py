@@ -1,8 +1,6 @@
 """The benchmark of many windows against many positions of each: its windows, its lenses, and what it compares."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,8 +10,6 @@ from helpers.pretrained import save_model
 from helpers.suites import write_texts
 from typer.testing import CliRunner
 
-# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.speed import positions
 from benchmarks.speed.positions import Bench, Drawing, Setting, in_place_of, windows_of
 from lensbench.data.tokens import TokenizedDocument

@@ -1,25 +1,20 @@
 """What pages say of lenses between models, of made-up tables: when a lens survives, what is declared, and the light form."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lensbench.results.between import BETWEEN_COLUMNS
-from lensbench.results.manifest import write_manifest
-from lensbench.runtime.files import sha256
-
-# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.texts import between
 from benchmarks.texts.between import DECLARED, EARLY, HALF, Transfers
 from benchmarks.texts.numbers import TextError
 from lensbench.errors import LensbenchError
 from lensbench.report.export import export_run
 from lensbench.report.light_between import light
+from lensbench.results.between import BETWEEN_COLUMNS
+from lensbench.results.manifest import write_manifest
+from lensbench.runtime.files import sha256
 
 END = 4_999_168
 PENALTIES = {EARLY: (0.9, 0.5), HALF: (0.05, 0.045)}

@@ -1,22 +1,17 @@
 """The page on families, of made-up runs: what rises and falls, what cannot be told, and which layers come first."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lensbench.report import trends
-from lensbench.results.folder import Run
-from lensbench.results.schema import SCHEMA, no_rows
-
-# Only pytest run as "python -m pytest" has the repository's root, where benchmarks/ lies, on its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.texts.families import Families
 from benchmarks.texts.numbers import TextError
 from benchmarks.texts.rates import Rates
+from lensbench.report import trends
+from lensbench.results.folder import Run
+from lensbench.results.schema import SCHEMA, no_rows
 
 TOKENS = {"gpt@1000": 1000, "gpt@4000": 4000, "gpt": 16_000}
 

@@ -10,6 +10,7 @@ import pytest
 from helpers.pages import browser, opened  # noqa: F401 (a fixture)
 from PIL import Image
 
+from benchmarks.texts.screenshots import SHOTS
 from lensbench.report.landmarks import SUITE, landmark_table, landmarks_for, suite_landmarks
 from lensbench.report.number_cells import aligned
 from lensbench.report.page import page
@@ -17,9 +18,7 @@ from lensbench.report.page_tables import page_columns
 from lensbench.results.folder import Run, read_run
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-sys.path.insert(0, str(RESULTS.parent))
 
-from benchmarks.texts.screenshots import SHOTS  # noqa: E402
 
 PARTS = ("standard/gpt", "standard/pc", "standard/controls")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
