@@ -14,7 +14,7 @@ from lensbench.measures.evaluate import evaluate
 from lensbench.models import build
 from lensbench.models.training import train
 from lensbench.streams.capture import capture
-from lensbench.streams.partition import choose_products
+from lensbench.streams.products import choose_products
 from lensbench.streams.stream import ResidualStream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: CUDA is not compared with the CPU")

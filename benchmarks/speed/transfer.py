@@ -41,7 +41,7 @@ from lensbench.measures.transfer import penalties, transfer_sums
 from lensbench.runtime.files import write_atomically
 from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture, capture
-from lensbench.streams.partition import choose_products
+from lensbench.streams.products import choose_products
 from lensbench.streams.readout import ReadOut
 from lensbench.studies.synthetic import capture_of, read_out
 

@@ -18,6 +18,7 @@ from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import TOKEN_BLOCK, Tokens, sums_of_all, token_kl
 from lensbench.streams.partition import CUDA_LOGITS, CUDA_ROWS, VOCABULARY_BLOCK
+from lensbench.streams.products import centred
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
 
@@ -96,7 +97,7 @@ def log_partition_of_pads(
     readout: ReadOut, u: Tensor, direction: Tensor, offset: Tensor, inverse: Tensor, pads: Tensor
 ) -> Tensor:
     """``logsumexp(W ((u + a_p direction) inverse_p + offset) + bias)`` for P pads: ``[P, R]`` from u ``[R, d_read]``."""
-    weight, bias = readout.weight, readout.bias
+    weight, bias, half = readout.weight, readout.bias, readout.products is not None and not u.is_cuda
     constant = weight @ offset if bias is None else torch.addmv(bias, weight, offset)
     along = weight @ direction
     # A processor works in its cache; a GPU wants few large blocks.
@@ -107,9 +108,15 @@ def log_partition_of_pads(
         rows = slice(first, first + many)
         largest = u.new_full((len(pads), len(u[rows])), -torch.inf)
         total = torch.zeros_like(largest)
+        # In float16, states are scaled to logits first: others may be beyond its range.
+        left, base = centred(u[rows] * inverse[0, rows, None], weight) if half else (u[rows], constant)
         for start in range(0, len(weight), block):
             words = slice(start, start + block)
-            unscaled = u[rows] @ weight[words].T
+            if half:
+                logits = left @ readout.weight_in_terms[0][words].T + base[words]
+                unscaled = logits.div_(inverse[0, rows, None])
+            else:
+                unscaled = left @ weight[words].T
             for p, a in enumerate(pads):
                 logits = torch.addcmul(
                     constant[words], unscaled + a * along[words] if a else unscaled, inverse[p, rows, None]

@@ -130,6 +130,8 @@ class Manifest(_Facts):
     precision: dict[str, Any] | None = None
     estimated: dict[str, dict[str, Any]] = {}
     """``MODEL-seedN`` -> the share of the log-partitions that was exact, and what it rests on; empty where all were"""
+    half_passes: dict[str, dict[str, Any]] = {}
+    """Model -> how far its passes in float16 are from float32: ``kl``, nats/token, and ``state_error``; empty without"""
     sweep: dict[str, Any] | None = None
     """Of a sweep's folder: its trials"""
 

@@ -13,7 +13,7 @@ from lensbench.runtime.memory import in_units
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.kept import STATES, keep, kept, mapped_file
-from lensbench.streams.partition import choose_products
+from lensbench.streams.products import choose_products
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
@@ -41,8 +41,8 @@ def captured_states(
     Those of one process are kept on disk for the next stage that asks for the same samples of the same ``origin``.
     Without an origin, and with several ``ranks``, the model passes over the samples each time.
 
-    The read-out is the stream's own. On a GPU it makes the products of log-partitions in half precision where these states
-    show that it agrees with float32; the stream's read-out stays as it is.
+    The read-out is the stream's own. It makes the products of log-partitions in half precision where that is faster and
+    these states show that it agrees with float32; the stream's read-out stays as it is.
     """
     start = time.perf_counter()
     with context.progress.task(name, len(samples), "inputs") as task:
@@ -65,7 +65,8 @@ def captured_states(
                 task.update(len(samples), "kept by an earlier stage")
     # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
     sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
-    products = ranks.told(choose_products(stream.readout, stream.readout.final_norm(sample)))
+    allowed = context.suite.evaluate.half_products
+    products = ranks.told(choose_products(stream.readout, stream.readout.final_norm(sample)) if allowed else None)
     if products is not None:
         context.progress.say(f"log-partitions of {products}, which agree with float32 here")
     readout = stream.readout.with_products(products)
@@ -95,6 +96,7 @@ class KeptCaptures:
             "device": self.context.device.type,
             "code": CODE_VERSION,
             "format": CAPTURE_FORMAT,
+            **({"passes": "float16"} if self.stream.half else {}),
         }
         return digest_of(key)[:24]
 

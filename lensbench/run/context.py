@@ -16,6 +16,7 @@ from lensbench.runtime.environment import git_revision
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import Stage, Stages
+from lensbench.streams.half import HalfAgreement
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.recipes import Suite
 
@@ -45,6 +46,10 @@ class Cache:
     """Stages of other processes that the user was told of"""
     warned: set[str] = field(default_factory=set)
     """Sources that the user was warned about"""
+    half: dict[str, HalfAgreement | None] = field(default_factory=dict)
+    """How well passes in float16 agree, by the digest of a model; None where they are not used"""
+    half_passes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the manifest says of them, by the name of the model"""
     corpus: Corpus | None = None
     images: ImageSet | None = None
 

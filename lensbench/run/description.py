@@ -84,6 +84,8 @@ def describe(
         content["options"] = list(context.options)
     if estimated:
         content["estimated"] = estimated
+    if context.cache.half_passes:
+        content["half_passes"] = context.cache.half_passes
     if left_out:
         content["left_out"] = left_out
     if plans:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lensbench.data.inputs import Texts
+from lensbench.data.samples import Samples
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import (
     check_context,
@@ -26,6 +27,7 @@ from lensbench.run.inputs import corpus_of, data_of, identity_of
 from lensbench.run.training import checkpoint, loader_of, trained_network, training
 from lensbench.runtime.environment import choose_device, dtype_named
 from lensbench.runtime.texts import read_json
+from lensbench.streams.half import INPUTS, POSITIONS, HalfAgreement, choose_half
 from lensbench.streams.rotary import depends_on_length
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.recipes import ModelRecipe
@@ -42,6 +44,8 @@ class Origin:
     load: Callable[[], PreTrainedModel]
     facts: dict[str, Any]
     """``family, source, weights, dtype, train_tokens`` of ``models.csv``."""
+    compared: Callable[[], Samples] | None = None
+    """What passes in float16 are compared with passes in float32 on; None where they are not to be used"""
 
 
 def origin_of(context: Context, model: ModelRecipe, seed: int) -> Origin:
@@ -79,6 +83,9 @@ def _pretrained(context: Context, owner: ModelRecipe, source: str) -> Origin:
     key: dict[str, Any] = {"source": identified, "dtype": owner.dtype}
     if owner.device is not None:
         key["device"] = device.type
+    half = context.suite.evaluate.half_products
+    if not half:
+        key["half_products"] = False
     facts = {
         "family": None,
         "source": named(source),
@@ -86,7 +93,13 @@ def _pretrained(context: Context, owner: ModelRecipe, source: str) -> Origin:
         "dtype": owner.dtype,
         "train_tokens": train_tokens_of(owner, source),
     }
-    return Origin(owner.name, digest_of(key), partial(_load, context, owner, source, device), facts)
+    compared = partial(_compared, context, owner) if half and context.suite.images is None else None
+    return Origin(owner.name, digest_of(key), partial(_load, context, owner, source, device), facts, compared)
+
+
+def _compared(context: Context, owner: ModelRecipe) -> Samples:
+    """A few inputs of dev."""
+    return data_of(context, owner).samples("dev", INPUTS, min(POSITIONS, max(1, context.suite.length // 4)))
 
 
 def train_tokens_of(owner: ModelRecipe, source: str) -> int | None:
@@ -157,4 +170,20 @@ def stream_of(context: Context, origin: Origin, view: str) -> ResidualStream:
             streams[key] = ResidualStream(network, view)
         except LensbenchError as error:
             raise LensbenchError(f"model {origin.name}: {error}") from error
+        streams[key].half = _half(context, origin, streams[key]) is not None
     return streams[key]
+
+
+def _half(context: Context, origin: Origin, stream: ResidualStream) -> HalfAgreement | None:
+    """How well passes in float16 agree, where they are used; decided once for all views of a model."""
+    if origin.compared is None:
+        return None
+    if origin.digest not in context.cache.half:
+        found = context.cache.half[origin.digest] = choose_half(stream, origin.compared)
+        if found is not None:
+            _say_once(
+                context,
+                f"model {origin.name}: captures pass in float16, which differs from float32 by a KL of {found.kl:.1g} "
+                f"nats/token and by {100 * found.state_error:.1g} % of a state (--set evaluate.half_products=false: never)",
+            )
+    return context.cache.half[origin.digest]

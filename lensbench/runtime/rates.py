@@ -4,8 +4,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+
+FASTER = 1.5
+"""How much faster than in float32 products in float16 must be; without instructions for them they are far slower"""
 
 SECONDS_EACH = 0.35
 """What each kind of work is measured for"""
@@ -90,10 +94,13 @@ class Stopwatch:
         return min(1.0, self._own / self._passed) if self._passed else 1.0
 
 
-def product_rate(watch: Stopwatch, dtype: torch.dtype, width: int) -> float:
-    """FLOPs in a second of products of ``[ROWS, width]`` with ``[width, ROWS]``, the form of most products here."""
+def product_rate(watch: Stopwatch, dtype: torch.dtype, width: int, least: float = SECONDS_EACH) -> float:
+    """FLOPs in a second of products of ``[ROWS, width]`` with ``[width, ROWS]``, the form of most products here.
+
+    ``least`` seconds are measured.
+    """
     a, b = (torch.randn(shape, device=watch.device).to(dtype) for shape in ((ROWS, width), (width, ROWS)))
-    return 2 * ROWS**2 * width * per_second(lambda: a @ b, watch)
+    return 2 * ROWS**2 * width * per_second(lambda: a @ b, watch, least)
 
 
 def per_second(work: Callable[[], object], watch: Stopwatch, least: float = SECONDS_EACH) -> float:
@@ -105,3 +112,11 @@ def per_second(work: Callable[[], object], watch: Stopwatch, least: float = SECO
         spent += watch.time(work)
         count += 1
     return count / max(spent, 1e-9)
+
+
+@cache
+def half_is_fast() -> bool:
+    """Whether this processor makes products in float16 at least :data:`FASTER` times as fast as in float32: measured."""
+    watch = Stopwatch(torch.device("cpu"))
+    single, half = (product_rate(watch, dtype, 512, least=0.05) for dtype in (torch.float32, torch.float16))
+    return half >= FASTER * single

@@ -150,9 +150,13 @@ class _Collector:
         """Run the model on some samples and keep what it says at their scored positions."""
         stream, samples = self.stream, self.samples
         inputs, row_at, at = (torch.from_numpy(x).to(stream.device) for x in samples.scored(rows))
-        h, logits = stream.at(inputs, row_at, at, read_out=stream.float32)
-        if not stream.float32:  # the model's own logits have two or three digits, its states give more
-            logits = stream.readout(h[-1].float())
+        if stream.float32 and not stream.half:
+            h, logits = stream.at(inputs, row_at, at)
+        else:  # the model's own logits have two or three digits, its states give more
+            h = stream.states_at(inputs, row_at, at, half=stream.half)
+            if stream.half and not bool(torch.isfinite(h).all()):  # a product beyond the range of float16
+                h = stream.states_at(inputs, row_at, at)
+            logits = stream.readout(h[-1])
         target = torch.from_numpy(samples.targets(rows)).to(stream.device)
         log_z = logits.logsumexp(-1, keepdim=True)
         found, total_p = predictions(stream.readout, logits, target, self.constant, log_z)

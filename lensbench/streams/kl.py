@@ -10,6 +10,7 @@ from torch import Tensor
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture
 from lensbench.streams.partition import CUDA_ROWS, VOCABULARY_BLOCK, online_log_partition, rows_at_once
+from lensbench.streams.products import half_log_partition
 from lensbench.streams.readout import ReadOut
 
 TOKEN_BLOCK = 1024
@@ -54,6 +55,8 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
     if n.is_cuda:  # large products are fastest on a GPU
         log_z, top = online_log_partition(readout, n)
         return log_z, top if want_largest else None
+    if readout.products is not None:
+        return half_log_partition(readout, n, want_largest)
     logits = n @ weight[:VOCABULARY_BLOCK].T
     if bias is not None:
         logits += bias[:VOCABULARY_BLOCK]

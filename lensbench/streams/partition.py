@@ -123,11 +123,3 @@ def agreeing_products(readout: ReadOut, n: Tensor, *, tolerance: float = 1e-3) -
             if float((half - exact).abs().mean()) <= tolerance:
                 return products
     return None
-
-
-def choose_products(readout: ReadOut, n: Tensor) -> HalfProducts | None:
-    """The products of log-partitions: :func:`agreeing_products` on a GPU, None (float32) elsewhere.
-
-    The read-out does not change; :meth:`ReadOut.with_products` makes one with them.
-    """
-    return agreeing_products(readout, n) if n.is_cuda else None

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ class ResidualStream:
             raise LensbenchError(f"{type(model).__name__} reads {argument}: lensbench is for token ids and images")
         refuse_non_finite(model)
         self.model = model
+        self.half = False
+        """Whether captures make products in float16; see :mod:`lensbench.streams.half`"""
         with evaluating(model):
             self._find(argument, view)
 
@@ -184,6 +187,12 @@ class ResidualStream:
             h = self.pooling(h)
             return h[rows.to(h.device)]
         return h[rows.to(h.device), columns.to(h.device)]
+
+    @torch.no_grad()
+    def states_at(self, inputs: Tensor, rows: Tensor, columns: Tensor, *, half: bool = False) -> Tensor:
+        """The states of :meth:`at`, without logits; ``half``: by a pass with products in float16, on the CPU."""
+        with torch.autocast("cpu", torch.float16) if half else nullcontext():
+            return self.at(inputs, rows, columns, read_out=False)[0].float()
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.kl import ROW_BLOCK
 from lensbench.streams.partition import CUDA_ROWS
+from lensbench.streams.products import centred
 from lensbench.streams.readout import ReadOut
 
 CERTAIN = 0.75
@@ -31,13 +32,16 @@ class Words:
     certain: int
     weight: Tensor  # [S, d_read]
     bias: Tensor | None  # [S]
+    half: Tensor | None = None  # [S, d_read]: the weight in float16, on a processor that makes products of it
 
     @classmethod
     def of(cls, readout: ReadOut, at: Tensor, offset: Tensor, certain: int) -> "Words":
         """The words ``at`` ``[S]`` with their offsets ``[S]``."""
         at = at.to(readout.weight.device)
         bias = None if readout.bias is None else readout.bias[at]
-        return cls(readout, offset.to(readout.weight), certain, readout.weight[at], bias)
+        weight, products = readout.weight[at], readout.products
+        half = weight.to(products.dtype) if products is not None and not weight.is_cuda else None
+        return cls(readout, offset.to(readout.weight), certain, weight, bias, half)
 
     @classmethod
     def draw(cls, readout: ReadOut, mean: Tensor, rows: int, generator: torch.Generator) -> "Words":
@@ -64,10 +68,14 @@ class Words:
         head = nn.Linear(1, 1)
         head.weight = nn.Parameter(self.weight, requires_grad=False)
         head.bias = nn.Parameter(self.offset if self.bias is None else self.offset + self.bias, requires_grad=False)
-        return ReadOut(self.readout.final_norm, head)
+        return ReadOut(self.readout.final_norm, head).with_products(self.readout.products)
 
     def logits(self, n: Tensor) -> Tensor:
         """Logits plus offsets ``[R, S]`` of normalised states ``[R, d_read]``."""
+        if self.half is not None:
+            left, base = centred(n, self.weight)
+            logits = left @ self.half.T + (base if self.bias is None else base + self.bias)
+            return self.readout.cap_(logits).add_(self.offset)
         if self.readout.linear:
             return torch.addmm(self.offset if self.bias is None else self.offset + self.bias, n, self.weight.T)
         logits = n @ self.weight.T if self.bias is None else torch.addmm(self.bias, n, self.weight.T)
@@ -78,7 +86,13 @@ class Words:
 
         def one(rows: slice) -> tuple[Tensor, Tensor]:
             logits = self.logits(n[rows])
-            largest, shift = logits[:, : self.certain].amax(-1), logits.amax(-1)
+            shift = logits.amax(-1)
+            if self.half is None:
+                largest = logits[:, : self.certain].amax(-1)
+            else:  # a rounded logit is not compared with one that is not
+                word = logits[:, : self.certain].argmax(-1)
+                largest = (n[rows] * self.weight[word]).sum(-1)
+                largest = self.readout.cap_(largest if self.bias is None else largest + self.bias[word])
             return shift + logits.sub_(shift[:, None]).exp_().sum(-1).log(), largest
 
         log_z, largest = zip(*in_pieces(slice(0, len(n)), _rows_of(n), one, what="a row of words"), strict=True)

@@ -57,6 +57,11 @@ class EvaluateRecipe(BaseModel):
         "are unbiased estimates, and intervals hold what that adds; auto: the smallest share at which 512 dev tokens "
         "promise no interval more than 1.1 times wider (of losses that a few tokens decide, they may promise too much)",
     )
+    half_products: bool = Field(
+        True,
+        description="make products in half precision where that is faster and agrees with float32: in passes of captures "
+        "through large pretrained models (on a processor; the manifest says how well), and in log-partitions",
+    )
     probe_sequences: int = Field(128, ge=1, description="held-out sequences that probes look at")
     max_share: float = Field(DOCUMENT_SHARE, gt=0, le=1, description="largest share of the sequences from one document")
     turns: Turns = Field(
@@ -84,15 +89,17 @@ class EvaluateRecipe(BaseModel):
         content: dict[str, Any] = serialize(self)
         if self.turns == "document":
             content.pop("turns", None)
+        if self.half_products:
+            content.pop("half_products", None)
         return content
 
     @property
     def scored(self) -> dict[str, Any]:
-        """What the scores of a model depend on, but for ``begin``, which the texts themselves depend on.
+        """What the scores of a model depend on, but for ``begin`` and ``half_products``: texts and model depend on these.
 
         Of exact scores of a whole matrix it says what it said before there were others, so that finished ones are found.
         """
         exact = {"exact_share"} if self.exact_share == 1 else set()
         whole = {"matrix"} if self.matrix else set()
-        apart = {"draws", "probe_sequences", "sums", "groups", "begin", "top", "jacobian_matrix"}
+        apart = {"draws", "probe_sequences", "sums", "groups", "begin", "top", "jacobian_matrix", "half_products"}
         return self.model_dump(exclude=apart | exact | whole)

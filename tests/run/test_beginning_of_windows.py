@@ -90,6 +90,35 @@ def test_the_token_and_its_worth_are_reported_in_models_and_manifest(made):
         assert manifest.suite.content()["evaluate"]["begin"] == setting
 
 
+def test_a_large_model_passes_in_float16_where_that_is_fast_and_not_where_the_user_forbids_it(
+    made, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("lensbench.streams.half.half_is_fast", lambda: True)
+    monkeypatch.setattr("lensbench.streams.half.LEAST_PARAMETERS", 0)
+    with without_figures():
+        half, exact = (
+            run("run", made / "auto.toml", "--out", tmp_path / str(way), "--set", f"evaluate.half_products={way}")
+            for way in ("true", "false")
+        )
+    assert half.exit_code == exact.exit_code == 0, half.output + exact.output
+    assert half.stderr.count("captures pass in float16") == 1
+    assert "float16" not in exact.stderr
+    facts = read_manifest(tmp_path / "true").half_passes["gemma"]
+    assert facts["passes"] == "float16"
+    assert 0 < facts["kl"] < 1e-4
+    assert read_manifest(tmp_path / "false").half_passes == {}
+    ours, plain, before = (
+        pd.read_csv(folder / "lenses.csv") for folder in (tmp_path / "true", tmp_path / "false", made / "auto")
+    )
+    assert plain.equals(before)
+    assert not ours.equals(plain)
+    assert (ours["kl"] - plain["kl"]).abs().max() < 1e-3
+    # Finished stages of one way are not those of the other.
+    with without_figures():
+        again = run("run", made / "auto.toml", "--out", tmp_path / "true", "--set", "evaluate.half_products=false")
+    assert again.exit_code != 0 or pd.read_csv(tmp_path / "true" / "lenses.csv").equals(plain)
+
+
 def test_runs_with_the_token_in_other_places_are_not_compared(made):
     found = run("compare", made / "auto", made / "first")
     assert found.exit_code != 0

@@ -9,7 +9,7 @@ from lensbench.run.context import Context
 from lensbench.runtime.environment import choose_device
 from lensbench.runtime.stages import Stages
 from lensbench.streams.kl import log_partition
-from lensbench.streams.partition import choose_products
+from lensbench.streams.products import choose_products
 from lensbench.streams.readout import HalfProducts
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.files import load_suite

@@ -7,7 +7,8 @@ import torch
 from helpers.synthetic import read_out
 
 from lensbench.streams import partition
-from lensbench.streams.partition import LADDER, agreeing_products, choose_products, online_log_partition
+from lensbench.streams.partition import LADDER, agreeing_products, online_log_partition
+from lensbench.streams.products import choose_products
 from lensbench.streams.readout import HalfProducts, in_terms
 
 D, V, N = 64, 2500, 300

@@ -1,0 +1,95 @@
+"""How products with the unembedding are made: in float32, or in half precision where log-partitions agree."""
+
+import torch
+from torch import Tensor
+
+from lensbench.runtime.rates import half_is_fast
+from lensbench.streams.partition import VOCABULARY_BLOCK, agreeing_products, online_log_partition
+from lensbench.streams.readout import HalfProducts, ReadOut
+
+ON_CPU = HalfProducts(torch.float16, 1)
+"""What a processor uses. It rounds what comes out of a product to float16, too: more products would not help."""
+
+LEAST_WEIGHTS = 2**22
+"""Numbers of an unembedding from which a processor makes its products in float16; of smaller ones the time goes elsewhere"""
+
+LARGEST_BIAS, LARGEST_NOISE = 5e-4, 2e-2
+"""Mean, and root mean square, of what float16 changes in log-partitions on a processor, nats, at most"""
+
+CPU_ROWS = 512
+"""Rows that a processor works on at once"""
+
+
+def choose_products(readout: ReadOut, n: Tensor) -> HalfProducts | None:
+    """The products of log-partitions, by normalised states ``[R, d_read]``; None: in float32.
+
+    On a GPU they are :func:`agreeing_products`. A processor makes them in float16 where it is fast at it, the unembedding
+    is large, and :func:`agrees_on_average`. The read-out does not change; :meth:`ReadOut.with_products` makes one with them.
+    """
+    if n.is_cuda:
+        return agreeing_products(readout, n)
+    large = readout.weight.dtype == torch.float32 and readout.weight.numel() >= LEAST_WEIGHTS
+    return ON_CPU if large and half_is_fast() and agrees_on_average(readout, n) else None
+
+
+def agrees_on_average(readout: ReadOut, n: Tensor) -> bool:
+    """Whether log-partitions by :data:`ON_CPU` are those of float32 on average, with little noise.
+
+    Of a single token the noise can be seen, of a mean over tokens it cannot, and a bias is what counts.
+    """
+    if max(float(n.abs().max()), float(readout.weight.abs().max())) >= torch.finfo(ON_CPU.dtype).max:
+        return False
+    exact, half = readout.with_products(None), readout.with_products(ON_CPU)
+    parts = n.split(CPU_ROWS)
+    errors = [half_log_partition(half, x, False)[0] - online_log_partition(exact, x)[0] for x in parts]
+    error = torch.cat(errors)
+    return abs(float(error.mean())) <= LARGEST_BIAS and float(error.square().mean().sqrt()) <= LARGEST_NOISE
+
+
+def centred(n: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[R, d]`` less their mean, in float16, and ``W mean`` in float32 ``[V]``, which their products lack.
+
+    What all rows share is not rounded: else the same error would stand in every one, and in their mean. What is left is
+    smaller, and so is its error.
+    """
+    centre = n.mean(0)
+    return (n - centre).to(ON_CPU.dtype), weight @ centre
+
+
+def half_log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-partition and largest logit ``[R]`` of ``[R, d_read]``, by products in float16 on a processor that makes them.
+
+    The word of the largest logit is found by rounded logits, and its logit computed again.
+    """
+    assert readout.products is not None
+    weight, bias = readout.weight_in_terms[0], readout.bias
+    left, base = centred(n, readout.weight)
+    if bias is not None:
+        base += bias
+    shift, above, word = (
+        n.new_zeros(len(n), 1),
+        n.new_full((len(n),), -torch.inf),
+        torch.zeros(len(n), dtype=torch.long),
+    )
+    total = n.new_zeros(len(n))
+    rounded, room = left.new_empty(len(n), VOCABULARY_BLOCK), n.new_empty(len(n), VOCABULARY_BLOCK)
+    for start in range(0, len(weight), VOCABULARY_BLOCK):
+        rows = weight[start : start + VOCABULARY_BLOCK]
+        whole = len(rows) == VOCABULARY_BLOCK
+        half = torch.mm(left, rows.T, out=rounded if whole else left.new_empty(len(n), len(rows)))
+        logits = room if whole else n.new_empty(half.shape)
+        readout.cap_(torch.add(half, base[start : start + VOCABULARY_BLOCK], out=logits))
+        if start == 0:
+            shift = logits.amax(-1, keepdim=True)
+        if want_largest:
+            here, at = logits.max(-1)
+            word, above = torch.where(here > above, at + start, word), torch.maximum(above, here)
+        total += logits.sub_(shift).exp_().sum(-1)
+    log_z = shift[:, 0] + total.log()
+    bad = ~torch.isfinite(log_z)
+    if bool(bad.any()):
+        log_z[bad], _ = online_log_partition(readout.with_products(None), n[bad])
+    if not want_largest:
+        return log_z, None
+    logit = (n * readout.weight[word]).sum(-1)
+    return log_z, readout.cap_(logit if bias is None else logit + bias[word])
