@@ -53,6 +53,14 @@ Shares = float | Sequence[float]
 FEWEST_DRAWN = 64
 """Tokens at least that get exact values: a bootstrap tells nothing of fewer"""
 
+USUAL_SHARE = 0.125
+"""Share of the tokens that get exact values where no share is found for their layer: in searches, and of readable gains"""
+
+
+def usually_drawn(tokens: int) -> int:
+    """How many of some tokens get exact values at :data:`USUAL_SHARE`."""
+    return min(tokens, max(FEWEST_DRAWN, round(USUAL_SHARE * tokens)))
+
 
 @dataclass(frozen=True)
 class Drawn:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lensbench.lenses.estimated import FEWEST_DRAWN, WORDS, Drawn, mended, worth_estimating
+from lensbench.lenses.estimated import WORDS, Drawn, mended, usually_drawn, worth_estimating
 from lensbench.lenses.maps import AffineMaps, Reads
 from lensbench.lenses.moments import MOMENT_BLOCK
 from lensbench.lenses.recipe import FitRecipe
@@ -21,9 +21,6 @@ from lensbench.streams.partition import CUDA_LOGITS, CUDA_ROWS, VOCABULARY_BLOCK
 from lensbench.streams.products import centred
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
-
-EXACT_SHARE = 0.125
-"""Of the states that a search reads out, those with exact log-partitions, where the vocabulary is large enough"""
 
 
 def pad_direction(readout: ReadOut, final_states: Tensor, ranks: Ranks = ALONE) -> Tensor:
@@ -142,7 +139,7 @@ class DevSearch:
     """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once.
 
     Of a large vocabulary, mean KLs are unbiased estimates (:mod:`lensbench.lenses.estimated`): some words stand for all of
-    them, and a share :data:`EXACT_SHARE` of the states has exact log-partitions. All lenses are read out to the same words.
+    them, and :func:`usually_drawn` of the states have exact log-partitions. All lenses are read out to the same words.
     """
 
     def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
@@ -211,7 +208,7 @@ class DevSearch:
 
         def one(rows: slice) -> Tensor:
             some = torch.arange(rows.start, rows.stop)
-            count = max(FEWEST_DRAWN, round(EXACT_SHARE * len(some)))
+            count = usually_drawn(len(some))
             if self.by_words is None or count >= len(some):
                 return kl(self.readout, rows)
             at = (torch.arange(count) * len(some)) // count

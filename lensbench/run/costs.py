@@ -22,15 +22,14 @@ counts are typical ones.
 from dataclasses import dataclass, fields
 
 from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
-from lensbench.lenses.estimated import worth_estimating
+from lensbench.lenses.estimated import USUAL_SHARE, worth_estimating
 from lensbench.lenses.jacobian import PILOT_PROBES, PILOT_PROMPTS
 from lensbench.lenses.per_layer import curve_tolerances
 from lensbench.lenses.planning import matrices, paired_views
 from lensbench.lenses.room import SHARE
-from lensbench.lenses.search import EXACT_SHARE as SEARCHED_SHARE
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
-from lensbench.measures.update.readable import DEV_TOKENS, EXACT_SHARE, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
+from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
 from lensbench.suite.recipes import Suite
 
 GIB = 2.0**30
@@ -167,7 +166,7 @@ def products(shape: Shape, count: float) -> Work:
 
 def searches(shape: Shape, rows: float, ridges: float) -> Work:
     """Choices of ridge and pad for lenses that are chosen on ``rows`` states altogether."""
-    return of_share(shape, SEARCHED_SHARE) * read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
+    return of_share(shape, USUAL_SHARE) * read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
 
 
 def states_bytes(shape: Shape, tokens: int) -> float:
@@ -390,7 +389,7 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
             single=pairs * 3 * READABLE_STEPS * tokens * 4 * shape.width * words,
             words=pairs * 3 * READABLE_STEPS * tokens * 2 * words,
         )
-        work += of_share(shape, EXACT_SHARE) * read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_))
+        work += of_share(shape, USUAL_SHARE) * read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_))
         work += eigendecompositions(shape, 5 * pairs)
     if settings.landmarks:
         some = min(of.chosen, layers)

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from lensbench.lenses.estimated import FEWEST_DRAWN, Drawn, mended, worth_estimating
+from lensbench.lenses.estimated import Drawn, mended, usually_drawn, worth_estimating
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.refine import LogPartition
@@ -29,9 +29,6 @@ DEV_TOKENS, HELD_OUT_TOKENS = 1024, 4096
 
 WORDS = 4096
 """Rows of the unembedding that stand for all words while coefficients are fitted"""
-
-EXACT_SHARE = 0.125
-"""Of the held-out tokens, those with exact log-partitions, where the vocabulary is large enough for that to save time"""
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class _Losses:
     @classmethod
     def of(cls, readout: ReadOut, reader: _Reader) -> "_Losses":
         targets, count = reader.captured.targets[reader.tokens], len(reader.tokens)
-        drawn = max(FEWEST_DRAWN, round(EXACT_SHARE * count))
+        drawn = usually_drawn(count)
         if drawn >= count or not worth_estimating(len(readout.weight)):
             return cls(readout, targets, None, Drawn(torch.arange(count), 1.0))
         generator = torch.Generator().manual_seed(0)

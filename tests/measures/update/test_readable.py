@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from lensbench.lenses.estimated import FEWEST_DRAWN
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import decompose, index_estimates, pair_rows
 from lensbench.measures.update import readable as module
@@ -125,7 +126,7 @@ def test_losses_with_a_large_vocabulary_are_unbiased_estimates_that_stay_paired(
     monkeypatch.setattr(module, "worth_estimating", lambda _: True)
     one = module._Losses.of(readout, reader)
     assert one.words is not None
-    assert len(one.drawn.at) == module.FEWEST_DRAWN
+    assert len(one.drawn.at) == FEWEST_DRAWN
     torch.testing.assert_close(one.at(x), one.at(x.clone()))
     random = torch.Generator().manual_seed(1)
     drawn = [torch.randperm(400, generator=random)[:64].sort().values for _ in range(300)]
