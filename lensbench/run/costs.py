@@ -21,8 +21,8 @@ counts are typical ones.
 
 from dataclasses import dataclass, fields
 
-from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.estimated import USUAL_SHARE, worth_estimating
+from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.jacobian import PILOT_PROBES, PILOT_PROMPTS
 from lensbench.lenses.per_layer import curve_tolerances
 from lensbench.lenses.planning import matrices, paired_views
