@@ -93,6 +93,8 @@ class Work:
     """FLOPs of products in the model's type"""
     single: float = 0.0
     """FLOPs of products in float32"""
+    read: float = 0.0
+    """FLOPs of products of states with the unembedding, which may be made in half precision"""
     double: float = 0.0
     """FLOPs of products in float64"""
     eigen: float = 0.0
@@ -135,8 +137,8 @@ def forward(shape: Shape, windows: int, length: int, scored: int) -> Work:
 def read_out(shape: Shape, rows: float, pads: int = 1) -> Work:
     """So many states are mapped and read out over all words, at one or several lengths of the pad."""
     passes = 1.0 if pads == 1 else 2.0 * pads
-    product = 2 * shape.width * (shape.vocabulary + shape.width)
-    return Work(single=rows * product, words=rows * shape.vocabulary * passes)
+    mapped, read = (rows * 2 * shape.width * columns for columns in (shape.width, shape.vocabulary))
+    return Work(single=mapped, read=read, words=rows * shape.vocabulary * passes)
 
 
 def softmax_moments(shape: Shape, rows: float) -> Work:

@@ -34,6 +34,8 @@ class Rates:
     """Logits that are shifted, exponentiated and added up"""
     copied: float
     """Bytes that are read and written"""
+    read: float = 0.0
+    """FLOPs of products with the unembedding, where they are faster than others in float32; 0: as fast"""
     steps: float = math.inf
     """Training steps of the model that is asked about"""
     at_hand: float = 1.0
