@@ -68,7 +68,7 @@ def passes(task: Task, sequences: int, positions: int, rounds: int) -> tuple[dic
     single, half = in_turn(rounds, partial(captured, False), partial(captured, True))
     row = row_of("passes", (single[0], single[1].model_ce), (half[0], half[1].model_ce), single[1])
     tokens = int(np.minimum(windows.lengths, task.length).sum())
-    facts = {**half_agreement(task.stream, task.windows("dev", 4, 64)).facts, "tokens": tokens}
+    facts = {**half_agreement(task.stream, task.windows("dev", 4, positions)).facts, "tokens": tokens}
     return row, facts, single[1]
 
 

@@ -27,7 +27,6 @@ WHOLE = "the whole command"
 
 def stage_rows(predicted: Forecast, took: dict[str, float]) -> list[dict[str, Any]]:
     """A row for each stage that was predicted or took time: seconds, those predicted, and the floor."""
-    rates = next(iter(predicted.rates.values()))
     expected = {stage.name: stage for stage in predicted.stages}
     rows = []
     for name in dict.fromkeys([*expected, *took]):
@@ -37,7 +36,7 @@ def stage_rows(predicted: Forecast, took: dict[str, float]) -> list[dict[str, An
                 "stage": name,
                 "seconds": took.get(name),
                 "predicted": None if stage is None else stage.seconds,
-                "floor": None if stage is None else stage.cost.work.model / rates.model,
+                "floor": None if stage is None else stage.floor,
             }
         )
     return rows

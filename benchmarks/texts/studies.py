@@ -103,6 +103,21 @@ class Studies:
         heads = ["positions", "windows", "seconds", "clusters", "KL, less the first", "sd over draws", "added in place"]
         return markdown([*heads, "half-width", "of held-out clusters", "of refits"], rows)
 
+    def half_products(self, path: str) -> str:
+        """A table of what products in float16 gain and change."""
+        rows = [
+            [
+                row["part"],
+                *(_short(row[f"seconds_{name}"]) for name in ("single", "half")),
+                f"{row['ratio']:.1f}",
+                str(self.number(path, "change", part=row["part"])),
+                _thousandths(row["rms"]),
+            ]
+            for row in self.table(path).to_dict("records")
+        ]
+        heads = ["", "seconds in float32", "in float16", "times as fast", "changes, on average", "of a token (rms)"]
+        return markdown(heads, rows)
+
     def held_out_windows(self, path: str, positions: int) -> str:
         """A table of intervals from held-out windows with few positions and with many, as many tokens from each."""
         table = self.table(path)

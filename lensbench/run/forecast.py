@@ -52,6 +52,8 @@ class PlannedStage:
     """Predicted; of a finished one what it took"""
     cost: Cost
     finished: bool
+    floor: float = 0.0
+    """Seconds of the model's passes alone, at the rate of the products that they are made of"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def forecast(
             if name not in {stage.name for stage in stages}:
                 took = finished.get(name)
                 predicted = seconds_of_stage(name, cost.work, own[model.name], device)
-                stages.append(PlannedStage(name, predicted if took is None else took, cost, took is not None))
+                floor = cost.work.model / (own[model.name].peak or own[model.name].model)
+                stages.append(PlannedStage(name, predicted if took is None else took, cost, took is not None, floor))
     count = models_at_once(suite, asked, workers, device, before)
     return Forecast(stages, rates, tuple(unchecked), count)
 
@@ -179,14 +182,14 @@ def on_processor(suite: Suite, owner: ModelRecipe, shape: Shape, rates: Rates) -
 
     That they agree with float32 is taken for granted.
     """
-    passes, read = PASSES * rates.model, 0.0
+    passes, peak, read = PASSES * rates.model, rates.model, 0.0
     if suite.evaluate.half_products and half_is_fast():
         half = product_rate(Stopwatch(torch.device("cpu")), torch.float16, shape.width)
         if owner.dtype == "float32" and shape.parameters >= LEAST_PARAMETERS:
-            passes = HALF_PASSES * half
+            passes, peak = HALF_PASSES * half, half
         if shape.vocabulary * shape.width >= LEAST_WEIGHTS:
             read = HALF_READ * half
-    return replace(rates, model=passes, read=read)
+    return replace(rates, model=passes, peak=peak, read=read)
 
 
 # Shapes

@@ -13,7 +13,7 @@ from lensbench.runtime.rates import Rates
 
 def test_rows_have_the_stages_that_were_predicted_and_those_that_took_time():
     rates = Rates(model=2e9, single=1e9, double=1e9, eigen=1e9, words=1e9, copied=1e9)
-    stage = PlannedStage("update-m-seed0", 7.0, Cost(Work(model=6e9), 0.0), finished=False)
+    stage = PlannedStage("update-m-seed0", 7.0, Cost(Work(model=6e9), 0.0), finished=False, floor=3.0)
     rows = whole.stage_rows(Forecast([stage], {"float32": rates}), {"update-m-seed0": 8.5, "figures": 0.5})
     assert rows[0] == {"stage": "update-m-seed0", "seconds": 8.5, "predicted": 7.0, "floor": 3.0}
     assert rows[1] == {"stage": "figures", "seconds": 0.5, "predicted": None, "floor": None}
