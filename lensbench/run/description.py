@@ -74,22 +74,17 @@ def describe(
         "git_revision": context.revision,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    if suite.probes:
-        content["probe_versions"] = {name: PROBES[name].version for name in suite.probes}
-    if lenses := {m.name: lens_identity(m.lens) for m in models if m.lens is not None}:
-        content["lenses"] = lenses
-    if weights:
-        content["weights"] = weights
-    if context.options:
-        content["options"] = list(context.options)
-    if estimated:
-        content["estimated"] = estimated
-    if context.cache.half_passes:
-        content["half_passes"] = context.cache.half_passes
-    if left_out:
-        content["left_out"] = left_out
-    if plans:
-        content["precision"] = {"asked": suite.evaluate.precision, "models": plans}
+    further = {
+        "probe_versions": {name: PROBES[name].version for name in suite.probes},
+        "lenses": {m.name: lens_identity(m.lens) for m in models if m.lens is not None},
+        "weights": weights,
+        "options": list(context.options),
+        "estimated": estimated,
+        "half_passes": context.cache.half_passes,
+        "left_out": left_out,
+        "precision": {"asked": suite.evaluate.precision, "models": plans} if plans else None,
+    }
+    content |= {name: value for name, value in further.items() if value}
     return Manifest.model_validate(json.loads(json.dumps(content)))
 
 

@@ -199,9 +199,13 @@ class Remembered:
     def __init__(self, readout, states, float32=True):
         self.readout, self.states, self.vocab_size = readout, states, len(readout.weight)
         self.device, self.layers, self.d_model = torch.device("cpu"), len(states) - 1, states.shape[-1]
-        self.float32 = float32
+        self.float32, self.half = float32, False
 
-    def at(self, ids, rows, columns, *, read_out):
+    def states_at(self, ids, rows, columns, *, half):
+        assert not half
+        return self.at(ids, rows, columns, read_out=False)[0]
+
+    def at(self, ids, rows, columns, *, read_out=True):
         h = self.states[:, ids[rows, 0]]
         assert read_out == self.float32  # a head in another precision is not asked for logits that lenses cannot meet
         return h, self.readout(h[-1]) if read_out else self.readout(h[-1, :0])

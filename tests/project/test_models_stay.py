@@ -42,6 +42,7 @@ from lensbench.report import trace
 from lensbench.report.trace_errors import errors_of
 from lensbench.run import capturing, fitting, forecast, scoring
 from lensbench.streams import ResidualStream, capture, parts
+from lensbench.streams.half import choose_half, half_agreement
 from lensbench.streams.rotary import same_after_any_text
 from lensbench.streams.stream import refuse_non_finite
 from lensbench.studies.curves import score_positions
@@ -181,6 +182,11 @@ CALLS = {
     "lensbench.streams.stream.ResidualStream": lambda c: ResidualStream(c.model),
     "lensbench.streams.stream.ResidualStream.with_readout": lambda c: c.stream.with_readout(c.stream.readout),
     "lensbench.streams.stream.ResidualStream.vocab_size": lambda c: c.stream.vocab_size,
+    "lensbench.streams.half.choose_half": lambda c: choose_half(c.stream, lambda: text(0, 8)),
+    "lensbench.streams.half.half_agreement": lambda c: half_agreement(c.stream, text(0, 8)),
+    "lensbench.streams.stream.ResidualStream.states_at": lambda c: c.stream.states_at(
+        IDS[None], torch.zeros(2).long(), IDS[:2], half=True
+    ),
     "lensbench.streams.stream.ResidualStream.at": lambda c: c.stream.at(IDS[None], torch.zeros(2).long(), IDS[:2]),
     "lensbench.streams.stream.ResidualStream.places": lambda c: c.stream.places(
         torch.zeros(1, 4, 32), torch.zeros(2).long(), IDS[:2]
