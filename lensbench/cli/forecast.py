@@ -115,8 +115,8 @@ def side_by_side(found: "Forecast") -> list[str]:
     """Says what the stages take where several processes compute models at once."""
     if found.at_once == 1 or not found.missing:
         return []
-    took = duration(sum(stage.seconds for stage in found.missing) / found.at_once)
-    return [f"{found.at_once} models are computed at once: {took} at best, with the memory of as many stages."]
+    took = duration(found.side_by_side)
+    return [f"{found.at_once} models are computed at once: {took} altogether, with the memory of as many stages."]
 
 
 def busy_lines(found: "Forecast") -> list[str]:
@@ -131,6 +131,9 @@ def busy_lines(found: "Forecast") -> list[str]:
     ]
 
 
+HALF = "products in float16 at {:,.0f} GFLOP/s: a large model passes and is read out in them if they agree with float32"
+
+
 def rate_lines(found: "Forecast", device: str) -> list[str]:
     """A line for each type that models compute in: what was measured of this machine."""
     return [
@@ -138,4 +141,4 @@ def rate_lines(found: "Forecast", device: str) -> list[str]:
         f"{r.single / 1e9:,.0f} in float32 and {r.double / 1e9:,.0f} in float64; {r.words / 1e9:.2f} G exponentials/s; "
         f"copies at {r.copied / 1e9:.1f} GB/s"
         for dtype, r in found.rates.items()
-    ]
+    ] + ([HALF.format(found.half / 1e9)] if found.half else [])

@@ -26,6 +26,7 @@ from lensbench.run.origin import REMEDY, origin_of
 from lensbench.run.probe_costs import LOOPING, OF_VIEWS, READS_SCORED, Asked, probe_cost
 from lensbench.run.probing import probing
 from lensbench.run.replacing import refuse_replacing
+from lensbench.run.schedule import TimedTask, seconds_side_by_side
 from lensbench.run.scoring import scoring
 from lensbench.run.short_text import refuse_short_text
 from lensbench.run.speeds import Speed, measured_speed
@@ -67,6 +68,10 @@ class Forecast:
     """What was not checked of the text, in a line each"""
     at_once: int = 1
     """Processes that compute models side by side"""
+    side_by_side: float = 0.0
+    """Seconds until the last of them is done"""
+    half: float = 0.0
+    """FLOPs in a second of products in float16, where models are predicted to use them; 0: none does"""
 
     @property
     def missing(self) -> list[PlannedStage]:
@@ -113,17 +118,33 @@ def forecast(
     finally:
         torch.set_num_threads(before)
     stages: list[PlannedStage] = []
+    tasks: list[TimedTask] = []
     for model in asked:
         if model.name not in shapes:
             continue
+        before_it = len(stages)
         for name, cost in stage_costs(suite, model, shapes[model.name], probes).items():
             if name not in {stage.name for stage in stages}:
                 took = finished.get(name)
                 predicted = seconds_of_stage(name, cost.work, own[model.name], device)
                 floor = cost.work.model / (own[model.name].peak or own[model.name].model)
                 stages.append(PlannedStage(name, predicted if took is None else took, cost, took is not None, floor))
+        tasks += tasks_of(suite, model, stages[before_it:])
     count = models_at_once(suite, asked, workers, device, before)
-    return Forecast(stages, rates, tuple(unchecked), count)
+    half = max(found.read for found in own.values()) / HALF_READ
+    return Forecast(stages, rates, tuple(unchecked), count, seconds_side_by_side(tasks, count), half)
+
+
+def tasks_of(suite: Suite, model: ModelRecipe, stages: list[PlannedStage]) -> list[TimedTask]:
+    """The stages of a model that are missing, as a task for each seed."""
+    owner = suite.whole_training(suite.trained(model))
+    found = []
+    for seed in suite.seeds_of(model):
+        of_seed = [s for s in stages if not s.finished and (s.name.endswith(f"-seed{seed}") or "-seed" not in s.name)]
+        shared = sum(stage.seconds for stage in of_seed if stage.name.startswith(("train-", "begin-")))
+        own = sum(stage.seconds for stage in of_seed) - shared
+        found.append(TimedTask(f"{owner.name}-seed{seed}", shared, own, owner.source is not None))
+    return found
 
 
 REACHED = {"update": 0.5, "fit": 0.5, "share": 0.45, "score": 0.65}
