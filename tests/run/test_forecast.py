@@ -125,7 +125,7 @@ def test_no_weight_of_a_large_model_is_made(tmp_path):
 def test_ingredients_are_their_formulas():
     shape = Shape(layers=3, width=8, vocabulary=50, body=1000, outer=400)
     assert costs.forward(shape, windows=2, length=10, scored=4).model == 2 * 10 * (2 * 1000 + 4 * 3 * 10 * 8)
-    assert costs.read_out(shape, 7) == Work(single=7 * 2 * 8 * 58, words=350)
+    assert costs.read_out(shape, 7) == Work(single=7 * 2 * 8 * 8, read=7 * 2 * 8 * 50, words=350)
     assert costs.moments(shape, 100, 3).double == 4 * 100 * 3 * 64
     assert costs.eigendecompositions(shape, 2) == Work(eigen=1024, double=2048)
 
