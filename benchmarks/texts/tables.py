@@ -55,6 +55,16 @@ class Results:
         return ", ".join(f"{windows} x {positions}" for windows, positions in parts)
 
     @property
+    def train_tokens(self) -> str:
+        """The training tokens of the first run's text, in millions."""
+        return f"{self.runs[0].manifest.content()['corpus']['tokens']['train'] / 1e6:.1f} million"
+
+    @property
+    def epochs(self) -> str:
+        """How often its trainings read them."""
+        return f"{self.runs[0].manifest.content()['corpus']['epochs']:.1f}"
+
+    @property
     def landmarks(self) -> str:
         """The models as landmarks, as CSV."""
         return landmark_table(self.runs).to_csv(index=False, lineterminator="\n")
