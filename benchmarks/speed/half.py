@@ -57,18 +57,19 @@ def row_of(part: str, single: tuple[float, Tensor], half: tuple[float, Tensor], 
 def passes(task: Task, sequences: int, positions: int, rounds: int) -> tuple[dict[str, Any], dict[str, Any], Capture]:
     """Passes over held-out windows: their row, how far they agree, and the capture in float32."""
     windows = task.windows("eval", sequences, positions)
+    agreement = half_agreement(task.stream, task.windows("dev", 4, positions))
 
     def captured(half: bool) -> Capture:
-        task.stream.half = half
+        task.stream.half = agreement if half else None
         try:
             return capture(task.stream, windows, batch=8)
         finally:
-            task.stream.half = False
+            task.stream.half = None
 
     single, half = in_turn(rounds, partial(captured, False), partial(captured, True))
     row = row_of("passes", (single[0], single[1].model_ce), (half[0], half[1].model_ce), single[1])
     tokens = int(np.minimum(windows.lengths, task.length).sum())
-    facts = {**half_agreement(task.stream, task.windows("dev", 4, positions)).facts, "tokens": tokens}
+    facts = {**agreement.facts, "tokens": tokens}
     return row, facts, single[1]
 
 
@@ -104,7 +105,7 @@ def main(
         table = pd.DataFrame([row, *partitions(task, captured, layers, rounds)])
         out.mkdir(parents=True, exist_ok=True)
         write_table(out / "half.csv", table, "%.4g")
-        sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
+        sample = captured.states[:, : max(1, 2048 // len(captured.states))]
         chosen = choose_products(task.stream.readout, task.stream.readout.final_norm(sample))
         described = {
             "hardware": hardware(torch.device("cpu")), "versions": versions(), "git_revision": revision,

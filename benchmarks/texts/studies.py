@@ -115,7 +115,14 @@ class Studies:
             ]
             for row in self.table(path).to_dict("records")
         ]
-        heads = ["", "seconds in float32", "in float16", "times as fast", "on average", "of a token (rms)"]
+        heads = [
+            "",
+            "seconds in float32",
+            "in float16",
+            "times as fast",
+            "mean change, 1e-3 nats",
+            "rms over tokens, 1e-3 nats",
+        ]
         return markdown(heads, rows)
 
     def held_out_windows(self, path: str, positions: int) -> str:

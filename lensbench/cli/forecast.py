@@ -131,7 +131,7 @@ def busy_lines(found: "Forecast") -> list[str]:
     ]
 
 
-HALF = "products in float16 at {:,.0f} GFLOP/s: a large model passes and is read out in them if they agree with float32"
+HALF = "products in float16 at {:,.0f} GFLOP/s: large models are assumed to use them; a run checks that they agree"
 
 
 def rate_lines(found: "Forecast", device: str) -> list[str]:

@@ -106,12 +106,16 @@ def log_partition_of_pads(
         largest = u.new_full((len(pads), len(u[rows])), -torch.inf)
         total = torch.zeros_like(largest)
         # In float16, states are scaled to logits first: others may be beyond its range.
-        left, base = centred(u[rows] * inverse[0, rows, None], weight) if half else (u[rows], constant)
+        left, base, apart = u[rows], constant, u.new_zeros(0, dtype=torch.long)
+        if half:
+            left, base, apart = centred(u[rows] * inverse[0, rows, None], weight, readout.longest)
         for start in range(0, len(weight), block):
             words = slice(start, start + block)
             if half:
                 logits = left @ readout.weight_in_terms[0][words].T + base[words]
                 unscaled = logits.div_(inverse[0, rows, None])
+                if len(apart):
+                    unscaled[apart] = u[rows][apart] @ weight[words].T
             else:
                 unscaled = left @ weight[words].T
             for p, a in enumerate(pads):

@@ -292,9 +292,8 @@ catalogue of indices. How to read a run: [results](README.md).
   algebra. `seed` is that of initialisation, batches and rotations; `all` is the mean over seeds.
 - `X_ci_low` and `X_ci_high` are the ends of the 95 % interval of X: bootstrap over documents (or clusters of them)
   with the fitted lens held fixed, unless said. For seed `all` it is Student's t over seeds.
-- `manifest.json` has the suite, seeds, versions, hardware, checksum of the texts, code revision, and the SHA-256 of
-  every table and of itself. In a light folder, `exported` has the SHA-256 of each CSV and says what the sums were
-  made of.
+- `manifest.json` has the suite, seeds, versions, hardware, checksum of the texts, code revision, and SHA-256 of tables.
+  In a light folder, `exported` has those of each CSV and says what the sums were made of.
 - `cluster_sums.parquet`: what comparisons read. A row for each `model`, `seed`, `lens`, `lens_layer` (where it was
   fitted), `layer` (that it reads), `stage`, `prior`, `view` (random basis; -1: none) and `cluster` of documents, with
   its `tokens`, `bytes`, and sums of `kl`, `ce` and `movement` in nats. They are rounded to steps that move a mean
@@ -302,13 +301,12 @@ catalogue of indices. How to read a run: [results](README.md).
 - `update_draws.parquet`: `model`, `seed`, `index`, `value`; 500 bootstrap draws of each index of the update
   decomposition, over the same documents for every model, in steps of at most a 64th of their spread.
 - `estimated` in the manifest is there where a suite computes a share of the log-partitions (`evaluate.exact_share` below
-  1, or auto). For each model and seed it has `share`; 1: all are exact after all. Where it was found on dev, it is the
-  mean of `of_layers`, the shares of layers 0..L; `widest` is the kind of interval that asks for most, `ratio` the
-  variance that a share of one half would add to that interval's own; then come the `tokens`, `documents` and `intervals`
-  looked at. Losses are then unbiased estimates: a KL near 0 may be negative, and intervals hold the added variance.
-- `half_passes` in the manifest names the models whose captures passed in float16 (`evaluate.half_products`), with the mean
-  `kl` of the model's predictions in float32 from those in float16, nats/token, and `state_error`: the median over
-  positions of `|h16 - h32| / |h32 - mean h32|` in the layer where it is largest.
+  1, or auto). For each model and seed it has `share`; found on dev, it is the mean of `of_layers`, the shares of layers
+  0..L; `widest` is the kind of interval that asks for most, `ratio` the variance that a share of one half would add to
+  it; then come the `tokens`, `documents` and `intervals` looked at. Losses are then unbiased estimates: a KL near 0 may
+  be negative, and intervals hold the added variance.
+- `half_passes` in the manifest: models whose passes multiplied in float16, with the mean `kl` of their predictions from
+  those in float32, and `state_error`, the median of `|h16 - h32| / |h32 - mean h32|` at the worst layer.
 """
 
 

@@ -236,7 +236,7 @@ def model_row(part: Part, sample: Sample) -> dict[str, Any]:
     sums = sample.sums
     ce = by_document(part.sequences, lens="model")["ce"].to_numpy(float)
     scored = {"scored_tokens": int(sums.tokens.sum()), "clusters": sample.clusters}
-    known = dict.fromkeys(ADDED_COLUMNS["models.csv"]) | part.facts
+    known = dict.fromkeys(ADDED_COLUMNS["models.csv"]) | {k: v for k, v in part.facts.items() if k != "half_passes"}
     return known | ce_columns(ce, sums.tokens, sums.bytes, sample.weights) | scored
 
 

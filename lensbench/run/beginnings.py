@@ -1,4 +1,4 @@
-"""The stage that a pretrained model begins with: what its beginning-of-text token is worth, and how its captures pass."""
+"""The stage that measures what the beginning-of-text token in front of every window is worth to a pretrained model."""
 
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,6 @@ from lensbench.suite.recipes import ModelRecipe, Suite
 WINDOWS = 32
 """Number of dev windows at most that are read with the token and without it: a quarter of those that the fit has"""
 
-BEGINNING_FORMAT = 2
-"""Raised when the stage's file holds something else, so that older ones are not read"""
-
 
 def windows_of(suite: Suite) -> int:
     """How many windows a suite reads with and without the token."""
@@ -43,8 +40,6 @@ def beginning_facts(context: Context, model: ModelRecipe, seed: int) -> dict[str
     if owner.source is None:
         return facts
     found = read_json(_worth(context, model, seed, data), ANEW)
-    if found["half_passes"] is not None:
-        context.cache.half_passes[owner.name] = found["half_passes"]
     if not found["windows"]:
         return facts
     gain, said = found["begin_gain"], f"beginning of {owner.name}"
@@ -77,12 +72,10 @@ def _worth(context: Context, model: ModelRecipe, seed: int, data: Texts) -> Path
     asked = windows_of(context.suite)
 
     def compute(folder: Path) -> None:
-        stream = stream_of(context, origin, model.view)
-        half = context.cache.half.get(origin.digest)
-        passes = {"half_passes": None if half is None else half.facts}
         if not data.beginning.ids:
-            write_json(folder / "beginning.json", {"windows": 0, **passes})
+            write_json(folder / "beginning.json", {"windows": 0})
             return
+        stream = stream_of(context, origin, model.view)
         windows = begin_windows(data, asked)
         front = len(data.beginning.ids)
         given, taken, tokens = nats_with_and_without(
@@ -94,8 +87,7 @@ def _worth(context: Context, model: ModelRecipe, seed: int, data: Texts) -> Path
         gain = {"value": float(value), "low": float(low), "high": float(high)}
         total = float(tokens.sum())
         means = {"with": float(given.sum()) / total, "without": float(taken.sum()) / total}
-        write_json(folder / "beginning.json", {"begin_gain": gain, **means, "windows": len(windows), **passes})
+        write_json(folder / "beginning.json", {"begin_gain": gain, **means, "windows": len(windows)})
 
     key = {"trained": origin.digest, "texts": data.digest, "length": data.length, "windows": asked}
-    key["format"] = BEGINNING_FORMAT
     return context.stage(f"begin-{owner.name}", key, compute).folder / "beginning.json"

@@ -64,13 +64,19 @@ def captured_states(
                 captured = found
                 task.update(len(samples), "kept by an earlier stage")
     # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
-    sample = captured.states[:, : max(1, 2048 // len(captured.states))].flatten(0, 1)
+    sample = captured.states[:, : max(1, 2048 // len(captured.states))]
     allowed = context.suite.evaluate.half_products
     products = ranks.told(choose_products(stream.readout, stream.readout.final_norm(sample)) if allowed else None)
     if products is not None:
-        context.progress.say(f"log-partitions of {products}, which agree with float32 here")
+        _say_once(context, f"log-partitions use {products} (they agree with float32 on these states)")
     readout = stream.readout.with_products(products)
     return captured if rotation is None else rotation.apply(captured), readout
+
+
+def _say_once(context: Context, line: str) -> None:
+    if line not in context.cache.warned:
+        context.cache.warned.add(line)
+        context.progress.say(line)
 
 
 class KeptCaptures:
@@ -96,7 +102,7 @@ class KeptCaptures:
             "device": self.context.device.type,
             "code": CODE_VERSION,
             "format": CAPTURE_FORMAT,
-            **({"passes": "float16"} if self.stream.half else {}),
+            **({"passes": "float16"} if self.stream.half is not None else {}),
         }
         return digest_of(key)[:24]
 
@@ -116,9 +122,10 @@ class KeptCaptures:
         size = 4 * (self.stream.layers + 1) * int(samples.valid.sum()) * self.stream.d_model
         free = shutil.disk_usage(self.context.folder).free
         if size > free / 2:
-            self._say_once(
+            _say_once(
+                self.context,
                 f"states of {self.origin.name} take {in_units(size)}, more than half of the {in_units(free)} "
-                f"free in {self.context.folder}: they are not kept, each stage computes them again"
+                f"free in {self.context.folder}: they are not kept, each stage computes them again",
             )
             return passed(memory_gib=memory_gib)
         key = self.key(samples, constant)
@@ -140,11 +147,6 @@ class KeptCaptures:
         for key in [key for key, model in known.items() if model != self.origin.name]:
             shutil.rmtree(self.root / key, ignore_errors=True)
             del known[key]
-
-    def _say_once(self, line: str) -> None:
-        if line not in self.context.cache.warned:
-            self.context.cache.warned.add(line)
-            self.context.progress.say(line)
 
 
 def forget_own_captures(context: Context) -> None:

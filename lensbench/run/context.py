@@ -48,8 +48,6 @@ class Cache:
     """Sources that the user was warned about"""
     half: dict[str, HalfAgreement | None] = field(default_factory=dict)
     """How well passes in float16 agree, by the digest of a model; None where they are not used"""
-    half_passes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What the manifest says of them, by the name of the model"""
     corpus: Corpus | None = None
     images: ImageSet | None = None
 

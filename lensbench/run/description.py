@@ -30,13 +30,14 @@ def describe(
     left_out: dict[str, str] | None = None,
     weights: dict[str, str] | None = None,
     estimated: dict[str, dict[str, Any]] | None = None,
+    half_passes: dict[str, dict[str, Any]] | None = None,
 ) -> Manifest:
     """The manifest of a finished run.
 
     ``counted``: what :func:`lensbench.run.baselines.baselines` found for each tokenizer; the first one's stands at the top.
     ``plans``: what each model and seed needed for the suite's precision. ``left_out``: models that could not be read.
     ``weights``: the digest of the weights of each model and seed. ``estimated``: the share of the log-partitions that was
-    computed for each, where a suite asks for less than all.
+    computed for each, where a suite asks for less than all. ``half_passes``: how far passes in float16 are from float32.
     """
     suite = context.suite
     first = next(iter(counted.values()))
@@ -80,7 +81,7 @@ def describe(
         "weights": weights,
         "options": list(context.options),
         "estimated": estimated,
-        "half_passes": context.cache.half_passes,
+        "half_passes": half_passes,
         "left_out": left_out,
         "precision": {"asked": suite.evaluate.precision, "models": plans} if plans else None,
     }

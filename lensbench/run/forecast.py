@@ -140,7 +140,10 @@ def tasks_of(suite: Suite, model: ModelRecipe, stages: list[PlannedStage]) -> li
     owner = suite.whole_training(suite.trained(model))
     found = []
     for seed in suite.seeds_of(model):
-        of_seed = [s for s in stages if not s.finished and (s.name.endswith(f"-seed{seed}") or "-seed" not in s.name)]
+        of_all = ("begin-", "tokenizer", "baselines")
+        of_seed = [
+            s for s in stages if not s.finished and (s.name.endswith(f"-seed{seed}") or s.name.startswith(of_all))
+        ]
         shared = sum(stage.seconds for stage in of_seed if stage.name.startswith(("train-", "begin-")))
         own = sum(stage.seconds for stage in of_seed) - shared
         found.append(TimedTask(f"{owner.name}-seed{seed}", shared, own, owner.source is not None))

@@ -67,7 +67,10 @@ def origin_of(context: Context, model: ModelRecipe, seed: int) -> Origin:
         "dtype": "float32",
         "train_tokens": 0 if owner.untrained else steps * recipe.batch * recipe.length,
     }
-    return Origin(owner.name, stage.digest, partial(trained_network, context, stage), facts)
+    own_digest = stage.digest
+    if not context.suite.evaluate.half_products:  # it changes log-partitions, and not the model
+        own_digest = digest_of({"trained": stage.digest, "half_products": False})
+    return Origin(owner.name, own_digest, partial(trained_network, context, stage), facts)
 
 
 def _pretrained(context: Context, owner: ModelRecipe, source: str) -> Origin:
@@ -170,11 +173,11 @@ def stream_of(context: Context, origin: Origin, view: str) -> ResidualStream:
             streams[key] = ResidualStream(network, view)
         except LensbenchError as error:
             raise LensbenchError(f"model {origin.name}: {error}") from error
-        streams[key].half = _half(context, origin, streams[key]) is not None
+        streams[key].half = half_of(context, origin, streams[key])
     return streams[key]
 
 
-def _half(context: Context, origin: Origin, stream: ResidualStream) -> HalfAgreement | None:
+def half_of(context: Context, origin: Origin, stream: ResidualStream) -> HalfAgreement | None:
     """How well passes in float16 agree, where they are used; decided once for all views of a model."""
     if origin.compared is None:
         return None
@@ -183,7 +186,8 @@ def _half(context: Context, origin: Origin, stream: ResidualStream) -> HalfAgree
         if found is not None:
             _say_once(
                 context,
-                f"model {origin.name}: captures pass in float16, which differs from float32 by a KL of {found.kl:.1g} "
-                f"nats/token and by {100 * found.state_error:.1g} % of a state (--set evaluate.half_products=false: never)",
+                f"model {origin.name}: forward passes multiply in float16; against float32, predictions differ by a mean KL "
+                f"of {found.kl:.1g} nats/token, states by {100 * found.state_error:.1g} % (--set "
+                "evaluate.half_products=false: never)",
             )
     return context.cache.half[origin.digest]

@@ -18,6 +18,7 @@ from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.run.sharing import estimate_key, exact_share_of, said_of, shares_in
 from lensbench.runtime.files import write_json
 from lensbench.runtime.stages import Pieces, Stage
+from lensbench.streams.half import HalfAgreement
 from lensbench.streams.stream import ResidualStream
 from lensbench.suite.recipes import ModelRecipe
 
@@ -80,4 +81,5 @@ def model_facts(origin: Origin, stream: ResidualStream) -> dict[str, Any]:
         "layers": stream.layers,
         "d_model": stream.d_model,
         "vocab_size": stream.vocab_size,
+        **({"half_passes": stream.half.facts} if isinstance(stream.half, HalfAgreement) else {}),
     }

@@ -363,7 +363,8 @@ def write_run(
     weights = {f"{part.model}-seed{part.seed}": part.facts["weights"] for m in measured for part in m.parts}
     estimated = {} if context.suite.evaluate.exact_share == 1 else {k: v for m in measured for k, v in m.shares.items()}
     names = [p.name for p in drawn]
-    manifest = describe(context, counted, models, files, names, plans, left_out, weights, estimated)
+    half = {part.model: part.facts["half_passes"] for m in measured for part in m.parts if "half_passes" in part.facts}
+    manifest = describe(context, counted, models, files, names, plans, left_out, weights, estimated, half)
     write_manifest(folder, manifest)
     write_page([folder], folder / PAGE)
 

@@ -150,11 +150,11 @@ class _Collector:
         """Run the model on some samples and keep what it says at their scored positions."""
         stream, samples = self.stream, self.samples
         inputs, row_at, at = (torch.from_numpy(x).to(stream.device) for x in samples.scored(rows))
-        if stream.float32 and not stream.half:
+        if stream.float32 and stream.half is None:
             h, logits = stream.at(inputs, row_at, at)
         else:  # the model's own logits have two or three digits, its states give more
-            h = stream.states_at(inputs, row_at, at, half=stream.half)
-            if stream.half and not bool(torch.isfinite(h).all()):  # a product beyond the range of float16
+            h = stream.states_at(inputs, row_at, at, half=stream.half is not None)
+            if stream.half is not None and not bool(torch.isfinite(h).all()):  # a product beyond the range of float16
                 h = stream.states_at(inputs, row_at, at)
             logits = stream.readout(h[-1])
         target = torch.from_numpy(samples.targets(rows)).to(stream.device)

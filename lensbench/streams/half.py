@@ -1,8 +1,8 @@
 """Passes of a model with products in float16, on a processor that is fast at them and where they agree with float32.
 
 Products of matrices take nearly all the time of a pass, and processors with instructions for half precision make them
-several times faster than in float32. The residual stream, the norms and the read-out stay in float32: only what goes into
-a product is rounded, and what comes out of it.
+several times faster than in float32. The residual stream and the norms stay in float32; attention and MLPs work in float16
+between their products. The model's own predictions are read out in float32.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class HalfAgreement:
 
     @property
     def good(self) -> bool:
-        """Whether nobody would see the difference; not where float16 overflows."""
+        """Whether both are within their limits; not where float16 overflows."""
         return self.kl <= LARGEST_KL and self.state_error <= LARGEST_ERROR
 
     @property

@@ -122,14 +122,17 @@ def expected_logit(readout: ReadOut, n: Tensor, of: Tensor) -> Tensor:
     """
     weight, bias = readout.weight, readout.bias
     log_z = log_partition(readout, of)
-    total = torch.zeros_like(log_z)
+    # A p that sums to 1 + e would move the mean logit by e times itself, which is far more than e.
+    total, mass = torch.zeros_like(log_z), torch.zeros_like(log_z)
     for start in range(0, len(weight), VOCABULARY_BLOCK):
         rows = slice(start, start + VOCABULARY_BLOCK)
         p, logits = of @ weight[rows].T, n @ weight[rows].T
         if bias is not None:
             p, logits = p + bias[rows], logits + bias[rows]
-        total += ((readout.cap_(p) - log_z[:, None]).exp_() * readout.cap_(logits)).sum(-1)
-    return total
+        p = (readout.cap_(p) - log_z[:, None]).exp_()
+        mass += p.sum(-1)
+        total += (p * readout.cap_(logits)).sum(-1)
+    return total / mass
 
 
 def token_kl(readout: ReadOut, n: Tensor, tokens: Tokens, log_z: Tensor | None = None) -> Tensor:

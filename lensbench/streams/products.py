@@ -13,47 +13,68 @@ ON_CPU = HalfProducts(torch.float16, 1)
 LEAST_WEIGHTS = 2**22
 """Numbers of an unembedding from which a processor makes its products in float16; of smaller ones the time goes elsewhere"""
 
-LARGEST_BIAS, LARGEST_NOISE = 5e-4, 2e-2
-"""Mean, and root mean square, of what float16 changes in log-partitions on a processor, nats, at most"""
+LARGEST_BIAS, LARGEST_NOISE = 5e-4, 5e-2
+"""Mean, and root mean square over tokens, of what float16 may change in the log-partitions of a layer, nats"""
+
+CHANCE = 4.0
+"""Standard errors of a layer's mean that are not held against it"""
+
+UNUSUAL = 8.0
+"""How much larger than the median a row's largest entry is if it does not enter the mean of rows"""
 
 CPU_ROWS = 512
 """Rows that a processor works on at once"""
 
 
 def choose_products(readout: ReadOut, n: Tensor) -> HalfProducts | None:
-    """The products of log-partitions, by normalised states ``[R, d_read]``; None: in float32.
+    """The products of log-partitions, by normalised states ``[R, d_read]``, or of layers ``[G, R, d_read]``; None: float32.
 
     On a GPU they are :func:`agreeing_products`. A processor makes them in float16 where it is fast at it, the unembedding
     is large, and :func:`agrees_on_average`. The read-out does not change; :meth:`ReadOut.with_products` makes one with them.
     """
     if n.is_cuda:
-        return agreeing_products(readout, n)
+        return agreeing_products(readout, n.flatten(0, -2))
     large = readout.weight.dtype == torch.float32 and readout.weight.numel() >= LEAST_WEIGHTS
-    return ON_CPU if large and half_is_fast() and agrees_on_average(readout, n) else None
+    layers = n if n.dim() == 3 else n[None]
+    return ON_CPU if large and half_is_fast() and agrees_on_average(readout, layers) else None
 
 
 def agrees_on_average(readout: ReadOut, n: Tensor) -> bool:
-    """Whether log-partitions by :data:`ON_CPU` are those of float32 on average, with little noise.
+    """Whether log-partitions by :data:`ON_CPU` are those of float32 on average, with little noise: ``n`` ``[G, R, d_read]``.
 
-    Of a single token the noise can be seen, of a mean over tokens it cannot, and a bias is what counts.
+    Of a single token the noise can be seen, of a mean over tokens it cannot, and a bias is what counts. Both are judged at
+    each layer; what a layer's mean may differ by for its noise alone is granted to it.
     """
-    if max(float(n.abs().max()), float(readout.weight.abs().max())) >= torch.finfo(ON_CPU.dtype).max:
+    if float(readout.weight.abs().max()) >= torch.finfo(ON_CPU.dtype).max:
         return False
     exact, half = readout.with_products(None), readout.with_products(ON_CPU)
-    parts = n.split(CPU_ROWS)
+    parts = [rows for layer in n for rows in layer.split(CPU_ROWS)]
     errors = [half_log_partition(half, x, False)[0] - online_log_partition(exact, x)[0] for x in parts]
-    error = torch.cat(errors)
-    return abs(float(error.mean())) <= LARGEST_BIAS and float(error.square().mean().sqrt()) <= LARGEST_NOISE
+    error = torch.cat(errors).double().view(n.shape[:-1])
+    mean, noise = error.mean(-1).abs(), error.square().mean(-1).sqrt()
+    granted = CHANCE * noise / error.shape[-1] ** 0.5
+    return bool(
+        (error.mean().abs() <= LARGEST_BIAS + granted.max() / len(n) ** 0.5)
+        & (noise <= LARGEST_NOISE).all()
+        & (mean <= LARGEST_BIAS + granted).all()
+    )
 
 
-def centred(n: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, d]`` less their mean, in float16, and ``W mean`` in float32 ``[V]``, which their products lack.
+def centred(n: Tensor, weight: Tensor, longest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``[R, d]`` less their mean, in float16; ``W mean`` ``[V]``, to be added to their products with W; and rows apart.
 
     What all rows share is not rounded: else the same error would stand in every one, and in their mean. What is left is
-    smaller, and so is its error.
+    smaller, and so is its error. Rows whose products may leave the range of float16, by the ``longest`` row of W, are 0:
+    their numbers ``[K]`` come last, to be read out in float32. Rows of unusual size do not enter the mean.
     """
-    centre = n.mean(0)
-    return (n - centre).to(ON_CPU.dtype), weight @ centre
+    size = n.abs().amax(-1)
+    usual = size <= UNUSUAL * size.nanmedian()
+    centre = n.mean(0) if bool(usual.all()) else n[usual].mean(0) if bool(usual.any()) else torch.zeros_like(n[0])
+    left = n - centre
+    apart = (~(left.norm(dim=-1) * longest < torch.finfo(ON_CPU.dtype).max)).nonzero()[:, 0]
+    if len(apart):
+        left[apart] = 0.0
+    return left.to(ON_CPU.dtype), weight @ centre, apart
 
 
 def half_log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Tensor, Tensor | None]:
@@ -63,7 +84,7 @@ def half_log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple
     """
     assert readout.products is not None
     weight, bias = readout.weight_in_terms[0], readout.bias
-    left, base = centred(n, readout.weight)
+    left, base, apart = centred(n, readout.weight, readout.longest)
     if bias is not None:
         base += bias
     shift, above, word = (
@@ -86,10 +107,11 @@ def half_log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple
             word, above = torch.where(here > above, at + start, word), torch.maximum(above, here)
         total += logits.sub_(shift).exp_().sum(-1)
     log_z = shift[:, 0] + total.log()
-    bad = ~torch.isfinite(log_z)
-    if bool(bad.any()):
-        log_z[bad], _ = online_log_partition(readout.with_products(None), n[bad])
-    if not want_largest:
-        return log_z, None
     logit = (n * readout.weight[word]).sum(-1)
-    return log_z, readout.cap_(logit if bias is None else logit + bias[word])
+    largest = readout.cap_(logit if bias is None else logit + bias[word])
+    # Those apart, and those with a logit far above the shift.
+    bad = ~torch.isfinite(log_z)
+    bad[apart] = True
+    if bool(bad.any()):
+        log_z[bad], largest[bad] = online_log_partition(readout.with_products(None), n[bad])
+    return log_z, largest if want_largest else None

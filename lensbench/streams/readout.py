@@ -63,6 +63,7 @@ class ReadOut(Unembed):
         self.products: HalfProducts | None = None
         """Of log-partitions; None: in the states' own type"""
         self._halves: tuple[Tensor, ...] | None = None
+        self._longest: float | None = None
         self._scaled: tuple[Tensor, Tensor | None] | None = None
         self._gains: dict[tuple[int, torch.dtype, torch.device], Tensor | None] = {}
 
@@ -90,7 +91,7 @@ class ReadOut(Unembed):
     def frozen(self) -> "ReadOut":
         """This read-out with weights that take no gradient, in the same memory; the model's own modules stay as they are."""
         other = copy.copy(self)
-        other._scaled, other._halves, other._gains = None, None, {}
+        other._scaled, other._halves, other._longest, other._gains = None, None, None, {}
         other._modules = {name: frozen(module) for name, module in self._modules.items() if module is not None}
         return other
 
@@ -120,6 +121,13 @@ class ReadOut(Unembed):
         if self._halves is None:
             self._halves = tuple(in_terms(self.weight, 2 if self.products.terms == 3 else 1, self.products.dtype))
         return self._halves
+
+    @property
+    def longest(self) -> float:
+        """Length of the longest row of W; kept."""
+        if self._longest is None:
+            self._longest = max(float(rows.norm(dim=-1).max()) for rows in self.weight.split(2**14))
+        return self._longest
 
     def cap_(self, logits: Tensor) -> Tensor:
         """``logits``, soft-capped in place where the model does so."""

@@ -53,8 +53,8 @@ class ResidualStream:
             raise LensbenchError(f"{type(model).__name__} reads {argument}: lensbench is for token ids and images")
         refuse_non_finite(model)
         self.model = model
-        self.half = False
-        """Whether captures make products in float16; see :mod:`lensbench.streams.half`"""
+        self.half: object | None = None
+        """Not None: captures multiply in float16; how well that agrees (:class:`lensbench.streams.half.HalfAgreement`)"""
         with evaluating(model):
             self._find(argument, view)
 
@@ -191,7 +191,8 @@ class ResidualStream:
     @torch.no_grad()
     def states_at(self, inputs: Tensor, rows: Tensor, columns: Tensor, *, half: bool = False) -> Tensor:
         """The states of :meth:`at`, without logits; ``half``: by a pass with products in float16, on the CPU."""
-        with torch.autocast("cpu", torch.float16) if half else nullcontext():
+        # Without its cache: copies of all weights would be held until the pass ends, and gain nothing.
+        with torch.autocast("cpu", torch.float16, cache_enabled=False) if half else nullcontext():
             return self.at(inputs, rows, columns, read_out=False)[0].float()
 
     @torch.no_grad()

@@ -73,8 +73,12 @@ class Words:
     def logits(self, n: Tensor) -> Tensor:
         """Logits plus offsets ``[R, S]`` of normalised states ``[R, d_read]``."""
         if self.half is not None:
-            left, base = centred(n, self.weight)
-            logits = left @ self.half.T + (base if self.bias is None else base + self.bias)
+            left, base, apart = centred(n, self.weight, self.readout.longest)
+            logits = left @ self.half.T + base
+            if len(apart):
+                logits[apart] = n[apart] @ self.weight.T
+            if self.bias is not None:
+                logits += self.bias
             return self.readout.cap_(logits).add_(self.offset)
         if self.readout.linear:
             return torch.addmm(self.offset if self.bias is None else self.offset + self.bias, n, self.weight.T)

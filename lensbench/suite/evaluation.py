@@ -95,7 +95,7 @@ class EvaluateRecipe(BaseModel):
 
     @property
     def scored(self) -> dict[str, Any]:
-        """What the scores of a model depend on, but for ``begin`` and ``half_products``: texts and model depend on these.
+        """What the scores of a model depend on, but for ``begin`` and ``half_products``, which other digests hold.
 
         Of exact scores of a whole matrix it says what it said before there were others, so that finished ones are found.
         """

@@ -199,7 +199,7 @@ class Remembered:
     def __init__(self, readout, states, float32=True):
         self.readout, self.states, self.vocab_size = readout, states, len(readout.weight)
         self.device, self.layers, self.d_model = torch.device("cpu"), len(states) - 1, states.shape[-1]
-        self.float32, self.half = float32, False
+        self.float32, self.half = float32, None
 
     def states_at(self, ids, rows, columns, *, half):
         assert not half

@@ -158,7 +158,8 @@ def test_a_share_of_the_log_partitions_costs_less_and_one_what_it_did():
 
 def test_rates_of_this_machine_are_measured_in_seconds():
     rates = measured_rates(CPU, torch.bfloat16, 64)
-    assert all(value > 0 for value in vars(rates).values())
+    assert all(value > 0 for name, value in vars(rates).items() if name not in ("read", "peak"))
+    assert rates.read == rates.peak == 0, "as fast as others"
 
 
 SMALL = Shape(layers=4, width=16, vocabulary=384, body=8_000, outer=384 * 16)

@@ -8,7 +8,7 @@ from helpers.synthetic import in_double, read_out
 
 from lensbench.lenses.search import log_partition_of_pads
 from lensbench.streams import products
-from lensbench.streams.kl import partition_and_largest
+from lensbench.streams.kl import Tokens, partition_and_largest, token_kl
 from lensbench.streams.products import LARGEST_BIAS, ON_CPU, agrees_on_average, centred, choose_products
 from lensbench.streams.words import Words
 
@@ -53,7 +53,8 @@ def test_log_partitions_and_largest_logits_are_those_of_float64_with_little_nois
 def test_what_all_states_share_is_not_rounded():
     readout = made()
     n = states(readout, shared=3.0)
-    left, base = centred(n, readout.weight)
+    left, base, apart = centred(n, readout.weight, readout.longest)
+    assert not len(apart)
     by_parts = (
         left.double() @ readout.weight.half().double().T + base.double()
     ) - n.double() @ readout.weight.double().T
@@ -65,10 +66,39 @@ def test_what_all_states_share_is_not_rounded():
 def test_states_beyond_the_range_of_float16_are_read_out_in_float32():
     readout = made()
     n = states(readout)
+    others = torch.arange(N) != 5
+    usual = partition_and_largest(readout.with_products(ON_CPU), n)[0] - exact(readout, n)[0]
     n[5] *= 1e4
+    log_z, largest = partition_and_largest(readout.with_products(ON_CPU), n)
+    expected, top = exact(readout, n)
+    assert log_z[5] == pytest.approx(float(expected[5]), rel=1e-5)
+    assert largest[5] == pytest.approx(float(top[5]), rel=1e-5)
+    # One such row does not spoil the others.
+    assert (log_z - expected)[others].square().mean() < 2 * usual.square().mean()
+    words = Words.draw(readout.with_products(ON_CPU), torch.full((V,), 1 / V), 500, torch.Generator().manual_seed(0))
+    plain = Words.draw(readout, torch.full((V,), 1 / V), 500, torch.Generator().manual_seed(0))
+    found, known = (w.partition_and_largest(n)[0] for w in (words, plain))
+    assert found[5] == pytest.approx(float(known[5]), rel=1e-5)
+    assert (found - known)[others].abs().max() < 2e-2
+
+
+def test_a_row_that_is_not_a_number_spoils_no_other():
+    readout = made()
+    n = states(readout)
+    n[3] = torch.nan
     log_z = partition_and_largest(readout.with_products(ON_CPU), n)[0]
-    assert bool(torch.isfinite(log_z).all())
-    assert log_z[5] == pytest.approx(float(exact(readout, n)[0][5]), rel=1e-5)
+    assert log_z.isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_a_kl_of_capped_logits_errs_no_more_than_the_log_partition():
+    """p must sum to 1 whatever the error of its log-partition, or the mean logit multiplies it."""
+    readout = made(softcap=30.0)
+    n = states(readout)
+    final = torch.randn(N, D, generator=torch.Generator().manual_seed(5))
+    tokens = Tokens(torch.zeros(N, D), torch.zeros(N), final)
+    kl, known = (token_kl(readout.with_products(way), n, tokens) for way in (ON_CPU, None))
+    log_z = [partition_and_largest(readout.with_products(way), n)[0] for way in (ON_CPU, None)]
+    assert (kl - known).square().mean() < 2 * (log_z[0] - log_z[1]).square().mean()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,7 +144,7 @@ def test_they_are_chosen_on_a_processor_that_is_fast_at_them(small_and_fast):
     assert readout.products is None
 
 
-@pytest.mark.parametrize("why", ["not fast", "small unembedding", "bias", "noise", "range"])
+@pytest.mark.parametrize("why", ["not fast", "small unembedding", "bias", "noise", "range", "one layer"])
 def test_they_are_not_chosen_where_they_gain_nothing_or_do_not_agree(why, small_and_fast, monkeypatch):
     readout = made()
     n = states(readout)
@@ -125,11 +155,18 @@ def test_they_are_not_chosen_where_they_gain_nothing_or_do_not_agree(why, small_
     elif why == "noise":  # logits of hundreds
         with torch.no_grad():
             readout.unembedding.weight.mul_(100)
-        assert not agrees_on_average(readout, n)
+        assert not agrees_on_average(readout, n[None])
     elif why == "range":
-        n[0, 0] = 1e5
+        with torch.no_grad():
+            readout.unembedding.weight[0, 0] = 1e5
+    elif why == "one layer":  # one of many whose logits are large
+        with torch.no_grad():
+            readout.unembedding.weight.mul_(60)
+        n = torch.stack([n, *[n / 1000] * 30])
+        assert agrees_on_average(readout, n[1:])
     else:
         monkeypatch.setattr(products, "LARGEST_BIAS", 0.0)
+        monkeypatch.setattr(products, "CHANCE", 0.0)
     assert choose_products(readout, n) is None
 
 
