@@ -296,8 +296,8 @@ catalogue of indices. How to read a run: [results](README.md).
   In a light folder, `exported` has those of each CSV and says what the sums were made of.
 - `cluster_sums.parquet`: what comparisons read. A row for each `model`, `seed`, `lens`, `lens_layer` (where it was
   fitted), `layer` (that it reads), `stage`, `prior`, `view` (random basis; -1: none) and `cluster` of documents, with
-  its `tokens`, `bytes`, and sums of `kl`, `ce` and `movement` in nats. They are rounded to steps that move a mean
-  over N tokens by about 0.0003 / sqrt(N) nats.
+  its `tokens`, `bytes`, and sums of `kl`, `ce` and `movement` in nats, rounded so that a mean over N tokens moves
+  by about 0.0003 / sqrt(N).
 - `update_draws.parquet`: `model`, `seed`, `index`, `value`; 500 bootstrap draws of each index of the update
   decomposition, over the same documents for every model, in steps of at most a 64th of their spread.
 - `estimated` in the manifest is there where a suite computes a share of the log-partitions (`evaluate.exact_share` below
@@ -305,8 +305,8 @@ catalogue of indices. How to read a run: [results](README.md).
   0..L; `widest` is the kind of interval that asks for most, `ratio` the variance that a share of one half would add to
   it; then come the `tokens`, `documents` and `intervals` looked at. Losses are then unbiased estimates: a KL near 0 may
   be negative, and intervals hold the added variance.
-- `half_passes` in the manifest: models whose passes multiplied in float16, with the mean `kl` of their predictions from
-  those in float32, and `state_error`, the median of `|h16 - h32| / |h32 - mean h32|` at the worst layer.
+- `half_passes` in the manifest: models whose passes multiplied in float16; `kl` of predictions from float32's, and
+  `state_error`, the median `|h16 - h32| / |h32 - mean h32|` of the worst layer.
 """
 
 
