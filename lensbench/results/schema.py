@@ -305,8 +305,8 @@ catalogue of indices. How to read a run: [results](README.md).
   0..L; `widest` is the kind of interval that asks for most, `ratio` the variance that a share of one half would add to
   it; then come the `tokens`, `documents` and `intervals` looked at. Losses are then unbiased estimates: a KL near 0 may
   be negative, and intervals hold the added variance.
-- `half_passes` in the manifest: models whose passes multiplied in float16; `kl` of predictions from float32's, and
-  `state_error`, the median `|h16 - h32| / |h32 - mean h32|` of the worst layer.
+- `half_passes` in the manifest: models whose passes multiplied in float16, and how far that is from float32: `kl` of
+  predictions, `state_error` of states.
 """
 
 
