@@ -101,7 +101,7 @@ def test_a_large_model_passes_in_float16_where_that_is_fast_and_not_where_the_us
             for way in ("true", "false")
         )
     assert half.exit_code == exact.exit_code == 0, half.output + exact.output
-    assert half.stderr.count("captures pass in float16") == 1
+    assert half.stderr.count("forward passes multiply in float16") == 1
     assert "float16" not in exact.stderr
     facts = read_manifest(tmp_path / "true").half_passes["gemma"]
     assert facts["passes"] == "float16"

@@ -1,7 +1,10 @@
 """Capturing changes nothing that others read with."""
 
+import pytest
 import torch
 from helpers.gpt_windows import windows
+from helpers.pretrained import run
+from helpers.suites import without_figures
 
 from lensbench.models import build
 from lensbench.run import capturing
@@ -39,3 +42,25 @@ def test_nothing_in_half_precision_is_chosen_on_a_cpu_and_a_copy_reads_the_same(
     other = readout.with_products(HALF).with_products(None)
     assert torch.equal(log_partition(other, n), log_partition(readout, n))
     assert readout.with_products(None) is readout
+
+
+@pytest.mark.run
+def test_a_user_who_forbids_float16_gets_float32_of_models_trained_here_too(tiny_suite, tmp_path, monkeypatch):
+    """Finished stages of one way are not those of the other; the training is that of both."""
+    monkeypatch.setattr("lensbench.streams.products.half_is_fast", lambda: True)
+    monkeypatch.setattr("lensbench.streams.products.LEAST_WEIGHTS", 0)
+    said = {}
+    with without_figures():
+        for folder, way in (("both", "true"), ("both", "false"), ("fresh", "false")):
+            ended = run(
+                "run", tiny_suite, "--only", "gpt", "--out", tmp_path / folder, "--set", f"evaluate.half_products={way}"
+            )
+            assert ended.exit_code == 0, ended.output
+            said[folder, way] = ended.stderr
+            if folder == "both":
+                (tmp_path / way).write_bytes((tmp_path / folder / "lenses.csv").read_bytes())
+    assert said["both", "true"].count("log-partitions use 1 product in float16") == 1
+    assert "float16" not in said["both", "false"]
+    assert "train-gpt-seed0: reused" in said["both", "false"]
+    assert (tmp_path / "true").read_bytes() != (tmp_path / "false").read_bytes()
+    assert (tmp_path / "false").read_bytes() == (tmp_path / "fresh" / "lenses.csv").read_bytes()
