@@ -17,7 +17,7 @@ from lensbench.runtime.left import kind_of
 from lensbench.runtime.rates import Rates
 from lensbench.suite.recipes import ModelRecipe, Suite
 
-TWO_CORES = Rates(model=1e11, single=1e11, double=5e10, eigen=1e9, words=1e9, copied=1e10)
+TWO_CORES = Rates(model=2e11, single=1e11, double=5e10, eigen=1e9, words=1e9, copied=1e10, read=2e11)
 ACCELERATOR = Rates(model=2e13, single=1e13, double=5e11, eigen=1e9, words=1e11, copied=1e12)
 """What a machine does in a second, roughly"""
 

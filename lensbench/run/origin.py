@@ -173,11 +173,11 @@ def stream_of(context: Context, origin: Origin, view: str) -> ResidualStream:
             streams[key] = ResidualStream(network, view)
         except LensbenchError as error:
             raise LensbenchError(f"model {origin.name}: {error}") from error
-        streams[key].half = half_of(context, origin, streams[key])
+        streams[key].half = _half_of(context, origin, streams[key])
     return streams[key]
 
 
-def half_of(context: Context, origin: Origin, stream: ResidualStream) -> HalfAgreement | None:
+def _half_of(context: Context, origin: Origin, stream: ResidualStream) -> HalfAgreement | None:
     """How well passes in float16 agree, where they are used; decided once for all views of a model."""
     if origin.compared is None:
         return None
