@@ -120,7 +120,14 @@ def per_second(work: Callable[[], object], watch: Stopwatch, least: float = SECO
 
 @cache
 def half_is_fast() -> bool:
-    """Whether this processor makes products in float16 at least :data:`FASTER` times as fast as in float32: measured."""
-    watch = Stopwatch(torch.device("cpu"))
-    single, half = (product_rate(watch, dtype, 512, least=0.05) for dtype in (torch.float32, torch.float16))
+    """Whether this processor makes products in float16 at least :data:`FASTER` times as fast as in float32: measured.
+
+    By one thread: on a busy machine several wait for one another, whatever the type.
+    """
+    threads, watch = torch.get_num_threads(), Stopwatch(torch.device("cpu"))
+    try:
+        torch.set_num_threads(1)
+        single, half = (product_rate(watch, dtype, 512, least=0.05) for dtype in (torch.float32, torch.float16))
+    finally:
+        torch.set_num_threads(threads)
     return half >= FASTER * single

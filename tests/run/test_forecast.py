@@ -21,6 +21,7 @@ from lensbench.run import costs, forecast
 from lensbench.run.costs import Counts, Shape, Work
 from lensbench.run.speeds import Speed, measured_speed
 from lensbench.run.stage_names import stage_names
+from lensbench.runtime import rates
 from lensbench.runtime.rates import Rates, Stopwatch, measured_rates
 from lensbench.suite.changes import Changes
 from lensbench.suite.files import load_suite
@@ -160,6 +161,21 @@ def test_rates_of_this_machine_are_measured_in_seconds():
     rates = measured_rates(CPU, torch.bfloat16, 64)
     assert all(value > 0 for name, value in vars(rates).items() if name not in ("read", "peak"))
     assert rates.read == rates.peak == 0, "as fast as others"
+
+
+@pytest.mark.parametrize(("half", "fast"), [(1.0, False), (1.4, False), (1.6, True), (0.01, False)])
+def test_whether_float16_is_fast_is_measured_by_one_thread(half, fast, monkeypatch):
+    seen = []
+
+    def rate(_watch, dtype, _width, least):
+        seen.append((torch.get_num_threads(), least))
+        return half if dtype == torch.float16 else 1.0
+
+    monkeypatch.setattr(rates, "product_rate", rate)
+    torch.set_num_threads(2)
+    assert rates.half_is_fast.__wrapped__() is fast
+    assert torch.get_num_threads() == 2
+    assert seen == [(1, 0.05)] * 2
 
 
 SMALL = Shape(layers=4, width=16, vocabulary=384, body=8_000, outer=384 * 16)
