@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.texts.numbers import Number, TextError, markdown
+from benchmarks.texts.numbers import Condition, Number, TextError, markdown
 from lensbench.report.claims import LEVEL, p_text
 from lensbench.report.joining import together
 from lensbench.report.series import OVER, Series, series_of, values_of
@@ -107,6 +107,19 @@ class Families:
             body.append([f"`{model}`", f"{x:,.0f}", *cells])
         heads = ["model", OVER[self._one(series).over], *(DECLARED[name] for name in self.indices)]
         return markdown(heads, body)
+
+    def falls(self, *indices: str) -> list[Condition]:
+        """For each series and index, whether the value of the largest model lies below that of the smallest."""
+        found = []
+        for name, one in self.series.items():
+            models = list(one.models)
+            for index in indices:
+                first, last = (self._mean(model, index) for model in (models[0], models[-1]))
+                assert first is not None
+                assert last is not None
+                fell = last.value < first.value
+                found.append(Condition(fell, "" if fell else f"{index} of {name} goes from {first} to {last}"))
+        return found
 
     def first_layers(self) -> str:
         """For each series over tokens and each two neighbouring layers: when the later one surely adds, and how in the end.
