@@ -91,7 +91,7 @@ def counted(tmp_path_factory):
             if self.probe.name in READS_SCORED:
                 reads.add(model.name)
             if not measured.reason:
-                found[model.name, self.probe.name] = work.model + work.single + work.double, real.flops
+                found[model.name, self.probe.name] = work.model + work.single + work.read + work.double, real.flops
             return measured
 
     with pytest.MonkeyPatch.context() as patched:
