@@ -68,15 +68,9 @@ def captured_states(
     allowed = context.suite.evaluate.half_products
     products = ranks.told(choose_products(stream.readout, stream.readout.final_norm(sample)) if allowed else None)
     if products is not None:
-        _say_once(context, f"log-partitions use {products} (they agree with float32 on these states)")
+        context.say_once(f"log-partitions use {products} (they agree with float32 on these states)")
     readout = stream.readout.with_products(products)
     return captured if rotation is None else rotation.apply(captured), readout
-
-
-def _say_once(context: Context, line: str) -> None:
-    if line not in context.cache.warned:
-        context.cache.warned.add(line)
-        context.progress.say(line)
 
 
 class KeptCaptures:
@@ -122,8 +116,7 @@ class KeptCaptures:
         size = 4 * (self.stream.layers + 1) * int(samples.valid.sum()) * self.stream.d_model
         free = shutil.disk_usage(self.context.folder).free
         if size > free / 2:
-            _say_once(
-                self.context,
+            self.context.say_once(
                 f"states of {self.origin.name} take {in_units(size)}, more than half of the {in_units(free)} "
                 f"free in {self.context.folder}: they are not kept, each stage computes them again",
             )

@@ -108,6 +108,12 @@ class Context:
         self.cache.stages[name] = stage
         return stage
 
+    def say_once(self, line: str) -> None:
+        """Tell the user, the first time: a model may be loaded, and its states captured, several times in a run."""
+        if line not in self.cache.warned:
+            self.cache.warned.add(line)
+            self.progress.say(line)
+
     def report_others(self, before: set[str]) -> None:
         """Tell of the stages that other processes have finished meanwhile, which were not there ``before``."""
         new = self.stages.finished() - before - self.cache.reported - self.cache.stages.keys()

@@ -122,15 +122,14 @@ def _load(context: Context, owner: ModelRecipe, source: str, device: torch.devic
             device=device,
             device_map=owner.device_map,
             loader=loader_of(context),
-            say=partial(_say_once, context),
+            say=context.say_once,
         )
         data = data_of(context, owner)
         if isinstance(data, Texts):
             check_context(f"model {owner.name}", network.config, context.suite.length, REMEDY)
             limit = depends_on_length(network.config)
             if limit is not None and context.suite.length > limit:
-                _say_once(
-                    context,
+                context.say_once(
                     f"model {owner.name}: beyond {limit} tokens its rotary frequencies depend on the length; all windows, "
                     f"shorter ones too, are read with those of {context.suite.length} tokens",
                 )
@@ -138,13 +137,6 @@ def _load(context: Context, owner: ModelRecipe, source: str, device: torch.devic
             data.within(network)
         task.update(1)
     return network
-
-
-def _say_once(context: Context, line: str) -> None:
-    """Tell the user, the first time: a model may be loaded several times in a run."""
-    if line not in context.cache.warned:
-        context.cache.warned.add(line)
-        context.progress.say(line)
 
 
 def trained_on_this(context: Context, source: str) -> bool:
@@ -184,8 +176,7 @@ def _half_of(context: Context, origin: Origin, stream: ResidualStream) -> HalfAg
     if origin.digest not in context.cache.half:
         found = context.cache.half[origin.digest] = choose_half(stream, origin.compared)
         if found is not None:
-            _say_once(
-                context,
+            context.say_once(
                 f"model {origin.name}: forward passes multiply in float16; against float32, predictions differ by a mean KL "
                 f"of {found.kl:.1g} nats/token, states by {100 * found.state_error:.1g} % (--set "
                 "evaluate.half_products=false: never)",

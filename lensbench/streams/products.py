@@ -107,11 +107,16 @@ def half_log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple
             word, above = torch.where(here > above, at + start, word), torch.maximum(above, here)
         total += logits.sub_(shift).exp_().sum(-1)
     log_z = shift[:, 0] + total.log()
-    logit = (n * readout.weight[word]).sum(-1)
-    largest = readout.cap_(logit if bias is None else logit + bias[word])
     # Those apart, and those with a logit far above the shift.
     bad = ~torch.isfinite(log_z)
     bad[apart] = True
-    if bool(bad.any()):
-        log_z[bad], largest[bad] = online_log_partition(readout.with_products(None), n[bad])
-    return log_z, largest if want_largest else None
+    exact = online_log_partition(readout.with_products(None), n[bad]) if bool(bad.any()) else None
+    if exact is not None:
+        log_z[bad] = exact[0]
+    if not want_largest:
+        return log_z, None
+    logit = (n * readout.weight[word]).sum(-1)
+    largest = readout.cap_(logit if bias is None else logit + bias[word])
+    if exact is not None:
+        largest[bad] = exact[1]
+    return log_z, largest
