@@ -46,6 +46,7 @@ from lensbench.streams.half import choose_half, half_agreement
 from lensbench.streams.rotary import same_after_any_text
 from lensbench.streams.stream import refuse_non_finite
 from lensbench.studies.curves import score_positions
+from lensbench.suite.files import load_suite
 
 PC = "predictive-coding"
 RECIPE = FitRecipe(
@@ -102,7 +103,7 @@ def optimizers(case: Case) -> list[torch.optim.Optimizer]:
 
 
 def run_of_a_suite() -> Any:
-    return SimpleNamespace(progress=Steps(), unit="token", suite=SimpleNamespace(fit=SimpleNamespace(memory_gib=1.0)))
+    return SimpleNamespace(progress=Steps(), unit="token", suite=load_suite("pretrained"))
 
 
 def multiplied(stream: ResidualStream) -> list[torch.Tensor]:
