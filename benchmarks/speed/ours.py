@@ -16,6 +16,8 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.refine import refine
 from lensbench.lenses.search import DevSearch, pad_direction
 from lensbench.streams.capture import Capture, capture
+from lensbench.streams.half import INPUTS, choose_half
+from lensbench.streams.products import choose_products
 
 CLOSED_BUDGETS = (1024, 2048, 4096, 8192, 16384, 32768)
 REFINED_BUDGETS = (2048, 4096, 5120, 6144, 8192, 12288, 16384, 20480, 32768, 65536)
@@ -55,6 +57,8 @@ def fit_budget(
     layers = task.stream.layers
 
     start = now(task.device)
+    # As a run does: passes in float16 where the processor is fast at it and they agree, which is checked in these seconds.
+    task.stream.half = choose_half(task.stream, lambda: rows_of(windows, np.arange(min(INPUTS, count))))
     if refined:
         fit = capture(task.stream, fit_windows, batch=2)
         moments = Moments.of(fit)
@@ -68,10 +72,13 @@ def fit_budget(
             finals.append(states[-1].clone())
         moments, final = sums.moments(), torch.cat(finals)
     dev = thinned(capture(task.stream, dev_windows, batch=2), 512 if refined else 256)
+    states = task.stream.readout.final_norm(dev.states[:, : max(1, 2048 // len(dev.states))])
+    readout = task.stream.readout.with_products(choose_products(task.stream.readout, states))
+    task.stream.half = None  # other parts measure in float32
     clock.model = now(task.device) - start
 
     start = now(task.device)
-    search = DevSearch(task.stream.readout, dev, RECIPE, pad_direction(task.stream.readout, final))
+    search = DevSearch(readout, dev, RECIPE, pad_direction(task.stream.readout, final))
     own = [list(range(layers)) if w == "shared" else [int(w)] for w in wheres]
     closed = {w: fit_shared(search, moments, at) for w, at in zip(wheres, own, strict=True)}
     clock.closed = now(task.device) - start
@@ -85,7 +92,7 @@ def fit_budget(
         start = now(task.device)
         recipe = RECIPE.model_copy(update={"refine_tokens": len(fit)})
         searched = search.rows_read_out
-        search = DevSearch(task.stream.readout, dev, recipe, search.pad)
+        search = DevSearch(readout, dev, recipe, search.pad)
         search.rows_read_out = searched
         done = refine(
             search,
@@ -111,7 +118,8 @@ def states_of(task: Task, windows: Windows) -> torch.Tensor:
     ids = torch.from_numpy(windows.ids).to(task.device)
     row, _ = np.nonzero(windows.valid)
     at = torch.from_numpy(windows.positions[windows.valid]).to(task.device)
-    return task.stream.at(ids, torch.from_numpy(row).to(task.device), at, read_out=False)[0]
+    rows = torch.from_numpy(row).to(task.device)
+    return task.stream.states_at(ids, rows, at, half=task.stream.half is not None)
 
 
 def thinned(captured: Capture, most: int) -> Capture:

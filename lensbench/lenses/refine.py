@@ -10,6 +10,7 @@ from torch import Tensor
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import MOMENT_BLOCK
 from lensbench.lenses.search import DevSearch
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK, Tokens, Vocabulary
 from lensbench.streams.partition import rows_at_once
@@ -53,21 +54,30 @@ def kl_objective(readout: ReadOut, x: Tensor, expected: Tensor, entropy_term: Te
 def kl_gradient(readout: ReadOut, n: Tensor, tokens: Tokens, weight: Tensor, offset: Tensor | None) -> Tensor:
     """Gradient of ``KL(p || q)`` in the normalised states ``[R, d_read]``, row by row: ``W^T q - e``.
 
-    q over the given rows of the unembedding; where logits are soft-capped, over all words and with p formed again.
+    q over the given rows of the unembedding, with products in their type; where logits are soft-capped, over all words and
+    with p formed again.
     """
     gradients = []
+    rounded = _within(n, weight.dtype).to(weight.dtype)
     block = rows_at_once(n, len(weight), ROW_BLOCK)
     for start in range(0, len(n), block):
         rows = slice(start, start + block)
-        logits = n[rows] @ weight.T if offset is None else torch.addmm(offset, n[rows], weight.T)
         if readout.softcap is None:
-            gradients.append(torch.softmax(logits, -1) @ weight - tokens.expected[rows])
+            logits = _within((rounded[rows] @ weight.T).to(n), weight.dtype)
+            q = torch.softmax(logits if offset is None else logits.add_(offset), -1)
+            gradients.append((q.to(weight.dtype) @ weight).to(n) - tokens.expected[rows])
         else:
-            capped = readout.cap_(logits)
+            capped = readout.cap_(torch.nn.functional.linear(n[rows], weight, offset))
             p = readout.logits(readout.final_norm(tokens.final[rows])).softmax(-1)
             slope = 1 - (capped / readout.softcap) ** 2
             gradients.append(((capped.softmax(-1) - p) * slope) @ weight)
     return torch.cat(gradients)
+
+
+def _within(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, with what is beyond the range of a half precision at its end: one row's gradient is off, and no other's."""
+    largest = torch.finfo(dtype).max
+    return x if x.dtype == dtype else x.clamp(-largest, largest)
 
 
 def own_rows(rows: Tensor, layers: Tensor, before: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,14 +96,18 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration of Muon (Jordan et al. 2024), which torch.optim.Muon uses too."""
 
 
-def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Each of ``[M, a, b]``, a <= b, with its singular values brought to about 1, by Newton-Schulz in batched products."""
+def orthogonalised(matrices: Tensor, iterations: int = 5, *, half: bool = False) -> Tensor:
+    """Each of ``[M, a, b]``, a <= b, with its singular values brought to about 1, by Newton-Schulz in batched products.
+
+    ``half``: in float16, whose rounding is far less than what "about 1" leaves open (0.7 to 1.2).
+    """
     x: Tensor = matrices / matrices.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None]
+    x = x.half() if half else x
     a, b, c = NEWTON_SCHULZ
     for _ in range(iterations):
         gram = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    return x.to(matrices)
 
 
 @dataclass(frozen=True)
@@ -266,6 +280,11 @@ class Passes:
         batch = min(recipe.refine_batch, tokens)
         return cls(search.readout, fit, vocabulary, generator, batch, tokens // batch, earlier, count)
 
+    @property
+    def half(self) -> bool:
+        """Whether updates are made by products in float16: where log-partitions are, on a processor."""
+        return self.readout.products is not None and not self.fit.states.is_cuda
+
     def updated(self, lenses: Sequence[Refining], begin: Tensor, tell: Callable[[int], None]) -> Tensor:
         """The iterates ``[M, d, d + 1]`` after one pass from ``begin``; ``tell(step)`` every eighth update."""
         theta, momentum = begin.clone(), torch.zeros_like(begin)
@@ -276,14 +295,17 @@ class Passes:
         order, at_layer = self.drawn(lenses)
         for step in range(self.steps):
             if step % 4 == 0:
-                words = self.vocabulary.draw()
+                words, offset = self.vocabulary.draw()
+                words = words.half() if self.half and self.readout.linear else words
             here = slice(step * self.batch, (step + 1) * self.batch)
-            gradient = self.gradient(theta, order[:, here], at_layer[:, here], centre, scale, words)
+            gradient = self.gradient(theta, order[:, here], at_layer[:, here], centre, scale, (words, offset))
             gradient[:, :, :-1] += penalty * theta[:, :, :-1]
             momentum.mul_(0.9).add_(gradient)
-            change = orthogonalised(gradient.add_(momentum, alpha=0.9))
+            change = orthogonalised(gradient.add_(momentum, alpha=0.9), half=self.half)
             decay = min(1.0, (step + 1) / (0.1 * self.steps)) * (1 - step / self.steps)
             theta -= rates * decay * change
+            if step % 4 == 0:
+                give_back_pages()  # of states that lie in a file: a few rows use a page each
             if step % 8 == 0:
                 tell(step)
         return theta

@@ -9,7 +9,7 @@ from torch import Tensor
 from lensbench.data.samples import Samples, fingerprint_of
 from lensbench.run.context import CODE_VERSION, Context, digest_of
 from lensbench.run.origin import Origin
-from lensbench.runtime.memory import in_units
+from lensbench.runtime.memory import in_units, release_memory
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.kept import STATES, keep, kept, mapped_file
@@ -63,6 +63,7 @@ def captured_states(
             else:
                 captured = found
                 task.update(len(samples), "kept by an earlier stage")
+    release_memory()  # passes of a model leave much that is free
     # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
     sample = captured.states[:, : max(1, 2048 // len(captured.states))]
     allowed = context.suite.evaluate.half_products

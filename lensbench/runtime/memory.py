@@ -1,6 +1,8 @@
 """Out of memory is no end: work on many rows is done again in halves."""
 
+import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -26,9 +28,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give what is cached back to the GPU, so that a smaller piece finds room."""
+    """Give back what is free and kept for later: to the GPU, and of the C library's heap to the system.
+
+    Much of what tensors leave stays in the heap, and counts as this process's memory.
+    """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if (trim := heap_trim()) is not None:
+        trim(0)
+
+
+@cache
+def heap_trim() -> Callable[[int], int] | None:
+    """glibc's ``malloc_trim``; None of another C library."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
 
 
 def too_large(what: str, error: BaseException) -> LensbenchError:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.runtime.files import sha256, write_json
+from lensbench.runtime.memory import release_memory
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
 from lensbench.runtime.texts import read_json
@@ -162,6 +163,7 @@ class Stages:
         partial.mkdir(parents=True, exist_ok=True)
         spent, start = float((begun or {}).get("seconds", 0.0)), time.perf_counter()
         write_json(partial / BEGUN, {"key": digest, "seconds": spent})
+        release_memory()
         try:
             compute(partial)
         except BaseException:

@@ -384,6 +384,35 @@ def test_orthogonalised_brings_singular_values_to_about_one_and_keeps_the_vector
     assert float(outside.abs().max()) < 1e-8
 
 
+def test_orthogonalised_in_half_precision_is_what_it_is_in_float32_but_for_rounding():
+    matrices = torch.randn(3, 64, 65, generator=torch.Generator().manual_seed(0))
+    found, expected = orthogonalised(matrices, half=True), orthogonalised(matrices)
+    assert found.dtype == torch.float32
+    values = torch.linalg.svdvals(found)
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+    assert not orthogonalised(torch.zeros(2, 5, 6), half=True).any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gradient_in_half_precision_is_that_of_float32_but_for_rounding_and_always_finite(bias):
+    readout = read_out(64, 300, bias=bias)
+    random = torch.Generator().manual_seed(2)
+    r, x = (torch.randn(40, 64, generator=random) for _ in range(2))
+    captured = capture_of(readout, r[None])
+    known = Tokens(captured.expected, captured.entropy_term, captured.states[-1])
+    n = readout.final_norm(x)
+    expected = kl_gradient(readout, n, known, readout.weight, readout.bias)
+    found = kl_gradient(readout, n, known, readout.weight.half(), readout.bias)
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+    n[3], n[7, 5] = 1e6, -1e9
+    loud = kl_gradient(readout, n, known, readout.weight.half(), readout.bias)
+    assert torch.isfinite(loud).all()
+    others = [k for k in range(len(n)) if k not in (3, 7)]
+    torch.testing.assert_close(loud[others], found[others])
+
+
 @given(st.integers(0, 1000))
 @settings(deadline=None, max_examples=20)
 def test_orthogonalised_turns_with_its_input_whatever_its_length(seed):

@@ -13,6 +13,7 @@ from lensbench.measures.update.recipe import UpdateRecipe
 from lensbench.measures.update.result import UpdateResult, landmark_results
 from lensbench.measures.update.undefined import Undefined
 from lensbench.measures.update.variants import MassiveTokens, without_massive
+from lensbench.runtime.memory import release_memory
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
@@ -36,8 +37,12 @@ def measure_updates(
     draws. Where the decomposition is undefined the result is empty and says why.
     """
     steps = [*STEPS, "without massive activations", "landmarks"]
-    done = iter(range(len(steps)))
     with progress.task(f"update-{name}-seed{seed}", len(steps), "steps") as task:
+
+        def begin(step: str) -> None:
+            release_memory()  # each step leaves matrices of another size
+            task.update(steps.index(step), step)
+
         try:
             found = decompose(
                 readout,
@@ -53,16 +58,16 @@ def measure_updates(
                 metrics=settings.metrics,
                 seed=seed,
                 spread=seed_of_rotations(name, seed),
-                say=lambda step: task.update(next(done), step),
+                say=begin,
             )
-            task.update(len(STEPS), "without massive activations")
+            begin("without massive activations")
             found, rows = capped(found, readout, (fit, dev, held_out), recipe, settings, seed)
         except Undefined as error:
             return UpdateResult.undefined(str(error))
         result = UpdateResult.of(found, rows)
         if not settings.landmarks:
             return result
-        task.update(len(steps) - 1, "landmarks")
+        begin("landmarks")
         known = dict(zip(found.layers, found.choices, strict=True))
         landmarks = landmark_results(
             readout, fit, dev, held_out, recipe, metric=settings.metric, seed=seed, known=known

@@ -5,19 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from lensbench.lenses.estimated import Drawn, mended, usually_drawn, worth_estimating
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
-from lensbench.lenses.refine import LogPartition
 from lensbench.measures.update.folds import pseudo_inverse
 from lensbench.measures.update.metric import Metric
 from lensbench.measures.update.products import means_of
+from lensbench.measures.update.stacking import WORDS, NextTokens, stacked, target_logits
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
-from lensbench.streams.kl import Vocabulary, log_partition
+from lensbench.streams.kl import log_partition
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
 
@@ -26,9 +25,6 @@ FURTHER_PAIRS = 12
 
 DEV_TOKENS, HELD_OUT_TOKENS = 1024, 4096
 """Tokens at most that coefficients are fitted on, and that losses are measured on"""
-
-WORDS = 4096
-"""Rows of the unembedding that stand for all words while coefficients are fitted"""
 
 
 @dataclass(frozen=True)
@@ -126,29 +122,24 @@ def readable_gains(
     pairs = chosen_pairs(len(layers), further)
     on_dev = _Reader.of(dev, layers, lenses, DEV_TOKENS)
     there = _Reader.of(held_out, layers, lenses, HELD_OUT_TOKENS)
-    words, losses = _Words.of(readout, dev, on_dev.tokens), _Losses.of(readout, there)
-    centre = moments.target_mean
+    centre, losses = moments.target_mean, _Losses.of(readout, there)
+    following = NextTokens.of(readout, dev, on_dev.tokens, centre, pad)
     at = cluster[there.tokens].numpy()
     gains = {name: np.zeros((clusters, len(pairs))) for name in ("old", "new")}
     for number, (i, j) in enumerate(pairs):
         say(f"readable gain of layers {layers[i]} and {layers[j]}")
         discount = discount_of(metric, moments, lenses.matrix[i], i, j)
-        fitting, measured = on_dev.parts(i, j, discount), there.parts(i, j, discount)
+        fitting = {name: following.part(x) for name, x in on_dev.parts(i, j, discount).items()}
+        measured = there.parts(i, j, discount)
         start = np.array([1.0, 0.0, 0.0])
-        base = words.fitted([fitting["base"]], centre, pad, start)
-        loss = losses.at(_state([measured["base"]], centre, pad, torch.from_numpy(base)))
+        base = following.fitted([fitting["base"]], start)
+        loss = losses.at(stacked([measured["base"]], centre, pad, torch.from_numpy(base)))
         for name, into in gains.items():
             both = [fitting["base"], fitting[name]]
-            theta = words.fitted(both, centre, pad, np.array([*base[:2], 0.0, 0.0, base[2]]))
-            other = losses.at(_state([measured["base"], measured[name]], centre, pad, torch.from_numpy(theta)))
+            theta = following.fitted(both, np.array([*base[:2], 0.0, 0.0, base[2]]))
+            other = losses.at(stacked([measured["base"], measured[name]], centre, pad, torch.from_numpy(theta)))
             np.add.at(into[:, number], at, (loss - other).numpy())
     return Gains(pairs, gains["old"], gains["new"], np.bincount(at, minlength=clusters).astype(float))
-
-
-def _state(parts: Sequence[Tensor], centre: Tensor, pad: Tensor, theta: Tensor) -> Tensor:
-    """``mean h_L + sum theta_k x_k + pad`` ``[n, d]``; the last of ``theta`` is the length of the pad."""
-    x = torch.cat(list(parts), 1)
-    return centre.to(x) + torch.einsum("nkd,k->nd", x, theta[:-1].to(x)) + theta[-1].to(x) * pad.to(x)
 
 
 @dataclass(frozen=True)
@@ -180,71 +171,9 @@ class _Losses:
     def at(self, x: Tensor) -> Tensor:
         """Of readings ``[n, d]`` in the place of the final state: float64 ``[n]``."""
         n = self.readout.final_norm(x)
-        aim = _target_logits(self.readout, n, self.targets)
+        aim = target_logits(self.readout, n, self.targets)
         if self.words is None:
             return (log_partition(self.readout, n) - aim).double().cpu()
         exact = log_partition(self.readout, n[self.drawn.at])
         cheap = self.words.partition_and_largest(n)[0]
         return (mended(cheap[None], exact[None], self.drawn)[0] - aim.double()).cpu()
-
-
-def _target_logits(readout: ReadOut, n: Tensor, targets: Tensor) -> Tensor:
-    logit = (readout.weight[targets] * n).sum(-1)
-    if readout.bias is not None:
-        logit = logit + readout.bias[targets]
-    cap = readout.softcap
-    return logit if cap is None else cap * torch.tanh(logit / cap)
-
-
-@dataclass(frozen=True)
-class _Words:
-    """The cross-entropy that coefficients are fitted to: exact, or with some rows of the unembedding for all words."""
-
-    readout: ReadOut
-    targets: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, readout: ReadOut, dev: Capture, tokens: Tensor) -> "_Words":
-        sample = Vocabulary(readout, dev.mean_p, WORDS, torch.Generator().manual_seed(0))
-        weight, bias = sample.draw()
-        return cls(readout, dev.targets[tokens], weight, bias)
-
-    def fitted(self, parts: Sequence[Tensor], centre: Tensor, pad: Tensor, start: Array) -> Array:
-        """The coefficients of least loss; those of parts after the first are at least 0."""
-        count = 2 * len(parts)
-        bounds = [(None, None)] * 2 + [(0.0, None)] * (count - 2) + [(None, None)]
-        # Steps are taken where all coefficients move the state alike: their parts may differ in length by far.
-        length = self._lengths(parts, pad)
-
-        def loss(scaled: Array) -> tuple[float, Array]:
-            with torch.enable_grad():
-                free = torch.tensor(scaled / length, requires_grad=True)
-                value = self._loss(_state(parts, centre, pad, free))
-                (slope,) = torch.autograd.grad(value, free)
-            return float(value.detach()), slope.double().numpy() / length
-
-        found: Array = minimize(
-            loss, start * length, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-6}
-        ).x
-        return found / length
-
-    def _lengths(self, parts: Sequence[Tensor], pad: Tensor) -> Array:
-        """How far a coefficient of 1 moves the state, by the read-out's gain: root mean squares in units of the first."""
-        gain = self.readout.gain(len(pad))
-        moved = [*torch.cat(list(parts), 1).unbind(1), pad[None].to(parts[0])]
-        if gain is not None:
-            moved = [x @ gain.T.to(x) for x in moved]
-        squares = np.array([float(x.double().square().sum(-1).mean()) for x in moved])
-        length: Array = np.sqrt(np.maximum(squares / (squares[0] or 1.0), 1e-24))
-        return length
-
-    def _loss(self, x: Tensor) -> Tensor:
-        n = self.readout.final_norm(x)
-        if (cap := self.readout.softcap) is None:
-            log_z: Tensor = LogPartition.apply(n, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        else:
-            log_z = (cap * torch.tanh(torch.nn.functional.linear(n, self.weight, self.bias) / cap)).logsumexp(-1)
-        mean: Tensor = (log_z - _target_logits(self.readout, n, self.targets)).double().mean()
-        return mean

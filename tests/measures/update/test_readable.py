@@ -14,6 +14,7 @@ from lensbench.measures.update import decompose, index_estimates, pair_rows
 from lensbench.measures.update import readable as module
 from lensbench.measures.update.decomposition import Fitted, measured
 from lensbench.measures.update.readable import chosen_pairs
+from lensbench.measures.update.stacking import NextTokens, stacked
 from lensbench.studies.synthetic import Shape, SyntheticStream, read_out
 
 RECIPE = FitRecipe(ridges=(1e-2, 0.1, 1.0, 10.0), pads=(0.0, 0.2, 0.4, 0.6))
@@ -62,7 +63,7 @@ def test_losses_are_cross_entropies_of_the_read_out_of_the_sum_of_parts():
     reader = module._Reader.of(captured, [0, 1, 2], lenses(3, 12), 64)
     parts = [torch.randn(64, 2, 12), torch.randn(64, 2, 12)]
     theta, centre, pad = np.array([0.5, -0.2, 0.3, 0.1, 0.7]), torch.randn(12), torch.randn(12)
-    found = module._Losses.of(readout, reader).at(module._state(parts, centre, pad, torch.from_numpy(theta)))
+    found = module._Losses.of(readout, reader).at(stacked(parts, centre, pad, torch.from_numpy(theta)))
     x = centre + 0.7 * pad
     for weight, part in zip(theta, (parts[0][:, 0], parts[0][:, 1], parts[1][:, 0], parts[1][:, 1]), strict=False):
         x = x + weight * part
@@ -77,13 +78,13 @@ def test_the_loss_that_coefficients_are_fitted_to_is_the_cross_entropy_with_its_
     readout = read_out(12, 40, seed=1, bias=norm == "layer", norm=norm)
     readout.scale, readout.softcap = scale, softcap
     captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40)).capture(64, seed=1)
-    words = module._Words.of(readout, captured, torch.arange(64))
     parts = [torch.randn(64, 2, 12), torch.randn(64, 2, 12)]
     centre, pad = torch.randn(12), torch.randn(12)
+    following = NextTokens.of(readout, captured, torch.arange(64), centre, pad)
     theta = torch.tensor([0.5, -0.2, 0.3, 0.1, 0.7], dtype=torch.float64, requires_grad=True)
-    state = module._state(parts, centre, pad, theta)
+    state = stacked(parts, centre, pad, theta)
     expected = torch.nn.functional.cross_entropy(readout(state), captured.targets)
-    found = words._loss(state)
+    found = following.loss([following.part(x) for x in parts], theta)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     (slope,), (by_autograd,) = (torch.autograd.grad(x, theta, retain_graph=True) for x in (found, expected))
     torch.testing.assert_close(slope, by_autograd, atol=1e-5, rtol=1e-4)
@@ -95,15 +96,15 @@ def test_the_best_coefficients_are_found_whatever_the_lengths_of_the_parts(times
     torch.manual_seed(0)
     readout = read_out(12, 40, seed=1)
     captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40)).capture(256, seed=1)
-    words = module._Words.of(readout, captured, torch.arange(256))
     centre, pad = torch.randn(12).double(), torch.randn(12).double()
+    following = NextTokens.of(readout, captured, torch.arange(256), centre, pad)
     signal = captured.states[-1] - centre.float()
     parts = [torch.stack([signal + 2 * torch.randn(256, 12), times * torch.randn(256, 12)], 1)]
     exact = copy.deepcopy(readout).double()
-    found = words.fitted(parts, centre, pad, np.array([1.0, 0.0, 0.0]))
+    found = following.fitted([following.part(parts[0])], np.array([1.0, 0.0, 0.0]))
 
     def loss(theta):
-        state = module._state([parts[0].double()], centre, pad, torch.from_numpy(theta * np.array([1, 1 / times, 1])))
+        state = stacked([parts[0].double()], centre, pad, torch.from_numpy(theta * np.array([1, 1 / times, 1])))
         return float(torch.nn.functional.cross_entropy(exact(state), captured.targets))
 
     found *= np.array([1, times, 1])
@@ -145,15 +146,16 @@ def test_coefficients_that_are_added_are_never_negative_and_never_make_dev_worse
     torch.manual_seed(0)
     stream = SyntheticStream("overlapping", Shape(d=12, layers=3, vocab=40))
     captured = stream.capture(256, seed=1)
-    words = module._Words.of(stream.readout, captured, torch.arange(256))
     own, other = captured.states[1][:, None].repeat(1, 2, 1), captured.states[0][:, None].repeat(1, 2, 1)
     centre, pad = torch.zeros(12), torch.ones(12)
-    base = words.fitted([own], centre, pad, np.array([1.0, 0.0, 0.0]))
-    both = words.fitted([own, other], centre, pad, np.array([*base[:2], 0.0, 0.0, base[2]]))
+    following = NextTokens.of(stream.readout, captured, torch.arange(256), centre, pad)
+    parts = [following.part(own), following.part(other)]
+    base = following.fitted(parts[:1], np.array([1.0, 0.0, 0.0]))
+    both = following.fitted(parts, np.array([*base[:2], 0.0, 0.0, base[2]]))
     assert (both[2:4] >= 0).all()
 
     def loss(parts, theta):
-        state = module._state(parts, centre, pad, torch.from_numpy(theta))
+        state = stacked(parts, centre, pad, torch.from_numpy(theta))
         return float(torch.nn.functional.cross_entropy(stream.readout(state), captured.targets))
 
     assert loss([own, other], both) <= loss([own], base) + 1e-6
