@@ -13,7 +13,7 @@ from lensbench.lenses.search import DevSearch
 from lensbench.runtime.mapped import give_back_pages
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK, Tokens, Vocabulary
-from lensbench.streams.partition import rows_at_once
+from lensbench.streams.partition import exponentials_, rows_at_once
 from lensbench.streams.readout import ReadOut
 
 
@@ -29,7 +29,7 @@ class LogPartition(torch.autograd.Function):
             rows = slice(start, start + block)
             logits = n[rows] @ weight.T if bias is None else torch.addmm(bias, n[rows], weight.T)
             largest = logits.amax(-1, keepdim=True)
-            q = logits.sub_(largest).exp_()
+            q = exponentials_(logits.sub_(largest))
             total = q.sum(-1, keepdim=True)
             log_z[rows] = (largest + total.log())[:, 0]
             torch.div(q @ weight, total, out=moment[rows])

@@ -17,7 +17,7 @@ from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import TOKEN_BLOCK, Tokens, sums_of_all, token_kl
-from lensbench.streams.partition import CUDA_LOGITS, CUDA_ROWS, VOCABULARY_BLOCK
+from lensbench.streams.partition import CUDA_LOGITS, CUDA_ROWS, VOCABULARY_BLOCK, exponentials_
 from lensbench.streams.products import centred
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
@@ -123,7 +123,7 @@ def log_partition_of_pads(
                     constant[words], unscaled + a * along[words] if a else unscaled, inverse[p, rows, None]
                 )
                 new = torch.maximum(largest[p], logits.amax(-1))
-                total[p] = total[p] * torch.exp(largest[p] - new) + logits.sub_(new[:, None]).exp_().sum(-1)
+                total[p] = total[p] * torch.exp(largest[p] - new) + exponentials_(logits.sub_(new[:, None])).sum(-1)
                 largest[p] = new
         out.append(largest + total.log())
     return torch.cat(out, 1)

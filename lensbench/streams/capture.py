@@ -18,6 +18,7 @@ from lensbench.errors import LensbenchError
 from lensbench.runtime.mapped import give_back_pages, mapped
 from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.ranks import ALONE, Ranks
+from lensbench.streams.partition import probabilities_
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.stream import ResidualStream
 
@@ -112,7 +113,7 @@ def predictions(
     log_z = logits.logsumexp(-1, keepdim=True) if log_z is None else log_z
     bias = readout.bias
     best, losses = logits.argmax(-1), (log_z - logits.gather(-1, target[:, None]))[:, 0]
-    p = logits.sub_(log_z).exp_()  # in place: fresh memory for [n, V] costs as much as filling it
+    p = probabilities_(logits.sub_(log_z))  # in place: fresh memory for [n, V] costs as much as filling it
     # logsumexp over many words has an error of 1e-5; a p that sums to 1 + 1e-5 would move every KL by 1e-5 log Z.
     p.div_(p.sum(-1, keepdim=True))
     negative_entropy = -torch.special.entr(p).sum(-1)

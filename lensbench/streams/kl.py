@@ -9,7 +9,14 @@ from torch import Tensor
 
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture
-from lensbench.streams.partition import CUDA_ROWS, VOCABULARY_BLOCK, online_log_partition, rows_at_once
+from lensbench.streams.partition import (
+    CUDA_ROWS,
+    VOCABULARY_BLOCK,
+    exponentials_,
+    online_log_partition,
+    probabilities_,
+    rows_at_once,
+)
 from lensbench.streams.products import half_log_partition
 from lensbench.streams.readout import ReadOut
 
@@ -61,7 +68,7 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
     if bias is not None:
         logits += bias[:VOCABULARY_BLOCK]
     shift = readout.cap_(logits).amax(-1, keepdim=True)
-    total = logits.sub_(shift).exp_().sum(-1)
+    total = exponentials_(logits.sub_(shift)).sum(-1)
     above = torch.zeros_like(total)  # the largest logit minus the shift
     room = torch.empty(len(n), VOCABULARY_BLOCK, dtype=n.dtype)
     for start in range(VOCABULARY_BLOCK, len(weight), VOCABULARY_BLOCK):
@@ -77,7 +84,7 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
             readout.cap_(logits).sub_(shift)
         if want_largest:
             above = torch.maximum(above, logits.amax(-1))
-        total += logits.exp_().sum(-1)
+        total += exponentials_(logits).sum(-1)
     log_z, largest = shift[:, 0] + total.log(), shift[:, 0] + above
     bad = ~torch.isfinite(log_z)
     if bool(bad.any()):
@@ -129,7 +136,7 @@ def expected_logit(readout: ReadOut, n: Tensor, of: Tensor) -> Tensor:
         p, logits = of @ weight[rows].T, n @ weight[rows].T
         if bias is not None:
             p, logits = p + bias[rows], logits + bias[rows]
-        p = (readout.cap_(p) - log_z[:, None]).exp_()
+        p = probabilities_(readout.cap_(p) - log_z[:, None])
         mass += p.sum(-1)
         total += (p * readout.cap_(logits)).sum(-1)
     return total / mass
@@ -143,6 +150,14 @@ def token_kl(readout: ReadOut, n: Tensor, tokens: Tokens, log_z: Tensor | None =
     return tokens.entropy_term - (tokens.expected * n).sum(-1) + log_z
 
 
+def moment_and_partition(logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``W^T softmax(logits)`` ``[R, d]`` and the log-partition ``[R]`` of ``[R, S]``, which are used up."""
+    shift = logits.amax(-1, keepdim=True)
+    q = exponentials_(logits.sub_(shift))
+    total = q.sum(-1, keepdim=True)
+    return (q @ weight).div_(total), (shift + total.log())[:, 0]
+
+
 def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
     """``W^T q`` ``[R, d_read]`` and ``sum q log q - sum q bias`` ``[R]``, where ``q = softmax(W n + bias)``."""
     weight, bias = readout.weight, readout.bias
@@ -150,8 +165,7 @@ def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:
     def one(at: slice) -> tuple[Tensor, Tensor]:
         rows = n[at]
         logits = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        log_z = logits.logsumexp(-1)
-        moment = logits.sub_(log_z[:, None]).exp_() @ weight
+        moment, log_z = moment_and_partition(logits, weight)
         return moment, (moment * rows).sum(-1) - log_z
 
     moments, entropies = zip(

@@ -4,6 +4,7 @@ Products may be made in half precision with sums in float32; see :class:`lensben
 """
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -64,6 +65,24 @@ def compiled() -> Reduction | None:
         warnings.warn(f"log-partitions are not compiled for this GPU, and slower: {reason}", stacklevel=2)
         return None
     return made
+
+
+LOWEST = -60.0
+"""Logarithm of the smallest term of a sum whose largest is 1: what is less adds nothing that is seen"""
+
+
+def exponentials_(x: Tensor) -> Tensor:
+    """``exp(x)`` in place, of logarithms below :data:`LOWEST` exp of that.
+
+    Numbers below the normal range of float32 take a processor a hundred times as long.
+    """
+    return x.clamp_(min=LOWEST).exp_()
+
+
+def probabilities_(x: Tensor) -> Tensor:
+    """``exp(x)`` in place; 0 of logarithms below :data:`LOWEST`."""
+    found: Tensor = torch.threshold_(exponentials_(x), 2 * math.exp(LOWEST), 0.0)
+    return found
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

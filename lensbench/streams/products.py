@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lensbench.runtime.rates import half_is_fast
-from lensbench.streams.partition import VOCABULARY_BLOCK, agreeing_products, online_log_partition
+from lensbench.streams.partition import VOCABULARY_BLOCK, agreeing_products, exponentials_, online_log_partition
 from lensbench.streams.readout import HalfProducts, ReadOut
 
 ON_CPU = HalfProducts(torch.float16, 1)
@@ -105,7 +105,7 @@ def half_log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple
         if want_largest:
             here, at = logits.max(-1)
             word, above = torch.where(here > above, at + start, word), torch.maximum(above, here)
-        total += logits.sub_(shift).exp_().sum(-1)
+        total += exponentials_(logits.sub_(shift)).sum(-1)
     log_z = shift[:, 0] + total.log()
     # Those apart, and those with a logit far above the shift.
     bad = ~torch.isfinite(log_z)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lensbench.runtime.memory import in_pieces
-from lensbench.streams.kl import ROW_BLOCK
-from lensbench.streams.partition import CUDA_ROWS
+from lensbench.streams.kl import ROW_BLOCK, moment_and_partition
+from lensbench.streams.partition import CUDA_ROWS, exponentials_
 from lensbench.streams.products import centred
 from lensbench.streams.readout import ReadOut
 
@@ -97,7 +97,7 @@ class Words:
                 word = logits[:, : self.certain].argmax(-1)
                 largest = (n[rows] * self.weight[word]).sum(-1)
                 largest = self.readout.cap_(largest if self.bias is None else largest + self.bias[word])
-            return shift + logits.sub_(shift[:, None]).exp_().sum(-1).log(), largest
+            return shift + exponentials_(logits.sub_(shift[:, None])).sum(-1).log(), largest
 
         log_z, largest = zip(*in_pieces(slice(0, len(n)), _rows_of(n), one, what="a row of words"), strict=True)
         return torch.cat(log_z), torch.cat(largest)
@@ -107,8 +107,7 @@ class Words:
 
         def one(rows: slice) -> tuple[Tensor, Tensor]:
             logits = self.logits(n[rows])
-            log_z = logits.logsumexp(-1)
-            moment = logits.sub_(log_z[:, None]).exp_() @ self.weight
+            moment, log_z = moment_and_partition(logits, self.weight)
             return moment, (moment * n[rows]).sum(-1) - log_z
 
         moments, entropies = zip(*in_pieces(slice(0, len(n)), _rows_of(n), one, what="a softmax of words"), strict=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import Vocabulary
+from lensbench.streams.partition import exponentials_
 from lensbench.streams.readout import ReadOut
 
 WORDS = 4096
@@ -53,7 +54,7 @@ class LogPartitionOfSum(torch.autograd.Function):
             for k, one in enumerate(logits):
                 q.addcmul_(one[rows], a[rows, k, None])
             largest = q.amax(-1, keepdim=True)
-            q.sub_(largest).exp_()
+            exponentials_(q.sub_(largest))
             total = q.sum(-1, keepdim=True)
             log_z[rows] = (largest + total.log())[:, 0]
             moment[rows, own:] = q @ of_all.T

@@ -19,6 +19,7 @@ from lensbench.data.windows import Windows
 from lensbench.measures.means import SMALLEST_CONSTANT
 from lensbench.probes.tools.heads import Heads, reading_heads
 from lensbench.runtime.progress import QUIET, Task
+from lensbench.streams.partition import probabilities_
 from lensbench.streams.stream import ResidualStream
 
 LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
@@ -130,7 +131,7 @@ def batches(
             logits = logits.float()
             log_z = logits.logsumexp(-1, keepdim=True)
             surprise = (log_z[:, :-1] - logits[:, :-1].gather(-1, ids[:, 1:, None]))[..., 0]
-            p = logits.sub_(log_z).exp_()  # in place: fresh memory of this size costs as much as filling it
+            p = probabilities_(logits.sub_(log_z))  # in place: fresh memory of this size costs as much as filling it
             inside = torch.from_numpy(windows.inside[rows]).to(stream.device)
             yield PredictionBatch(
                 rows,
