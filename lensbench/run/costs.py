@@ -29,7 +29,8 @@ from lensbench.lenses.planning import matrices, paired_views
 from lensbench.lenses.room import SHARE
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
-from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS, WORDS
+from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS
+from lensbench.measures.update.stacking import WORDS
 from lensbench.suite.recipes import Suite
 
 GIB = 2.0**30
@@ -388,8 +389,8 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
         pairs = min(pairs, layers - 1 + FURTHER_PAIRS)
         words, tokens = min(WORDS, shape.vocabulary), min(DEV_TOKENS, dev)
         work += Work(
-            single=pairs * 3 * READABLE_STEPS * tokens * 4 * shape.width * words,
-            words=pairs * 3 * READABLE_STEPS * tokens * 2 * words,
+            single=pairs * 6 * tokens * 2 * shape.width * words,
+            words=pairs * 3 * READABLE_STEPS * tokens * 3 * words,  # each logit is added up, and read for the slope
         )
         work += of_share(shape, USUAL_SHARE) * read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_))
         work += eigendecompositions(shape, 5 * pairs)

@@ -7,7 +7,15 @@ import torch
 from helpers.synthetic import read_out
 
 from lensbench.streams import partition
-from lensbench.streams.partition import LADDER, agreeing_products, online_log_partition
+from lensbench.streams.kl import moment_and_partition
+from lensbench.streams.partition import (
+    LADDER,
+    LOWEST,
+    agreeing_products,
+    exponentials_,
+    online_log_partition,
+    probabilities_,
+)
 from lensbench.streams.products import choose_products
 from lensbench.streams.readout import HalfProducts, in_terms
 
@@ -150,3 +158,25 @@ def test_a_compiler_that_fails_is_named_in_a_warning(monkeypatch):
     with pytest.warns(UserWarning, match="not compiled for this GPU"):
         assert partition.compiled() is None
     partition.compiled.cache_clear()
+
+
+def test_no_exponential_is_subnormal_and_none_that_counts_is_changed():
+    """Numbers below the normal range of float32 take a processor a hundred times as long."""
+    x = torch.linspace(-400.0, 0.0, 4001)
+    found, true = exponentials_(x.clone()), x.double().exp()
+    assert float(found.min()) > torch.finfo(torch.float32).tiny
+    assert float((found.double() - true).abs().max()) < 1e-6
+    chances = probabilities_(x.clone())
+    assert not chances[x < LOWEST].any()
+    torch.testing.assert_close(chances[x > LOWEST + 1], found[x > LOWEST + 1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spread", [1.0, 300.0])
+def test_moments_and_partitions_of_logits_far_apart_are_those_of_float64(spread):
+    random = torch.Generator().manual_seed(3)
+    logits = spread * torch.randn(20, 500, generator=random)
+    weight = torch.randn(500, 7, generator=random)
+    moment, log_z = moment_and_partition(logits.clone(), weight)
+    wide = logits.double()
+    torch.testing.assert_close(log_z.double(), wide.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(moment.double(), wide.softmax(-1) @ weight.double(), rtol=1e-4, atol=1e-5)

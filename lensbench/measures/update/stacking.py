@@ -111,7 +111,8 @@ class NextTokens:
     @cached_property
     def _offset(self) -> Tensor:
         """``norm(0)``."""
-        return self.readout.final_norm(torch.zeros_like(self.pad))
+        found: Tensor = self.readout.final_norm(torch.zeros_like(self.pad))
+        return found
 
     @cached_property
     def _of_all(self) -> Tensor:
