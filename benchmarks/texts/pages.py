@@ -16,9 +16,12 @@ from benchmarks.texts.numbers import TextError, claim, markdown
 from benchmarks.texts.rates import Rates
 from benchmarks.texts.studies import Studies
 from benchmarks.texts.tables import Results
+from lensbench.data.corpus import MIN_DOCUMENTS, MIN_LONE_BYTES
 from lensbench.errors import LensbenchError
 from lensbench.results.folder import read_run
 from lensbench.runtime.files import write_atomically
+from lensbench.statistics import FEWEST_CLUSTERS
+from lensbench.suite.changes import Changes
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = Path(__file__).parent / "templates"
@@ -64,6 +67,10 @@ def environment(results: Path, templates: Path = TEMPLATES) -> Environment:
         "rates": cache(lambda *names: Rates(results, names)),
         "folders": lambda within: folders(results, within),
         "file": lambda name: (results / name).is_file(),
+        "suite": cache(lambda name, preset=None: Changes(preset=preset).of(name)),
+        "fewest_clusters": FEWEST_CLUSTERS,
+        "least_bytes": MIN_LONE_BYTES,
+        "least_documents": MIN_DOCUMENTS,
         "exists": lambda name: (results / name / "manifest.json").is_file(),
         "lenses": cache(lambda *names: LensResults(results, names)),
         "figure": partial(figure, results),

@@ -141,6 +141,17 @@ class Studies:
         heads = ["positions", "windows", "seconds", "clusters", "KL", "half-width", "added in place", "half-width"]
         return markdown([*heads, "of held-out clusters"], rows)
 
+    def differences(self, path: str, indices: Sequence[str]) -> str:
+        """A table of differences between two runs of one seed, with their notes, as ``compare --out`` writes them."""
+        rows = []
+        for index in indices:
+            keys = {"kind": "difference", "index": index, "seed": 0}
+            row = self.row(path, **keys)
+            note = "-" if pd.isna(row["note"]) else str(row["note"])
+            paired = "yes" if row["paired"] else "no"
+            rows.append([f"`{index}`", str(self.number(path, **keys)), paired, note])
+        return markdown(["index", "difference", "paired", "note"], rows)
+
     def right(self, group: str, family: str, column: str) -> Number:
         """A share of ``update-calibration/right.csv``: ``committed`` or ``right_when_committed``."""
         return self.number("update-calibration/right.csv", column, set=group, family=family)

@@ -65,6 +65,37 @@ class Results:
         return f"{self.runs[0].manifest.content()['corpus']['epochs']:.1f}"
 
     @property
+    def largest(self) -> int:
+        """The parameters of the largest model."""
+        return int(self.table("models.csv")["parameters"].max())
+
+    @property
+    def held_out(self) -> int:
+        """The held-out windows of the first run."""
+        return self.runs[0].manifest.suite.evaluate.sequences
+
+    @property
+    def probe_windows(self) -> int:
+        """The held-out windows that the probes of the first run read."""
+        evaluate = self.runs[0].manifest.suite.evaluate
+        return min(evaluate.sequences, evaluate.probe_sequences)
+
+    def weights(self, model: str) -> list[str]:
+        """What a model's weights are known by, at every seed."""
+        known = self.runs[0].manifest.weights
+        return [known[name] for name in sorted(known) if name.rpartition("-seed")[0] == model]
+
+    @property
+    def minutes(self) -> str:
+        """What the stages of the longest of these runs took."""
+        return f"{max(sum(run.manifest.seconds.values()) for run in self.runs) / 60:.0f} minutes"
+
+    @property
+    def memory(self) -> str:
+        """The peak memory of the runs' processes."""
+        return f"{max(run.manifest.peak_gib or 0 for run in self.runs):.1f} GiB"
+
+    @property
     def landmarks(self) -> str:
         """The models as landmarks, as CSV."""
         return landmark_table(self.runs).to_csv(index=False, lineterminator="\n")

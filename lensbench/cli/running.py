@@ -144,7 +144,7 @@ Ray = Annotated[
     str | None,
     typer.Option(
         metavar="[ADDRESS]",
-        help="Compute on a Ray cluster (pip install 'lensbench[ray]'): HOST:PORT, auto, or, without an address, one on "
+        help="Compute on a Ray cluster (pip install -e '.[ray]'): HOST:PORT, auto, or, without an address, one on "
         "this machine. The run folder must be one that all its machines share.",
         show_default=False,
     ),

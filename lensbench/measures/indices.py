@@ -55,7 +55,7 @@ CATALOGUE = (
     *OF_UPDATES,
     Index(
         "constant_kl", "K_0", "K_0",
-        "KL of the best constant distribution to the model's own: what there is to gain.",
+        "KL of the model's prediction from the best one that does not depend on the input, its mean: what there is to gain.",
         stage="none", unit="nats", comparable="models with the same tokens", compute=lambda m: Value(m.constant),
     ),
     Index(

@@ -325,7 +325,8 @@ class Run:
         if path is None:
             if self.manifest.exported is not None and self.manifest.exported.sums == NO_SUMS:
                 raise LensbenchError(
-                    f"{self.folder} has no {SUMS}: it was exported with --no-sums; give the folder of the run itself"
+                    f"{self.folder} has no {SUMS}: it was exported with --no-sums; give the folder of the run itself, or "
+                    f"see its tables by `lensbench report {self.folder} --out PAGE.html`"
                 )
             raise LensbenchError(
                 f"{self.folder} has no {SUMS}: `lensbench run` with the same suite writes it from the finished stages"

@@ -322,8 +322,8 @@ OF_DEFINITIONS = """
 
 In the order of their rows. *Lenses*: how the lenses were fitted that an index is read from; *matrix* means those of
 the transfer matrix. *Compares*: what its values can be compared between. Letters: K_ij is the KL of lens i at layer
-j, C_ij its cross-entropy, K_0 the KL of the best constant; r_i is what lens i reads at its own layer, s_ij at layer
-j, f_i the part of r_i that is signal.
+j, C_ij its cross-entropy, K_0 the KL of the best prediction that does not depend on the input, which is the mean
+prediction; r_i is what lens i reads at its own layer, s_ij at layer j, f_i the part of r_i that is signal.
 
 """
 

@@ -192,7 +192,7 @@ class Cluster:
 
 def _ray() -> Any:
     """The module ``ray``; raises :class:`LensbenchError` where it is not installed, or broken."""
-    install = "python -m pip install 'lensbench[ray]'"
+    install = "python -m pip install -e '.[ray]'"
     try:
         import ray
     except Exception as error:  # a broken installation raises whatever its parts raise

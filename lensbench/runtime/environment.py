@@ -42,7 +42,8 @@ def needs(extra: str, package: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise LensbenchError(f"{package} is missing: python -m pip install 'lensbench[{extra}]'") from error
+        install = f"python -m pip install -e '.[{extra}]' in the clone of lensbench"
+        raise LensbenchError(f"{package} is missing: {install}") from error
 
 
 def versions() -> dict[str, str]:

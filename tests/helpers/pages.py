@@ -38,7 +38,7 @@ class Read(HTMLParser):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install 'lensbench[browser]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[browser]'")
     chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
     if chromium is None:
         pytest.skip("no chromium here")

@@ -81,6 +81,7 @@ def test_every_extra_that_a_message_names_exists():
         re.findall(r"install (?:-e )?'(?:lensbench|\.)\[([a-z,]+)\]", t) for t in texts
     )
     assert {extra for group in named for extra in group.split(",")} <= set(extras)
+    assert [text for text in texts if "'lensbench[" in text] == [], "lensbench is installed from a clone: -e '.[EXTRA]'"
 
 
 def test_no_module_solves_batches_by_lu():

@@ -163,4 +163,7 @@ def test_without_sums_tables_stay_and_compare_says_what_it_would_need(tiny_run, 
     for name, table in read_run(tiny_run).tables.items():
         pd.testing.assert_frame_equal(read_run(tmp_path / "tiny").tables[name], table)
     assert (tmp_path / "tiny" / "figures" / "plane.png").read_bytes() == (light / "figures" / "plane.png").read_bytes()
-    refused(run("compare", tiny_run, tmp_path / "tiny"), "exported with --no-sums")
+    refused(
+        run("compare", tiny_run, tmp_path / "tiny"),
+        "exported with --no-sums; give the folder of the run itself, or see its tables by `lensbench report ",
+    )

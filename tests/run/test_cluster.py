@@ -20,7 +20,7 @@ from lensbench.suite.files import load_suite
 pytestmark = pytest.mark.run
 
 ROOT = Path(__file__).resolve().parents[2]
-ray = pytest.importorskip("ray", reason="needs pip install 'lensbench[ray]'")
+ray = pytest.importorskip("ray", reason="needs pip install -e '.[ray]'")
 
 
 def workers() -> list[int]:

@@ -63,8 +63,8 @@ OF_UPDATES: tuple[Index, ...] = (
     *_both(
         "readable_gain", "readable gain", "V = sum (CE_base - CE_old) / sum (CE_base - CE_new)", "The share of the "
         "cross-entropy gain that the earlier lens itself can read; far too low for mixtures. Well above 0: what is "
-        "added in place is what predicts. It lumps together what is carried along, re-represented, news, and interference "
-        "that depends on the answer.", shown=(11, 5),
+        "added in place is what predicts. Near 0 excludes nothing: the gain may be carried along, re-represented, or news, "
+        "or interference that depends on the answer may hide it.", shown=(11, 5),
     ),
     *_both(
         "commission", "commission", "E|r_i - f_i|^2 / E|T - r_i|^2", "The share of a lens's error that is loading on what "
@@ -80,7 +80,7 @@ OF_UPDATES: tuple[Index, ...] = (
         shown=(12, 6),
     ),
     Index(
-        "reach", "reach", "1 - KL of the last layer's lens / KL of the best constant", "How much of the prediction the lens "
+        "reach", "reach", "1 - KL of the last layer's lens / K_0", "How much of the prediction the lens "
         "of the last layer reads. What no linear lens reads before the last block, no share speaks of.",
         comparable="all models", of_updates=True, shown=13,
     ),
