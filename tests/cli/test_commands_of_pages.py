@@ -119,7 +119,7 @@ def test_the_python_of_a_page_imports_the_modules_that_it_uses(page):
 def test_the_folders_of_commands_are_found_in_blocks_and_in_the_text(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "`lensbench compare\nresults/a results/b` or\n\n```bash\nlensbench compare runs/x results/c --out results/d  # results/e\n```\n"
+        "`lensbench compare\nresults/a results/b`\n\n```bash\nlensbench compare runs/x results/c --out results/d # e\n```\n"
     )
     assert sorted(folders_named(page, "compare")) == ["results/a", "results/b", "results/c"]
 
