@@ -43,9 +43,11 @@ def annotated(run_folder: Path) -> Figure:
         "adds elsewhere: in directions\nother than those of\nthe earlier lens",
         right,
         0.5,
-        (elsewhere + 0.75, ADDS.at(0.9)),
+        (elsewhere + 0.75, ADDS.at((1 + blocks.loc[elsewhere, "in_place"]) / 2)),
     )
-    write(panel, "mark and line: value and\n95 % interval", right, 0.33, (elsewhere + 0.5, ADDS.at(0.74)))
+    low = float(blocks.loc[elsewhere, ["in_place", "in_place_low"]].min())
+    said = "mark and line: value and\n95 % interval (arrowhead:\nit goes on)"
+    write(panel, said, right, 0.33, (elsewhere + 0.5, ADDS.at(low)))
     return drawing
 
 

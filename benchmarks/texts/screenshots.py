@@ -1,5 +1,10 @@
-"""``python -m benchmarks.texts.screenshots``: pages of runs in a browser, for ``results/gallery.md``."""
+"""``python -m benchmarks.texts.screenshots``: pages of runs in a browser, for ``results/gallery.md``.
 
+``results/gallery/screenshots.json`` holds what each shows: a test finds one whose runs have other tables by now.
+"""
+
+import hashlib
+import json
 import shutil
 import sys
 import tempfile
@@ -12,6 +17,12 @@ from PIL import Image
 from benchmarks.texts.pages import ROOT
 from lensbench.report.page import page
 from lensbench.results.folder import read_run
+from lensbench.runtime.files import write_json
+
+GALLERY = ROOT / "results" / "gallery"
+
+SHOWN = GALLERY / "screenshots.json"
+"""Name of each screenshot -> its runs -> :func:`tables_checksum` of what it shows"""
 
 COLOURS = 48
 """Colours of a picture: enough for flat colours and the edges of letters, and a third of the bytes"""
@@ -58,6 +69,18 @@ def write_screenshots(pages: Mapping[str, Path], folder: Path) -> list[Path]:
     return written
 
 
+def tables_checksum(run: str) -> str:
+    """The SHA-256 of the checksums of all tables of a run in ``results/``."""
+    exported = read_run(ROOT / "results" / run).manifest.exported
+    assert exported is not None
+    return hashlib.sha256(json.dumps(exported.tables, sort_keys=True).encode()).hexdigest()
+
+
+def shown_now() -> dict[str, dict[str, str]]:
+    """What :data:`SHOWN` holds of screenshots of the tables as they are."""
+    return {name: {run: tables_checksum(run) for run in shot.runs} for name, shot in SHOTS.items()}
+
+
 def main() -> None:
     """Write all of them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -65,8 +88,9 @@ def main() -> None:
         for name, shot in SHOTS.items():
             pages[name] = Path(folder) / f"{name}.html"
             pages[name].write_text(page([read_run(ROOT / "results" / run) for run in shot.runs]), encoding="utf-8")
-        for file in write_screenshots(pages, ROOT / "results" / "gallery"):
+        for file in write_screenshots(pages, GALLERY):
             sys.stdout.write(f"written: {file.relative_to(ROOT)}\n")
+    write_json(SHOWN, shown_now())
 
 
 if __name__ == "__main__":

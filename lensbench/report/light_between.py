@@ -28,7 +28,7 @@ FIGURE = "between"
 
 SHOWN = ("own_kl", "penalty", "null_penalty", "shared", "same_tokens")
 VALUES = tuple(f"{name}{end}" for name in SHOWN for end in ("", "_ci_low", "_ci_high"))
-DPI = 80
+DPI = 120
 
 
 def light(table: pd.DataFrame) -> pd.DataFrame:

@@ -51,20 +51,28 @@ def test_models_within_the_interval_of_the_lowest_loss_are_as_low():
     assert findings.lowest_loss(last, "nats") == "Lowest loss after all tokens: x and y, 2.00; highest: z, 3.00 nats"
 
 
-def test_a_series_surely_changes_where_its_first_and_last_intervals_do_not_overlap():
+def test_a_series_surely_changes_where_the_corrected_p_of_its_slope_is_small():
     frame = pd.DataFrame(
-        {
-            "series": ["a", "a", "b", "b"], "index": "ce", "seed": "all", "x": [2.0, 1.0, 1.0, 2.0],
-            "value": [1.0, 2.0, 1.0, 1.1], "ci_low": [0.9, 1.9, 0.9, 1.0], "ci_high": [1.1, 2.1, 1.1, 1.2],
-        }
-    )  # fmt: skip
-    assert findings.sure_changes(frame, {"ce": "loss"}, "tokens").endswith("of 2 series: loss falls in 1")
-    assert findings.sure_changes(frame[frame["series"] == "b"], {"ce": "loss"}, "tokens").startswith("Nothing surely")
+        {"series": list("aabbc"), "index": "ce", "slope": [-1, -1, 1, 1, 2.0], "p_holm": [0.01, 0.01, 0.2, 0.2, None]}
+    )
+    assert findings.sure_trends(frame, {"ce": "loss"}, "tokens") == "As tokens double, of 3 series: loss falls in 1"
+    assert findings.sure_trends(frame[frame["series"] != "a"], {"ce": "loss"}, "tokens").startswith("Nothing surely")
 
 
-def test_heads_are_counted_and_halfway_is_half_of_the_layers():
-    heads = pd.DataFrame({"model": "gpt", "found": [0.0, 1.0, 1.0]})
-    assert findings.heads_found(heads) == "Prediction errors are carried by 2 of 3 heads"
+def test_heads_are_counted_with_how_much_of_an_error_they_carry_and_no_word_says_that_they_carry_one():
+    heads = pd.DataFrame({"model": "gpt", "found": [0.0, 1.0, 1.0], "ratio": [0.9, 0.13, np.nan]})
+    said = findings.heads_found(heads)
+    assert said == "2 of 3 heads use expectations with the sign turned, beta / alpha at most 0.13 (1 in an error)"
+    none = heads.assign(model="pc", found=0.0)
+    assert findings.heads_found(none) == "None of 3 heads is found to use expectations with the sign turned"
+    assert findings.heads_found(pd.concat([heads, none])).endswith(
+        "(1 in an error): gpt 2 of 3 (at most 0.13), pc 0 of 3"
+    )
+    many = pd.concat([heads.assign(model=f"m{k}") for k in range(5)])
+    assert findings.heads_found(many).startswith("10 of 15 heads in 5 models use")
+
+
+def test_halfway_is_half_of_the_layers():
     frame = pd.DataFrame({"model": "vit", "lens": "tuned", "layer": range(5), "value": [0.1, 0.2, 0.5, 0.8, 0.9]})
     assert "right in 50 % of targets" in findings.halfway_accuracy(frame)
     assert findings.models_or_count(["a"], 9) == "1 of 9 models"

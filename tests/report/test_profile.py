@@ -20,9 +20,12 @@ from scipy import stats
 from lensbench import LensbenchError, plot_profile
 from lensbench.report.figures.blocks import profile_frame
 from lensbench.report.figures.plane import VIEWS as VIEWS_OF_PLANE
-from lensbench.report.figures.plane import finding, plane, plane_frame
+from lensbench.report.figures.plane import crowd, finding, plane, plane_frame
 from lensbench.report.figures.profile import ADDS, KEEPS, NEWS, STRIPS, profile_over_depth
+from lensbench.report.figures.profile import finding as finding_of_profile
 from lensbench.report.figures.style import SHEETS, on_sheet, style
+from lensbench.report.formatting import shown_seeds
+from lensbench.report.joining import together
 from lensbench.report.profile_svg import profiles
 from lensbench.report.profile_table import BARS, profile_table
 from lensbench.results.folder import Run, read_run
@@ -203,43 +206,102 @@ def test_a_run_without_the_decomposition_has_no_profile(tmp_path: Path) -> None:
     assert profiles([run], [{"gpt": "gpt"}]) == ""
 
 
-def test_the_planes_title_says_in_which_region_each_model_wholly_lies() -> None:
-    rule = {"added": 0.8, "carried": 0.3, "clear": 0.5, "changed": 0.2}
-    ends = {
-        "a": ((0.9, 1.0), (0.8, 0.9)),
-        "b": ((0.7, 1.0), (0.8, 0.9)),
-        "c": ((-0.1, 0.1), (0.9, 1.0)),
-        "d": ((np.nan, np.nan), (0.0, 0.1)),
-    }
-    names = VIEWS_OF_PLANE[-1].x, VIEWS_OF_PLANE[-1].y
-    rows = [
-        {"part": "model", "model": model, "index": name, "ci_low": low, "ci_high": high}
-        for model, of in ends.items()
-        for name, (low, high) in zip(names, of, strict=True)
-    ]
-    rows += [{"part": "rule", "model": "", "index": f"update_{name}", "value": at} for name, at in rule.items()]
-    frame = pd.DataFrame(rows)
-    assert finding(frame) == "By region, added up: a; carried along: c; re-represented: d; in none: b"
-    more = pd.concat([frame, frame[frame["model"] == "a"].assign(model="e")])
-    assert finding(more) == "Regions of 5 models: added up 2, carried along 1, re-represented 1, in none 1"
+def test_the_planes_title_gives_the_verdicts_that_the_profile_of_the_same_run_gives() -> None:
+    """A verdict needs more than a region: seeds that agree, and passed gates."""
+    run = read_run(RESULTS / "standard" / "controls")
+    frame = plane_frame(run)
+    said = finding(frame)
+    assert said == finding_of_profile(profile_frame(run))
+    numbers = [int(number) for number in re.findall(r"\d+", said)]
+    assert numbers[0] == sum(numbers[1:]) == run.tables["models.csv"]["model"].nunique()
+    few = frame[frame["model"].isin(["gpt2", "gpt-untrained"])]
+    assert finding(few) == "Added up in one representation: gpt2; undetermined: gpt-untrained"
+    assert finding(frame[frame["part"] != "verdict"]).endswith("?")
 
 
-def test_a_plane_without_a_decomposition_says_the_regions_of_lenses_held_fixed():
+def test_a_plane_without_a_decomposition_gives_the_verdicts_of_lenses_held_fixed():
     run = read_run(RESULTS / "probes" / "small")
     frame = plane_frame(run)
     own = frame[frame["part"] == "model"]
     assert not own["index"].str.startswith("in_place").any()
     said = finding(frame)
-    assert "?" not in said
-    assert said.startswith("Lenses held fixed, regions of 6 models: ")
-    assert sum(int(number) for number in re.findall(r" (\d+)(?:,|$)", said.partition(": ")[2])) == 6
-    few = frame[(frame["part"] != "model") | frame["model"].isin(list(own["model"].unique()[:2]))]
-    assert finding(few).startswith("Lenses held fixed, ")
+    assert said.startswith("With lenses held fixed, of 6 models, ")
+    verdicts = shown_seeds(run.tables["verdicts.csv"]).query("scope == 'without layer 0'")["fixed_lens_verdict"]
+    for verdict, count in verdicts.value_counts().items():
+        assert f" {count} {verdict}" in said
+    few = frame[frame["model"].isin(list(own["model"].unique()[:2]))]
+    assert finding(few).startswith("With lenses held fixed, ")
+
+
+def test_a_model_without_a_y_is_named_and_not_drawn_where_its_place_would_be_an_answer(tmp_path: Path) -> None:
+    """At the bottom of the plane it would lie in the region of re-representation."""
+    run = decomposed_run(tmp_path, {"gpt": 6, "empty": 6})
+    x, y = "gain_visibility", "shared_consistency"
+    rows = [("gpt", x, 0.5), ("gpt", y, 0.7), ("empty", x, None), ("empty", y, None)]
+    rows = [{"model": model, "seed": "0", "index": index, "value": value} for model, index, value in rows]
+    run = edit(run, "indices.csv", lambda table: pd.concat([table, pd.DataFrame(rows)]))
+    with style():
+        drawing = plane(plane_frame(run))
+    assert not [line for line in drawing.axes[0].lines if line.get_label() == "undetermined"]
+    assert [text.get_text() for text in drawing.axes[0].texts if text.get_weight() == "bold"] == ["gpt"]
+    assert "Undefined along y, and not drawn: empty (all layers)." in drawing.get_supxlabel().replace("\n", " ")
+
+
+def test_models_that_lie_on_each_other_are_named_in_a_close_up_alone() -> None:
+    runs = together([read_run(RESULTS / "standard" / part) for part in ("gpt", "pc", "controls")])
+    frame = plane_frame(runs)
+    near = crowd(frame[frame["part"] == "model"], VIEWS_OF_PLANE[-1])
+    assert {"gpt", "pc", "pc+state"} <= set(near)
+    assert "gpt-partitioned" not in near
+    with style():
+        far, close = plane(frame).axes[2:]
+    bold = [[text.get_text() for text in panel.texts if text.get_weight() == "bold"] for panel in (far, close)]
+    assert sorted(bold[1]) == sorted(near)
+    assert not set(bold[0]) & set(near)
+    boxes = [text.get_window_extent() for text in close.texts if text.get_weight() == "bold"]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_a_run_without_landmarks_has_no_column_for_them(tmp_path: Path) -> None:
     run = edit(decomposed_run(tmp_path, {"gpt": 6}), "landmarks.csv", lambda table: table.iloc[:0])
     assert "its own landmarks" not in printed(run, bars=False)
+
+
+def numbers_of(panel: Axes) -> list[Text]:
+    return [text for text in panel.texts if re.fullmatch(r"\N{MINUS SIGN}?\d*\.\d\d", text.get_text())]
+
+
+def test_numbers_stand_upright_where_they_fit_and_are_turned_in_the_bars_of_a_deep_model(tmp_path: Path) -> None:
+    for model, layers, angle in (("gpt", 6, 0), ("smollm2", 30, 90)):
+        panel = draw(decomposed_run(tmp_path / model, {model: layers})).axes[0]
+        blocks = [text for text in numbers_of(panel) if text.get_gid().startswith("block")]
+        assert len(blocks) >= 2 * (layers - 2)
+        assert {text.get_rotation() for text in blocks} == {angle}
+        boxes = [text.get_window_extent() for text in blocks]
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
+def test_what_leaves_a_strip_has_an_arrowhead_and_the_caption_says_so(tmp_path: Path) -> None:
+    run = decomposed_run(tmp_path, {"gpt": 6})
+    none = draw(run)
+    assert "Arrowheads" not in none.get_supxlabel()
+
+    def far(table: pd.DataFrame) -> pd.DataFrame:
+        """News of one block leaves at the top, its interval at both ends; of another the interval alone."""
+        table.loc[table.index[:2], ["news", "news_ci_low", "news_ci_high"]] = [[3.0, -2.0, 8.0], [0.5, 0.2, 1.5]]
+        return table
+
+    drawing = draw(edit(run, "blocks.csv", far))
+    assert "Arrowheads: a value (filled), or an end of its interval (open)" in drawing.get_supxlabel().replace(
+        "\n", " "
+    )
+    heads = [
+        (line.get_marker(), line.get_markerfacecolor() == "white", line.get_xdata()[0])
+        for line in drawing.axes[0].lines if line.get_marker() in ("^", "v")
+    ]  # fmt: skip
+    assert sorted(heads, key=lambda head: head[::-1])[:3] == sorted(
+        [("^", False, 0.5), ("v", True, 0.5), ("^", True, 1.5)], key=lambda head: head[::-1]
+    )
 
 
 MANY = dict.fromkeys(["gpt", "gpt-partitioned", "gpt-conv+rotated", "gpt-untrained", "pc", "pc+state", "cnn", "vit"], 6)

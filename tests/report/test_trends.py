@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lensbench.report import trends
+from lensbench.report import slopes, trends
 from lensbench.report.figures.trends import FIGURE_OVER, headline_frame, trend_panels
 from lensbench.report.series import PARAMETERS, TOKENS, Series, points_of, series_of, values_of
 from lensbench.results.folder import Run
@@ -92,7 +92,7 @@ def test_weights_give_the_least_squares_slope():
     rng = np.random.default_rng(0)
     for _ in range(5):
         x, y = rng.normal(size=7), rng.normal(size=7)
-        assert trends.slope_weights(x) @ y == pytest.approx(stats.linregress(x, y).slope)
+        assert slopes.slope_weights(x) @ y == pytest.approx(stats.linregress(x, y).slope)
 
 
 def test_p_is_corrected_by_holm_over_the_indices_of_a_series_alone(monkeypatch):
@@ -103,6 +103,21 @@ def test_p_is_corrected_by_holm_over_the_indices_of_a_series_alone(monkeypatch):
     assert "the same at every seed" in table.loc[(TOKENS, "gpt", "movement"), "note"]
     alone = table_of(trained(), monkeypatch, indices=["in_place_without_layer0"])
     assert list(alone["p_holm"]) == pytest.approx([p])
+
+
+def test_a_title_counts_the_slopes_that_differ_from_none_after_correction_over_what_is_drawn(monkeypatch):
+    """Intervals of the first and the last model overlap here; the slopes of the seeds do not leave any doubt."""
+    run = trained()
+    table = table_of(run, monkeypatch)
+    share = table.loc[TOKENS, "gpt", "in_place_without_layer0"]
+    assert share["p"] < 0.05 < share["p_holm"], "over all three indices"
+    frame = headline_frame(run, TOKENS)
+    assert frame.groupby("index")["p_holm"].first()["in_place_without_layer0"] == pytest.approx(2 * share["p"])
+    assert 2 * share["p"] < 0.05, "over the two that are drawn"
+    said = trend_panels(frame, TOKENS, ["ce", "in_place_without_layer0"]).get_suptitle().replace("\n", " ")
+    assert said == "As training tokens double, of 1 series: added in place rises in 1"
+    frame["p_holm"] = 0.06
+    assert trend_panels(frame, TOKENS, ["ce"]).get_suptitle() == "Nothing surely changes as training tokens double"
 
 
 def sized(counts: dict[str, int]) -> tuple[Run, list[np.ndarray]]:
@@ -193,7 +208,7 @@ def test_points_have_each_seed_and_the_mean_and_the_figure_draws_them():
 
 
 def test_columns_of_both_tables_are_in_the_schema():
-    assert list(FURTHER["trends.csv"]) == list(trends.TREND_COLUMNS)
+    assert list(FURTHER["trends.csv"]) == list(slopes.TREND_COLUMNS)
     assert list(FURTHER["trend_points.csv"]) == list(points_of(pd.DataFrame(), []).columns)
     assert set(FIGURE_OVER) == {TOKENS, PARAMETERS}
 

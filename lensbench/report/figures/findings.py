@@ -1,9 +1,10 @@
 """What figures find, in the words of their titles."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from lensbench.report.claims import LEVEL
 from lensbench.report.figures.style import MINUS
 
 MOST_NAMED = 4
@@ -26,6 +27,14 @@ def by_model(values: "pd.Series[float]", form: str = "{:.2g}") -> str:
 def models_or_count(models: Sequence[str], among: int) -> str:
     """The models by name, or how many they are among many."""
     return ", ".join(models) if among <= MOST_NAMED else f"{len(models)} of {among} models"
+
+
+def verdicts_said(verdicts: Mapping[str, str], among: int) -> str:
+    """The verdicts with their models, or how many models get each where there are many; ``among``: of so many models."""
+    groups = {verdict: [m for m, given in verdicts.items() if given == verdict] for verdict in verdicts.values()}
+    if among <= MOST_NAMED:
+        return "; ".join(f"{verdict}: {', '.join(models)}" for verdict, models in groups.items())
+    return f"of {among} models, " + ", ".join(f"{len(models)} {verdict}" for verdict, models in groups.items())
 
 
 def lens_cost(frame: pd.DataFrame, unit: str) -> str:
@@ -157,13 +166,24 @@ def pair_cost(frame: pd.DataFrame, unit: str) -> str:
 
 
 def heads_found(frame: pd.DataFrame) -> str:
-    """How many heads carry prediction errors."""
-    counts = frame.groupby("model", sort=False)["found"].agg(lambda found: (found > 0).sum())
-    heads = frame.groupby("model", sort=False).size()
+    """How many heads are found to use expectations with the sign turned, and how much of an error that is at most."""
+    groups = frame.assign(ratio=frame["ratio"].where(frame["found"] > 0)).groupby("model", sort=False)
+    heads, counts = groups.size(), groups["found"].agg(lambda found: int((found > 0).sum()))
+    most = groups["ratio"].max()
+    if not counts.sum():
+        return f"None of {heads.sum()} heads is found to use expectations with the sign turned"
     if len(counts) > MOST_NAMED:
-        return f"Prediction errors are carried by {counts.sum()} of {heads.sum()} heads in {len(counts)} models"
-    said = [f"{counts[m]} of {heads[m]} heads" + (f" ({m})" if len(counts) > 1 else "") for m in counts.index]
-    return f"Prediction errors are carried by {', '.join(said)}"
+        said = f"{counts.sum()} of {heads.sum()} heads in {len(counts)} models use expectations with the sign turned"
+        return f"{said}, beta / alpha at most {most.max():.2g} (1 in an error)"
+    named = [
+        f"{m} {counts[m]} of {heads[m]}" + (f" (at most {most[m]:.2g})" if counts[m] else "") for m in counts.index
+    ]
+    if len(named) > 1:
+        return (
+            f"Heads found to use expectations with the sign turned, by beta / alpha (1 in an error): {', '.join(named)}"
+        )
+    said = f"{counts.iloc[0]} of {heads.iloc[0]} heads use expectations with the sign turned"
+    return f"{said}, beta / alpha at most {most.iloc[0]:.2g} (1 in an error)"
 
 
 def lowest_loss(last: pd.DataFrame, unit: str) -> str:
@@ -178,22 +198,19 @@ def lowest_loss(last: pd.DataFrame, unit: str) -> str:
     return said + (f"; highest: {worst['model']}, {worst['ce']:.2f} {unit}" if len(low) < len(ordered) else f" {unit}")
 
 
-def sure_changes(frame: pd.DataFrame, names: dict[str, str], over: str) -> str:
-    """Which quantities surely rise or fall from the first to the last model of a series; ``names``: index -> its name.
+def sure_trends(frame: pd.DataFrame, names: dict[str, str], over: str) -> str:
+    """Which quantities surely rise or fall as tokens or parameters double; ``names``: index -> its name.
 
-    Surely: the two intervals do not overlap.
+    Surely: p of the slope, corrected by Holm, is below :data:`LEVEL`, as texts say it.
     """
-    said, count = [], frame["series"].nunique()
+    slopes = frame.drop_duplicates(["series", "index"])
+    told = slopes[slopes["p_holm"].astype(float) < LEVEL]
+    said = []
     for index, name in names.items():
-        rises = falls = 0
-        for _, rows in frame[frame["index"] == index].groupby("series"):
-            whole = rows[rows["seed"].astype(str) == "all"]
-            ends = (whole if len(whole) else rows).sort_values("x").iloc[[0, -1]]
-            low, high = ends["ci_low"].to_numpy(float), ends["ci_high"].to_numpy(float)
-            rises += bool(low[1] > high[0])
-            falls += bool(high[1] < low[0])
-        ways = [f"{way} in {k}" for way, k in (("rises", rises), ("falls", falls)) if k]
-        said += [f"{name} {' and '.join(ways)}"] if ways else []
+        of_index = told.loc[told["index"] == index, "slope"].astype(float)
+        ways = {"rises": int((of_index > 0).sum()), "falls": int((of_index < 0).sum())}
+        if counts := [f"{way} in {count}" for way, count in ways.items() if count]:
+            said.append(f"{name} {' and '.join(counts)}")
     if not said:
-        return f"Nothing surely changes from the least to the most {over}"
-    return f"From the least to the most {over}, of {count} series: {'; '.join(said)}"
+        return f"Nothing surely changes as {over} double"
+    return f"As {over} double, of {frame['series'].nunique()} series: {'; '.join(said)}"

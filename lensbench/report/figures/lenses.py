@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lensbench.lenses.kinds import layer_kinds
 from lensbench.report.figures.findings import halfway_accuracy, lens_cost
@@ -34,20 +34,24 @@ def kl_by_layer(frame: pd.DataFrame) -> Figure:
     lenses = frame.drop_duplicates("name").set_index("name")
     look: dict[str, Any] = {"hue": "name", "hue_order": list(lenses.index), "style": "name"}
     look |= {"palette": lenses["lens"].map(lens_colours()).to_dict(), "dashes": lenses["stage"].map(DASHES).to_dict()}
-    drawing, panels = panel_for_each(models, 2.6, 2.6, sharey=True)
+    # An axis for all would reach from the least to the largest KL of any model, and ten lines would lie on each other.
+    drawing, panels = panel_for_each(models, 2.6, 2.6, sharey=False)
     for panel, model in zip(panels, models, strict=True):
         rows = frame[frame["model"] == model].sort_values("layer")
         sns.lineplot(rows, x="layer", y="kl", errorbar=None, lw=1.6, marker="o", ms=2.5, mew=0, ax=panel, **look)
         for lens, line in rows.groupby("lens"):
             band = line["layer"], line["kl_ci_low"], line["kl_ci_high"]
-            panel.fill_between(*band, color=lens_colours()[str(lens)], alpha=0.18, lw=0)
+            panel.fill_between(*band, color=lens_colours()[str(lens)], alpha=0.3, lw=0)
         lines, labels = panel.get_legend_handles_labels()
         panel.legend().remove()
-        panel.set(title=model, yscale="log", xlabel="layer", ylabel=f"KL to the output ({nats_per(frame)})")
+        place = panel.get_subplotspec()
+        label = f"KL to the output ({nats_per(frame)})" if place is None or place.is_first_col() else ""
+        panel.set(title=model, yscale="log", xlabel="layer", ylabel=label)
         whole_layers(panel)
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        log_ticks(panel)
     legend_outside(drawing, lines, labels, handlelength=3)
-    title_and_caption(drawing, lens_cost(frame, nats_per(frame)), "Bands: 95 % intervals.")
+    caption = "Bands: 95 % intervals." + (" Each panel has its own scale." if len(models) > 1 else "")
+    title_and_caption(drawing, lens_cost(frame, nats_per(frame)), caption)
     return drawing
 
 
@@ -73,6 +77,19 @@ def accuracy_by_layer(frame: pd.DataFrame) -> Figure:
     caption = "Bands: 95 % intervals. Lenses: closed form, prior zero."
     title_and_caption(drawing, halfway_accuracy(frame), caption)
     return drawing
+
+
+MANY_POWERS = 100
+"""Where an axis spans less, powers of ten would mark one place or two"""
+
+
+def log_ticks(panel: Axes) -> None:
+    """Mark round numbers along a logarithmic y: powers of ten, and their doubles and fives where few powers lie within."""
+    low, high = panel.get_ylim()
+    if high < MANY_POWERS * low:
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def whole_layers(panel: Axes) -> None:

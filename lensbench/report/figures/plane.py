@@ -1,7 +1,7 @@
 """The plane of all models: where each stands, with and without layer 0, among the rule's regions and its own landmarks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lensbench.measures.update.summary import WITHOUT_LAYER_0
+from lensbench.measures.update.verdict import WITHOUT_FIRST
 from lensbench.measures.verdict import VerdictRule
+from lensbench.report.figures.blocks import verdict_on
+from lensbench.report.figures.findings import verdicts_said
 from lensbench.report.figures.frames import index_frame
 from lensbench.report.figures.layout import (
     label_points,
@@ -36,7 +39,7 @@ from lensbench.report.figures.style import (
     sheet,
     use_symlog,
 )
-from lensbench.report.formatting import is_left_out
+from lensbench.report.formatting import is_left_out, shown_seeds
 from lensbench.report.verdicts import rule_of
 from lensbench.results.folder import Run
 
@@ -88,6 +91,9 @@ VIEWS = (
 SIZES = {0: "0", 2: "2", 4: "4 or more"}
 """Movement -> its label in the legend; marks grow with movement up to the last."""
 
+FIXED, UPDATES = "fixed lenses", "update decomposition"
+"""What a verdict is of"""
+
 GUTTER = 0.1
 """Share of a panel's width, at its left, that holds what has no place along x"""
 
@@ -95,8 +101,8 @@ GUTTER = 0.1
 def plane_frame(run: Run) -> pd.DataFrame:
     """One row per index and model, undefined ones too, as of :func:`index_frame`; ``part`` is ``model``.
 
-    Further rows are the models' landmarks (part ``landmark``, their ``name``), and the thresholds of the two rules that
-    verdicts are given by (part ``rule``).
+    Further rows are the models' landmarks (part ``landmark``, their ``name``), the thresholds of the two rules that verdicts
+    are given by (part ``rule``), and the verdicts of the table (part ``verdict``, their ``name``; ``index``: what of).
     """
     names = [name for view in VIEWS for name in (view.x, view.y, view.size) if name]
     models = index_frame(run, names)
@@ -118,9 +124,22 @@ def plane_frame(run: Run) -> pd.DataFrame:
             pd.DataFrame({"index": list(thresholds), "value": list(thresholds.values())}).assign(
                 part="rule", model="", name="", known="", images=False
             ),
+            verdicts_of(run.tables, list(models["model"].unique())),
         ],
         ignore_index=True,
     )
+
+
+def verdicts_of(tables: Mapping[str, pd.DataFrame], models: Sequence[str]) -> pd.DataFrame:
+    """Rows of part ``verdict``: what the update decomposition says of each model from layer 1 on, else lenses held fixed."""
+    said = {model: verdict_on(tables, model).partition(" (")[0] for model in models}
+    index = UPDATES
+    if not any(said.values()):
+        rows = shown_seeds(tables["verdicts.csv"]).dropna(subset=["fixed_lens_verdict"])
+        rows = rows.iloc[(rows["scope"] == WITHOUT_FIRST).argsort(kind="stable")]  # the last of a model counts
+        said, index = dict(zip(rows["model"], rows["fixed_lens_verdict"].map(str), strict=True)), FIXED
+    found = [(model, said[model]) for model in models if said.get(model)]
+    return pd.DataFrame(found, columns=["model", "name"]).assign(part="verdict", index=index, known="", images=False)
 
 
 def thresholds_of(rule: VerdictRule) -> dict[str, float]:
@@ -162,74 +181,6 @@ def regions_of(
     ]
 
 
-@figure("plane", needs=("indices.csv",), frame=plane_frame)
-def plane(frame: pd.DataFrame) -> Figure:
-    """Gain visibility against consistency, with and without layer 0; and what is added in place against clarity.
-
-    ``frame``: as of :func:`plane_frame`.
-    """
-    own = frame[frame["part"] == "model"]
-    views = [view for view in VIEWS if view.x in set(own["index"])]
-    page = sheet().width
-    columns = panels_per_row(len(views), 1 if page and page < 5 else 2)
-    rows = -(-len(views) // columns)
-    wide, high = (5.6, 4.3) if own["model"].nunique() <= 8 else (6.6, 5.2)
-    drawing = new_figure(columns * wide + 1.6, rows * high + 0.4, page and rows * min(0.72 * page, 2.6))
-    panels = subplots(drawing, len(views), columns)
-    drawn = [draw_view(panel, view, frame) for panel, view in zip(panels, views, strict=True)]
-    legend_of_plane(drawing, panels[0], own, drawn)
-    caption = (
-        "Bars: 95 % intervals. Shaded: the rule's regions, which whole intervals must lie in. Open circles, at the left: "
-        "what is undetermined or undefined along x; at the bottom: along y as well."
-    )
-    if len(frame[frame["part"] == "landmark"]) and len(views) == len(VIEWS):
-        caption += " Grey diamonds: landmarks made of each model's own states."
-    decomposed = set(own.loc[own["index"] == VIEWS[-1].x, "model"])
-    if decomposed and (others := [model for model in own["model"].unique() if model not in decomposed]):
-        caption += f" Not decomposed: {', '.join(others)}."
-    title_and_caption(drawing, finding(frame), caption)
-    for panel, one in zip(panels, drawn, strict=True):
-        label_points(drawing, panel, one.points, one.taken)
-    return drawing
-
-
-MOST_NAMED = 4
-"""Models that the title names; of more it counts them"""
-
-
-def finding(frame: pd.DataFrame) -> str:
-    """The region that each model wholly lies in, the title of the figure: of the decomposition, else of lenses held fixed.
-
-    The question stands where no index has an interval.
-    """
-    own = frame[frame["part"] == "model"]
-    told = own[own["ci_low"].notna() & own["ci_high"].notna()]
-    view = next((view for view in (VIEWS[2], VIEWS[1], VIEWS[0]) if {view.x, view.y} <= set(told["index"])), VIEWS[2])
-    rule = frame[frame["part"] == "rule"].set_index("index")["value"]
-    ends = [own[own["index"] == name].set_index("model")[["ci_low", "ci_high"]] for name in (view.x, view.y)]
-    models = [model for model in ends[0].index if model in ends[1].index]
-    if not models:
-        return "Is one prediction refined in one representation?"
-    everywhere = -np.inf, np.inf
-    regions = regions_of(view, {str(name): float(at) for name, at in rule.items()}, (-np.inf, *everywhere), everywhere)
-    inside: dict[str, list[str]] = {name: [] for name in (*(region.name for region in regions), "in none")}
-    for model in models:
-        (left, right), (low, high) = (end.loc[model].to_numpy(float) for end in ends)
-        within = (
-            region.name
-            for region in regions
-            if (region.x == everywhere or region.x[0] <= left <= right <= region.x[1])
-            and region.y[0] <= low <= high <= region.y[1]
-        )
-        inside[next(within, "in none")].append(model)
-    fixed = "Lenses held fixed, " if view.size else ""
-    if len(models) > MOST_NAMED:
-        counts = ", ".join(f"{name} {len(there)}" for name, there in inside.items() if there)
-        return f"{fixed}{'regions' if fixed else 'Regions'} of {len(models)} models: {counts}"
-    title = "; ".join(f"{name}: {', '.join(there)}" for name, there in inside.items() if there)
-    return f"{fixed or 'By region, '}{title}"
-
-
 @dataclass(frozen=True)
 class DrawnView:
     """What a panel holds: places of names (x and y), artists that no name may cover, and kinds of marks."""
@@ -239,20 +190,99 @@ class DrawnView:
     kinds: frozenset[str]
 
 
-def draw_view(panel: Axes, view: View, frame: pd.DataFrame) -> DrawnView:
-    """Draw regions, models and landmarks of one view."""
+@figure("plane", needs=("indices.csv",), frame=plane_frame)
+def plane(frame: pd.DataFrame) -> Figure:
+    """Gain visibility against consistency, with and without layer 0; and what is added in place against clarity.
+
+    ``frame``: as of :func:`plane_frame`.
+    """
+    own = frame[frame["part"] == "model"]
+    views = [view for view in VIEWS if view.x in set(own["index"])]
+    near = crowd(own, views[-1])
+    page = sheet().width
+    columns = panels_per_row(len(views) + bool(near), 1 if page and page < 5 else 2)
+    rows = -(-(len(views) + bool(near)) // columns)
+    wide, high = (5.6, 4.3) if own["model"].nunique() <= 8 else (6.6, 5.2)
+    drawing = new_figure(columns * wide + 1.6, rows * high + 0.4, page and rows * min(0.72 * page, 2.6))
+    panels = subplots(drawing, len(views) + bool(near), columns)
+    drawn = [draw_view(panel, view, frame) for panel, view in zip(panels, views, strict=False)]
+    if near:
+        drawn[-1].points.drop(index=near, inplace=True)
+        drawn.append(draw_close_up(panels[-2], panels[-1], views[-1], frame, near))
+    legend_of_plane(drawing, panels[0], own, drawn)
+    caption = (
+        "Bars: 95 % intervals. Shaded: the rule's regions; a verdict needs whole intervals within one, at every seed, and "
+        "passed gates. Open circles, at the left: what is undetermined or undefined along x."
+    )
+    if len(frame[frame["part"] == "landmark"]) and len(views) == len(VIEWS):
+        caption += " Grey diamonds: landmarks made of each model's own states."
+    decomposed = set(own.loc[own["index"] == VIEWS[-1].x, "model"])
+    if decomposed and (others := [model for model in own["model"].unique() if model not in decomposed]):
+        caption += f" Not decomposed: {', '.join(others)}."
+    caption += without_place(own, views)
+    title_and_caption(drawing, finding(frame), caption)
+    for panel, one in zip(panels, drawn, strict=True):
+        label_points(drawing, panel, one.points, one.taken)
+    return drawing
+
+
+CLOSE, CROWD = 0.2, 6
+"""So many models that lie within so much of the middle one, along both axes, get a close-up"""
+
+
+def crowd(own: pd.DataFrame, view: View) -> list[str]:
+    """The models that lie so near to each other in a view of shares that their names need a panel of their own."""
+    if view.size:
+        return []
+    places = own[own["index"].isin([view.x, view.y])].pivot(index="model", columns="index", values="value").dropna()
+    near = (places - places.median()).abs().le(CLOSE).all(axis=1)
+    return [model for model in own["model"].unique() if near.get(model, False)] if near.sum() >= CROWD else []
+
+
+def draw_close_up(around: Axes, panel: Axes, view: View, frame: pd.DataFrame, models: list[str]) -> DrawnView:
+    """Draw the part of a view that holds these models with their intervals, and its frame in the panel ``around`` it."""
+    near = frame[frame["model"].isin(models) & (frame["part"] == "model") | (frame["part"] == "rule")]
+    drawn = draw_view(panel, replace(view, title="close-up of the frame at the left"), near, whole=False)
+    (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
+    around.add_patch(Rectangle((left, low), right - left, high - low, fc="none", ec=GREY, lw=0.8, zorder=4))
+    return drawn
+
+
+def without_place(own: pd.DataFrame, views: Sequence[View]) -> str:
+    """Which models were measured but have no place in a view, since they have no y there; empty where all have one."""
+    said = []
+    for view in views:
+        rows = own[(own["index"] == view.y) & own["model"].isin(own.loc[own["index"] == view.x, "model"])]
+        if names := list(rows.loc[rows["value"].isna(), "model"]):
+            said.append(f"{', '.join(names)} ({view.title})")
+    return f" Undefined along y, and not drawn: {'; '.join(said)}." if said else ""
+
+
+def finding(frame: pd.DataFrame) -> str:
+    """The title of the figure: verdicts of the decomposition, else those of lenses held fixed; else the question."""
+    rows = frame[frame["part"] == "verdict"]
+    if rows.empty:
+        return "Is one prediction refined in one representation?"
+    title = verdicts_said(dict(zip(rows["model"], rows["name"], strict=True)), len(rows))
+    return f"With lenses held fixed, {title}" if rows["index"].iloc[0] == FIXED else title[0].upper() + title[1:]
+
+
+def draw_view(panel: Axes, view: View, frame: pd.DataFrame, *, whole: bool = True) -> DrawnView:
+    """Draw regions, models and landmarks of one view: 0 and 1 as well where it is ``whole``, else what there is alone."""
     names = [name for name in (view.x, view.y, view.size) if name]
     own = frame[(frame["part"] == "model") & frame["index"].isin(names)]
     models = list(own["model"].unique())
-    table = own.pivot(index="model", columns="index", values=["value", "ci_low", "ci_high"]).reindex(models)
+    table = own.pivot(index="model", columns="index", values=["value", "ci_low", "ci_high"])
+    # What is undefined along y has no place: at the bottom it would lie in the region of re-representation.
+    table = table.reindex([model for model in models if pd.notna(table.get(("value", view.y), {}).get(model))])
     facts = frame[frame["part"] == "model"].drop_duplicates("model").set_index("model")
     landmarks = frame[(frame["part"] == "landmark") & frame["index"].isin([view.x, view.y])]
     landmarks = landmarks.pivot(index=["model", "name"], columns="index", values="value")
-    landmarks = landmarks.reindex(columns=[view.x, view.y])
+    landmarks = landmarks.reindex(columns=[view.x, view.y]).dropna(subset=[view.y])
     span = table.loc[:, [(end, view.x) for end in ("value", "ci_low", "ci_high")]].to_numpy(float)
-    values = np.concatenate([span.ravel(), landmarks[view.x].to_numpy(float), [-0.1, 1.1]])
+    values = np.concatenate([span.ravel(), landmarks[view.x].to_numpy(float), [-0.1, 1.1] if whole else []])
     heights = table.loc[:, [(end, view.y) for end in ("value", "ci_low", "ci_high")]].to_numpy(float)
-    up = np.concatenate([heights.ravel(), [-0.08, 1.12]])
+    up = np.concatenate([heights.ravel(), [-0.08, 1.12] if whole else []])
     panel.set(ylim=(np.nanmin(up) - 0.03, np.nanmax(up) + 0.03))
     if view.size:
         use_symlog(panel, "x", 1.0)
@@ -316,7 +346,7 @@ def draw_regions(panel: Axes, view: View, rule: pd.Series, gutter: Gutter) -> li
 def draw_models(
     panel: Axes, view: View, facts: pd.DataFrame, table: pd.DataFrame, gutter: Gutter
 ) -> tuple[list[Artist], pd.DataFrame]:
-    """Draw each model as a mark with error bars; one that has no x or y as an open circle. Return bars, and places.
+    """Draw each model as a mark with error bars; one that has no x as an open circle. Return bars, and places.
 
     ``facts``: ``known`` and ``images`` by model. ``table``: indices by model, under ``value``, ``ci_low`` and ``ci_high``.
     """
@@ -325,26 +355,23 @@ def draw_models(
     bars: list[Artist] = []
     points: dict[str, tuple[float, float]] = {}
     without: list[str] = []
-    bottom, step = panel.get_ylim()[0], 0.06 * float(np.diff(panel.get_ylim())[0])
     for model, (_, row) in zip(map(str, table.index), table.iterrows(), strict=True):
         x, y = (float(row.get(("value", name), np.nan)) for name in (view.x, view.y))
-        if pd.isna(y):
-            bottom += step  # one above the other
         if pd.isna(x):
             without.append(model)
-        points[model] = (x, y if pd.notna(y) else bottom)
+        points[model] = (x, y)
     for k, model in enumerate(without):
         points[model] = (gutter.along((k + 1) / (len(without) + 1)), points[model][1])
     for model, (_, row) in zip(map(str, table.index), table.iterrows(), strict=True):
         x, y = (float(row.get(("value", name), np.nan)) for name in (view.x, view.y))
-        colour, defined = colours[model], pd.notna(x) and pd.notna(y)
+        colour = colours[model]
         for k, name in enumerate((view.x, view.y)):
             low, high = row.get(("ci_low", name), np.nan), row.get(("ci_high", name), np.nan)
             if pd.notna(low):
                 at = points[model][1 - k]
                 ends = ([low, high], [at, at]) if k == 0 else ([at, at], [low, high])
                 bars += panel.plot(*ends, color=colour, lw=1.3)
-        if not defined:
+        if pd.isna(x):
             panel.plot(*points[model], "o", mfc="white", mec=colour, mew=1.4, ms=6, label="undetermined", zorder=3)
             continue
         # Models whose answer is known by their construction are outlined diamonds.
@@ -360,10 +387,10 @@ def draw_models(
 def draw_landmarks(panel: Axes, view: View, landmarks: pd.DataFrame, gutter: Gutter) -> list[Artist]:
     """Draw landmarks as grey diamonds, open ones where x is undetermined; of several models with one name; return names."""
     names: list[Artist] = []
-    middle_of_panel, bottom = float(np.mean(panel.get_xlim())), panel.get_ylim()[0] + 0.03
+    middle_of_panel = float(np.mean(panel.get_xlim()))
     for name, rows in landmarks.groupby("name", sort=False):
         for _, row in rows.iterrows():
-            x, y = row[view.x], row[view.y] if pd.notna(row[view.y]) else bottom
+            x, y = row[view.x], row[view.y]
             known = pd.notna(x)
             look: dict[str, Any] = {
                 "mfc": GREY if known else "white",
@@ -377,8 +404,7 @@ def draw_landmarks(panel: Axes, view: View, landmarks: pd.DataFrame, gutter: Gut
         middle = rows.mean()
         at = middle[view.x] if pd.notna(middle[view.x]) else gutter.along(0.5)
         aside, ha = (5, "left") if at < middle_of_panel else (-5, "right")
-        up = middle[view.y] if pd.notna(middle[view.y]) else bottom
-        text = panel.annotate(f"+{name}", (at, up), (aside, -1), textcoords="offset points", va="top")
+        text = panel.annotate(f"+{name}", (at, middle[view.y]), (aside, -1), textcoords="offset points", va="top")
         text.set(size=pt(7), color=GREY, ha=ha)
         names.append(text)
     return names

@@ -17,7 +17,7 @@ from lensbench.report.figures.findings import heads_found
 from lensbench.report.figures.frames import head_frame, probe_frame
 from lensbench.report.figures.layout import legend_of_panels, new_figure, panels_per_row, subplots, title_and_caption
 from lensbench.report.figures.registry import figure, looks_of, nats_per
-from lensbench.report.figures.style import GREY, pt, sheet, use_symlog
+from lensbench.report.figures.style import GREY, MINUS, pt, sheet, use_symlog
 
 
 @figure("probes", needs=("probes.csv",), frame=probe_frame)
@@ -75,6 +75,9 @@ TOP_HEADS = 3
 SMALLEST_SCORE = 1e-4
 """Smallest end of a colour scale"""
 
+CLIP_PERCENTILE = 95
+"""Of the sizes of scores: where a few heads lie far beyond it, colours end here, that others do not all look alike"""
+
 
 @figure("error_transport", needs=("probes.csv",), frame=head_frame)
 def error_transport(frame: pd.DataFrame) -> Figure:
@@ -90,8 +93,9 @@ def error_transport(frame: pd.DataFrame) -> Figure:
     for panel, model in zip(panels, models, strict=True):
         draw_heads(panel, str(model), frame[frame["model"] == model])
     caption = (
-        "Share of what a head mixes that expectations explain as tokens do, signs turned, beyond coins for the signs. "
-        "Named: of those found, the highest scores (beta / alpha). Circles: found at the 5 % level over all heads."
+        "Score: share of what a head mixes that expectations explain as tokens do with the sign turned, beyond a null of "
+        "random signs. Circles: found at the 5 % level over all heads, by the alignment of both maps; a high score alone is "
+        "no finding. Named: of those found, the highest scores."
     )
     if len(models) > 1:
         caption += " First seeds; each panel has its own scale."
@@ -102,13 +106,15 @@ def error_transport(frame: pd.DataFrame) -> Figure:
 def draw_heads(panel: Axes, model: str, heads: pd.DataFrame) -> None:
     """Draw the heatmap of one model, with circles at the heads found and the top ones in the title."""
     grid = heads.pivot(index="layer", columns="head", values="score")
-    most = max(float(np.nanmax(np.abs(grid.to_numpy(float)))), SMALLEST_SCORE)
-    look: dict[str, Any] = {"vmin": -most, "vmax": most, "cmap": "vlag", "cbar_kws": {"shrink": 0.8}}
+    most, label, extend = score_scale(heads)
+    look: dict[str, Any] = {"vmin": -most, "vmax": most, "cmap": "vlag", "cbar_kws": {"shrink": 0.8, "extend": extend}}
     sns.heatmap(grid, ax=panel, **look)
+    panel.set_facecolor("#BBBBBB")  # a head without a score is no head with a score of 0
+    panel.grid(False)
     bar = panel.collections[0].colorbar
     assert bar is not None
     bar.ax.tick_params(labelsize=pt(6.5))
-    bar.set_label("score", size=pt(7))
+    bar.set_label(label, size=pt(7))
     found = heads[heads["found"] > 0]
     places = {layer: k for k, layer in enumerate(grid.index)}, {head: k for k, head in enumerate(grid.columns)}
     for _, row in found.iterrows():
@@ -116,9 +122,29 @@ def draw_heads(panel: Axes, model: str, heads: pd.DataFrame) -> None:
         panel.plot(*at, "o", mfc="none", color="#222222", ms=5)
     top = found.nlargest(TOP_HEADS, "score")
     named = ", ".join(
-        f"L{layer}.H{head}" + ("" if math.isnan(ratio) else f" ({ratio:.2f})")
+        f"L{layer}.H{head}" + ("" if math.isnan(ratio) else f" {ratio:.2f}")
         for layer, head, ratio in zip(top["layer"], top["head"], top["ratio"].astype(float), strict=True)
     )
     panel.set(xlabel="head", ylabel="layer")
-    panel.set_title(f"{model}: {len(found)} of {len(heads)} found\n{named or 'none to name'}", fontsize=pt(8))
+    panel.set_title(
+        f"{model}: {len(found)} of {len(heads)} found\n{f'beta / alpha: {named}' if named else 'none to name'}",
+        fontsize=pt(8),
+    )
     panel.tick_params(rotation=0, length=0, labelsize=pt(6.5))
+
+
+def score_scale(heads: pd.DataFrame) -> tuple[float, str, str]:
+    """Where the colours of a model's scores end, the label of its colour bar, and which ends go on (as of matplotlib)."""
+    scores = heads["score"].dropna().astype(float)
+    heads = heads.assign(size=heads["score"].astype(float).abs())
+    sizes = scores.abs()
+    if sizes.empty:
+        return SMALLEST_SCORE, "score", "neither"
+    ceiling = float(np.percentile(sizes, CLIP_PERCENTILE, method="lower"))
+    if not sizes.max() > 1.5 * ceiling > 0:
+        return max(float(sizes.max()), SMALLEST_SCORE), "score", "neither"
+    most = max(ceiling, SMALLEST_SCORE)
+    extend = ["neither", "max", "min", "both"][(scores.max() > most) + 2 * (scores.min() < -most)]
+    far = heads.nlargest(1, "size").to_dict("records")[0]
+    worst = f"{far['score']:.2g} (L{far['layer']}.H{far['head']})".replace("-", MINUS)
+    return most, f"score; colours end at {most:.2g}, the farthest is {worst}", extend

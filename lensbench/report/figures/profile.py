@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 
 from lensbench.report.figures.blocks import gate_text, profile_frame
+from lensbench.report.figures.findings import verdicts_said
 from lensbench.report.figures.layout import legend_outside, new_figure, panels_per_row, subplots, title_and_caption
 from lensbench.report.figures.registry import figure
 from lensbench.report.figures.style import BLUE, GREEN, GREY, MINUS, ORANGE, PURPLE, pt, sheet
@@ -92,21 +94,14 @@ def profile_over_depth(frame: pd.DataFrame) -> Figure:
     return drawing
 
 
-MOST_NAMED = 4
-"""Models that a figure's title names; of more it counts them"""
-
-
 def finding(frame: pd.DataFrame) -> str:
     """The verdicts on all models, the title of the figure; the question where there is none."""
     rows = frame[frame["part"] == "overall"]
-    said = rows["verdict"].str.partition(" (")[0]
-    groups = {verdict: list(rows.loc[said == verdict, "model"]) for verdict in said.unique() if verdict}
-    if not groups:
+    said = rows.set_index("model")["verdict"].str.partition(" (")[0]
+    verdicts = {str(model): verdict for model, verdict in said.items() if verdict}
+    if not verdicts:
         return "Does each block add to one prediction, in one representation?"
-    if len(rows) <= MOST_NAMED:
-        title = "; ".join(f"{verdict}: {', '.join(models)}" for verdict, models in groups.items())
-    else:
-        title = f"of {len(rows)} models, " + ", ".join(f"{len(models)} {verdict}" for verdict, models in groups.items())
+    title = verdicts_said(verdicts, len(rows))
     return title[0].upper() + title[1:]
 
 
@@ -140,6 +135,8 @@ def caption_of(frame: pd.DataFrame) -> str:
         read = low if low == high else f"{low} to {high}"
         caption += f" The last block writes the output, of which the last lens reads {read}: nothing comes after it."
     landmarks = frame[frame["part"] == "landmark"]
+    if leaves(frame):
+        caption += " Arrowheads: a value (filled), or an end of its interval (open), beyond the strip."
     if len(landmarks):
         caption += " Grey: the model's own states, turned into something known, from layer 1 on."
         if names := sorted({f"+{name}" for name in landmarks.loc[landmarks["in_place"].isna(), "name"]}):
@@ -148,6 +145,13 @@ def caption_of(frame: pd.DataFrame) -> str:
     for reason, rows in frame[(frame["part"] == "overall") & ~frame["model"].isin(drawn)].groupby("reason", sort=False):
         caption += f" Without a panel: {', '.join(rows['model'])} ({reason})."
     return caption
+
+
+def leaves(frame: pd.DataFrame) -> bool:
+    """Whether a value or an interval of a bar leaves its strip."""
+    bars = frame[frame["part"].isin(["block", "overall"])]
+    ends = {strip: bars[[strip.quantity + end for end in ("", "_low", "_high")]] for strip in STRIPS}
+    return any(((at < -strip.over) | (at > 1 + strip.over)).any(axis=None) for strip, at in ends.items())
 
 
 def draw_model(panel: Axes, frame: pd.DataFrame) -> dict[str, Any]:
@@ -221,18 +225,29 @@ def draw_marks(panel: Axes, row: pd.Series, x: float, width: float) -> None:
         if pd.notna(low):
             panel.vlines(middle, strip.at(low), strip.at(high), color=INK, lw=1.5, zorder=4)
         panel.plot(middle, strip.at(value), marker="_", ms=4, mew=1.1, color=INK, zorder=4, ls="none")
-        if not -strip.over <= value <= 1 + strip.over:
-            panel.plot(middle, strip.at(value), marker="^" if value > 1 else "v", ms=4, color=INK, zorder=5, ls="none")
+        draw_ends(panel, strip, middle, (value, low, high))
+        hatched = strip is ADDS and bool(row["gate"])
         inside = strip is not NEWS and np.nanmin([value, low]) > 0.35
         place = strip.base + 0.06 if inside else strip.at(np.nanmax([value, high])) + 0.04
         text = panel.text(middle, place, share_text(value), ha="center", va="bottom", size=pt(6.5), zorder=6)
-        text.set(color="white" if inside else INK, gid=f"{row['part']} {width}")
-        if not inside:
-            text.set_bbox({"fc": "w", "alpha": 0.6, "lw": 0, "pad": 0.3})
+        text.set(color="white" if inside and not hatched else INK, gid=f"{row['part']} {width} {strip.base}")
+        if not inside or hatched:
+            text.set_bbox({"fc": "w", "alpha": 0.9 if hatched else 0.6, "lw": 0, "pad": 0.3})
     if pd.notna(row["kept_high"]):
         low, high = (float(KEEPS.at(row[name])) for name in ("kept_low", "kept_high"))
         panel.vlines(x, low, high, color=BLUE, lw=0.8, zorder=3).set_label("bracket")
         panel.hlines([low, high], x, x + width, color=BLUE, lw=0.8, zorder=3)
+
+
+def draw_ends(panel: Axes, strip: Strip, middle: float, numbers: tuple[float, float, float]) -> None:
+    """Draw a filled arrowhead where the value leaves its strip, and an open one where an end of its interval alone does."""
+    value, low, high = numbers
+    look: dict[str, Any] = {"color": INK, "zorder": 5, "ls": "none", "clip_on": False}
+    for marker, side, edge, end in (("^", 1, 1 + strip.over, high), ("v", -1, -strip.over, low)):
+        if side * value > side * edge:
+            panel.plot(middle, strip.at(value), marker, ms=4, **look)
+        elif side * end > side * edge:
+            panel.plot(middle, strip.at(end), marker, ms=3.4, mfc="white", mew=0.8, **look)
 
 
 def share_text(value: float) -> str:
@@ -291,7 +306,10 @@ def draw_landmarks(panel: Axes, landmarks: pd.DataFrame, right: float) -> None:
 
 
 def fit_texts(drawing: Figure, panels: list[Axes]) -> None:
-    """Take out numbers that are wider than their bars, those of all blocks or none, and move landmarks' names apart."""
+    """Turn numbers that are wider than their bars, take them out where that does not help; move landmarks' names apart.
+
+    The numbers of all blocks, or none.
+    """
     drawing.draw_without_rendering()
     for panel in panels:
         unit = panel.bbox.width / abs(np.subtract(*panel.get_xlim()))
@@ -299,14 +317,33 @@ def fit_texts(drawing: Figure, panels: list[Axes]) -> None:
         for part in ("block", "overall"):
             texts = [text for text in panel.texts if str(text.get_gid()).startswith(part)]
             room = {text: float(str(text.get_gid()).split()[1]) * unit for text in texts}
-            boxes = {text: text.get_window_extent() for text in texts}
             numbers = [text for text in texts if not text.get_rotation()]
-            full = any(boxes[text].width > room[text] for text in numbers)
-            for text in texts:  # the hatch of an undetermined block says the same as its text
-                if full if text in numbers else boxes[text].width > room[text] or boxes[text].height > strip:
+            fit_numbers(numbers, room)
+            for text in set(texts) - set(numbers):  # the hatch of an undetermined block says the same as its text
+                box = text.get_window_extent()
+                if box.width > room[text] or box.height > strip:
                     text.remove()
         names = [text for text in panel.texts if text.get_gid() == "landmark"]
         move_apart(panel, names)
+
+
+def fit_numbers(numbers: list[Text], room: Mapping[Text, float]) -> None:
+    """Turn all numbers where one is wider than its room, in pixels; take all out where half of a room is too narrow then."""
+    if not any(text.get_window_extent().width > room[text] for text in numbers):
+        return
+    for text in numbers:
+        turn(text)
+    if any(text.get_window_extent().width > room[text] / 2 for text in numbers):
+        for text in numbers:
+            text.remove()
+
+
+def turn(number: Text) -> None:
+    """Turn a number by a right angle; it then lies at the foot of its bar, left of the interval."""
+    _, width, base = str(number.get_gid()).split()
+    x, _ = number.get_position()
+    number.set(rotation=90, position=(x - 0.25 * float(width), float(base) + 0.04), color=INK)
+    number.set_bbox({"fc": "w", "alpha": 0.75, "lw": 0, "pad": 0.3})
 
 
 def move_apart(panel: Axes, names: list[Text]) -> None:

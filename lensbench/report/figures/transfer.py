@@ -65,7 +65,7 @@ def transfer_penalty(cells: pd.DataFrame) -> Figure:
         cost_heatmap(panel, grid, scale.top, **look)
         panel.set(title=model, xlabel="read at stream layer $j$", ylabel="lens of layer $i$")
     extend = ["neither", "max", "min", "both"][scale.clipped + 2 * (scale.lowest < -0.02 * scale.top)]
-    clipped = f"\nclipped, maximum {scale.highest:.3g}" if scale.clipped else ""
+    clipped = f"\ncolours end at {scale.top:.2g}, the highest is {scale.highest:.3g}" if scale.clipped else ""
     label = f"$C_{{ij}} - C_{{jj}}$ ({nats_per(cells)}){clipped}"
     colour_bar(drawing, panels, label, extend=extend)
     caption = "Rows: the lens of layer $i$; columns: the layer $j$ that it reads. Last row: the logit lens."
@@ -77,10 +77,11 @@ def cost_in_words(cells: pd.DataFrame) -> str:
     """What reading a layer through another layer's lens costs, the title of the figure."""
     last = cells.groupby("model", sort=False)["lens_layer"].transform("max")
     off = cells[(cells["lens_layer"] != cells["stream_layer"]) & (cells["lens_layer"] < last)]
-    medians = off.groupby("model", sort=False)["penalty_ce"].median() if len(off) else pd.Series(dtype=float)
-    if medians.empty:
+    if off.empty:
         return "Transfer penalty: layer $j$ through the lens of layer $i$"
-    return f"Another layer's lens costs a median of {by_model(medians)} {nats_per(cells)}"
+    by = off.groupby("model", sort=False)["penalty_ce"]
+    most = by_model(by.max(), "{:.3g}")
+    return f"Another layer's lens costs a median of {by_model(by.median())} {nats_per(cells)}, at most {most}"
 
 
 def cost_heatmap(panel: Axes, grid: pd.DataFrame, top: float, **look: Any) -> None:

@@ -9,12 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lensbench.measures.indices import INDICES
-from lensbench.report.figures.findings import sure_changes
+from lensbench.report.claims import LEVEL
+from lensbench.report.figures.findings import sure_trends
 from lensbench.report.figures.layout import legend_outside, panel_for_each, title_and_caption
 from lensbench.report.figures.palette import model_looks
 from lensbench.report.figures.registry import figure, nats_per
 from lensbench.report.figures.style import pt
 from lensbench.report.series import HEADLINES, OVER, PARAMETERS, TOKENS, points_of, series_of, values_of
+from lensbench.report.slopes import corrected_over, trend_table
 from lensbench.results.folder import Run
 
 MOST_TICKS = 4
@@ -38,10 +40,22 @@ def parameters_frame(run: Run) -> pd.DataFrame:
 
 
 def headline_frame(run: Run, over: str) -> pd.DataFrame:
-    """The points of the headlines in their order; empty for a run without a series."""
+    """The points of the headlines in their order, with their slopes; empty for a run without a series.
+
+    Of one seed, the models' own intervals give those of slopes: a run's tables hold no draws over documents.
+    """
     series = [one for one in series_of(run.tables["models.csv"]) if one.over == over]
     values = values_of(run) if series else pd.DataFrame({"index": []})
-    return points_of(values[values["index"].isin(HEADLINES)], series)
+    values = values[values["index"].isin(HEADLINES)]
+    there = list(dict.fromkeys(values["index"]))
+    return points_with_slopes(points_of(values, series), trend_table(series, values, there, {}))
+
+
+def points_with_slopes(points: pd.DataFrame, trends: pd.DataFrame) -> pd.DataFrame:
+    """Points with the ``slope`` of their series and index, and its ``p_holm``: corrected over the indices of the points."""
+    slopes = corrected_over(trends, list(points["index"].unique()))
+    keys = ["over", "series", "index"]
+    return points.merge(slopes[[*keys, "slope", "p_holm"]], on=keys, how="left")
 
 
 @figure("over_training", needs=("models.csv", "indices.csv"), frame=tokens_frame)
@@ -57,7 +71,7 @@ def over_parameters(frame: pd.DataFrame) -> Figure:
 
 
 def trend_panels(frame: pd.DataFrame, over: str, indices: Sequence[str]) -> Figure:
-    """Panels of ``indices`` over one of :data:`OVER`, on a scale of doublings."""
+    """Panels of ``indices`` over one of :data:`OVER`, on a scale of doublings; ``frame``: of :func:`points_with_slopes`."""
     there = [name for name in indices if name in set(frame["index"])]
     drawing, panels = panel_for_each(there, 2.9, 1.2, sharey=False)
     names = list(dict.fromkeys(frame["series"]))
@@ -72,9 +86,9 @@ def trend_panels(frame: pd.DataFrame, over: str, indices: Sequence[str]) -> Figu
     called = {index: plain_name(index, frame) for index in there}
     caption = (
         "Faint: each seed. Bars: 95 % intervals, Student's t over seeds; of one seed, over documents. The title counts "
-        "series whose first and last intervals do not overlap."
+        f"slopes per doubling whose p, corrected over these {len(there)} indices (Holm), is below {LEVEL:g}."
     )
-    title_and_caption(drawing, sure_changes(frame, called, OVER[over]), caption)
+    title_and_caption(drawing, sure_trends(frame, called, OVER[over]), caption)
     return drawing
 
 
