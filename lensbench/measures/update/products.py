@@ -34,7 +34,7 @@ PAIR_BLOCK = 4096
 LATER_GIB = 4.0
 """Up to this size, covariances of pairs of layers are kept; above it, they are computed again for each set of lenses"""
 
-PAGES_FOR = 4
+PAGES_FOR = 2
 """Layers whose covariances with later ones may fill the memory where they lie in a file; mapping it anew takes time, too"""
 
 

@@ -19,6 +19,9 @@ from lensbench.streams.readout import ReadOut
 WORDS = 4096
 """Rows of the unembedding that stand for all words while coefficients are fitted"""
 
+LEAST_FALL = 1e-5
+"""Fall of the loss in a step, relative to it, at which coefficients are found: far below what tokens leave open"""
+
 ROWS = 64
 """Tokens at once in a log-partition of a sum: their logits stay in a processor's cache"""
 
@@ -84,6 +87,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Parts that are added up with one coefficient for each of their K vectors."""
+
+    joined: Tensor
+    """``[K, n, d + d_read]``: x, and ``G x`` where the read-out is affine in a scaled state (else ``[K, n, d]``)"""
+    logits: tuple[Tensor, ...]
+    """Of each vector, ``[n, S]``; none where the read-out is not"""
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> "Stack":
+        """Side by side, once for all coefficients that will be tried."""
+        each = [part.x if part.gained is None else torch.cat([part.x, part.gained], -1) for part in parts]
+        return cls(torch.cat(each, 1).transpose(0, 1).contiguous(), tuple(one for part in parts for one in part.logits))
+
+
+@dataclass(frozen=True)
 class NextTokens:
     """The cross-entropy that coefficients are fitted to: exact, or with some rows of the unembedding for all words."""
 
@@ -134,17 +153,17 @@ class NextTokens:
         count = 2 * len(parts)
         bounds = [(None, None)] * 2 + [(0.0, None)] * (count - 2) + [(None, None)]
         # Steps are taken where all coefficients move the state alike: their parts may differ in length by far.
-        length = self._lengths(parts)
+        length, stack = self._lengths(parts), Stack.of(parts)
 
         def loss(scaled: Array) -> tuple[float, Array]:
             with torch.enable_grad():
                 free = torch.tensor(scaled / length, requires_grad=True)
-                value = self.loss(parts, free)
+                value = self.loss(stack, free)
                 (slope,) = torch.autograd.grad(value, free)
             return float(value.detach()), slope.double().numpy() / length
 
         found: Array = minimize(
-            loss, start * length, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-6}
+            loss, start * length, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": LEAST_FALL}
         ).x
         return found / length
 
@@ -158,12 +177,14 @@ class NextTokens:
         length: Array = np.sqrt(np.maximum(squares / (squares[0] or 1.0), 1e-24))
         return length
 
-    def loss(self, parts: Sequence[Part], theta: Tensor) -> Tensor:
+    def loss(self, stack: Stack, theta: Tensor) -> Tensor:
         """Mean cross-entropy of the sum of parts, nats, differentiable in its coefficients."""
-        x = stacked([part.x for part in parts], self.centre, self.pad, theta)
-        n = self.readout.final_norm(x)
+        d, like = len(self.pad), theta.to(stack.joined)
+        moved = (like[:-1] @ stack.joined.flatten(1)).view(stack.joined.shape[1:])
+        n = self.readout.final_norm(moved[:, :d] + (self.centre + like[-1] * self.pad))
         if self.gain is not None:
-            log_z = self._log_partition(parts, theta, n)
+            u = moved[:, d:] + self.gain @ self.centre + like[-1] * (self.gain @ self.pad)
+            log_z = self._log_partition(stack, like, self.readout.inverse_scale(u, n, self._offset)[:, None])
         else:
             logits = torch.nn.functional.linear(n, self.weight, self.bias)
             cap = self.readout.softcap
@@ -171,15 +192,8 @@ class NextTokens:
         mean: Tensor = (log_z - target_logits(self.readout, n, self.targets)).double().mean()
         return mean
 
-    def _log_partition(self, parts: Sequence[Part], theta: Tensor, n: Tensor) -> Tensor:
-        """Log-partitions ``[n]`` at normalised states n: the logits of a sum are the sum of its parts', over one scale."""
-        assert self.gain is not None
-        gained = [part.gained for part in parts if part.gained is not None]
-        u = stacked(gained, self.gain @ self.centre, self.gain @ self.pad, theta)
-        inverse = self.readout.inverse_scale(u, n, self._offset)[:, None]
-        once, length = torch.ones_like(inverse), theta.to(inverse)
-        a = torch.cat([inverse * length[:-1], inverse, inverse * length[-1], once], 1)
-        found: Tensor = LogPartitionOfSum.apply(  # type: ignore[no-untyped-call]
-            a, [one for part in parts for one in part.logits], self._of_all
-        )
+    def _log_partition(self, stack: Stack, theta: Tensor, inverse: Tensor) -> Tensor:
+        """Log-partitions ``[n]``: the logits of a sum are the sum of its parts', over one scale: ``inverse`` ``[n, 1]``."""
+        a = torch.cat([inverse * theta[:-1], inverse, inverse * theta[-1], torch.ones_like(inverse)], 1)
+        found: Tensor = LogPartitionOfSum.apply(a, stack.logits, self._of_all)  # type: ignore[no-untyped-call]
         return found
