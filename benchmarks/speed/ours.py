@@ -25,7 +25,7 @@ REFINED_BUDGETS = (2048, 4096, 5120, 6144, 8192, 12288, 16384, 20480, 32768, 655
 RECIPE = FitRecipe(
     ridges=(1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0),
     pads=(0.0, 0.15, 0.3, 0.45, 0.6),
-    refine_passes=1,
+    refine_passes=2,
     pooled_dev_tokens=512,
 )
 

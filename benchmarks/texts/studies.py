@@ -85,6 +85,28 @@ class Studies:
             ["preset", "minutes", "predicted", "until the decomposition is there", "peak memory, GiB"], rows
         )
 
+    def equal_kl(self, path: str) -> str:
+        """A table of how soon closed forms and refinement reach the KL of tuned-lens's recipe, by lens."""
+        rows = []
+        for lens in dict.fromkeys(self.table(path)["lens"]):
+            refined, closed = (self.row(path, lens=lens, stage=stage) for stage in ("refined", "closed"))
+            there = [
+                str(self.number(path, f"{when}_less_recipe", lens=lens, stage="refined"))
+                if not pd.isna(refined[f"{when}_less_recipe"])
+                else "not reached"
+                for when in ("within", "equal")
+            ]
+            tokens = "-" if pd.isna(refined["equal_tokens"]) else f"{refined['equal_tokens']:,.0f}"
+            rows.append([str(lens), f"{refined['recipe_kl']:.3f}", *there, tokens, _times(refined), _times(closed)])
+        heads = ["lens", "recipe", "refined, in 1/100 of its seconds", "refined, at equal KL", "from tokens", "sooner"]
+        return markdown([*heads, "closed form alone, sooner"], rows)
+
+    def sooner(self, path: str, times: float) -> list[str]:
+        """The lenses whose refinement reaches the recipe's KL in a share of its seconds: at least so many times sooner."""
+        table = self.table(path)
+        refined = table[table["stage"] == "refined"]
+        return [str(lens) for lens in refined.loc[refined["equal_times_faster"] >= times, "lens"]]
+
     def fitting_windows(self, path: str, eval_positions: int) -> str:
         """A table of lenses from windows with few positions and with many, as many tokens from each."""
         table = self.table(path)
@@ -246,3 +268,8 @@ def _rounded(tokens: float) -> str:
 def _short(value: float) -> str:
     """Two digits, or all whole ones."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _times(row: Any) -> str:
+    """How many times sooner than the recipe its KL is reached."""
+    return "not reached" if pd.isna(row["equal_times_faster"]) else f"{row['equal_times_faster']:.0f}x"
