@@ -21,6 +21,9 @@ from lensbench.measures.update.undefined import Undefined
 from lensbench.runtime.mapped import give_back_pages
 from lensbench.streams.capture import Capture
 
+PAGES_FOR = 2
+"""Layers whose moments and maps may fill the memory where they lie in files; mapping them anew takes time, too"""
+
 FOLDS = 3
 """One for each of two lenses, one for the signal"""
 
@@ -107,6 +110,7 @@ def pooled_folds(moments: Sequence[Moments], sizes: Sequence[int], room: Room = 
         for k, own in enumerate(shift):
             covariance[k] += s * (m.covariance[k] + own[:, None] * own)
             cross[k] += s * (m.cross[k] + moved[:, None] * own)
+        give_back_pages()
     return Moments(mean, covariance, cross, target, moments[0].device)
 
 
@@ -168,6 +172,8 @@ def readings(
             if halves is not None:
                 assert of_half is not None
                 apart[fold, k] = read[fold, k] @ halves[fold].cross[k].T @ of_half
+            if k % PAGES_FOR == 0:
+                give_back_pages()
     return Readings(read, signal, factor, apart)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.lenses.room import IN_MEMORY, Room
-from lensbench.measures.update.folds import Readings
+from lensbench.measures.update.folds import PAGES_FOR, Readings
 from lensbench.runtime.mapped import give_back_pages
 from lensbench.statistics import Array
 
@@ -33,10 +33,6 @@ PAIR_BLOCK = 4096
 
 LATER_GIB = 4.0
 """Up to this size, covariances of pairs of layers are kept; above it, they are computed again for each set of lenses"""
-
-PAGES_FOR = 2
-"""Layers whose covariances with later ones may fill the memory where they lie in a file; mapping it anew takes time, too"""
-
 
 Pairs = tuple[NDArray[np.intp], NDArray[np.intp]]
 """Positions i and j of pairs of layers, i < j, each ``[P]``"""

@@ -163,7 +163,12 @@ class NextTokens:
             return float(value.detach()), slope.double().numpy() / length
 
         found: Array = minimize(
-            loss, start * length, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": LEAST_FALL}
+            loss,
+            start * length,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": 40, "ftol": LEAST_FALL},
         ).x
         return found / length
 
