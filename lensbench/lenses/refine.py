@@ -304,8 +304,7 @@ class Passes:
             change = orthogonalised(gradient.add_(momentum, alpha=0.9), half=self.half)
             decay = min(1.0, (step + 1) / (0.1 * self.steps)) * (1 - step / self.steps)
             theta -= rates * decay * change
-            if step % 4 == 0:
-                give_back_pages()  # of states that lie in a file: a few rows use a page each
+            give_back_pages()  # of states that lie in a file: the system maps the pages around each row, too
             if step % 8 == 0:
                 tell(step)
         return theta
