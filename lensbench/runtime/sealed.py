@@ -93,4 +93,5 @@ def load_sealed(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor],
         raise Damaged(str(error).splitlines()[0]) from error
     if facts.pop(SEAL, None) != seal_of(tensors, facts):
         raise Damaged("its checksum differs")
-    return tensors, facts
+    # Mapped anew: the check has read every page of the first mapping, and they count as this process's memory.
+    return load_file(path) if mapped else tensors, facts

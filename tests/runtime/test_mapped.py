@@ -10,6 +10,7 @@ import torch
 
 from lensbench.lenses.room import FILE, MatrixFile
 from lensbench.runtime.mapped import give_back_pages, kept_in_file, mapped
+from lensbench.runtime.sealed import load_sealed, save_sealed
 from lensbench.streams.kept import mapped_file
 
 
@@ -55,3 +56,15 @@ def test_an_array_that_is_forgotten_is_no_longer_asked_for_its_pages(tmp_path: P
     gc.collect()
     give_back_pages()
     assert np.fromfile(tmp_path / "array").tolist() == [1.0] * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process holds")
+def test_a_sealed_file_that_was_checked_lies_on_disk_alone(tmp_path):
+    """Its check reads every byte; what is mapped after it takes no memory until it is used."""
+    path = tmp_path / "large.safetensors"
+    save_sealed({"x": torch.arange(2**23, dtype=torch.float32)}, path)
+    before = of_files()
+    found, _ = load_sealed(path, mapped=True)
+    assert of_files() - before < 8 * 2**10
+    assert float(found["x"].double().sum()) == 2**22 * (2**23 - 1)
+    assert of_files() - before > 24 * 2**10
