@@ -192,15 +192,15 @@ class MomentSums:
     def add(self, states: Tensor, token_weights: Tensor | None = None) -> None:
         """Add states ``[L+1, n, d]``, weighted by ``token_weights`` ``[n]``."""
         layers, _, d = states.shape[0] - 1, *states.shape[1:]
-        weights = None
-        if token_weights is not None:
-            drawn = (token_weights != 0).nonzero()[:, 0]  # of documents drawn with replacement a third is left out
-            states, weights = states[:, drawn.to(states.device)], token_weights[drawn].to(states.device).double()
         if self.shift is None:
             self.shift = self.ranks.told(states.mean(1, dtype=torch.float64).cpu()).to(states.device)
             self.first = torch.zeros_like(self.shift)
             self.second = self.shift.new_zeros(layers, d, d)
             self.cross = self.shift.new_zeros(layers, d, d)
+        weights = None
+        if token_weights is not None:
+            drawn = (token_weights != 0).nonzero()[:, 0]  # of documents drawn with replacement a third is left out
+            states, weights = states[:, drawn.to(states.device)], token_weights[drawn].to(states.device).double()
 
         def centred(layer: int) -> Tensor:
             return states[layer].double() - self.shift[layer]  # type: ignore[index]

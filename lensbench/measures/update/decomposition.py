@@ -358,7 +358,6 @@ def measured(
     white, refitted, news_again = whitening(moments.last), [], []
     for number in range(refits):  # the maps of one at a time
         maps, lenses = fitted.again(fit, (seed, number))
-        give_back_pages()  # of the states and moments that they were fitted to
         refitted.append(quantities(chance_and_products(moments, [], [maps], fitted.room)[1][0], pairs, chance))
         news_again.append(news_of_moments(moments, lenses, white, pairs, fitted.room))
         del maps, lenses
