@@ -6,7 +6,8 @@ For files that a run may be interrupted over, before the checksums of a finished
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,34 @@ def load_sealed(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor],
 
     ``mapped``: tensors lie in the file, which must not change while they are used, and take no memory of their own.
     """
-    try:
+    with _told_as_damage():
+        checked = _identity(path)
         with safe_open(path, framework="pt") as file:
             facts = dict(file.metadata() or {})
         # Copies: what load_file returns lies in the file, which may be gone before they are.
         tensors = {k: v if mapped else v.clone() for k, v in load_file(path).items()}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(str(error).splitlines()[0]) from error
     if facts.pop(SEAL, None) != seal_of(tensors, facts):
         raise Damaged("its checksum differs")
+    if not mapped:
+        return tensors, facts
     # Mapped anew: the check has read every page of the first mapping, and they count as this process's memory.
-    return load_file(path) if mapped else tensors, facts
+    with _told_as_damage():
+        tensors = load_file(path)
+        if _identity(path) != checked:
+            raise Damaged("it was replaced while it was read")
+    return tensors, facts
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What changes where another file takes the place of this one."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _told_as_damage() -> Iterator[None]:
+    """A context that raises :class:`Damaged` for whatever a file that cannot be read raises."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(str(error).splitlines()[0]) from error

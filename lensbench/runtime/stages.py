@@ -258,7 +258,7 @@ def _kept(path: Path, mapped: bool) -> dict[str, Tensor] | None:
     try:
         return load_sealed(path, mapped=mapped)[0]
     except Damaged:
-        path.unlink()  # computed anew
+        path.unlink(missing_ok=True)  # computed anew
         return None
 
 

@@ -167,6 +167,21 @@ def test_a_large_mean_costs_float32_states_no_digits():
         np.testing.assert_allclose(getattr(found, name).numpy(), expected, rtol=1e-9, atol=1e-9 * size, err_msg=name)
 
 
+@pytest.mark.parametrize("begin", [0, 30])
+def test_a_block_that_counts_for_nothing_leaves_moments_as_they_are(begin):
+    """Where a block is one document, a third of the blocks are such when documents are drawn with replacement."""
+    _, captured = random_capture()
+    weights = torch.ones(N)
+    weights[begin : begin + 30] = 0
+    sums = MomentSums()
+    for rows in torch.arange(N).split(30):
+        sums.add(captured.states[:, rows], weights[rows])
+    found = sums.moments()
+    for name, expected in centred_moments(captured.states, weights).items():
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(getattr(found, name).numpy(), expected, rtol=1e-9, atol=1e-9 * size, err_msg=name)
+
+
 def test_moments_take_the_memory_of_their_sums():
     """Of wide states these fill most of the memory: a copy would double it."""
     _, captured = random_capture()

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lensbench.lenses.room import FILE, MatrixFile
+from lensbench.runtime import sealed
 from lensbench.runtime.mapped import give_back_pages, kept_in_file, mapped
-from lensbench.runtime.sealed import load_sealed, save_sealed
+from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
+from lensbench.runtime.stages import _kept
 from lensbench.streams.kept import mapped_file
 
 
@@ -68,3 +70,29 @@ def test_a_sealed_file_that_was_checked_lies_on_disk_alone(tmp_path):
     assert of_files() - before < 8 * 2**10
     assert float(found["x"].double().sum()) == 2**22 * (2**23 - 1)
     assert of_files() - before > 24 * 2**10
+
+
+@pytest.mark.parametrize("fate", ["replaced", "cut", "gone"])
+def test_a_sealed_file_that_changes_between_its_check_and_its_use_is_damaged(tmp_path, monkeypatch, fate):
+    path, other = tmp_path / "piece.safetensors", tmp_path / "other"
+    save_sealed({"x": torch.ones(4)}, path)
+    whole, check = path.read_bytes(), sealed.seal_of
+
+    def then_changed(*content):
+        found = check(*content)
+        if fate == "gone":
+            path.unlink()
+        else:
+            other.write_bytes(whole[:-16] + bytes(16) if fate == "replaced" else whole[:20])
+            other.replace(path)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed, "seal_of", then_changed)
+        with pytest.raises(Damaged):
+            load_sealed(path, mapped=True)
+    path.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed, "seal_of", then_changed)
+        assert _kept(path, mapped=True) is None
+    assert not path.exists()

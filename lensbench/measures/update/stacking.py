@@ -187,10 +187,12 @@ class NextTokens:
         d, like = len(self.pad), theta.to(stack.joined)
         moved = (like[:-1] @ stack.joined.flatten(1)).view(stack.joined.shape[1:])
         n = self.readout.final_norm(moved[:, :d] + (self.centre + like[-1] * self.pad))
+        u = None
         if self.gain is not None:
             u = moved[:, d:] + self.gain @ self.centre + like[-1] * (self.gain @ self.pad)
+        if u is not None and bool(u.detach().any(-1).all()):
             log_z = self._log_partition(stack, like, self.readout.inverse_scale(u, n, self._offset)[:, None])
-        else:
+        else:  # of a state that the norm sees as 0, its scale cannot be told from what it made of it
             logits = torch.nn.functional.linear(n, self.weight, self.bias)
             cap = self.readout.softcap
             log_z = (logits if cap is None else cap * torch.tanh(logits / cap)).logsumexp(-1)

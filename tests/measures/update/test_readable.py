@@ -90,6 +90,25 @@ def test_the_loss_that_coefficients_are_fitted_to_is_the_cross_entropy_with_its_
     torch.testing.assert_close(slope, by_autograd, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("empty", [slice(0, 3), slice(None)])
+def test_the_loss_of_states_of_zero_is_finite_and_its_slope_that_of_autograd(norm, empty):
+    torch.manual_seed(0)
+    readout = read_out(12, 40, seed=1, bias=True, norm=norm)
+    captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40)).capture(64, seed=1)
+    parts = [torch.randn(64, 2, 12), torch.randn(64, 2, 12)]
+    for part in parts:
+        part[empty] = 0
+    centre, pad = torch.zeros(12), torch.randn(12)
+    following = NextTokens.of(readout, captured, torch.arange(64), centre, pad)
+    theta = torch.tensor([0.5, -0.2, 0.3, 0.1, 0.0], dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(readout(stacked(parts, centre, pad, theta)), captured.targets)
+    found = following.loss(Stack.of([following.part(x) for x in parts]), theta)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+    (slope,), (by_autograd,) = (torch.autograd.grad(x, theta) for x in (found, expected))
+    torch.testing.assert_close(slope, by_autograd, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("times", [1.0, 1e3, 1e-3])
 def test_the_best_coefficients_are_found_whatever_the_lengths_of_the_parts(times):
     """Against a search by simplex, which takes no slopes, of the cross-entropy by definition."""
