@@ -19,8 +19,8 @@ from lensbench.streams.readout import ReadOut
 WORDS = 4096
 """Rows of the unembedding that stand for all words while coefficients are fitted"""
 
-LEAST_FALL = 1e-5
-"""Fall of the loss in a step, relative to it, at which coefficients are found: far below what tokens leave open"""
+LEAST_FALL = 1e-6
+"""Fall of the loss in a step, relative to it, at which coefficients are found"""
 
 ROWS = 64
 """Tokens at once in a log-partition of a sum: their logits stay in a processor's cache"""
