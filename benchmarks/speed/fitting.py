@@ -16,6 +16,7 @@ import torch
 import typer
 
 from benchmarks.speed import everything, ours, package, published, summary
+from benchmarks.speed.recipe import STEPS
 from benchmarks.speed.task import (
     Task,
     Where,
@@ -44,6 +45,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of both sides.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens of a window; all but the first and last are used.")] = 258,
+    steps: Annotated[
+        int, typer.Option(min=1, max=STEPS, help="Steps of the recipe's run; fewer only to time it again.")
+    ] = STEPS,
     tuned_lens: Annotated[Path | None, typer.Option(help="tuned-lens's own command, for the part package.")] = None,
 ) -> None:
     """Measure, and write tables, figures and a description into OUT."""
@@ -60,10 +64,12 @@ def main(
             return summary.write(out, say)
         task = Task.load(model, text, device=device, length=length)
         task.check_layers(numbers)
-        measure(task, [*numbers, "shared"], wanted, out, tuned_lens)
+        measure(task, [*numbers, "shared"], wanted, out, tuned_lens, steps)
 
 
-def measure(task: Task, wheres: list[Where], parts: list[str], out: Path, tuned_lens: Path | None) -> None:
+def measure(
+    task: Task, wheres: list[Where], parts: list[str], out: Path, tuned_lens: Path | None, recipe_steps: int
+) -> None:
     """The parts asked for, in their order."""
     scratch = Path("runs/speed") / f"{task.stream.readout.unembedding_hash()[:12]}-{task.checksum[:12]}"
     say(f"{task.source} on {task.text}: matmul rate {matmul_rate(device=task.device) / 1e9:.0f} GFLOP/s")
@@ -73,7 +79,9 @@ def measure(task: Task, wheres: list[Where], parts: list[str], out: Path, tuned_
     }
     steps = {
         "sweep": functools.partial(published.sweep, task, wheres, held_out["dev"], out, say),
-        "recipe": functools.partial(published.run, task, wheres, held_out, out, scratch / "recipe.pt", say),
+        "recipe": functools.partial(
+            published.run, task, wheres, held_out, out, scratch / "recipe.pt", say, recipe_steps
+        ),
         "ours": functools.partial(ours.run, task, wheres, held_out, out, say),
         "everything": functools.partial(everything.run, task, held_out, out, say),
         "converged": functools.partial(

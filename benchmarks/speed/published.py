@@ -185,18 +185,24 @@ class RecipeRun:
 
 
 def run(
-    task: Task, wheres: list[Where], held_out: dict[str, Capture], folder: Path, state: Path, say: Callable[[str], None]
+    task: Task,
+    wheres: list[Where],
+    held_out: dict[str, Capture],
+    folder: Path,
+    state: Path,
+    say: Callable[[str], None],
+    most: int = STEPS,
 ) -> None:
-    """Run the recipe for 250 steps of 1024 fresh tokens, all lenses in one loop as the package trains them.
+    """Run the recipe for 250 steps (``most``) of 1024 fresh tokens, all lenses in one loop as the package trains them.
 
     Every step: the model's forward pass, its log-probabilities, and for each lens its own forward and backward pass and
     update. Seconds are steps times the median step: measuring, saving and other work of the machine in between are not
     charged to the recipe. The run goes on where it stopped.
     """
-    windows = task.whole_windows(STEPS * WINDOWS_PER_STEP)
-    steps = min(STEPS, len(windows.ids) // WINDOWS_PER_STEP)
-    if steps < STEPS:
-        say(f"the text has only {len(windows.ids)} whole windows: the recipe takes {steps} steps, not {STEPS}")
+    windows = task.whole_windows(most * WINDOWS_PER_STEP)
+    steps = min(most, len(windows.ids) // WINDOWS_PER_STEP)
+    if steps < most:
+        say(f"the text has only {len(windows.ids)} whole windows: the recipe takes {steps} steps, not {most}")
     ledger = Ledger(folder / "recipe.csv", ("lens", "step"))
     if (folder / "recipe-documents.parquet").exists() and all(ledger.has(lens=w, step=steps) for w in wheres):
         return
