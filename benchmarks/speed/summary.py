@@ -30,6 +30,21 @@ COLUMNS = ("lens", "stage", "recipe", "in its share", "faster", "first at equal 
 COLOURS = {"recipe": "#666666", "closed": "#0072b2", "refined": "#d55e00"}
 
 
+AGAIN = "again/recipe.csv"
+"""Where some steps of the recipe are that were timed again, beside a later measurement of ours"""
+
+
+def timed_again(recipe: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
+    """``recipe.csv`` with the seconds of a step as they were when some steps were timed again; KL stays what it was."""
+    last = again[again["step"] == again["step"].max()].astype({"lens": str}).set_index("lens")
+    steps = float(last["step"].iloc[0])
+    each = recipe["lens"].astype(str).map(last["lens_seconds"])
+    return recipe.assign(
+        model_seconds=recipe["step"] * float(last["model_seconds"].iloc[0]) / steps,
+        lens_seconds=recipe["step"] * each / steps,
+    )
+
+
 def ratios(recipe: pd.DataFrame, ours: pd.DataFrame, ends: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFrame:
     """For each lens and stage: what ours reaches within its share of the recipe's seconds, and its time to equal KL.
 
@@ -163,6 +178,8 @@ def write(folder: Path, say: Callable[[str], None]) -> None:
     for name, table in (("recipe", recipe), ("ours", ours)):
         if not len(table) or not (folder / f"{name}-documents.parquet").exists():
             raise LensbenchError(f"{folder} lacks {name}.csv or {name}-documents.parquet: run the part {name} first")
+    if (folder / AGAIN).is_file():
+        recipe = timed_again(recipe, Ledger(folder / AGAIN, ()).rows())
     ends, documents = (pd.read_parquet(folder / f"{name}-documents.parquet") for name in ("recipe", "ours"))
     found = ratios(recipe, ours, ends, documents)
     write_atomically(folder / "fitting.csv", lambda p: found.to_csv(p, index=False, float_format="%.6g"))

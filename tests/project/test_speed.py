@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from benchmarks.speed import fitting, jacobian, published, transfer
 from benchmarks.speed import ours as our_side
 from benchmarks.speed.recipe import STEPS, RecipeLens, Setting, visits
-from benchmarks.speed.summary import ratios
+from benchmarks.speed.summary import ratios, timed_again
 from benchmarks.speed.task import (
     Ledger,
     Task,
@@ -706,3 +706,15 @@ def test_bad_options_are_answered_in_one_line(tmp_path, module, options, line, c
     assert line in printed
     assert len(printed.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_are_timed_again_give_the_whole_run_their_pace_and_leave_its_losses():
+    rows = [(lens, step, 3.0 / (1 + step), 7.0 * step, 5.0 * step) for step in (0, 100) for lens in ("5", "shared")]
+    recipe = pd.DataFrame(rows, columns=["lens", "step", "eval_kl", "model_seconds", "lens_seconds"])
+    again = pd.DataFrame(
+        [("5", 10, 9.0, 20.0, 30.0), ("shared", 10, 9.0, 20.0, 40.0), ("5", 0, 9.0, 0.0, 0.0)], columns=recipe.columns
+    )
+    found = timed_again(recipe, again).set_index(["lens", "step"])
+    assert found["model_seconds"].tolist() == [0.0, 0.0, 200.0, 200.0]
+    assert found["lens_seconds"].tolist() == [0.0, 0.0, 300.0, 400.0]
+    assert found["eval_kl"].tolist() == recipe["eval_kl"].tolist()
