@@ -93,8 +93,8 @@ class Studies:
             there = [
                 str(self.number(path, f"{when}_less_recipe", lens=lens, stage="refined"))
                 if not pd.isna(refined[f"{when}_less_recipe"])
-                else "not reached"
-                for when in ("within", "equal")
+                else missing
+                for when, missing in (("within", "takes longer"), ("equal", "not reached"))
             ]
             tokens = "-" if pd.isna(refined["equal_tokens"]) else f"{refined['equal_tokens']:,.0f}"
             rows.append([str(lens), f"{refined['recipe_kl']:.3f}", *there, tokens, _times(refined), _times(closed)])
