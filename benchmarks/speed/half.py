@@ -28,7 +28,7 @@ from lensbench.statistics import mean_with_interval
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.half import half_agreement
 from lensbench.streams.kl import log_partition
-from lensbench.streams.products import ON_CPU, choose_products
+from lensbench.streams.products import ON_CPU, products_for
 
 DRAWS = 2000
 """Of the bootstrap over documents"""
@@ -105,8 +105,7 @@ def main(
         table = pd.DataFrame([row, *partitions(task, captured, layers, rounds)])
         out.mkdir(parents=True, exist_ok=True)
         write_table(out / "half.csv", table, "%.4g")
-        sample = captured.states[:, : max(1, 2048 // len(captured.states))]
-        chosen = choose_products(task.stream.readout, task.stream.readout.final_norm(sample))
+        chosen = products_for(task.stream.readout, captured.states)
         described = {
             "hardware": hardware(torch.device("cpu")), "versions": versions(), "git_revision": revision,
             "model": model, "text": text, "sequences": sequences, "positions": positions, "length": length,

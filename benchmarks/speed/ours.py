@@ -17,8 +17,7 @@ from lensbench.lenses.refine import refine
 from lensbench.lenses.search import DevSearch, pad_direction
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.half import INPUTS, choose_half
-from lensbench.streams.products import choose_products
-from lensbench.streams.readout import ReadOut
+from lensbench.streams.products import products_for
 
 CLOSED_BUDGETS = (1024, 2048, 4096, 8192, 16384, 32768)
 REFINED_BUDGETS = (2048, 4096, 5120, 6144, 8192, 12288, 16384, 20480, 32768, 65536)
@@ -73,7 +72,8 @@ def fit_budget(
             finals.append(states[-1].clone())
         moments, final = sums.moments(), torch.cat(finals)
     dev = thinned(capture(task.stream, dev_windows, batch=2), 512 if refined else 256)
-    readout = read_out_of(task, dev)
+    # The read-out that a run scores such states with.
+    readout = task.stream.readout.with_products(products_for(task.stream.readout, dev.states))
     task.stream.half = None  # other parts measure in float32
     clock.model = now(task.device) - start
 
@@ -111,13 +111,6 @@ def fit_budget(
         clock.gflop += (states * (4 * d * rows + 6 * d * d) + updates * 30 * d**3) / 1e9
     clock.gflop += search.rows_read_out * (head + 2 * d * d) / 1e9
     return closed, improved, clock
-
-
-def read_out_of(task: Task, dev: Capture) -> ReadOut:
-    """The read-out that a run scores such states with: log-partitions in half precision where they agree with float32."""
-    readout = task.stream.readout
-    sample = readout.final_norm(dev.states[:, : max(1, 2048 // len(dev.states))])
-    return readout.with_products(choose_products(readout, sample))
 
 
 def states_of(task: Task, windows: Windows) -> torch.Tensor:

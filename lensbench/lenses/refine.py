@@ -13,7 +13,7 @@ from lensbench.lenses.search import DevSearch
 from lensbench.runtime.mapped import give_back_pages
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK, Tokens, Vocabulary
-from lensbench.streams.partition import exponentials_, rows_at_once
+from lensbench.streams.partition import rows_at_once, shifted_exponentials_
 from lensbench.streams.readout import ReadOut
 
 
@@ -28,10 +28,7 @@ class LogPartition(torch.autograd.Function):
         for start in range(0, len(n), block):
             rows = slice(start, start + block)
             logits = n[rows] @ weight.T if bias is None else torch.addmm(bias, n[rows], weight.T)
-            largest = logits.amax(-1, keepdim=True)
-            q = exponentials_(logits.sub_(largest))
-            total = q.sum(-1, keepdim=True)
-            log_z[rows] = (largest + total.log())[:, 0]
+            q, total, log_z[rows] = shifted_exponentials_(logits)
             torch.div(q @ weight, total, out=moment[rows])
         ctx.save_for_backward(moment)
         return log_z

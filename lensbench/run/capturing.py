@@ -13,7 +13,7 @@ from lensbench.runtime.memory import in_units, release_memory
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, capture
 from lensbench.streams.kept import STATES, keep, kept, mapped_file
-from lensbench.streams.products import choose_products
+from lensbench.streams.products import products_for
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
 from lensbench.streams.stream import ResidualStream
@@ -64,10 +64,8 @@ def captured_states(
                 captured = found
                 task.update(len(samples), "kept by an earlier stage")
     release_memory()  # passes of a model leave much that is free
-    # Judged on what lenses at every layer may hand the head, the first layers' logit lens being the hardest.
-    sample = captured.states[:, : max(1, 2048 // len(captured.states))]
     allowed = context.suite.evaluate.half_products
-    products = ranks.told(choose_products(stream.readout, stream.readout.final_norm(sample)) if allowed else None)
+    products = ranks.told(products_for(stream.readout, captured.states) if allowed else None)
     if products is not None:
         context.say_once(f"log-partitions use {products} (they agree with float32 on these states)")
     readout = stream.readout.with_products(products)

@@ -16,6 +16,7 @@ from lensbench.streams.partition import (
     online_log_partition,
     probabilities_,
     rows_at_once,
+    shifted_exponentials_,
 )
 from lensbench.streams.products import half_log_partition
 from lensbench.streams.readout import ReadOut
@@ -152,10 +153,8 @@ def token_kl(readout: ReadOut, n: Tensor, tokens: Tokens, log_z: Tensor | None =
 
 def moment_and_partition(logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``W^T softmax(logits)`` ``[R, d]`` and the log-partition ``[R]`` of ``[R, S]``, which are used up."""
-    shift = logits.amax(-1, keepdim=True)
-    q = exponentials_(logits.sub_(shift))
-    total = q.sum(-1, keepdim=True)
-    return (q @ weight).div_(total), (shift + total.log())[:, 0]
+    q, total, log_z = shifted_exponentials_(logits)
+    return (q @ weight).div_(total), log_z
 
 
 def softmax_moment(readout: ReadOut, n: Tensor) -> tuple[Tensor, Tensor]:

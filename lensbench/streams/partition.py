@@ -79,6 +79,14 @@ def exponentials_(x: Tensor) -> Tensor:
     return x.clamp_(min=LOWEST).exp_()
 
 
+def shifted_exponentials_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``exp(logit - largest)`` ``[R, S]`` in place of the logits, its sums ``[R, 1]``, and the log-partitions ``[R]``."""
+    largest = logits.amax(-1, keepdim=True)
+    q = exponentials_(logits.sub_(largest))
+    total = q.sum(-1, keepdim=True)
+    return q, total, (largest + total.log())[:, 0]
+
+
 def probabilities_(x: Tensor) -> Tensor:
     """``exp(x)`` in place; 0 of logarithms below :data:`LOWEST`."""
     found: Tensor = torch.threshold_(exponentials_(x), 2 * math.exp(LOWEST), 0.0)

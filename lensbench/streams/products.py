@@ -26,6 +26,18 @@ CPU_ROWS = 512
 """Rows that a processor works on at once"""
 
 
+SAMPLE = 2048
+"""States of all layers together by which products are chosen"""
+
+
+def products_for(readout: ReadOut, states: Tensor) -> HalfProducts | None:
+    """The products of log-partitions by the first states ``[L+1, N, d]``: what lenses at every layer may hand the head.
+
+    The logit lens of the first layers is the hardest of it.
+    """
+    return choose_products(readout, readout.final_norm(states[:, : max(1, SAMPLE // len(states))]))
+
+
 def choose_products(readout: ReadOut, n: Tensor) -> HalfProducts | None:
     """The products of log-partitions, by normalised states ``[R, d_read]``, or of layers ``[G, R, d_read]``; None: float32.
 

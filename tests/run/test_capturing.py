@@ -27,7 +27,7 @@ def small_stream() -> ResidualStream:
 
 def test_the_choice_of_products_is_returned_and_the_streams_readout_stays(tiny_suite, tmp_path, monkeypatch):
     stream = small_stream()
-    monkeypatch.setattr(capturing, "choose_products", lambda *_: HALF)
+    monkeypatch.setattr(capturing, "products_for", lambda *_: HALF)
     context = Context(load_suite(str(tiny_suite)), Stages(tmp_path / "stages"), choose_device("cpu"))
     _, readout = capturing.captured_states(context, stream, windows(), name="capture")
     assert readout.products == HALF

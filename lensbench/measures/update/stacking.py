@@ -13,7 +13,7 @@ from torch import Tensor
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import Vocabulary
-from lensbench.streams.partition import exponentials_
+from lensbench.streams.partition import shifted_exponentials_
 from lensbench.streams.readout import ReadOut
 
 WORDS = 4096
@@ -53,13 +53,10 @@ class LogPartitionOfSum(torch.autograd.Function):
         own, log_z, moment = len(logits), torch.empty_like(a[:, 0]), torch.empty_like(a)
         for start in range(0, len(a), ROWS):
             rows = slice(start, start + ROWS)
-            q = a[rows, own:] @ of_all
+            added = a[rows, own:] @ of_all
             for k, one in enumerate(logits):
-                q.addcmul_(one[rows], a[rows, k, None])
-            largest = q.amax(-1, keepdim=True)
-            exponentials_(q.sub_(largest))
-            total = q.sum(-1, keepdim=True)
-            log_z[rows] = (largest + total.log())[:, 0]
+                added.addcmul_(one[rows], a[rows, k, None])
+            q, total, log_z[rows] = shifted_exponentials_(added)
             moment[rows, own:] = q @ of_all.T
             for k, one in enumerate(logits):
                 moment[rows, k] = torch.linalg.vecdot(q, one[rows])
@@ -128,6 +125,12 @@ class NextTokens:
         return self.readout.gain(len(self.pad)) if self.readout.linear else None
 
     @cached_property
+    def _gained(self) -> tuple[Tensor, Tensor]:
+        """``G`` times the centre, and times the pad."""
+        assert self.gain is not None
+        return self.gain @ self.centre, self.gain @ self.pad
+
+    @cached_property
     def _offset(self) -> Tensor:
         """``norm(0)``."""
         found: Tensor = self.readout.final_norm(torch.zeros_like(self.pad))
@@ -189,7 +192,8 @@ class NextTokens:
         n = self.readout.final_norm(moved[:, :d] + (self.centre + like[-1] * self.pad))
         u = None
         if self.gain is not None:
-            u = moved[:, d:] + self.gain @ self.centre + like[-1] * (self.gain @ self.pad)
+            centre, pad = self._gained
+            u = moved[:, d:] + centre + like[-1] * pad
         if u is not None and bool(u.detach().any(-1).all()):
             log_z = self._log_partition(stack, like, self.readout.inverse_scale(u, n, self._offset)[:, None])
         else:  # of a state that the norm sees as 0, its scale cannot be told from what it made of it
