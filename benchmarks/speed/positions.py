@@ -188,7 +188,7 @@ class Drawing:
             what = (evaluate.sequences * evaluate.positions, setting.eval_positions)
             draw, share, turns = 0, evaluate.max_share, evaluate.turns
         return windows_of(
-            self.texts.documents[split], *what, split=split, draw=draw, length=self.texts.length, max_share=share,
+            self.texts.documents(split), *what, split=split, draw=draw, length=self.texts.length, max_share=share,
             turns=turns, first_position=self.texts.first_position,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ losses of baselines that only count.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -52,6 +52,10 @@ class Data(Protocol):
         """Checksum of the data; it changes when they do"""
         ...
 
+    def read(self) -> None:
+        """Read every split now, so that processes that are given these data need not read them again."""
+        ...
+
     def samples(
         self, split: str, count: int, positions: int, *, share: float | None = None, turns: Turns = "document"
     ) -> Samples:
@@ -77,7 +81,7 @@ class Data(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The corpus of a run in the tokens of one tokenizer. It is tokenised when its documents are first needed."""
+    """The corpus of a run in the tokens of one tokenizer. Each split is tokenised when its documents are first needed."""
 
     corpus: Corpus
     name: str
@@ -88,16 +92,24 @@ class Texts:
     first_position: int
     begin: BeginSetting = "auto"
     """Which windows begin with the model's beginning-of-text token"""
+    known: dict[str, list[TokenizedDocument]] = field(default_factory=dict, repr=False)
+    """The splits that are tokenised so far"""
 
     @cached_property
     def tokenizer(self) -> Tokenizer | PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first needed"""
         return self.load()
 
-    @cached_property
-    def documents(self) -> dict[str, list[TokenizedDocument]]:
-        """The tokenised documents of each split"""
-        return {split: tokenize(self.tokenizer, self.corpus.splits[split], self.begin) for split in SPLITS}
+    def documents(self, split: str) -> list[TokenizedDocument]:
+        """The tokenised documents of a split."""
+        if split not in self.known:
+            self.known[split] = tokenize(self.tokenizer, self.corpus.splits[split], self.begin)
+        return self.known[split]
+
+    def read(self) -> None:
+        """Tokenise every split."""
+        for split in SPLITS:
+            self.documents(split)
 
     @cached_property
     def beginning(self) -> Beginning:
@@ -107,7 +119,7 @@ class Texts:
     @property
     def counted(self) -> NDArray[np.int64]:
         """The tokens that n-grams are counted on: the train split, or the fit split if there is no train split"""
-        return training_stream(self.documents["train"] or self.documents["fit"]).astype(np.int64)
+        return training_stream(self.documents("train") or self.documents("fit")).astype(np.int64)
 
     @property
     def vocab_size(self) -> int:
@@ -116,8 +128,8 @@ class Texts:
 
     def within(self, network: PreTrainedModel) -> None:
         """Raise :class:`LensbenchError` where a token of the text has no embedding in the model."""
-        for documents in self.documents.values():
-            for document in documents:
+        for split in SPLITS:
+            for document in self.documents(split):
                 check_ids(f"model {self.name}", document.ids, network.config.get_text_config().vocab_size)
 
     def samples(
@@ -125,7 +137,7 @@ class Texts:
     ) -> Windows:
         """At most ``count`` windows of a split; ``share``, ``turns``: see :func:`sample_windows`."""
         return sample_windows(
-            self.documents[split],
+            self.documents(split),
             n_sequences=count,
             length=self.length,
             positions=positions,
@@ -137,7 +149,7 @@ class Texts:
 
     def batches(self, recipe: TrainingRecipe, seed: int) -> NDArray[np.int32]:
         """The token ids of the train split, one document after the other."""
-        return training_stream(self.documents["train"])
+        return training_stream(self.documents("train"))
 
     def shape(self, recipe: TrainingRecipe) -> dict[str, int]:
         """Size of the vocabulary and length of the context."""
@@ -159,7 +171,7 @@ class Texts:
 
     def counts(self) -> dict[str, Any]:
         """Tokens that baselines are counted on, and tokens of each split."""
-        tokens = {s: int(sum(len(d.ids) for d in documents)) for s, documents in self.documents.items()}
+        tokens = {split: int(sum(len(d.ids) for d in self.documents(split))) for split in SPLITS}
         return {"train_tokens": len(self.counted), "tokens": tokens}
 
 
@@ -181,6 +193,9 @@ class Pictures:
     def prepared(self) -> tuple[Prepare, NDArray[np.int64]]:
         """What ``load`` gives, loaded when it is first needed"""
         return self.load()
+
+    def read(self) -> None:
+        """Nothing: pictures are read for each batch."""
 
     def samples(
         self, split: str, count: int, positions: int = 1, *, share: float | None = None, turns: Turns = "document"

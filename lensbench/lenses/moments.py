@@ -12,6 +12,7 @@ from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.runtime.mapped import give_back_pages
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture
+from lensbench.streams.gram import add_gram_
 from lensbench.streams.rotated import RotatedView
 
 MOMENT_BLOCK = 4096
@@ -213,7 +214,7 @@ class MomentSums:
             h = centred(layer)
             self.cross[layer].addmm_(weighted.T, h)
             scaled = h if weights is None else h * weights[:, None]
-            self.second[layer].addmm_(scaled.T, h)
+            add_gram_(self.second[layer], h, scaled)
             self.first[layer] += scaled.sum(0)
 
     def moments(self) -> Moments:

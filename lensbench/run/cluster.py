@@ -21,7 +21,7 @@ from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import without_progress_bars
 from lensbench.results.folder import OWNER
 from lensbench.run.capturing import forget_own_captures
-from lensbench.run.context import Context
+from lensbench.run.context import Cache, Context
 from lensbench.run.curves import learning_curve
 from lensbench.run.further_scores import further_stages
 from lensbench.run.inputs import data_of
@@ -60,8 +60,11 @@ class ClusterTask:
         """What the task is called on the cluster and in messages."""
         return f"task-{'plan-' if self.planning else ''}{self.models[0]}-seed{self.seed}"
 
-    def compute(self) -> str | None:
-        """Compute all unfinished stages of the task; returns what is wrong where a user can mend it, else None."""
+    def compute(self, known: Cache | None = None) -> str | None:
+        """Compute all unfinished stages of the task; returns what is wrong where a user can mend it, else None.
+
+        ``known``: what need not be read again.
+        """
         if not (self.folder / OWNER).is_file():
             return f"a worker does not see {self.folder}: give --out a folder that all machines share"
         torch.set_num_threads(self.threads)  # this process is the task's own; results hold for as many threads
@@ -69,12 +72,12 @@ class ClusterTask:
             # Were the worker before this one still alive somewhere, both would write.
             lock = FileLock(self.folder / "stages" / f".{self.models[0]}-seed{self.seed}.lock")
             with lock, without_progress_bars():
-                self._compute_stages()
+                self._compute_stages(known or Cache())
         except LensbenchError as error:
             return str(error)
         return None
 
-    def _compute_stages(self) -> None:
+    def _compute_stages(self, cache: Cache) -> None:
         context = Context(
             self.suite,
             Stages(self.folder / "stages"),
@@ -82,6 +85,7 @@ class ClusterTask:
             probes=self.probes,
             max_hours=self.max_hours,
             sequences=self.sequences,
+            cache=cache,
         )
         for model in self.suite.models:
             if model.name not in self.models:

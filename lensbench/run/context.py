@@ -51,6 +51,10 @@ class Cache:
     corpus: Corpus | None = None
     images: ImageSet | None = None
 
+    def read_so_far(self) -> "Cache":
+        """A new cache with what this one knows of texts, images and sources, which serves other processes, too."""
+        return Cache(sources=dict(self.sources), data=dict(self.data), corpus=self.corpus, images=self.images)
+
 
 @dataclass(frozen=True)
 class Context:

@@ -168,10 +168,10 @@ def computing(context: Context, asked: list[ModelRecipe], count: int, processors
     if count == 1:
         yield lambda model: None
         return
-    if any(context.suite.trained(model).source is None for model in asked):
-        data_of(context)  # the tokenizer, which all tasks share
     context.progress.say(f"{count} models are computed at once, each in a process of its own")
     with Workers.of(context, asked, count, processors).at_work() as ready:
+        if any(context.suite.trained(model).source is None for model in asked):
+            data_of(context).read()  # which all tasks share
 
         def last_with_baselines(model: ModelRecipe) -> None:
             if model is asked[-1]:  # some processor has nothing else to do

@@ -1,7 +1,7 @@
 """Several models of a suite at once on this machine's processors, each trained model and seed in a process of its own.
 
 Threads help a small model little: two models side by side take far less time than one after the other with two threads
-each. A worker computes the stages of its models into the run folder, as a task of a cluster does. The run that started
+each. A worker computes the stages of its models into the run folder, as tasks of a cluster do. The run that started
 it reads each model when its tasks are finished, so that results appear in the order of the suite.
 """
 
@@ -19,8 +19,9 @@ import torch
 
 from lensbench.errors import LensbenchError
 from lensbench.run.cluster import ClusterTask, cluster_tasks
-from lensbench.run.context import Context
+from lensbench.run.context import Cache, Context
 from lensbench.run.origin import origin_of
+from lensbench.runtime.memory import release_memory
 from lensbench.runtime.progress import QUIET
 from lensbench.runtime.stages import NotFinished
 from lensbench.suite.recipes import ModelRecipe, Suite
@@ -49,11 +50,55 @@ def models_at_once(
 
 @dataclass
 class Worker:
-    """A process that computes a task."""
+    """A process that computes one task after the other: what it has imported and read serves all of them."""
 
-    task: ClusterTask
     process: BaseProcess
-    answer: Connection
+    line: Connection
+    """Tasks go one way, what is wrong with them the other"""
+    task: ClusterTask | None = None
+    """The one under way"""
+    told: bool = False
+    """Whether it has what the run had read when it got its first task"""
+
+    @classmethod
+    def started(cls) -> "Worker":
+        """A new process without a task; started anew and not forked, since threads of torch do not survive a fork."""
+        ours, theirs = get_context("spawn").Pipe()
+        process = get_context("spawn").Process(target=_compute, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return cls(process, ours)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its task, or the process itself, has come to its end."""
+        return self.line.poll() or not self.process.is_alive()
+
+    def begin(self, task: ClusterTask, known: Cache) -> None:
+        """Give it a task, and ``known``, what the run has read, with its first one."""
+        self.task = task
+        try:
+            self.line.send((task, None if self.told else known))
+        except OSError:  # its process is dead, which is told when it is looked at
+            return
+        self.told = True
+
+    def said(self) -> str | None:
+        """What is wrong with its task, which has ended, or None; then it is free for another."""
+        assert self.task is not None
+        name, self.task = self.task.name, None
+        try:
+            answer: str | None = self.line.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            if code >= 0:
+                return f"{name}: its process failed; what it said stands above"
+            return (
+                f"{name}: its process was ended by signal {-code}, as where memory is short. The same command goes "
+                "on; with --workers 1 it computes one model at a time"
+            )
+        return answer
 
 
 @dataclass
@@ -65,7 +110,7 @@ class Workers:
     waiting: list[ClusterTask]
     before: set[str]
     """Stages that were there before"""
-    running: list[Worker] = field(default_factory=list)
+    processes: list[Worker] = field(default_factory=list)
 
     @classmethod
     def of(cls, context: Context, models: list[ModelRecipe], count: int, processors: int) -> "Workers":
@@ -80,45 +125,46 @@ class Workers:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Ready]:
-        """The tasks are computed from here on; those that are not finished at the end of the block are stopped.
+        """Processes are started here, which import while the run reads its texts; they get tasks when a model is waited for.
 
         What is given waits for a model. It raises :class:`LensbenchError` for what a user can mend in a task that is
-        finished by then, and where a worker died.
+        finished by then, and where a worker died. At the end of the block tasks that are not finished are stopped.
         """
 
         def ready(model: ModelRecipe) -> None:
-            while any(task.models[0] == model.name for task in (*self.waiting, *(w.task for w in self.running))):
-                self._look()
+            self.look()
+            while any(task.models[0] == model.name for task in (*self.waiting, *self._running())):
                 time.sleep(LOOK_EVERY)
+                self.look()
 
         try:
-            self._look()
+            self.processes += [Worker.started() for _ in range(self.count)]
             yield ready
         finally:
-            for worker in self.running:
+            for worker in self.processes:
                 worker.process.terminate()
-            for worker in self.running:
+            for worker in self.processes:
                 worker.process.join()
 
-    def _look(self) -> None:
-        """Take what workers have finished, give free places to tasks that wait, and report stages that are there."""
-        for worker in [w for w in self.running if w.answer.poll() or not w.process.is_alive()]:
-            self.running.remove(worker)
-            wrong = _said(worker)
-            worker.process.join()
-            if wrong is not None:
+    def look(self) -> None:
+        """Take what workers have finished, give tasks that wait to those that are free, and report stages that are there."""
+        for worker in [w for w in self.processes if w.task is not None and w.ended]:
+            if (wrong := worker.said()) is not None:
                 raise LensbenchError(wrong)
         self.context.report_others(self.before)
-        while (
-            len(self.running) < self.count and (task := next(filter(self._may_start, self.waiting), None)) is not None
-        ):
+        for worker in [w for w in self.processes if w.task is None]:
+            if (task := next(filter(self._may_start, self.waiting), None)) is None:
+                return
             self.waiting.remove(task)
-            self.running.append(_started(task))
+            worker.begin(task, self.context.cache.read_so_far())
+
+    def _running(self) -> list[ClusterTask]:
+        return [worker.task for worker in self.processes if worker.task is not None]
 
     def _may_start(self, task: ClusterTask) -> bool:
         """Whether what a task shares with earlier ones is there: its training, or all that is made of a pretrained model."""
         model, whole = self._model(task), self._training(task)
-        earlier = [worker.task for worker in self.running] + self.waiting[: self.waiting.index(task)]
+        earlier = self._running() + self.waiting[: self.waiting.index(task)]
         if not any(self._training(other) == whole for other in earlier):
             return True
         if self.context.suite.trained(model).source is not None:
@@ -137,36 +183,18 @@ class Workers:
         return self.context.suite.whole_training(self._model(task)).name, task.seed
 
 
-def _started(task: ClusterTask) -> Worker:
-    """A new process that computes a task; started anew and not forked, since threads of torch do not survive a fork."""
-    ours, theirs = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_compute, args=(task, theirs), name=task.name, daemon=True)
-    process.start()
-    theirs.close()
-    return Worker(task, process, ours)
-
-
-def _said(worker: Worker) -> str | None:
-    """What is wrong with a task that ended, or None."""
-    try:
-        answer: str | None = worker.answer.recv()
-    except EOFError:
-        worker.process.join()
-        code = worker.process.exitcode or 0
-        if code >= 0:
-            return f"{worker.task.name}: its process failed; what it said stands above"
-        return (
-            f"{worker.task.name}: its process was ended by signal {-code}, as where memory is short. The same command goes "
-            "on; with --workers 1 it computes one model at a time"
-        )
-    return answer
-
-
-def _compute(task: ClusterTask, answer: Connection) -> None:
-    """Compute a task and say what is wrong, None for nothing; ends when the process that asked is no longer there."""
+def _compute(line: Connection) -> None:
+    """Compute tasks, and say of each what is wrong, None for nothing; ends when the process that asks is no longer there."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    known = Cache()
     try:
-        answer.send(task.compute())
+        while True:
+            task, told = line.recv()
+            known = told or known
+            line.send(task.compute(known.read_so_far()))
+            release_memory()  # of the task's model
+    except EOFError:
+        return
     except KeyboardInterrupt:  # of the terminal, which the process that asked was told, too
         os._exit(130)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lensbench.measures.update.undefined import Undefined
 from lensbench.streams.capture import Capture
+from lensbench.streams.gram import add_gram_
 from lensbench.streams.readout import ReadOut
 
 MetricKind = Literal["fisher", "logit", "euclidean", "whitened"]
@@ -80,7 +81,7 @@ def covariance_of(states: Tensor) -> Tensor:
     total = torch.zeros(states.shape[1], states.shape[1], dtype=torch.float64, device=states.device)
     for rows in states.split(4096):
         centred = rows.double() - mean
-        total.addmm_(centred.T, centred)
+        add_gram_(total, centred)
     return (total / len(states)).cpu()
 
 
@@ -90,12 +91,12 @@ def _fisher(readout: ReadOut, captured: Capture) -> Tensor:
     total = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
     for rows, share in zip(weight.split(8192), p.to(weight.device).split(8192), strict=True):
         wide = rows.double()
-        total += wide.T @ (share.double()[:, None] * wide)
+        add_gram_(total, wide, share.double()[:, None] * wide)
     ranks = captured.ranks
     aims = captured.expected.new_zeros(total.shape, dtype=torch.float64)
     for rows in captured.expected.split(8192):
         wide = rows.double()
-        aims += wide.T @ wide
+        add_gram_(aims, wide)
     return total.cpu() - ranks.sum(aims.cpu()) / ranks.span(len(captured))[1]
 
 
@@ -120,5 +121,5 @@ def _fisher_of_capped(readout: ReadOut, captured: Capture) -> Tensor:
     total = torch.zeros_like(outer)
     for words, share in zip(weight.split(8192), ranks.sum(diagonal).split(8192), strict=True):
         wide = words.double().cpu()
-        total += wide.T @ (share[:, None] * wide)
+        add_gram_(total, wide, share[:, None] * wide)
     return (total - ranks.sum(outer)) / len(chosen)

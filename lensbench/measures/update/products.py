@@ -17,6 +17,7 @@ from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.folds import PAGES_FOR, Readings
 from lensbench.runtime.mapped import give_back_pages
 from lensbench.statistics import Array
+from lensbench.streams.gram import add_gram_
 
 PAIR_PRODUCTS = ("ur", "uf", "uu", "uv", "vr", "vf", "vv")
 """Of two layers i < j: what a reading gains from i to j, in the old lens ``u = s_ij - r_i`` and in the new one
@@ -209,7 +210,7 @@ class SecondMoments:
             # Summed where the states are: a GPU hands over each sum once, not each block's.
             here, to_last = (states.new_zeros(d, d, dtype=torch.float64) for _ in range(2))
             for one, final in blocks(states, [row, len(states) - 1], means[[j, count]], PAIR_BLOCK):
-                here.addmm_(one.T, one)
+                add_gram_(here, one)
                 to_last.addmm_(one.T, final)
             if j == count:
                 last = (here / tokens).cpu()

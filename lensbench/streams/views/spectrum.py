@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lensbench.streams.capture import Capture
+from lensbench.streams.gram import add_gram_
 
 TOKENS = 4096
 """Tokens of a block in float64"""
@@ -40,7 +41,7 @@ def covariances(captured: Capture, layers: Sequence[int]) -> tuple[Tensor, Tenso
         second = mean.new_zeros(len(mean), len(mean))
         for rows in captured.states[layer].split(TOKENS):
             centred = rows.double() - mean
-            second.addmm_(centred.T, centred)
+            add_gram_(second, centred)
         found.append((ranks.sum(second) / tokens).cpu())
         means.append(mean.cpu())
     return torch.stack(found), torch.stack(means)
