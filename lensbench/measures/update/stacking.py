@@ -22,8 +22,8 @@ WORDS = 4096
 LEAST_FALL = 1e-6
 """Fall of the loss in a step, relative to it, at which coefficients are found"""
 
-ROWS = 64
-"""Tokens at once in a log-partition of a sum: their logits stay in a processor's cache"""
+IN_CACHE = 2**18
+"""Logits at once in a log-partition of a sum: they stay in a processor's cache"""
 
 
 def stacked(parts: Sequence[Tensor], centre: Tensor, pad: Tensor, theta: Tensor) -> Tensor:
@@ -51,8 +51,9 @@ class LogPartitionOfSum(torch.autograd.Function):
         Each of K ``logits`` is ``[n, S]``, a row for each token; ``of_all`` ``[m, S]`` are those that all tokens share.
         """
         own, log_z, moment = len(logits), torch.empty_like(a[:, 0]), torch.empty_like(a)
-        for start in range(0, len(a), ROWS):
-            rows = slice(start, start + ROWS)
+        block = max(1, IN_CACHE // of_all.shape[1])
+        for start in range(0, len(a), block):
+            rows = slice(start, start + block)
             added = a[rows, own:] @ of_all
             for k, one in enumerate(logits):
                 added.addcmul_(one[rows], a[rows, k, None])
