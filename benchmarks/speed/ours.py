@@ -21,6 +21,9 @@ from lensbench.streams.products import products_for
 
 CLOSED_BUDGETS = (1024, 2048, 4096, 8192, 16384, 32768)
 REFINED_BUDGETS = (2048, 4096, 5120, 6144, 8192, 12288, 16384, 20480, 32768, 65536)
+BATCH = 8
+"""Windows of one pass: with fewer, copies of the weights in float16 take much of it"""
+
 RECIPE = FitRecipe(
     ridges=(1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0),
     pads=(0.0, 0.15, 0.3, 0.45, 0.6),
@@ -60,18 +63,18 @@ def fit_budget(
     # As a run does: passes in float16 where the processor is fast at it and they agree, which is checked in these seconds.
     task.stream.half = choose_half(task.stream, lambda: rows_of(windows, np.arange(min(INPUTS, count))))
     if refined:
-        fit = capture(task.stream, fit_windows, batch=2)
+        fit = capture(task.stream, fit_windows, batch=BATCH)
         moments = Moments.of(fit)
         final = fit.states[-1]
     else:
         sums, finals = MomentSums(), []
-        for begin in range(0, len(fit_windows.ids), 2):
-            part = rows_of(fit_windows, np.arange(begin, min(begin + 2, len(fit_windows.ids))))
+        for begin in range(0, len(fit_windows.ids), BATCH):
+            part = rows_of(fit_windows, np.arange(begin, min(begin + BATCH, len(fit_windows.ids))))
             states = states_of(task, part)
             sums.add(states)
             finals.append(states[-1].clone())
         moments, final = sums.moments(), torch.cat(finals)
-    dev = thinned(capture(task.stream, dev_windows, batch=2), 512 if refined else 256)
+    dev = thinned(capture(task.stream, dev_windows, batch=BATCH), 512 if refined else 256)
     # The read-out that a run scores such states with.
     readout = task.stream.readout.with_products(products_for(task.stream.readout, dev.states))
     task.stream.half = None  # other parts measure in float32

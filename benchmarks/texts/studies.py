@@ -85,6 +85,24 @@ class Studies:
             ["preset", "minutes", "predicted", "until the decomposition is there", "peak memory, GiB"], rows
         )
 
+    def algebra(self, path: str) -> str:
+        """A table of what the algebra of a fit takes for each layer of the model, by width, before and now."""
+        table, rows = self.table(path), []
+        for row in table[table["part"] == "a fit, for each layer"].to_dict("records"):
+            sizes = [row["memory_gib_before"], row["memory_gib_after"], row["disk_gib_after"]]
+            rows.append([
+                f"{row['d']}",
+                f"{row['seconds_before']:.2g}" if row["seconds_before"] < 100 else f"{row['seconds_before']:.0f}",
+                f"{row['seconds_after']:.2g}" if row["seconds_after"] < 100 else f"{row['seconds_after']:.0f}",
+                *(f"{1024 * size:.2g} MiB" if size < 0.09 else f"{1024 * size:.0f} MiB" for size in sizes),
+            ])  # fmt: skip
+        heads = ["width", "seconds of one core, before", "now", "memory, before", "now", "on disk, now"]
+        return markdown(heads, rows)
+
+    def algebra_difference(self, path: str) -> str:
+        """The largest difference of maps made in both ways, relative to their largest entry."""
+        return f"{self.table(path)['difference'].max():.0e}".replace("e-0", "e-")
+
     def equal_kl(self, path: str) -> str:
         """A table of how soon closed forms and refinement reach the KL of tuned-lens's recipe, by lens."""
         rows = []

@@ -1,4 +1,4 @@
-"""Several models of a suite at once on this machine's processors, each trained model and seed in a process of its own.
+"""Several models of a suite at once on this machine's processors, each in a process that goes from model to model.
 
 Threads help a small model little: two models side by side take far less time than one after the other with two threads
 each. A worker computes the stages of its models into the run folder, as tasks of a cluster do. The run that started
