@@ -167,5 +167,5 @@ def _add_gains(
 def _squares(missed: Tensor, unread: Tensor | None) -> Array:
     """Squared lengths ``[tokens]`` of what is missed, in unread directions or in all."""
     left = missed if unread is None else missed @ unread
-    found: Array = left.double().square().sum(-1).cpu().numpy()
+    found: Array = left.square().sum(-1, dtype=torch.float64).cpu().numpy()
     return found

@@ -144,24 +144,38 @@ def _of_pairs(centred: Tensor, last: Tensor, own: Tensor, maps: Readings) -> Ite
     Of centred states ``[n, tokens, d]`` and their readings ``[2, n, tokens, k]`` in float64, of which differences are taken,
     and of final states ``[tokens, d]``; products are in the type of these.
     """
-    for i in range(len(centred) - 1):
-        added, r = (centred[i + 1 :] - centred[i]).to(last), own[:, i].to(last)
-        f = [last @ maps.signal[fold, i].T for fold in (0, 1)]
-        u = [added @ maps.read[fold, i].T for fold in (0, 1)]
-        v = (own[:, i + 1 :] - own[:, i, None]).to(last)
+    count = len(centred)
+    at_once = count if last.is_cuda else 1  # of one pair a processor's cache holds everything
+    for i in range(count - 1):
+        r = own[:, i].to(last)
+        f = torch.stack([last @ maps.signal[fold, i].T for fold in (0, 1)])
+        parts = []
+        for j in range(i + 1, count, at_once):
+            some = slice(j, j + at_once)
+            added = (centred[some] - centred[i]).to(last)
+            u = torch.stack([added @ maps.read[fold, i].T for fold in (0, 1)])
+            parts.append(_of_updates(u, (own[:, some] - own[:, i, None]).to(last), r, f))
+        yield {name: torch.cat([part[name] for part in parts]) for name in PAIR_PRODUCTS}
 
-        def crossed(left: Sequence[Tensor] | Tensor, right: Sequence[Tensor] | Tensor) -> Tensor:
-            return (_dot(left[0], right[1]) + _dot(left[1], right[0])) / 2
 
-        yield {
-            "ur": crossed(u, r),
-            "uf": crossed(u, f),
-            "uu": _dot(u[0], u[1]),
-            "uv": crossed(u, v),
-            "vr": crossed(v, r),
-            "vf": crossed(v, f),
-            "vv": _dot(v[0], v[1]),
-        }
+def _of_updates(u: Tensor, v: Tensor, r: Tensor, f: Tensor) -> dict[str, Tensor]:
+    """:data:`PAIR_PRODUCTS` ``[m, tokens]`` of m updates read by the earlier lens (u) and as readings (v): ``[2, m, tokens, k]``.
+
+    r and f, the earlier reading and its signal, are ``[2, tokens, k]``.
+    """
+
+    def crossed(left: Tensor, right: Tensor) -> Tensor:
+        return (_dot(left[0], right[1]) + _dot(left[1], right[0])) / 2
+
+    return {
+        "ur": crossed(u, r),
+        "uf": crossed(u, f),
+        "uu": _dot(u[0], u[1]),
+        "uv": crossed(u, v),
+        "vr": crossed(v, r),
+        "vf": crossed(v, f),
+        "vv": _dot(v[0], v[1]),
+    }
 
 
 class Covariances(Protocol):
@@ -325,4 +339,4 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.einsum("...k,...k->...", left, right)
+    return torch.linalg.vecdot(left, right)  # einsum makes a product of matrices for each row
