@@ -233,9 +233,7 @@ def measure(d: int, layers: int, deep: int, recipe: FitRecipe, rounds: int) -> l
 
 def main(
     out: Path = Path("runs/speed/algebra"),
-    widths: Annotated[
-        str, typer.Option(help="Widths, separated by commas; 4096 takes 25 minutes.")
-    ] = "576,1024,2048",
+    widths: Annotated[str, typer.Option(help="Widths, separated by commas; 4096 takes 25 minutes.")] = "576,1024,2048",
     layers: Annotated[int, typer.Option(min=2, help="Layers of random states, a divisor of DEEP.")] = 4,
     deep: Annotated[int, typer.Option(min=2, help="Layers of the model that counts and bytes are given for.")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 2,

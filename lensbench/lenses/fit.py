@@ -214,6 +214,7 @@ def _summarised(context: FitContext) -> Fit:
             kls = {key: _mean_kls(context, lens, tokens, key) for key, tokens in samples.items()}
             lens = FittedLens(lens.record.model_copy(update=kls), lens.maps)
         lenses[name] = lens.float32()
+        give_back_pages()
     summary = FitSummary(
         headline=headline,
         records={name: lens.record for name, lens in lenses.items()},

@@ -4,6 +4,7 @@ import shutil
 import time
 from functools import partial
 
+from filelock import FileLock
 from torch import Tensor
 
 from lensbench.data.samples import Samples, fingerprint_of
@@ -57,12 +58,13 @@ def captured_states(
             captured = passed(memory_gib=memory_gib, ranks=ranks)
         else:
             store = KeptCaptures(context, origin, stream)
-            found = store.find(samples, constant)
-            if found is None:
-                captured = store.capture(passed, samples, constant, memory_gib)
-            else:
-                captured = found
-                task.update(len(samples), "kept by an earlier stage")
+            with store.alone(samples, constant):
+                found = store.find(samples, constant)
+                if found is None:
+                    captured = store.capture(passed, samples, constant, memory_gib)
+                else:
+                    captured = found
+                    task.update(len(samples), "kept by an earlier stage")
     release_memory()  # passes of a model leave much that is free
     allowed = context.suite.evaluate.half_products
     products = ranks.told(products_for(stream.readout, captured.states) if allowed else None)
@@ -98,6 +100,11 @@ class KeptCaptures:
             **({"passes": "float16"} if self.stream.half is not None else {}),
         }
         return digest_of(key)[:24]
+
+    def alone(self, samples: Samples, constant: Tensor | None) -> FileLock:
+        """No other process looks for this capture, or makes it, meanwhile: two may compute stages of one model at once."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.root / f"{self.key(samples, constant)}.lock")
 
     def find(self, samples: Samples, constant: Tensor | None) -> Capture | None:
         """The capture of these samples, if it is there and whole."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -39,6 +39,9 @@ RETRIES = 5
 
 LOCAL = "local"
 
+Part = Literal["all", "update", "rest"]
+"""Which stages of its models a task computes: all, those up to the update decomposition, or those after it"""
+
 
 @dataclass(frozen=True)
 class ClusterTask:
@@ -54,6 +57,7 @@ class ClusterTask:
     max_hours: float
     sequences: int | None
     planning: bool
+    part: Part = "all"
 
     @property
     def name(self) -> str:
@@ -70,7 +74,8 @@ class ClusterTask:
         torch.set_num_threads(self.threads)  # this process is the task's own; results hold for as many threads
         try:
             # Were the worker before this one still alive somewhere, both would write.
-            lock = FileLock(self.folder / "stages" / f".{self.models[0]}-seed{self.seed}.lock")
+            of_rest = "-rest" if self.part == "rest" else ""
+            lock = FileLock(self.folder / "stages" / f".{self.models[0]}-seed{self.seed}{of_rest}.lock")
             with lock, without_progress_bars():
                 self._compute_stages(known or Cache())
         except LensbenchError as error:
@@ -93,8 +98,11 @@ class ClusterTask:
             if self.planning:
                 planning(context, model, self.seed)
                 continue
-            learning_curve(context, model, self.seed)
-            updating(context, model, self.seed)
+            if self.part != "rest":
+                learning_curve(context, model, self.seed)
+                updating(context, model, self.seed)
+            if self.part == "update":
+                return  # the rest reads the same captures
             scoring(context, model, self.seed)
             further_stages(context, model, self.seed)
             probing(context, model, self.seed)

@@ -136,7 +136,7 @@ def forecast(
 
 
 def tasks_of(suite: Suite, model: ModelRecipe, stages: list[PlannedStage]) -> list[TimedTask]:
-    """The stages of a model that are missing, as a task for each seed."""
+    """The stages of a model that are missing, as the tasks of :func:`lensbench.run.workers.in_parts` for each seed."""
     owner = suite.whole_training(suite.trained(model))
     found = []
     for seed in suite.seeds_of(model):
@@ -146,7 +146,12 @@ def tasks_of(suite: Suite, model: ModelRecipe, stages: list[PlannedStage]) -> li
         ]
         shared = sum(stage.seconds for stage in of_seed if stage.name.startswith(("train-", "begin-")))
         own = sum(stage.seconds for stage in of_seed) - shared
-        found.append(TimedTask(f"{owner.name}-seed{seed}", shared, own, owner.source is not None))
+        name, rest = f"{owner.name}-seed{seed}", 0.0
+        if suite.update is not None and owner.source is None:
+            rest = own - sum(s.seconds for s in of_seed if kind_of(s.name) in ("update", "curve"))
+        found.append(TimedTask(name, shared, own - rest, owner.source is not None))
+        if rest > 0:
+            found.append(TimedTask(name, 0.0, rest, first=False))
     return found
 
 

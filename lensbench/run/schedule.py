@@ -16,6 +16,8 @@ class TimedTask:
     """Seconds of its own stages"""
     whole: bool = False
     """Whether others that share it wait for its own stages, too, as those of a pretrained model do"""
+    first: bool = True
+    """Whether it is dealt out before all that are not, which follow by their length, the longest first"""
 
 
 def seconds_side_by_side(tasks: Sequence[TimedTask], count: int) -> float:
@@ -24,7 +26,8 @@ def seconds_side_by_side(tasks: Sequence[TimedTask], count: int) -> float:
     A process that is free takes the first task that may start: a training is made by the first of its tasks, and the others
     wait for it. That is how :class:`lensbench.run.workers.Workers` deals them out.
     """
-    waiting, ends, there = list(tasks), list[float](), dict[str, float]()
+    late = sorted((task for task in tasks if not task.first), key=lambda task: -task.own)
+    waiting, ends, there = [*(task for task in tasks if task.first), *late], list[float](), dict[str, float]()
     clock = last = 0.0
     while waiting:
         ends = [end for end in ends if end > clock]

@@ -124,7 +124,7 @@ def run_suite(
         )  # fmt: skip
         asked = [m for m in suite.models if not only or m.name in only]
         refuse_replacing(context)
-        count = announced(context, asked, cluster is not None, workers, processors)
+        count, expected = announced(context, asked, cluster is not None, workers, processors)
         plans: dict[str, Any] = {}
         if suite.evaluate.precision is not None:
             context, plans = planned(context, asked, cluster)
@@ -132,7 +132,7 @@ def run_suite(
             cluster.compute(context, cluster_tasks(context, asked))
         unfinished = Unfinished.of(context, asked, command or f"lensbench run {suite.name}")
         try:
-            with computing(context, asked, count, processors) as ready:
+            with computing(context, asked, count, processors, expected) as ready:
                 measured, left_out = measured_models(context, asked, unfinished, ready)
         except BaseException:
             unfinished.interrupted()
@@ -146,30 +146,36 @@ def run_suite(
         return read_run(folder)
 
 
-def announced(context: Context, asked: list[ModelRecipe], alone: bool, workers: int | None, processors: int) -> int:
-    """How many processes will compute models at once, one ``alone`` if all is there; tells of the stages to come."""
+def announced(
+    context: Context, asked: list[ModelRecipe], alone: bool, workers: int | None, processors: int
+) -> tuple[int, dict[str, float]]:
+    """How many processes will compute models at once, one ``alone`` if all is there; tells of the stages to come.
+
+    And the seconds that each stage is expected to take.
+    """
     names = stage_names(context.suite, asked, context.probes)
     there = names & context.stages.finished()
     alone |= context.ranks.size > 1 or not names - there
     count = 1 if alone else models_at_once(context.suite, asked, workers, context.device, processors)
-    context.progress.stages(
-        len(names), expected_seconds(context.suite, asked, context.probes, context.device, there), count
-    )
+    expected = expected_seconds(context.suite, asked, context.probes, context.device, there)
+    context.progress.stages(len(names), expected, count)
     if there:
         context.progress.say(
             f"goes on in {context.folder}: {len(there)} of {len(names)} stages are there; those that fit are reused"
         )
-    return count
+    return count, expected
 
 
 @contextlib.contextmanager
-def computing(context: Context, asked: list[ModelRecipe], count: int, processors: int) -> Iterator[Ready]:
+def computing(
+    context: Context, asked: list[ModelRecipe], count: int, processors: int, expected: dict[str, float]
+) -> Iterator[Ready]:
     """What waits for a model's stages while ``count`` processes compute models; of one process nothing waits."""
     if count == 1:
         yield lambda model: None
         return
     context.progress.say(f"{count} models are computed at once, each in a process of its own")
-    with Workers.of(context, asked, count, processors).at_work() as ready:
+    with Workers.of(context, asked, count, processors, expected).at_work() as ready:
         if any(context.suite.trained(model).source is None for model in asked):
             data_of(context).read()  # which all tasks share
 

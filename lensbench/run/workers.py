@@ -9,11 +9,12 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import MappingProxyType
 
 import torch
 
@@ -21,10 +22,15 @@ from lensbench.errors import LensbenchError
 from lensbench.run.cluster import ClusterTask, cluster_tasks
 from lensbench.run.context import Cache, Context
 from lensbench.run.origin import origin_of
+from lensbench.run.stage_names import stage_names
+from lensbench.runtime.left import kind_of
 from lensbench.runtime.memory import release_memory
 from lensbench.runtime.progress import QUIET
 from lensbench.runtime.stages import NotFinished
 from lensbench.suite.recipes import ModelRecipe, Suite
+
+BEFORE = ("train", "curve", "update")
+"""Kinds of stages up to the update decomposition"""
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at what the workers have finished"""
@@ -113,15 +119,25 @@ class Workers:
     processes: list[Worker] = field(default_factory=list)
 
     @classmethod
-    def of(cls, context: Context, models: list[ModelRecipe], count: int, processors: int) -> "Workers":
-        """A task for each model and seed; workers have the suite's threads, or their share of the processors."""
+    def of(
+        cls,
+        context: Context,
+        models: list[ModelRecipe],
+        count: int,
+        processors: int,
+        expected: Mapping[str, float] = MappingProxyType({}),
+    ) -> "Workers":
+        """Tasks for each model and seed (:func:`in_parts`); workers have the suite's threads, or their share of processors.
+
+        ``expected``: what stages are expected to take, seconds.
+        """
         threads = context.suite.threads or max(1, processors // count)
         tasks = [
             replace(task, models=(name,), threads=threads)
             for task in cluster_tasks(context, models)
             for name in task.models
         ]
-        return cls(context, count, tasks, context.stages.finished())
+        return cls(context, count, in_parts(context, tasks, expected), context.stages.finished())
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Ready]:
@@ -181,6 +197,29 @@ class Workers:
 
     def _training(self, task: ClusterTask) -> tuple[str, int]:
         return self.context.suite.whole_training(self._model(task)).name, task.seed
+
+
+def in_parts(context: Context, tasks: list[ClusterTask], expected: Mapping[str, float]) -> list[ClusterTask]:
+    """Each task in two: up to the update decomposition, which is the first answer, and the rest.
+
+    First answers come first, then the rests, the longest first, so that all processes end at about the same time. What is
+    made of a pretrained model stays in one task: each would load the model.
+    """
+    suite = context.suite
+    if suite.update is None:
+        return tasks
+    first, rest = [], []
+    for task in tasks:
+        (model,) = (model for model in suite.models if model.name in task.models)
+        if suite.trained(model).source is not None:
+            first.append(task)
+            continue
+        first.append(replace(task, part="update"))
+        end = f"-{model.name}-seed{task.seed}"
+        own = {name for name in stage_names(suite, [model], context.probes) if name.endswith(end)}
+        after = sum(expected.get(name, 0.0) for name in own if kind_of(name) not in BEFORE)
+        rest.append((after, replace(task, part="rest")))
+    return first + [task for _, task in sorted(rest, key=lambda pair: -pair[0])]
 
 
 def _compute(line: Connection) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -18,8 +19,18 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.runtime.files import write_atomically
+from lensbench.runtime.mapped import give_back_pages, kept_in_file
 
 SEAL = "sha256"
+
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""As safetensors calls them"""
+
+GIVE_BACK_EVERY = 2**27
+"""Bytes written of tensors that may lie in files themselves, after which their pages are given back"""
 
 
 def read_tensors(path: Path, remedy: str = "") -> dict[str, Tensor]:
@@ -72,10 +83,13 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(described)) + described)
+            given_back = file.write(struct.pack("<Q", len(described)) + described)
             for _, tensor in sorted(tensors.items()):
                 for part in tensor.detach() if tensor.dim() > 1 else [tensor.detach()]:
                     file.write(part.float().contiguous().numpy().data)
+                if file.tell() - given_back > GIVE_BACK_EVERY:  # what was read of tensors that lie in files
+                    give_back_pages()
+                    given_back = file.tell()
 
     write_atomically(path, write)
 
@@ -97,10 +111,25 @@ def load_sealed(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor],
         return tensors, facts
     # Mapped anew: the check has read every page of the first mapping, and they count as this process's memory.
     with _told_as_damage():
-        tensors = load_file(path)
+        tensors = _mapped_tensors(path)
         if _identity(path) != checked:
             raise Damaged("it was replaced while it was read")
     return tensors, facts
+
+
+def _mapped_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in a mapping whose pages can be given back: safetensors' own cannot."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    content = kept_in_file(np.memmap(path, dtype=np.uint8, mode="c"))
+    found = {}
+    for name, one in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = (8 + size + offset for offset in one["data_offsets"])
+        found[name] = content[begin:end].view(TYPES[one["dtype"]]).view(one["shape"])
+    return found
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

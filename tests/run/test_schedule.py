@@ -21,6 +21,12 @@ STATE = TimedTask("pc", 50, 70)
         # With a third process it starts as soon as the training is there.
         ([GPT, PC, STATE], 3, 50 + 70),
         ([PC, STATE], 2, 50 + 70),
+        # What is not first waits for all that is, and the longest of it comes first: 20 in the place of gpt at 55, 9 at 75.
+        (
+            [GPT, TimedTask("gpt", 0, 9, first=False), PC, TimedTask("pc", 0, 20, first=False)],
+            2,
+            50 + 35,
+        ),
         # Views of a pretrained model wait for one another.
         ([TimedTask("a", 10, 20, True), TimedTask("a", 10, 40, True), TimedTask("b", 10, 5, True)], 2, 30 + 40),
     ],

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,10 @@ import torch
 from helpers.commands import csv_bytes, refused, run
 
 from lensbench.results import folder
+from lensbench.run.capturing import KEPT, KeptCaptures, captured_states
 from lensbench.run.context import Context
+from lensbench.run.inputs import data_of
+from lensbench.run.origin import origin_of, stream_of
 from lensbench.run.workers import Workers, models_at_once
 from lensbench.runtime.environment import choose_device
 from lensbench.runtime.stages import Stages
@@ -113,9 +118,47 @@ def test_a_view_waits_for_its_training_and_no_seed_for_another(tiny_suite, tmp_p
     suite = load_suite(str(tiny_suite)).model_copy(update={"seeds": (0, 3)})
     context = Context(suite, Stages(tmp_path / "stages"), choose_device("cpu"))
     workers = Workers.of(context, list(suite.models), 2, 8)
-    assert {(t.models, t.seed) for t in workers.waiting} == {
+    assert {(t.models, t.seed) for t in workers.waiting if t.part != "rest"} == {
         ((m,), s) for m in ("gpt", "pc", "pc+state") for s in (0, 3)
     }
     assert {t.threads for t in workers.waiting} == {suite.threads or 4}
     started = [t.models[0] for t in workers.waiting if workers._may_start(t)]
     assert sorted(started) == ["gpt", "gpt", "pc", "pc"]
+
+
+def test_decompositions_come_first_and_then_the_longest_rest(tiny_suite, tmp_path):
+    suite = load_suite(str(tiny_suite))
+    context = Context(suite, Stages(tmp_path / "stages"), choose_device("cpu"))
+    expected = {"fit-pc-seed0": 3.0, "score-pc-seed0": 4.0, "fit-pc+state-seed0": 9.0, "update-gpt-seed0": 100.0}
+    tasks = Workers.of(context, list(suite.models), 2, 8, expected).waiting
+    assert [(t.models[0], t.part) for t in tasks] == [
+        ("gpt", "update"), ("pc", "update"), ("pc+state", "update"), ("pc+state", "rest"), ("pc", "rest"), ("gpt", "rest"),
+    ]  # fmt: skip
+    plain = replace(context, suite=suite.model_copy(update={"update": None}))
+    assert {t.part for t in Workers.of(plain, list(suite.models), 2, 8).waiting} == {"all"}
+
+
+def test_two_processes_make_a_capture_once(tiny_suite, tmp_path):
+    """The stages before and after the first answer read the same states, and may run at once."""
+    suite = load_suite(str(tiny_suite))
+    context = Context(suite, Stages(tmp_path / "stages"), choose_device("cpu"))
+    origin, data = origin_of(context, suite.models[0], 0), data_of(context)
+    samples, made = data.samples("dev", 4, 4), []
+
+    def look() -> None:
+        own = replace(context, cache=context.cache.read_so_far())
+        stream = stream_of(own, origin, suite.models[0].view)
+        made.append(captured_states(own, stream, samples, name="capture", origin=origin)[0].states.clone())
+
+    with KeptCaptures(context, origin, stream_of(context, origin, suite.models[0].view)).alone(samples, None):
+        late = threading.Thread(target=look)
+        late.start()
+        late.join(1.0)
+        assert late.is_alive()
+        assert not made
+    late.join(60)
+    folders = [path for path in (tmp_path / KEPT).iterdir() if path.is_dir()]
+    look()
+    assert folders == [path for path in (tmp_path / KEPT).iterdir() if path.is_dir()]
+    assert len(folders) == 1
+    assert torch.equal(made[0], made[1])

@@ -143,10 +143,11 @@ def test_a_damaged_file_of_tensors_is_one_line_that_names_it(tmp_path, reader, c
 
 
 def test_files_are_read_by_one_function():
-    """json.loads elsewhere takes back what json.dumps gave."""
+    """json.loads elsewhere takes back what json.dumps gave, or reads the header of a file that was checked."""
     for path in ROOT.rglob("*.py"):
         text = path.read_text()
         name = path.relative_to(ROOT).as_posix()
         assert "json.load(" not in text, name
-        assert text.count("json.loads(") == text.count("json.loads(json.dumps(") + (name == "runtime/texts.py"), name
+        others = text.count("json.loads(json.dumps(") + (name in ("runtime/texts.py", "runtime/sealed.py"))
+        assert text.count("json.loads(") == others, name
         assert "load_file(" not in text or name == "runtime/sealed.py", name

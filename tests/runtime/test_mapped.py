@@ -11,7 +11,7 @@ import torch
 from lensbench.lenses.room import FILE, MatrixFile
 from lensbench.runtime import sealed
 from lensbench.runtime.mapped import give_back_pages, kept_in_file, mapped
-from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
+from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed, write_tensors
 from lensbench.runtime.stages import _kept
 from lensbench.streams.kept import mapped_file
 
@@ -70,6 +70,47 @@ def test_a_sealed_file_that_was_checked_lies_on_disk_alone(tmp_path):
     assert of_files() - before < 8 * 2**10
     assert float(found["x"].double().sum()) == 2**22 * (2**23 - 1)
     assert of_files() - before > 24 * 2**10
+    give_back_pages()
+    assert of_files() - before < 8 * 2**10
+    assert float(found["x"][-1]) == 2**23 - 1
+
+
+@pytest.mark.parametrize("dtype", sealed.TYPES.values())
+def test_a_mapped_file_holds_what_safetensors_reads(tmp_path, dtype):
+    whole = torch.arange(30).view(5, 6).to(dtype)
+    content = {
+        "b": whole,
+        "scalar": whole[2, 3].clone(),
+        "a": torch.ones(3, dtype=torch.float32),
+        "none": whole[:0].clone(),
+    }
+    save_sealed(content, tmp_path / "x.safetensors", {"said": "so"})
+    found, facts = load_sealed(tmp_path / "x.safetensors", mapped=True)
+    assert facts == {"said": "so"}
+    assert found.keys() == content.keys()
+    for name, tensor in content.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process holds")
+def test_tensors_that_lie_in_files_are_written_without_keeping_their_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "GIVE_BACK_EVERY", 2**22)
+    for k in range(4):
+        save_sealed({"x": torch.full((2**22,), float(k))}, tmp_path / str(k))
+    mapped_ones = {str(k): load_sealed(tmp_path / str(k), mapped=True)[0]["x"] for k in range(4)}
+    most, write = [], sealed.give_back_pages
+
+    def noted() -> None:
+        write()
+        most.append(of_files())
+
+    monkeypatch.setattr(sealed, "give_back_pages", noted)
+    before = of_files()
+    write_tensors(mapped_ones, tmp_path / "all")
+    assert len(most) == 4
+    assert max(most) - before < 8 * 2**10
+    assert [float(x[0]) for x in sealed.read_tensors(tmp_path / "all").values()] == [0.0, 1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("fate", ["replaced", "cut", "gone"])

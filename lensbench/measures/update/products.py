@@ -159,9 +159,9 @@ def _of_pairs(centred: Tensor, last: Tensor, own: Tensor, maps: Readings) -> Ite
 
 
 def _of_updates(u: Tensor, v: Tensor, r: Tensor, f: Tensor) -> dict[str, Tensor]:
-    """:data:`PAIR_PRODUCTS` ``[m, tokens]`` of m updates read by the earlier lens (u) and as readings (v): ``[2, m, tokens, k]``.
+    """:data:`PAIR_PRODUCTS` ``[m, tokens]`` of m updates, as the earlier lens reads them (u) and as readings change (v).
 
-    r and f, the earlier reading and its signal, are ``[2, tokens, k]``.
+    u and v are ``[2, m, tokens, k]``; r and f, the earlier reading and its signal, ``[2, tokens, k]``.
     """
 
     def crossed(left: Tensor, right: Tensor) -> Tensor:
@@ -339,4 +339,5 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.vecdot(left, right)  # einsum makes a product of matrices for each row
+    found: Tensor = torch.linalg.vecdot(left, right)  # einsum makes a product of matrices for each row
+    return found
