@@ -92,8 +92,8 @@ class Texts:
     first_position: int
     begin: BeginSetting = "auto"
     """Which windows begin with the model's beginning-of-text token"""
-    known: dict[str, list[TokenizedDocument]] = field(default_factory=dict, repr=False)
-    """The splits that are tokenised so far"""
+    known: dict[str, list[TokenizedDocument]] = field(default_factory=dict, init=False, repr=False)
+    """The splits that are tokenised so far; a copy with another corpus begins with none"""
 
     @cached_property
     def tokenizer(self) -> Tokenizer | PreTrainedTokenizerBase:

@@ -155,7 +155,7 @@ def tasks_of(suite: Suite, model: ModelRecipe, stages: list[PlannedStage]) -> li
     return found
 
 
-REACHED = {"update": 0.5, "fit": 0.5, "share": 0.45, "score": 0.65}
+REACHED = {"update": 0.55, "fit": 0.6, "share": 0.7, "score": 0.65}
 """Share of a CPU's measured rates that stages of a kind reach, passes of the model apart.
 
 Their products are of middling size, with small steps in between. Of SmolLM2-135M and of the models of `quick`.
@@ -164,6 +164,8 @@ Their products are of middling size, with small steps in between. Of SmolLM2-135
 
 def seconds_of_stage(name: str, work: Work, rates: Rates, device: torch.device) -> float:
     """How long a stage takes."""
+    if name.startswith("probe-") and rates.own:
+        rates = replace(rates, model=rates.own)
     passes = Work(model=work.model, steps=work.steps)
     reached = REACHED.get(kind_of(name), 1.0) if device.type == "cpu" else 1.0
     return seconds(passes, rates) + seconds(replace(work, model=0.0, steps=0.0), rates) / reached
@@ -211,14 +213,15 @@ def on_processor(suite: Suite, owner: ModelRecipe, shape: Shape, rates: Rates) -
 
     That they agree with float32 is taken for granted.
     """
-    passes, peak, read = PASSES * rates.model, rates.model, 0.0
+    own, peak, read = PASSES * rates.model, rates.model, 0.0
+    passes = own
     if suite.evaluate.half_products and half_is_fast():
         half = product_rate(Stopwatch(torch.device("cpu")), torch.float16, shape.width)
         if owner.dtype == "float32" and shape.parameters >= LEAST_PARAMETERS:
             passes, peak = HALF_PASSES * half, half
         if shape.vocabulary * shape.width >= LEAST_WEIGHTS:
             read = HALF_READ * half
-    return replace(rates, model=passes, peak=peak, read=read)
+    return replace(rates, model=passes, own=own, peak=peak, read=read)
 
 
 # Shapes

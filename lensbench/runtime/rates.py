@@ -38,6 +38,8 @@ class Rates:
     """FLOPs of products with the unembedding, where they are faster than others in float32; 0: as fast"""
     peak: float = 0.0
     """FLOPs of the products that passes of a model are made of, where the passes as a whole are slower; 0: as fast"""
+    own: float = 0.0
+    """FLOPs of passes in the model's own type, where those that capture states are in another; 0: as ``model``"""
     steps: float = math.inf
     """Training steps of the model that is asked about"""
     at_hand: float = 1.0

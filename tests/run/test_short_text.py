@@ -117,7 +117,7 @@ def test_a_text_that_is_long_enough_passes_and_only_its_longest_documents_are_to
     (tmp_path / "texts.jsonl").write_text(documents(*[200] * 60))
     counted = []
     monkeypatch.setattr(
-        Texts, "documents", property(lambda self, whole=Texts.documents.func: counted.append(self) or whole(self))
+        Texts, "documents", lambda self, split, whole=Texts.documents: counted.append(self) or whole(self, split)
     )
     result = run("run", suite, "--device", "cpu", "--dry-run", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
