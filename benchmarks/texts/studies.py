@@ -1,5 +1,6 @@
 """The numbers of studies (calibrations, tasks, regressions, speed), for templates."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ class Studies:
 
     def algebra_difference(self, path: str) -> str:
         """The largest difference of maps made in both ways, relative to their largest entry."""
-        return f"{self.table(path)['difference'].max():.0e}".replace("e-0", "e-")
+        largest = self.table(path)["difference"].max()
+        power = math.floor(math.log10(largest))
+        return f"{math.ceil(largest / 10**power)}e{power}"
 
     def equal_kl(self, path: str) -> str:
         """A table of how soon closed forms and refinement reach the KL of tuned-lens's recipe, by lens."""

@@ -149,9 +149,13 @@ class KeptCaptures:
 
 
 def forget_own_captures(context: Context) -> None:
-    """Remove the captures that this process has made or read: nothing more is computed of its models."""
+    """Remove the captures that this process has made or read: no task that is still to begin reads them.
+
+    A process that reads them meanwhile keeps what it has mapped.
+    """
     for key in context.cache.captures:
-        shutil.rmtree(context.folder / KEPT / key, ignore_errors=True)
+        with FileLock(context.folder / KEPT / f"{key}.lock"):
+            shutil.rmtree(context.folder / KEPT / key, ignore_errors=True)
     context.cache.captures.clear()
 
 

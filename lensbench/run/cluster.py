@@ -62,7 +62,8 @@ class ClusterTask:
     @property
     def name(self) -> str:
         """What the task is called on the cluster and in messages."""
-        return f"task-{'plan-' if self.planning else ''}{self.models[0]}-seed{self.seed}"
+        what = "plan-" if self.planning else "" if self.part == "all" else f"{self.part}-"
+        return f"task-{what}{self.models[0]}-seed{self.seed}"
 
     def compute(self, known: Cache | None = None) -> str | None:
         """Compute all unfinished stages of the task; returns what is wrong where a user can mend it, else None.
@@ -102,11 +103,12 @@ class ClusterTask:
                 learning_curve(context, model, self.seed)
                 updating(context, model, self.seed)
             if self.part == "update":
-                return  # the rest reads the same captures
+                continue
             scoring(context, model, self.seed)
             further_stages(context, model, self.seed)
             probing(context, model, self.seed)
-        forget_own_captures(context)
+        if self.part != "update":  # the rest reads the same captures
+            forget_own_captures(context)
 
 
 def cluster_tasks(context: Context, models: list[ModelRecipe], *, planning: bool = False) -> list[ClusterTask]:

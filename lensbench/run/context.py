@@ -11,7 +11,7 @@ import torch
 
 from lensbench.data.corpus import Corpus
 from lensbench.data.images import ImageSet
-from lensbench.data.inputs import Data
+from lensbench.data.inputs import Data, Texts
 from lensbench.runtime.environment import git_revision
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.ranks import ALONE, Ranks
@@ -51,8 +51,13 @@ class Cache:
     corpus: Corpus | None = None
     images: ImageSet | None = None
 
+    def texts_alone(self) -> "Cache":
+        """A new cache with the texts of this one, for another process; images hold functions that cannot be sent."""
+        texts = {name: one for name, one in self.data.items() if isinstance(one, Texts)}
+        return Cache(sources=dict(self.sources), data=dict(texts), corpus=self.corpus)
+
     def read_so_far(self) -> "Cache":
-        """A new cache with what this one knows of texts, images and sources, which serves other processes, too."""
+        """A new cache with what this one knows of texts, images and sources, for the next task of the same process."""
         return Cache(sources=dict(self.sources), data=dict(self.data), corpus=self.corpus, images=self.images)
 
 

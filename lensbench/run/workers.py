@@ -26,7 +26,7 @@ from lensbench.run.stage_names import stage_names
 from lensbench.runtime.left import kind_of
 from lensbench.runtime.memory import release_memory
 from lensbench.runtime.progress import QUIET
-from lensbench.runtime.stages import NotFinished
+from lensbench.runtime.stages import NotFinished, Stages
 from lensbench.suite.recipes import ModelRecipe, Suite
 
 BEFORE = ("train", "curve", "update")
@@ -172,13 +172,15 @@ class Workers:
             if (task := next(filter(self._may_start, self.waiting), None)) is None:
                 return
             self.waiting.remove(task)
-            worker.begin(task, self.context.cache.read_so_far())
+            worker.begin(task, self.context.cache.texts_alone())
 
     def _running(self) -> list[ClusterTask]:
         return [worker.task for worker in self.processes if worker.task is not None]
 
     def _may_start(self, task: ClusterTask) -> bool:
         """Whether what a task shares with earlier ones is there: its training, or all that is made of a pretrained model."""
+        if task.part == "update" and len(self._between()) > self.count:
+            return False  # the states of each of these models lie on disk
         model, whole = self._model(task), self._training(task)
         earlier = self._running() + self.waiting[: self.waiting.index(task)]
         if not any(self._training(other) == whole for other in earlier):
@@ -186,11 +188,20 @@ class Workers:
         if self.context.suite.trained(model).source is not None:
             return False
         cache = replace(self.context.cache, stages={})  # what is found here is still to be reported
+        stages = Stages(self.context.stages.root, looking=True)  # a training under way is left alone
         try:
-            origin_of(replace(self.context, compute=False, progress=QUIET, cache=cache), model, task.seed)
+            origin_of(
+                replace(self.context, stages=stages, compute=False, progress=QUIET, cache=cache), model, task.seed
+            )
         except NotFinished:
             return False
         return True
+
+    def _between(self) -> set[tuple[str, int]]:
+        """Models and seeds whose decomposition has begun and whose rest is not finished."""
+        updates = {(task.models[0], task.seed) for task in self.waiting if task.part == "update"}
+        rests = {(t.models[0], t.seed) for t in (*self.waiting, *self._running()) if t.part == "rest"}
+        return rests - updates
 
     def _model(self, task: ClusterTask) -> ModelRecipe:
         return next(model for model in self.context.suite.models if model.name == task.models[0])
@@ -225,15 +236,16 @@ def in_parts(context: Context, tasks: list[ClusterTask], expected: Mapping[str, 
 def _compute(line: Connection) -> None:
     """Compute tasks, and say of each what is wrong, None for nothing; ends when the process that asks is no longer there."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    known = Cache()
+    cache = Cache()
     try:
         while True:
-            task, told = line.recv()
-            known = told or known
-            line.send(task.compute(known.read_so_far()))
+            try:
+                task, told = line.recv()
+            except EOFError:  # nobody asks any more
+                return
+            cache = told or cache.read_so_far()
+            line.send(task.compute(cache))
             release_memory()  # of the task's model
-    except EOFError:
-        return
     except KeyboardInterrupt:  # of the terminal, which the process that asked was told, too
         os._exit(130)
 

@@ -111,7 +111,7 @@ def load_sealed(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor],
         return tensors, facts
     # Mapped anew: the check has read every page of the first mapping, and they count as this process's memory.
     with _told_as_damage():
-        tensors = _mapped_tensors(path)
+        tensors = _mapped_tensors(path) if _identity(path) == checked else {}
         if _identity(path) != checked:
             raise Damaged("it was replaced while it was read")
     return tensors, facts
@@ -128,7 +128,9 @@ def _mapped_tensors(path: Path) -> dict[str, Tensor]:
         if name == "__metadata__":
             continue
         begin, end = (8 + size + offset for offset in one["data_offsets"])
-        found[name] = content[begin:end].view(TYPES[one["dtype"]]).view(one["shape"])
+        dtype = TYPES[one["dtype"]]
+        part = content[begin:end] if begin % dtype.itemsize == 0 else content[begin:end].clone()
+        found[name] = part.view(dtype).view(one["shape"])
     return found
 
 
@@ -143,5 +145,14 @@ def _told_as_damage() -> Iterator[None]:
     """A context that raises :class:`Damaged` for whatever a file that cannot be read raises."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        struct.error,
+    ) as error:
         raise Damaged(str(error).splitlines()[0]) from error

@@ -9,8 +9,9 @@ LEAST_COLUMNS = 64
 def add_gram_(into: Tensor, rows: Tensor, scaled: Tensor | None = None) -> Tensor:
     """Add ``scaled^T rows`` ``[d, d]`` to ``into``, in place, and return it; ``scaled`` is ``rows`` if left out.
 
-    ``rows`` ``[n, d]``; ``scaled`` are the same rows, each times a weight, so that the sum is symmetric. Of each pair of
-    blocks off the diagonal one is multiplied and the other copied, which takes 5/8 to 3/4 of the multiplications.
+    ``rows`` ``[n, d]``; ``scaled`` are the same rows, each times a weight, so that the sum is symmetric; ``into`` has to be
+    symmetric, too. Of each pair of blocks off the diagonal one is multiplied and the other copied: of many columns this
+    takes little more than half of the multiplications.
     """
     _add(into, rows, rows if scaled is None else scaled, 0, rows.shape[1])
     return into

@@ -62,7 +62,7 @@ def kept(folder: Path, device: torch.device) -> Capture | None:
         if sha256(folder / STATES) != facts.get(CHECKSUM):
             raise Damaged("the checksum of the states differs")
     except (Damaged, OSError, ValueError):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     fields: dict[str, Any] = {name: content[name].to(device) for name in TENSORS}
     fields |= {name: content[name].numpy() for name in ARRAYS}

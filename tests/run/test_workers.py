@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +15,46 @@ from helpers.commands import csv_bytes, refused, run
 
 from lensbench.results import folder
 from lensbench.run.capturing import KEPT, KeptCaptures, captured_states
-from lensbench.run.context import Context
+from lensbench.run.context import Cache, Context
 from lensbench.run.inputs import data_of
 from lensbench.run.origin import origin_of, stream_of
-from lensbench.run.workers import Workers, models_at_once
+from lensbench.run.workers import Worker, Workers, models_at_once
 from lensbench.runtime.environment import choose_device
 from lensbench.runtime.stages import Stages
 from lensbench.suite.files import load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
+
+IMAGES = """
+name = "tiny"
+question = "Does it run?"
+threads = 1
+[images]
+spec = "digits"
+[training]
+tokens = 1600
+batch = 32
+[fit]
+ridges = [0.1, 10.0]
+rotations = 1
+pair_rotations = 1
+refits = 1
+refine_passes = 1
+[evaluate]
+draws = 100
+[[models]]
+name = "res"
+family = "cnn-residual"
+d_model = 16
+layers = 3
+parameters = 20_400
+[[models]]
+name = "plain"
+family = "cnn-plain"
+d_model = 16
+layers = 3
+parameters = 20_400
+"""
 
 
 def children(of: int) -> list[int]:
@@ -136,6 +167,49 @@ def test_decompositions_come_first_and_then_the_longest_rest(tiny_suite, tmp_pat
     ]  # fmt: skip
     plain = replace(context, suite=suite.model_copy(update={"update": None}))
     assert {t.part for t in Workers.of(plain, list(suite.models), 2, 8).waiting} == {"all"}
+
+
+def test_no_decomposition_begins_while_states_of_more_models_than_processes_wait(tiny_suite, tmp_path, monkeypatch):
+    suite = load_suite(str(tiny_suite)).model_copy(update={"seeds": (0, 1, 2, 3)})
+    context = Context(suite, Stages(tmp_path / "stages"), choose_device("cpu"))
+    workers = Workers.of(context, list(suite.models), 2, 8)
+    monkeypatch.setattr("lensbench.run.workers.origin_of", lambda *_: None)  # every training is there
+    dealt = []
+    while workers.waiting:
+        task = next(filter(workers._may_start, workers.waiting))
+        workers.waiting.remove(task)
+        dealt.append((task.models[0], task.seed, task.part))
+        begun = {key[:2] for key in dealt if key[2] == "update"} - {key[:2] for key in dealt if key[2] == "rest"}
+        assert len(begun) <= 3
+    assert [part for *_, part in dealt[:3]] == ["update"] * 3
+    assert len(dealt) == len(set(dealt)) == 3 * 4 * 2
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A task that raises, in the place of a :class:`lensbench.run.cluster.ClusterTask`."""
+
+    name: str = "task-failing"
+
+    def compute(self, known: Cache) -> None:
+        raise EOFError("no data left in file")
+
+
+def test_an_end_of_file_within_a_task_is_told_with_its_traceback(capfd):
+    worker = Worker.started()
+    worker.begin(Failing(), Cache())
+    worker.process.join(60)
+    assert "its process failed; what it said stands above" in str(worker.said())
+    assert "EOFError: no data left in file" in capfd.readouterr().err
+
+
+@pytest.mark.run
+def test_models_of_images_are_computed_at_once_too(tmp_path):
+    (tmp_path / "s.toml").write_text(IMAGES)
+    for workers in ("1", "2"):
+        result = run("run", tmp_path / "s.toml", "--out", tmp_path / workers, "--workers", workers)
+        assert result.exit_code == 0, result.output
+    assert csv_bytes(tmp_path / "1") == csv_bytes(tmp_path / "2")
 
 
 def test_two_processes_make_a_capture_once(tiny_suite, tmp_path):

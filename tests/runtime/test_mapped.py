@@ -93,6 +93,21 @@ def test_a_mapped_file_holds_what_safetensors_reads(tmp_path, dtype):
         assert torch.equal(found[name], tensor)
 
 
+def test_a_mapped_file_whose_tensors_are_not_aligned_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_sealed({"x": torch.arange(5.0)}, path)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip()
+    header += b" " * ((1 - len(header)) % 4)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    assert (
+        load_sealed(path, mapped=True)[0]["x"].tolist()
+        == load_sealed(path)[0]["x"].tolist()
+        == [0.0, 1.0, 2.0, 3.0, 4.0]
+    )
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process holds")
 def test_tensors_that_lie_in_files_are_written_without_keeping_their_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(sealed, "GIVE_BACK_EVERY", 2**22)
@@ -113,7 +128,7 @@ def test_tensors_that_lie_in_files_are_written_without_keeping_their_pages(tmp_p
     assert [float(x[0]) for x in sealed.read_tensors(tmp_path / "all").values()] == [0.0, 1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize("fate", ["replaced", "cut", "gone"])
+@pytest.mark.parametrize("fate", ["replaced", "cut", "cut short", "a byte less", "a list", "gone"])
 def test_a_sealed_file_that_changes_between_its_check_and_its_use_is_damaged(tmp_path, monkeypatch, fate):
     path, other = tmp_path / "piece.safetensors", tmp_path / "other"
     save_sealed({"x": torch.ones(4)}, path)
@@ -124,7 +139,13 @@ def test_a_sealed_file_that_changes_between_its_check_and_its_use_is_damaged(tmp
         if fate == "gone":
             path.unlink()
         else:
-            other.write_bytes(whole[:-16] + bytes(16) if fate == "replaced" else whole[:20])
+            cut = {
+                "cut": whole[:20],
+                "cut short": whole[:7],
+                "a byte less": whole[:-1],
+                "a list": b"\x08" + bytes(7) + b"[      ]",
+            }
+            other.write_bytes(whole[:-16] + bytes(16) if fate == "replaced" else cut[fate])
             other.replace(path)
         return found
 

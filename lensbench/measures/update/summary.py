@@ -316,7 +316,8 @@ def _ratio(found: Decomposition, old: Array, new: Array) -> DrawnIndex:
     whole = found.weights @ new
     if not new.sum() > 0 or np.percentile(whole, 2.5) <= 0:
         return _without("undetermined: no cross-entropy gain of the later lens over the earlier one, with its interval")
-    drawn = (found.weights @ old) / whole
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw without a gain
+        drawn = (found.weights @ old) / whole
     return DrawnIndex(estimate(old.sum() / new.sum(), drawn, found), drawn)
 
 
