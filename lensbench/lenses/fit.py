@@ -117,7 +117,7 @@ class Fit:
         """Inverse of :meth:`save`; raises :class:`LensbenchError` for damaged files."""
         summary, path = FitSummary.load(folder / FIT_SUMMARY), folder / MAPS
         try:
-            tensors = read_tensors(path)
+            tensors = read_tensors(path, mapped=True)
             lenses = {
                 lens: FittedLens(record, AffineMaps(tensors[f"{lens}.matrix"], tensors[f"{lens}.offset"]))
                 for lens, record in summary.records.items()

@@ -33,10 +33,14 @@ GIVE_BACK_EVERY = 2**27
 """Bytes written of tensors that may lie in files themselves, after which their pages are given back"""
 
 
-def read_tensors(path: Path, remedy: str = "") -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises :class:`LensbenchError` that names it for one that is damaged."""
+def read_tensors(path: Path, remedy: str = "", *, mapped: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises :class:`LensbenchError` that names it for one that is damaged.
+
+    ``mapped``: they lie in the file, in pages that can be given back; nothing may change them.
+    """
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        return _mapped_tensors(path) if mapped else tensors
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         empty = path.is_file() and not path.stat().st_size
         reason = "it is empty" if empty else next(iter(str(error).splitlines()), type(error).__name__)

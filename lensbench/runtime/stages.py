@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.runtime.files import sha256, write_json
+from lensbench.runtime.mapped import give_back_pages
 from lensbench.runtime.memory import release_memory
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
@@ -240,6 +241,7 @@ class Pieces:
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_sealed(content, path)
+        give_back_pages()  # of what the piece was made from
         if mapped:
             return _kept(path, mapped) or content
         # What the first one solved, not what each did: processors differ in the last digits.

@@ -12,7 +12,7 @@ from lensbench.lenses.room import FILE, MatrixFile
 from lensbench.runtime import sealed
 from lensbench.runtime.mapped import give_back_pages, kept_in_file, mapped
 from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed, write_tensors
-from lensbench.runtime.stages import _kept
+from lensbench.runtime.stages import Pieces, _kept
 from lensbench.streams.kept import mapped_file
 
 
@@ -106,6 +106,18 @@ def test_a_mapped_file_whose_tensors_are_not_aligned_is_read(tmp_path):
         == load_sealed(path)[0]["x"].tolist()
         == [0.0, 1.0, 2.0, 3.0, 4.0]
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process holds")
+def test_tensors_read_from_a_file_give_their_pages_back_after_each_piece(tmp_path):
+    path = tmp_path / "maps.safetensors"
+    write_tensors({"x": torch.arange(2**23, dtype=torch.float32)}, path)
+    found, before = sealed.read_tensors(path, mapped=True), of_files()
+    pieces, sums = Pieces(tmp_path / "pieces"), {}
+    for name in ("first", "second"):
+        sums[name] = pieces.get(name, lambda: {"sum": found["x"].double().sum()[None]})["sum"].item()
+        assert of_files() - before < 8 * 2**10
+    assert set(sums.values()) == {2**22 * (2**23 - 1)}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process holds")
