@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.commands import refused, run
+from helpers.commands import csv_bytes, refused, run
 from transformers import (
     AutoModelForImageClassification,
     BeitConfig,
@@ -259,6 +259,14 @@ def finished(tmp_path_factory):
     result = run("run", folder / "tiny.toml", "--out", folder / "out")
     assert result.exit_code == 0, result.output
     return folder, result
+
+
+@pytest.mark.run
+def test_models_of_images_are_computed_at_once_too(finished, tmp_path):
+    folder, _ = finished
+    result = run("run", folder / "tiny.toml", "--out", tmp_path / "out", "--workers", "2")
+    assert result.exit_code == 0, result.output
+    assert csv_bytes(tmp_path / "out") == csv_bytes(folder / "out")
 
 
 @pytest.mark.run

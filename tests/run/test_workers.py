@@ -25,37 +25,6 @@ from lensbench.suite.files import load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 
-IMAGES = """
-name = "tiny"
-question = "Does it run?"
-threads = 1
-[images]
-spec = "digits"
-[training]
-tokens = 1600
-batch = 32
-[fit]
-ridges = [0.1, 10.0]
-rotations = 1
-pair_rotations = 1
-refits = 1
-refine_passes = 1
-[evaluate]
-draws = 100
-[[models]]
-name = "res"
-family = "cnn-residual"
-d_model = 16
-layers = 3
-parameters = 20_400
-[[models]]
-name = "plain"
-family = "cnn-plain"
-d_model = 16
-layers = 3
-parameters = 20_400
-"""
-
 
 def children(of: int) -> list[int]:
     """Processes that a process has started and that compute."""
@@ -201,15 +170,6 @@ def test_an_end_of_file_within_a_task_is_told_with_its_traceback(capfd):
     worker.process.join(60)
     assert "its process failed; what it said stands above" in str(worker.said())
     assert "EOFError: no data left in file" in capfd.readouterr().err
-
-
-@pytest.mark.run
-def test_models_of_images_are_computed_at_once_too(tmp_path):
-    (tmp_path / "s.toml").write_text(IMAGES)
-    for workers in ("1", "2"):
-        result = run("run", tmp_path / "s.toml", "--out", tmp_path / workers, "--workers", workers)
-        assert result.exit_code == 0, result.output
-    assert csv_bytes(tmp_path / "1") == csv_bytes(tmp_path / "2")
 
 
 def test_two_processes_make_a_capture_once(tiny_suite, tmp_path):
