@@ -35,7 +35,8 @@ def models(debug: Debug = False) -> None:
     """What can be named: suites and their models, sweeps, model families, corpora."""
     from lensbench.data.images import SPECS
     from lensbench.models import FAMILIES
-    from lensbench.suite.files import kind_of, named_files, read_toml
+    from lensbench.suite.files import kind_of, read_toml
+    from lensbench.suite.shipped import named_files
 
     named = Table(
         "name", "models or trials", "question", title="suites, sweeps, calibrations, tasks (benchmarks/*.toml)"

@@ -4,7 +4,7 @@ import contextlib
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,9 @@ from lensbench.cli.mistakes import USAGE, PlainCommand
 from lensbench.errors import LensbenchError
 from lensbench.report.in_width import show_line
 from lensbench.runtime.bars import Bars
+from lensbench.runtime.processes import import_ahead
 from lensbench.runtime.progress import Quiet
-
-if TYPE_CHECKING:
-    pass
+from lensbench.suite.shipped import asks_for_several
 
 
 class MayNameACluster(PlainCommand):
@@ -202,6 +201,8 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Train or load a suite's models, fit lenses, measure, report. Finished work that fits the settings is reused."""
+    if not dry_run and ray is None and (workers or 2) > 1 and asks_for_several(suite):
+        import_ahead("lensbench.run.workers", "lensbench.report.figures.draw")  # while this process imports
     from lensbench.run.cluster import Cluster
     from lensbench.run.suite import run_suite
     from lensbench.runtime.environment import choose_device

@@ -30,6 +30,7 @@ from lensbench.run.probing import probing
 from lensbench.run.scoring import scoring
 from lensbench.run.updating import updating
 from lensbench.runtime.environment import choose_device
+from lensbench.runtime.memory import reuse_memory
 from lensbench.runtime.stages import Stages
 from lensbench.suite.recipes import ModelRecipe, Suite
 
@@ -72,6 +73,7 @@ class ClusterTask:
         """
         if not (self.folder / OWNER).is_file():
             return f"a worker does not see {self.folder}: give --out a folder that all machines share"
+        reuse_memory()
         torch.set_num_threads(self.threads)  # this process is the task's own; results hold for as many threads
         try:
             # Were the worker before this one still alive somewhere, both would write.

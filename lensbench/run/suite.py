@@ -13,7 +13,7 @@ import torch
 from lensbench.data.sources import refuse_missing_packages, sources_of
 from lensbench.errors import LensbenchError
 from lensbench.models.pretrained import locate, without_progress_bars
-from lensbench.report.figures.draw import draw_figures
+from lensbench.report.figures.draw import draw_side_by_side
 from lensbench.report.page import write_page
 from lensbench.results import tables
 from lensbench.results.draws import update_draws
@@ -58,6 +58,7 @@ from lensbench.run.unfinished import Unfinished
 from lensbench.run.updating import updating
 from lensbench.run.workers import Ready, Workers, models_at_once
 from lensbench.runtime.hub import HERE, TEXTS_HERE, refuse_unreachable
+from lensbench.runtime.memory import reuse_memory
 from lensbench.runtime.progress import QUIET, Progress
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import ANEW, NotFinished, Stages
@@ -111,6 +112,7 @@ def run_suite(
     Raises :class:`LensbenchError` for what a user can mend.
     """
     check_request(suite, only, probes)
+    reuse_memory()
     if cluster is not None:
         cluster.check()
     cache = Cache()
@@ -139,7 +141,7 @@ def run_suite(
             raise
         counted = {d.name: baselines(context, d) for d in (data_of(context, m.model) for m in measured)}
         if ranks.first:
-            write_run(context, measured, counted, plans, left_out)
+            write_run(context, measured, counted, plans, left_out, count)
             forget_captures(context)
             unfinished.finished()
         ranks.wait()
@@ -348,8 +350,9 @@ def write_run(
     counted: dict[str, dict[str, Any]],
     plans: dict[str, dict[str, Any]],
     left_out: dict[str, str],
+    processes: int = 1,
 ) -> None:
-    """Write tables, figures, manifest and page into the run folder."""
+    """Write tables, figures (with several ``processes``), manifest and page into the run folder."""
     folder, seconds = context.folder, context.stages.seconds
     with context.progress.task("tables", 2, "steps") as task:
         start = time.perf_counter()
@@ -360,7 +363,7 @@ def write_run(
         tables_now = {n: read_table(folder / n) if n in written else no_rows(n) for n in SCHEMA}
         rule = context.suite.verdict.model_dump()
         bare = Manifest.of_tables(folder, [m.model.name for m in measured], rule)
-        drawn = draw_figures(Run(folder, bare, tables_now), folder / "figures")
+        drawn = draw_side_by_side(Run(folder, bare, tables_now), folder / "figures", processes)
         seconds["figures"] = round(time.perf_counter() - start, 2)
         task.update(2)
     files = [*(name for name in SCHEMA if name in written), SUMS]

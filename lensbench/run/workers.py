@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import MappingProxyType
@@ -25,6 +24,7 @@ from lensbench.run.origin import origin_of
 from lensbench.run.stage_names import stage_names
 from lensbench.runtime.left import kind_of
 from lensbench.runtime.memory import release_memory
+from lensbench.runtime.processes import new_processes
 from lensbench.runtime.progress import QUIET
 from lensbench.runtime.stages import NotFinished, Stages
 from lensbench.suite.recipes import ModelRecipe, Suite
@@ -68,9 +68,10 @@ class Worker:
 
     @classmethod
     def started(cls) -> "Worker":
-        """A new process without a task; started anew and not forked, since threads of torch do not survive a fork."""
-        ours, theirs = get_context("spawn").Pipe()
-        process = get_context("spawn").Process(target=_compute, args=(theirs,), daemon=True)
+        """A new process without a task, and without the threads of this one."""
+        context = new_processes()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_compute, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         return cls(process, ours)
@@ -213,24 +214,26 @@ class Workers:
 def in_parts(context: Context, tasks: list[ClusterTask], expected: Mapping[str, float]) -> list[ClusterTask]:
     """Each task in two: up to the update decomposition, which is the first answer, and the rest.
 
-    First answers come first, then the rests, the longest first, so that all processes end at about the same time. What is
-    made of a pretrained model stays in one task: each would load the model.
+    First answers come first, then the rests, of both the longest first, so that all processes end at about the same time.
+    What is made of a pretrained model stays in one task, before all others: each would load the model.
     """
     suite = context.suite
     if suite.update is None:
         return tasks
-    first, rest = [], []
+    whole, first, rest = list[ClusterTask](), list[tuple[float, ClusterTask]](), list[tuple[float, ClusterTask]]()
     for task in tasks:
         (model,) = (model for model in suite.models if model.name in task.models)
         if suite.trained(model).source is not None:
-            first.append(task)
+            whole.append(task)
             continue
-        first.append(replace(task, part="update"))
         end = f"-{model.name}-seed{task.seed}"
         own = {name for name in stage_names(suite, [model], context.probes) if name.endswith(end)}
         after = sum(expected.get(name, 0.0) for name in own if kind_of(name) not in BEFORE)
+        training = f"train-{suite.whole_training(model).name}-seed{task.seed}"
+        before = expected.get(training, 0.0) + expected.get(f"update{end}", 0.0)
+        first.append((before, replace(task, part="update")))
         rest.append((after, replace(task, part="rest")))
-    return first + [task for _, task in sorted(rest, key=lambda pair: -pair[0])]
+    return whole + [task for part in (first, rest) for _, task in sorted(part, key=lambda pair: -pair[0])]
 
 
 def _compute(line: Connection) -> None:

@@ -11,6 +11,12 @@ from lensbench.errors import LensbenchError
 
 T = TypeVar("T")
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's ``mallopt``"""
+
+LARGEST_KEPT, MOST_KEPT = 2**25, 2**27
+"""Bytes of the largest tensors whose memory is kept for others, and of what is kept in all at the end of the heap"""
+
 
 def in_units(size: float) -> str:
     """A number of bytes in the unit that shows it: ``3.1 MiB``, ``66.0 GiB``."""
@@ -38,11 +44,27 @@ def release_memory() -> None:
         trim(0)
 
 
-@cache
+def reuse_memory() -> None:
+    """Let the C library keep what tensors leave for the next ones, until :func:`release_memory`.
+
+    Tensors come and go in every layer of a pass. By default much of their memory is given back and asked for again each
+    time, page by page. What is larger than :data:`LARGEST_KEPT` is given back as before.
+    """
+    if (option := of_c_library("mallopt")) is not None:
+        option(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        option(M_TRIM_THRESHOLD, MOST_KEPT)
+
+
 def heap_trim() -> Callable[[int], int] | None:
     """glibc's ``malloc_trim``; None of another C library."""
+    return of_c_library("malloc_trim")
+
+
+@cache
+def of_c_library(name: str) -> Callable[..., int] | None:
+    """A function of glibc; None where the C library has none of this name."""
     try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None
     return found

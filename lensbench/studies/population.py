@@ -60,6 +60,9 @@ class Population:
         """Cov(h_j, h_i) of the later layers j, ``[L - 1 - i, d, d]``."""
         return self.maps[i + 1 : -1].transpose(-1, -2) @ self.maps[i]
 
+    def readings(self, read: Tensor) -> None:
+        """None: there are no tokens to read."""
+
     @cached_property
     def moments(self) -> Moments:
         """The regressions of every layer, and last of the final state itself, to the final state."""

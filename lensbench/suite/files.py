@@ -6,7 +6,6 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,21 +22,11 @@ from lensbench.studies.regression import RegressionRecipe
 from lensbench.studies.update_calibration import UpdateCalibration
 from lensbench.studies.update_tokens import UpdateTokens
 from lensbench.suite.recipes import Suite
+from lensbench.suite.shipped import named_files
 from lensbench.suite.snapshots import without_checkpoints, written_out
 from lensbench.suite.sweep import Sweep
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
-
-
-def suites_folder() -> Path:
-    """The folder of the suites that come with lensbench: ``benchmarks/`` of a checkout, or its copy in a wheel."""
-    packaged = Path(str(resources.files("lensbench"))) / "benchmarks"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def named_files() -> dict[str, Path]:
-    """The files that come with lensbench, by name."""
-    return {path.stem: path for path in sorted(suites_folder().glob("*.toml"))}
 
 
 def read_toml(name: str, command: str = "run") -> tuple[str, dict[str, Any]]:

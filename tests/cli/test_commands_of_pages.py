@@ -11,7 +11,7 @@ import typer
 from lensbench.cli import app
 from lensbench.results.folder import SUMS
 from lensbench.suite.changes import Changes
-from lensbench.suite.files import named_files
+from lensbench.suite.shipped import named_files
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^ *```(?:bash)?\n(.*?)^ *```", re.M | re.S)

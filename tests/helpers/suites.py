@@ -65,7 +65,7 @@ view_of = "pc"
 def without_figures() -> Iterator[None]:
     """Runs in it draw nothing, which takes a third of a small run's time: their tests are about something else."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lensbench.run.suite.draw_figures", lambda *_: [])
+        patched.setattr("lensbench.run.suite.draw_side_by_side", lambda *_: [])
         yield
 
 

@@ -93,7 +93,7 @@ def fitted(tmp_path_factory) -> Path:
         save_model(root / name, name, texts, SIZE)
     suite = write_suite(root / "suite.toml", texts, **{n: {"source": f"path:{root / n}"} for n in NAMES})
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run_module, "draw_figures", lambda *_: [])
+        patched.setattr(run_module, "draw_side_by_side", lambda *_: [])
         result = run("run", suite, "--out", root / "run")
     assert result.exit_code == 0, result.output
     return root
@@ -155,7 +155,7 @@ def test_a_lens_that_tuned_lens_saved_is_loaded_as_it_was(tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_suite_measures_a_lens_of_tuned_lens(fitted, tmp_path, monkeypatch, name):
     """The whole headline matrix against a loop over windows with tuned-lens's own class and transformers."""
-    monkeypatch.setattr(run_module, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(run_module, "draw_side_by_side", lambda *_: [])
     model = AutoModelForCausalLM.from_pretrained(fitted / name).eval()
     lens = random_lens(TunedLens.from_model(model))
     lens.save(tmp_path / "lens")

@@ -24,9 +24,9 @@ from lensbench.suite.files import (
     load_regression,
     load_suite,
     load_sweep,
-    named_files,
 )
 from lensbench.suite.recipes import Suite
+from lensbench.suite.shipped import named_files
 
 LOADERS = (load_suite, load_sweep, load_calibration, load_in_context, load_regression)
 settings.register_profile("fuzz", deadline=None, suppress_health_check=list(HealthCheck))

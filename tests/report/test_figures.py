@@ -169,7 +169,11 @@ def test_all_figures_are_written_and_a_redraw_gives_the_same_bytes(folder: Path,
     first = figures.draw_figures(read(folder), tmp_path / "deep" / "a")
     with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 30}):  # a user's own settings make no difference
         second = figures.draw_figures(read(folder), tmp_path / "b")
-    assert [path.name for path in first] == FILES
+    with matplotlib.rc_context({"font.size": 20}):
+        beside = figures.draw_side_by_side(read(folder), tmp_path / "c", 2)
+    assert [path.name for path in first] == [path.name for path in beside] == FILES
+    assert sorted((tmp_path / "c").iterdir()) == beside
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in beside]
     assert sorted(path.name for path in (tmp_path / "deep" / "a").iterdir()) == sorted(FILES)
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in first)

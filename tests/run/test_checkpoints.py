@@ -24,7 +24,7 @@ def kept_suite(folder, checkpoints="[0, 2_048]"):
 def kept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lensbench.run.suite.draw_figures", lambda *_: [])
+        patched.setattr("lensbench.run.suite.draw_side_by_side", lambda *_: [])
         result = run("run", kept_suite(folder), "--out", folder / "run", *ONLY)
     assert result.exit_code == 0, result.output
     return folder / "run"

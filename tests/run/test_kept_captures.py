@@ -158,7 +158,7 @@ def test_a_run_passes_once_over_each_split_and_ends_with_the_same_tables_and_no_
 
     for stage in ("fitting", "updating", "scoring", "probing", "planning"):
         monkeypatch.setattr(f"lensbench.run.{stage}.captured_states", noted)
-    monkeypatch.setattr("lensbench.run.suite.draw_figures", lambda *_: [])
+    monkeypatch.setattr("lensbench.run.suite.draw_side_by_side", lambda *_: [])
     made = []
     monkeypatch.setattr(capturing, "capture", lambda *a, **k: made.append(1) or capture(*a, **k))
     run_suite(load_suite(str(tiny_suite)), tmp_path / "run", device=choose_device("cpu"))

@@ -104,7 +104,7 @@ def made(original, tmp_path) -> Made:
 def no_figures(request, monkeypatch):
     """They have tests of their own and take longer than all the rest; ``original`` draws them."""
     request.getfixturevalue("original")
-    monkeypatch.setattr(run_module, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(run_module, "draw_side_by_side", lambda *_: [])
 
 
 def table(folder: Path, name: str) -> pd.DataFrame:

@@ -95,7 +95,7 @@ def counted(tmp_path_factory):
             return measured
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lensbench.run.suite.draw_figures", lambda *_: [])
+        patched.setattr("lensbench.run.suite.draw_side_by_side", lambda *_: [])
         patched.setattr(probing, "PROBES", {name: Watched(probe) for name, probe in PROBES.items()})
         run_suite(suite, folder / "out", device=torch.device("cpu"))
     return found

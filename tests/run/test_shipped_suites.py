@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from lensbench.errors import LensbenchError
 from lensbench.results.folder import read_run
-from lensbench.suite.files import load_suite, name_of, named_files, names_of, on_request
+from lensbench.suite.files import load_suite, name_of, names_of, on_request
+from lensbench.suite.shipped import named_files
 
 pytestmark = pytest.mark.run
 

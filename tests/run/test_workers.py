@@ -126,13 +126,14 @@ def test_a_view_waits_for_its_training_and_no_seed_for_another(tiny_suite, tmp_p
     assert sorted(started) == ["gpt", "gpt", "pc", "pc"]
 
 
-def test_decompositions_come_first_and_then_the_longest_rest(tiny_suite, tmp_path):
+def test_decompositions_come_first_and_the_longest_of_them_and_of_the_rest(tiny_suite, tmp_path):
     suite = load_suite(str(tiny_suite))
     context = Context(suite, Stages(tmp_path / "stages"), choose_device("cpu"))
     expected = {"fit-pc-seed0": 3.0, "score-pc-seed0": 4.0, "fit-pc+state-seed0": 9.0, "update-gpt-seed0": 100.0}
+    expected |= {"train-pc-seed0": 60.0, "update-pc+state-seed0": 50.0}
     tasks = Workers.of(context, list(suite.models), 2, 8, expected).waiting
     assert [(t.models[0], t.part) for t in tasks] == [
-        ("gpt", "update"), ("pc", "update"), ("pc+state", "update"), ("pc+state", "rest"), ("pc", "rest"), ("gpt", "rest"),
+        ("pc+state", "update"), ("gpt", "update"), ("pc", "update"), ("pc+state", "rest"), ("pc", "rest"), ("gpt", "rest"),
     ]  # fmt: skip
     plain = replace(context, suite=suite.model_copy(update={"update": None}))
     assert {t.part for t in Workers.of(plain, list(suite.models), 2, 8).waiting} == {"all"}

@@ -16,11 +16,11 @@ from lensbench.suite.files import (
     load_regression,
     load_suite,
     load_sweep,
-    named_files,
     read_toml,
     validated,
 )
 from lensbench.suite.recipes import Suite
+from lensbench.suite.shipped import named_files
 
 
 def changed(old: str, new: str) -> dict:

@@ -196,6 +196,9 @@ class Covariances(Protocol):
     def later(self, i: int) -> Tensor:
         """Cov(h_j, h_i) of the later layers j, ``[n - 1 - i, d, d]``."""
 
+    def readings(self, read: Tensor) -> Array | None:
+        """``<A_j h_j, A_i h_i>`` ``[n, n]`` of maps A ``[2, n, k, d]``; None where covariances say it with less work."""
+
 
 @dataclass(frozen=True)
 class SecondMoments:
@@ -256,6 +259,23 @@ class SecondMoments:
         self._later[i] = self.room(tuple(found.shape)).copy_(found)
         return self._later[i]
 
+    def readings(self, read: Tensor) -> Array | None:
+        """``<A_j h_j, A_i h_i>`` ``[n, n]`` of two folds' maps A ``[2, n, k, d]``, means over tokens and of both orders.
+
+        From the readings of every token. None where so many tokens take more multiplications than ``A_j Cov(h_j, h_i)``
+        of all pairs.
+        """
+        count, d, tokens = len(self.layers), self.states.shape[-1], self.states.shape[1]
+        if 2 * tokens > (count - 1) * d:
+            return None
+        maps = read.to(self.states.device).transpose(-1, -2)
+        found = self.states.new_zeros(count, count, dtype=torch.float64)
+        for centred in blocks(self.states, self.layers, self.means[:count]):
+            first, second = (torch.bmm(centred, of_fold).flatten(1) for of_fold in maps)
+            found.addmm_(first, second.T)
+        together: Array = ((found + found.T) / (2 * tokens)).cpu().numpy()
+        return together
+
 
 def blocks(states: Tensor, rows: Sequence[int], means: Tensor, block: int = TOKEN_BLOCK) -> Iterator[Tensor]:
     """Centred states ``[n, tokens, d]`` of some rows, block by block, in float64: what two layers share may be far larger
@@ -271,6 +291,7 @@ def later_readings_of_moments(moments: Covariances, maps: Readings) -> dict[str,
     """``<s_ij, r_j>`` (sj) and ``<r_j, f_i>`` (jf), means over tokens, each ``[n, n]`` at [i, j], i < j.
 
     ``<A_i X, A_j X> = <A_i, A_j Cov X>``: the right side is made once for a layer j, whatever the number of earlier ones.
+    And ``<r_j, r_i>`` (jr), where :meth:`Covariances.readings` gives it.
     """
     count = maps.read.shape[1]
     found = {name: np.full((count, count), np.nan) for name in ("sj", "jf")}
@@ -279,7 +300,8 @@ def later_readings_of_moments(moments: Covariances, maps: Readings) -> dict[str,
         for i in range(j):
             found["sj"][i, j] = _crossed(maps.read[:, i], of_own)
             found["jf"][i, j] = _crossed(maps.signal[:, i], of_goal)
-    return found
+    together = moments.readings(maps.read)
+    return found if together is None else {**found, "jr": together}
 
 
 def products_of_moments(
@@ -296,13 +318,16 @@ def products_of_moments(
     both, turned = read[:, i].flatten(0, 1), read[:, i].flip(0).flatten(0, 1)  # of both folds, and in the other order
     f = signal[:, i].flip(0).flatten(0, 1)
     of_s, of_f = both.T @ turned / 2, both.T @ f / 2
-    found: dict[str, list[float]] = {name: [] for name in ("sr", "sf", "ss", "jr")}
+    found: dict[str, list[float]] = {name: [] for name in ("sr", "sf", "ss")}
     for k, j in enumerate(range(i + 1, read.shape[1])):
         pairs = {"sr": (later[k], of_s), "sf": (moments.goal[j], of_f), "ss": (moments.own[j], of_s)}
         for name, (left, right) in pairs.items():
             found[name].append(float(torch.dot(left.reshape(-1), right.reshape(-1))))
-        found["jr"].append(_crossed(read[:, i], read[:, j] @ later[k]))
-    sr, sf, ss, jr = (np.array(found[name]) for name in ("sr", "sf", "ss", "jr"))
+    sr, sf, ss = (np.array(found[name]) for name in ("sr", "sf", "ss"))
+    if "jr" in known:
+        jr = known["jr"][i, i + 1 :]
+    else:
+        jr = np.array([_crossed(read[:, i], read[:, i + 1 + k] @ between) for k, between in enumerate(later)])
     sj, jf = (known[name][i, i + 1 :] for name in ("sj", "jf"))
     rr, rf, jj = layer["rr"][i], layer["rf"][i], layer["rr"][i + 1 :]
     return {

@@ -5,11 +5,16 @@ A figure is a function in a file of this package: a tidy frame in, a :class:`mat
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module
+from itertools import repeat
 from pathlib import Path
 from pkgutil import iter_modules
+from tempfile import TemporaryDirectory
+
+from matplotlib.figure import Figure
 
 from lensbench.errors import LensbenchError
 from lensbench.report import figures
@@ -18,6 +23,7 @@ from lensbench.report.figures.registry import FIGURES
 from lensbench.report.figures.style import DPI, FORMATS, HIGHEST_DPI, LOWEST_DPI, SHEETS, on_sheet, style, write_figure
 from lensbench.results.folder import Run
 from lensbench.runtime.files import write_atomically
+from lensbench.runtime.processes import new_processes
 
 for module in iter_modules(figures.__path__, f"{figures.__name__}."):
     if module.name != __name__:
@@ -43,16 +49,44 @@ def draw_figures(
     """
     check_drawing(names, formats, dpi, columns)
     with on_sheet(SHEETS[columns]), style():
-        asked = {name: each for name, each in sorted(FIGURES.items()) if names is None or name in names}
-        drawn = {name: drawing for name, each in asked.items() if (drawing := each.of_run(run)) is not None}
-        if empty := [name for name in names or () if name not in drawn]:
+        found = {name: FIGURES[name].of_run(run) for name in sorted(FIGURES if names is None else names)}
+        if names is not None and (empty := [name for name in names if found[name] is None]):
             raise LensbenchError(f"{run.folder} has nothing to draw in figure {empty[0]!r}")
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, drawing in drawn.items():
-            for kind in formats:
-                paths.append(folder / f"{name}.{kind}")
-                write_atomically(paths[-1], partial(write_figure, drawing, kind=kind, dpi=dpi))
+        return _written(found, folder, formats, dpi)
+
+
+def draw_side_by_side(run: Run, folder: Path, processes: int) -> list[Path]:
+    """:func:`draw_figures` with several processes, each of which draws a share of the figures."""
+    if processes == 1:
+        return draw_figures(run, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shares = [sorted(FIGURES)[k::processes] for k in range(processes)]
+    with (
+        TemporaryDirectory(prefix=".", dir=folder) as aside,
+        ProcessPoolExecutor(processes, mp_context=new_processes()) as pool,
+    ):
+        drawn = [path for part in pool.map(_draw_share, repeat(run), repeat(Path(aside)), shares) for path in part]
+        return [path.replace(folder / path.name) for path in sorted(drawn)]
+
+
+def _draw_share(run: Run, folder: Path, names: Sequence[str]) -> list[Path]:
+    """Write those of the named figures that the tables allow; returns the paths."""
+    with style():
+        return _written({name: FIGURES[name].of_run(run) for name in names}, folder)
+
+
+def _written(
+    found: Mapping[str, Figure | None], folder: Path, formats: Sequence[str] = ("png",), dpi: int = DPI
+) -> list[Path]:
+    """The paths of figures, written under their names; None stands for one that the tables do not allow."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, drawing in found.items():
+        if drawing is None:
+            continue
+        for kind in formats:
+            paths.append(folder / f"{name}.{kind}")
+            write_atomically(paths[-1], partial(write_figure, drawing, kind=kind, dpi=dpi))
     return paths
 
 

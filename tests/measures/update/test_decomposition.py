@@ -136,8 +136,10 @@ def test_carried_persistence_clarity_and_commission_are_those_of_the_definition(
         assert found.chance.carried[at] == pytest.approx(np.sqrt(np.mean(spread)) / scale, rel=2e-3)
 
 
-def test_products_of_tokens_are_those_of_second_moments():
+@pytest.mark.parametrize("tokens", [6, None])
+def test_products_of_tokens_are_those_of_second_moments(tokens):
     readout, fit, _, held_out = captures("overlapping")
+    held_out = held_out if tokens is None else held_out.take(torch.arange(tokens))
     layers = [0, 2]
     maps = readings(fold_moments(fit, layers, deal_documents(fit, 3)), Metric.of("fisher", readout, fit), [0.1, 1.0])
     means = means_of(held_out.states, [0, 2, 3])
@@ -147,6 +149,7 @@ def test_products_of_tokens_are_those_of_second_moments():
     moments = SecondMoments.of(held_out.states, layers, means)
     of_layer, target = layer_products_of_moments(moments, maps)
     known = later_readings_of_moments(moments, maps)
+    assert ("jr" in known) == (tokens is not None)  # of few tokens, from their readings
     of_pair = products_of_moments(moments, 0, moments.later(0), maps, known, of_layer)
     tokens = len(held_out)
     for name, values in of_pair.items():
