@@ -86,6 +86,12 @@ class Studies:
             ["preset", "minutes", "predicted", "until the decomposition is there", "peak memory, GiB"], rows
         )
 
+    def whole_minutes(self, path: str, preset: str) -> str:
+        """How many minutes the whole command took with a preset."""
+        table = self.table(path)
+        (seconds,) = table.loc[(table["preset"] == preset) & (table["stage"] == "the whole command"), "seconds"]
+        return f"{seconds / 60:.0f}"
+
     def algebra(self, path: str) -> str:
         """A table of what the algebra of a fit takes for each layer of the model, by width, before and now."""
         table, rows = self.table(path), []

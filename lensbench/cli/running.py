@@ -201,7 +201,8 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Train or load a suite's models, fit lenses, measure, report. Finished work that fits the settings is reused."""
-    if not dry_run and ray is None and (workers or 2) > 1 and asks_for_several(suite):
+    several = asks_for_several(suite) if workers is None else workers > 1
+    if several and not dry_run and ray is None:
         import_ahead("lensbench.run.workers", "lensbench.report.figures.draw")  # while this process imports
     from lensbench.run.cluster import Cluster
     from lensbench.run.suite import run_suite

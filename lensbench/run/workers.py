@@ -142,8 +142,9 @@ class Workers:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Ready]:
-        """Processes are started here, which import while the run reads its texts; they get tasks when a model is waited for.
+        """Processes are started here, before the run reads its texts; they get tasks when a model is waited for.
 
+        Where :func:`lensbench.runtime.processes.import_ahead` has not imported for them, they import meanwhile.
         What is given waits for a model. It raises :class:`LensbenchError` for what a user can mend in a task that is
         finished by then, and where a worker died. At the end of the block tasks that are not finished are stopped.
         """

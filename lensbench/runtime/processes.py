@@ -1,5 +1,6 @@
 """New processes that have imported everything: forked, where the system can, from one that has done nothing else."""
 
+import signal
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Literal
@@ -19,7 +20,13 @@ def import_ahead(*modules: str) -> None:
     """
     if FORKED not in get_all_start_methods():
         return
-    from multiprocessing.forkserver import ensure_running
+    from multiprocessing import forkserver, resource_tracker
 
     get_context(FORKED).set_forkserver_preload(list(modules))
-    ensure_running()
+    # Ctrl-C reaches every process of a terminal: this one answers it, and ends those that it has started.
+    resource_tracker.ensure_running()  # which would let the signal through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

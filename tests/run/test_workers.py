@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import csv_bytes, refused, run
+from helpers.suites import write_suite
 
 from lensbench.results import folder
 from lensbench.run.capturing import KEPT, KeptCaptures, captured_states
@@ -27,16 +28,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def children(of: int) -> list[int]:
-    """Processes that a process has started and that compute."""
-    found = []
+    """Processes that compute for a process: they are forked from one that it has started, which has imported."""
+    parents = {}
     for entry in Path("/proc").iterdir():
         try:
             words, stat = (entry / "cmdline").read_bytes(), (entry / "stat").read_text()
         except (OSError, ValueError):
             continue
-        if b"spawn_main" in words and int(stat.rsplit(")", 1)[1].split()[1]) == of:
-            found.append(int(entry.name))
-    return found
+        if b"forkserver" in words:
+            parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
+    return [process for process, parent in parents.items() if parents.get(parent) == of]
 
 
 def command(tiny_suite, out):
@@ -197,3 +198,32 @@ def test_two_processes_make_a_capture_once(tiny_suite, tmp_path):
     assert folders == [path for path in (tmp_path / KEPT).iterdir() if path.is_dir()]
     assert len(folders) == 1
     assert torch.equal(made[0], made[1])
+
+
+@pytest.mark.run
+def test_nothing_but_one_line_is_said_of_ctrl_c_while_processes_import(tmp_path):
+    """A terminal sends it to every process at once, to those that have not yet begun to listen, too."""
+    given = command(write_suite(tmp_path / "suite"), tmp_path / "run") | {"stdout": None, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(**given, start_new_session=True)
+    time.sleep(1.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.count("\n") == 1
+    assert "interrupted" in said
+
+
+def test_processes_have_imported_before_they_are_given_work(tmp_path):
+    script = (
+        "import sys, time\n"
+        "from lensbench.runtime.processes import import_ahead, new_processes\n"
+        "def known(line): line.send('torch' in sys.modules)\n"
+        "if __name__ == '__main__':\n"
+        "    import_ahead('torch')\n"
+        "    ours, theirs = new_processes().Pipe()\n"
+        "    new_processes().Process(target=known, args=(theirs,)).start()\n"
+        "    print(ours.recv(), 'torch' in sys.modules)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    found = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    assert found.stdout.split() == ["True", "False"], found.stderr
