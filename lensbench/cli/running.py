@@ -201,9 +201,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Train or load a suite's models, fit lenses, measure, report. Finished work that fits the settings is reused."""
-    several = asks_for_several(suite) if workers is None else workers > 1
-    if several and not dry_run and ray is None:
-        import_ahead("lensbench.run.workers", "lensbench.report.figures.draw")  # while this process imports
+    import_for_several(suite, workers, apart=dry_run or ray is not None)
     from lensbench.run.cluster import Cluster
     from lensbench.run.suite import run_suite
     from lensbench.runtime.environment import choose_device
@@ -253,6 +251,15 @@ def run(
         show_line(line, console)
     took = f"{time.perf_counter() - start:.0f} s. Tables and figures: {folder}"
     show_line(took, console)
+
+
+def import_for_several(suite: str, workers: int | None, apart: bool) -> None:
+    """Begin to import for processes that compute several models at once, while this one imports.
+
+    Not where none will: one model is computed at a time, or nothing here (``apart``).
+    """
+    if not apart and (asks_for_several(suite) if workers is None else workers > 1):
+        import_ahead("lensbench.run.workers", "lensbench.report.figures.draw")
 
 
 def refuse_other_processes(ray: str | None, workers: int | None, ranks: int) -> None:

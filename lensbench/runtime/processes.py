@@ -1,7 +1,7 @@
 """New processes that have imported everything: forked, where the system can, from one that has done nothing else."""
 
 import signal
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import forkserver, get_all_start_methods, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Literal
 
@@ -20,8 +20,6 @@ def import_ahead(*modules: str) -> None:
     """
     if FORKED not in get_all_start_methods():
         return
-    from multiprocessing import forkserver, resource_tracker
-
     get_context(FORKED).set_forkserver_preload(list(modules))
     # Ctrl-C reaches every process of a terminal: this one answers it, and ends those that it has started.
     resource_tracker.ensure_running()  # which would let the signal through

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,9 @@ class Failing:
         raise EOFError("no data left in file")
 
 
-def test_an_end_of_file_within_a_task_is_told_with_its_traceback(capfd):
+def test_an_end_of_file_within_a_task_is_told_with_its_traceback(capfd, monkeypatch):
+    # Where processes are forked from one of an earlier test, they write where that one did.
+    monkeypatch.setattr("lensbench.run.workers.new_processes", lambda: get_context("spawn"))
     worker = Worker.started()
     worker.begin(Failing(), Cache())
     worker.process.join(60)
