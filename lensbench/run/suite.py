@@ -350,7 +350,7 @@ def write_run(
     counted: dict[str, dict[str, Any]],
     plans: dict[str, dict[str, Any]],
     left_out: dict[str, str],
-    processes: int = 1,
+    processes: int,
 ) -> None:
     """Write tables, figures (with several ``processes``), manifest and page into the run folder."""
     folder, seconds = context.folder, context.stages.seconds

@@ -228,10 +228,12 @@ def in_parts(context: Context, tasks: list[ClusterTask], expected: Mapping[str, 
             whole.append(task)
             continue
         end = f"-{model.name}-seed{task.seed}"
-        own = {name for name in stage_names(suite, [model], context.probes) if name.endswith(end)}
-        after = sum(expected.get(name, 0.0) for name in own if kind_of(name) not in BEFORE)
-        training = f"train-{suite.whole_training(model).name}-seed{task.seed}"
-        before = expected.get(training, 0.0) + expected.get(f"update{end}", 0.0)
+        names = {name for name in stage_names(suite, [model], context.probes) if name.endswith(end)}
+        names.add(f"train-{suite.whole_training(model).name}-seed{task.seed}")
+        before, after = (
+            sum(expected.get(name, 0.0) for name in names if (kind_of(name) in BEFORE) == early)
+            for early in (True, False)
+        )
         first.append((before, replace(task, part="update")))
         rest.append((after, replace(task, part="rest")))
     return whole + [task for part in (first, rest) for _, task in sorted(part, key=lambda pair: -pair[0])]

@@ -40,7 +40,7 @@ def release_memory() -> None:
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if (trim := heap_trim()) is not None:
+    if (trim := of_c_library("malloc_trim")) is not None:
         trim(0)
 
 
@@ -53,11 +53,6 @@ def reuse_memory() -> None:
     if (option := of_c_library("mallopt")) is not None:
         option(M_MMAP_THRESHOLD, LARGEST_KEPT)
         option(M_TRIM_THRESHOLD, MOST_KEPT)
-
-
-def heap_trim() -> Callable[[int], int] | None:
-    """glibc's ``malloc_trim``; None of another C library."""
-    return of_c_library("malloc_trim")
 
 
 @cache

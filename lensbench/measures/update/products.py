@@ -99,9 +99,7 @@ def cluster_products(
     first_of = np.searchsorted(i_of, np.arange(count))  # where the pairs (i, i + 1), (i, i + 2), ... begin
     for number, centred in enumerate(blocks(states, rows, means)):
         at = cluster[number * TOKEN_BLOCK : (number + 1) * TOKEN_BLOCK].numpy()
-        own = torch.stack(
-            [torch.bmm(centred[:count], of_fold.transpose(-1, -2)) for of_fold in wide]
-        )  # r [2, n, tokens, k]
+        own = read_by(wide, centred[:count])
         last = centred[-1].to(states.dtype)
         for name, values in _of_layers(own.to(states.dtype), last, maps).items():
             _add(layer[name], at, values)
@@ -268,10 +266,10 @@ class SecondMoments:
         count, d, tokens = len(self.layers), self.states.shape[-1], self.states.shape[1]
         if 2 * tokens > (count - 1) * d:
             return None
-        maps = read.to(self.states.device).transpose(-1, -2)
+        maps = read.to(self.states.device)
         found = self.states.new_zeros(count, count, dtype=torch.float64)
         for centred in blocks(self.states, self.layers, self.means[:count]):
-            first, second = (torch.bmm(centred, of_fold).flatten(1) for of_fold in maps)
+            first, second = read_by(maps, centred).flatten(2)
             found.addmm_(first, second.T)
         together: Array = ((found + found.T) / (2 * tokens)).cpu().numpy()
         return together
@@ -285,6 +283,11 @@ def blocks(states: Tensor, rows: Sequence[int], means: Tensor, block: int = TOKE
         yield torch.stack(
             [states[row][tokens].double() - mean.to(states.device) for row, mean in zip(rows, means, strict=True)]
         )
+
+
+def read_by(maps: Tensor, centred: Tensor) -> Tensor:
+    """Readings ``[2, n, tokens, k]`` of each layer's states ``[n, tokens, d]`` by its maps of two folds ``[2, n, k, d]``."""
+    return torch.stack([torch.bmm(centred, of_fold.transpose(-1, -2)) for of_fold in maps])
 
 
 def later_readings_of_moments(moments: Covariances, maps: Readings) -> dict[str, Array]:
