@@ -21,6 +21,7 @@ for size in (LARGEST_KEPT // 8, LARGEST_KEPT * 2):
     before = facts().hblkhd
     kept = torch.empty(size, dtype=torch.uint8)
     print(int(facts().hblkhd - before >= size))
+    del kept
 """
 
 
