@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import lsq_linear, minimize
 from torch import Tensor
 
 from lensbench.statistics import Array
@@ -19,11 +18,23 @@ from lensbench.streams.readout import ReadOut
 WORDS = 4096
 """Rows of the unembedding that stand for all words while coefficients are fitted"""
 
-LEAST_FALL = 1e-6
+LEAST_FALL = 1e-7
 """Fall of the loss in a step, relative to it, at which coefficients are found"""
 
+MOST_STEPS = 40
+"""In a search for coefficients"""
+
+LEAST_DAMPING = 0.25
+"""Of Newton's steps once one has failed, in units of the curvature along each coefficient (Levenberg and Marquardt)"""
+
+SHORTEST = 1e-12
+"""Of how far coefficients move the state, one relative to another"""
+
+FLAT = 1e-9
+"""Curvature, relative to the largest, below which a direction has none that can be trusted"""
+
 IN_CACHE = 2**18
-"""Logits at once in a log-partition of a sum: they stay in a processor's cache"""
+"""Logits at once in the moments of sums: they stay in a processor's cache"""
 
 
 def stacked(parts: Sequence[Tensor], centre: Tensor, pad: Tensor, theta: Tensor) -> Tensor:
@@ -41,37 +52,6 @@ def target_logits(readout: ReadOut, n: Tensor, targets: Tensor) -> Tensor:
     return logit if cap is None else cap * torch.tanh(logit / cap)
 
 
-class LogPartitionOfSum(torch.autograd.Function):
-    """``logsumexp_w(sum_k a_k L_kw)`` of logits L that are made once, and its gradient in the coefficients."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, logits: Sequence[Tensor], of_all: Tensor) -> Tensor:
-        """Log-partitions ``[n]`` by coefficients ``a`` ``[n, K + m]``.
-
-        Each of K ``logits`` is ``[n, S]``, a row for each token; ``of_all`` ``[m, S]`` are those that all tokens share.
-        """
-        own, log_z, moment = len(logits), torch.empty_like(a[:, 0]), torch.empty_like(a)
-        block = max(1, IN_CACHE // of_all.shape[1])
-        for start in range(0, len(a), block):
-            rows = slice(start, start + block)
-            added = a[rows, own:] @ of_all
-            for k, one in enumerate(logits):
-                added.addcmul_(one[rows], a[rows, k, None])
-            q, total, log_z[rows] = shifted_exponentials_(added)
-            moment[rows, own:] = q @ of_all.T
-            for k, one in enumerate(logits):
-                moment[rows, k] = torch.linalg.vecdot(q, one[rows])
-            moment[rows] /= total
-        ctx.save_for_backward(moment)
-        return log_z
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient in the coefficients."""
-        (moment,) = ctx.saved_tensors
-        return moment * gradient[:, None], None, None
-
-
 @dataclass(frozen=True)
 class Part:
     """A reading and its discounted copy at some tokens, and what a read-out makes of them before it divides by a scale."""
@@ -80,24 +60,62 @@ class Part:
     """``[n, 2, d]``"""
     gained: Tensor | None
     """``G x`` ``[n, 2, d_read]``; None where the read-out is not affine in a scaled state"""
-    logits: tuple[Tensor, ...]
-    """``W G x`` for either, ``[n, S]`` each"""
+    logits: Tensor | None
+    """``W G x`` ``[n, 2, S]``; None where ``gained`` is"""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Parts that are added up with one coefficient for each of their K vectors."""
+    """Parts that are added up with one coefficient for each of their K vectors, side by side."""
 
-    joined: Tensor
-    """``[K, n, d + d_read]``: x, and ``G x`` where the read-out is affine in a scaled state (else ``[K, n, d]``)"""
-    logits: tuple[Tensor, ...]
-    """Of each vector, ``[n, S]``; none where the read-out is not"""
+    x: Tensor
+    """``[n, K, d]``"""
+    gained: Tensor | None
+    """``[n, K, d_read]``"""
+    logits: Tensor | None
+    """``[n, K, S]``"""
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> "Stack":
-        """Side by side, once for all coefficients that will be tried."""
-        each = [part.x if part.gained is None else torch.cat([part.x, part.gained], -1) for part in parts]
-        return cls(torch.cat(each, 1).transpose(0, 1).contiguous(), tuple(one for part in parts for one in part.logits))
+        """Joined once for all coefficients that will be tried."""
+
+        def joined(each: Sequence[Tensor | None]) -> Tensor | None:
+            known = [one for one in each if one is not None]
+            return torch.cat(known, 1) if known else None
+
+        return cls(
+            torch.cat([part.x for part in parts], 1),
+            joined([part.gained for part in parts]),
+            joined([part.logits for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """A loss at some coefficients ``[K + 1]``, its gradient, and its curvature ``[K + 1, K + 1]`` (Gauss-Newton)."""
+
+    value: float
+    gradient: Array
+    curvature: Array
+
+    def step(self, room: Array, damping: float) -> tuple[Array, float]:
+        """The step to where the quadratic of value, gradient and curvature is least, and by how much it falls.
+
+        ``room``: how far each coefficient may fall, at least 0. ``damping``: times that the curvature along each coefficient
+        counts more than it is.
+        """
+        diagonal = self.curvature.diagonal()
+        # A vector of zeros moves nothing, in any unit.
+        unit = 1 / np.sqrt(np.where(diagonal > SHORTEST**2 * diagonal.max(), diagonal, 1.0))
+        values, vectors = np.linalg.eigh(self.curvature * np.outer(unit, unit) + damping * np.eye(len(unit)))
+        root = np.sqrt(np.maximum(values, FLAT * values[-1]))
+        # |R y + R^-T g|^2 is twice that quadratic, and a constant.
+        aim = -(vectors.T @ (self.gradient * unit)) / root
+        lower = -np.maximum(room, np.finfo(float).tiny) / unit
+        found = lsq_linear(root[:, None] * vectors.T, aim, bounds=(lower, np.inf), method="bvls").x
+        fall = (np.square(aim).sum() - np.square(root * (vectors.T @ found) - aim).sum()) / 2
+        step: Array = np.maximum(found * unit, -room)
+        return step, float(fall)
 
 
 @dataclass(frozen=True)
@@ -148,16 +166,43 @@ class NextTokens:
     def part(self, x: Tensor) -> Part:
         """Readings ``[n, 2, d]``, with logits where these serve every coefficient."""
         if self.gain is None:
-            return Part(x, None, ())
+            return Part(x, None, None)
         gained = x @ self.gain.T.to(x)
-        return Part(x, gained, tuple(one @ self.weight.T for one in gained.unbind(1)))
+        return Part(x, gained, gained @ self.weight.T)
 
     def fitted(self, parts: Sequence[Part], start: Array) -> Array:
-        """The coefficients of least loss, the last that of the pad; those of parts after the first are at least 0."""
-        count = 2 * len(parts)
-        bounds = [(None, None)] * 2 + [(0.0, None)] * (count - 2) + [(None, None)]
+        """The coefficients of least loss, the last that of the pad; those of parts after the first are at least 0.
+
+        By Newton's steps where logits are affine in a scaled state, else by a search with gradients alone.
+        """
+        count, stack = 2 * len(parts), Stack.of(parts)
+        least = np.r_[np.full(2, -np.inf), np.zeros(count - 2), -np.inf]
+        found = self._by_newton(stack, start, least)
+        return self._by_gradients(stack, start, least) if found is None else found
+
+    def _by_newton(self, stack: Stack, start: Array, least: Array) -> Array | None:
+        """:meth:`fitted`; None where there are no slopes."""
+        theta, here, damping = start, self.slopes(stack, start), 0.0
+        for _ in range(MOST_STEPS):
+            if here is None:
+                return None
+            step, fall = here.step(theta - least, damping)
+            if fall <= LEAST_FALL * abs(here.value):
+                break
+            there = self.slopes(stack, theta + step)
+            if there is None:
+                return None
+            # Far from the end a loss is no quadratic: where it falls by too little of what that promised, steps get shorter.
+            kept = (here.value - there.value) / fall
+            damping = max(LEAST_DAMPING, 4 * damping) if kept < 0.25 else damping / 4 if kept > 0.75 else damping
+            if kept >= 0.25:
+                theta, here = theta + step, there
+        return theta
+
+    def _by_gradients(self, stack: Stack, start: Array, least: Array) -> Array:
+        """:meth:`fitted`, whatever the read-out."""
         # Steps are taken where all coefficients move the state alike: their parts may differ in length by far.
-        length, stack = self._lengths(parts), Stack.of(parts)
+        length = self._lengths(stack)
 
         def loss(scaled: Array) -> tuple[float, Array]:
             with torch.enable_grad():
@@ -171,41 +216,85 @@ class NextTokens:
             start * length,
             jac=True,
             method="L-BFGS-B",
-            bounds=bounds,
-            options={"maxiter": 40, "ftol": LEAST_FALL},
+            bounds=[(None if low < 0 else low, None) for low in least],
+            options={"maxiter": MOST_STEPS, "ftol": LEAST_FALL},
         ).x
         return found / length
 
-    def _lengths(self, parts: Sequence[Part]) -> Array:
+    def _lengths(self, stack: Stack) -> Array:
         """How far a coefficient of 1 moves the state, by the read-out's gain: root mean squares in units of the first."""
         gain = self.readout.gain(len(self.pad))
-        moved = [*torch.cat([part.x for part in parts], 1).unbind(1), self.pad[None]]
+        moved = [*stack.x.unbind(1), self.pad[None]]
         if gain is not None:
             moved = [x @ gain.T.to(x) for x in moved]
         squares = np.array([float(x.double().square().sum(-1).mean()) for x in moved])
-        length: Array = np.sqrt(np.maximum(squares / (squares[0] or 1.0), 1e-24))
+        length: Array = np.maximum(np.sqrt(squares / (squares[0] or 1.0)), SHORTEST)
         return length
 
     def loss(self, stack: Stack, theta: Tensor) -> Tensor:
         """Mean cross-entropy of the sum of parts, nats, differentiable in its coefficients."""
-        d, like = len(self.pad), theta.to(stack.joined)
-        moved = (like[:-1] @ stack.joined.flatten(1)).view(stack.joined.shape[1:])
-        n = self.readout.final_norm(moved[:, :d] + (self.centre + like[-1] * self.pad))
-        u = None
-        if self.gain is not None:
-            centre, pad = self._gained
-            u = moved[:, d:] + centre + like[-1] * pad
-        if u is not None and bool(u.detach().any(-1).all()):
-            log_z = self._log_partition(stack, like, self.readout.inverse_scale(u, n, self._offset)[:, None])
-        else:  # of a state that the norm sees as 0, its scale cannot be told from what it made of it
-            logits = torch.nn.functional.linear(n, self.weight, self.bias)
-            cap = self.readout.softcap
-            log_z = (logits if cap is None else cap * torch.tanh(logits / cap)).logsumexp(-1)
+        n = self.readout.final_norm(stacked([stack.x], self.centre, self.pad, theta))
+        logits = torch.nn.functional.linear(n, self.weight, self.bias)
+        cap = self.readout.softcap
+        log_z = (logits if cap is None else cap * torch.tanh(logits / cap)).logsumexp(-1)
         mean: Tensor = (log_z - target_logits(self.readout, n, self.targets)).double().mean()
         return mean
 
-    def _log_partition(self, stack: Stack, theta: Tensor, inverse: Tensor) -> Tensor:
-        """Log-partitions ``[n]``: the logits of a sum are the sum of its parts', over one scale: ``inverse`` ``[n, 1]``."""
-        a = torch.cat([inverse * theta[:-1], inverse, inverse * theta[-1], torch.ones_like(inverse)], 1)
-        found: Tensor = LogPartitionOfSum.apply(a, stack.logits, self._of_all)  # type: ignore[no-untyped-call]
-        return found
+    def slopes(self, stack: Stack, coefficients: Array) -> Slopes | None:
+        """:meth:`loss` with its gradient and curvature.
+
+        The logits of a sum are the sum of its parts', over one scale. None where they are not affine in a scaled state, and
+        where the norm sees a state as 0: its scale cannot be told from what it made of it.
+        """
+        if stack.gained is None or stack.logits is None:
+            return None
+        theta = torch.from_numpy(coefficients).to(stack.x)
+        centre, pad = self._gained
+        with torch.enable_grad():
+            free = theta.expand(len(stack.x), -1).clone().requires_grad_()  # so that each token has slopes of its own
+            own, length = free[:, :-1], free[:, -1:]
+            n = self.readout.final_norm(self.centre + torch.einsum("nkd,nk->nd", stack.x, own) + length * self.pad)
+            u = centre + torch.einsum("nkd,nk->nd", stack.gained, own) + length * pad
+            if not bool(u.detach().any(-1).all()):
+                return None
+            inverse = self.readout.inverse_scale(u, n, self._offset)
+            (of_inverse,) = torch.autograd.grad(inverse.sum(), free)
+        inverse, n = inverse.detach(), n.detach()
+        # A token's logits are a sum of terms a_l L_l and of what all tokens share: of the K vectors, the centre, the pad.
+        factors = torch.cat([theta[:-1], theta.new_ones(1), theta[-1:]])
+        moved = factors[:, None] * of_inverse[:, None]  # [n, K + 2, K + 1]: of each a_l by each coefficient
+        free_of = [*range(len(theta) - 1), len(theta)]
+        moved[:, free_of, range(len(theta))] += inverse[:, None]
+        log_z, mean, covariance = self._moments(stack.logits, inverse[:, None] * factors)
+        aim = self.readout.weight[self.targets]
+        shared = torch.stack([centre, pad]) @ aim.T
+        mean -= torch.cat([torch.einsum("nkd,nd->nk", stack.gained, aim), shared.T], 1)
+        gradient = torch.einsum("nl,nlk->nk", mean, moved).double().mean(0)
+        curvature = torch.einsum("nlk,nlm,nmj->nkj", moved, covariance, moved).double().mean(0)
+        value = (log_z - target_logits(self.readout, n, self.targets)).double().mean()
+        return Slopes(float(value), gradient.cpu().numpy(), curvature.cpu().numpy())
+
+    def _moments(self, logits: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-partitions ``[n]`` of sums of ``logits`` ``[n, K, S]`` and of those that all tokens share, times ``a``.
+
+        And the means ``[n, K + 2]`` and covariances ``[n, K + 2, K + 2]`` of the terms' logits over the words, as likely as
+        the sums make them. ``a``: ``[n, K + 2]``.
+        """
+        (tokens, own, words), shared = logits.shape, self._of_all[:2]
+        both = (shared[:, None] * shared).flatten(0, 1)
+        log_z, mean, square = a.new_empty(tokens), torch.empty_like(a), a.new_empty(*a.shape, a.shape[1])
+        block = max(1, IN_CACHE // (own * words))
+        for start in range(0, tokens, block):
+            rows = slice(start, start + block)
+            of_these = logits[rows]
+            added = torch.addmm(self._of_all[2], a[rows, own:], shared)
+            added = torch.baddbmm(added[:, None], a[rows, None, :own], of_these)[:, 0]
+            q, total, log_z[rows] = shifted_exponentials_(added)
+            q.div_(total)
+            weighted = of_these * q[:, None]
+            mean[rows, :own], mean[rows, own:] = weighted.sum(-1), q @ shared.T
+            square[rows, :own, :own] = torch.bmm(weighted, of_these.transpose(1, 2))
+            square[rows, :own, own:] = weighted @ shared.T
+            square[rows, own:, :own] = square[rows, :own, own:].transpose(1, 2)
+            square[rows, own:, own:] = (q @ both.T).unflatten(1, (2, 2))
+        return log_z, mean, square - mean[:, :, None] * mean[:, None]

@@ -88,6 +88,19 @@ def test_the_loss_that_coefficients_are_fitted_to_is_the_cross_entropy_with_its_
     assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     (slope,), (by_autograd,) = (torch.autograd.grad(x, theta, retain_graph=True) for x in (found, expected))
     torch.testing.assert_close(slope, by_autograd, atol=1e-5, rtol=1e-4)
+    slopes = following.slopes(Stack.of([following.part(x) for x in parts]), theta.detach().numpy())
+    assert (slopes is None) == (softcap is not None)
+    if slopes is not None:
+        assert slopes.value == pytest.approx(float(expected.detach()), abs=1e-5)
+        np.testing.assert_allclose(slopes.gradient, by_autograd.numpy(), atol=1e-5, rtol=1e-4)
+        exact = copy.deepcopy(readout).double()
+        jacobian = torch.autograd.functional.jacobian(
+            lambda t: exact(stacked([x.double() for x in parts], centre.double(), pad.double(), t)), theta.detach()
+        )
+        p = exact(state.double()).softmax(-1).detach()
+        mean = torch.einsum("nv,nvk->nk", p, jacobian)
+        expected = torch.einsum("nv,nvk,nvj->kj", p, jacobian, jacobian) - mean.T @ mean
+        np.testing.assert_allclose(slopes.curvature, (expected / 64).numpy(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
@@ -103,10 +116,35 @@ def test_the_loss_of_states_of_zero_is_finite_and_its_slope_that_of_autograd(nor
     following = NextTokens.of(readout, captured, torch.arange(64), centre, pad)
     theta = torch.tensor([0.5, -0.2, 0.3, 0.1, 0.0], dtype=torch.float64, requires_grad=True)
     expected = torch.nn.functional.cross_entropy(readout(stacked(parts, centre, pad, theta)), captured.targets)
-    found = following.loss(Stack.of([following.part(x) for x in parts]), theta)
+    stack = Stack.of([following.part(x) for x in parts])
+    found = following.loss(stack, theta)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     (slope,), (by_autograd,) = (torch.autograd.grad(x, theta) for x in (found, expected))
     torch.testing.assert_close(slope, by_autograd, atol=1e-4, rtol=1e-4)
+    assert following.slopes(stack, theta.detach().numpy()) is None
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_newton_ends_where_a_search_with_gradients_alone_ends(norm, vectors):
+    """Also where the best coefficient is the least that is allowed, where one vector is zero, and where two are the same."""
+    torch.manual_seed(0)
+    readout = read_out(12, 40, seed=1, bias=True, norm=norm)
+    captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40)).capture(256, seed=1)
+    centre, pad = torch.randn(12), torch.randn(12)
+    following = NextTokens.of(readout, captured, torch.arange(256), centre, pad)
+    signal = captured.states[-1] - centre
+    own = torch.stack([signal + torch.randn(256, 12), torch.zeros(256, 12)], 1)
+    other = torch.randn(256, 12) - 0.5 * signal
+    added = torch.stack([other, other], 1)
+    stack = Stack.of([following.part(x) for x in (own, added)[:vectors]])
+    start = np.array([1.0, *[0.0] * (2 * vectors)])
+    least = np.array([-np.inf, -np.inf, *[0.0] * (2 * vectors - 2), -np.inf])
+    with torch.no_grad():
+        newton, other = following._by_newton(stack, start, least), following._by_gradients(stack, start, least)
+        losses = [float(following.loss(stack, torch.from_numpy(theta))) for theta in (newton, other)]
+    assert (newton >= least).all()
+    assert losses[0] <= losses[1] + 1e-5
 
 
 @pytest.mark.parametrize("times", [1.0, 1e3, 1e-3])
