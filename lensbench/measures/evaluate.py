@@ -148,7 +148,7 @@ class EvalContext:
         """Sums of KL and cross-entropy of a lens on its own layers, kept as a piece."""
 
         def content() -> dict[str, Tensor]:
-            scores_at = self.estimator.score if self.estimator is not None and is_estimated(lens.id) else None
+            scores_at = None if self.estimator is None else self.estimator.score
             kl, ce = lens_sums(self.readout, self.captured, lens, self.fit.views, scores_at)
             return {"kl": torch.from_numpy(kl), "ce": torch.from_numpy(ce)}
 
@@ -164,15 +164,6 @@ class EvalContext:
             self.readout, self.captured, AffineMaps(matrix, offset), lenses=chosen, layers=chosen,
             estimator=self.estimator, memory_gib=self.memory_gib, pieces=self.pieces, name=name,
         )  # fmt: skip
-
-
-def is_estimated(lens: LensId) -> bool:
-    """Whether a lens off the transfer matrix is estimated where anything is.
-
-    Lenses that read one layer each are few, and those of the last layers come so close to the model that their intervals
-    are too narrow for an estimate: they stay exact.
-    """
-    return KINDS[lens.kind].reads != "layer" and lens.kind != SHARED_LOO_LENS.kind
 
 
 def readings(context: EvalContext) -> Iterator[Reading]:

@@ -16,7 +16,6 @@ from lensbench.lenses.pairs import PAIR_LENS, pairs_of
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.read import Reference
 from lensbench.lenses.shared import SHARED_LENS, SHARED_LOO_LENS
-from lensbench.measures.evaluate import is_estimated
 from lensbench.measures.formulas import pair_penalty
 from lensbench.measures.indices import INDICES, values_of
 from lensbench.measures.means import Means
@@ -197,7 +196,7 @@ def _flat(matrix: Array) -> Array:
 def token_values(estimator: Estimator, fit: Fit) -> tuple[Means, Means]:
     """Exact values of every token, and exact less cheap ones, for the fit's chosen layers and the last.
 
-    The estimator must draw all tokens. Lenses of one layer are not estimated, and differ by nothing.
+    The estimator must draw all tokens.
     """
     captured, summary = estimator.captured, fit.summary
     chosen, last = summary.layers, captured.layers
@@ -222,10 +221,7 @@ def token_values(estimator: Estimator, fit: Fit) -> tuple[Means, Means]:
                 if layer in chosen:
                     one = plain[[k if len(plain) > 1 else 0]]
                     found.append(_two(estimator, layer, one, None, joined)["kl"][:, 0])
-        both = np.stack(found, -1)
-        if not is_estimated(lens):
-            both[1] = 0
-        return both
+        return np.stack(found, -1)
 
     def pairs(lens: LensId) -> Array:
         """``[2, N, layers, layers]``: at [i, j] the lens of both as it reads j."""

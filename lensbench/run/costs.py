@@ -52,7 +52,7 @@ PADS = 3
 VALUES_ALONE = 0.4
 """What eigenvalues take, of a decomposition with eigenvectors"""
 
-READABLE_STEPS = 11
+READABLE_STEPS = 4
 """Evaluations of a fit of readable gain"""
 
 AUTO_SHARE = 0.1
@@ -310,10 +310,8 @@ def score_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     whole, block = (layers + 1) ** 2 if evaluate.matrix else 2 * layers + 1, of.chosen**2
     part = estimated_part(suite, shape)
     refined = bool(fit.refine_passes)
-    # Lenses of one layer each are never estimated.
-    exact_lenses = layers * (2 + fit.rotated_own + refined) + of.chosen
-    own = layers * (1 + refined + of.views) + 2 * of.pairs
-    work = of.captured(shape, "eval") + read_out(shape, n * exact_lenses)
+    own = layers * (3 + fit.rotated_own + 2 * refined + of.views) + of.chosen + 2 * of.pairs
+    work = of.captured(shape, "eval")
     work += part * (read_out(shape, whole * n) + Work(words=whole * n * shape.vocabulary))
     if evaluate.matrix:  # movement is measured from every lens on its own layer
         work += part * softmax_moments(shape, n * (layers + 1 + of.curve * of.chosen))
@@ -321,11 +319,10 @@ def score_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     if fit.refits:
         windows, _, scored = of.windows["eval"]
         sample = windows * min(scored, evaluate.refit_positions or scored) * (fit.refits + 1)
-        work += read_out(shape, sample * (layers + of.chosen))
-        work += part * read_out(shape, sample * (block + layers * (1 + of.views)))
+        work += part * read_out(shape, sample * (block + of.chosen + layers * (2 + of.views)))
         work += part * softmax_moments(shape, sample * of.chosen)
     memory, disk = held(shape, suite, 2 * n)  # movement is measured from as much as the states
-    cells = whole + of.curve * block + own + exact_lenses + layers
+    cells = whole + of.curve * block + own + layers
     return Cost(work, memory, disk + 12 * of.windows["eval"][0] * cells)
 
 
@@ -390,7 +387,7 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
         words, tokens = min(WORDS, shape.vocabulary), min(DEV_TOKENS, dev)
         work += Work(
             single=pairs * 6 * tokens * 2 * shape.width * words,
-            words=pairs * 3 * READABLE_STEPS * tokens * 3 * words,  # each logit is added up, and read for the slope
+            words=pairs * 3 * READABLE_STEPS * tokens * 3 * words,  # each logit is added up, and read for the slopes
         )
         work += of_share(shape, USUAL_SHARE) * read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_))
         work += eigendecompositions(shape, 5 * pairs)
