@@ -17,10 +17,19 @@ from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.statistics import half_width
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import TOKEN_BLOCK, Tokens, sums_of_all, token_kl
-from lensbench.streams.partition import CUDA_LOGITS, CUDA_ROWS, VOCABULARY_BLOCK, exponentials_
+from lensbench.streams.partition import (
+    CUDA_LOGITS,
+    CUDA_ROWS,
+    VOCABULARY_BLOCK,
+    exponentials_,
+    online_log_partition,
+)
 from lensbench.streams.products import centred
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
+
+IN_CACHE = 2**19
+"""Logits of one block on a processor"""
 
 
 def pad_direction(readout: ReadOut, final_states: Tensor, ranks: Ranks = ALONE) -> Tensor:
@@ -85,47 +94,50 @@ def padded_kl(readout: ReadOut, x: Tensor, tokens: Tokens, pad: Tensor, pads: Se
     for a, rows in zip(pads, n, strict=True):
         unscaled = u + a * direction
         inverse.append(readout.inverse_scale(unscaled, rows, offset))
-    log_z = log_partition_of_pads(readout, u, direction, offset, torch.stack(inverse), torch.tensor(pads).to(x))
+    log_z = log_partition_of_pads(readout, u, direction, offset, torch.stack(inverse), pads)
     kl = [token_kl(readout, rows, tokens, z) for rows, z in zip(n, log_z, strict=True)]
     return torch.stack(kl).double().cpu()
 
 
 def log_partition_of_pads(
-    readout: ReadOut, u: Tensor, direction: Tensor, offset: Tensor, inverse: Tensor, pads: Tensor
+    readout: ReadOut, u: Tensor, direction: Tensor, offset: Tensor, inverse: Tensor, pads: Sequence[float]
 ) -> Tensor:
-    """``logsumexp(W ((u + a_p direction) inverse_p + offset) + bias)`` for P pads: ``[P, R]`` from u ``[R, d_read]``."""
-    weight, bias, half = readout.weight, readout.bias, readout.products is not None and not u.is_cuda
-    constant = weight @ offset if bias is None else torch.addmv(bias, weight, offset)
-    along = weight @ direction
-    # A processor works in its cache; a GPU wants few large blocks.
-    many = CUDA_ROWS if u.is_cuda else TOKEN_BLOCK // 2
-    block = max(VOCABULARY_BLOCK, CUDA_LOGITS // max(1, len(u))) if u.is_cuda else VOCABULARY_BLOCK
+    """``logsumexp(W ((u + a_p direction) inverse_p + offset) + bias)`` for P pads: ``[P, R]`` from u ``[R, d_read]``.
+
+    As in :func:`lensbench.streams.kl.log_partition`, each row is shifted by the largest logit of its first block.
+    """
+    weight, half = readout.weight, readout.products is not None and not u.is_cuda
+    constant = weight @ offset if readout.bias is None else torch.addmv(readout.bias, weight, offset)
+    along, shifted = weight @ direction, bool(constant.any())
     out = []
-    for first in range(0, len(u), many):
-        rows = slice(first, first + many)
-        largest = u.new_full((len(pads), len(u[rows])), -torch.inf)
-        total = torch.zeros_like(largest)
-        # In float16, states are scaled to logits first: others may be beyond its range.
-        left, base, apart = u[rows], constant, u.new_zeros(0, dtype=torch.long)
-        if half:
-            left, base, apart = centred(u[rows] * inverse[0, rows, None], weight, readout.longest)
+    for first in range(0, len(u), CUDA_ROWS if u.is_cuda else TOKEN_BLOCK // 2):
+        rows = slice(first, first + (CUDA_ROWS if u.is_cuda else TOKEN_BLOCK // 2))
+        inverses, left, base, apart = inverse[:, rows, None], u[rows], constant, u.new_zeros(0, dtype=torch.long)
+        if half:  # states are scaled to logits first: others may be beyond its range
+            left, base, apart = centred(left * inverses[0], weight, readout.longest)
+        # A processor works in its cache; a GPU wants few large blocks.
+        block = max(VOCABULARY_BLOCK, (CUDA_LOGITS if u.is_cuda else IN_CACHE) // len(left))
+        total, shift = inverse.new_zeros(len(pads), len(left), 1), torch.empty(0)
         for start in range(0, len(weight), block):
             words = slice(start, start + block)
             if half:
-                logits = left @ readout.weight_in_terms[0][words].T + base[words]
-                unscaled = logits.div_(inverse[0, rows, None])
-                if len(apart):
-                    unscaled[apart] = u[rows][apart] @ weight[words].T
+                unscaled = (left @ readout.weight_in_terms[0][words].T + base[words]).div_(inverses[0])
+                unscaled[apart] = u[rows][apart] @ weight[words].T
             else:
                 unscaled = left @ weight[words].T
+            if not start:
+                each = zip(pads, inverses, strict=True)
+                shift = torch.stack([((unscaled + a * along[words]) * i).amax(-1, keepdim=True) for a, i in each])
             for p, a in enumerate(pads):
-                logits = torch.addcmul(
-                    constant[words], unscaled + a * along[words] if a else unscaled, inverse[p, rows, None]
-                )
-                new = torch.maximum(largest[p], logits.amax(-1))
-                total[p] = total[p] * torch.exp(largest[p] - new) + exponentials_(logits.sub_(new[:, None])).sum(-1)
-                largest[p] = new
-        out.append(largest + total.log())
+                logits = torch.add(unscaled, along[words], alpha=a).sub_(shift[p] / inverses[p]).mul_(inverses[p])
+                total[p] += exponentials_(logits + constant[words] if shifted else logits).sum(-1, keepdim=True)
+        log_z = (shift + total.log())[..., 0]
+        for p, row in (
+            (~torch.isfinite(log_z)).nonzero().tolist()
+        ):  # a later logit is far above the first block's largest
+            n = (u[rows][row] + pads[p] * direction) * inverse[p, rows][row] + offset
+            log_z[p, row] = online_log_partition(readout.with_products(None), n[None])[0][0]
+        out.append(log_z)
     return torch.cat(out, 1)
 
 

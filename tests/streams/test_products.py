@@ -123,13 +123,40 @@ def test_pads_by_these_products_and_states_of_any_length():
     random = torch.Generator().manual_seed(2)
     u = 1e5 * torch.randn(N, D, generator=random)
     inverse = 1 / u.norm(dim=-1).div(D**0.5).repeat(3, 1)
-    direction, pads = 1e5 * torch.randn(D, generator=random), torch.tensor([0.0, 0.3, 0.6])
+    direction, pads = 1e5 * torch.randn(D, generator=random), [0.0, 0.3, 0.6]
     both = [
         log_partition_of_pads(readout.with_products(way), u, direction, torch.zeros(D), inverse, pads)
         for way in (None, ON_CPU)
     ]
     assert 0 < (both[1] - both[0]).abs().max() < 3e-2
     assert abs((both[1] - both[0]).mean()) < 1e-3
+
+
+@pytest.mark.parametrize("way", [None, ON_CPU])
+@pytest.mark.parametrize("loud", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_pads_are_those_of_float64_also_where_the_last_words_are_far_louder_than_the_first(way, loud, constant):
+    """Beyond exp(88) a shift by the first block's largest logit would be infinite."""
+    readout = made(bias=constant)
+    random = torch.Generator().manual_seed(3)
+    if loud:
+        readout.unembedding.weight.data[-3:] *= 40
+    u, direction = (torch.randn(n, D, generator=random) for n in (600, 1))
+    direction, pads = direction[0], [0.0, 0.5, 1.5]
+    offset = torch.randn(D, generator=random) if constant else torch.zeros(D)
+    inverse = 0.5 + torch.rand(3, 600, generator=random)
+    found = log_partition_of_pads(readout.with_products(way), u, direction, offset, inverse, pads)
+    bias = 0 if readout.bias is None else readout.bias.double()
+    expected = torch.stack(
+        [
+            (((u + a * direction).double() * i[:, None] + offset) @ readout.weight.double().T + bias).logsumexp(-1)
+            for a, i in zip(pads, inverse, strict=True)
+        ]
+    ).detach()
+    assert bool((expected.amax() > 100) == loud)
+    torch.testing.assert_close(
+        found.double(), expected, atol=1e-4 if way is None else 3e-2, rtol=1e-5 if way is None else 2e-3
+    )
 
 
 @pytest.fixture
