@@ -229,7 +229,7 @@ def responses(stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor
 
     ``before`` ``[V]`` are those without a move; see :func:`after_moves`.
     """
-    return torch.cat([log_p for _, log_p in after_moves(stream, ids, layers, moves, before)])
+    return torch.cat([log_p for _, log_p in after_moves(stream, ids, layers, moves, [before])])
 
 
 CAUSAL_FIDELITY = Probe(

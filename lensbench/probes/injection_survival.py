@@ -5,6 +5,7 @@ is changed by what a lens takes for an error of another token, by what it takes 
 and by noise that is as usual as the error. Only a model that corrects errors lets the first survive less than the others.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -178,6 +179,7 @@ class Injected:
     at: NDArray[np.int64]  # [S]: the token's place in its window
     states: Tensor  # [n + 1, S, d] float64, centred
     others: Tensor  # [n + 1, S, d]
+    ends: Tensor  # [S, d]: the final states, as they are
 
     @classmethod
     def drawn(cls, subject: Subject, lenses: Lenses, rows: NDArray[np.int64]) -> "Injected":
@@ -197,7 +199,8 @@ class Injected:
             states = torch.stack([captured.states[k][at.to(captured.states.device)] for k in layers])
             return states.double().cpu() - lenses.means[:, None]
 
-        return cls(windows, rows, place[own], centred(own), centred(other))
+        ends = captured.states[-1][torch.from_numpy(own).to(captured.states.device)]
+        return cls(windows, rows, place[own], centred(own), centred(other), ends)
 
 
 @torch.no_grad()
@@ -215,12 +218,18 @@ def answers_of(subject: Subject, lenses: Lenses, injected: Injected, number: int
     ).float()
     count = len(lenses.layers)
     into = torch.tensor(lenses.layers[:-1])[None, :, None].expand(moves.shape[:3]).flatten()
-    _, logits = stream.at(prefix, torch.zeros(1, dtype=torch.long), torch.tensor([prefix.shape[1] - 1]))
+
+    def clean() -> Iterator[Tensor]:
+        """Log-probabilities without a change: of the captured state, and where these do not serve of another pass."""
+        yield stream.readout(injected.ends[number]).float().log_softmax(-1)
+        _, logits = stream.at(prefix, torch.zeros(1, dtype=torch.long), torch.tensor([prefix.shape[1] - 1]))
+        yield logits.float().log_softmax(-1)[0]
+
     # The first change is none: states with and without a change come from passes of one kind, cached or whole.
     nothing = torch.zeros(1, dtype=into.dtype), torch.zeros(1, moves.shape[-1])
     layers, steps = torch.cat([nothing[0], into]), torch.cat([nothing[1], moves.flatten(0, 2)])
     states, nats = [], []
-    for h, log_p in after_moves(stream, prefix, layers, steps, logits.float().log_softmax(-1)[0]):
+    for h, log_p in after_moves(stream, prefix, layers, steps, clean()):
         states.append(h[lenses.layers].float())
         nats.append(-log_p[:, target].double().cpu())
     h, end = torch.cat(states, 1), torch.cat(nats)  # [n, 1 + 6 (n - 1), d]

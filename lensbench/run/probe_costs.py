@@ -357,13 +357,13 @@ def moved(asked: Asked, moves: float, place: float) -> Work:
 
 
 def injection_survival_work(asked: Asked) -> Work:
-    """Lenses of two folds; of one token a window two passes over its prefix, and six changes of it at every layer."""
+    """Lenses of two folds; of one token a window a pass over its prefix, and six changes of it at every layer."""
     shape, n = asked.shape, min(injection_survival.LAYERS, asked.of.chosen)
     if n < 2:
         return Work()
     windows, d = min(injection_survival.WINDOWS, asked.windows), shape.width
     place, moves = FRACTION_BEFORE * asked.suite.length, 6 * (n - 1)
-    work = asked.passes(2 * windows, place, 1) + moved(asked, windows * (2 + moves), place)
+    work = asked.passes(windows, place, 1) + moved(asked, windows * (2 + moves), place)
     work += read_out(shape, windows * 7 * (n - 1))
     later = 3 * (n - 1) * n  # readings of all later layers, both folds
     work += Work(double=windows * 2 * d**2 * (later + 12 * (n - 1) + 6 * (n - 1)))

@@ -321,7 +321,7 @@ def test_a_loop_with_its_input_is_moved_at_the_loop_that_is_named():
     stream, ids = ResidualStream(model), torch.arange(1, 9)[None]
     moves, into = torch.randn(3, 16), torch.tensor([0, 2, 1])
     _, logits = stream.at(ids, torch.zeros(1, dtype=torch.long), torch.tensor([7]))
-    ((states, log_p),) = after_moves(stream, ids, into, moves, logits.float().log_softmax(-1)[0])
+    ((states, log_p),) = after_moves(stream, ids, into, moves, [logits.float().log_softmax(-1)[0]])
     with torch.no_grad():
         e = torch.nn.functional.rms_norm(model.embed_tokens(ids), (16,), eps=1e-12)
         for number in range(3):

@@ -1,7 +1,7 @@
 """Changing what a block receives while a model runs, and what the model makes of it."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -71,19 +71,19 @@ def _next(hooks: Iterator[Callable[..., Any]], *call: Any) -> Any:
 
 @torch.no_grad()
 def after_moves(
-    stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor, before: Tensor
+    stream: ResidualStream, ids: Tensor, layers: Tensor, moves: Tensor, before: Iterable[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What the model makes of moves ``[n, d]`` of the last state of a prefix ``[1, T]`` before blocks ``layers`` ``[n]``.
 
     Batch by batch of m moves: the states before each block ``[L, m, d]`` and the log-probabilities ``[m, V]`` of the last
     token. Only the last token is computed again, if the model has a cache of the prefix and gives with it the
-    log-probabilities ``before`` ``[V]`` that it gives without. A batch holds :data:`MOVES_AT_ONCE` copies of the cache, or
-    of the prefix.
+    log-probabilities ``before`` ``[V]`` that it gives without: one of those that are known, of which the next is asked for
+    where the cache does not give the last. A batch holds :data:`MOVES_AT_ONCE` copies of the cache, or of the prefix.
     """
     cached = cache_of(stream, ids)
     if cached is not None:
-        off = (after_cache(stream, ids, cached, 1).float().log_softmax(-1)[0] - before).abs().max()
-        if not off < CACHED_TOLERANCE * before.abs().max():
+        found = after_cache(stream, ids, cached, 1).float().log_softmax(-1)[0]
+        if not any(bool((found - one).abs().max() < CACHED_TOLERANCE * one.abs().max()) for one in before):
             cached = None
     for start in range(0, len(layers), MOVES_AT_ONCE):
         of, move = (x[start : start + MOVES_AT_ONCE] for x in (layers, moves))
