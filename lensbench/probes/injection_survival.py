@@ -40,7 +40,7 @@ LAYERS = 8
 
 
 WINDOWS = 128
-"""Windows that are looked at, at most; in each, one scored token gets the injections"""
+"""Windows that are looked at, at most, from clusters in turn; in each, one scored token gets the injections"""
 
 
 RIDGE = 1e-2
@@ -68,7 +68,7 @@ def injection_survival(subject: Subject) -> Measured:
         lenses = Lenses.of(subject, layers)
     except LensbenchError as error:  # a norm without a gain, too few documents
         return Measured(name, reason=str(error))
-    rows = np.unique(np.linspace(0, len(subject.windows) - 1, min(WINDOWS, len(subject.windows))).astype(np.int64))
+    rows = in_turn(subject.windows.clusters, WINDOWS)
     few = subject.windows.take(rows)
     found = np.zeros((len(rows), len(layers) - 1, len(KINDS), len(layers) + 2))
     injected = Injected.drawn(subject, lenses, rows)
@@ -79,6 +79,17 @@ def injection_survival(subject: Subject) -> Measured:
     sums = Sums(name, few, np.ones(len(rows)))
     add_quantities(sums, layers, found, few.clusters, lenses.power)
     return sums.measured()
+
+
+def in_turn(clusters: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """At most so many windows, drawn from their clusters ``[S]`` in turn: as many clusters as can be, equally often."""
+    drawn = np.random.default_rng(0).permutation(len(clusters))
+    _, first, counts = np.unique(np.sort(clusters), return_index=True, return_counts=True)
+    by_cluster = np.lexsort((drawn, clusters))
+    turn = np.empty(len(clusters), dtype=np.int64)
+    turn[by_cluster] = np.arange(len(clusters)) - np.repeat(first, counts)
+    found: NDArray[np.int64] = np.sort(np.lexsort((drawn, turn))[:most])
+    return found
 
 
 def _does_not_apply(subject: Subject, layers: list[int]) -> str:

@@ -11,14 +11,16 @@ import torch
 from helpers.by_hand import logits_by_hand, mixed_model
 from helpers.known_blocks import WIDTH, drawn, known_model, observations
 from helpers.planted import V, planted, subject_of, text
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lensbench.models import build
 from lensbench.probes import injection_survival
 from lensbench.probes.injection_quantities import DIFFERENCES, KINDS, add_quantities, fate_of_errors
-from lensbench.probes.injection_survival import Injected, Lenses, answers_of
+from lensbench.probes.injection_survival import Injected, Lenses, answers_of, in_turn
 from lensbench.probes.measured import Sums
 from lensbench.probes.registry import PROBES
-from lensbench.probes.tools.interventions import after_moves
+from lensbench.probes.tools.interventions import after_moves, cache_of
 from lensbench.streams import ResidualStream
 
 LAYERS = 4
@@ -247,6 +249,34 @@ def check_by_hand(model, subject):
     scale = np.abs(expected[..., :4]).max()
     np.testing.assert_allclose(found[..., :4], expected[..., :4], atol=1e-3 * scale)
     np.testing.assert_allclose(found[..., 4:], expected[..., 4:], atol=2e-3)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 60))
+def test_windows_are_taken_from_clusters_in_turn(clusters, most):
+    clusters = np.array(clusters)
+    rows = in_turn(clusters, most)
+    assert len(set(rows)) == len(rows) == min(most, len(clusters))
+    assert (np.diff(rows) > 0).all()
+    taken, there = np.bincount(clusters[rows], minlength=10), np.bincount(clusters, minlength=10)
+    # No cluster has two more than one that could have given another.
+    assert all(taken[b] >= taken[a] - 1 for a in range(10) for b in range(10) if taken[b] < there[b])
+
+
+@torch.no_grad()
+def test_a_cache_is_held_against_the_captured_state_and_only_then_against_another_pass(monkeypatch):
+    """With a captured state that is off, the answers stay those of the model: by the cache that agrees with a pass."""
+    model = planted("none")
+    subject = subject_of(model, count=24)
+    assert cache_of(subject.stream, torch.ones(1, 4, dtype=torch.long)) is not None
+    lenses = Lenses.of(subject, subject.layers)
+    injected = Injected.drawn(subject, lenses, np.arange(24))
+    passes, at = [], ResidualStream.at
+    monkeypatch.setattr(ResidualStream, "at", lambda *args, **more: passes.append(1) or at(*args, **more))
+    found = answers_of(subject, lenses, injected, 3)
+    assert not passes
+    off = answers_of(subject, lenses, replace(injected, ends=injected.ends + torch.randn_like(injected.ends)), 3)
+    assert len(passes) == 1
+    np.testing.assert_array_equal(off, found)
 
 
 def test_where_nothing_follows_an_injection_costs_what_the_lens_loses():
