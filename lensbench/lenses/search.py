@@ -127,14 +127,14 @@ def log_partition_of_pads(
                 unscaled = left @ weight[words].T
             if not start:
                 each = zip(pads, inverses, strict=True)
-                shift = torch.stack([((unscaled + a * along[words]) * i).amax(-1, keepdim=True) for a, i in each])
+                logits_of = ((unscaled + a * along[words]) * i + constant[words] for a, i in each)
+                shift = torch.stack([logits.amax(-1, keepdim=True) for logits in logits_of])
             for p, a in enumerate(pads):
                 logits = torch.add(unscaled, along[words], alpha=a).sub_(shift[p] / inverses[p]).mul_(inverses[p])
                 total[p] += exponentials_(logits + constant[words] if shifted else logits).sum(-1, keepdim=True)
         log_z = (shift + total.log())[..., 0]
-        for p, row in (
-            (~torch.isfinite(log_z)).nonzero().tolist()
-        ):  # a later logit is far above the first block's largest
+        # A later logit may be far above the largest of the first block.
+        for p, row in (~torch.isfinite(log_z)).nonzero().tolist():
             n = (u[rows][row] + pads[p] * direction) * inverse[p, rows][row] + offset
             log_z[p, row] = online_log_partition(readout.with_products(None), n[None])[0][0]
         out.append(log_z)
