@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lensbench.data.samples import Samples
+from lensbench.errors import LensbenchError
 from lensbench.lenses.estimated import Estimator, Shares
 from lensbench.lenses.fit import Fit, FitSummary
 from lensbench.lenses.kinds import KINDS
@@ -254,8 +255,11 @@ def evaluate(
     Below an ``exact_share`` of 1 (one for all layers, or one of each) all losses are unbiased estimates from that share of
     the exact log-partitions, of tokens drawn with ``seed`` (:mod:`lensbench.lenses.estimated`); a vocabulary too small to
     save anything is read exactly. What movement is measured from is as large as the states; beyond ``memory_gib`` it is
-    kept on disk as they are. Finished ``pieces`` are taken up. ``task``: what the progress is called.
+    kept on disk as they are. Finished ``pieces`` are taken up. ``task``: what the progress is called. Raises
+    :class:`LensbenchError` for an ``exact_share`` below 1 without the matrix, of which nothing is estimated.
     """
+    if not matrix and exact_share != 1:
+        raise LensbenchError(f"exact_share is {exact_share}: without the matrix it must be 1")
     estimator = Estimator.where_it_saves(readout, captured, fit.headline.maps, share=exact_share, seed=seed)
     context = EvalContext(readout, captured, fit, memory_gib, pieces, matrix, estimator)
     planned, refits = list(readings(context)), fit.summary.refits

@@ -8,6 +8,7 @@ import pytest
 from helpers.synthetic import DRAWS, SMALL, small, windows_of
 from pydantic import ValidationError
 
+from lensbench.errors import LensbenchError
 from lensbench.lenses.fit import fit
 from lensbench.lenses.kinds import KINDS
 from lensbench.lenses.pairs import PAIR_LENS
@@ -37,6 +38,12 @@ def little():
     scored = evaluate(it.stream.readout, it.held_out, found, matrix=False)
     frame = scored.frame(windows_of(it.held_out), model="it", seed=0)
     return replace(it, fit=found, scored=scored, frame=frame)
+
+
+def test_an_estimate_without_the_matrix_is_refused():
+    it = little()
+    with pytest.raises(LensbenchError, match="without the matrix it must be 1"):
+        evaluate(it.stream.readout, it.held_out, it.fit, matrix=False, exact_share=0.5)
 
 
 def test_without_the_matrix_lenses_are_read_at_their_own_layers_as_in_it():

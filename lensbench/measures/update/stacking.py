@@ -30,6 +30,9 @@ LEAST_DAMPING = 0.25
 SHORTEST = 1e-12
 """Of how far coefficients move the state, one relative to another"""
 
+LEAST_CURVATURE = 1e-5
+"""Of a move of the state by its own length, nats: what a norm divides out has none but that of rounding"""
+
 FLAT = 1e-9
 """Curvature, relative to the largest, below which a direction has none that can be trusted"""
 
@@ -97,6 +100,8 @@ class Slopes:
     value: float
     gradient: Array
     curvature: Array
+    moved: Array
+    """Mean square by which a coefficient of 1 moves the state, in units of the state's own ``[K + 1]``"""
 
     def step(self, room: Array, damping: float) -> tuple[Array, float]:
         """The step to where the quadratic of value, gradient and curvature is least, and by how much it falls.
@@ -104,10 +109,9 @@ class Slopes:
         ``room``: how far each coefficient may fall, at least 0. ``damping``: times that the curvature along each coefficient
         counts more than it is.
         """
-        diagonal = self.curvature.diagonal()
-        # A vector of zeros moves nothing, in any unit.
-        unit = 1 / np.sqrt(np.where(diagonal > SHORTEST**2 * diagonal.max(), diagonal, 1.0))
-        values, vectors = np.linalg.eigh(self.curvature * np.outer(unit, unit) + damping * np.eye(len(unit)))
+        curvature = self.curvature + np.diag(LEAST_CURVATURE * np.maximum(self.moved, SHORTEST**2))
+        unit = 1 / np.sqrt(curvature.diagonal())
+        values, vectors = np.linalg.eigh(curvature * np.outer(unit, unit) + damping * np.eye(len(unit)))
         root = np.sqrt(np.maximum(values, FLAT * values[-1]))
         # |R y + R^-T g|^2 is twice that quadratic, and a constant.
         aim = -(vectors.T @ (self.gradient * unit)) / root
@@ -173,31 +177,34 @@ class NextTokens:
     def fitted(self, parts: Sequence[Part], start: Array) -> Array:
         """The coefficients of least loss, the last that of the pad; those of parts after the first are at least 0.
 
-        By Newton's steps where logits are affine in a scaled state, else by a search with gradients alone.
+        By Newton's steps. Where these have no slopes, or do not come to an end, a search with gradients alone goes on.
         """
         count, stack = 2 * len(parts), Stack.of(parts)
         least = np.r_[np.full(2, -np.inf), np.zeros(count - 2), -np.inf]
-        found = self._by_newton(stack, start, least)
-        return self._by_gradients(stack, start, least) if found is None else found
+        theta, ended = self._by_newton(stack, start, least)
+        return theta if ended else self._by_gradients(stack, theta, least)
 
-    def _by_newton(self, stack: Stack, start: Array, least: Array) -> Array | None:
-        """:meth:`fitted`; None where there are no slopes."""
+    def _by_newton(self, stack: Stack, start: Array, least: Array) -> tuple[Array, bool]:
+        """Coefficients as far as Newton's steps lead, and whether no step is left that makes the loss smaller.
+
+        Of steps that had to be damped to the last this is not known.
+        """
         theta, here, damping = start, self.slopes(stack, start), 0.0
         for _ in range(MOST_STEPS):
             if here is None:
-                return None
+                return theta, False
             step, fall = here.step(theta - least, damping)
             if fall <= LEAST_FALL * abs(here.value):
-                break
+                return theta, damping < LEAST_DAMPING
             there = self.slopes(stack, theta + step)
             if there is None:
-                return None
+                return theta, False
             # Far from the end a loss is no quadratic: where it falls by too little of what that promised, steps get shorter.
             kept = (here.value - there.value) / fall
             damping = max(LEAST_DAMPING, 4 * damping) if kept < 0.25 else damping / 4 if kept > 0.75 else damping
             if kept >= 0.25:
                 theta, here = theta + step, there
-        return theta
+        return theta, False
 
     def _by_gradients(self, stack: Stack, start: Array, least: Array) -> Array:
         """:meth:`fitted`, whatever the read-out."""
@@ -243,8 +250,8 @@ class NextTokens:
     def slopes(self, stack: Stack, coefficients: Array) -> Slopes | None:
         """:meth:`loss` with its gradient and curvature.
 
-        The logits of a sum are the sum of its parts', over one scale. None where they are not affine in a scaled state, and
-        where the norm sees a state as 0: its scale cannot be told from what it made of it.
+        The logits of a sum are the sum of its parts', over one scale. None where they are not affine in a scaled
+        state or not finite, and where the norm sees a state as 0: its scale cannot be told from what it made of it.
         """
         if stack.gained is None or stack.logits is None:
             return None
@@ -272,7 +279,11 @@ class NextTokens:
         gradient = torch.einsum("nl,nlk->nk", mean, moved).double().mean(0)
         curvature = torch.einsum("nlk,nlm,nmj->nkj", moved, covariance, moved).double().mean(0)
         value = (log_z - target_logits(self.readout, n, self.targets)).double().mean()
-        return Slopes(float(value), gradient.cpu().numpy(), curvature.cpu().numpy())
+        squares = torch.cat([stack.gained.square().sum(-1), pad.square().sum().expand(len(u), 1)], 1)
+        whole = (inverse**2 * u.detach().square().sum(-1)).double().mean()
+        of_moves = (inverse[:, None] ** 2 * squares).double().mean(0) / whole
+        found = Slopes(float(value), *(x.cpu().numpy() for x in (gradient, curvature, of_moves)))
+        return found if np.isfinite([found.value, *found.gradient, *found.curvature.flat]).all() else None
 
     def _moments(self, logits: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-partitions ``[n]`` of sums of ``logits`` ``[n, K, S]`` and of those that all tokens share, times ``a``.

@@ -137,14 +137,42 @@ def test_newton_ends_where_a_search_with_gradients_alone_ends(norm, vectors):
     own = torch.stack([signal + torch.randn(256, 12), torch.zeros(256, 12)], 1)
     other = torch.randn(256, 12) - 0.5 * signal
     added = torch.stack([other, other], 1)
-    stack = Stack.of([following.part(x) for x in (own, added)[:vectors]])
-    start = np.array([1.0, *[0.0] * (2 * vectors)])
+    parts = [following.part(x) for x in (own, added)[:vectors]]
+    stack, start = Stack.of(parts), np.array([1.0, *[0.0] * (2 * vectors)])
     least = np.array([-np.inf, -np.inf, *[0.0] * (2 * vectors - 2), -np.inf])
     with torch.no_grad():
-        newton, other = following._by_newton(stack, start, least), following._by_gradients(stack, start, least)
-        losses = [float(following.loss(stack, torch.from_numpy(theta))) for theta in (newton, other)]
-    assert (newton >= least).all()
+        found, other = following.fitted(parts, start), following._by_gradients(stack, start, least)
+        losses = [float(following.loss(stack, torch.from_numpy(theta))) for theta in (found, other)]
+        assert following._by_newton(stack, start, least)[1] or norm == "layer"
+    assert (found >= least).all()
     assert losses[0] <= losses[1] + 1e-5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_where_newton_is_stuck_the_search_with_gradients_goes_on(seed):
+    """Without a centre the length of a reading, which the norm divides out, has neither slope nor curvature."""
+    torch.manual_seed(seed)
+    readout = read_out(12, 40, seed=seed)
+    captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40)).capture(256, seed=seed)
+    following = NextTokens.of(readout, captured, torch.arange(256), torch.zeros(12), torch.randn(12))
+    r = captured.states[-1] + torch.randn(256, 12)
+    part = following.part(torch.stack([r, r / 2], 1))
+    start, least = np.array([1.0, 0.0, 0.0]), np.full(3, -np.inf)
+    with torch.no_grad():
+        found, other = following.fitted([part], start), following._by_gradients(Stack.of([part]), start, least)
+        losses = [float(following.loss(Stack.of([part]), torch.from_numpy(theta))) for theta in (found, other)]
+    assert losses[0] <= losses[1] + 1e-4
+
+
+def test_readings_that_are_not_finite_or_all_zero_end_a_search(recwarn):
+    readout = read_out(12, 40, seed=1)
+    captured = SyntheticStream("fresh", Shape(d=12, layers=3, vocab=40)).capture(64, seed=1)
+    for centre in (torch.ones(12), torch.full((12,), torch.nan)):
+        following = NextTokens.of(readout, captured, torch.arange(64), centre, torch.zeros(12))
+        start = np.array([1.0, 0.0, 0.0])
+        with torch.no_grad():
+            np.testing.assert_array_equal(following.fitted([following.part(torch.zeros(64, 2, 12))], start), start)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("times", [1.0, 1e3, 1e-3])
