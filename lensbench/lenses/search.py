@@ -109,9 +109,9 @@ def log_partition_of_pads(
     weight, half = readout.weight, readout.products is not None and not u.is_cuda
     constant = weight @ offset if readout.bias is None else torch.addmv(readout.bias, weight, offset)
     along, shifted = weight @ direction, bool(constant.any())
-    out = []
-    for first in range(0, len(u), CUDA_ROWS if u.is_cuda else TOKEN_BLOCK // 2):
-        rows = slice(first, first + (CUDA_ROWS if u.is_cuda else TOKEN_BLOCK // 2))
+    many, out = CUDA_ROWS if u.is_cuda else TOKEN_BLOCK // 2, []
+    for first in range(0, len(u), many):
+        rows = slice(first, first + many)
         inverses, left, base, apart = inverse[:, rows, None], u[rows], constant, u.new_zeros(0, dtype=torch.long)
         if half:  # states are scaled to logits first: others may be beyond its range
             left, base, apart = centred(left * inverses[0], weight, readout.longest)

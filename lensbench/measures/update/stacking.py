@@ -92,6 +92,12 @@ class Stack:
             joined([part.logits for part in parts]),
         )
 
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared lengths of ``gained``, ``[n, K]``"""
+        assert self.gained is not None
+        return self.gained.square().sum(-1)
+
 
 @dataclass(frozen=True)
 class Slopes:
@@ -279,7 +285,7 @@ class NextTokens:
         gradient = torch.einsum("nl,nlk->nk", mean, moved).double().mean(0)
         curvature = torch.einsum("nlk,nlm,nmj->nkj", moved, covariance, moved).double().mean(0)
         value = (log_z - target_logits(self.readout, n, self.targets)).double().mean()
-        squares = torch.cat([stack.gained.square().sum(-1), pad.square().sum().expand(len(u), 1)], 1)
+        squares = torch.cat([stack.squares, pad.square().sum().expand(len(u), 1)], 1)
         whole = (inverse**2 * u.detach().square().sum(-1)).double().mean()
         of_moves = (inverse[:, None] ** 2 * squares).double().mean(0) / whole
         found = Slopes(float(value), *(x.cpu().numpy() for x in (gradient, curvature, of_moves)))

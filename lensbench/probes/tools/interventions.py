@@ -76,9 +76,10 @@ def after_moves(
     """What the model makes of moves ``[n, d]`` of the last state of a prefix ``[1, T]`` before blocks ``layers`` ``[n]``.
 
     Batch by batch of m moves: the states before each block ``[L, m, d]`` and the log-probabilities ``[m, V]`` of the last
-    token. Only the last token is computed again, if the model has a cache of the prefix and gives with it the
-    log-probabilities ``before`` ``[V]`` that it gives without: one of those that are known, of which the next is asked for
-    where the cache does not give the last. A batch holds :data:`MOVES_AT_ONCE` copies of the cache, or of the prefix.
+    token. Only the last token is computed again, if the model has a cache of the prefix that can be trusted: ``before`` are
+    the log-probabilities ``[V]`` without a move, each computed in another way, and the cache has to give one of them. A
+    later one is asked for only where the earlier ones disagree. A batch holds :data:`MOVES_AT_ONCE` copies of the cache, or
+    of the prefix.
     """
     cached = cache_of(stream, ids)
     if cached is not None:
