@@ -129,6 +129,17 @@ class Estimator:
         return cls.of(readout, captured, per_layer, share=share, seed=seed)
 
     @classmethod
+    def usual(cls, readout: ReadOut, captured: Capture) -> "Estimator | None":
+        """Words by what the model itself predicts, and the sample of :func:`usually_drawn`; None where nothing is saved.
+
+        For lenses whose read-outs are like the model's own.
+        """
+        if not worth_estimating(len(readout.weight)) or usually_drawn(captured.tokens) >= captured.tokens:
+            return None
+        words = Words.draw(readout, captured.mean_p, WORDS, torch.Generator().manual_seed(0))
+        return cls.drawn_with(words, captured, share=USUAL_SHARE, seed=(0,), fewest=FEWEST_DRAWN)
+
+    @classmethod
     def drawn_with(
         cls, words: Words, captured: Capture, *, share: Shares, seed: Sequence[int], fewest: int = 2
     ) -> "Estimator":

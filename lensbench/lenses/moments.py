@@ -198,24 +198,26 @@ class MomentSums:
             self.first = torch.zeros_like(self.shift)
             self.second = self.shift.new_zeros(layers, d, d)
             self.cross = self.shift.new_zeros(layers, d, d)
-        weights = None
+        roots = None  # of the weights: rows times these have the second moments of weighted rows
         if token_weights is not None:
             drawn = (token_weights != 0).nonzero()[:, 0]  # of documents drawn with replacement a third is left out
-            states, weights = states[:, drawn.to(states.device)], token_weights[drawn].to(states.device).double()
+            states, roots = states[:, drawn.to(states.device)], token_weights[drawn].to(states.device).double().sqrt()
 
         def centred(layer: int) -> Tensor:
-            return states[layer].double() - self.shift[layer]  # type: ignore[index]
+            h = states[layer].double().sub_(self.shift[layer])  # type: ignore[index]
+            return h if roots is None else h.mul_(roots[:, None])
+
+        def summed(h: Tensor) -> Tensor:
+            return h.sum(0) if roots is None else roots @ h
 
         target = centred(layers)
-        weighted = target if weights is None else target * weights[:, None]
-        self.first[layers] += weighted.sum(0)
-        self.weight += float(states.shape[1] if weights is None else weights.sum())
+        self.first[layers] += summed(target)
+        self.weight += float(states.shape[1] if roots is None else token_weights.double().sum())  # type: ignore[union-attr]
         for layer in range(layers):
             h = centred(layer)
-            self.cross[layer].addmm_(weighted.T, h)
-            scaled = h if weights is None else h * weights[:, None]
-            add_gram_(self.second[layer], h, scaled)
-            self.first[layer] += scaled.sum(0)
+            self.cross[layer].addmm_(target.T, h)
+            add_gram_(self.second[layer], h)
+            self.first[layer] += summed(h)
 
     def moments(self) -> Moments:
         """The centred moments, on the CPU.

@@ -122,17 +122,27 @@ class Reference:
         return self.negative_entropy[:, rows] - seen
 
 
+def exact_scores(readout: ReadOut, captured: Capture) -> "ScoresAt":
+    """:func:`score` of maps on a layer."""
+    return lambda layer, maps: score(readout, captured.states[layer], maps, captured)
+
+
+ScoresAt = Callable[[int, AffineMaps], Scores]
+"""Scores maps on a layer in place of :func:`score`, as an estimator does"""
+
+
 @torch.no_grad()
 def own_layer_sums(
-    readout: ReadOut, captured: Capture, maps: AffineMaps, layers: Sequence[int]
+    readout: ReadOut, captured: Capture, maps: AffineMaps, layers: Sequence[int], scores_at: ScoresAt | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Per-window sums of KL and cross-entropy of map k on ``layers[k]``: two arrays ``[S, len(layers)]``.
 
     One map for all layers (a shared lens) is given as a stack of one.
     """
+    scores_at = scores_at or exact_scores(readout, captured)
     kl, ce = [], []
     for k, layer in enumerate(layers):
-        scores = score(readout, captured.states[layer], maps[[k if len(maps) > 1 else 0]], captured)
+        scores = scores_at(layer, maps[[k if len(maps) > 1 else 0]])
         kl.append(sums_of_all(scores.kl[0], captured))
         ce.append(sums_of_all(scores.ce[0], captured))
     return np.stack(kl, -1), np.stack(ce, -1)
@@ -144,18 +154,13 @@ def lens_sums(
     captured: Capture,
     lens: FittedLens,
     views: Sequence[RotatedView],
-    scores_at: Callable[[int, AffineMaps], Scores] | None = None,
+    scores_at: ScoresAt | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Per-window sums of KL and cross-entropy of a lens on the layers that its maps read as their own.
 
     Two arrays ``[S, K]``, K layers in the order of :attr:`LensRecord.layers`. ``views``: the rotated views of the fit.
-    ``scores_at(layer, maps)`` scores in place of :func:`score`, as an estimator does.
     """
-    if scores_at is None:
-
-        def scores_at(layer: int, maps: AffineMaps) -> Scores:
-            return score(readout, captured.states[layer], maps, captured)
-
+    scores_at = scores_at or exact_scores(readout, captured)
     kl, ce = [], []
     for number, own in enumerate(lens.reads):
         maps = lens.to_plain(number, views)

@@ -56,7 +56,7 @@ def injection_survival(subject: Subject) -> Measured:
     fold says what of a reading is signal. The change has the least Mahalanobis length under ``Cov(h_i)`` of all that the
     first of the two lenses reads as the error, or as the signal.
 
-    For each window one scored token gets 2 folds * 3 kinds * 7 layers of changes, in batches of 32; only that token is
+    For each window one scored token gets 2 folds * 3 kinds * 7 layers of changes, in batches of 64; only that token is
     computed again where the model has a cache. Maps take ``8 d^2 (9 n + 8 (n + 1))`` bytes for n <= 8 layers: 400 MB at
     d = 576, 20 GB at d = 4096.
     """

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 
 from filelock import FileLock
@@ -52,12 +53,15 @@ def captured_states(
             rate = done * samples.positions_read / (time.perf_counter() - start)
             task.update(done, f"{rate:,.0f} {context.unit}s/s")
 
-        passed = partial(capture, stream, samples, constant=constant, report=report)
+        whole = (
+            stream.whole() if origin is not None and ranks.size == 1 and shows_more(context, stream, origin) else stream
+        )
+        passed = partial(capture, whole, samples, constant=constant, report=report)
         memory_gib = context.suite.fit.memory_gib
         if origin is None or ranks.size > 1:
             captured = passed(memory_gib=memory_gib, ranks=ranks)
         else:
-            store = KeptCaptures(context, origin, stream)
+            store = KeptCaptures(context, origin, whole)
             with store.alone(samples, constant):
                 found = store.find(samples, constant)
                 if found is None:
@@ -65,6 +69,8 @@ def captured_states(
                 else:
                     captured = found
                     task.update(len(samples), "kept by an earlier stage")
+            if whole is not stream:
+                captured = replace(captured, states=captured.states[..., : stream.d_model])
     release_memory()  # passes of a model leave much that is free
     allowed = context.suite.evaluate.half_products
     products = ranks.told(products_for(stream.readout, captured.states) if allowed else None)
@@ -72,6 +78,12 @@ def captured_states(
         context.say_once(f"log-partitions use {products} (they agree with float32 on these states)")
     readout = stream.readout.with_products(products)
     return captured if rotation is None else rotation.apply(captured), readout
+
+
+def shows_more(context: Context, stream: ResidualStream, origin: Origin) -> bool:
+    """Whether another view of the same model shows the whole state: one pass then serves both."""
+    views = {model.view for model in context.suite.models if context.suite.trained(model).name == origin.name}
+    return stream.view != "state" and "state" in views
 
 
 class KeptCaptures:

@@ -28,6 +28,7 @@ from lensbench.run.inputs import data_of
 from lensbench.run.planning import planning
 from lensbench.run.probing import probing
 from lensbench.run.scoring import scoring
+from lensbench.run.stage_names import stage_names
 from lensbench.run.updating import updating
 from lensbench.runtime.environment import choose_device
 from lensbench.runtime.memory import reuse_memory
@@ -109,8 +110,16 @@ class ClusterTask:
             scoring(context, model, self.seed)
             further_stages(context, model, self.seed)
             probing(context, model, self.seed)
-        if self.part != "update":  # the rest reads the same captures
+        if self.part != "update" and not self._read_by_others(context):  # the rest reads the same captures
             forget_own_captures(context)
+
+    def _read_by_others(self, context: Context) -> bool:
+        """Whether a view of the same model has stages to come, which read the same captures."""
+        suite = self.suite
+        own = {suite.trained(model).name for model in suite.models if model.name in self.models}
+        views = [m for m in suite.models if suite.trained(m).name in own and m.name not in self.models]
+        names = {name for name in stage_names(suite, views, self.probes) if name.endswith(f"-seed{self.seed}")}
+        return bool(names - context.stages.finished())
 
 
 def cluster_tasks(context: Context, models: list[ModelRecipe], *, planning: bool = False) -> list[ClusterTask]:

@@ -7,8 +7,8 @@ import copy
 import inspect
 import itertools
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class ResidualStream:
         self.float32 = self.readout is own
         rows = torch.arange(len(inputs))
         self.layers = len(self._blocks or reported[1:])
-        self.d_model = self.seen(self.places(last, rows, torch.zeros_like(rows))).shape[-1]
+        self.width = self.places(last, rows, torch.zeros_like(rows)).shape[-1]
 
     @property
     def _name(self) -> str:
@@ -153,6 +153,17 @@ class ResidualStream:
         other.readout = readout
         return other
 
+    def whole(self) -> "ResidualStream":
+        """This stream, its model shared, in the view of the whole state."""
+        other = copy.copy(self)
+        other.view = "state"
+        return other
+
+    @property
+    def d_model(self) -> int:
+        """Entries of a state that the view shows."""
+        return self.width if self.view == "state" else min(self.width, self.readout.weight.shape[1])
+
     @property
     def vocab_size(self) -> int:
         """Number V of words or classes."""
@@ -174,12 +185,18 @@ class ResidualStream:
                 return args[0][:1, :0] if self.pooling is None else args[0][:0]
             return chosen(args[0])[None] if self.pooling is None else args[0][rows.to(args[0].device)]
 
-        hook = self._head.register_forward_pre_hook(keep)
-        try:
+        with self.before_the_head(keep):
             states, logits = self._states(inputs, chosen)
+        return states, logits.flatten(0, -2).to(self.device)
+
+    @contextmanager
+    def before_the_head(self, chosen: Callable[..., Tensor]) -> Iterator[None]:
+        """A context in which the head reads what ``chosen``, a forward pre-hook, makes of its arguments."""
+        hook = self._head.register_forward_pre_hook(chosen)
+        try:
+            yield
         finally:
             hook.remove()
-        return states, logits.flatten(0, -2).to(self.device)
 
     def places(self, h: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The states ``[n, d]`` of n predictions, from a layer's whole states: tokens at these places, or pooled images."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.ridge import RidgePath
-from lensbench.measures.update.decomposition import Decomposition, Fitted, chance_and_products
+from lensbench.measures.update.chance import chance_and_products
+from lensbench.measures.update.decomposition import Decomposition, Fitted
 from lensbench.measures.update.folds import Readings, readings
 from lensbench.measures.update.metric import whitening
 from lensbench.measures.update.news import UNREAD

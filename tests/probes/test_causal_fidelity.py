@@ -18,7 +18,8 @@ from lensbench.probes.causal_fidelity import (
 )
 from lensbench.probes.measured import Sums
 from lensbench.probes.registry import PROBES
-from lensbench.probes.tools.interventions import cache_of
+from lensbench.probes.tools import interventions
+from lensbench.probes.tools.interventions import after_moves, cache_of
 from lensbench.streams.stream import ResidualStream
 
 SHAPE = {"vocab_size": 97, "d_model": 32, "layers": 3, "heads": 4, "context": 64, "parameters": 60_000}
@@ -50,6 +51,25 @@ def test_responses_are_those_of_a_forward_pass_with_the_moved_state(family):
             torch.testing.assert_close(found[k], expected, rtol=1e-3, atol=1e-4)
             assert (expected - before).abs().max() > 1e-3
     assert (cache_of(stream, ids) is None) == (family == "gpt-conv"), "which has no cache, and is read whole"
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+def test_each_move_is_answered_once_whatever_the_batch_and_whether_the_cache_is_trusted(at_once, trusted, monkeypatch):
+    stream = ResidualStream(build("gpt", seed=1, **SHAPE).eval())
+    ids = torch.randint(0, V, (1, 12), generator=torch.Generator().manual_seed(0))
+    layers, moves = torch.tensor([0, 2, 1]), torch.randn(3, stream.d_model, generator=torch.Generator().manual_seed(1))
+    before = stream.at(ids, torch.tensor([0]), torch.tensor([11]))[1].log_softmax(-1)[0]
+    whole = list(after_moves(stream, ids, layers, moves, [before]))
+    monkeypatch.setattr(interventions, "MOVES_AT_ONCE", at_once)
+    passes, at = [], ResidualStream.at
+    monkeypatch.setattr(ResidualStream, "at", lambda *args, **more: passes.append(1) or at(*args, **more))
+    batches = list(after_moves(stream, ids, layers, moves, [before if trusted else before.flip(0)]))
+    assert [h.shape[1] for h, _ in batches] == [len(x) for x in layers.split(at_once)]
+    assert len(passes) == (0 if trusted else len(batches))
+    for number, axis in ((0, 1), (1, 0)):
+        found, expected = (torch.cat([batch[number] for batch in of], axis) for of in (batches, whole))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_directions_are_equally_usual_and_the_lenss_move_its_logits_most():

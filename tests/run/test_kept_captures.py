@@ -13,13 +13,15 @@ from helpers.gpt_windows import windows
 from test_capturing import small_stream
 from test_run_folder import Recorded
 
-from lensbench.run import capturing
+from lensbench.models import build
+from lensbench.run import capturing, cluster
 from lensbench.run.capturing import KEPT, captured_states, forget_captures
 from lensbench.run.context import Context
 from lensbench.run.suite import run_suite
 from lensbench.runtime.environment import choose_device
-from lensbench.runtime.stages import Stages
+from lensbench.runtime.stages import RECORD, Stages
 from lensbench.streams.capture import Capture, capture
+from lensbench.streams.stream import ResidualStream
 from lensbench.suite.files import load_suite
 
 Usage = namedtuple("Usage", "total used free")
@@ -90,6 +92,49 @@ def test_other_samples_models_views_and_constants_are_captured_anew(context, pas
     assert torch.equal(taken(context, stream, constant=even).constant_kl, constant)
 
 
+def predictive_stream(view):
+    shape = {"vocab_size": 61, "d_model": 16, "layers": 2, "heads": 2, "context": 32, "parameters": 20_000}
+    return ResidualStream(build("predictive-coding", seed=0, **shape).eval(), view)
+
+
+@pytest.mark.parametrize("views", [("prediction", "state"), ("state", "prediction")])
+def test_one_pass_serves_both_views_of_a_model(context, passes, views):
+    for view in views:
+        whole = capture(predictive_stream(view), windows())
+        same(taken(context, predictive_stream(view), origin=model("pc")), whole)
+    assert len(passes) == 1
+    assert len(folders_in(context)) == 1
+
+
+def test_a_model_with_one_view_keeps_no_more_than_that(context, passes):
+    stream = predictive_stream("prediction")
+    same(taken(context, stream, origin=model("pc alone")), capture(stream, windows()))
+    (folder,) = folders_in(context)
+    assert np.load(folder / "states.npy", mmap_mode="r").shape[-1] == stream.d_model < stream.whole().d_model
+
+
+def test_states_stay_while_another_view_of_their_model_has_stages_to_come(tiny_suite, tmp_path, monkeypatch):
+    """Else the first view that is finished takes them away, and the other one passes over the windows again."""
+    suite, kept_states = load_suite(str(tiny_suite)), []
+    for stage in ("learning_curve", "updating", "scoring", "further_stages", "probing"):
+        monkeypatch.setattr(cluster, stage, lambda *_: None)
+    monkeypatch.setattr(cluster, "forget_own_captures", lambda _: kept_states.append(False))
+    (tmp_path / "run.json").write_text("{}")
+
+    def rest_of(name):
+        count = len(kept_states)
+        task = cluster.ClusterTask(suite, tmp_path, (name,), 0, "cpu", 1, (), 1.0, None, False, "rest")
+        assert task.compute() is None
+        for made in (f"fit-{name}-seed0", f"score-{name}-seed0", f"update-{name}-seed0", "train-pc-seed0"):
+            (tmp_path / "stages" / made).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "stages" / made / RECORD).touch()
+        return len(kept_states) == count
+
+    assert not rest_of("gpt")
+    assert rest_of("pc")
+    assert not rest_of("pc+state")
+
+
 def folders_in(context):
     """The captures that are kept; locks lie beside them."""
     return [path for path in (context.folder / KEPT).iterdir() if path.is_dir()]
@@ -153,7 +198,7 @@ def test_a_run_passes_once_over_each_split_and_ends_with_the_same_tables_and_no_
     seen, alone = [], capturing.captured_states
 
     def noted(context, stream, samples, **how):
-        seen.append((how["origin"].digest, stream.view, samples.fingerprint))
+        seen.append((how["origin"].digest, samples.fingerprint))  # of all views
         return alone(context, stream, samples, **how)
 
     for stage in ("fitting", "updating", "scoring", "probing", "planning"):

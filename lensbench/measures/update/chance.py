@@ -1,12 +1,21 @@
 """What persistence and the share added elsewhere would be by chance: their analytic spreads under random bases."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.folds import Readings
-from lensbench.measures.update.products import Covariances
+from lensbench.measures.update.products import (
+    Covariances,
+    Products,
+    later_readings_of_moments,
+    layer_products_of_moments,
+    products_of_moments,
+)
+from lensbench.measures.update.quantities import Chance, loading_at
 from lensbench.statistics import Array
 
 VARIANCE = 0.99
@@ -51,6 +60,17 @@ def spreads_of_persistence(i: int, maps: Readings, space: Tensor, goals: Tensor,
     return _persistence(by_signal @ by_signal.T, goals[i + 1 :], space)
 
 
+def chance_of_persistence(moments: Covariances, maps: Readings, signal: Array, room: Room = IN_MEMORY) -> Chance:
+    """The chance of persistence alone, which gates, clarity and what is kept ask for; that of c is NaN.
+
+    ``signal`` ``[n]``: ``<r_i, f_i>``, means over tokens. It takes no covariance of two layers, and so little time.
+    """
+    space = principal_space(moments)
+    goals = goals_in(space, moments, room)
+    spread = np.concatenate([spreads_of_persistence(i, maps, space, goals, signal) for i in range(len(signal) - 1)])
+    return Chance(spread, np.full(len(spread), np.nan))
+
+
 def _persistence(of_s: Tensor, goals: Tensor, space: Tensor) -> Array:
     """Spreads of S of one layer and later ones from ``S S^T`` ``[d, d]`` and the goals of those, float32."""
     return np.sqrt(np.array([_inner(goal, of_s) for goal in goals]) / (2 * space.shape[1]))
@@ -91,3 +111,42 @@ def spreads_of(
 def _inner(left: Tensor, right: Tensor) -> float:
     """Inner product of two matrices."""
     return float((left * right).sum(dtype=torch.float64))
+
+
+def chance_and_products(
+    moments: Covariances, sets: Sequence[Readings], again: Sequence[Readings], room: Room = IN_MEMORY
+) -> tuple[list[Chance], list[Products]]:
+    """Chance under random bases for each of ``sets``, and the products of each of ``again``.
+
+    One pass over the states for each layer, whatever the number of sets of lenses. ``room``: where what is kept for each
+    layer lies.
+    """
+    space, count = principal_space(moments) if sets else None, len(moments.own)
+    goals = goals_in(space, moments, room) if space is not None else None
+    layer_of = [layer_products_of_moments(moments, one)[0] for one in sets]
+    known = [later_readings_of_moments(moments, one) for one in (*sets, *again)]
+    others = [layer_products_of_moments(moments, one) for one in again]
+    rows: list[list[dict[str, Array]]] = [[] for _ in again]
+    spreads: list[list[tuple[Array, Array]]] = [[] for _ in sets]
+    for i in range(count - 1):
+        later = moments.later(i)
+        for into, maps, layer, of_later in zip(spreads, sets, layer_of, known[: len(sets)], strict=True):
+            loading = layer["rr"] / layer["rf"]
+            assert space is not None
+            assert goals is not None
+            of_s, of_c = spreads_of(moments, i, later, maps, space, goals, layer["rf"], loading)
+            here = products_of_moments(moments, i, later, maps, of_later, layer)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                new = loading_at("v", here, layer["rr"][i], layer["rf"][i])
+                scale = np.abs(loading[i] - new) * np.abs(1 + here["uf"] / layer["rf"][i])
+                into.append((of_s, of_c / scale))
+        for rows_of, one, of_later, (layer, _) in zip(rows, again, known[len(sets) :], others, strict=True):
+            rows_of.append(products_of_moments(moments, i, later, one, of_later, layer))
+    chances = [Chance(*(np.concatenate(parts) for parts in zip(*of_set, strict=True))) for of_set in spreads]
+    products = [
+        Products(
+            {name: np.concatenate([row[name] for row in of_rows]) for name in of_rows[0]}, values, np.asarray(target)
+        )
+        for of_rows, (values, target) in zip(rows, others, strict=True)
+    ]
+    return chances, products

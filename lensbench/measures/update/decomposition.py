@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from lensbench.lenses.estimated import Estimator
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.read import own_layer_sums
@@ -16,7 +17,7 @@ from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.room import IN_MEMORY, SHARE, Room, spilling
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
-from lensbench.measures.update.chance import goals_in, principal_space, spreads_of, spreads_of_persistence
+from lensbench.measures.update.chance import chance_and_products, chance_of_persistence
 from lensbench.measures.update.folds import (
     Readings,
     deal_documents,
@@ -30,17 +31,8 @@ from lensbench.measures.update.held import HeldOut
 from lensbench.measures.update.metric import Metric, MetricKind, whitening
 from lensbench.measures.update.news import NewsSums, news_of_moments, news_sums
 from lensbench.measures.update.norm_units import norm_units
-from lensbench.measures.update.products import (
-    Covariances,
-    Pairs,
-    Products,
-    SecondMoments,
-    later_readings_of_moments,
-    layer_products_of_moments,
-    pairs_of,
-    products_of_moments,
-)
-from lensbench.measures.update.quantities import Chance, Quantities, loading_at, quantities
+from lensbench.measures.update.products import Pairs, Products, SecondMoments, pairs_of
+from lensbench.measures.update.quantities import Chance, Quantities, quantities
 from lensbench.measures.update.reach import Reach
 from lensbench.measures.update.readable import FURTHER_PAIRS, Gains, readable_gains
 from lensbench.measures.update.undefined import Undefined
@@ -286,6 +278,7 @@ def decompose(
     gating: Gating | None = None,
     known: Sequence[tuple[Choice, Choice]] | None = None,
     normed: bool = True,
+    variant: bool = False,
     seed: int = 0,
     spread: Sequence[int] = (0,),
     say: Say = lambda _: None,
@@ -297,8 +290,8 @@ def decompose(
     the held-out documents are the same for every model. ``readable`` asks for the readable gain, which takes most of the
     time. ``tolerances`` and ``metrics``: of variants beside it, with the same pairs. ``gating``: what an earlier
     decomposition decided, in place of deciding it on ``dev``. ``known``: the choices that a search on ``dev`` would make for
-    each layer, where an earlier one has made them. ``normed``: see :func:`measured`. ``spread``: the seed of what refits add
-    to the draws, a model's own.
+    each layer, where an earlier one has made them. ``normed``, ``variant``: see :func:`measured`. ``spread``: the seed of
+    what refits add to the draws, a model's own.
 
     Raises :class:`Undefined` where the norm is no gain over a scale, and where there are fewer than three fitting
     documents or two layers.
@@ -314,7 +307,7 @@ def decompose(
             *(("tolerance", f"{value:g}", fitted.at(value)) for value in tolerances),
             *(("metric", kind, fitted.by(Metric.of(kind, readout, fit))) for kind in metrics),
         ],
-        readable=readable, gating=gating, normed=normed, seed=seed, spread=spread, say=say,
+        readable=readable, gating=gating, normed=normed, variant=variant, seed=seed, spread=spread, say=say,
     )  # fmt: skip
 
 
@@ -334,12 +327,14 @@ def measured(
     seed: int = 0,
     spread: Sequence[int] = (0,),
     normed: bool = True,
+    variant: bool = False,
     say: Say = lambda _: None,
 ) -> Decomposition:
     """The decomposition by lenses that are fitted already, on the same ``fit`` and ``dev``; see :func:`decompose`.
 
     ``others``: setting, value and maps of variants. ``further``: how many pairs at most that are not of neighbours are
-    asked for their readable gain. ``normed``: the variant in the units of the final norm too.
+    asked for their readable gain. ``normed``: the variant in the units of the final norm too. ``variant``: it is itself a
+    variant of another decomposition, whose weights of pairs count; then the chance of c is NaN.
     """
     chosen = fitted.layers
     pairs = pairs_of(len(chosen))
@@ -351,9 +346,10 @@ def measured(
     sums = held.products(fitted.maps)
     say("refits")
     moments = SecondMoments.of(held_out.states, chosen, held.means, fitted.room)
-    (chance, *chance_of), _ = chance_and_products(
-        moments, [fitted.maps, *(maps for *_, maps in others)], [], fitted.room
-    )
+    if variant:
+        chance = _chance_of_persistence(held, sums, moments, fitted.maps, fitted.room)
+    else:
+        (chance,), _ = chance_and_products(moments, [fitted.maps], [], fitted.room)
     point, draws = held.quantities(sums, chance)
     white, refitted, news_again = whitening(moments.last), [], []
     for number in range(refits):  # the maps of one at a time
@@ -362,8 +358,8 @@ def measured(
         news_again.append(news_of_moments(moments, lenses, white, pairs, fitted.room))
         del maps, lenses
     variants = tuple(
-        Variant(setting, value, *held.quantities(held.products(maps), of_this))
-        for (setting, value, maps), of_this in zip(others, chance_of, strict=True)
+        Variant(setting, value, *_at_another_setting(held, moments, maps, fitted.room))
+        for setting, value, maps in others
     )
     del moments  # as large as the states of many tokens
     if normed:
@@ -405,10 +401,21 @@ def in_norm_units(
     del moments, halves
     scaled = norm_units(held_out, readout, fitted.layers, memory_gib)
     held = HeldOut.of(scaled, layers)
-    (chance,), _ = chance_and_products(
-        SecondMoments.of(scaled.states, layers, held.means, fitted.room), [maps], [], fitted.room
-    )
-    return Variant(NORMED, "final norm", *held.quantities(held.products(maps), chance))
+    of_held = SecondMoments.of(scaled.states, layers, held.means, fitted.room)
+    return Variant(NORMED, "final norm", *_at_another_setting(held, of_held, maps, fitted.room))
+
+
+def _at_another_setting(
+    held: HeldOut, moments: SecondMoments, maps: Readings, room: Room
+) -> tuple[Quantities, Quantities]:
+    """Quantities and draws of a variant. Its pairs weigh as the reported ones do, so that no chance of c is needed."""
+    sums = held.products(maps)
+    return held.quantities(sums, _chance_of_persistence(held, sums, moments, maps, room))
+
+
+def _chance_of_persistence(held: HeldOut, sums: Products, moments: SecondMoments, maps: Readings, room: Room) -> Chance:
+    """See :func:`chance_of_persistence`; signals are those of the sums."""
+    return chance_of_persistence(moments, maps, sums.total().layer["rf"] / held.states.shape[1], room)
 
 
 def _stacked(parts: Sequence[Quantities]) -> Quantities:
@@ -425,62 +432,23 @@ def _gates(
     fitted: Fitted,
     pairs: Pairs,
 ) -> Gating:
-    """The gate of each pair, and the blocks merged until there is room; all on dev."""
+    """The gate of each pair, and the blocks merged until there is room; all on dev.
+
+    Losses of a large vocabulary are unbiased estimates, whose variance is in the bounds of the gates.
+    """
     layers, lenses, maps = fitted.layers, fitted.lenses, fitted.maps
     held = HeldOut.of(dev, layers)
-    sums = held.products(maps)
+    sums = held.products(maps, old=False)
     moments = SecondMoments.of(dev.states, layers, held.means, fitted.room)
-    signal, space = sums.total().layer["rf"] / len(dev), principal_space(moments)
-    goals = goals_in(space, moments, fitted.room)
-    spread = [spreads_of_persistence(i, maps, space, goals, signal) for i in range(len(layers) - 1)]
-    # No gate looks at the spread of c, which would need the products of all pairs of layers.
-    chance = Chance(np.concatenate(spread), np.full(len(pairs[0]), np.nan))
+    chance = _chance_of_persistence(held, sums, moments, maps, fitted.room)
     point, draws = held.quantities(sums, chance)
     room = has_room(point, draws)
-    kl, ce = own_layer_sums(readout, dev, lenses.within, layers)
+    estimator = Estimator.usual(readout, dev)
+    kl, ce = own_layer_sums(readout, dev, lenses.within, layers, None if estimator is None else estimator.score)
     tokens = np.bincount(held.cluster.numpy(), minlength=held.clusters).astype(float)
     losses = Losses(held.by_cluster(dev, kl), held.by_cluster(dev, ce), tokens)
     fall = falls(losses, pairs, held.weights)
     return Gating(gates(fall, room, point, chance), merged_blocks(room, pairs, len(layers)))
-
-
-def chance_and_products(
-    moments: Covariances, sets: Sequence[Readings], again: Sequence[Readings], room: Room = IN_MEMORY
-) -> tuple[list[Chance], list[Products]]:
-    """Chance under random bases for each of ``sets``, and the products of each of ``again``.
-
-    One pass over the states for each layer, whatever the number of sets of lenses. ``room``: where what is kept for each
-    layer lies.
-    """
-    space, count = principal_space(moments) if sets else None, len(moments.own)
-    goals = goals_in(space, moments, room) if space is not None else None
-    layer_of = [layer_products_of_moments(moments, one)[0] for one in sets]
-    known = [later_readings_of_moments(moments, one) for one in (*sets, *again)]
-    others = [layer_products_of_moments(moments, one) for one in again]
-    rows: list[list[dict[str, Array]]] = [[] for _ in again]
-    spreads: list[list[tuple[Array, Array]]] = [[] for _ in sets]
-    for i in range(count - 1):
-        later = moments.later(i)
-        for into, maps, layer, of_later in zip(spreads, sets, layer_of, known[: len(sets)], strict=True):
-            loading = layer["rr"] / layer["rf"]
-            assert space is not None
-            assert goals is not None
-            of_s, of_c = spreads_of(moments, i, later, maps, space, goals, layer["rf"], loading)
-            here = products_of_moments(moments, i, later, maps, of_later, layer)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                new = loading_at("v", here, layer["rr"][i], layer["rf"][i])
-                scale = np.abs(loading[i] - new) * np.abs(1 + here["uf"] / layer["rf"][i])
-                into.append((of_s, of_c / scale))
-        for rows_of, one, of_later, (layer, _) in zip(rows, again, known[len(sets) :], others, strict=True):
-            rows_of.append(products_of_moments(moments, i, later, one, of_later, layer))
-    chances = [Chance(*(np.concatenate(parts) for parts in zip(*of_set, strict=True))) for of_set in spreads]
-    products = [
-        Products(
-            {name: np.concatenate([row[name] for row in of_rows]) for name in of_rows[0]}, values, np.asarray(target)
-        )
-        for of_rows, (values, target) in zip(rows, others, strict=True)
-    ]
-    return chances, products
 
 
 def spread_by_refits(draws: Array, refits: Array | None, seed: Sequence[int]) -> Array:

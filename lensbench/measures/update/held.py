@@ -41,9 +41,9 @@ class HeldOut:
         cluster, clusters = cluster_numbers(captured)
         return cls(captured.states, layers, means, cluster, clusters, bootstrap_weights(clusters, DRAWS, 0))
 
-    def products(self, maps: Readings) -> Products:
-        """Sums by cluster."""
-        return cluster_products(self.states, self.layers, self.means, self.cluster, self.clusters, maps)
+    def products(self, maps: Readings, *, old: bool = True) -> Products:
+        """Sums by cluster; ``old``: see :func:`cluster_products`."""
+        return cluster_products(self.states, self.layers, self.means, self.cluster, self.clusters, maps, old=old)
 
     def quantities(self, sums: Products, chance: Chance) -> tuple[Quantities, Quantities]:
         """The point estimate, and the draws."""

@@ -99,7 +99,7 @@ def capped(
     try:
         other = decompose(
             readout, fit, dev, held_out, recipe, layers=found.layers, metric=settings.metric, refits=0, readable=False,
-            gating=found.gating, known=found.choices, normed=False, seed=seed,
+            gating=found.gating, known=found.choices, normed=False, variant=True, seed=seed,
         )  # fmt: skip
     except Undefined as error:
         rows[-1]["reason"] = f"without these tokens: {error}"

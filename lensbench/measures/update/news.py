@@ -46,11 +46,35 @@ class NewsSums:
             return float(np.abs((self.halves - self.all)[:, pairs].sum() / self.whole[:, pairs].sum()))
 
 
-def unread_directions(explained: Tensor) -> Tensor:
-    """Projection ``[k, k]`` of the whitened final state on what a lens that explains ``[k, k]`` of it does not read."""
-    values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
-    unread: Tensor = vectors[:, values < UNREAD] @ vectors[:, values < UNREAD].T
-    return unread
+@dataclass(frozen=True)
+class Unread:
+    """Directions of the whitened final state that a lens does not read, and those that it reads, orthonormal."""
+
+    unread: Tensor
+    """``[k, u]``"""
+    read: Tensor
+    """``[k, k - u]``"""
+
+    @classmethod
+    def of(cls, explained: Tensor) -> "Unread":
+        """Of a lens that explains ``[k, k]`` of the whitened final state."""
+        values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
+        return cls(vectors[:, values < UNREAD], vectors[:, values >= UNREAD])
+
+    @property
+    def projection(self) -> Tensor:
+        """On what is unread, ``[k, k]``."""
+        return self.unread @ self.unread.T
+
+    def squares(self, vectors: Tensor, whole: Tensor) -> Tensor:
+        """Squared lengths of the unread parts of ``vectors`` ``[m, n, k]``, float64 ``[m, n]``; ``whole``: of all of them.
+
+        By whichever directions are fewer.
+        """
+        unread = self.unread.shape[1] <= self.read.shape[1]
+        along = (self.unread if unread else self.read).to(vectors)
+        part = torch.stack([(one @ along).square().sum(-1, dtype=torch.float64) for one in vectors])
+        return part if unread else whole - part
 
 
 def explained_power(moments: Covariances, lenses: AffineMaps, factor: Tensor, layer: int) -> Tensor:
@@ -81,7 +105,7 @@ def news_of_moments(
     new, unread, of_layer = [], torch.empty(0), -1
     for i, j in zip(*pairs, strict=True):  # in the order of i
         if i != of_layer:
-            unread, of_layer = unread_directions(explained[i]), i
+            unread, of_layer = Unread.of(explained[i]).projection, i
         new.append(float((unread * (explained[j] - explained[i])).sum()))
     return np.array(new), whole[pairs[1]] - whole[pairs[0]]
 
@@ -117,17 +141,21 @@ def news_sums(
             torch.sub(final[at], centred.to(like) @ read.T, out=missed[i, at])
     half, numbers = cluster % 2, cluster.numpy()
     sides = [torch.from_numpy(np.flatnonzero(half.numpy() == side)) for side in (0, 1)]
+    squares = torch.stack([one.square().sum(-1, dtype=torch.float64) for one in missed])
     sums = NewsSums(*(np.zeros((clusters, count * (count - 1) // 2)) for _ in range(3)))
     column = 0
     for i in range(count - 1):
         columns = slice(column, column + count - 1 - i)
         explained = [_explained(final, missed[i], side) for side in sides]
-        _add_gains(sums.whole[:, columns], missed[i:], None, numbers)
-        unread = unread_directions(sum(explained) / len(cluster)).to(like)  # type: ignore[arg-type]
-        _add_gains(sums.all[:, columns], missed[i:], unread, numbers)
+        whole = Unread.of(sum(explained) / len(cluster))  # type: ignore[arg-type]
         for side, one in zip(sides, explained, strict=True):
-            unread = unread_directions(one / max(1, len(side))).to(like)
-            _add_gains(sums.halves[:, columns], missed[i:], unread, numbers, side)
+            own = Unread.of(one / max(1, len(side)))
+            for some in side.split(TOKEN_BLOCK):
+                here = some.to(missed.device)
+                left, of_all = missed[i:, here], squares[i:, here]
+                each = (of_all, whole.squares(left, of_all), own.squares(left, of_all))
+                for into, values in zip((sums.whole, sums.all, sums.halves), each, strict=True):
+                    np.add.at(into[:, columns], numbers[some.numpy()], (values[0] - values[1:]).T.cpu().numpy())
         column = columns.stop
     return sums
 
@@ -146,26 +174,4 @@ def _explained(final: Tensor, missed: Tensor, tokens: Tensor) -> Tensor:
         r = t - missed[here]
         across = (r.T @ t).double().cpu()
         found += across + across.T - (r.T @ r).double().cpu()
-    return found
-
-
-def _add_gains(
-    sums: Array, missed: Tensor, unread: Tensor | None, cluster: NDArray[np.int64], tokens: Tensor | None = None
-) -> None:
-    """Add the gains of a layer's pairs, in unread directions or in all, to the sums ``[clusters, n - 1]`` of their clusters.
-
-    ``missed`` ``[n, N, k]``: what the layer's lens misses of the final state, and each later one. ``tokens``: some of them.
-    """
-    every = torch.arange(missed.shape[1]) if tokens is None else tokens
-    for some in every.split(TOKEN_BLOCK):
-        here = some.to(missed.device)
-        squares = [_squares(one[here], unread) for one in missed]
-        gains = np.stack([squares[0] - later for later in squares[1:]], -1)
-        np.add.at(sums, cluster[some.numpy()], gains)
-
-
-def _squares(missed: Tensor, unread: Tensor | None) -> Array:
-    """Squared lengths ``[tokens]`` of what is missed, in unread directions or in all."""
-    left = missed if unread is None else missed @ unread
-    found: Array = left.square().sum(-1, dtype=torch.float64).cpu().numpy()
     return found

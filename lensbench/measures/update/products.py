@@ -82,12 +82,19 @@ def means_of(states: Tensor, rows: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def cluster_products(
-    states: Tensor, layers: Sequence[int], means: Tensor, cluster: Tensor, clusters: int, maps: Readings
+    states: Tensor,
+    layers: Sequence[int],
+    means: Tensor,
+    cluster: Tensor,
+    clusters: int,
+    maps: Readings,
+    *,
+    old: bool = True,
 ) -> Products:
     """The products of ``states`` ``[L+1, N, d]``, summed over the tokens of each of ``clusters``.
 
     ``cluster`` ``[N]`` numbers the cluster of each token; ``means`` ``[n + 1, d]`` are taken off the states of ``layers``
-    and of the last one.
+    and of the last one. Without the ``old`` readings of later layers, most of the work, products of u are NaN, except uf.
     """
     rows, count = [*layers, len(states) - 1], len(layers)
     wide, maps = maps.read.to(states.device, torch.float64), maps.to(states)
@@ -105,7 +112,8 @@ def cluster_products(
             _add(layer[name], at, values)
         goal = last @ maps.target.T
         _add(target[:, None], at, (goal * goal).sum(-1)[None])
-        for i, values_of in enumerate(_of_pairs(centred[:count], last, own, maps)):
+        pairs = _of_pairs(centred[:count], last, own, maps) if old else _of_new(centred[:count], last, own, maps)
+        for i, values_of in enumerate(pairs):
             columns = slice(first_of[i], first_of[i] + count - 1 - i)
             together = torch.stack(list(values_of.values())).double().cpu()  # one copy from a GPU
             for name, values in zip(values_of, together, strict=True):
@@ -156,22 +164,36 @@ def _of_pairs(centred: Tensor, last: Tensor, own: Tensor, maps: Readings) -> Ite
         yield {name: torch.cat([part[name] for part in parts]) for name in PAIR_PRODUCTS}
 
 
+def _of_new(centred: Tensor, last: Tensor, own: Tensor, maps: Readings) -> Iterator[dict[str, Tensor]]:
+    """As :func:`_of_pairs`, with products of u left as NaN, but for uf: ``<A d, f> = <d, A^T f>`` needs no reading of d."""
+    for i in range(len(centred) - 1):
+        r = own[:, i].to(last)
+        f = torch.stack([last @ maps.signal[fold, i].T for fold in (0, 1)])
+        back = (f[1] @ maps.read[0, i] + f[0] @ maps.read[1, i]) / 2
+        v = (own[:, i + 1 :] - own[:, i, None]).to(last)
+        known = {"uf": _dot((centred[i + 1 :] - centred[i]).to(last), back), "vr": _crossed_dot(v, r)}
+        known |= {"vf": _crossed_dot(v, f), "vv": _dot(v[0], v[1])}
+        unknown = torch.full_like(known["uf"], torch.nan)
+        yield {name: known.get(name, unknown) for name in PAIR_PRODUCTS}
+
+
+def _crossed_dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of the readings of two folds, each ``[2, ..., k]``, the mean of both orders."""
+    return (_dot(left[0], right[1]) + _dot(left[1], right[0])) / 2
+
+
 def _of_updates(u: Tensor, v: Tensor, r: Tensor, f: Tensor) -> dict[str, Tensor]:
     """:data:`PAIR_PRODUCTS` ``[m, tokens]`` of m updates, as the earlier lens reads them (u) and as readings change (v).
 
     u and v are ``[2, m, tokens, k]``; r and f, the earlier reading and its signal, ``[2, tokens, k]``.
     """
-
-    def crossed(left: Tensor, right: Tensor) -> Tensor:
-        return (_dot(left[0], right[1]) + _dot(left[1], right[0])) / 2
-
     return {
-        "ur": crossed(u, r),
-        "uf": crossed(u, f),
+        "ur": _crossed_dot(u, r),
+        "uf": _crossed_dot(u, f),
         "uu": _dot(u[0], u[1]),
-        "uv": crossed(u, v),
-        "vr": crossed(v, r),
-        "vf": crossed(v, f),
+        "uv": _crossed_dot(u, v),
+        "vr": _crossed_dot(v, r),
+        "vf": _crossed_dot(v, f),
         "vv": _dot(v[0], v[1]),
     }
 

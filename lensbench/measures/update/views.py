@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses.estimated import Estimator
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import MOMENT_BLOCK, MomentSums
 from lensbench.lenses.read import score
@@ -152,7 +153,8 @@ class _CopyJudge:
         path = RidgePath(sums.moments(), "zero")
         self.near, chosen = search.strongest(path.solve, [0], context.recipe.tolerance, self.near)
         maps: AffineMaps = search.padded(path.solve(chosen.ridge), chosen.pad)
-        scores = score(context.readout, dev, maps, at_dev)
+        estimator = Estimator.usual(context.readout, at_dev)  # the same words and tokens for every copy
+        scores = score(context.readout, dev, maps, at_dev) if estimator is None else estimator.score(0, maps)
         return torch.cat([scores.kl, scores.ce])
 
     def fall(self, before: Tensor, after: Tensor) -> bool:

@@ -18,7 +18,7 @@ CACHED_TOLERANCE = 1e-3
 """Largest relative difference of a token's log-probabilities computed from a cache and from the whole prefix"""
 
 
-MOVES_AT_ONCE = 32
+MOVES_AT_ONCE = 64
 """Moved states in a batch"""
 
 
@@ -82,12 +82,11 @@ def after_moves(
     of the prefix.
     """
     cached = cache_of(stream, ids)
-    if cached is not None:
-        found = after_cache(stream, ids, cached, 1).float().log_softmax(-1)[0]
-        if not any(bool((found - one).abs().max() < CACHED_TOLERANCE * one.abs().max()) for one in before):
-            cached = None
-    for start in range(0, len(layers), MOVES_AT_ONCE):
+    start, checked = 0, cached is None
+    while start < len(layers):
         of, move = (x[start : start + MOVES_AT_ONCE] for x in (layers, moves))
+        if not checked:  # a row without a move goes with the first ones
+            of, move = torch.cat([of[:1], of]), torch.cat([torch.zeros_like(move[:1]), move])
         count = len(of)
         with entering(stream, partial(moved, layers=of, moves=move)), last_states(stream) as states:
             if cached is not None:
@@ -95,7 +94,15 @@ def after_moves(
             else:
                 last = torch.full((count,), ids.shape[1] - 1)
                 _, logits = stream.at(ids.expand(count, -1), torch.arange(count), last)
-        yield torch.stack(states), logits.float().log_softmax(-1)
+        h, log_p = torch.stack(states), logits.float().log_softmax(-1)
+        if not checked:
+            checked, found = True, log_p[0]
+            if not any(bool((found - one).abs().max() < CACHED_TOLERANCE * one.abs().max()) for one in before):
+                cached = None
+                continue
+            h, log_p = h[:, 1:], log_p[1:]
+        start += len(log_p)
+        yield h, log_p
 
 
 @contextmanager
@@ -116,7 +123,8 @@ def cache_of(stream: ResidualStream, ids: Tensor) -> tuple[str, Any] | None:
     """The model's name of its cache, and the cache of all tokens ``[1, T]`` but the last; None for a model without one."""
     if ids.shape[1] < 2:
         return None
-    out = stream.model(input_ids=ids[:, :-1], use_cache=True, return_dict=True)
+    with stream.before_the_head(lambda _, args: args[0][:, -1:]):
+        out = stream.model(input_ids=ids[:, :-1], use_cache=True, return_dict=True)
     for name in ("cache", "past_key_values"):
         cache = getattr(out, name, None)
         if hasattr(cache, "reorder_cache"):

@@ -8,9 +8,11 @@ from torch import nn
 from lensbench.errors import LensbenchError
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.measures.update import decompose, index_estimates
-from lensbench.measures.update.chance import principal_space
+from lensbench.measures.update.chance import chance_and_products, chance_of_persistence, principal_space
 from lensbench.measures.update.folds import deal_documents, fold_moments, folds_and_halves, readings
+from lensbench.measures.update.held import HeldOut
 from lensbench.measures.update.metric import Metric
+from lensbench.measures.update.news import Unread
 from lensbench.measures.update.products import (
     Products,
     SecondMoments,
@@ -157,6 +159,57 @@ def test_products_of_tokens_are_those_of_second_moments(tokens):
     for name, values in of_layer.items():
         np.testing.assert_allclose(of_tokens.layer[name] / tokens, values, rtol=1e-4, err_msg=name)
     assert of_tokens.target / tokens == pytest.approx(target, rel=1e-5)
+
+
+def test_what_gates_ask_for_is_the_same_without_old_readings():
+    readout, fit, _, held_out = captures("overlapping")
+    layers = [0, 1, 2]
+    maps = readings(fold_moments(fit, layers, deal_documents(fit, 3)), Metric.of("fisher", readout, fit), [0.1] * 3)
+    held = HeldOut.of(held_out, layers)
+    whole, some = held.products(maps), held.products(maps, old=False)
+    for name in ("uf", "vr", "vf", "vv"):
+        np.testing.assert_allclose(some.pair[name], whole.pair[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    assert all(np.isnan(some.pair[name]).all() for name in ("ur", "uu", "uv"))
+    chance = Chance(np.full(3, 0.1), np.full(3, np.nan))
+    for one, other in zip(held.quantities(whole, chance), held.quantities(some, chance), strict=True):
+        for name in ("room", "persistence"):
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-3, err_msg=name)
+
+
+def test_chance_of_persistence_alone_is_that_of_both():
+    readout, fit, _, held_out = captures("overlapping")
+    layers = [0, 1, 2]
+    maps = readings(fold_moments(fit, layers, deal_documents(fit, 3)), Metric.of("fisher", readout, fit), [0.1] * 3)
+    held = HeldOut.of(held_out, layers)
+    moments = SecondMoments.of(held_out.states, layers, held.means)
+    (both,), _ = chance_and_products(moments, [maps], [])
+    signal = held.products(maps).total().layer["rf"] / len(held_out)
+    alone = chance_of_persistence(moments, maps, signal)
+    np.testing.assert_allclose(alone.persistence, both.persistence, rtol=1e-4)
+    assert np.isnan(alone.carried).all()
+    assert np.isfinite(both.carried).all()
+
+
+def test_a_variant_is_the_decomposition_without_the_chance_of_what_is_carried():
+    given = captures("overlapping")
+    one, other = (decompose(*given, RECIPE, refits=0, readable=False, variant=variant) for variant in (False, True))
+    for a, b in ((one.point, other.point), (one.draws, other.draws)):
+        for name, values in vars(a).items():
+            np.testing.assert_allclose(values, getattr(b, name), rtol=1e-5, atol=1e-6, err_msg=name)
+    assert np.isnan(other.chance.carried).all()
+
+
+@pytest.mark.parametrize("unread", range(8))
+def test_unread_parts_are_measured_by_whichever_directions_are_fewer(unread):
+    rng = np.random.default_rng(unread)
+    basis = np.linalg.qr(rng.standard_normal((7, 7)))[0]
+    explained = basis @ np.diag([0.05] * unread + [0.5] * (7 - unread)) @ basis.T
+    vectors = rng.standard_normal((3, 20, 7))
+    found = Unread.of(torch.from_numpy(explained))
+    squares = found.squares(torch.from_numpy(vectors), torch.from_numpy((vectors**2).sum(-1)))
+    expected = np.square(vectors @ basis[:, :unread]).sum(-1)
+    np.testing.assert_allclose(squares, expected, atol=1e-12)
+    np.testing.assert_allclose(found.projection, basis[:, :unread] @ basis[:, :unread].T, atol=1e-12)
 
 
 @pytest.mark.parametrize("drawn", [False, True])

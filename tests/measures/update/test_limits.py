@@ -7,7 +7,7 @@ import torch
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.measures.update import UpdateResult, decompose
-from lensbench.measures.update.decomposition import chance_and_products
+from lensbench.measures.update.chance import chance_and_products
 from lensbench.measures.update.folds import readings
 from lensbench.measures.update.metric import Metric
 from lensbench.measures.update.news import news_of_moments

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lensbench.measures.update.decomposition import chance_and_products
+from lensbench.measures.update.chance import chance_and_products
 from lensbench.measures.update.folds import Readings
 from lensbench.measures.update.products import SecondMoments, cluster_products, means_of, pairs_of
 from lensbench.measures.update.quantities import Chance, quantities

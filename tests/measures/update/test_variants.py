@@ -59,7 +59,7 @@ def test_the_reported_tolerance_again_differs_by_nothing(captures):
             assert row["reason"] == reported[row["index"]].estimate.reason
             continue
         assert [row[name] for name in ("difference", "difference_ci_low", "difference_ci_high")] == pytest.approx(
-            [0] * 3
+            [0] * 3, abs=1e-9
         )
 
 
