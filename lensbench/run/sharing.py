@@ -17,7 +17,7 @@ from lensbench.runtime.stages import ANEW
 from lensbench.runtime.texts import read_json
 from lensbench.suite.recipes import ModelRecipe
 
-ESTIMATE_FORMAT = 4
+ESTIMATE_FORMAT = 5
 """Version of estimates and of how a share is found: in the keys of stages that estimate, and of no others"""
 
 DEV_DRAW = 1
@@ -47,7 +47,7 @@ def exact_share_of(context: Context, model: ModelRecipe, seed: int) -> dict[str,
             rotation=rotation_of(fitted), ranks=context.ranks,
         )  # fmt: skip
         some = thinned_windows(captured, max(1, PILOT_TOKENS // len(samples)))
-        estimator = Estimator.of(readout, some, fit.headline.maps, share=1.0, seed=(seed, DEV_DRAW))
+        estimator = Estimator.of(readout, some, fit.headline.maps, share=1.0, seed=(seed, DEV_DRAW), pilot=True)
         with context.progress.task(f"share-{who}", 1, "steps") as task:
             found = find_share(estimator, fit, scored)
             task.update(1)

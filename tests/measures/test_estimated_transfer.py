@@ -287,7 +287,8 @@ def test_sums_over_words_are_unbiased_for_sums_over_the_vocabulary(head):
 def test_words_are_chosen_by_what_the_model_and_the_lenses_read_out(monkeypatch):
     readout, captured, maps = stream_and_lenses(tokens=40)
     monkeypatch.setattr(estimated, "WORDS_FROM", 16 * 40)
-    found = mean_read_out(readout, captured, maps)
+    found, like = mean_read_out(readout, captured, maps)
+    assert like.shape[1] == readout.weight.shape[1]
     each = [readout(captured.states[-1]).softmax(-1).mean(0)]
     lenses = [(maps.matrix[i], maps.offset[i]) for i in range(3)] + [(torch.eye(16), torch.zeros(16))]
     cells = [readout(h @ a.T + b).softmax(-1).mean(0) for h in captured.states for a, b in lenses]

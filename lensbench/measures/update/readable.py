@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lensbench.lenses.estimated import Drawn, mended, usually_drawn, worth_estimating
+from lensbench.lenses.estimated import WORDS, Drawn, mended, usually_drawn, worth_estimating
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.measures.update.folds import pseudo_inverse
 from lensbench.measures.update.metric import Metric
 from lensbench.measures.update.products import means_of
-from lensbench.measures.update.stacking import WORDS, NextTokens, stacked, target_logits
+from lensbench.measures.update.stacking import NextTokens, stacked, target_logits
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import log_partition
@@ -164,7 +164,8 @@ class _Losses:
         if drawn >= count or not worth_estimating(len(readout.weight)):
             return cls(readout, targets, None, Drawn(torch.arange(count), 1.0))
         generator = torch.Generator().manual_seed(0)
-        words = Words.draw(readout, reader.captured.mean_p, WORDS, generator)
+        like = readout.final_norm(reader.captured.states[-1][reader.tokens])
+        words = Words.draw(readout, reader.captured.mean_p, WORDS, generator, like)
         at = torch.randperm(count, generator=generator)[:drawn].sort().values
         return cls(readout, targets, words, Drawn(at, drawn / count))
 
@@ -175,5 +176,5 @@ class _Losses:
         if self.words is None:
             return (log_partition(self.readout, n) - aim).double().cpu()
         exact = log_partition(self.readout, n[self.drawn.at])
-        cheap = self.words.partition_and_largest(n)[0]
+        cheap = self.words.log_partition(n)
         return (mended(cheap[None], exact[None], self.drawn)[0] - aim.double()).cpu()

@@ -9,14 +9,15 @@ import torch
 from scipy.optimize import lsq_linear, minimize
 from torch import Tensor
 
+from lensbench.lenses.estimated import worth_estimating
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import Vocabulary
 from lensbench.streams.partition import shifted_exponentials_
 from lensbench.streams.readout import ReadOut
 
-WORDS = 4096
-"""Rows of the unembedding that stand for all words while coefficients are fitted"""
+WORDS = 2048
+"""Rows of the unembedding that stand for a large vocabulary while coefficients are fitted"""
 
 LEAST_FALL = 1e-7
 """Fall of the loss in a step, relative to it, at which coefficients are found"""
@@ -144,7 +145,8 @@ class NextTokens:
     @classmethod
     def of(cls, readout: ReadOut, dev: Capture, tokens: Tensor, centre: Tensor, pad: Tensor) -> "NextTokens":
         """Those that follow some ``tokens`` of ``dev``."""
-        sample = Vocabulary(readout, dev.mean_p, WORDS, torch.Generator().manual_seed(0))
+        words = WORDS if worth_estimating(len(readout.weight)) else len(readout.weight)
+        sample = Vocabulary(readout, dev.mean_p, words, torch.Generator().manual_seed(0))
         weight, bias = sample.draw()
         return cls(readout, dev.targets[tokens], weight, bias, centre.to(weight), pad.to(weight))
 
