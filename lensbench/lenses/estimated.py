@@ -12,10 +12,6 @@ mean. Sums over clusters contain the spread of y, so a bootstrap over clusters i
 lenses of a layer share one sample, so differences between them stay paired. Layers may ask for samples of different sizes:
 each is then the beginning of one random order of the tokens, so that the smaller lies in the larger. An estimated KL may be
 negative.
-
-Where a processor multiplies integers far faster than float32, the exact values are themselves estimated so. All n tokens
-get log-partitions of the whole vocabulary by products of integers (:mod:`lensbench.streams.integers`), which are off by
-some hundredths of a nat, and one in :data:`EACH` of them the exact one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +27,6 @@ from lensbench.lenses.read import Reference, Scores, score
 from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, room_for
-from lensbench.streams.integers import with_integers
 from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
@@ -55,17 +50,22 @@ def worth_estimating(vocabulary: int) -> bool:
 Shares = float | Sequence[float]
 """Shares of exact log-partitions: one for all layers 0..L, or one of each"""
 
-EACH = 16
-"""Of so many tokens with values by products of integers one gets the exact value"""
-
-FEWEST_EXACT = 8
-"""Tokens at least that get the exact value"""
-
 FEWEST_DRAWN = 64
 """Tokens at least that get exact values: a bootstrap tells nothing of fewer"""
 
 USUAL_SHARE = 0.125
-"""Share of the tokens that get exact values where no share is found for their layer: in searches, and of readable gains"""
+"""Share of the tokens that get exact values where no share is found for their layer: of gates, and of readable gains"""
+
+SEARCH_SHARE = 1 / 16
+"""That of a search"""
+
+FEWEST_PAIRED = 32
+"""Tokens at least where alike lenses are compared on the same tokens: what words miss of one they miss of the other"""
+
+
+def drawn_in_search(tokens: int) -> int:
+    """How many of some tokens get exact values in a search."""
+    return min(tokens, max(FEWEST_PAIRED, round(SEARCH_SHARE * tokens)))
 
 
 def usually_drawn(tokens: int) -> int:
@@ -107,10 +107,6 @@ class Estimator:
     shares: tuple[float, ...]
     """What was asked for, by layer"""
     seed: tuple[int, ...]
-    nearly: ReadOut | None = None
-    """The read-out by products of integers; None where that saves nothing"""
-    pilot: bool = False
-    """Of differences from exact values only the spread is asked for: those of integers then serve as exact ones"""
 
     @classmethod
     @torch.no_grad()
@@ -123,7 +119,6 @@ class Estimator:
         share: Shares,
         seed: Sequence[int],
         words: int | None = None,
-        pilot: bool = False,
     ) -> "Estimator":
         """A simple random sample of ``share`` of the tokens, and words chosen from what the lenses ``per_layer`` read out.
 
@@ -132,11 +127,8 @@ class Estimator:
         """
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         # The words do not depend on the sampled tokens: this keeps the estimate unbiased.
-        mean, like = mean_read_out(readout, captured, per_layer)
-        like = captured.ranks.told(like)  # all processes read the same words in the same way
-        chosen = Words.draw(readout, mean, words or WORDS, generator, like)
-        nearly = None if like is None else with_integers(readout, like)
-        return cls.drawn_with(chosen, captured, share=share, seed=seed, nearly=nearly, pilot=pilot)
+        chosen = Words.draw(readout, mean_read_out(readout, captured, per_layer), words or WORDS, generator)
+        return cls.drawn_with(chosen, captured, share=share, seed=seed)
 
     @classmethod
     def where_it_saves(
@@ -155,22 +147,12 @@ class Estimator:
         """
         if not worth_estimating(len(readout.weight)) or usually_drawn(captured.tokens) >= captured.tokens:
             return None
-        like = captured.ranks.told(readout.final_norm(captured.states[-1, :WORDS_FROM]))
-        words = Words.draw(readout, captured.mean_p, WORDS, torch.Generator().manual_seed(0), like)
-        nearly = with_integers(readout, like)
-        return cls.drawn_with(words, captured, share=USUAL_SHARE, seed=(0,), fewest=FEWEST_DRAWN, nearly=nearly)
+        words = Words.draw(readout, captured.mean_p, WORDS, torch.Generator().manual_seed(0))
+        return cls.drawn_with(words, captured, share=USUAL_SHARE, seed=(0,), fewest=FEWEST_DRAWN)
 
     @classmethod
     def drawn_with(
-        cls,
-        words: Words,
-        captured: Capture,
-        *,
-        share: Shares,
-        seed: Sequence[int],
-        fewest: int = 2,
-        nearly: ReadOut | None = None,
-        pilot: bool = False,
+        cls, words: Words, captured: Capture, *, share: Shares, seed: Sequence[int], fewest: int = 2
     ) -> "Estimator":
         """Samples for given words, which must not depend on them, of ``fewest`` tokens at least."""
         shares = by_layer(share, captured.layers)
@@ -182,13 +164,12 @@ class Estimator:
         here = (drawn >= before) & (drawn < before + len(captured))
         device = captured.states.device
         at = (drawn[here] - before).to(device)
-        few, place = captured.take(at), place[here].to(device)
-        return cls(words, captured, at, place, few, counts, shares, tuple(seed), nearly, pilot)
+        return cls(words, captured, at, place[here].to(device), captured.take(at), counts, shares, tuple(seed))
 
     def again(self, captured: Capture, number: int) -> "Estimator":
-        """The same words and shares for other tokens, with a new sample; ``number`` seeds it."""
+        """The same words and shares for other tokens, with a new sample, for refits; ``number`` seeds it."""
         return Estimator.drawn_with(
-            self.words, captured, share=self.shares, seed=(*self.seed, number), fewest=FEWEST_DRAWN, nearly=self.nearly
+            self.words, captured, share=self.shares, seed=(*self.seed, number), fewest=FEWEST_PAIRED
         )
 
     def sample(self, layer: int) -> Drawn:
@@ -228,15 +209,22 @@ class Estimator:
     @torch.no_grad()
     def score(self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None) -> Scores:
         """Estimates of what :func:`score` computes, for M lenses on the states of one layer: float64 ``[M, N]``."""
-        return mended_scores(*self.both(layer, maps, references), self.sample(layer), self.captured.ranks)
+        cheap, exact = self.both(layer, maps, references)
+        drawn = self.sample(layer)
+        moved = None
+        if cheap.movement is not None and exact.movement is not None:
+            moved = mended(cheap.movement, exact.movement, drawn, self.captured.ranks)
+        kl, ce, top1 = (
+            mended(getattr(cheap, name), getattr(exact, name), drawn, self.captured.ranks)
+            for name in ("kl", "ce", "top1")
+        )
+        return Scores(kl, ce, moved, top1)
 
     @torch.no_grad()
     def both(
         self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None
     ) -> tuple[Scores, Scores]:
-        """Cheap values of all tokens ``[M, N]``, and those of the tokens sampled for this layer ``[M, n]``.
-
-        The second are exact, or unbiased estimates of exact values by products of integers.
+        """Cheap values of all tokens ``[M, N]``, and exact values of the tokens sampled for this layer ``[M, n]``.
 
         The logit lens of the last layer is the model itself, whose losses are known: there the cheap values are exact.
         """
@@ -249,31 +237,13 @@ class Estimator:
             if exact_reference is not None:
                 moment, negative_entropy = exact_reference.moment, exact_reference.negative_entropy
                 exact_reference = Reference(drawn.rows(moment), drawn.rows(negative_entropy))
-        exact = self._exact(
-            few, maps, exact_reference, self.place if drawn.of_largest is None else self.place[drawn.of_largest]
-        )
+        exact = score(self.words.readout, few.states[0], maps, few, exact_reference)
         if layer == self.captured.layers:
             eye = torch.eye(maps.matrix.shape[-1]).to(maps.matrix)
             for k in range(len(maps)):
                 if torch.equal(maps.matrix[k], eye) and not maps.offset[k].any():
                     cheap.kl[k], cheap.ce[k], cheap.top1[k] = 0.0, self.captured.model_ce, 1.0
         return cheap, exact
-
-    def _exact(self, few: Capture, maps: AffineMaps, reference: Reference | None, place: Tensor) -> Scores:
-        """Values ``[M, n]`` of sampled tokens, whose states of one layer come first in ``few``, at ``place`` ``[n]``."""
-        count = few.tokens
-        asked = max(FEWEST_EXACT, round(count / EACH))
-        if self.nearly is None or (asked >= count and not self.pilot):
-            return score(self.words.readout, few.states[0], maps, few, reference)
-        near = score(self.nearly, few.states[0], maps, few, reference)
-        if self.pilot:
-            return near
-        at = (place < asked).nonzero()[:, 0]  # the first ones of the random order that the samples are drawn in
-        some = few.take(at)
-        if reference is not None:
-            reference = Reference(reference.moment[:, at], reference.negative_entropy[:, at])
-        true = score(self.words.readout, some.states[0], maps, some, reference)
-        return mended_scores(near, true, Drawn(at, asked / count), few.ranks)
 
     def _by_words(self, layer: int, maps: AffineMaps, reference: Reference | None) -> Scores:
         """Cheap values of all tokens, in the form of :func:`score`."""
@@ -315,15 +285,6 @@ class Estimator:
         return Scores(kl, ce, movement[0] if movement else None, top1)
 
 
-def mended_scores(cheap: Scores, exact: Scores, drawn: Drawn, ranks: Ranks) -> Scores:
-    """:func:`mended` of everything that both have."""
-    moved = None
-    if cheap.movement is not None and exact.movement is not None:
-        moved = mended(cheap.movement, exact.movement, drawn, ranks)
-    kl, ce, top1 = (mended(getattr(cheap, name), getattr(exact, name), drawn, ranks) for name in ("kl", "ce", "top1"))
-    return Scores(kl, ce, moved, top1)
-
-
 def mended(cheap: Tensor, exact: Tensor, drawn: Drawn, ranks: Ranks = ALONE) -> Tensor:
     """Estimates ``[M, N]`` from cheap values ``[M, N]`` and exact values ``[M, n]`` of the sampled tokens."""
     total = cheap.double()
@@ -345,11 +306,10 @@ def by_layer(share: Shares, layers: int) -> tuple[float, ...]:
     return shares
 
 
-def mean_read_out(readout: ReadOut, captured: Capture, per_layer: AffineMaps) -> tuple[Tensor, Tensor | None]:
+def mean_read_out(readout: ReadOut, captured: Capture, per_layer: AffineMaps) -> Tensor:
     """The mean probability of every word ``[V]``, float64: half from the model, half from every layer's lens at every layer.
 
-    The second half uses at most ``WORDS_FROM`` read-outs, equally many (at least one) of every lens and layer. Their
-    normalised states ``[R, d_read]`` are returned, too; None of a process without tokens.
+    The second half uses at most ``WORDS_FROM`` read-outs, equally many (at least one) of every lens and layer.
     """
     ranks, states = captured.ranks, captured.states
     identity = AffineMaps.identity(states.shape[-1])
@@ -360,8 +320,7 @@ def mean_read_out(readout: ReadOut, captured: Capture, per_layer: AffineMaps) ->
     for number, (i, j) in enumerate(cells):
         at = (torch.arange(number * each, (number + 1) * each) * STRIDE) % len(captured)
         parts.append(readout.final_norm(states[j][at.to(states.device)] @ maps.matrix[i].T + maps.offset[i]))
-    like = torch.cat(parts) if parts else None
-    for n in () if like is None else like.split(ROW_BLOCK // 4):
+    for n in torch.cat(parts).split(ROW_BLOCK // 4) if parts else ():
         total += readout.logits(n).softmax(-1).sum(0)
     total = ranks.sum(total)
-    return (total / total.sum() + captured.mean_p.to(total)) / 2, like
+    return (total / total.sum() + captured.mean_p.to(total)) / 2

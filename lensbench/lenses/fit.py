@@ -30,7 +30,7 @@ from lensbench.streams.capture import Capture
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
 
-FIT_FORMAT = 4
+FIT_FORMAT = 5
 """Version of the files that a fit leaves: part of the keys of stages, so that older files are fitted anew."""
 
 

@@ -109,7 +109,7 @@ class FitRecipe(BaseModel):
         None,
         ge=1,
         description="dev tokens at most that lenses are chosen and refined on, all of them if left out; of a vocabulary "
-        "above 8,192 words an eighth of them with exact log-partitions",
+        "above 8,192 words a sixteenth of them with exact log-partitions",
     )
     record_tokens: int = Field(
         512, ge=1, description="fitting and dev tokens at most that fit_kl and dev_kl of lenses.csv are means over"

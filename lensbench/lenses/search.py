@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lensbench.lenses.estimated import WORDS, Drawn, mended, usually_drawn, worth_estimating
+from lensbench.lenses.estimated import WORDS, Drawn, drawn_in_search, mended, worth_estimating
 from lensbench.lenses.maps import AffineMaps, Reads
 from lensbench.lenses.moments import MOMENT_BLOCK
 from lensbench.lenses.recipe import FitRecipe
@@ -155,7 +155,7 @@ class DevSearch:
     """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once.
 
     Of a large vocabulary, mean KLs are unbiased estimates (:mod:`lensbench.lenses.estimated`): some words stand for all of
-    them, and :func:`usually_drawn` of the states have exact log-partitions. All lenses are read out to the same words.
+    them, and :func:`drawn_in_search` of the states have exact log-partitions. All lenses are read out to the same words.
     """
 
     def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
@@ -224,7 +224,7 @@ class DevSearch:
 
         def one(rows: slice) -> Tensor:
             some = torch.arange(rows.start, rows.stop)
-            count = usually_drawn(len(some))
+            count = drawn_in_search(len(some))
             if self.by_words is None or count >= len(some):
                 return kl(self.readout, rows)
             at = (torch.arange(count) * len(some)) // count
@@ -345,7 +345,7 @@ class DevSearch:
         def kl(choice: Choice) -> Tensor:
             maps = self.padded(solve(choice.ridge), choice.pad).to(dev.states)
             x = dev.states[layer] @ maps.matrix[0].T + maps.offset[0]
-            return token_kl(self.readout, self.readout.final_norm(x), tokens)
+            return self.padded_kl(x, tokens, [0.0])[0]
 
         best = min(path, key=lambda c: c.dev_kl)
         of_best, chosen = kl(best), best

@@ -17,6 +17,10 @@ SHARED_BIAS_LENS = LensId("shared_bias", "zero", "closed")
 SHARED_LOO_LENS = LensId("shared_loo", "zero", "closed")
 
 
+REFITTED_VIEWS = 2
+"""Rotated views at most whose lenses are fitted again: what documents do to a null is much the same in each of them"""
+
+
 def plan_shared(context: FitContext) -> list[Job]:
     """One lens for all layers, and one for each rotated view from the view's own moments: the random-basis null."""
     layers = context.layers
@@ -36,10 +40,10 @@ def plan_shared(context: FitContext) -> list[Job]:
 
 
 def refit_shared(context: FitContext, moments: Moments, number: int) -> list[FittedLens]:
-    """The shared lens and those of the rotated views."""
+    """The shared lens and those of the first :data:`REFITTED_VIEWS` rotated views."""
     layers = context.layers
     again = [solved_again(context, moments.pooled(layers), context.lens(SHARED_LENS), number)]
-    for k, view in enumerate(context.views):
+    for k, view in enumerate(context.views[:REFITTED_VIEWS]):
         lens = context.lens(SHARED_LENS.of_view(k))
         again.append(solved_again(context, RotatedMoments(moments, view).pooled(layers), lens, number))
     return again

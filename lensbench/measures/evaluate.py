@@ -22,7 +22,7 @@ from lensbench.lenses.logit import LOGIT_LENS
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.read import lens_sums
-from lensbench.lenses.shared import SHARED_LENS, SHARED_LOO_LENS
+from lensbench.lenses.shared import REFITTED_VIEWS, SHARED_LENS, SHARED_LOO_LENS
 from lensbench.measures.means import Means
 from lensbench.measures.transfer import TransferSums, own_sums, transfer_sums
 from lensbench.runtime.progress import QUIET, Progress
@@ -321,7 +321,7 @@ def refit_means(context: EvalContext, refit: int) -> Means:
         own=own,
         shared=shared,
         shared_loo=loo,
-        rotated=np.stack([kl_of(SHARED_LENS.of_view(k)) for k in range(summary.rotations)], 1),
+        rotated=np.stack([kl_of(SHARED_LENS.of_view(k)) for k in range(min(summary.rotations, REFITTED_VIEWS))], 1),
         own_refined=unknown[:, :-1, 0],
         shared_refined=unknown[:, :-1, 0],
         pair=unknown[:, :-1, :-1],

@@ -21,12 +21,13 @@ counts are typical ones.
 
 from dataclasses import dataclass, fields
 
-from lensbench.lenses.estimated import USUAL_SHARE, worth_estimating
+from lensbench.lenses.estimated import SEARCH_SHARE, USUAL_SHARE, worth_estimating
 from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.jacobian import PILOT_PROBES, PILOT_PROMPTS
 from lensbench.lenses.per_layer import curve_tolerances
 from lensbench.lenses.planning import matrices, paired_views
 from lensbench.lenses.room import SHARE
+from lensbench.lenses.shared import REFITTED_VIEWS
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
 from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS
@@ -169,7 +170,7 @@ def products(shape: Shape, count: float) -> Work:
 
 def searches(shape: Shape, rows: float, ridges: float) -> Work:
     """Choices of ridge and pad for lenses that are chosen on ``rows`` states altogether."""
-    return of_share(shape, USUAL_SHARE) * read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
+    return of_share(shape, SEARCH_SHARE) * read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
 
 
 def states_bytes(shape: Shape, tokens: int) -> float:
@@ -239,11 +240,12 @@ def fit_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     """All lenses of a model: capture, moments, closed forms, choices on dev, refits, refinement."""
     fit, n, dev, layers = suite.fit, of.tokens("fit"), of.tokens("dev"), shape.layers
     closed = of.chosen + 1 + of.views  # leave-one-out, shared, its null
-    again = fit.refits * (layers + of.chosen + closed)
+    refitted = min(of.views, REFITTED_VIEWS)
+    again = fit.refits * (layers + 2 * of.chosen + 1 + refitted)
     units = layers + closed + of.pairs + again  # the eigenvalues of each covariance, for the unit of its ridge
     solves: float = layers * (len(fit.ridges) + 2) + (of.curve + 1) * of.chosen + again
     solves += RIDGES_FROM_NEAR * (2 * layers + of.views + of.pairs) + RIDGES_FROM_MIDDLE * (2 + of.chosen)
-    turned = layers * of.views * (3 * (1 + fit.refits) + RIDGES_FROM_NEAR)
+    turned = layers * (of.views * (3 + RIDGES_FROM_NEAR) + 3 * refitted * fit.refits)
     work = of.captured(shape, "fit", "dev")
     work += moments(shape, n * (1 + fit.refits), layers)
     work += (
@@ -254,7 +256,7 @@ def fit_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     work += searches(shape, own * of.searched + of.views * of.pooled, RIDGES_FROM_NEAR)
     work += searches(shape, (2 + of.chosen) * of.pooled, RIDGES_FROM_MIDDLE)
     work += searches(shape, of.pairs * min(of.pooled, 2 * of.searched), RIDGES_FROM_NEAR)
-    work += read_out(shape, of.chosen * of.searched * len(fit.ridges) / 2)  # one standard error
+    work += searches(shape, of.chosen * of.searched, len(fit.ridges) / 2 / PRODUCTS_OF_PADS)  # one standard error
     work += read_out(shape, 6 * layers * (min(n, fit.record_tokens) + min(dev, fit.record_tokens)))
     work += refinement(suite, shape, of) + jacobians(suite, shape)
     maps = 8 * layers + (of.curve + of.chosen) + of.views * (1 + layers) + of.pairs + 4
@@ -319,7 +321,7 @@ def score_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     if fit.refits:
         windows, _, scored = of.windows["eval"]
         sample = windows * min(scored, evaluate.refit_positions or scored) * (fit.refits + 1)
-        work += part * read_out(shape, sample * (block + of.chosen + layers * (2 + of.views)))
+        work += part * read_out(shape, sample * (block + of.chosen + layers * (2 + min(of.views, REFITTED_VIEWS))))
         work += part * softmax_moments(shape, sample * of.chosen)
     memory, disk = held(shape, suite, 2 * n)  # movement is measured from as much as the states
     cells = whole + of.curve * block + own + layers
@@ -376,15 +378,17 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     work = of.captured(shape, "fit", "dev", "eval")
     work += Work(single=2 * shape.vocabulary * shape.width**2)  # the metric
     one, pairs = decomposed(shape, layers, n, eval_), layers * (layers - 1) / 2
-    work += searches(shape, layers * of.searched, RIDGES_FROM_NEAR) + read_out(shape, layers * dev)
-    work += Work(single=dev * shape.width**2 * (24 * layers + 4 * pairs))  # gates
-    work += (2 + len(settings.tolerances) + len(settings.metrics)) * one + news(shape, layers, eval_)  # units, too
+    work += searches(shape, layers * of.searched, RIDGES_FROM_NEAR) + losses_of_gates(shape, layers * dev)
+    work += Work(single=dev * shape.width**2 * 24 * layers)  # gates
+    work += one + chance(shape, layers, eval_) + news(shape, layers, eval_)
+    work += (1 + len(settings.tolerances) + len(settings.metrics)) * one  # in other units, too
     if settings.largest_norm is not None:
         work += one + news(shape, layers, eval_)
     work += settings.refits * (fitted_again(shape, layers, n) + eigendecompositions(shape, layers))
     if settings.readable:
         pairs = min(pairs, layers - 1 + FURTHER_PAIRS)
-        words, tokens = min(WORDS, shape.vocabulary), min(DEV_TOKENS, dev)
+        words = WORDS if worth_estimating(shape.vocabulary) else shape.vocabulary
+        tokens = min(DEV_TOKENS, dev)
         work += Work(
             single=pairs * 6 * tokens * 2 * shape.width * words,
             words=pairs * 3 * READABLE_STEPS * tokens * 3 * words,  # each logit is added up, and read for the slopes
@@ -393,8 +397,9 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
         work += eigendecompositions(shape, 5 * pairs)
     if settings.landmarks:
         some = min(of.chosen, layers)
-        of_views = decomposed(shape, some, n, eval_) + searches(shape, some * of.searched, RIDGES_FROM_NEAR)
-        work += LANDMARKS * (of_views + read_out(shape, some * (dev + eval_)))
+        of_views = decomposed(shape, some, n, eval_) + chance(shape, some, eval_)
+        of_views += searches(shape, some * of.searched, RIDGES_FROM_NEAR) + losses_of_gates(shape, some * dev)
+        work += LANDMARKS * of_views + softmax_moments(shape, n + dev + eval_)  # of what the shuffled one says
     memory, disk = held(shape, suite, n + dev + eval_)
     square = layers * shape.width**2
     # Covariances of a layer with all later ones, lenses at two ridges, maps in float32; the rest spills beyond memory_gib.
@@ -412,17 +417,27 @@ def fitted_again(shape: Shape, layers: int, tokens: int) -> Work:
 
 
 def decomposed(shape: Shape, layers: int, tokens: int, held_out: int) -> Work:
-    """One decomposition: lenses of folds, products of every pair of layers on held-out tokens, and chance."""
+    """One decomposition: lenses of folds, products of every pair of layers on held-out tokens."""
     pairs, d = layers * (layers - 1) / 2, shape.width
     work = fitted_again(shape, layers, tokens) + products(shape, 16 * layers) + eigendecompositions(shape, 1)
-    chance = Work(single=7.5 * pairs * d**3, double=2 * held_out * d**2 * pairs)  # covariances of two layers
-    return work + chance + Work(single=held_out * d**2 * (24 * layers + 6 * pairs))
+    return work + Work(single=held_out * d**2 * (24 * layers + 6 * pairs))
+
+
+def chance(shape: Shape, layers: int, held_out: int) -> Work:
+    """The chance of what is carried, from the covariances of every pair of layers."""
+    pairs, d = layers * (layers - 1) / 2, shape.width
+    return Work(single=7.5 * pairs * d**3, double=2 * held_out * d**2 * pairs)
+
+
+def losses_of_gates(shape: Shape, rows: float) -> Work:
+    """Losses of so many read-outs, estimated where the vocabulary is large."""
+    return of_share(shape, USUAL_SHARE) * read_out(shape, rows)
 
 
 def news(shape: Shape, layers: int, held_out: int) -> Work:
     """Directions that a lens leaves unread, and what later lenses gain there."""
     pairs, d = layers * (layers - 1) / 2, shape.width
-    return eigendecompositions(shape, 3 * layers) + Work(single=held_out * d**2 * (12 * layers + 4 * pairs))
+    return eigendecompositions(shape, 3 * layers) + Work(single=held_out * d**2 * (12 * layers + 2 * pairs))
 
 
 def train_cost(suite: Suite, shape: Shape, steps: int) -> Cost:

@@ -47,7 +47,7 @@ def exact_share_of(context: Context, model: ModelRecipe, seed: int) -> dict[str,
             rotation=rotation_of(fitted), ranks=context.ranks,
         )  # fmt: skip
         some = thinned_windows(captured, max(1, PILOT_TOKENS // len(samples)))
-        estimator = Estimator.of(readout, some, fit.headline.maps, share=1.0, seed=(seed, DEV_DRAW), pilot=True)
+        estimator = Estimator.of(readout, some, fit.headline.maps, share=1.0, seed=(seed, DEV_DRAW))
         with context.progress.task(f"share-{who}", 1, "steps") as task:
             found = find_share(estimator, fit, scored)
             task.update(1)

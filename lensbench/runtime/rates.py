@@ -133,26 +133,3 @@ def half_is_fast() -> bool:
     finally:
         torch.set_num_threads(threads)
     return half >= FASTER * single
-
-
-FAR_FASTER = 2.5
-"""How much faster than in float32 products of integers must be: rounding and scaling them takes time, too"""
-
-
-@cache
-def integers_are_fast() -> bool:
-    """Whether this processor multiplies integers of eight bits :data:`FAR_FASTER` times as fast as float32: measured.
-
-    By one thread, as :func:`half_is_fast`. False where torch cannot multiply them.
-    """
-    threads, watch = torch.get_num_threads(), Stopwatch(torch.device("cpu"))
-    a, b = (torch.ones(shape, dtype=torch.int8) for shape in ((ROWS // 8, 512), (512, ROWS)))
-    x, y = a.float(), b.float()
-    try:
-        torch.set_num_threads(1)
-        single, whole = (per_second(work, watch, 0.05) for work in (lambda: x @ y, lambda: torch._int_mm(a, b)))
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    finally:
-        torch.set_num_threads(threads)
-    return whole >= FAR_FASTER * single

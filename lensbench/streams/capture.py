@@ -22,12 +22,6 @@ from lensbench.streams.partition import probabilities_
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.stream import ResidualStream
 
-BATCH = 16
-"""Samples at most in one pass"""
-
-IN_CACHE = 2**20
-"""Numbers of a layer's states in one pass on a processor"""
-
 
 def refuse_overflow(h: Tensor, log_z: Tensor, window: int) -> None:
     """Raise :class:`LensbenchError` where states ``[L+1, n, d]`` or log-partitions ``[n, 1]`` are not finite."""
@@ -185,7 +179,7 @@ def capture(
     samples: Samples,
     *,
     constant: Tensor | None = None,
-    batch: int | None = None,
+    batch: int = 16,
     memory_gib: float = float("inf"),
     room: Callable[[tuple[int, int, int]], Tensor] | None = None,
     report: Callable[[int, int], None] | None = None,
@@ -193,8 +187,8 @@ def capture(
 ) -> Capture:
     """The states and predictions of ``stream`` at the scored positions of ``samples``, windows of text or images.
 
-    One forward pass for each ``batch`` of samples, :func:`usual_batch` by default; one that does not fit into memory is
-    halved. With several ``ranks`` each process captures its own samples; ``mean_p`` is over all of them.
+    One forward pass for each ``batch`` of samples; a batch that does not fit into memory is halved. With several ``ranks``
+    each process captures its own samples; ``mean_p`` is over all of them.
 
     States above ``memory_gib`` GiB lie in a memory-mapped file of their size in the folder for temporary files
     (``TMPDIR``). The file disappears with the states. ``room(shape)``: makes the float32 tensor of the states instead.
@@ -221,7 +215,7 @@ def capture(
         if report is not None:
             report(rows.stop - own.start, own.stop - own.start)
 
-    in_pieces(own, batch or usual_batch(stream, samples), one, what="a sequence of the capture")
+    in_pieces(own, batch, one, what="a sequence of the capture")
     window = np.nonzero(valid)[0]
     mean_p = ranks.sum(found.mean_p)
     mean_p /= ranks.span(len(window))[1]
@@ -238,13 +232,6 @@ def capture(
         ranks=ranks,
         **joined,
     )
-
-
-def usual_batch(stream: ResidualStream, samples: Samples) -> int:
-    """Samples of one pass: a processor is faster where its cache holds what a block computes, a GPU with many."""
-    if stream.device.type != "cpu":
-        return BATCH
-    return max(1, min(BATCH, IN_CACHE // (samples.positions_read * stream.width)))
 
 
 def room_for(shape: tuple[int, int, int], device: torch.device, memory_gib: float) -> Tensor:

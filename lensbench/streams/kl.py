@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture
-from lensbench.streams.integers import integer_partition
 from lensbench.streams.partition import (
     CUDA_ROWS,
     VOCABULARY_BLOCK,
@@ -64,8 +63,6 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
     if n.is_cuda:  # large products are fastest on a GPU
         log_z, top = online_log_partition(readout, n)
         return log_z, top if want_largest else None
-    if readout.integers is not None:
-        return integer_partition(readout, n)
     if readout.products is not None:
         return half_log_partition(readout, n, want_largest)
     logits = n @ weight[:VOCABULARY_BLOCK].T

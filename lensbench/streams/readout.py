@@ -2,15 +2,11 @@
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tuned_lens.nn.unembed import Unembed
-
-if TYPE_CHECKING:
-    from lensbench.streams.integers import IntegerLogits
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,6 @@ class ReadOut(Unembed):
         self.scale, self.softcap = scale, softcap
         self.products: HalfProducts | None = None
         """Of log-partitions; None: in the states' own type"""
-        self.integers: IntegerLogits | None = None
-        """Products in integers for log-partitions that serve as control variates; None: as ``products`` say"""
         self._halves: tuple[Tensor, ...] | None = None
         self._longest: float | None = None
         self._scaled: tuple[Tensor, Tensor | None] | None = None
@@ -118,12 +112,6 @@ class ReadOut(Unembed):
             return self
         other = copy.copy(self)
         other.products, other._halves = products, None
-        return other
-
-    def with_integers(self, integers: "IntegerLogits") -> "ReadOut":
-        """This read-out, its modules shared, with log-partitions of these products."""
-        other = copy.copy(self)
-        other.integers = integers
         return other
 
     @property

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lensbench.runtime.memory import in_pieces
-from lensbench.streams import integers
-from lensbench.streams.integers import IntegerLogits
 from lensbench.streams.kl import ROW_BLOCK, moment_and_partition
 from lensbench.streams.partition import CUDA_ROWS, exponentials_
 from lensbench.streams.products import centred
@@ -35,30 +33,19 @@ class Words:
     weight: Tensor  # [S, d_read]
     bias: Tensor | None  # [S]
     half: Tensor | None = None  # [S, d_read]: the weight in float16, on a processor that makes products of it
-    whole: IntegerLogits | None = None  # in integers, on a processor that is far faster with these
 
     @classmethod
-    def of(cls, readout: ReadOut, at: Tensor, offset: Tensor, certain: int, like: Tensor | None = None) -> "Words":
-        """The words ``at`` ``[S]`` with their offsets ``[S]``.
-
-        ``like`` ``[R, d_read]``: normalised states of the kind that will be read out, by which products in integers are
-        made; without them there are none.
-        """
+    def of(cls, readout: ReadOut, at: Tensor, offset: Tensor, certain: int) -> "Words":
+        """The words ``at`` ``[S]`` with their offsets ``[S]``."""
         at = at.to(readout.weight.device)
         bias = None if readout.bias is None else readout.bias[at]
         weight, products = readout.weight[at], readout.products
         half = weight.to(products.dtype) if products is not None and not weight.is_cuda else None
-        offset, whole = offset.to(readout.weight), None
-        if like is not None and half is None:
-            base = torch.zeros_like(offset) if bias is None else bias
-            whole = IntegerLogits.of(weight, base + offset if readout.linear else base, like)
-        return cls(readout, offset, certain, weight, bias, half, whole)
+        return cls(readout, offset.to(readout.weight), certain, weight, bias, half)
 
     @classmethod
-    def draw(
-        cls, readout: ReadOut, mean: Tensor, rows: int, generator: torch.Generator, like: Tensor | None = None
-    ) -> "Words":
-        """At most so many, by the mean probability of every word ``[V]`` in what will be read out; ``like``: see :meth:`of`.
+    def draw(cls, readout: ReadOut, mean: Tensor, rows: int, generator: torch.Generator) -> "Words":
+        """At most so many, by the mean probability of every word ``[V]`` in what will be read out.
 
         Those beyond the most probable are drawn with replacement and probability proportional to the root of their mean
         probability; a word that is drawn k times stands for k times as many.
@@ -73,7 +60,7 @@ class Words:
         )
         offset = (times / ((rows - certain) * pi[chosen])).log()
         at = torch.cat([order[:certain], rest[chosen]])
-        return cls.of(readout, at, torch.cat([torch.zeros(certain, dtype=offset.dtype), offset]), certain, like)
+        return cls.of(readout, at, torch.cat([torch.zeros(certain, dtype=offset.dtype), offset]), certain)
 
     def as_readout(self) -> ReadOut:
         """A read-out to these words alone, of logits plus offsets; of models that do not cap their logits."""
@@ -83,8 +70,8 @@ class Words:
         head.bias = nn.Parameter(self.offset if self.bias is None else self.offset + self.bias, requires_grad=False)
         return ReadOut(self.readout.final_norm, head).with_products(self.readout.products)
 
-    def logits(self, n: Tensor, room: Tensor | None = None) -> Tensor:
-        """Logits plus offsets ``[R, S]`` of normalised states ``[R, d_read]``; ``room``: what products in integers fill."""
+    def logits(self, n: Tensor) -> Tensor:
+        """Logits plus offsets ``[R, S]`` of normalised states ``[R, d_read]``."""
         if self.half is not None:
             left, base, apart = centred(n, self.weight, self.readout.longest)
             logits = left @ self.half.T + base
@@ -93,39 +80,26 @@ class Words:
             if self.bias is not None:
                 logits += self.bias
             return self.readout.cap_(logits).add_(self.offset)
-        if self.whole is not None:
-            logits = self.whole.logits(self.whole.rounded(n), slice(None), None if room is None else room[: len(n)])
-            return logits if self.readout.linear else self.readout.cap_(logits).add_(self.offset)
         if self.readout.linear:
             return torch.addmm(self.offset if self.bias is None else self.offset + self.bias, n, self.weight.T)
         logits = n @ self.weight.T if self.bias is None else torch.addmm(self.bias, n, self.weight.T)
         return self.readout.cap_(logits).add_(self.offset)
 
-    def log_partition(self, n: Tensor) -> Tensor:
-        """Log-partition ``[R]`` of normalised states ``[R, d_read]``."""
-        room = self._room(n)
-
-        def one(rows: slice) -> Tensor:
-            return _log_sum_(logits := self.logits(n[rows], room), logits.amax(-1))
-
-        return torch.cat(in_pieces(slice(0, len(n)), self._rows_of(n), one, what="a row of words"))
-
     def partition_and_largest(self, n: Tensor) -> tuple[Tensor, Tensor]:
         """Log-partition ``[R]``, and the largest logit ``[R]`` of the words that stand for themselves."""
-        room = self._room(n)
 
         def one(rows: slice) -> tuple[Tensor, Tensor]:
-            logits = self.logits(n[rows], room)
+            logits = self.logits(n[rows])
             shift = logits.amax(-1)
-            if self.half is None and self.whole is None:
+            if self.half is None:
                 largest = logits[:, : self.certain].amax(-1)
             else:  # a rounded logit is not compared with one that is not
-                word = logits[:, : self.certain].max(-1).indices  # argmax takes longer
+                word = logits[:, : self.certain].argmax(-1)
                 largest = (n[rows] * self.weight[word]).sum(-1)
                 largest = self.readout.cap_(largest if self.bias is None else largest + self.bias[word])
-            return _log_sum_(logits, shift), largest
+            return shift + exponentials_(logits.sub_(shift[:, None])).sum(-1).log(), largest
 
-        log_z, largest = zip(*in_pieces(slice(0, len(n)), self._rows_of(n), one, what="a row of words"), strict=True)
+        log_z, largest = zip(*in_pieces(slice(0, len(n)), _rows_of(n), one, what="a row of words"), strict=True)
         return torch.cat(log_z), torch.cat(largest)
 
     def softmax_moment(self, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,9 +110,7 @@ class Words:
             moment, log_z = moment_and_partition(logits, self.weight)
             return moment, (moment * n[rows]).sum(-1) - log_z
 
-        moments, entropies = zip(
-            *in_pieces(slice(0, len(n)), self._rows_of(n), one, what="a softmax of words"), strict=True
-        )
+        moments, entropies = zip(*in_pieces(slice(0, len(n)), _rows_of(n), one, what="a softmax of words"), strict=True)
         return torch.cat(moments), torch.cat(entropies)
 
     def expected_logit(self, n: Tensor, of: Tensor) -> Tensor:
@@ -147,19 +119,9 @@ class Words:
         def one(rows: slice) -> Tensor:
             return (self.logits(of[rows]).softmax(-1) * self.logits(n[rows]).sub_(self.offset)).sum(-1)
 
-        return torch.cat(in_pieces(slice(0, len(n)), self._rows_of(n), one, what="a row of words"))
-
-    def _room(self, n: Tensor) -> Tensor | None:
-        """Memory that the logits of a block of rows fill again and again, in integers; new memory would take as long."""
-        return None if self.whole is None else n.new_empty(min(len(n), integers.ROWS), len(self.weight))
-
-    def _rows_of(self, n: Tensor) -> int:
-        """How many rows are read at once."""
-        if self.whole is not None:
-            return integers.ROWS
-        return CUDA_ROWS if n.is_cuda else ROW_BLOCK
+        return torch.cat(in_pieces(slice(0, len(n)), _rows_of(n), one, what="a row of words"))
 
 
-def _log_sum_(logits: Tensor, shift: Tensor) -> Tensor:
-    """``log sum exp`` ``[R]`` of logits ``[R, S]``, which are used up; ``shift`` ``[R]``: their largest."""
-    return shift + exponentials_(logits.sub_(shift[:, None])).sum(-1).log()
+def _rows_of(n: Tensor) -> int:
+    """How many rows are read at once."""
+    return CUDA_ROWS if n.is_cuda else ROW_BLOCK

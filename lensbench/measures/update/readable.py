@@ -164,8 +164,7 @@ class _Losses:
         if drawn >= count or not worth_estimating(len(readout.weight)):
             return cls(readout, targets, None, Drawn(torch.arange(count), 1.0))
         generator = torch.Generator().manual_seed(0)
-        like = readout.final_norm(reader.captured.states[-1][reader.tokens])
-        words = Words.draw(readout, reader.captured.mean_p, WORDS, generator, like)
+        words = Words.draw(readout, reader.captured.mean_p, WORDS, generator)
         at = torch.randperm(count, generator=generator)[:drawn].sort().values
         return cls(readout, targets, words, Drawn(at, drawn / count))
 
@@ -176,5 +175,5 @@ class _Losses:
         if self.words is None:
             return (log_partition(self.readout, n) - aim).double().cpu()
         exact = log_partition(self.readout, n[self.drawn.at])
-        cheap = self.words.log_partition(n)
+        cheap = self.words.partition_and_largest(n)[0]
         return (mended(cheap[None], exact[None], self.drawn)[0] - aim.double()).cpu()
