@@ -70,7 +70,7 @@ def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
     linearised: the variance of the exact value over documents is that of its influence, summed by document; the variance
     that the estimate adds is that of the influence of the difference between exact and cheap values, over tokens.
 
-    A layer between two chosen ones gets a share between theirs.
+    A layer between two chosen ones gets the larger of their shares.
     """
     captured = estimator.captured
     exact, difference = token_values(estimator, fit)
@@ -156,9 +156,13 @@ def shares_of_layers(ratios: Sequence[Array], tokens: int) -> Array:
 
 
 def spread(shares: Array, layers: Sequence[int]) -> tuple[float, ...]:
-    """Shares of all layers from those of some, rising to the last: in between they rise or fall by the same factor each."""
-    every = np.exp(np.interp(np.arange(layers[-1] + 1), layers, np.log(shares)))
-    return tuple(float(min(1.0, np.ceil(1000 * one - 1e-6) / 1000)) for one in every)
+    """Shares of all layers from those of some, rising to the last: the larger of the two nearest."""
+    found = []
+    for layer in range(layers[-1] + 1):
+        after = int(np.searchsorted(layers, layer))
+        before = after if layers[after] == layer else max(0, after - 1)
+        found.append(float(max(shares[before], shares[after])))
+    return tuple(found)
 
 
 def intervals_of(m: Means) -> dict[str, Array]:

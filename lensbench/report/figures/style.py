@@ -108,7 +108,8 @@ def write_figure(figure: Figure, path: Path, *, kind: str = "png", dpi: int = DP
             figure.savefig(path, format=kind, dpi=dpi, metadata=FORMATS[kind])
             return
         pixels = io.BytesIO()
-        figure.savefig(pixels, format=kind, dpi=dpi, metadata=FORMATS[kind])
+        pixels_alone = {"compress_level": 1}  # they are written again
+        figure.savefig(pixels, format=kind, dpi=dpi, metadata=FORMATS[kind], pil_kwargs=pixels_alone)
     image = Image.open(pixels)
     few = of_few_colours(image.convert("RGB"))
     few.save(path, "PNG", optimize=True, dpi=image.info["dpi"])
