@@ -34,6 +34,7 @@ from lensbench.lenses.moments import Moments
 from lensbench.lenses.pairs import PAIR_LENS
 from lensbench.lenses.per_layer import MATRIX_LENSES, OWN
 from lensbench.lenses.planning import FitContext
+from lensbench.lenses.read import lens_sums
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import DevSearch, pad_direction
@@ -359,6 +360,24 @@ def test_the_dear_lenses_are_those_of_the_chosen_layers():
     for n in range(2):
         assert len(it.fit[HEADLINE.of_refit(n)].maps) == len(it.fit[SHARED_LOO_LENS.of_refit(n)].maps) == 3
         assert len(it.fit[OWN.of_refit(n)].maps) == 5
+
+
+def test_two_rotated_views_are_refitted_and_compared_with_their_own_first_fits():
+    recipe = SMALL.model_copy(update={"rotations": 3, "refits": 1, "refine_passes": 0, "pairs": False})
+    it = measure(SyntheticStream("fresh", d=12, layers=3, vocab=40, seed=5), recipe, tokens=(640, 320, 320))
+    views = {
+        refit: {lens.view for lens in it.fit.lenses if lens.kind == "shared" and lens.refit == refit}
+        for refit in (-1, 0)
+    }
+    assert views == {-1: {-1, 0, 1, 2}, 0: {-1, 0, 1}}
+    rotated = it.scored.refits["rotated"]
+    assert rotated.shape == (2, 2, 3)
+    for n, refit in enumerate((-1, 0)):
+        for k in range(2):
+            lens = it.fit[SHARED_LENS.of_view(k).of_refit(refit)]
+            kl, _ = lens_sums(it.stream.readout, it.held_out, lens, it.fit.views)
+            np.testing.assert_allclose(rotated[n, k], kl.sum(0) / len(it.held_out), rtol=1e-6)
+    assert np.abs(rotated[1] - rotated[0]).max() > 1e-4
 
 
 def test_pairs_are_scored_on_their_own_two_layers():

@@ -182,6 +182,9 @@ CALLS = {
     "lensbench.streams.rotary.same_after_any_text": lambda c: unaware(c.model),
     "lensbench.streams.stream.ResidualStream": lambda c: ResidualStream(c.model),
     "lensbench.streams.stream.ResidualStream.with_readout": lambda c: c.stream.with_readout(c.stream.readout),
+    "lensbench.streams.stream.ResidualStream.whole": lambda c: c.stream.whole(),
+    "lensbench.streams.stream.ResidualStream.d_model": lambda c: c.stream.d_model,
+    "lensbench.streams.stream.ResidualStream.before_the_head": lambda c: through_the_head(c.stream),
     "lensbench.streams.stream.ResidualStream.vocab_size": lambda c: c.stream.vocab_size,
     "lensbench.streams.half.choose_half": lambda c: choose_half(c.stream, lambda: text(0, 8)),
     "lensbench.streams.half.half_agreement": lambda c: half_agreement(c.stream, text(0, 8)),
@@ -266,6 +269,7 @@ NOT_TRIED = {
     "lensbench.probes.subject.Subject.task": "it reports progress",
     "lensbench.probes.subject.Subject.say": "it reports progress",
     "lensbench.run.capturing.KeptCaptures": HOLDS,
+    "lensbench.run.capturing.shows_more": "it asks for the view of a stream",
     "lensbench.run.context.Cache": HOLDS,
     "lensbench.models.gguf.tensors": "it asks for the names of a model's weights, on the way to a caller",
     "lensbench.models.training.load_checkpoint": "it restores the weights of a checkpoint, as its name says",
@@ -285,6 +289,11 @@ NOT_TRIED = {
 def evaluated(model):
     with parts.evaluating(model):
         model(input_ids=IDS[None])
+
+
+def through_the_head(stream):
+    with stream.before_the_head(lambda _, args: args[0][:, -1:]):
+        stream.model(input_ids=IDS[None])
 
 
 def looped_on(model):
