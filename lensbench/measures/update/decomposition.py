@@ -346,10 +346,7 @@ def measured(
     sums = held.products(fitted.maps)
     say("refits")
     moments = SecondMoments.of(held_out.states, chosen, held.means, fitted.room)
-    if variant:
-        chance = _chance_of_persistence(held, sums, moments, fitted.maps, fitted.room)
-    else:
-        (chance,), _ = chance_and_products(moments, [fitted.maps], [], fitted.room)
+    chance = _chance(held, sums, moments, fitted.maps, fitted.room, of_carried=not variant)
     point, draws = held.quantities(sums, chance)
     white, refitted, news_again = whitening(moments.last), [], []
     for number in range(refits):  # the maps of one at a time
@@ -410,11 +407,15 @@ def _at_another_setting(
 ) -> tuple[Quantities, Quantities]:
     """Quantities and draws of a variant. Its pairs weigh as the reported ones do, so that no chance of c is needed."""
     sums = held.products(maps)
-    return held.quantities(sums, _chance_of_persistence(held, sums, moments, maps, room))
+    return held.quantities(sums, _chance(held, sums, moments, maps, room))
 
 
-def _chance_of_persistence(held: HeldOut, sums: Products, moments: SecondMoments, maps: Readings, room: Room) -> Chance:
-    """See :func:`chance_of_persistence`; signals are those of the sums."""
+def _chance(
+    held: HeldOut, sums: Products, moments: SecondMoments, maps: Readings, room: Room, *, of_carried: bool = False
+) -> Chance:
+    """Of persistence, by the signals of ``sums``; with ``of_carried`` that of c, too."""
+    if of_carried:
+        return chance_and_products(moments, [maps], [], room)[0][0]
     return chance_of_persistence(moments, maps, sums.total().layer["rf"] / held.states.shape[1], room)
 
 
@@ -440,7 +441,7 @@ def _gates(
     held = HeldOut.of(dev, layers)
     sums = held.products(maps, old=False)
     moments = SecondMoments.of(dev.states, layers, held.means, fitted.room)
-    chance = _chance_of_persistence(held, sums, moments, maps, fitted.room)
+    chance = _chance(held, sums, moments, maps, fitted.room)
     point, draws = held.quantities(sums, chance)
     room = has_room(point, draws)
     estimator = Estimator.usual(readout, dev)
