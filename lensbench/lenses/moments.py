@@ -204,7 +204,7 @@ class MomentSums:
             states, roots = states[:, drawn.to(states.device)], token_weights[drawn].to(states.device).double().sqrt()
 
         def centred(layer: int) -> Tensor:
-            h = states[layer].double().sub_(self.shift[layer])  # type: ignore[index]
+            h = states[layer].double() - self.shift[layer]  # type: ignore[index]
             return h if roots is None else h.mul_(roots[:, None])
 
         def summed(h: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def captured_states(
 
 
 def shows_more(context: Context, stream: ResidualStream, origin: Origin) -> bool:
-    """Whether another view of the same model shows the whole state: one pass then serves both."""
-    views = {model.view for model in context.suite.models if context.suite.trained(model).name == origin.name}
+    """Whether another view of the same model is computed that shows the whole state: one pass then serves both."""
+    views = {model.view for model in context.computed if context.suite.trained(model).name == origin.name}
     return stream.view != "state" and "state" in views
 
 

@@ -60,6 +60,8 @@ class ClusterTask:
     sequences: int | None
     planning: bool
     part: Part = "all"
+    only: tuple[str, ...] = ()
+    """The models that the run computes, all of the suite's where it is empty"""
 
     @property
     def name(self) -> str:
@@ -92,6 +94,7 @@ class ClusterTask:
             Stages(self.folder / "stages"),
             choose_device(self.device),
             probes=self.probes,
+            only=self.only,
             max_hours=self.max_hours,
             sequences=self.sequences,
             cache=cache,
@@ -117,7 +120,7 @@ class ClusterTask:
         """Whether a view of the same model has stages to come, which read the same captures."""
         suite = self.suite
         own = {suite.trained(model).name for model in suite.models if model.name in self.models}
-        views = [m for m in suite.models if suite.trained(m).name in own and m.name not in self.models]
+        views = [m for m in context.computed if suite.trained(m).name in own and m.name not in self.models]
         names = {name for name in stage_names(suite, views, self.probes) if name.endswith(f"-seed{self.seed}")}
         return bool(names - context.stages.finished())
 
@@ -141,6 +144,7 @@ def cluster_tasks(context: Context, models: list[ModelRecipe], *, planning: bool
             context.max_hours,
             context.sequences,
             planning,
+            only=context.only,
         )
         for (_, seed), sharing in groups.items()
     ]

@@ -18,7 +18,7 @@ from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.runtime.stages import Stage, Stages
 from lensbench.streams.half import HalfAgreement
 from lensbench.streams.stream import ResidualStream
-from lensbench.suite.recipes import Suite
+from lensbench.suite.recipes import ModelRecipe, Suite
 
 CODE_VERSION = 3
 """Raised when lensbench measures something else from the same settings; manifests report it."""
@@ -78,6 +78,8 @@ class Context:
     """Whether missing stages are computed; else one raises :class:`lensbench.runtime.stages.NotFinished`."""
     probes: tuple[str, ...] = ()
     """The probes that are computed, all of the suite's where it is empty; finished results of others are still read."""
+    only: tuple[str, ...] = ()
+    """The models that are computed, all of the suite's where it is empty."""
     max_hours: float = 1.0
     """A run to a stated precision is refused where scoring is predicted to take longer."""
     sequences: int | None = None
@@ -97,6 +99,11 @@ class Context:
     def unit(self) -> str:
         """What a model makes one prediction for: ``token`` or ``image``."""
         return "token" if self.suite.images is None else "image"
+
+    @property
+    def computed(self) -> list[ModelRecipe]:
+        """The models of the suite that are computed."""
+        return [model for model in self.suite.models if not self.only or model.name in self.only]
 
     def stage(
         self, name: str, key: dict[str, Any], compute: Callable[[Path], None], *, together: bool = False

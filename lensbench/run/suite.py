@@ -121,10 +121,10 @@ def run_suite(
     processors = torch.get_num_threads()
     with claimed(folder, suite.name, suite.threads, ranks, on_this_machine(suite, command)), without_progress_bars():
         context = Context(
-            suite, Stages(folder / "stages", ranks), device, progress, ranks, probes=tuple(probes), max_hours=max_hours,
-            options=tuple(options), cache=cache,
+            suite, Stages(folder / "stages", ranks), device, progress, ranks, probes=tuple(probes), only=tuple(only),
+            max_hours=max_hours, options=tuple(options), cache=cache,
         )  # fmt: skip
-        asked = [m for m in suite.models if not only or m.name in only]
+        asked = context.computed
         refuse_replacing(context)
         count, expected = announced(context, asked, cluster is not None, workers, processors)
         plans: dict[str, Any] = {}

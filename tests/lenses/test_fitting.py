@@ -977,3 +977,17 @@ def test_refinement_on_rotated_states_predicts_the_same(norm):
         assert all(lens.iterations > 0 for lens in plain)
         assert [lens.iterations for lens in moved] == [lens.iterations for lens in plain]
         torch.testing.assert_close(there, here, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_leave_the_states_that_they_are_given(dtype, weighted):
+    states = (5 + torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))).to(dtype)
+    weights = torch.arange(30) % 3 if weighted else None
+    before, sums = states.clone(), MomentSums()
+    for _ in range(2):
+        sums.add(states, weights)
+    assert torch.equal(states, before)
+    times = np.ones(30, dtype=int) if weights is None else weights.numpy()
+    own = np.repeat(before[0].double().numpy(), times, axis=0)
+    np.testing.assert_allclose(sums.moments().covariance[0], np.cov(own.T, bias=True), rtol=1e-6)

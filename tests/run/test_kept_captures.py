@@ -2,7 +2,7 @@
 
 import shutil
 from collections import namedtuple
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,9 +106,10 @@ def test_one_pass_serves_both_views_of_a_model(context, passes, views):
     assert len(folders_in(context)) == 1
 
 
-def test_a_model_with_one_view_keeps_no_more_than_that(context, passes):
+@pytest.mark.parametrize(("name", "only"), [("pc alone", ()), ("pc", ("gpt", "pc"))])
+def test_a_model_of_which_one_view_is_computed_keeps_no_more_than_that(context, passes, name, only):
     stream = predictive_stream("prediction")
-    same(taken(context, stream, origin=model("pc alone")), capture(stream, windows()))
+    same(taken(replace(context, only=only), stream, origin=model(name)), capture(stream, windows()))
     (folder,) = folders_in(context)
     assert np.load(folder / "states.npy", mmap_mode="r").shape[-1] == stream.d_model < stream.whole().d_model
 
@@ -121,9 +122,9 @@ def test_states_stay_while_another_view_of_their_model_has_stages_to_come(tiny_s
     monkeypatch.setattr(cluster, "forget_own_captures", lambda _: kept_states.append(False))
     (tmp_path / "run.json").write_text("{}")
 
-    def rest_of(name):
+    def rest_of(name, only=()):
         count = len(kept_states)
-        task = cluster.ClusterTask(suite, tmp_path, (name,), 0, "cpu", 1, (), 1.0, None, False, "rest")
+        task = cluster.ClusterTask(suite, tmp_path, (name,), 0, "cpu", 1, (), 1.0, None, False, "rest", only)
         assert task.compute() is None
         for made in (f"fit-{name}-seed0", f"score-{name}-seed0", f"update-{name}-seed0", "train-pc-seed0"):
             (tmp_path / "stages" / made).mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,7 @@ def test_states_stay_while_another_view_of_their_model_has_stages_to_come(tiny_s
         return len(kept_states) == count
 
     assert not rest_of("gpt")
+    assert not rest_of("pc", only=("pc",)), "no other view is asked for"
     assert rest_of("pc")
     assert not rest_of("pc+state")
 
