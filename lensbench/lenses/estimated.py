@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lensbench.errors import LensbenchError
 from lensbench.lenses.maps import AffineMaps
-from lensbench.lenses.read import Reference, Scores, score
+from lensbench.lenses.read import Reference, Scores, ScoresAt, exact_scores, score
 from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture, room_for
@@ -283,6 +283,12 @@ class Estimator:
             for parts in zip(*in_pieces(slice(0, len(h)), TOKEN_BLOCK, one, what="a token of an estimate"), strict=True)
         )
         return Scores(kl, ce, movement[0] if movement else None, top1)
+
+
+def usual_scores(readout: ReadOut, captured: Capture) -> ScoresAt:
+    """Scores by :meth:`Estimator.usual`, exact ones where that saves nothing; all lenses share words and sample."""
+    estimator = Estimator.usual(readout, captured)
+    return exact_scores(readout, captured) if estimator is None else estimator.score
 
 
 def mended(cheap: Tensor, exact: Tensor, drawn: Drawn, ranks: Ranks = ALONE) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from lensbench.lenses.estimated import Estimator
+from lensbench.lenses.estimated import usual_scores
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.read import own_layer_sums
@@ -444,8 +444,7 @@ def _gates(
     chance = _chance(held, sums, moments, maps, fitted.room)
     point, draws = held.quantities(sums, chance)
     room = has_room(point, draws)
-    estimator = Estimator.usual(readout, dev)
-    kl, ce = own_layer_sums(readout, dev, lenses.within, layers, None if estimator is None else estimator.score)
+    kl, ce = own_layer_sums(readout, dev, lenses.within, layers, usual_scores(readout, dev))
     tokens = np.bincount(held.cluster.numpy(), minlength=held.clusters).astype(float)
     losses = Losses(held.by_cluster(dev, kl), held.by_cluster(dev, ce), tokens)
     fall = falls(losses, pairs, held.weights)

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
-from lensbench.lenses.estimated import Estimator
+from lensbench.lenses.estimated import usual_scores
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.moments import MOMENT_BLOCK, MomentSums
-from lensbench.lenses.read import score
 from lensbench.lenses.recipe import FitRecipe, spread_layers
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import Choice, DevSearch, pad_direction
@@ -153,8 +152,7 @@ class _CopyJudge:
         path = RidgePath(sums.moments(), "zero")
         self.near, chosen = search.strongest(path.solve, [0], context.recipe.tolerance, self.near)
         maps: AffineMaps = search.padded(path.solve(chosen.ridge), chosen.pad)
-        estimator = Estimator.usual(context.readout, at_dev)  # the same words and tokens for every copy
-        scores = score(context.readout, dev, maps, at_dev) if estimator is None else estimator.score(0, maps)
+        scores = usual_scores(context.readout, at_dev)(0, maps)  # by the same words and tokens for every copy
         return torch.cat([scores.kl, scores.ce])
 
     def fall(self, before: Tensor, after: Tensor) -> bool:
