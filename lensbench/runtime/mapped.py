@@ -5,6 +5,7 @@ the file, too: given back, it is read from there when it is used again.
 """
 
 import mmap
+import os
 import weakref
 from pathlib import Path
 
@@ -17,8 +18,29 @@ _MAPPED: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
-    """A new raw array in ``path``, as a tensor that is written through to it; its values are anything."""
-    return kept_in_file(np.memmap(path, dtype=dtype, mode="w+", shape=shape))
+    """A new raw array in ``path``, as a tensor that is written through to it; its values are anything.
+
+    Raises OSError where the disk has no room for it.
+    """
+    array = np.memmap(path, dtype=dtype, mode="w+", shape=shape)
+    reserve(path)
+    return kept_in_file(array)
+
+
+def reserve(path: Path) -> None:
+    """Give a file its place on the disk; raises OSError, and removes the file, where the disk has no room.
+
+    A new file that is mapped has none yet. A page that finds no room as it is written kills the process, which no handler
+    can tell the user. macOS and Windows have no such call: there this does nothing.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError:
+        path.unlink()
+        raise
 
 
 def kept_in_file(array: "np.memmap[tuple[int, ...], np.dtype[np.generic]]") -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lensbench.runtime.files import sha256
-from lensbench.runtime.mapped import kept_in_file
+from lensbench.runtime.mapped import kept_in_file, reserve
 from lensbench.runtime.sealed import Damaged, load_sealed, save_sealed
 from lensbench.streams.capture import Capture
 
@@ -30,8 +30,13 @@ ARRAYS = ("window", "document", "target_bytes")
 
 
 def mapped_file(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A new float32 array on disk, as a tensor that is written through to it; its folder must be there."""
-    return kept_in_file(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
+    """A new float32 array on disk, as a tensor that is written through to it; its folder must be there.
+
+    Raises OSError where the disk has no room for it.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    reserve(path)
+    return kept_in_file(array)
 
 
 def keep(captured: Capture, folder: Path) -> None:

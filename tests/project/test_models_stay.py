@@ -292,7 +292,7 @@ def evaluated(model):
 
 
 def through_the_head(stream):
-    with stream.before_the_head(lambda _, args: args[0][:, -1:]):
+    with parts.evaluating(stream.model), stream.before_the_head(lambda _, args: args[0][:, -1:]):
         stream.model(input_ids=IDS[None])
 
 

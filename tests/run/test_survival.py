@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.commands import refused, run
+from helpers.disks import disk
 from helpers.gpt_windows import windows
 from helpers.suites import without_figures, write_suite
 from helpers.training import CPU, STREAM, model_of, recipe
@@ -73,19 +74,6 @@ def test_a_folder_that_holds_no_more_than_a_lock_is_a_new_one(tiny_suite, tmp_pa
 
 
 # Disks
-
-
-@contextlib.contextmanager
-def disk(folder: Path, size: str):
-    """A file system of its own of so much; the test is skipped where this user may not mount one."""
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    if made.returncode:
-        pytest.skip("this user may not mount a file system")
-    try:
-        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.mark.run

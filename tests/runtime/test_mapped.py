@@ -1,12 +1,16 @@
 """Arrays in mapped files: what was written is read again after their pages were given back."""
 
 import gc
+import os
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers.disks import disk
 
 from lensbench.lenses.room import FILE, MatrixFile
 from lensbench.runtime import sealed
@@ -51,6 +55,34 @@ def test_states_that_an_earlier_stage_kept_are_read_from_their_file_again(tmp_pa
     give_back_pages()
     assert before - of_files() > 24 * 1024
     assert states.mean((1, 2)).tolist() == list(range(8))
+
+
+NEW_ARRAYS = {
+    "states that are kept": lambda folder: mapped_file(folder / "states.npy", (3, 256, 256)),
+    "moments": lambda folder: MatrixFile(folder / FILE, 2**17).all,
+    "states for a while": lambda folder: mapped(folder / "states", (3, 256, 256), np.float32),
+}
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "posix_fallocate"), reason="no place on the disk is taken here before it is written"
+)
+@pytest.mark.parametrize("make", NEW_ARRAYS.values(), ids=NEW_ARRAYS)
+def test_a_new_array_has_its_place_on_the_disk_before_it_is_written(make, tmp_path):
+    """A page without a place on a disk that is full by then would kill the process."""
+    array = make(tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert 512 * file.stat().st_blocks >= array.numel() * array.element_size()
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
+@pytest.mark.parametrize("make", NEW_ARRAYS.values(), ids=NEW_ARRAYS)
+def test_a_new_array_on_a_disk_that_is_too_small_is_an_error_and_leaves_nothing(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))  # as another process sees it first
+    with disk(tmp_path / "small", "256k"):
+        with pytest.raises(OSError, match="No space left"):
+            make(tmp_path / "small")
+        assert not list((tmp_path / "small").iterdir())
 
 
 def test_an_array_that_is_forgotten_is_no_longer_asked_for_its_pages(tmp_path: Path) -> None:
