@@ -1,6 +1,6 @@
 """Centred second moments of a stream, layer by layer, from which every closed form follows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,6 +16,9 @@ from lensbench.streams.gram import add_gram_
 from lensbench.streams.rotated import RotatedView
 
 MOMENT_BLOCK = 4096
+
+KEPT_TARGETS = 2**28
+"""Bytes of float64 that the targets of all regressions may take in memory; larger ones are made again for each layer"""
 
 CPU = torch.device("cpu")
 
@@ -45,20 +48,51 @@ class Moments:
 
         ``room`` makes what the matrices of all layers lie in; beyond it this takes a few matrices ``[d, d]``.
         """
-        layers, d = captured.layers, captured.states.shape[-1]
-        covariance, cross = room((layers, d, d)), room((layers, d, d))
+        return cls.at(captured, range(captured.layers), torch.arange(len(captured)), token_weights, room)
+
+    @classmethod
+    def at(
+        cls,
+        captured: Capture,
+        rows: Sequence[int],
+        tokens: Tensor,
+        token_weights: Tensor | None = None,
+        room: Room = IN_MEMORY,
+    ) -> "Moments":
+        """Regressions from the states ``rows`` (0..L) to h_L, of tokens ``[n]`` with ``token_weights`` ``[n]``."""
+        ranks, device, d = captured.ranks, captured.states.device, captured.states.shape[-1]
+        if token_weights is not None:  # of documents drawn with replacement a third is left out
+            drawn = token_weights != 0
+            tokens, token_weights = tokens[drawn], token_weights[drawn]
+        blocks = [
+            (part.to(device), None if token_weights is None else token_weights[place].to(device))
+            for part, place in zip(
+                tokens.split(MOMENT_BLOCK), torch.arange(len(tokens)).split(MOMENT_BLOCK), strict=True
+            )
+        ]
+
+        def states(row: int) -> Iterator[Tensor]:
+            return (captured.states[row][part] for part, _ in blocks)
+
+        shifts = ranks.told(torch.stack([next(states(row)).mean(0, dtype=torch.float64).cpu() for row in (*rows, -1)]))
+        shifts = shifts.nan_to_num().to(device)  # NaN where the first process has no token
+        weights = [WeightedBlock.of(len(part), own) for part, own in blocks]
+
+        def targets() -> Iterator[Tensor]:
+            return (block.centred(h, shifts[-1]) for block, h in zip(weights, states(-1), strict=True))
+
+        kept = list(targets()) if 8 * len(tokens) * d <= KEPT_TARGETS else None
+        covariance, cross = room((len(rows), d, d)), room((len(rows), d, d))
         means = []
-        for layer in range(layers):
-            sums = MomentSums(captured.ranks)
-            for start in range(0, len(captured), MOMENT_BLOCK):
-                rows = slice(start, start + MOMENT_BLOCK)
-                both = torch.stack([captured.states[layer, rows], captured.states[-1, rows]])
-                sums.add(both, None if token_weights is None else token_weights[rows])
+        for k, row in enumerate(rows):
+            sums = MomentSums(ranks, shifts[[k, -1]])
+            for block, h, target in zip(weights, states(row), kept or targets(), strict=True):
+                sums.take(block, [block.centred(h, shifts[k])], target)
             one = sums.moments()
-            covariance[layer], cross[layer] = one.covariance[0], one.cross[0]
+            covariance[k], cross[k] = one.covariance[0], one.cross[0]
             means.append(one.mean[0])
             give_back_pages()
-        return cls(torch.stack(means), covariance, cross, one.target_mean, algebra_device(captured.states))
+        return cls(torch.stack(means), covariance, cross, one.target_mean, one.device)
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
@@ -175,6 +209,33 @@ class RotatedMoments:
         return _pooled(self.mean, ((k, *self.of_layer(k)) for k in rows), self.plain)
 
 
+@dataclass(frozen=True)
+class WeightedBlock:
+    """The weights of n tokens, as what rows are multiplied by to have the second moments of weighted rows."""
+
+    roots: Tensor | None
+    """float64 ``[n]``; None where every token counts once"""
+    weight: float
+    """Their sum"""
+
+    @classmethod
+    def of(cls, count: int, token_weights: Tensor | None) -> "WeightedBlock":
+        """Of ``token_weights`` ``[count]``."""
+        if token_weights is None:
+            return cls(None, float(count))
+        own = token_weights.double()
+        return cls(own.sqrt(), float(own.sum()))
+
+    def centred(self, states: Tensor, shift: Tensor) -> Tensor:
+        """States ``[n, d]`` around a shift ``[d]``, float64, each times its root."""
+        h = states - shift  # float64, as the shift is: no conversion of its own
+        return h if self.roots is None else h.mul_(self.roots[:, None])
+
+    def summed(self, h: Tensor) -> Tensor:
+        """The weighted sum ``[d]`` of centred states."""
+        return h.sum(0) if self.roots is None else self.roots @ h
+
+
 class MomentSums:
     """Sums from which :class:`Moments` follow, filled block by block: the stream is passed once and no state is kept.
 
@@ -182,42 +243,41 @@ class MomentSums:
     around the first one's and added up at the end.
     """
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
+    def __init__(self, ranks: Ranks = ALONE, shift: Tensor | None = None) -> None:
         self.ranks = ranks
-        self.shift: Tensor | None = None  # [L+1, d]
+        self.shift = shift  # [L+1, d]
         self.weight = 0.0
         self.first: Tensor  # [L+1, d]
         self.second: Tensor  # [L, d, d]
         self.cross: Tensor  # [L, d, d]
+        if shift is not None:
+            self._begin(shift)
+
+    def _begin(self, shift: Tensor) -> None:
+        layers, d = len(shift) - 1, shift.shape[1]
+        self.shift, self.first = shift, torch.zeros_like(shift)
+        self.second, self.cross = shift.new_zeros(layers, d, d), shift.new_zeros(layers, d, d)
 
     def add(self, states: Tensor, token_weights: Tensor | None = None) -> None:
         """Add states ``[L+1, n, d]``, weighted by ``token_weights`` ``[n]``."""
-        layers, _, d = states.shape[0] - 1, *states.shape[1:]
         if self.shift is None:
-            self.shift = self.ranks.told(states.mean(1, dtype=torch.float64).cpu()).to(states.device)
-            self.first = torch.zeros_like(self.shift)
-            self.second = self.shift.new_zeros(layers, d, d)
-            self.cross = self.shift.new_zeros(layers, d, d)
-        roots = None  # of the weights: rows times these have the second moments of weighted rows
+            self._begin(self.ranks.told(states.mean(1, dtype=torch.float64).cpu()).to(states.device))
         if token_weights is not None:
             drawn = (token_weights != 0).nonzero()[:, 0]  # of documents drawn with replacement a third is left out
-            states, roots = states[:, drawn.to(states.device)], token_weights[drawn].to(states.device).double().sqrt()
+            states, token_weights = states[:, drawn.to(states.device)], token_weights[drawn].to(states.device)
+        block, shift = WeightedBlock.of(states.shape[1], token_weights), self.shift
+        assert shift is not None
+        inputs = (block.centred(h, own) for h, own in zip(states[:-1], shift, strict=False))
+        self.take(block, inputs, block.centred(states[-1], shift[-1]))
 
-        def centred(layer: int) -> Tensor:
-            h = states[layer].double() - self.shift[layer]  # type: ignore[index]
-            return h if roots is None else h.mul_(roots[:, None])
-
-        def summed(h: Tensor) -> Tensor:
-            return h.sum(0) if roots is None else roots @ h
-
-        target = centred(layers)
-        self.first[layers] += summed(target)
-        self.weight += float(states.shape[1] if roots is None else token_weights.double().sum())  # type: ignore[union-attr]
-        for layer in range(layers):
-            h = centred(layer)
+    def take(self, block: "WeightedBlock", inputs: Iterable[Tensor], target: Tensor) -> None:
+        """Add the centred states ``[n, d]`` of each layer, and those of the target."""
+        self.first[-1] += block.summed(target)
+        self.weight += block.weight
+        for layer, h in enumerate(inputs):
             self.cross[layer].addmm_(target.T, h)
             add_gram_(self.second[layer], h)
-            self.first[layer] += summed(h)
+            self.first[layer] += block.summed(h)
 
     def moments(self) -> Moments:
         """The centred moments, on the CPU.

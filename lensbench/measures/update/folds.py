@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lensbench.lenses.moments import MOMENT_BLOCK, Moments, MomentSums
+from lensbench.lenses.moments import Moments
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.room import IN_MEMORY, Room
 from lensbench.measures.update.metric import SMALLEST_EIGENVALUE, Metric
@@ -118,21 +118,9 @@ def _moments_of(
     captured: Capture, layers: Sequence[int], chosen: NDArray[np.bool_], counts: NDArray[np.int64] | None, room: Room
 ) -> Moments:
     """The moments of some documents, ``chosen`` ``[documents]``, one layer after the other."""
-    rows, d = [*layers, captured.layers], captured.states.shape[-1]
-    drawn = None if counts is None else counts[captured.document]
-    wanted = chosen[captured.document] if drawn is None else chosen[captured.document] & (drawn > 0)
-    at = torch.from_numpy(np.flatnonzero(wanted))
-    covariance, cross, means = room((len(rows), d, d)), room((len(rows), d, d)), []
-    for k, row in enumerate(rows):
-        sums = MomentSums(captured.ranks)
-        for tokens in at.split(MOMENT_BLOCK):
-            weights = None if drawn is None else torch.from_numpy(drawn[tokens.numpy()])
-            sums.add(torch.stack([captured.states[r][tokens] for r in (row, captured.layers)]), weights)
-        one = sums.moments()
-        covariance[k], cross[k] = one.covariance[0], one.cross[0]
-        means.append(one.mean[0])
-        give_back_pages()
-    return Moments(torch.stack(means), covariance, cross, one.target_mean, one.device)
+    wanted = torch.from_numpy(np.flatnonzero(chosen[captured.document]))
+    drawn = None if counts is None else torch.from_numpy(counts[captured.document])[wanted]
+    return Moments.at(captured, [*layers, captured.layers], wanted, drawn, room)
 
 
 def resampled(folds: NDArray[np.int64], seed: Sequence[int]) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """The null of adding up: every block's update comes from a token of another document."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -74,6 +74,8 @@ class ShuffledView:
     seed: int
     constant: Tensor
     """float32 ``[V]``: mean of the new p over the fitting tokens, from which ``constant_kl`` is measured"""
+    of_fit: tuple[Capture, dict[str, Tensor]] | None = field(default=None, repr=False, compare=False)
+    """The capture that the view was fitted to, and what the new stream says of its tokens: reading it out takes long"""
 
     @classmethod
     @torch.no_grad()
@@ -84,15 +86,10 @@ class ShuffledView:
 
         Raises :class:`LensbenchError` where their documents cannot be shuffled, see :func:`donors`.
         """
-        total = torch.zeros(len(readout.weight), dtype=torch.float64, device=fit.states.device)
         view = cls(layers, readout, seed, torch.empty(0))
         *_, end = view.states_of(fit, "fit", memory_gib)
-
-        def one(rows: slice) -> None:
-            total.add_(readout(end[rows]).softmax(-1).sum(0).double())
-
-        in_pieces(slice(0, len(end)), token_block(readout), one, what="a token of the shuffled stream")
-        return replace(view, constant=(fit.ranks.sum(total) / fit.tokens).float())
+        said, mean_p = view._said(end, fit, None)
+        return replace(view, constant=mean_p.float(), of_fit=(fit, said))
 
     def states_of(self, captured: Capture, split: Split, memory_gib: float) -> Iterator[Tensor]:
         """The new states ``[N, d]`` of every layer 0..L, one after the other, in the same memory.
@@ -125,24 +122,35 @@ class ShuffledView:
             if layer in self.layers:
                 states[self.layers.index(layer)] = h
         states[-1] = h
-        said, mean_p = self._said(states[-1], captured)
+        if self.of_fit is not None and split == "fit" and self.of_fit[0] is captured:
+            said, mean_p = self.of_fit[1], self.constant
+        else:
+            said, mean_p = self._said(h, captured, None if split == "fit" else self.constant)
         changed = {"states": states, "mean_p": mean_p.to(captured.mean_p.dtype), **said}
         return Capture(**{**vars(captured), **changed})
 
-    def _said(self, end: Tensor, captured: Capture) -> tuple[dict[str, Tensor], Tensor]:
-        """What the read-out says of the last states, and the mean p of all processes."""
-        constant = self.constant.to(end.device).double().clamp(min=1e-300).log().to(end.dtype)
+    def _said(self, end: Tensor, captured: Capture, constant: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """What the read-out says of the last states, and the mean p of all processes, float64.
 
+        ``constant_kl`` is measured from the distribution ``constant`` ``[V]``. Without one it is measured from the mean p:
+        its mean is right, and each token's lacks how far its own p is from the mean, as :func:`predictions` says.
+        """
+        log_constant = (
+            None if constant is None else constant.to(end.device).double().clamp(min=1e-300).log().to(end.dtype)
+        )
         total = torch.zeros(len(self.readout.weight), dtype=torch.float64, device=end.device)
 
         def one(rows: slice) -> dict[str, Tensor]:
-            found, p = predictions(self.readout, self.readout(end[rows]), captured.targets[rows], constant)
+            found, p = predictions(self.readout, self.readout(end[rows]), captured.targets[rows], log_constant)
             total.add_(p)  # last: nothing can run out of memory any more and be done again
             return found
 
         parts = in_pieces(slice(0, len(end)), token_block(self.readout), one, what="a token of the shuffled stream")
         said = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-        return said, captured.ranks.sum(total) / captured.tokens
+        mean_p = captured.ranks.sum(total) / captured.tokens
+        if constant is None and said:
+            said["constant_kl"] -= mean_p.xlogy(mean_p).sum().to(end.dtype)
+        return said, mean_p
 
     def tensors(self) -> dict[str, Tensor]:
         """``layers`` ``[n]``, ``seed`` and ``constant`` ``[V]``; the read-out is the model's."""
