@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.process import BaseProcess, parent_process
 from types import MappingProxyType
 
 import torch
@@ -241,7 +241,7 @@ def in_parts(context: Context, tasks: list[ClusterTask], expected: Mapping[str, 
 
 def _compute(line: Connection) -> None:
     """Compute tasks, and say of each what is wrong, None for nothing; ends when the process that asks is no longer there."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     cache = Cache()
     try:
         while True:
@@ -256,7 +256,11 @@ def _compute(line: Connection) -> None:
         os._exit(130)
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with(asking: BaseProcess | None) -> None:
+    """End this process, in the middle of a task, too, when the one that asks has ended, whatever ended it.
+
+    Which is not its parent: processes are forked from another one, and that lives as long as any of them.
+    """
+    assert asking is not None
+    asking.join()
     os._exit(1)

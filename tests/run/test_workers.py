@@ -82,6 +82,55 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(tiny_suite, tiny_r
     assert csv_bytes(out) == csv_bytes(tiny_run)
 
 
+@dataclass(frozen=True)
+class Endless:
+    """A task that does not end by itself, in the place of a :class:`lensbench.run.cluster.ClusterTask`."""
+
+    name: str = "task-endless"
+
+    def compute(self, known: Cache) -> None:
+        time.sleep(600)
+
+
+def alive(process: int) -> bool:
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.run
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_worker_ends_in_the_middle_of_its_task_when_the_run_is_killed(method, tmp_path):
+    script = (
+        "import time\n"
+        "from multiprocessing import get_context\n"
+        "from lensbench.run import workers\n"
+        "from run.test_workers import Endless\n"
+        "if __name__ == '__main__':\n"
+        f"    workers.new_processes = lambda: get_context({method!r})\n"
+        "    started = [workers.Worker.started() for _ in range(2)]\n"
+        "    for worker in started: worker.begin(Endless(), None)\n"
+        "    print(*(worker.process.pid for worker in started), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    words = [sys.executable, tmp_path / "script.py"]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        started = [int(word) for word in process.stdout.readline().split()]
+        assert len(started) == 2
+        time.sleep(1)
+        assert all(map(alive, started))
+        process.kill()
+    until = time.monotonic() + 60  # one that has not yet imported everything ends when it has
+    while any(map(alive, started)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(alive, started))
+
+
 @pytest.mark.run
 def test_what_a_user_can_mend_in_a_worker_is_one_line(tiny_suite, tmp_path):
     diverging = tmp_path / "diverging.toml"
