@@ -1,6 +1,7 @@
 """Run a suite or a sweep."""
 
 import contextlib
+import gc
 import re
 import time
 from pathlib import Path
@@ -201,7 +202,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Train or load a suite's models, fit lenses, measure, report. Finished work that fits the settings is reused."""
-    import_for_several(suite, workers, apart=dry_run or ray is not None)
+    import_modules(suite, workers, apart=dry_run or ray is not None)
     from lensbench.run.cluster import Cluster
     from lensbench.run.suite import run_suite
     from lensbench.runtime.environment import choose_device
@@ -253,13 +254,18 @@ def run(
     show_line(took, console)
 
 
-def import_for_several(suite: str, workers: int | None, apart: bool) -> None:
-    """Begin to import for processes that compute several models at once, while this one imports.
+def import_modules(suite: str, workers: int | None, apart: bool) -> None:
+    """Import what a run needs, here and in the process that those are forked from that compute several models at once.
 
-    Not where none will: one model is computed at a time, or nothing here (``apart``).
+    Not there where none will: one model is computed at a time, or nothing here (``apart``).
     """
     if not apart and (asks_for_several(suite) if workers is None else workers > 1):
         import_ahead("lensbench.run.workers", "lensbench.report.figures.draw")
+    gc.disable()  # modules stay: looking for garbage among them takes a sixth of the time
+    try:
+        import lensbench.run.suite  # noqa: F401
+    finally:
+        gc.enable()
 
 
 def refuse_other_processes(ray: str | None, workers: int | None, ranks: int) -> None:

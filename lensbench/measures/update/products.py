@@ -166,13 +166,19 @@ def _of_pairs(centred: Tensor, last: Tensor, own: Tensor, maps: Readings) -> Ite
 
 def _of_new(centred: Tensor, last: Tensor, own: Tensor, maps: Readings) -> Iterator[dict[str, Tensor]]:
     """As :func:`_of_pairs`, with products of u left as NaN, but for uf: ``<A d, f> = <d, A^T f>`` needs no reading of d."""
-    for i in range(len(centred) - 1):
+    count = len(centred)
+    at_once = count if last.is_cuda else 1
+    for i in range(count - 1):
         r = own[:, i].to(last)
         f = torch.stack([last @ maps.signal[fold, i].T for fold in (0, 1)])
         back = (f[1] @ maps.read[0, i] + f[0] @ maps.read[1, i]) / 2
-        v = (own[:, i + 1 :] - own[:, i, None]).to(last)
-        known = {"uf": _dot((centred[i + 1 :] - centred[i]).to(last), back), "vr": _crossed_dot(v, r)}
-        known |= {"vf": _crossed_dot(v, f), "vv": _dot(v[0], v[1])}
+        parts = []
+        for j in range(i + 1, count, at_once):
+            some = slice(j, j + at_once)
+            v = (own[:, some] - own[:, i, None]).to(last)
+            part = {"uf": _dot((centred[some] - centred[i]).to(last), back), "vr": _crossed_dot(v, r)}
+            parts.append(part | {"vf": _crossed_dot(v, f), "vv": _dot(v[0], v[1])})
+        known = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         unknown = torch.full_like(known["uf"], torch.nan)
         yield {name: known.get(name, unknown) for name in PAIR_PRODUCTS}
 
