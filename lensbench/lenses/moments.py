@@ -1,5 +1,6 @@
 """Centred second moments of a stream, layer by layer, from which every closed form follows."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -64,30 +65,30 @@ class Moments:
         if token_weights is not None:  # of documents drawn with replacement a third is left out
             drawn = token_weights != 0
             tokens, token_weights = tokens[drawn], token_weights[drawn]
-        blocks = [
-            (part.to(device), None if token_weights is None else token_weights[place].to(device))
-            for part, place in zip(
-                tokens.split(MOMENT_BLOCK), torch.arange(len(tokens)).split(MOMENT_BLOCK), strict=True
-            )
-        ]
+        weights = itertools.repeat(None) if token_weights is None else token_weights.to(device).split(MOMENT_BLOCK)
+        parts = [part.to(device) for part in tokens.split(MOMENT_BLOCK)]
+        blocks = [WeightedBlock.of(len(part), own) for part, own in zip(parts, weights, strict=False)]
 
         def states(row: int) -> Iterator[Tensor]:
-            return (captured.states[row][part] for part, _ in blocks)
+            return (captured.states[row][part] for part in parts)
 
-        shifts = ranks.told(torch.stack([next(states(row)).mean(0, dtype=torch.float64).cpu() for row in (*rows, -1)]))
-        shifts = shifts.nan_to_num().to(device)  # NaN where the first process has no token
-        weights = [WeightedBlock.of(len(part), own) for part, own in blocks]
+        def shift_of(row: int) -> Tensor:
+            shift = ranks.told(next(states(row)).mean(0, dtype=torch.float64).cpu())
+            return shift.nan_to_num().to(device)  # NaN where the first process has no token
+
+        to_target = shift_of(-1)
 
         def targets() -> Iterator[Tensor]:
-            return (block.centred(h, shifts[-1]) for block, h in zip(weights, states(-1), strict=True))
+            return (block.centred(h, to_target) for block, h in zip(blocks, states(-1), strict=True))
 
         kept = list(targets()) if 8 * len(tokens) * d <= KEPT_TARGETS else None
         covariance, cross = room((len(rows), d, d)), room((len(rows), d, d))
         means = []
         for k, row in enumerate(rows):
-            sums = MomentSums(ranks, shifts[[k, -1]])
-            for block, h, target in zip(weights, states(row), kept or targets(), strict=True):
-                sums.take(block, [block.centred(h, shifts[k])], target)
+            shift = shift_of(row)
+            sums = MomentSums(ranks, torch.stack([shift, to_target]))
+            for block, h, target in zip(blocks, states(row), kept or targets(), strict=True):
+                sums.take(block, [block.centred(h, shift)], target)
             one = sums.moments()
             covariance[k], cross[k] = one.covariance[0], one.cross[0]
             means.append(one.mean[0])

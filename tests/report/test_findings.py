@@ -42,6 +42,9 @@ def test_gain_is_seen_where_its_interval_lies_above_zero():
     )
     assert findings.seen_at_distances(frame).endswith("at all distances in a; at some in b; at none in c")
     assert findings.seen_at_distances(frame[frame["model"] == "d"]).endswith("?")
+    of_one = {"a": "gain at all distances", "b": "gain at some distances", "c": "At no distance does"}
+    for model, said in of_one.items():
+        assert said in findings.seen_at_distances(frame[frame["model"] == model])
 
 
 def test_models_within_the_interval_of_the_lowest_loss_are_as_low():

@@ -146,6 +146,10 @@ def seen_at_distances(frame: pd.DataFrame) -> str:
     seen = (defined["ci_low"] > 0).groupby(defined["model"], sort=False).agg(["all", "any"])
     if seen.empty:
         return "How far ahead does a fixed lens see?"
+    if len(seen) == 1:
+        if not seen["any"].all():
+            return "At no distance does a fixed lens surely see gain"
+        return f"A fixed lens surely sees gain at {'all' if seen['all'].all() else 'some'} distances"
     groups = {
         "at all distances in": seen.index[seen["all"]],
         "at some in": seen.index[seen["any"] & ~seen["all"]],
