@@ -20,16 +20,12 @@ from lensbench.statistics import bootstrap_weights, ratio_with_interval
 from lensbench.suite.recipes import ModelRecipe, Suite
 
 WINDOWS = 32
-"""Number of dev windows at most that are read with the token and without it"""
-
-DEV_TOKENS = 64
-"""Dev tokens of the fit, or 4 windows of theirs, for one such window"""
+"""Number of dev windows at most that are read with the token and without it: a quarter of those that the fit has"""
 
 
 def windows_of(suite: Suite) -> int:
     """How many windows a suite reads with and without the token."""
-    fit = suite.fit
-    return min(WINDOWS, max(1, fit.dev_sequences // 4, fit.dev_sequences * fit.dev_positions // DEV_TOKENS))
+    return min(WINDOWS, max(1, suite.fit.dev_sequences // 4))
 
 
 def beginning_facts(context: Context, model: ModelRecipe, seed: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-LEAST_COLUMNS = 64
+LEAST_COLUMNS = 96
 """Columns of a diagonal block that is no longer halved: narrower products run at a lower rate"""
 
 
