@@ -18,7 +18,7 @@ from lensbench.lenses.lens import FittedLens, LensId, LensKey, LensRecord, lense
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.per_layer import headline_of
 from lensbench.lenses.planning import FitContext, Job
-from lensbench.lenses.read import lens_sums
+from lensbench.lenses.read import mean_kls
 from lensbench.lenses.refined import OWN_REFINED, SHARED_REFINED
 from lensbench.lenses.search import thinned
 from lensbench.lenses.shared import SHARED_BIAS_LENS
@@ -243,7 +243,6 @@ def _is_listed(lens: LensId, headline: LensId) -> bool:
 
 def _mean_kls(context: FitContext, lens: FittedLens, tokens: Capture, key: str) -> Sequence[float]:
     def content() -> dict[str, Tensor]:
-        kl, _ = lens_sums(context.readout, tokens, lens, context.views)
-        return {"kl": torch.from_numpy(kl.sum(0) / tokens.tokens)}
+        return {"kl": torch.tensor(mean_kls(context.readout, tokens, lens, context.views), dtype=torch.float64)}
 
     return [float(v) for v in context.pieces.get(f"{key}-{lens.id}", content)["kl"]]

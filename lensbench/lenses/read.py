@@ -1,6 +1,7 @@
 """Losses of lenses at the layers they are read at, summed by window."""
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from lensbench.lenses.maps import AffineMaps
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture, room_for
 from lensbench.streams.kl import (
+    ROW_BLOCK,
     TOKEN_BLOCK,
     Tokens,
     expected_logit,
@@ -19,6 +21,7 @@ from lensbench.streams.kl import (
     partition_and_largest,
     softmax_moment,
     sums_of_all,
+    token_kl,
 )
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.rotated import RotatedView
@@ -169,3 +172,26 @@ def lens_sums(
             kl.append(sums_of_all(scores.kl[0], captured))
             ce.append(sums_of_all(scores.ce[0], captured))
     return np.stack(kl, -1), np.stack(ce, -1)
+
+
+@torch.no_grad()
+def mean_kls(readout: ReadOut, captured: Capture, lens: FittedLens, views: Sequence[RotatedView]) -> list[float]:
+    """Mean KL, nats, of a lens on each layer that its maps read as their own, in the order of :attr:`LensRecord.layers`.
+
+    The tokens may be few: those of several layers go through the unembedding together.
+    """
+    tokens = Tokens(captured.expected, captured.entropy_term, captured.states[-1])
+
+    def normalised() -> Iterator[Tensor]:
+        for number, own in enumerate(lens.reads):
+            maps = lens.to_plain(number, views).to(captured.states)
+            for k, layer in enumerate(own):
+                at = k if len(maps) > 1 else 0
+                yield readout.final_norm(captured.states[layer] @ maps.matrix[at].T + maps.offset[at])
+
+    found, read = list[Tensor](), normalised()
+    while some := list(itertools.islice(read, max(1, ROW_BLOCK // max(1, len(captured))))):
+        kl = token_kl(readout, torch.cat(some), tokens.repeated(len(some)))
+        found.append(kl.view(len(some), len(captured)).double().sum(1))
+    means: list[float] = (captured.ranks.sum(torch.cat(found)) / captured.tokens).tolist()
+    return means

@@ -36,6 +36,10 @@ class Tokens:
     entropy_term: Tensor  # [N]: sum p log p - sum p bias; where logits are capped, sum p log p
     final: Tensor  # [N, d]: h_L, from which p is computed again where logits are capped
 
+    def repeated(self, times: int) -> "Tokens":
+        """These tokens again and again, ``[times * N]``."""
+        return Tokens(self.expected.repeat(times, 1), self.entropy_term.repeat(times), self.final.repeat(times, 1))
+
 
 def log_partition(readout: ReadOut, n: Tensor) -> Tensor:
     """``log sum_v exp(logit_v)`` ``[R]`` of normalised states ``[R, d_read]``, in blocks that fit into the cache.

@@ -28,13 +28,14 @@ from hypothesis import strategies as st
 
 from lensbench import statistics
 from lensbench.lenses import fit as fitting
+from lensbench.lenses import read as reading
 from lensbench.lenses import refined, refits
 from lensbench.lenses.fit import Fit, fit, thinned
 from lensbench.lenses.moments import Moments
 from lensbench.lenses.pairs import PAIR_LENS
 from lensbench.lenses.per_layer import MATRIX_LENSES, OWN
 from lensbench.lenses.planning import FitContext
-from lensbench.lenses.read import lens_sums
+from lensbench.lenses.read import lens_sums, mean_kls
 from lensbench.lenses.recipe import FitRecipe
 from lensbench.lenses.ridge import RidgePath
 from lensbench.lenses.search import DevSearch, pad_direction
@@ -380,6 +381,21 @@ def test_two_rotated_views_are_refitted_and_compared_with_their_own_first_fits()
     assert np.abs(rotated[1] - rotated[0]).max() > 1e-4
 
 
+@pytest.mark.parametrize("together", [1, 100, 10**6])
+def test_mean_kls_of_many_layers_at_once_are_those_of_softmaxes(together, monkeypatch):
+    monkeypatch.setattr(reading, "ROW_BLOCK", together)
+    it = deep()
+    readout, held_out = it.stream.readout, it.held_out.take(torch.arange(0, len(it.held_out), 7))
+    for lens in (it.fit.summary.headline, SHARED_LENS, SHARED_LENS.of_view(1), PAIR_LENS):
+        fitted, expected = it.fit[lens], []
+        for number, layers in enumerate(fitted.reads):
+            maps = fitted.to_plain(number, it.fit.views)
+            for k, layer in enumerate(layers):
+                expected += [*true_kls(readout, held_out, maps[[k if len(maps) > 1 else 0]], (layer,))]
+        found = mean_kls(readout, held_out, fitted, it.fit.views)
+        np.testing.assert_allclose(found, np.ravel(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_pairs_are_scored_on_their_own_two_layers():
     it = deep()
     pairs = ((0, 2), (0, 4), (2, 4))
@@ -539,7 +555,7 @@ def test_what_a_fit_finished_is_not_computed_again(fitted_in_pieces, monkeypatch
     folder, found = fitted_in_pieces
     for name in ("path", "best", "best_pad", "within_one_error"):
         monkeypatch.setattr(DevSearch, name, refuse)
-    for module, name in ((refined, "refine"), (refits, "resampled_moments"), (fitting, "lens_sums")):
+    for module, name in ((refined, "refine"), (refits, "resampled_moments"), (fitting, "mean_kls")):
         monkeypatch.setattr(module, name, refuse)
     steps = Steps()
     same_maps(fit_in(Pieces(folder), steps), found)
