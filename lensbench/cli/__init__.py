@@ -1,10 +1,10 @@
 """The command line: parses, calls, prints."""
 
-import atexit
+import atexit  # noqa: I001
 import gc
 
 # Commands register themselves, in the order in which --help lists them.
-from lensbench.cli import between, lenses, listing, reading, reports, running, studies  # noqa: F401
+from lensbench.cli import running, studies, between, reports, reading, lenses, listing  # noqa: F401
 from lensbench.cli.app import app
 
 __all__ = ["app", "main"]

@@ -128,8 +128,16 @@ def test_strict_says_that_it_refuses_and_names_no_file_as_left_out(tmp_path):
     assert "left out" not in str(found.value)
 
 
-def test_the_list_of_commands_cuts_no_line():
+def test_the_list_of_commands_cuts_no_line_and_has_the_order_of_a_users_work():
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"})
+    lines = [line.strip(" │").split(" ")[0] for line in result.output.splitlines()]
+    assert [line for line in lines if line in ("models", "run", "compare", "trace", "figures")] == [
+        "run",
+        "figures",
+        "compare",
+        "trace",
+        "models",
+    ]
     assert [line for line in result.output.splitlines() if line.endswith("...") and not line.startswith("Usage")] == []
 
 
