@@ -27,7 +27,7 @@ WIDER = 1.1
 LARGEST_SHARE = 0.5
 """Above this share too little is saved, and everything is exact"""
 
-PILOT_TOKENS = 384
+PILOT_TOKENS = 512
 """Dev tokens that the share is found on: equally many of every dev sequence, and one at least"""
 
 NEGLIGIBLE = 1e-9

@@ -54,7 +54,7 @@ class EvaluateRecipe(BaseModel):
     exact_share: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         1.0,
         description="share of the log-partitions (over the whole vocabulary) that are computed: 1 is exact; below it losses "
-        "are unbiased estimates, and intervals hold what that adds; auto: the smallest share at which 384 dev tokens "
+        "are unbiased estimates, and intervals hold what that adds; auto: the smallest share at which 512 dev tokens "
         "promise no interval more than 1.1 times wider (of losses that a few tokens decide, they may promise too much)",
     )
     half_products: bool = Field(
