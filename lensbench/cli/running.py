@@ -255,9 +255,10 @@ def run(
 
 
 def import_modules(suite: str, workers: int | None, apart: bool) -> None:
-    """Import what a run needs, here and in the process that those are forked from that compute several models at once.
+    """Import what a run needs.
 
-    Not there where none will: one model is computed at a time, or nothing here (``apart``).
+    Where several models are computed at once, a process from which theirs are forked begins to import, too. With ``apart``
+    nothing is computed on this machine's processes, and it is not started.
     """
     if not apart and (asks_for_several(suite) if workers is None else workers > 1):
         import_ahead("lensbench.run.workers", "lensbench.report.figures.draw")

@@ -246,7 +246,7 @@ class MomentSums:
 
     def __init__(self, ranks: Ranks = ALONE, shift: Tensor | None = None) -> None:
         self.ranks = ranks
-        self.shift = shift  # [L+1, d]
+        self.shift: Tensor | None = None  # [L+1, d]
         self.weight = 0.0
         self.first: Tensor  # [L+1, d]
         self.second: Tensor  # [L, d, d]

@@ -151,6 +151,14 @@ def own_layer_sums(
     return np.stack(kl, -1), np.stack(ce, -1)
 
 
+def maps_by_layer(lens: FittedLens, views: Sequence[RotatedView]) -> Iterator[tuple[int, AffineMaps]]:
+    """Each layer that the maps of a lens read as their own, in the order of :attr:`LensRecord.layers`, and its one map."""
+    for number, own in enumerate(lens.reads):
+        maps = lens.to_plain(number, views)
+        for k, layer in enumerate(own):
+            yield layer, maps[[k if len(maps) > 1 else 0]]
+
+
 @torch.no_grad()
 def lens_sums(
     readout: ReadOut,
@@ -165,12 +173,10 @@ def lens_sums(
     """
     scores_at = scores_at or exact_scores(readout, captured)
     kl, ce = [], []
-    for number, own in enumerate(lens.reads):
-        maps = lens.to_plain(number, views)
-        for k, layer in enumerate(own):
-            scores = scores_at(layer, maps[[k if len(maps) > 1 else 0]])
-            kl.append(sums_of_all(scores.kl[0], captured))
-            ce.append(sums_of_all(scores.ce[0], captured))
+    for layer, own in maps_by_layer(lens, views):
+        scores = scores_at(layer, own)
+        kl.append(sums_of_all(scores.kl[0], captured))
+        ce.append(sums_of_all(scores.ce[0], captured))
     return np.stack(kl, -1), np.stack(ce, -1)
 
 
@@ -183,11 +189,9 @@ def mean_kls(readout: ReadOut, captured: Capture, lens: FittedLens, views: Seque
     tokens = Tokens(captured.expected, captured.entropy_term, captured.states[-1])
 
     def normalised() -> Iterator[Tensor]:
-        for number, own in enumerate(lens.reads):
-            maps = lens.to_plain(number, views).to(captured.states)
-            for k, layer in enumerate(own):
-                at = k if len(maps) > 1 else 0
-                yield readout.final_norm(captured.states[layer] @ maps.matrix[at].T + maps.offset[at])
+        for layer, own in maps_by_layer(lens, views):
+            map_ = own.to(captured.states)
+            yield readout.final_norm(captured.states[layer] @ map_.matrix[0].T + map_.offset[0])
 
     found, read = list[Tensor](), normalised()
     while some := list(itertools.islice(read, max(1, ROW_BLOCK // max(1, len(captured))))):

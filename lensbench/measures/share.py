@@ -14,7 +14,7 @@ from lensbench.lenses.lens import LensId
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.pairs import PAIR_LENS, pairs_of
 from lensbench.lenses.per_layer import OWN
-from lensbench.lenses.read import Reference
+from lensbench.lenses.read import Reference, maps_by_layer
 from lensbench.lenses.shared import SHARED_LENS, SHARED_LOO_LENS
 from lensbench.measures.formulas import pair_penalty
 from lensbench.measures.indices import INDICES, values_of
@@ -214,13 +214,11 @@ def token_values(estimator: Estimator, fit: Fit) -> tuple[Means, Means]:
 
     def own(lens: LensId) -> Array:
         """KL at the chosen layers, ``[2, N, layers]``."""
-        fitted, found = fit[lens], []
-        for number, reads in enumerate(fitted.reads):
-            plain = fitted.to_plain(number, fit.views)
-            for k, layer in enumerate(reads):
-                if layer in chosen:
-                    one = plain[[k if len(plain) > 1 else 0]]
-                    found.append(_two(estimator, layer, one, None, joined)["kl"][:, 0])
+        found = [
+            _two(estimator, layer, one, None, joined)["kl"][:, 0]
+            for layer, one in maps_by_layer(fit[lens], fit.views)
+            if layer in chosen
+        ]
         return np.stack(found, -1)
 
     def pairs(lens: LensId) -> Array:

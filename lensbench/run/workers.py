@@ -257,9 +257,9 @@ def _compute(line: Connection) -> None:
 
 
 def _end_with(asking: BaseProcess | None) -> None:
-    """End this process, in the middle of a task, too, when the one that asks has ended, whatever ended it.
+    """End this process, even in the middle of a task, when the process that asks has ended.
 
-    Which is not its parent: processes are forked from another one, and that lives as long as any of them.
+    The system's parent of this process is another one: workers are forked from it, and it lives as long as any of them.
     """
     assert asking is not None
     asking.join()

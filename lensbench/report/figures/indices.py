@@ -48,9 +48,11 @@ def gain_visibility(frame: pd.DataFrame) -> Figure:
     title = "Does a fixed lens see the later layers' gain, and does anything move?"
     if len(seen):
         clear = int((seen["ci_low"] > 0).sum())
-        sees = "surely sees" if clear else "does not surely see"
-        title = f"From layer 1 on, a fixed lens surely sees later layers' gain in {clear} of {len(seen)} models"
-        title = title if len(seen) > 1 else f"From layer 1 on, a fixed lens {sees} the later layers' gain"
+        if len(seen) > 1:
+            title = f"From layer 1 on, a fixed lens surely sees later layers' gain in {clear} of {len(seen)} models"
+        else:
+            sees = "surely sees" if clear else "does not surely see"
+            title = f"From layer 1 on, a fixed lens {sees} the later layers' gain"
     title_and_caption(drawing, title, caption)
     return drawing
 

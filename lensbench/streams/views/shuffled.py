@@ -132,8 +132,8 @@ class ShuffledView:
     def _said(self, end: Tensor, captured: Capture, constant: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """What the read-out says of the last states, and the mean p of all processes, float64.
 
-        ``constant_kl`` is measured from the distribution ``constant`` ``[V]``. Without one it is measured from the mean p:
-        its mean is right, and each token's lacks how far its own p is from the mean, as :func:`predictions` says.
+        ``constant_kl`` is measured from the distribution ``constant`` ``[V]``. Without one it is measured from the mean p,
+        as in a capture of fitting tokens: its mean over tokens is exact, single values are not.
         """
         log_constant = (
             None if constant is None else constant.to(end.device).double().clamp(min=1e-300).log().to(end.dtype)
