@@ -2,7 +2,8 @@
 
 Two-phase sampling with a control variate (Cochran 1977, section 12.9):
 
-- Every token gets a cheap value, from a subset of the vocabulary (:class:`Words`).
+- Every token gets a cheap value, from a subset of the vocabulary (:class:`Words`). What they miss of the model's own
+  prediction is known for every token; near that prediction it mends the cheap value (:class:`Missed`).
 - A simple random sample, n of N tokens, gets the exact value as well.
 - y = exact - cheap on the sample, and B is its mean.
 - The estimate of a token is ``cheap + B``; of a sampled token it is ``cheap + B + (N / n) (y - B)``.
@@ -90,10 +91,54 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Missed:
+    """What words miss of the model's own log-partition at every token, to first order in the normalised state.
+
+    With f the exact log-partition, g that of the words and m the model's normalised state it is
+    ``f(m) - g(m) + (f - g)'(m) (n - m)`` at n. Added to g(n), it leaves of a KL to the model what the words make of it, a
+    Bregman divergence, without an error of first order. Far from m it tells nothing: it is weighted by ``exp(-D)``, D that
+    divergence.
+    """
+
+    kl: Tensor
+    """What a KL lacks at ``n = 0``, ``[N]``"""
+    ce: Tensor
+    """What a cross-entropy lacks there, ``[N]``: the same, but where logits are capped and expected logits are by words"""
+    slope: Tensor | None
+    """``(f - g)'(m)``, ``[N, d_read]``; None where logits are capped: there the first term alone is added"""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, words: Words, captured: Capture) -> "Missed":
+        """For all tokens of a capture."""
+        readout, targets = words.readout, captured.targets
+        m = readout.final_norm(captured.states[-1])
+        aim = (readout.weight[targets] * m).sum(-1)
+        exact = captured.model_ce + readout.cap_(aim if readout.bias is None else aim + readout.bias[targets])
+        if readout.linear:
+            moment, entropy = words.softmax_moment(m)  # g(m) = moment m - entropy
+            slope = captured.expected - moment
+            at_zero = exact + entropy - (captured.expected * m).sum(-1)
+            return cls(at_zero, at_zero, slope)
+        by_words = words.partition_and_largest(m)[0]
+        return cls(words.expected_logit(m, m) - by_words - captured.entropy_term, exact - by_words, None)
+
+    def near(self, rows: slice, kl: Tensor, along: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What KL and cross-entropy lack at some tokens, ``[R]`` each.
+
+        ``kl``: the KL by the words alone; ``along``: the slopes times the normalised states.
+        """
+        lacks = self.kl[rows] if along is None else self.kl[rows] + along
+        near = (kl + lacks).clamp(min=0).neg_().exp_()
+        return near * lacks, near * (self.ce[rows] if along is None else lacks)
+
+
+@dataclass(frozen=True)
 class Estimator:
     """The words for cheap values of all tokens, and for every layer the sample of tokens that gets exact values."""
 
     words: Words
+    missed: Missed
     captured: Capture
     """All tokens of this process"""
     drawn: Tensor
@@ -164,7 +209,8 @@ class Estimator:
         here = (drawn >= before) & (drawn < before + len(captured))
         device = captured.states.device
         at = (drawn[here] - before).to(device)
-        return cls(words, captured, at, place[here].to(device), captured.take(at), counts, shares, tuple(seed))
+        few, missed = captured.take(at), Missed.of(words, captured)
+        return cls(words, missed, captured, at, place[here].to(device), few, counts, shares, tuple(seed))
 
     def again(self, captured: Capture, number: int) -> "Estimator":
         """The same words and shares for other tokens, with a new sample, for refits; ``number`` seeds it."""
@@ -254,7 +300,7 @@ class Estimator:
         def of_lens(k: int, rows: slice, vectors: Tensor) -> tuple[Tensor, ...]:
             n = readout.final_norm(h[rows] @ maps.matrix[k].T + maps.offset[k])
             log_z, largest = words.partition_and_largest(n)
-            seen, aim, best = torch.einsum("nkd,nd->kn", vectors, n)
+            seen, aim, best, *along = torch.einsum("nkd,nd->kn", vectors, n)
             if readout.bias is not None:
                 aim, best = aim + readout.bias[captured.targets[rows]], best + readout.bias[captured.top[rows]]
             aim, best = readout.cap_(aim), readout.cap_(best)
@@ -266,12 +312,14 @@ class Estimator:
                 of, negative_entropy = reference.moment[k, rows], reference.negative_entropy[k, rows]
                 logit = (of * n).sum(-1) if readout.linear else words.expected_logit(n, of)
                 moved = (negative_entropy - logit + log_z,)
-            return captured.entropy_term[rows] - seen + log_z, log_z - aim, hit, *moved
+            kl = captured.entropy_term[rows] - seen + log_z
+            lacks_kl, lacks_ce = self.missed.near(rows, kl, along[0] if along else None)
+            return kl + lacks_kl, log_z - aim + lacks_ce, hit, *moved
 
         def one(rows: slice) -> tuple[Tensor, ...]:
             weight = readout.weight
             parts = [captured.expected[rows], weight[captured.targets[rows]], weight[captured.top[rows]]]
-            vectors = torch.stack(parts, 1)
+            vectors = torch.stack(parts if self.missed.slope is None else [*parts, self.missed.slope[rows]], 1)
             each = [of_lens(k, rows, vectors) for k in range(len(maps))]
             return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
 

@@ -36,6 +36,9 @@ NEGLIGIBLE = 1e-9
 GROWTH = 1.02
 """Times that a layer's share grows at once"""
 
+OF_PAIRS = ("pair_penalty_of_pairs", "rotated_pair_penalty_of_pairs")
+"""Intervals of single pairs of chosen layers"""
+
 STEP = 1e-4
 """Of the numerical derivative of an index by the values of a token"""
 
@@ -70,7 +73,7 @@ def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
     linearised: the variance of the exact value over documents is that of its influence, summed by document; the variance
     that the estimate adds is that of the influence of the difference between exact and cheap values, over tokens.
 
-    A layer between two chosen ones gets the larger of their shares.
+    A layer between two chosen ones gets the larger of their shares; for these, pairs do not count, of which it is none.
     """
     captured = estimator.captured
     exact, difference = token_values(estimator, fit)
@@ -82,9 +85,11 @@ def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
         return Share(1.0, (1.0,) * every, "", 0.0, len(documents), known, 0)
     largest = {name: float(ratio.sum((0, 1)).max()) for name, ratio in ratios.items() if ratio.size}
     widest = max(largest, key=largest.__getitem__)
+    chosen = [*fit.summary.layers, captured.layers]
     at_chosen = shares_of_layers(list(ratios.values()), scored)
-    of_layers = spread(at_chosen, [*fit.summary.layers, captured.layers])
-    if np.mean(of_layers) > LARGEST_SHARE:
+    without_pairs = shares_of_layers([ratio for name, ratio in ratios.items() if name not in OF_PAIRS], scored)
+    of_layers = spread(at_chosen, without_pairs, chosen)
+    if np.mean(of_layers) > LARGEST_SHARE or (at_chosen == 1).all():
         of_layers = (1.0,) * every
     mean = round(float(np.mean(of_layers)), 4)
     intervals = sum(ratio.shape[-1] for ratio in ratios.values())
@@ -155,13 +160,12 @@ def shares_of_layers(ratios: Sequence[Array], tokens: int) -> Array:
     return found
 
 
-def spread(shares: Array, layers: Sequence[int]) -> tuple[float, ...]:
-    """Shares of all layers from those of some, rising to the last: the larger of the two nearest."""
+def spread(at: Array, between: Array, layers: Sequence[int]) -> tuple[float, ...]:
+    """Shares of all layers: ``at`` some of them, rising to the last, and the larger of the two nearest ``between`` them."""
     found = []
     for layer in range(layers[-1] + 1):
         after = int(np.searchsorted(layers, layer))
-        before = after if layers[after] == layer else max(0, after - 1)
-        found.append(float(max(shares[before], shares[after])))
+        found.append(float(at[after] if layers[after] == layer else max(between[max(0, after - 1)], between[after])))
     return tuple(found)
 
 
@@ -175,8 +179,8 @@ def intervals_of(m: Means) -> dict[str, Array]:
     for name, matrix in (("penalty_kl", m.transfer), ("penalty_ce", m.transfer_ce)):
         found[name] = _flat(matrix - np.diagonal(matrix, axis1=-2, axis2=-1)[..., None, :])
     found["kl"] = np.concatenate([m.own, m.shared, m.shared_loo, m.rotated[..., 0, :], m.transfer[..., -1, :]], -1)
-    found["pair_penalty_of_pairs"] = pair_penalty(m.own, m.pair)
-    found["rotated_pair_penalty_of_pairs"] = pair_penalty(m.own[..., None, :], m.pair_rotated).mean(-2)
+    of_pairs = pair_penalty(m.own, m.pair), pair_penalty(m.own[..., None, :], m.pair_rotated).mean(-2)
+    found |= zip(OF_PAIRS, of_pairs, strict=True)
     return found
 
 

@@ -17,7 +17,7 @@ from lensbench.runtime.stages import ANEW
 from lensbench.runtime.texts import read_json
 from lensbench.suite.recipes import ModelRecipe
 
-ESTIMATE_FORMAT = 6
+ESTIMATE_FORMAT = 7
 """Version of estimates and of how a share is found: in the keys of stages that estimate, and of no others"""
 
 DEV_DRAW = 1

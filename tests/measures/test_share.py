@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from helpers.synthetic import small, true_token_kl
+from helpers.words import lacks_to_first_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,8 +76,10 @@ def test_values_are_those_of_the_lenses(pilot):
     shared = fit[SHARED_LENS].maps
     x = it.dev.states[chosen[1]] @ shared.matrix[0].T + shared.offset[0]
     n = readout.final_norm(x)
-    short = (readout.logits(n).logsumexp(-1) - estimator.words.partition_and_largest(n)[0]).detach()
-    np.testing.assert_allclose(difference.shared[:, 1], short, atol=1e-4)
+    short = (readout.logits(n).logsumexp(-1) - estimator.words.partition_and_largest(n)[0]).detach().double()
+    alone = torch.from_numpy(exact.shared[:, 1]) - short
+    lacks = lacks_to_first_order(estimator, readout.final_norm(it.dev.states[-1]), n)
+    np.testing.assert_allclose(difference.shared[:, 1], short - (-(alone + lacks)).exp() * lacks, atol=1e-4)
     np.testing.assert_allclose(difference.transfer[:, -1, -1], 0, atol=1e-5)  # the model itself is known
 
 
@@ -153,8 +157,27 @@ def test_shares_by_layer_widen_no_interval_more_than_a_tenth(seed):
     assert (shares <= 1).all()
 
 
-def test_a_layer_between_two_gets_the_larger_share():
-    assert spread(np.array([0.1, 0.3, 0.2]), [0, 2, 5]) == (0.1, 0.3, 0.3, 0.3, 0.3, 0.2)
+def test_a_layer_between_two_gets_the_larger_of_the_shares_that_hold_between():
+    at, between = np.array([0.1, 0.4, 0.2]), np.array([0.1, 0.3, 0.15])
+    assert spread(at, between, [0, 2, 5]) == (0.1, 0.3, 0.4, 0.3, 0.3, 0.2)
+
+
+def test_what_only_pairs_ask_for_is_not_asked_of_layers_between(pilot, monkeypatch):
+    """An interval of a pair at the first chosen layer is made wide: that layer alone gets a larger share."""
+    it, estimator, exact, difference = pilot
+    layers = len(it.fit.summary.layers) + 1
+    wide = np.zeros((layers, layers, 1))
+    wide[0, 0] = 0.05
+    monkeypatch.setattr(share, "token_values", lambda *_: (exact, difference))
+    found = {}
+    for name in ("kl", *share.OF_PAIRS):
+        monkeypatch.setattr(share, "added_ratios", lambda *_, name=name: {"ce": 1e-9 + 0 * wide, name: wide})
+        found[name] = find_share(estimator, it.fit, 10**6).of_layers
+    first, after = it.fit.summary.layers[:2]
+    for name, of_layers in found.items():
+        assert of_layers[first] > 0.1, name
+        assert all((of > 0.1) == (name == "kl") for of in of_layers[first + 1 : after]), name
+        assert max(of_layers[after:]) < 0.01
 
 
 def test_a_fit_without_pairs_has_a_share_by_its_other_intervals(pilot):
@@ -185,7 +208,7 @@ def test_the_widest_interval_decides(pilot, monkeypatch):
     assert found.ratio == pytest.approx(ratio, rel=1e-4)
     assert len(found.of_layers) == it.dev.layers + 1
     assert found.share == pytest.approx(np.mean(found.of_layers), abs=1e-4)
-    assert max(found.of_layers) <= share.GROWTH * ratio / (ratio + share.WIDER**2 - 1) + 0.001
+    assert found.share <= share.GROWTH * ratio / (ratio + share.WIDER**2 - 1) + 0.001
     assert "distance_trend" not in whole  # rank correlations have no derivative
     assert {"penalty_kl", "penalty_ce", "kl", "pair_penalty_of_pairs", "shared_consistency", "gain_visibility"} <= set(
         whole
