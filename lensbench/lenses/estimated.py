@@ -2,38 +2,41 @@
 
 Two-phase sampling with a control variate (Cochran 1977, section 12.9):
 
-- Every token gets a cheap value, from a subset of the vocabulary (:class:`Words`). What they miss of the model's own
-  prediction is known for every token; near that prediction it mends the cheap value (:class:`Missed`).
+- Every token gets a cheap value, from a subset of the vocabulary (:class:`lensbench.lenses.by_words.ByWords`).
 - A simple random sample, n of N tokens, gets the exact value as well.
 - y = exact - cheap on the sample, and B is its mean.
 - The estimate of a token is ``cheap + B``; of a sampled token it is ``cheap + B + (N / n) (y - B)``.
 
 The mean over tokens is then ``mean cheap + B``. For given tokens and words, its expectation over samples is the exact
 mean. Sums over clusters contain the spread of y, so a bootstrap over clusters includes the variance of the estimate. All
-lenses of a layer share one sample, so differences between them stay paired. Layers may ask for samples of different sizes:
-each is then the beginning of one random order of the tokens, so that the smaller lies in the larger. An estimated KL may be
-negative.
+lenses of a layer share words and sample, so differences between them stay paired. Layers may ask for samples of different
+sizes: each is then the beginning of one random order of the tokens, so that the smaller lies in the larger. An estimated
+KL may be negative.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lensbench.errors import LensbenchError
+from lensbench.lenses.by_words import ByWords
 from lensbench.lenses.maps import AffineMaps
 from lensbench.lenses.read import Reference, Scores, ScoresAt, exact_scores, score
-from lensbench.runtime.memory import in_pieces
 from lensbench.runtime.ranks import ALONE, Ranks
-from lensbench.streams.capture import Capture, room_for
-from lensbench.streams.kl import ROW_BLOCK, TOKEN_BLOCK
+from lensbench.streams.capture import Capture
+from lensbench.streams.kl import ROW_BLOCK
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
 
 WORDS = 4096
 """How many words stand for the vocabulary"""
+
+SIZES = (WORDS, WORDS // 2)
+"""How many may stand for it at a layer, where that is found on dev: fewer take less time, and more exact values"""
 
 WORDS_FROM = 4096
 """How many read-outs the words are chosen from"""
@@ -51,14 +54,14 @@ def worth_estimating(vocabulary: int) -> bool:
 Shares = float | Sequence[float]
 """Shares of exact log-partitions: one for all layers 0..L, or one of each"""
 
+Sizes = int | Sequence[int]
+"""How many words stand for the vocabulary: at all layers 0..L, or at each"""
+
 FEWEST_DRAWN = 64
 """Tokens at least that get exact values: a bootstrap tells nothing of fewer"""
 
-USUAL_SHARE = 0.125
-"""Share of the tokens that get exact values where no share is found for their layer: of gates, and of readable gains"""
-
-SEARCH_SHARE = 1 / 16
-"""That of a search"""
+USUAL_SHARE = 1 / 16
+"""Share of the tokens that get exact values where no share is found for their layer: of searches, gates, readable gains"""
 
 FEWEST_PAIRED = 32
 """Tokens at least where alike lenses are compared on the same tokens: what words miss of one they miss of the other"""
@@ -66,7 +69,7 @@ FEWEST_PAIRED = 32
 
 def drawn_in_search(tokens: int) -> int:
     """How many of some tokens get exact values in a search."""
-    return min(tokens, max(FEWEST_PAIRED, round(SEARCH_SHARE * tokens)))
+    return min(tokens, max(FEWEST_PAIRED, round(USUAL_SHARE * tokens)))
 
 
 def usually_drawn(tokens: int) -> int:
@@ -91,54 +94,13 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Missed:
-    """What words miss of the model's own log-partition at every token, to first order in the normalised state.
-
-    With f the exact log-partition, g that of the words and m the model's normalised state it is
-    ``f(m) - g(m) + (f - g)'(m) (n - m)`` at n. Added to g(n), it leaves of a KL to the model what the words make of it, a
-    Bregman divergence, without an error of first order. Far from m it tells nothing: it is weighted by ``exp(-D)``, D that
-    divergence.
-    """
-
-    kl: Tensor
-    """What a KL lacks at ``n = 0``, ``[N]``"""
-    ce: Tensor
-    """What a cross-entropy lacks there, ``[N]``: the same, but where logits are capped and expected logits are by words"""
-    slope: Tensor | None
-    """``(f - g)'(m)``, ``[N, d_read]``; None where logits are capped: there the first term alone is added"""
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, words: Words, captured: Capture) -> "Missed":
-        """For all tokens of a capture."""
-        readout, targets = words.readout, captured.targets
-        m = readout.final_norm(captured.states[-1])
-        aim = (readout.weight[targets] * m).sum(-1)
-        exact = captured.model_ce + readout.cap_(aim if readout.bias is None else aim + readout.bias[targets])
-        if readout.linear:
-            moment, entropy = words.softmax_moment(m)  # g(m) = moment m - entropy
-            slope = captured.expected - moment
-            at_zero = exact + entropy - (captured.expected * m).sum(-1)
-            return cls(at_zero, at_zero, slope)
-        by_words = words.partition_and_largest(m)[0]
-        return cls(words.expected_logit(m, m) - by_words - captured.entropy_term, exact - by_words, None)
-
-    def near(self, rows: slice, kl: Tensor, along: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What KL and cross-entropy lack at some tokens, ``[R]`` each.
-
-        ``kl``: the KL by the words alone; ``along``: the slopes times the normalised states.
-        """
-        lacks = self.kl[rows] if along is None else self.kl[rows] + along
-        near = (kl + lacks).clamp(min=0).neg_().exp_()
-        return near * lacks, near * (self.ce[rows] if along is None else lacks)
-
-
-@dataclass(frozen=True)
 class Estimator:
-    """The words for cheap values of all tokens, and for every layer the sample of tokens that gets exact values."""
+    """For every layer words for cheap values of all tokens, and the sample of tokens that gets exact values."""
 
-    words: Words
-    missed: Missed
+    sets: tuple[ByWords, ...]
+    """Cheap values by different numbers of words"""
+    set_of: tuple[int, ...]
+    """Which of them serve each layer 0..L"""
     captured: Capture
     """All tokens of this process"""
     drawn: Tensor
@@ -163,26 +125,35 @@ class Estimator:
         *,
         share: Shares,
         seed: Sequence[int],
-        words: int | None = None,
+        words: Sizes | None = None,
     ) -> "Estimator":
         """A simple random sample of ``share`` of the tokens, and words chosen from what the lenses ``per_layer`` read out.
 
         ``words``: how many stand for the vocabulary, :data:`WORDS` if left out. Raises :class:`LensbenchError` for a share
-        that is not above 0 and at most 1, or not one of every layer.
+        that is not above 0 and at most 1, and for shares or words that are not those of every layer.
         """
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        mean = mean_read_out(readout, captured, per_layer)
+        sizes = by_layer(WORDS if words is None else words, captured.layers, "numbers of words")
+        known = sorted(set(sizes), reverse=True)
         # The words do not depend on the sampled tokens: this keeps the estimate unbiased.
-        chosen = Words.draw(readout, mean_read_out(readout, captured, per_layer), words or WORDS, generator)
-        return cls.drawn_with(chosen, captured, share=share, seed=seed)
+        chosen = [Words.draw(readout, mean, size, seeded(seed)) for size in known]
+        return cls.drawn_with(chosen, captured, set_of=[known.index(of) for of in sizes], share=share, seed=seed)
 
     @classmethod
     def where_it_saves(
-        cls, readout: ReadOut, captured: Capture, per_layer: AffineMaps, *, share: Shares, seed: Sequence[int]
+        cls,
+        readout: ReadOut,
+        captured: Capture,
+        per_layer: AffineMaps,
+        *,
+        share: Shares,
+        seed: Sequence[int],
+        words: Sizes | None = None,
     ) -> "Estimator | None":
         """As :meth:`of`; None where every share is 1, and for a vocabulary so small that nothing would be saved."""
-        if min(by_layer(share, captured.layers)) == 1 or not worth_estimating(len(readout.weight)):
+        if min(checked_shares(share, captured.layers)) == 1 or not worth_estimating(len(readout.weight)):
             return None
-        return cls.of(readout, captured, per_layer, share=share, seed=seed)
+        return cls.of(readout, captured, per_layer, share=share, seed=seed, words=words)
 
     @classmethod
     def usual(cls, readout: ReadOut, captured: Capture) -> "Estimator | None":
@@ -193,14 +164,25 @@ class Estimator:
         if not worth_estimating(len(readout.weight)) or usually_drawn(captured.tokens) >= captured.tokens:
             return None
         words = Words.draw(readout, captured.mean_p, WORDS, torch.Generator().manual_seed(0))
-        return cls.drawn_with(words, captured, share=USUAL_SHARE, seed=(0,), fewest=FEWEST_DRAWN)
+        same = (0,) * (captured.layers + 1)
+        return cls.drawn_with([words], captured, set_of=same, share=USUAL_SHARE, seed=(0,), fewest=FEWEST_DRAWN)
 
     @classmethod
     def drawn_with(
-        cls, words: Words, captured: Capture, *, share: Shares, seed: Sequence[int], fewest: int = 2
+        cls,
+        words: Sequence[Words],
+        captured: Capture,
+        *,
+        set_of: Sequence[int],
+        share: Shares,
+        seed: Sequence[int],
+        fewest: int = 2,
     ) -> "Estimator":
-        """Samples for given words, which must not depend on them, of ``fewest`` tokens at least."""
-        shares = by_layer(share, captured.layers)
+        """Samples for given words, which must not depend on them, of ``fewest`` tokens at least.
+
+        ``set_of``: the number of the words that serve each layer.
+        """
+        shares = checked_shares(share, captured.layers)
         total = captured.tokens
         counts = tuple(min(total, max(fewest, round(s * total))) for s in shares)
         order = torch.from_numpy(np.random.default_rng(tuple(seed)).permutation(total))[: max(counts)]
@@ -209,13 +191,15 @@ class Estimator:
         here = (drawn >= before) & (drawn < before + len(captured))
         device = captured.states.device
         at = (drawn[here] - before).to(device)
-        few, missed = captured.take(at), Missed.of(words, captured)
-        return cls(words, missed, captured, at, place[here].to(device), few, counts, shares, tuple(seed))
+        sets = tuple(ByWords.of(one, captured) for one in words)
+        place = place[here].to(device)
+        return cls(sets, tuple(set_of), captured, at, place, captured.take(at), counts, shares, tuple(seed))
 
     def again(self, captured: Capture, number: int) -> "Estimator":
         """The same words and shares for other tokens, with a new sample, for refits; ``number`` seeds it."""
+        words, seed = [one.words for one in self.sets], (*self.seed, number)
         return Estimator.drawn_with(
-            self.words, captured, share=self.shares, seed=(*self.seed, number), fewest=FEWEST_PAIRED
+            words, captured, set_of=self.set_of, share=self.shares, seed=seed, fewest=FEWEST_PAIRED
         )
 
     def sample(self, layer: int) -> Drawn:
@@ -227,30 +211,20 @@ class Estimator:
         which = (self.place < count).nonzero()[:, 0]
         return Drawn(self.drawn[which], share, which)
 
-    def references(
-        self, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")
-    ) -> tuple[Reference, Reference]:
-        """References for movement: lens k on layer ``lenses[k]``, cheap at all tokens and exact at the sampled ones."""
-        readout, words = self.words.readout, self.words
+    def cheap_reference(
+        self, layer: int, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")
+    ) -> Reference:
+        """What cheap movement to a layer is measured from, lens k on layer ``lenses[k]``, at all tokens."""
+        return self.sets[self.set_of[layer]].reference(lenses, maps, memory_gib)
 
-        def normalised(captured: Capture) -> Iterable[Tensor]:
-            for k, layer in enumerate(lenses):
-                yield readout.final_norm(captured.states[layer] @ maps.matrix[k].T + maps.offset[k])
-
-        moment, entropies = torch.empty(0), []
-        for k, n in enumerate(normalised(self.captured)):
-            if k == 0:
-                moment = room_for((len(lenses), *n.shape), n.device, memory_gib)
-            if readout.linear:
-                moment[k], entropy = words.softmax_moment(n)
-            else:
-                moment[k], entropy = n, words.expected_logit(n, n) - words.partition_and_largest(n)[0]
-            entropies.append(entropy)
-        if len(self.few):
-            exact = Reference.of(readout, normalised(self.few), len(lenses), memory_gib)
-        else:  # one of many processes may have no sampled token
-            exact = Reference(moment[:, :0], entropies[0].new_zeros(len(lenses), 0))
-        return Reference(moment, torch.stack(entropies)), exact
+    def exact_reference(self, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")) -> Reference:
+        """What exact movement is measured from, lens k on layer ``lenses[k]``, at the tokens of the largest sample."""
+        readout, few = self.sets[0].words.readout, self.few
+        own = zip(lenses, maps.matrix, maps.offset, strict=True)
+        normalised = (readout.final_norm(few.states[layer] @ a.T + b) for layer, a, b in own)
+        if not len(few):  # one of many processes may have no sampled token
+            return Reference(torch.stack(list(normalised)), few.states.new_zeros(len(lenses), 0))
+        return Reference.of(readout, normalised, len(lenses), memory_gib)
 
     @torch.no_grad()
     def score(self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None) -> Scores:
@@ -266,71 +240,27 @@ class Estimator:
         )
         return Scores(kl, ce, moved, top1)
 
-    @torch.no_grad()
     def both(
         self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None
     ) -> tuple[Scores, Scores]:
-        """Cheap values of all tokens ``[M, N]``, and exact values of the tokens sampled for this layer ``[M, n]``.
+        """:meth:`cheap` and :meth:`exact` values; ``references``: those of each."""
+        of_cheap, of_exact = (None, None) if references is None else references
+        return self.cheap(layer, maps, of_cheap), self.exact(layer, maps, of_exact)
 
-        The logit lens of the last layer is the model itself, whose losses are known: there the cheap values are exact.
-        """
-        cheap_reference, exact_reference = (None, None) if references is None else references
-        cheap = self._by_words(layer, maps, cheap_reference)
-        drawn = self.sample(layer)
-        few = replace(self.few, states=self.few.states[[layer, -1]])
+    @torch.no_grad()
+    def cheap(self, layer: int, maps: AffineMaps, reference: Reference | None = None) -> Scores:
+        """Cheap values of all tokens ``[M, N]``."""
+        return self.sets[self.set_of[layer]].scores(layer, maps, reference)
+
+    @torch.no_grad()
+    def exact(self, layer: int, maps: AffineMaps, reference: Reference | None = None) -> Scores:
+        """Exact values of the tokens sampled for this layer ``[M, n]``; ``reference``: of the largest sample."""
+        drawn, few = self.sample(layer), replace(self.few, states=self.few.states[[layer, -1]])
         if drawn.of_largest is not None:
             few = few.take(drawn.of_largest)
-            if exact_reference is not None:
-                moment, negative_entropy = exact_reference.moment, exact_reference.negative_entropy
-                exact_reference = Reference(drawn.rows(moment), drawn.rows(negative_entropy))
-        exact = score(self.words.readout, few.states[0], maps, few, exact_reference)
-        if layer == self.captured.layers:
-            eye = torch.eye(maps.matrix.shape[-1]).to(maps.matrix)
-            for k in range(len(maps)):
-                if torch.equal(maps.matrix[k], eye) and not maps.offset[k].any():
-                    cheap.kl[k], cheap.ce[k], cheap.top1[k] = 0.0, self.captured.model_ce, 1.0
-        return cheap, exact
-
-    def _by_words(self, layer: int, maps: AffineMaps, reference: Reference | None) -> Scores:
-        """Cheap values of all tokens, in the form of :func:`score`."""
-        readout, captured, words = self.words.readout, self.captured, self.words
-        h = captured.states[layer]
-        maps = maps.to(h)
-
-        def of_lens(k: int, rows: slice, vectors: Tensor) -> tuple[Tensor, ...]:
-            n = readout.final_norm(h[rows] @ maps.matrix[k].T + maps.offset[k])
-            log_z, largest = words.partition_and_largest(n)
-            seen, aim, best, *along = torch.einsum("nkd,nd->kn", vectors, n)
-            if readout.bias is not None:
-                aim, best = aim + readout.bias[captured.targets[rows]], best + readout.bias[captured.top[rows]]
-            aim, best = readout.cap_(aim), readout.cap_(best)
-            if not readout.linear:
-                seen = words.expected_logit(n, readout.final_norm(captured.states[-1][rows]))
-            hit = (best >= largest - 1e-5 * largest.abs().clamp(min=1)).float()
-            moved: tuple[Tensor, ...] = ()
             if reference is not None:
-                of, negative_entropy = reference.moment[k, rows], reference.negative_entropy[k, rows]
-                logit = (of * n).sum(-1) if readout.linear else words.expected_logit(n, of)
-                moved = (negative_entropy - logit + log_z,)
-            kl = captured.entropy_term[rows] - seen + log_z
-            lacks_kl, lacks_ce = self.missed.near(rows, kl, along[0] if along else None)
-            return kl + lacks_kl, log_z - aim + lacks_ce, hit, *moved
-
-        def one(rows: slice) -> tuple[Tensor, ...]:
-            weight = readout.weight
-            parts = [captured.expected[rows], weight[captured.targets[rows]], weight[captured.top[rows]]]
-            vectors = torch.stack(parts if self.missed.slope is None else [*parts, self.missed.slope[rows]], 1)
-            each = [of_lens(k, rows, vectors) for k in range(len(maps))]
-            return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
-
-        if not len(h):
-            none = h.new_zeros(len(maps), 0)
-            return Scores(none, none, None if reference is None else none, none)
-        kl, ce, top1, *movement = (
-            torch.cat(parts, 1)
-            for parts in zip(*in_pieces(slice(0, len(h)), TOKEN_BLOCK, one, what="a token of an estimate"), strict=True)
-        )
-        return Scores(kl, ce, movement[0] if movement else None, top1)
+                reference = Reference(drawn.rows(reference.moment), drawn.rows(reference.negative_entropy))
+        return score(self.sets[0].words.readout, few.states[0], maps, few, reference)
 
 
 def usual_scores(readout: ReadOut, captured: Capture) -> ScoresAt:
@@ -349,15 +279,29 @@ def mended(cheap: Tensor, exact: Tensor, drawn: Drawn, ranks: Ranks = ALONE) -> 
     return found
 
 
-def by_layer(share: Shares, layers: int) -> tuple[float, ...]:
+Of = TypeVar("Of", int, float)
+
+
+def by_layer(values: Of | Sequence[Of], layers: int, what: str) -> tuple[Of, ...]:
+    """One of each layer 0..L; raises :class:`LensbenchError` where there are not so many."""
+    found = (values,) * (layers + 1) if isinstance(values, int | float) else tuple(values)
+    if len(found) != layers + 1:
+        raise LensbenchError(f"{len(found)} {what} for {layers + 1} layers")
+    return found
+
+
+def checked_shares(share: Shares, layers: int) -> tuple[float, ...]:
     """The shares of layers 0..L; raises :class:`LensbenchError` for one that is not above 0 and at most 1."""
-    shares = (float(share),) * (layers + 1) if isinstance(share, int | float) else tuple(map(float, share))
-    if len(shares) != layers + 1:
-        raise LensbenchError(f"{len(shares)} shares of exact log-partitions for {layers + 1} layers")
+    shares = by_layer(share, layers, "shares of exact log-partitions")
     for one in shares:
         if not 0 < one <= 1:
             raise LensbenchError(f"exact_share is {one}: it must be above 0 and at most 1")
     return shares
+
+
+def seeded(seed: Sequence[int]) -> torch.Generator:
+    """A generator of a seed of several numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
 def mean_read_out(readout: ReadOut, captured: Capture, per_layer: AffineMaps) -> Tensor:

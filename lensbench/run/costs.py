@@ -21,7 +21,7 @@ counts are typical ones.
 
 from dataclasses import dataclass, fields
 
-from lensbench.lenses.estimated import SEARCH_SHARE, USUAL_SHARE, worth_estimating
+from lensbench.lenses.estimated import SIZES, USUAL_SHARE, worth_estimating
 from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.jacobian import PILOT_PROBES, PILOT_PROMPTS
 from lensbench.lenses.per_layer import curve_tolerances
@@ -56,7 +56,7 @@ VALUES_ALONE = 0.4
 READABLE_STEPS = 4
 """Evaluations of a fit of readable gain"""
 
-AUTO_SHARE = 0.1
+AUTO_SHARE = 0.05
 """The mean share of exact log-partitions that ``evaluate.exact_share = "auto"`` is taken to find"""
 
 LANDMARKS = 5
@@ -170,7 +170,7 @@ def products(shape: Shape, count: float) -> Work:
 
 def searches(shape: Shape, rows: float, ridges: float) -> Work:
     """Choices of ridge and pad for lenses that are chosen on ``rows`` states altogether."""
-    return of_share(shape, SEARCH_SHARE) * read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
+    return of_share(shape, USUAL_SHARE) * read_out(shape, rows * ridges * PRODUCTS_OF_PADS, PADS)
 
 
 def states_bytes(shape: Shape, tokens: int) -> float:
@@ -366,7 +366,7 @@ def share_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     cells = (of.chosen + 1) ** 2 + of.chosen * (3 + of.views) + 2 * of.pairs
     work = read_out(shape, PILOT_TOKENS * cells) + softmax_moments(shape, PILOT_TOKENS * (of.chosen + 1))
     memory, disk = held(shape, suite, of.tokens("dev"))
-    return Cost((1 + WORDS_FOR_ALL / shape.vocabulary) * work, memory, disk)
+    return Cost((1 + sum(SIZES) / shape.vocabulary) * work, memory, disk)
 
 
 def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:

@@ -16,7 +16,7 @@ from lensbench.run.origin import Origin, origin_of, stream_of
 from lensbench.runtime.stages import NotFinished
 from lensbench.suite.recipes import ModelRecipe
 
-UPDATE_FORMAT = 14
+UPDATE_FORMAT = 15
 """Version of the numbers of this stage: part of its key"""
 
 OF_LENSES = (
