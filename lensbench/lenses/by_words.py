@@ -16,6 +16,9 @@ from lensbench.streams.capture import Capture, room_for
 from lensbench.streams.kl import TOKEN_BLOCK
 from lensbench.streams.words import Words
 
+LENSES_AT_ONCE = 8
+"""Lenses whose readings are multiplied together: a processor's cache holds them"""
+
 
 @dataclass(frozen=True)
 class Missed:
@@ -53,7 +56,7 @@ class Missed:
         return cls(words.expected_logit(m, m) - by_words - captured.entropy_term, exact - by_words, None)
 
     def near(self, rows: slice, kl: Tensor, along: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What KL and cross-entropy lack at some tokens, ``[R]`` each.
+        """What KL and cross-entropy of m lenses lack at some tokens, ``[m, R]`` each.
 
         ``kl``: the KL by the words alone; ``along``: the slopes times the normalised states.
         """
@@ -100,21 +103,32 @@ class ByWords:
         h = captured.states[layer]
         maps = maps.to(h)
 
-        def of_lens(k: int, rows: slice, vectors: Tensor) -> tuple[Tensor, ...]:
-            n = readout.final_norm(h[rows] @ maps.matrix[k].T + maps.offset[k])
-            log_z, largest = words.partition_and_largest(n)
-            seen, aim, best, *along = torch.einsum("nkd,nd->kn", vectors, n)
+        def of_some(lenses: slice, rows: slice, vectors: Tensor) -> tuple[Tensor, ...]:
+            m, d = len(maps.matrix[lenses]), h.shape[-1]
+            x = (h[rows] @ maps.matrix[lenses].reshape(m * d, d).T).view(-1, m, d)
+            n = readout.final_norm(x + maps.offset[lenses])  # [R, m, d_read]
+
+            def each(values: Tensor) -> Tensor:
+                """Of one row for each token and lens: ``[m, R]``."""
+                return values.view(-1, m).T
+
+            log_z, largest = map(each, words.partition_and_largest(n.flatten(0, 1)))
+            seen, aim, best, *along = torch.bmm(vectors, n.transpose(1, 2)).permute(1, 2, 0)
             if readout.bias is not None:
                 aim, best = aim + readout.bias[captured.targets[rows]], best + readout.bias[captured.top[rows]]
             aim, best = readout.cap_(aim), readout.cap_(best)
             if not readout.linear:
-                seen = words.expected_logit(n, readout.final_norm(captured.states[-1][rows]))
+                model = readout.final_norm(captured.states[-1][rows])
+                seen = each(words.expected_logit(n.flatten(0, 1), model.repeat_interleave(m, 0)))
             hit = (best >= largest - 1e-5 * largest.abs().clamp(min=1)).float()
             moved: tuple[Tensor, ...] = ()
             if reference is not None:
-                of, negative_entropy = reference.moment[k, rows], reference.negative_entropy[k, rows]
-                logit = (of * n).sum(-1) if readout.linear else words.expected_logit(n, of)
-                moved = (negative_entropy - logit + log_z,)
+                of = reference.moment[lenses, rows].transpose(0, 1)
+                if readout.linear:
+                    logit = (of * n).sum(-1).T
+                else:
+                    logit = each(words.expected_logit(n.flatten(0, 1), of.flatten(0, 1)))
+                moved = (reference.negative_entropy[lenses, rows] - logit + log_z,)
             kl = captured.entropy_term[rows] - seen + log_z
             lacks_kl, lacks_ce = self.missed.near(rows, kl, along[0] if along else None)
             return kl + lacks_kl, log_z - aim + lacks_ce, hit, *moved
@@ -123,8 +137,8 @@ class ByWords:
             weight = readout.weight
             parts = [captured.expected[rows], weight[captured.targets[rows]], weight[captured.top[rows]]]
             vectors = torch.stack(parts if self.missed.slope is None else [*parts, self.missed.slope[rows]], 1)
-            each = [of_lens(k, rows, vectors) for k in range(len(maps))]
-            return tuple(torch.stack(of_all) for of_all in zip(*each, strict=True))
+            some = [of_some(slice(k, k + LENSES_AT_ONCE), rows, vectors) for k in range(0, len(maps), LENSES_AT_ONCE)]
+            return tuple(torch.cat(of_all) for of_all in zip(*some, strict=True))
 
         if not len(h):
             none = h.new_zeros(len(maps), 0)

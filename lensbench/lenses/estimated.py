@@ -9,14 +9,13 @@ Two-phase sampling with a control variate (Cochran 1977, section 12.9):
 
 The mean over tokens is then ``mean cheap + B``. For given tokens and words, its expectation over samples is the exact
 mean. Sums over clusters contain the spread of y, so a bootstrap over clusters includes the variance of the estimate. All
-lenses of a layer share words and sample, so differences between them stay paired. Layers may ask for samples of different
+lenses of a layer share one sample, so differences between them stay paired. Layers may ask for samples of different
 sizes: each is then the beginning of one random order of the tokens, so that the smaller lies in the larger. An estimated
 KL may be negative.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,9 +34,6 @@ from lensbench.streams.words import Words
 WORDS = 4096
 """How many words stand for the vocabulary"""
 
-SIZES = (WORDS, WORDS // 2)
-"""How many may stand for it at a layer, where that is found on dev: fewer take less time, and more exact values"""
-
 WORDS_FROM = 4096
 """How many read-outs the words are chosen from"""
 
@@ -54,14 +50,11 @@ def worth_estimating(vocabulary: int) -> bool:
 Shares = float | Sequence[float]
 """Shares of exact log-partitions: one for all layers 0..L, or one of each"""
 
-Sizes = int | Sequence[int]
-"""How many words stand for the vocabulary: at all layers 0..L, or at each"""
-
 FEWEST_DRAWN = 64
 """Tokens at least that get exact values: a bootstrap tells nothing of fewer"""
 
 USUAL_SHARE = 1 / 16
-"""Share of the tokens that get exact values where no share is found for their layer: of searches, gates, readable gains"""
+"""Share of the tokens that get exact values in searches and gates"""
 
 FEWEST_PAIRED = 32
 """Tokens at least where alike lenses are compared on the same tokens: what words miss of one they miss of the other"""
@@ -72,9 +65,9 @@ def drawn_in_search(tokens: int) -> int:
     return min(tokens, max(FEWEST_PAIRED, round(USUAL_SHARE * tokens)))
 
 
-def usually_drawn(tokens: int) -> int:
-    """How many of some tokens get exact values at :data:`USUAL_SHARE`."""
-    return min(tokens, max(FEWEST_DRAWN, round(USUAL_SHARE * tokens)))
+def drawn_of(tokens: int, share: float = USUAL_SHARE) -> int:
+    """How many of some tokens get exact values at a share."""
+    return min(tokens, max(FEWEST_DRAWN, round(share * tokens)))
 
 
 @dataclass(frozen=True)
@@ -95,12 +88,9 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Estimator:
-    """For every layer words for cheap values of all tokens, and the sample of tokens that gets exact values."""
+    """Cheap values of all tokens, and for every layer the sample of tokens that gets exact values."""
 
-    sets: tuple[ByWords, ...]
-    """Cheap values by different numbers of words"""
-    set_of: tuple[int, ...]
-    """Which of them serve each layer 0..L"""
+    by_words: ByWords
     captured: Capture
     """All tokens of this process"""
     drawn: Tensor
@@ -125,64 +115,44 @@ class Estimator:
         *,
         share: Shares,
         seed: Sequence[int],
-        words: Sizes | None = None,
+        words: int | None = None,
     ) -> "Estimator":
         """A simple random sample of ``share`` of the tokens, and words chosen from what the lenses ``per_layer`` read out.
 
         ``words``: how many stand for the vocabulary, :data:`WORDS` if left out. Raises :class:`LensbenchError` for a share
-        that is not above 0 and at most 1, and for shares or words that are not those of every layer.
+        that is not above 0 and at most 1, or not one of every layer.
         """
-        mean = mean_read_out(readout, captured, per_layer)
-        sizes = by_layer(WORDS if words is None else words, captured.layers, "numbers of words")
-        known = sorted(set(sizes), reverse=True)
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         # The words do not depend on the sampled tokens: this keeps the estimate unbiased.
-        chosen = [Words.draw(readout, mean, size, seeded(seed)) for size in known]
-        return cls.drawn_with(chosen, captured, set_of=[known.index(of) for of in sizes], share=share, seed=seed)
+        chosen = Words.draw(readout, mean_read_out(readout, captured, per_layer), words or WORDS, generator)
+        return cls.drawn_with(chosen, captured, share=share, seed=seed)
 
     @classmethod
     def where_it_saves(
-        cls,
-        readout: ReadOut,
-        captured: Capture,
-        per_layer: AffineMaps,
-        *,
-        share: Shares,
-        seed: Sequence[int],
-        words: Sizes | None = None,
+        cls, readout: ReadOut, captured: Capture, per_layer: AffineMaps, *, share: Shares, seed: Sequence[int]
     ) -> "Estimator | None":
         """As :meth:`of`; None where every share is 1, and for a vocabulary so small that nothing would be saved."""
-        if min(checked_shares(share, captured.layers)) == 1 or not worth_estimating(len(readout.weight)):
+        if min(by_layer(share, captured.layers)) == 1 or not worth_estimating(len(readout.weight)):
             return None
-        return cls.of(readout, captured, per_layer, share=share, seed=seed, words=words)
+        return cls.of(readout, captured, per_layer, share=share, seed=seed)
 
     @classmethod
     def usual(cls, readout: ReadOut, captured: Capture) -> "Estimator | None":
-        """Words by what the model itself predicts, and the sample of :func:`usually_drawn`; None where nothing is saved.
+        """Words by what the model itself predicts, and the sample of :func:`drawn_of`; None where nothing is saved.
 
         For lenses whose read-outs are like the model's own.
         """
-        if not worth_estimating(len(readout.weight)) or usually_drawn(captured.tokens) >= captured.tokens:
+        if not worth_estimating(len(readout.weight)) or drawn_of(captured.tokens) >= captured.tokens:
             return None
         words = Words.draw(readout, captured.mean_p, WORDS, torch.Generator().manual_seed(0))
-        same = (0,) * (captured.layers + 1)
-        return cls.drawn_with([words], captured, set_of=same, share=USUAL_SHARE, seed=(0,), fewest=FEWEST_DRAWN)
+        return cls.drawn_with(words, captured, share=USUAL_SHARE, seed=(0,), fewest=FEWEST_DRAWN)
 
     @classmethod
     def drawn_with(
-        cls,
-        words: Sequence[Words],
-        captured: Capture,
-        *,
-        set_of: Sequence[int],
-        share: Shares,
-        seed: Sequence[int],
-        fewest: int = 2,
+        cls, words: Words, captured: Capture, *, share: Shares, seed: Sequence[int], fewest: int = 2
     ) -> "Estimator":
-        """Samples for given words, which must not depend on them, of ``fewest`` tokens at least.
-
-        ``set_of``: the number of the words that serve each layer.
-        """
-        shares = checked_shares(share, captured.layers)
+        """Samples for given words, which must not depend on them, of ``fewest`` tokens at least."""
+        shares = by_layer(share, captured.layers)
         total = captured.tokens
         counts = tuple(min(total, max(fewest, round(s * total))) for s in shares)
         order = torch.from_numpy(np.random.default_rng(tuple(seed)).permutation(total))[: max(counts)]
@@ -191,16 +161,13 @@ class Estimator:
         here = (drawn >= before) & (drawn < before + len(captured))
         device = captured.states.device
         at = (drawn[here] - before).to(device)
-        sets = tuple(ByWords.of(one, captured) for one in words)
-        place = place[here].to(device)
-        return cls(sets, tuple(set_of), captured, at, place, captured.take(at), counts, shares, tuple(seed))
+        few, by_words = captured.take(at), ByWords.of(words, captured)
+        return cls(by_words, captured, at, place[here].to(device), few, counts, shares, tuple(seed))
 
     def again(self, captured: Capture, number: int) -> "Estimator":
         """The same words and shares for other tokens, with a new sample, for refits; ``number`` seeds it."""
-        words, seed = [one.words for one in self.sets], (*self.seed, number)
-        return Estimator.drawn_with(
-            words, captured, set_of=self.set_of, share=self.shares, seed=seed, fewest=FEWEST_PAIRED
-        )
+        words, seed = self.by_words.words, (*self.seed, number)
+        return Estimator.drawn_with(words, captured, share=self.shares, seed=seed, fewest=FEWEST_PAIRED)
 
     def sample(self, layer: int) -> Drawn:
         """The sample of a layer."""
@@ -211,20 +178,18 @@ class Estimator:
         which = (self.place < count).nonzero()[:, 0]
         return Drawn(self.drawn[which], share, which)
 
-    def cheap_reference(
-        self, layer: int, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")
-    ) -> Reference:
-        """What cheap movement to a layer is measured from, lens k on layer ``lenses[k]``, at all tokens."""
-        return self.sets[self.set_of[layer]].reference(lenses, maps, memory_gib)
-
-    def exact_reference(self, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")) -> Reference:
-        """What exact movement is measured from, lens k on layer ``lenses[k]``, at the tokens of the largest sample."""
-        readout, few = self.sets[0].words.readout, self.few
+    def references(
+        self, lenses: Sequence[int], maps: AffineMaps, memory_gib: float = float("inf")
+    ) -> tuple[Reference, Reference]:
+        """References for movement: lens k on layer ``lenses[k]``, cheap at all tokens and exact at the sampled ones."""
+        readout, few = self.by_words.words.readout, self.few
         own = zip(lenses, maps.matrix, maps.offset, strict=True)
         normalised = (readout.final_norm(few.states[layer] @ a.T + b) for layer, a, b in own)
-        if not len(few):  # one of many processes may have no sampled token
-            return Reference(torch.stack(list(normalised)), few.states.new_zeros(len(lenses), 0))
-        return Reference.of(readout, normalised, len(lenses), memory_gib)
+        if len(few):
+            exact = Reference.of(readout, normalised, len(lenses), memory_gib)
+        else:  # one of many processes may have no sampled token
+            exact = Reference(torch.stack(list(normalised)), few.states.new_zeros(len(lenses), 0))
+        return self.by_words.reference(lenses, maps, memory_gib), exact
 
     @torch.no_grad()
     def score(self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None) -> Scores:
@@ -240,27 +205,19 @@ class Estimator:
         )
         return Scores(kl, ce, moved, top1)
 
+    @torch.no_grad()
     def both(
         self, layer: int, maps: AffineMaps, references: tuple[Reference, Reference] | None = None
     ) -> tuple[Scores, Scores]:
-        """:meth:`cheap` and :meth:`exact` values; ``references``: those of each."""
+        """Cheap values of all tokens ``[M, N]``, and exact values of the tokens sampled for this layer ``[M, n]``."""
         of_cheap, of_exact = (None, None) if references is None else references
-        return self.cheap(layer, maps, of_cheap), self.exact(layer, maps, of_exact)
-
-    @torch.no_grad()
-    def cheap(self, layer: int, maps: AffineMaps, reference: Reference | None = None) -> Scores:
-        """Cheap values of all tokens ``[M, N]``."""
-        return self.sets[self.set_of[layer]].scores(layer, maps, reference)
-
-    @torch.no_grad()
-    def exact(self, layer: int, maps: AffineMaps, reference: Reference | None = None) -> Scores:
-        """Exact values of the tokens sampled for this layer ``[M, n]``; ``reference``: of the largest sample."""
         drawn, few = self.sample(layer), replace(self.few, states=self.few.states[[layer, -1]])
         if drawn.of_largest is not None:
             few = few.take(drawn.of_largest)
-            if reference is not None:
-                reference = Reference(drawn.rows(reference.moment), drawn.rows(reference.negative_entropy))
-        return score(self.sets[0].words.readout, few.states[0], maps, few, reference)
+            if of_exact is not None:
+                of_exact = Reference(drawn.rows(of_exact.moment), drawn.rows(of_exact.negative_entropy))
+        exact = score(self.by_words.words.readout, few.states[0], maps, few, of_exact)
+        return self.by_words.scores(layer, maps, of_cheap), exact
 
 
 def usual_scores(readout: ReadOut, captured: Capture) -> ScoresAt:
@@ -279,29 +236,15 @@ def mended(cheap: Tensor, exact: Tensor, drawn: Drawn, ranks: Ranks = ALONE) -> 
     return found
 
 
-Of = TypeVar("Of", int, float)
-
-
-def by_layer(values: Of | Sequence[Of], layers: int, what: str) -> tuple[Of, ...]:
-    """One of each layer 0..L; raises :class:`LensbenchError` where there are not so many."""
-    found = (values,) * (layers + 1) if isinstance(values, int | float) else tuple(values)
-    if len(found) != layers + 1:
-        raise LensbenchError(f"{len(found)} {what} for {layers + 1} layers")
-    return found
-
-
-def checked_shares(share: Shares, layers: int) -> tuple[float, ...]:
+def by_layer(share: Shares, layers: int) -> tuple[float, ...]:
     """The shares of layers 0..L; raises :class:`LensbenchError` for one that is not above 0 and at most 1."""
-    shares = by_layer(share, layers, "shares of exact log-partitions")
+    shares = (float(share),) * (layers + 1) if isinstance(share, int | float) else tuple(map(float, share))
+    if len(shares) != layers + 1:
+        raise LensbenchError(f"{len(shares)} shares of exact log-partitions for {layers + 1} layers")
     for one in shares:
         if not 0 < one <= 1:
             raise LensbenchError(f"exact_share is {one}: it must be above 0 and at most 1")
     return shares
-
-
-def seeded(seed: Sequence[int]) -> torch.Generator:
-    """A generator of a seed of several numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
 def mean_read_out(readout: ReadOut, captured: Capture, per_layer: AffineMaps) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lensbench.data.samples import Samples
 from lensbench.errors import LensbenchError
-from lensbench.lenses.estimated import Estimator, Shares, Sizes
+from lensbench.lenses.estimated import Estimator, Shares
 from lensbench.lenses.fit import Fit, FitSummary
 from lensbench.lenses.kinds import KINDS
 from lensbench.lenses.lens import FittedLens, LensId, curve_column
@@ -242,7 +242,6 @@ def evaluate(
     refit_positions: int | None = None,
     matrix: bool = True,
     exact_share: Shares = 1.0,
-    words: Sizes | None = None,
     seed: Sequence[int] = (0,),
     memory_gib: float = float("inf"),
     pieces: Pieces = NOTHING_KEPT,
@@ -254,16 +253,14 @@ def evaluate(
     Without the ``matrix`` lenses are read at their own layers alone; a fit with refits or a curve over tolerances needs it.
 
     Below an ``exact_share`` of 1 (one for all layers, or one of each) all losses are unbiased estimates from that share of
-    the exact log-partitions, of tokens drawn with ``seed``, and from ``words`` for the others
-    (:mod:`lensbench.lenses.estimated`); a vocabulary too small to save anything is read exactly. What movement is measured
-    from is as large as the states; beyond ``memory_gib`` it is kept on disk as they are. Finished ``pieces`` are taken up.
-    ``task``: what the progress is called. Raises
+    the exact log-partitions, of tokens drawn with ``seed`` (:mod:`lensbench.lenses.estimated`); a vocabulary too small to
+    save anything is read exactly. What movement is measured from is as large as the states; beyond ``memory_gib`` it is
+    kept on disk as they are. Finished ``pieces`` are taken up. ``task``: what the progress is called. Raises
     :class:`LensbenchError` for an ``exact_share`` below 1 without the matrix, of which nothing is estimated.
     """
     if not matrix and exact_share != 1:
         raise LensbenchError(f"exact_share is {exact_share}: without the matrix it must be 1")
-    maps = fit.headline.maps
-    estimator = Estimator.where_it_saves(readout, captured, maps, share=exact_share, seed=seed, words=words)
+    estimator = Estimator.where_it_saves(readout, captured, fit.headline.maps, share=exact_share, seed=seed)
     context = EvalContext(readout, captured, fit, memory_gib, pieces, matrix, estimator)
     planned, refits = list(readings(context)), fit.summary.refits
     done = 0

@@ -1,10 +1,7 @@
-"""The shares of exact log-partitions, by layer, that leave intervals nearly as they are, found on the dev split.
-
-And how many words stand for the vocabulary there: fewer take less time, and ask for larger shares.
-"""
+"""The shares of exact log-partitions, by layer, that leave intervals nearly as they are, found on the dev split."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -54,8 +51,6 @@ class Share:
     """The mean over layers; 1 where too little would be saved"""
     of_layers: tuple[float, ...]
     """The share of every layer 0..L"""
-    words: tuple[int, ...]
-    """How many words stand for the vocabulary at each"""
     widest: str
     """The interval that asks for the largest"""
     ratio: float
@@ -67,60 +62,38 @@ class Share:
     def described(self) -> dict[str, Any]:
         """By name, for the manifest."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return found | {"of_layers": list(self.of_layers), "words": list(self.words)}
+        return found | {"of_layers": list(self.of_layers)}
 
 
-def find_share(estimators: Mapping[int, Estimator], fit: Fit, scored: int) -> Share:
-    """The shares for ``scored`` tokens, from estimators that draw all tokens of the dev split, by how many words each has.
+def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
+    """The shares for ``scored`` tokens, from an estimator that draws all tokens of the dev split.
 
     It looks at the intervals of losses, penalties, pair penalties and indices, for the layers that the fit chose for what
     takes long; not at top-1 agreement, where one token in hundreds may be all that an interval is made of. Each is
     linearised: the variance of the exact value over documents is that of its influence, summed by document; the variance
     that the estimate adds is that of the influence of the difference between exact and cheap values, over tokens.
 
-    A layer between two chosen ones gets the larger of their shares; for these, pairs do not count, of which it is none. Of
-    the words, each chosen layer gets those that take least with the share that they ask for, one between two the more
-    numerous of theirs.
+    A layer between two chosen ones gets the larger of their shares; for these, pairs do not count, of which it is none.
     """
-    sizes, each = list(estimators), list(estimators.values())
-    captured = each[0].captured
-    exact, differences = token_values(each, fit)
+    captured = estimator.captured
+    exact, difference = token_values(estimator, fit)
     documents = captured.ranks.joined(captured.document)
-    known, every = len(np.unique(documents)), captured.layers + 1
-    chosen, vocabulary = [*fit.summary.layers, captured.layers], len(each[0].sets[0].words.readout.weight)
-
-    def shares_with(difference: Means) -> tuple[dict[str, Array], Array]:
-        ratios = added_ratios(exact, difference, documents) if known > 1 else {}
-        anything = any(ratio.size for ratio in ratios.values())
-        return ratios, shares_of_layers(list(ratios.values()), scored) if anything else np.ones(len(chosen))
-
-    by_words = [shares_with(difference)[1] for difference in differences]
-    best = np.argmin([at + size / vocabulary for at, size in zip(by_words, sizes, strict=True)], axis=0)
-    ratios, at_chosen = shares_with(by_layers(differences, best))
+    known = len(np.unique(documents))
+    ratios = added_ratios(exact, difference, documents) if known > 1 else {}
+    every = captured.layers + 1
     if not any(ratio.size for ratio in ratios.values()):  # nothing is known of any interval
-        return Share(1.0, (1.0,) * every, (sizes[0],) * every, "", 0.0, len(documents), known, 0)
+        return Share(1.0, (1.0,) * every, "", 0.0, len(documents), known, 0)
     largest = {name: float(ratio.sum((0, 1)).max()) for name, ratio in ratios.items() if ratio.size}
     widest = max(largest, key=largest.__getitem__)
+    chosen = [*fit.summary.layers, captured.layers]
+    at_chosen = shares_of_layers(list(ratios.values()), scored)
     without_pairs = shares_of_layers([ratio for name, ratio in ratios.items() if name not in OF_PAIRS], scored)
-    of_layers, of_chosen = spread(at_chosen, without_pairs, chosen), np.array(sizes)[best]
+    of_layers = spread(at_chosen, without_pairs, chosen)
     if np.mean(of_layers) > LARGEST_SHARE or (at_chosen == 1).all():
         of_layers = (1.0,) * every
-    words = tuple(int(size) for size in spread(of_chosen, of_chosen, chosen))
     mean = round(float(np.mean(of_layers)), 4)
     intervals = sum(ratio.shape[-1] for ratio in ratios.values())
-    return Share(mean, of_layers, words, widest, round(largest[widest], 6), len(documents), known, intervals)
-
-
-def by_layers(values: Sequence[Means], which: Array) -> Means:
-    """At each layer, the last axis, one of several values; ``which`` gives its number. Of what reads no layer, the first."""
-
-    def chosen(name: str) -> Array:
-        each: list[Array] = [getattr(of, name) for of in values]
-        if each[0].ndim == 1:
-            return each[0]
-        return np.stack([each[number][..., layer] for layer, number in enumerate(which[: each[0].shape[-1]])], -1)
-
-    return Means(**{name: chosen(name) for name, _ in values[0].items()})
+    return Share(mean, of_layers, widest, round(largest[widest], 6), len(documents), known, intervals)
 
 
 def added_ratios(exact: Means, difference: Means, documents: Array) -> dict[str, Array]:
@@ -224,12 +197,13 @@ def _flat(matrix: Array) -> Array:
     return matrix.reshape(*matrix.shape[:-2], -1)
 
 
-def token_values(estimators: Sequence[Estimator], fit: Fit) -> tuple[Means, list[Means]]:
-    """Exact values of every token, and exact less cheap ones of each estimator, for the fit's chosen layers and the last.
+def token_values(estimator: Estimator, fit: Fit) -> tuple[Means, Means]:
+    """Exact values of every token, and exact less cheap ones, for the fit's chosen layers and the last.
 
-    The estimators must draw all tokens of the same capture.
+    The estimator must draw all tokens. Of rotated views the first is looked at: an estimate adds no more to the variance of
+    their mean.
     """
-    captured, summary, several = estimators[0].captured, fit.summary, 1 + len(estimators)
+    captured, summary = estimator.captured, fit.summary
     chosen, last = summary.layers, captured.layers
     whole, size = [*chosen, last], len(chosen)
 
@@ -239,67 +213,63 @@ def token_values(estimators: Sequence[Estimator], fit: Fit) -> tuple[Means, list
 
     lenses = AffineMaps.stack([fit.headline.maps[chosen], AffineMaps.identity(captured.states.shape[-1])])
     maps = lenses.to(captured.states)
-    references = [e.cheap_reference(last, whole, maps) for e in estimators], estimators[0].exact_reference(whole, maps)
-    columns = [_values(estimators, layer, maps, references, joined) for layer in whole]
-    matrix = {name: np.stack([c[name] for c in columns], -1) for name in columns[0]}  # [values, lenses, N, layers]
+    references = estimator.references(whole, maps)
+    columns = [_two(estimator, layer, maps, references, joined) for layer in whole]
+    matrix = {name: np.stack([c[name] for c in columns], -1) for name in columns[0]}  # [2, lenses, N, layers]
 
     def own(lens: LensId) -> Array:
-        """KL at the chosen layers, ``[values, N, layers]``."""
+        """KL at the chosen layers, ``[2, N, layers]``."""
         found = [
-            _values(estimators, layer, one, None, joined)["kl"][:, 0]
+            _two(estimator, layer, one, None, joined)["kl"][:, 0]
             for layer, one in maps_by_layer(fit[lens], fit.views)
             if layer in chosen
         ]
         return np.stack(found, -1)
 
     def pairs(lens: LensId) -> Array:
-        """``[values, N, layers, layers]``: at [i, j] the lens of both as it reads j."""
-        both, fitted = np.full((several, len(constant), size, size), np.nan), fit[lens]
+        """``[2, N, layers, layers]``: at [i, j] the lens of both as it reads j."""
+        both, fitted = np.full((2, matrix["kl"].shape[2], size, size), np.nan), fit[lens]
         for number, (i, j) in enumerate(itertools.combinations(range(size), 2)):
             plain = fitted.to_plain(number, fit.views)
             for k, (at, other) in enumerate(((i, j), (j, i))):
                 one = plain[[k if len(plain) > 1 else 0]]
-                both[:, :, other, at] = _values(estimators, chosen[at], one, None, joined)["kl"][:, 0]
+                both[:, :, other, at] = _two(estimator, chosen[at], one, None, joined)["kl"][:, 0]
         return both
 
-    constant = joined(captured.constant_kl)
     has_pairs = PAIR_LENS in fit.lenses
     assert not has_pairs or pairs_of(chosen) == [tuple(reads) for reads in fit[PAIR_LENS].reads]
-    unknown = np.full((several, len(constant), size), np.nan)
-    no_pairs = np.full((several, len(constant), size, size), np.nan)
+    constant = joined(captured.constant_kl)
+    unknown = np.full((2, len(constant), size), np.nan)
+    no_pairs = np.full((2, len(constant), size, size), np.nan)
     of_lenses = {
-        "constant": np.stack([constant, *(np.zeros_like(constant) for _ in estimators)]),
+        "constant": np.stack([constant, np.zeros_like(constant)]),
         "transfer": matrix["kl"].swapaxes(1, 2),
         "transfer_ce": matrix["ce"].swapaxes(1, 2),
         "movement": matrix["movement"].swapaxes(1, 2),
         "own": own(OWN),
         "shared": own(SHARED_LENS),
         "shared_loo": own(SHARED_LOO_LENS),
-        "rotated": np.stack([own(SHARED_LENS.of_view(k)) for k in range(summary.rotations)], 2),
+        "rotated": own(SHARED_LENS.of_view(0))[:, :, None],
         "own_refined": unknown,
         "shared_refined": unknown,
         "pair": pairs(PAIR_LENS) if has_pairs else no_pairs,
-        "pair_rotated": np.stack([pairs(PAIR_LENS.of_view(k)) for k in range(summary.pair_rotations)] or [no_pairs], 2),
+        "pair_rotated": (pairs(PAIR_LENS.of_view(0)) if summary.pair_rotations else no_pairs)[:, :, None],
     }
-    exact, *differences = (Means(**{name: x[k] for name, x in of_lenses.items()}) for k in range(several))
-    return exact, differences
+    exact, difference = (Means(**{name: x[k] for name, x in of_lenses.items()}) for k in range(2))
+    return exact, difference
 
 
-def _values(
-    estimators: Sequence[Estimator],
+def _two(
+    estimator: Estimator,
     layer: int,
     maps: AffineMaps,
-    references: tuple[Sequence[Reference], Reference] | None,
+    references: tuple[Reference, Reference] | None,
     joined: Any,
 ) -> dict[str, Array]:
-    """Exact values, and exact less cheap ones of each estimator, of M lenses on a layer: ``[values, M, N]`` by name."""
-    cheap_references, exact_reference = ([None] * len(estimators), None) if references is None else references
-    exact = estimators[0].exact(layer, maps, exact_reference)
-    cheap = [e.cheap(layer, maps, of) for e, of in zip(estimators, cheap_references, strict=True)]
+    """Exact values, and exact less cheap ones, of M lenses on a layer: ``[2, M, N]`` by name."""
+    cheap, exact = estimator.both(layer, maps, references)
     found = {}
     for name in ("kl", "ce", "movement"):
         if (of := getattr(exact, name)) is not None:
-            found[name] = np.stack(
-                [joined(of), *(joined(of.double() - getattr(by_words, name).double()) for by_words in cheap)]
-            )
+            found[name] = np.stack([joined(of), joined(of.double() - getattr(cheap, name).double())])
     return found

@@ -69,21 +69,8 @@ def transfer_sums(
     names = [f.name for f in fields(TransferSums) if movement or f.name != "movement"]
 
     @cache
-    def exact_reference() -> Reference:
-        assert estimator is not None
-        return estimator.exact_reference(chosen, maps, memory_gib)
-
-    by_words = dict[int, Reference]()
-
-    def references(layer: int) -> tuple[Reference, Reference] | None:
-        """Of one set of words at a time: they are as large as the states."""
-        if estimator is None or not movement:
-            return None
-        number = estimator.set_of[layer]
-        if number not in by_words:
-            by_words.clear()
-            by_words[number] = estimator.cheap_reference(layer, chosen, maps, memory_gib)
-        return by_words[number], exact_reference()
+    def references() -> tuple[Reference, Reference] | None:
+        return None if estimator is None or not movement else estimator.references(chosen, maps, memory_gib)
 
     @cache
     def reference() -> Reference | None:
@@ -97,15 +84,15 @@ def transfer_sums(
         if estimator is None:
             scores = score(readout, captured.states[layer], maps, captured, reference())
         else:
-            scores = estimator.score(layer, maps, references(layer))
+            scores = estimator.score(layer, maps, references())
         return {name: torch.from_numpy(sums_of_all(getattr(scores, name), captured)) for name in names}
 
-    columns = {}
-    for layer in layers if estimator is None else sorted(layers, key=lambda layer: estimator.set_of[layer]):
-        columns[layer] = pieces.get(f"{name}-{layer}", partial(column, layer))
+    columns = []
+    for layer in layers:
+        columns.append(pieces.get(f"{name}-{layer}", partial(column, layer)))
         if report is not None:
             report(layer)
-    sums = {name: np.stack([columns[layer][name].numpy().T for layer in layers], axis=-1) for name in names}
+    sums = {name: np.stack([c[name].numpy().T for c in columns], axis=-1) for name in names}
     return TransferSums(**{"movement": np.full_like(sums["kl"], np.nan), **sums})
 
 

@@ -302,7 +302,7 @@ catalogue of indices. How to read a run: [results](README.md).
   decomposition, over the same documents for every model, in steps of at most a 64th of their spread.
 - `estimated` in the manifest is there where a suite computes a share of the log-partitions (`evaluate.exact_share` below
   1, or auto). For each model and seed it has `share`; found on dev, it is the mean of `of_layers`, the shares of layers
-  0..L, and `words` is how many words stand for the vocabulary at each; `widest` is the kind of interval that asks for most, `ratio` the variance that a share of one half would add to
+  0..L; `widest` is the kind of interval that asks for most, `ratio` the variance that a share of one half would add to
   it; then come the `tokens`, `documents` and `intervals` looked at. Losses are then unbiased estimates: a KL near 0 may
   be negative, and intervals hold the added variance.
 - `half_passes` in the manifest: models whose passes multiplied in float16, and how far that is from float32: `kl` of

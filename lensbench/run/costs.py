@@ -21,7 +21,7 @@ counts are typical ones.
 
 from dataclasses import dataclass, fields
 
-from lensbench.lenses.estimated import SIZES, USUAL_SHARE, worth_estimating
+from lensbench.lenses.estimated import USUAL_SHARE, worth_estimating
 from lensbench.lenses.estimated import WORDS as WORDS_FOR_ALL
 from lensbench.lenses.jacobian import PILOT_PROBES, PILOT_PROMPTS
 from lensbench.lenses.per_layer import curve_tolerances
@@ -30,7 +30,7 @@ from lensbench.lenses.room import SHARE
 from lensbench.lenses.shared import REFITTED_VIEWS
 from lensbench.measures.share import PILOT_TOKENS
 from lensbench.measures.update.folds import FOLDS
-from lensbench.measures.update.readable import DEV_TOKENS, FURTHER_PAIRS, HELD_OUT_TOKENS
+from lensbench.measures.update.readable import DEV_TOKENS, EXACT_SHARE, FURTHER_PAIRS, HELD_OUT_TOKENS
 from lensbench.measures.update.stacking import WORDS
 from lensbench.suite.recipes import Suite
 
@@ -363,10 +363,11 @@ def share_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
     """The share that dev asks for: lenses of the chosen layers on some dev tokens, exactly and by words."""
     if not worth_estimating(shape.vocabulary):
         return Cost(Work(), PROCESS_GIB * GIB)
-    cells = (of.chosen + 1) ** 2 + of.chosen * (3 + of.views) + 2 * of.pairs
+    each, looked_at = of.pairs // (1 + of.pair_views), min(2, 1 + of.pair_views)  # of rotated views the first
+    cells = (of.chosen + 1) ** 2 + 4 * of.chosen + 2 * each * looked_at
     work = read_out(shape, PILOT_TOKENS * cells) + softmax_moments(shape, PILOT_TOKENS * (of.chosen + 1))
     memory, disk = held(shape, suite, of.tokens("dev"))
-    return Cost((1 + sum(SIZES) / shape.vocabulary) * work, memory, disk)
+    return Cost((1 + WORDS_FOR_ALL / shape.vocabulary) * work, memory, disk)
 
 
 def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
@@ -393,7 +394,7 @@ def update_cost(suite: Suite, shape: Shape, of: Counts) -> Cost:
             single=pairs * 6 * tokens * 2 * shape.width * words,
             words=pairs * 3 * READABLE_STEPS * tokens * 3 * words,  # each logit is added up, and read for the slopes
         )
-        work += of_share(shape, USUAL_SHARE) * read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_))
+        work += of_share(shape, EXACT_SHARE) * read_out(shape, pairs * 3 * min(HELD_OUT_TOKENS, eval_))
         work += eigendecompositions(shape, 5 * pairs)
     if settings.landmarks:
         some = min(of.chosen, layers)

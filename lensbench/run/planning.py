@@ -15,7 +15,7 @@ from lensbench.run.context import Context
 from lensbench.run.fitting import fitting, rotation_of
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.origin import origin_of, stream_of
-from lensbench.run.sharing import estimate_key, exact_share_of, shares_in, words_in
+from lensbench.run.sharing import estimate_key, exact_share_of, shares_in
 from lensbench.runtime.files import write_json
 from lensbench.runtime.stages import Stage
 from lensbench.statistics import half_width
@@ -72,7 +72,7 @@ def planning(context: Context, model: ModelRecipe, seed: int) -> Stage:
 def scored_pilot(context: Context, model: ModelRecipe, seed: int, count: int) -> Pilot:
     """Widths of the penalties' intervals on at most ``count`` held-out sequences."""
     fitted, who = fitting(context, model, seed), f"{model.name}-seed{seed}"
-    fit, share = Fit.load(fitted.folder), exact_share_of(context, model, seed)
+    fit, share = Fit.load(fitted.folder), shares_in(exact_share_of(context, model, seed))
     origin = origin_of(context, model, seed)
     stream = stream_of(context, origin, model.view)
     start = time.perf_counter()
@@ -82,9 +82,7 @@ def scored_pilot(context: Context, model: ModelRecipe, seed: int, count: int) ->
         rotation=rotation_of(fitted), ranks=context.ranks,
     )  # fmt: skip
     maps = fit.headline.maps
-    estimator = Estimator.where_it_saves(
-        readout, captured, maps, share=shares_in(share), seed=(seed,), words=words_in(share)
-    )
+    estimator = Estimator.where_it_saves(readout, captured, maps, share=share, seed=(seed,))
     sums = transfer_sums(readout, captured, maps, movement=False, estimator=estimator)
     seconds = context.ranks.told(time.perf_counter() - start)
     clusters, tokens = samples.clusters, samples.valid.sum(1)

@@ -15,7 +15,7 @@ from lensbench.run.context import Context
 from lensbench.run.fitting import fitting, rotation_of
 from lensbench.run.inputs import data_of, eval_samples
 from lensbench.run.origin import Origin, origin_of, stream_of
-from lensbench.run.sharing import estimate_key, exact_share_of, said_of, shares_in, words_in
+from lensbench.run.sharing import estimate_key, exact_share_of, said_of, shares_in
 from lensbench.runtime.files import write_json
 from lensbench.runtime.stages import Pieces, Stage
 from lensbench.streams.half import HalfAgreement
@@ -51,7 +51,6 @@ def scoring(context: Context, model: ModelRecipe, seed: int) -> Stage:
             refit_positions=settings.refit_positions,
             matrix=settings.matrix,
             exact_share=shares_in(share),
-            words=words_in(share),
             seed=(seed,),
             memory_gib=recipe.memory_gib,
             pieces=pieces,

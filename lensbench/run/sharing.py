@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lensbench.lenses.estimated import SIZES, Estimator, Shares, Sizes, worth_estimating
+from lensbench.lenses.estimated import WORDS, Estimator, Shares, worth_estimating
 from lensbench.lenses.fit import Fit
 from lensbench.measures.evaluate import thinned_windows
 from lensbench.measures.share import PILOT_TOKENS, find_share
@@ -47,10 +47,9 @@ def exact_share_of(context: Context, model: ModelRecipe, seed: int) -> dict[str,
             rotation=rotation_of(fitted), ranks=context.ranks,
         )  # fmt: skip
         some = thinned_windows(captured, max(1, PILOT_TOKENS // len(samples)))
-        maps, drawn_by = fit.headline.maps, (seed, DEV_DRAW)
-        estimators = {size: Estimator.of(readout, some, maps, share=1.0, seed=drawn_by, words=size) for size in SIZES}
+        estimator = Estimator.of(readout, some, fit.headline.maps, share=1.0, seed=(seed, DEV_DRAW))
         with context.progress.task(f"share-{who}", 1, "steps") as task:
-            found = find_share(estimators, fit, scored)
+            found = find_share(estimator, fit, scored)
             task.update(1)
         write_json(folder / "share.json", found.described())
 
@@ -66,15 +65,9 @@ def shares_in(found: dict[str, Any]) -> Shares:
     return shares
 
 
-def words_in(found: dict[str, Any]) -> Sizes | None:
-    """How many words stand for the vocabulary at each layer, of what :func:`exact_share_of` gives; None: as usual."""
-    words: Sizes | None = found.get("words")
-    return words
-
-
-def estimate_key() -> dict[str, Any]:
+def estimate_key() -> dict[str, int]:
     """What the stages that estimate have in their keys."""
-    return {"version": ESTIMATE_FORMAT, "words": list(SIZES)}
+    return {"version": ESTIMATE_FORMAT, "words": WORDS}
 
 
 def said_of(share: dict[str, Any], vocabulary: int) -> str:
@@ -98,6 +91,4 @@ def said_of(share: dict[str, Any], vocabulary: int) -> str:
 
 def exact_because(vocabulary: int) -> str:
     """Why a model is scored exactly where estimates were asked for."""
-    return (
-        f"all log-partitions are exact: a vocabulary of {vocabulary} is too small for {SIZES[0]} words to stand for it"
-    )
+    return f"all log-partitions are exact: a vocabulary of {vocabulary} is too small for {WORDS} words to stand for it"

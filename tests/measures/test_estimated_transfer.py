@@ -100,47 +100,6 @@ def test_layers_of_unequal_shares_draw_nested_samples_and_are_what_each_share_al
             np.testing.assert_allclose(one, other, atol=1e-4, err_msg=f"{name} of layer {layer}")
 
 
-def test_layers_of_unequal_words_are_what_each_number_of_words_alone_gives():
-    """And so are estimates of a sample drawn again; movement, whose references are by words, too."""
-    readout, captured, maps = stream_and_lenses()
-    numbers = (60, 30, 30, 60)
-    how = {"share": 0.2, "seed": (0,)}
-    several = Estimator.of(readout, captured, maps, words=numbers, **how)
-    assert [len(one.words.weight) <= size for one, size in zip(several.sets, (60, 30), strict=True)] == [True, True]
-    for again in (False, True):
-        it = several.again(captured, 1) if again else several
-        found = transfer_sums(readout, captured, maps, estimator=it)
-        for size in set(numbers):
-            alone = Estimator.of(readout, captured, maps, words=size, **how)
-            one = transfer_sums(readout, captured, maps, estimator=alone.again(captured, 1) if again else alone)
-            layers = [layer for layer, of in enumerate(numbers) if of == size]
-            others = [layer for layer, of in enumerate(numbers) if of != size]
-            for name in NAMES:
-                here, there = getattr(found, name), getattr(one, name)
-                np.testing.assert_allclose(here[..., layers], there[..., layers], atol=1e-4, err_msg=name)
-            assert np.abs(found.kl[..., others] - one.kl[..., others]).max() > 1e-3
-
-
-def test_mean_over_samples_is_exact_with_unequal_words():
-    readout, captured, maps = stream_and_lenses()
-    exact = means(transfer_sums(readout, captured, maps), captured)
-    words, shares = (60, 30, 30, 60), (0.1, 0.2, 0.05, 0.1)
-    found = []
-    for seed in range(40):
-        it = Estimator.of(readout, captured, maps, share=shares, seed=(seed,), words=words)
-        found.append(means(transfer_sums(readout, captured, maps, estimator=it), captured))
-    for name in NAMES:
-        each = np.array([one[name] for one in found])
-        error = each.std(0, ddof=1) / np.sqrt(len(each))
-        assert (np.abs(each.mean(0) - exact[name]) < 4.5 * error + 2e-5).all(), name
-
-
-def test_words_that_are_not_those_of_every_layer_are_refused():
-    readout, captured, maps = stream_and_lenses(tokens=40)
-    with pytest.raises(LensbenchError, match="2 numbers of words for 4 layers"):
-        Estimator.of(readout, captured, maps, share=0.5, seed=(0,), words=(60, 30))
-
-
 def test_a_sample_drawn_again_has_tokens_enough_to_compare_refits():
     readout, captured, maps = stream_and_lenses()
     again = estimator_of(readout, captured, maps, share=0.01).again(captured, 1)
@@ -209,7 +168,7 @@ def test_near_the_model_cheap_values_have_no_error_of_first_order(head, bias):
 @pytest.mark.parametrize("head", ["plain", "capped"])
 def test_a_process_without_tokens_has_no_cheap_values(head):
     readout, captured, maps = with_head(head, bias=True)
-    words = estimator_of(readout, captured, maps).sets[0].words
+    words = estimator_of(readout, captured, maps).by_words.words
     found = ByWords.of(words, captured.take(torch.arange(0))).scores(1, maps)
     assert found.kl.shape == found.ce.shape == found.top1.shape == (3, 0)
 
@@ -315,7 +274,7 @@ def test_bad_shares_are_refused_and_small_vocabularies_read_exactly(monkeypatch)
             estimator_of(readout, captured, maps, share=share)
     assert Estimator.where_it_saves(readout, captured, maps, share=0.5, seed=(0,)) is None
     monkeypatch.setattr(estimated, "WORDS", 100)
-    words = Estimator.where_it_saves(readout, captured, maps, share=0.5, seed=(0,)).sets[0].words
+    words = Estimator.where_it_saves(readout, captured, maps, share=0.5, seed=(0,)).by_words.words
     assert 75 <= len(words.weight) <= 100
     assert Estimator.where_it_saves(readout, captured, maps, share=1, seed=(0,)) is None
 

@@ -15,10 +15,8 @@ from lensbench.lenses.pairs import PAIR_LENS
 from lensbench.lenses.per_layer import OWN
 from lensbench.lenses.shared import SHARED_LENS
 from lensbench.measures import share
-from lensbench.measures.means import Means
 from lensbench.measures.share import (
     added_ratios,
-    by_layers,
     find_share,
     influences,
     shares_of_layers,
@@ -32,8 +30,7 @@ from lensbench.statistics import bootstrap_weights
 def pilot():
     it = small(0)
     estimator = Estimator.of(it.stream.readout, it.dev, it.fit.headline.maps, share=1.0, seed=(0,), words=12)
-    exact, (difference,) = token_values([estimator], it.fit)
-    return it, estimator, exact, difference
+    return it, estimator, *token_values(estimator, it.fit)
 
 
 def one_layer(ratio, tokens):
@@ -79,7 +76,7 @@ def test_values_are_those_of_the_lenses(pilot):
     shared = fit[SHARED_LENS].maps
     x = it.dev.states[chosen[1]] @ shared.matrix[0].T + shared.offset[0]
     n = readout.final_norm(x)
-    short = (readout.logits(n).logsumexp(-1) - estimator.sets[0].words.partition_and_largest(n)[0]).detach().double()
+    short = (readout.logits(n).logsumexp(-1) - estimator.by_words.words.partition_and_largest(n)[0]).detach().double()
     alone = torch.from_numpy(exact.shared[:, 1]) - short
     lacks = lacks_to_first_order(estimator, readout.final_norm(it.dev.states[-1]), n)
     np.testing.assert_allclose(difference.shared[:, 1], short - (-(alone + lacks)).exp() * lacks, atol=1e-4)
@@ -171,11 +168,11 @@ def test_what_only_pairs_ask_for_is_not_asked_of_layers_between(pilot, monkeypat
     layers = len(it.fit.summary.layers) + 1
     wide = np.zeros((layers, layers, 1))
     wide[0, 0] = 0.05
-    monkeypatch.setattr(share, "token_values", lambda *_: (exact, [difference]))
+    monkeypatch.setattr(share, "token_values", lambda *_: (exact, difference))
     found = {}
     for name in ("kl", *share.OF_PAIRS):
         monkeypatch.setattr(share, "added_ratios", lambda *_, name=name: {"ce": 1e-9 + 0 * wide, name: wide})
-        found[name] = find_share({12: estimator}, it.fit, 10**6).of_layers
+        found[name] = find_share(estimator, it.fit, 10**6).of_layers
     first, after = it.fit.summary.layers[:2]
     for name, of_layers in found.items():
         assert of_layers[first] > 0.1, name
@@ -187,20 +184,20 @@ def test_a_fit_without_pairs_has_a_share_by_its_other_intervals(pilot):
     it, estimator, exact, _ = pilot
     lenses = {lens: fitted for lens, fitted in it.fit.lenses.items() if lens.kind != PAIR_LENS.kind}
     alone = replace(it.fit, lenses=lenses, summary=it.fit.summary.model_copy(update={"pair_rotations": 0}))
-    without, _ = token_values([estimator], alone)
+    without, _ = token_values(estimator, alone)
     assert np.isnan(without.pair).all()
     assert np.isnan(without.pair_rotated).all()
     np.testing.assert_array_equal(without.transfer, exact.transfer)
-    found = find_share({12: estimator}, alone, 10**6)
+    found = find_share(estimator, alone, 10**6)
     assert 0 < found.share <= 1
     assert "pair" not in found.widest
 
 
 def test_the_widest_interval_decides(pilot, monkeypatch):
     it, estimator, exact, difference = pilot
-    monkeypatch.setattr(share, "token_values", lambda *_: (exact, [difference]))
+    monkeypatch.setattr(share, "token_values", lambda *_: (exact, difference))
     monkeypatch.setattr(share, "LARGEST_SHARE", 1.0)
-    found = find_share({12: estimator}, it.fit, 10**6)
+    found = find_share(estimator, it.fit, 10**6)
     assert found.tokens == len(it.dev)
     assert found.documents == len(np.unique(it.dev.document))
     whole, extra = influences(exact, exact), influences(exact, difference)
@@ -218,40 +215,8 @@ def test_the_widest_interval_decides(pilot, monkeypatch):
     )
 
 
-def test_each_layer_gets_the_words_that_take_least_with_the_share_that_they_ask_for(pilot, monkeypatch):
-    """Few words miss ten times as much at the first chosen layer, and nothing more at the others."""
-    it, estimator, exact, difference = pilot
-    layers = len(it.fit.summary.layers) + 1
-    at_first = {
-        name: x * np.where(np.arange(x.shape[-1]) == 0, 10.0, 1.0) if x.ndim > 1 else x
-        for name, x in difference.items()
-    }
-    worse = Means(**at_first)
-    monkeypatch.setattr(share, "token_values", lambda *_: (exact, [difference, worse]))
-    monkeypatch.setattr(share, "LARGEST_SHARE", 1.0)
-    # Of 40 words in all, 12 cost a share of 0.3 and 6 one of 0.15.
-    found = find_share({12: estimator, 6: estimator}, it.fit, 10**6)
-    chosen = [*it.fit.summary.layers, it.dev.layers]
-    assert [found.words[layer] for layer in chosen] == [12] + [6] * (layers - 1)
-    monkeypatch.setattr(share, "token_values", lambda *_: (exact, [difference]))
-    alone = find_share({12: estimator}, it.fit, 10**6)
-    assert found.of_layers == alone.of_layers
-
-
-def test_of_several_values_each_layer_has_its_own(pilot):
-    _, _, exact, difference = pilot
-    layers = exact.transfer.shape[-1]
-    which = np.arange(layers) % 2
-    found = by_layers([exact, difference], which)
-    for name, values in found.items():
-        one, other = getattr(exact, name), getattr(difference, name)
-        for layer in range(values.shape[-1] if values.ndim > 1 else 0):
-            np.testing.assert_array_equal(values[..., layer], (one, other)[which[layer]][..., layer])
-    np.testing.assert_array_equal(found.constant, exact.constant)
-
-
 def test_with_one_dev_document_nothing_is_known_and_all_is_exact(pilot):
     it, estimator, *_ = pilot
     one = replace(estimator, captured=replace(estimator.captured, document=np.zeros_like(it.dev.document)))
-    found = find_share({12: one}, it.fit, 10**6)
+    found = find_share(one, it.fit, 10**6)
     assert (found.share, found.widest, found.documents) == (1.0, "", 1)
