@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,27 @@ def test_small_tensors_alone_lie_where_memory_is_kept_for_the_next(reuses, mappe
     fixed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     words = [sys.executable, "-c", MAPPED.format(reuses=reuses)]
     assert subprocess.check_output(words, text=True, timeout=60, env=fixed).split() == mapped
+
+
+LARGE = """
+import lensbench, torch
+kept = torch.ones(64, 2**20)
+rollup = open("/proc/self/smaps_rollup").read()
+print(int(rollup.split("AnonHugePages:")[1].split()[0]) > 100_000)
+"""
+
+
+def large_pages_are_given() -> bool:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.is_file() and "[madvise]" in path.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not large_pages_are_given(), reason="large pages for those who ask")
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_large_tensors_lie_in_large_pages_unless_the_user_says_no(asked):
+    said = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | (
+        {} if asked is None else {"THP_MEM_ALLOC_ENABLE": asked}
+    )
+    words = [sys.executable, "-c", LARGE]
+    assert subprocess.check_output(words, text=True, timeout=60, env=said).strip() == str(asked is None)
