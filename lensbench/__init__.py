@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     )
     from lensbench.errors import LensbenchError
 
-# Large tensors lie in pages of 2 MiB where Linux gives them: a pass of a model is some 4 % faster. torch reads this with its
-# first tensor.
+# Large tensors lie in large pages of memory where Linux gives them, so that passes of a model take less time. torch reads
+# this with its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.2.0"
