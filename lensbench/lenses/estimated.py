@@ -60,14 +60,9 @@ FEWEST_PAIRED = 32
 """Tokens at least where alike lenses are compared on the same tokens: what words miss of one they miss of the other"""
 
 
-def drawn_in_search(tokens: int) -> int:
-    """How many of some tokens get exact values in a search."""
-    return min(tokens, max(FEWEST_PAIRED, round(USUAL_SHARE * tokens)))
-
-
-def drawn_of(tokens: int, share: float = USUAL_SHARE) -> int:
-    """How many of some tokens get exact values at a share."""
-    return min(tokens, max(FEWEST_DRAWN, round(share * tokens)))
+def drawn_of(tokens: int, share: float = USUAL_SHARE, fewest: int = FEWEST_DRAWN) -> int:
+    """How many of some tokens get exact values at a share, ``fewest`` at least."""
+    return min(tokens, max(fewest, round(share * tokens)))
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ class Estimator:
         """Samples for given words, which must not depend on them, of ``fewest`` tokens at least."""
         shares = by_layer(share, captured.layers)
         total = captured.tokens
-        counts = tuple(min(total, max(fewest, round(s * total))) for s in shares)
+        counts = tuple(drawn_of(total, one, fewest) for one in shares)
         order = torch.from_numpy(np.random.default_rng(tuple(seed)).permutation(total))[: max(counts)]
         drawn, place = order.sort()
         before, _ = captured.ranks.span(len(captured))

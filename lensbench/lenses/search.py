@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lensbench.lenses.estimated import WORDS, Drawn, drawn_in_search, mended, worth_estimating
+from lensbench.lenses.estimated import FEWEST_PAIRED, WORDS, Drawn, drawn_of, mended, worth_estimating
 from lensbench.lenses.maps import AffineMaps, Reads
 from lensbench.lenses.moments import MOMENT_BLOCK
 from lensbench.lenses.recipe import FitRecipe
@@ -155,7 +155,7 @@ class DevSearch:
     """Ridge and pad of lenses, chosen by KL on the dev split; every evaluation is made once.
 
     Of a large vocabulary, mean KLs are unbiased estimates (:mod:`lensbench.lenses.estimated`): some words stand for all of
-    them, and :func:`drawn_in_search` of the states have exact log-partitions. All lenses are read out to the same words.
+    them, and :func:`drawn_of` of the states have exact log-partitions. All lenses are read out to the same words.
     """
 
     def __init__(self, readout: ReadOut, dev: Capture, recipe: FitRecipe, pad: Tensor):
@@ -224,7 +224,7 @@ class DevSearch:
 
         def one(rows: slice) -> Tensor:
             some = torch.arange(rows.start, rows.stop)
-            count = drawn_in_search(len(some))
+            count = drawn_of(len(some), fewest=FEWEST_PAIRED)
             if self.by_words is None or count >= len(some):
                 return kl(self.readout, rows)
             at = (torch.arange(count) * len(some)) // count

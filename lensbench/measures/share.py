@@ -73,7 +73,8 @@ def find_share(estimator: Estimator, fit: Fit, scored: int) -> Share:
     linearised: the variance of the exact value over documents is that of its influence, summed by document; the variance
     that the estimate adds is that of the influence of the difference between exact and cheap values, over tokens.
 
-    A layer between two chosen ones gets the larger of their shares; for these, pairs do not count, of which it is none.
+    A layer between two chosen ones gets the larger of their shares. There intervals of pairs do not count: only
+    chosen layers are in pairs.
     """
     captured = estimator.captured
     exact, difference = token_values(estimator, fit)

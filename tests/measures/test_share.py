@@ -171,7 +171,7 @@ def test_what_only_pairs_ask_for_is_not_asked_of_layers_between(pilot, monkeypat
     monkeypatch.setattr(share, "token_values", lambda *_: (exact, difference))
     found = {}
     for name in ("kl", *share.OF_PAIRS):
-        monkeypatch.setattr(share, "added_ratios", lambda *_, name=name: {"ce": 1e-9 + 0 * wide, name: wide})
+        monkeypatch.setattr(share, "added_ratios", lambda *_, name=name: {"ce": np.full_like(wide, 1e-9), name: wide})
         found[name] = find_share(estimator, it.fit, 10**6).of_layers
     first, after = it.fit.summary.layers[:2]
     for name, of_layers in found.items():
@@ -209,6 +209,10 @@ def test_the_widest_interval_decides(pilot, monkeypatch):
     assert len(found.of_layers) == it.dev.layers + 1
     assert found.share == pytest.approx(np.mean(found.of_layers), abs=1e-4)
     assert found.share <= share.GROWTH * ratio / (ratio + share.WIDER**2 - 1) + 0.001
+    at_chosen = np.array(found.of_layers)[[*it.fit.summary.layers, it.dev.layers]]
+    added = 1 / np.maximum.outer(at_chosen, at_chosen) - 1
+    for ratios in added_ratios(exact, difference, it.dev.document).values():
+        assert (np.einsum("jkc,jk->c", ratios, added) <= share.WIDER**2 - 1 + 1e-9).all()
     assert "distance_trend" not in whole  # rank correlations have no derivative
     assert {"penalty_kl", "penalty_ce", "kl", "pair_penalty_of_pairs", "shared_consistency", "gain_visibility"} <= set(
         whole
