@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lensbench.lenses.maps import AffineMaps
-from lensbench.lenses.read import Reference, Scores
+from lensbench.lenses.read import Reference, Scores, normalised_on_own
 from lensbench.runtime.memory import in_pieces
 from lensbench.streams.capture import Capture, room_for
-from lensbench.streams.kl import TOKEN_BLOCK
+from lensbench.streams.kl import TOKEN_BLOCK, target_logits
 from lensbench.streams.words import Words
 
 LENSES_AT_ONCE = 8
@@ -43,10 +43,9 @@ class Missed:
         """For all tokens of a capture, of which a process may have none."""
         if not len(captured):
             return cls(captured.model_ce, captured.model_ce, captured.expected if words.readout.linear else None)
-        readout, targets = words.readout, captured.targets
+        readout = words.readout
         m = readout.final_norm(captured.states[-1])
-        aim = (readout.weight[targets] * m).sum(-1)
-        exact = captured.model_ce + readout.cap_(aim if readout.bias is None else aim + readout.bias[targets])
+        exact = captured.model_ce + target_logits(readout, m, captured.targets)
         if readout.linear:
             moment, entropy = words.softmax_moment(m)  # g(m) = moment m - entropy
             slope = captured.expected - moment
@@ -82,8 +81,7 @@ class ByWords:
         """What movement is measured from: lens k on layer ``lenses[k]``."""
         readout, words = self.words.readout, self.words
         moment, entropies = torch.empty(0), []
-        for k, layer in enumerate(lenses):
-            n = readout.final_norm(self.captured.states[layer] @ maps.matrix[k].T + maps.offset[k])
+        for k, n in enumerate(normalised_on_own(readout, self.captured, lenses, maps)):
             if k == 0:
                 moment = room_for((len(lenses), *n.shape), n.device, memory_gib)
             if readout.linear:

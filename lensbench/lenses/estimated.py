@@ -24,7 +24,7 @@ from torch import Tensor
 from lensbench.errors import LensbenchError
 from lensbench.lenses.by_words import ByWords
 from lensbench.lenses.maps import AffineMaps
-from lensbench.lenses.read import Reference, Scores, ScoresAt, exact_scores, score
+from lensbench.lenses.read import Reference, Scores, ScoresAt, exact_scores, normalised_on_own, score
 from lensbench.runtime.ranks import ALONE, Ranks
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import ROW_BLOCK
@@ -178,8 +178,7 @@ class Estimator:
     ) -> tuple[Reference, Reference]:
         """References for movement: lens k on layer ``lenses[k]``, cheap at all tokens and exact at the sampled ones."""
         readout, few = self.by_words.words.readout, self.few
-        own = zip(lenses, maps.matrix, maps.offset, strict=True)
-        normalised = (readout.final_norm(few.states[layer] @ a.T + b) for layer, a, b in own)
+        normalised = normalised_on_own(readout, few, lenses, maps)
         if len(few):
             exact = Reference.of(readout, normalised, len(lenses), memory_gib)
         else:  # one of many processes may have no sampled token

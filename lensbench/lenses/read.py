@@ -89,6 +89,12 @@ def score(
     return Scores(kl, ce, movement[0] if movement else None, top1)
 
 
+def normalised_on_own(readout: ReadOut, captured: Capture, lenses: Sequence[int], maps: AffineMaps) -> Iterator[Tensor]:
+    """Normalised readings ``[N, d_read]`` of each lens k on layer ``lenses[k]``, one lens at a time."""
+    for layer, matrix, offset in zip(lenses, maps.matrix, maps.offset, strict=True):
+        yield readout.final_norm(captured.states[layer] @ matrix.T + offset)
+
+
 @dataclass(frozen=True)
 class Reference:
     """M distributions at each of N tokens, in the form that gives the KL from them to any other read-out."""

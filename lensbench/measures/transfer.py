@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lensbench.lenses.estimated import Estimator
 from lensbench.lenses.maps import AffineMaps
-from lensbench.lenses.read import Reference, score
+from lensbench.lenses.read import Reference, normalised_on_own, score
 from lensbench.runtime.stages import NOTHING_KEPT, Pieces
 from lensbench.streams.capture import Capture
 from lensbench.streams.kl import sums_of_all
@@ -76,9 +76,7 @@ def transfer_sums(
     def reference() -> Reference | None:
         if not movement:
             return None
-        own = zip(chosen, maps.matrix, maps.offset, strict=True)
-        normalised = (readout.final_norm(captured.states[i] @ a.T + b) for i, a, b in own)
-        return Reference.of(readout, normalised, len(chosen), memory_gib)
+        return Reference.of(readout, normalised_on_own(readout, captured, chosen, maps), len(chosen), memory_gib)
 
     def column(layer: int) -> dict[str, Tensor]:
         if estimator is None:

@@ -97,6 +97,15 @@ def _log_partition(readout: ReadOut, n: Tensor, want_largest: bool) -> tuple[Ten
     return log_z, largest if want_largest else None
 
 
+def target_logits(readout: ReadOut, n: Tensor, targets: Tensor) -> Tensor:
+    """Logits ``[n]`` of the ``targets`` at normalised states."""
+    logit = (readout.weight[targets] * n).sum(-1)
+    if readout.bias is not None:
+        logit = logit + readout.bias[targets]
+    cap = readout.softcap
+    return logit if cap is None else cap * torch.tanh(logit / cap)
+
+
 class Vocabulary:
     """A sample of the unembedding's rows that stands for all words in a cheap log-partition.
 

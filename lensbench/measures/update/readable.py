@@ -13,10 +13,10 @@ from lensbench.lenses.moments import Moments
 from lensbench.measures.update.folds import pseudo_inverse
 from lensbench.measures.update.metric import Metric
 from lensbench.measures.update.products import means_of
-from lensbench.measures.update.stacking import NextTokens, stacked, target_logits
+from lensbench.measures.update.stacking import NextTokens, stacked
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
-from lensbench.streams.kl import log_partition
+from lensbench.streams.kl import log_partition, target_logits
 from lensbench.streams.readout import ReadOut
 from lensbench.streams.words import Words
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lensbench.lenses.estimated import worth_estimating
 from lensbench.statistics import Array
 from lensbench.streams.capture import Capture
-from lensbench.streams.kl import Vocabulary
+from lensbench.streams.kl import Vocabulary, target_logits
 from lensbench.streams.partition import shifted_exponentials_
 from lensbench.streams.readout import ReadOut
 
@@ -45,15 +45,6 @@ def stacked(parts: Sequence[Tensor], centre: Tensor, pad: Tensor, theta: Tensor)
     """``mean h_L + sum theta_k x_k + pad`` ``[n, d]``; the last of ``theta`` is the length of the pad."""
     x = torch.cat(list(parts), 1)
     return centre.to(x) + torch.einsum("nkd,k->nd", x, theta[:-1].to(x)) + theta[-1].to(x) * pad.to(x)
-
-
-def target_logits(readout: ReadOut, n: Tensor, targets: Tensor) -> Tensor:
-    """Logits ``[n]`` of the ``targets`` at normalised states."""
-    logit = (readout.weight[targets] * n).sum(-1)
-    if readout.bias is not None:
-        logit = logit + readout.bias[targets]
-    cap = readout.softcap
-    return logit if cap is None else cap * torch.tanh(logit / cap)
 
 
 @dataclass(frozen=True)
